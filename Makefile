@@ -1,0 +1,45 @@
+# Every target builds what it needs: Python 3.11 or newer, make and a package registry are enough.
+
+PYTHON ?= $(shell for p in python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := test
+.PHONY: demo test check fmt bench clean
+
+demo: $(STAMP)  ## compress the bundled model to 4 bits and let the result write something
+	@$(BIN)/compress run pipelines/gptq-w4.yaml demo -o demo-out --overwrite
+	@$(BIN)/python -m compress.demo.speak demo-out
+
+test: $(STAMP)  ## run the tests; `make test ARGS="-k gptq"` passes arguments to pytest
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)  ## lint, formatting, types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy --strict -p compress
+
+fmt: $(STAMP)  ## sort imports, apply safe fixes, format
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format .
+
+bench: $(STAMP)  ## run the benchmarks
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash benchmarks/run.sh
+
+clean:  ## remove everything generated except .venv
+	@rm -rf build dist *.egg-info demo-out .mypy_cache .pytest_cache .ruff_cache
+	@find . -path ./$(VENV) -prune -o -path ./.git -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing torch"
+	@$(BIN)/python -m pip install -q -c constraints.txt torch
+	@echo "installing compress and the development tools"
+	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	@touch $@

@@ -1,0 +1,37 @@
+"""Post-training compression in one file: merge, prune, retrain, quantize, compensate, measure, export.
+
+Importing this package teaches transformers to load what it writes:
+
+    import compress
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained("OUT")  # weights stay packed
+"""
+
+from compress import demo
+from compress.api import Result, apply, run, version
+from compress.calibration.data import load_tokens
+from compress.errors import (
+    CheckpointError,
+    CompressError,
+    ConfigError,
+    DataError,
+    GateError,
+    NonFiniteError,
+    ResourceError,
+    UnsupportedModelError,
+    UsageError,
+)
+from compress.evaluate import Quality, evaluate
+from compress.passes import GlobalMagnitude, Gptq, Magnitude, Override, Rtn, SparseGpt, Wanda
+from compress.pipeline import Pipeline
+from compress.report import Report, Row
+from compress.runtime.register import register
+
+__version__ = version()
+register()
+
+__all__ = [
+    "CheckpointError", "CompressError", "ConfigError", "DataError", "GateError", "GlobalMagnitude", "Gptq", "Magnitude",
+    "NonFiniteError", "Override", "Pipeline", "Quality", "Report", "ResourceError", "Result", "Row", "Rtn", "SparseGpt",
+    "UnsupportedModelError", "UsageError", "Wanda", "apply", "demo", "evaluate", "load_tokens", "register", "run",
+]  # fmt: skip

@@ -1,0 +1,358 @@
+"""The two entry points: `run` for a pipeline file and a model on disk, `apply` for passes and a module in memory."""
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress import graph as graphs
+from compress import hub, manager, plan, progress, report
+from compress.artifact import Artifact, ModuleSource, open_folder
+from compress.calibration.data import load_tokens
+from compress.encodings import Weight
+from compress.errors import DataError, UsageError
+from compress.export import safetensors
+from compress.ledger import FolderLedger, MemoryLedger, publish, write_text
+from compress.passes import Pass
+from compress.pipeline import Calibration, Evaluation, Pipeline, dump, load
+from compress.report import Report
+from compress.sweep import Context, streamed
+
+LOGITS_TOLERANCE = 0.0  # packed and in-memory results multiply the same numbers in the same order
+
+
+def version() -> str:
+    """Of this package."""
+    try:
+        return installed_version("compress-pipeline")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `apply` made.
+
+    Attributes:
+        model: the compressed module; its weights are the dequantized ones.
+        weights: site name -> what is stored: codes, mask, values.
+        report: sizes, errors and, with evaluation tokens, perplexity after every pass.
+    """
+
+    model: nn.Module
+    weights: dict[str, Weight]
+    report: Report
+
+
+def apply(
+    model: nn.Module,
+    passes: Sequence[Pass | Sequence[Pass]],
+    calibration: Tensor | None = None,
+    *,
+    evaluation: Tensor | None = None,
+    max_increase: float | None = None,
+    seed: int = 0,
+    inplace: bool = False,
+    store_dtype: torch.dtype | None = None,
+) -> Result:
+    """Run passes over a module in memory.
+
+    Args:
+        model: a transformers causal language model, or any module with Linear layers.
+        passes: in order; a nested list is fused block by block, as `blockwise:` in a pipeline file.
+        calibration: (samples, length) int64 token ids for a language model, else inputs (samples, ...).
+        evaluation: (windows, length) token ids; measures perplexity and KL after every pass (language models only).
+        max_increase: the gate: largest relative increase of perplexity.
+        seed: of every random choice.
+        inplace: change `model` itself instead of a copy.
+        store_dtype: the type that changed dense weights are kept in; None keeps each parameter's own. A model loaded in
+            float32 from a bfloat16 file gives the command line's numbers with torch.bfloat16.
+
+    Returns:
+        The compressed module and what is stored of every weight.
+
+    Raises:
+        ConfigError: impossible options or orders.
+        DataError: calibration missing or of the wrong kind.
+        GateError: the gate was not met.
+
+    Example:
+        >>> import compress
+        >>> model, tokenizer = compress.demo.load()
+        >>> tokens = compress.load_tokens("demo", tokenizer, samples=8, length=128)
+        >>> result = compress.apply(model, [compress.Wanda(sparsity="2:4"), compress.Gptq(bits=4)], calibration=tokens)
+        >>> round(result.report.rows[-1].sparsity, 2)
+        0.5
+    """
+    stages = tuple(tuple(p) if isinstance(p, Sequence) else (p,) for p in passes)
+    model = (model if inplace else copy.deepcopy(model)).eval()
+    graph = graphs.find(model)
+    _check_inputs(graph, calibration, evaluation)
+    pipeline = Pipeline(
+        passes=stages,
+        calibration=_described(Calibration, calibration, {}),
+        evaluate=_described(Evaluation, evaluation, {"max_increase": max_increase}),
+        seed=seed,
+    )
+    for stage in stages:
+        for pass_ in stage:
+            for error in pass_.check():
+                raise UsageError(f"{pass_.key}.{error}")
+    source = _Stored(model, store_dtype)
+    artifact = Artifact(graph, source, dict(graph.tied))
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    made = plan.make(pipeline, graph, dtypes)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    context = Context(artifact, MemoryLedger(), seed, dtype, resident=True, bars=progress.Bars())
+    data = manager.Data(calibration, evaluation)
+    measured = manager.execute(pipeline, made, context, data, type(model).__name__)
+    weights = {name: w for name, w in artifact.committed.items() if isinstance(w, Weight)}
+    return Result(model, weights, measured)
+
+
+class _Stored(ModuleSource):
+    """A module's values, with changed ones kept in a type of choice."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None):
+        super().__init__(module)
+        self._dtype = dtype
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtype or super().dtype(name)
+
+
+def _check_inputs(graph: graphs.Graph, calibration: Tensor | None, evaluation: Tensor | None) -> None:
+    for name, tokens in (("calibration", calibration), ("evaluation", evaluation)):
+        if tokens is None:
+            continue
+        if tokens.numel() == 0:
+            raise DataError(f"{name} is empty: shape {tuple(tokens.shape)}")
+        if graph.is_language_model:
+            if tokens.dim() != 2 or tokens.is_floating_point():
+                raise DataError(
+                    f"{name} must be (samples, length) integer token ids; got {tokens.dtype} {tuple(tokens.shape)}"
+                )
+            vocabulary = graph.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+            if int(tokens.max()) >= vocabulary or int(tokens.min()) < 0:
+                raise DataError(f"{name} has token ids outside 0..{vocabulary - 1}: they belong to another tokenizer")
+        elif name == "evaluation":
+            raise DataError("evaluation measures perplexity, which only causal language models have")
+        elif tokens.is_floating_point() and not torch.isfinite(tokens).all():
+            raise DataError(f"{name} holds NaN or infinity")
+
+
+def _described(cls: type[Calibration], tokens: Tensor | None, options: Mapping[str, Any]) -> Any:
+    """Tokens given from Python, as a pipeline section."""
+    if tokens is None:
+        return None
+    return cls(
+        source="given from Python", samples=len(tokens), length=tokens.shape[1] if tokens.dim() > 1 else 1, **options
+    )
+
+
+def run(
+    pipeline: "str | Path | Mapping[str, Any] | Pipeline",
+    model: "str | Path",
+    out: "str | Path",
+    *,
+    calibration: Tensor | None = None,
+    evaluation: Tensor | None = None,
+    overwrite: bool = False,
+    fresh: bool = False,
+    bars: progress.Bars | None = None,
+) -> Report:
+    """Run a pipeline on a model on disk and write the compressed folder.
+
+    Killed at any moment, the same call continues and ends bit-identical. The unfinished state is kept in `OUT.work`.
+
+    Args:
+        pipeline: a YAML file, or a mapping of the same shape.
+        model: `demo`, a local folder or a hub id.
+        out: the folder to write; must not exist unless it is this very run's result.
+        calibration: (samples, length) token ids instead of the pipeline's source.
+        evaluation: the same, for measuring.
+        overwrite: replace an existing `out`.
+        fresh: forget what an interrupted run had finished.
+        bars: progress; silent by default.
+
+    Returns:
+        The report, also written as OUT/report.json.
+
+    Raises:
+        UsageError: before any work, for everything that can be known then.
+        GateError, ResourceError, CompressError: while running.
+
+    Example:
+        >>> import compress, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = compress.run({"passes": [{"rtn": {"bits": 4, "group_size": 64}}]}, "demo", f"{folder}/out")
+        >>> report.rows[-1].name
+        'rtn'
+    """
+    steps = load(pipeline)
+    destination, bars = Path(out), bars or progress.Bars()
+    work = destination.with_name(destination.name + ".work")
+    opened = open_model(model)
+    steps = _with_given(steps, calibration, evaluation)
+    file = str(pipeline) if isinstance(pipeline, str | Path) else "pipeline"
+    made = plan.make(steps, opened.artifact.graph, opened.dtypes, file)
+    identity = {"model": str(opened.folder.resolve()), "pipeline": dump(steps)}
+    finished = _finished(destination, identity)
+    if finished and not (overwrite or fresh):
+        shutil.rmtree(work, ignore_errors=True)
+        return finished
+    if destination.exists() and not overwrite:
+        raise UsageError(
+            f"{destination} exists and is not the result of this run; choose another -o, or give --overwrite"
+        )
+    if fresh:
+        shutil.rmtree(work, ignore_errors=True)
+    plan.check_resources(made, destination)
+    data = _tokens(steps, opened, calibration, evaluation)
+    context = Context(opened.artifact, FolderLedger(work), steps.seed, _dtype(steps, opened), resident=False, bars=bars)
+    with bars.shown():
+        measured = manager.execute(steps, made, context, data, str(model))
+        _export(context, opened, steps, measured, data, work / "out", destination, identity)
+    shutil.rmtree(work, ignore_errors=True)
+    return measured
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model folder, matched with its structure."""
+
+    folder: Path
+    config: Any
+    artifact: Artifact
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Parameter name -> stored type."""
+        a = self.artifact
+        return {n: a.source.dtype(a.name_in_source(n)) for n, _ in a.graph.model.named_parameters()}
+
+
+def open_model(model: "str | Path") -> Opened:
+    """Resolve, check and match a model; reads headers, no weight."""
+    folder = hub.resolve(model)
+    config = graphs.read_config(folder)
+    hub.refuse_quantized(folder, config)
+    graph = graphs.find(graphs.build(config))
+    return Opened(folder, config, open_folder(folder, graph))
+
+
+def _dtype(steps: Pipeline, opened: Opened) -> torch.dtype:
+    if steps.dtype != "auto":
+        chosen: torch.dtype = getattr(torch, steps.dtype)
+        return chosen
+    configured = getattr(opened.config, "dtype", None)
+    return configured if isinstance(configured, torch.dtype) else torch.float32
+
+
+def _with_given(steps: Pipeline, calibration: Tensor | None, evaluation: Tensor | None) -> Pipeline:
+    from dataclasses import replace
+
+    given_calibration = _described(Calibration, calibration, {})
+    gate = {"max_increase": steps.evaluate.max_increase, "after": steps.evaluate.after} if steps.evaluate else {}
+    given_evaluation = _described(Evaluation, evaluation, gate)
+    return replace(
+        steps, calibration=given_calibration or steps.calibration, evaluate=given_evaluation or steps.evaluate
+    )
+
+
+def _tokens(steps: Pipeline, opened: Opened, calibration: Tensor | None, evaluation: Tensor | None) -> manager.Data:
+    """Read what the pipeline names; given tokens win."""
+    _check_inputs(opened.artifact.graph, calibration, evaluation)
+    needed = any(p.needs != "none" for stage in steps.passes for p in stage)
+    if calibration is None and needed and steps.calibration:
+        calibration = read_tokens(steps.calibration, opened.folder, "calibration")
+    if evaluation is None and steps.evaluate:
+        evaluation = read_tokens(steps.evaluate, opened.folder, "evaluation")
+    _check_inputs(opened.artifact.graph, calibration, evaluation)
+    return manager.Data(calibration if needed else None, evaluation)
+
+
+def read_tokens(section: Calibration, folder: Path, split: Any) -> Tensor:
+    """The tokens a `calibration:` or `evaluate:` section describes, by the tokenizer of a model folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{folder} has no tokenizer that transformers can read, and {split} text needs one: {error}"
+        ) from error
+    return load_tokens(
+        section.source,
+        tokenizer,
+        samples=section.samples,
+        length=section.length,
+        split=split,
+        field=section.field,
+        subset=section.subset,
+    )
+
+
+def _finished(destination: Path, identity: Mapping[str, str]) -> Report | None:
+    try:
+        data = json.loads((destination / "report.json").read_text())
+        text = (destination / "pipeline.yaml").read_text()
+    except (OSError, ValueError):
+        return None
+    if data["verified"].get("model") != identity["model"] or text != identity["pipeline"]:
+        return None
+    rows = [report.Row(**row) for row in data.pop("rows")]
+    return Report(rows=rows, **data)
+
+
+def _export(
+    context: Context,
+    opened: Opened,
+    steps: Pipeline,
+    measured: Report,
+    data: manager.Data,
+    partial: Path,
+    destination: Path,
+    identity: Mapping[str, str],
+) -> None:
+    """Write beside the final name, read back, compare, then rename."""
+    shutil.rmtree(partial, ignore_errors=True)
+    config = json.loads((opened.folder / "config.json").read_text())
+    safetensors.write(context.artifact, partial, config, opened.folder, version())
+    compared = safetensors.verify(context.artifact, partial)
+    measured.verified = {"model": identity["model"], "tensors_equal": compared}
+    if data.evaluation is not None:
+        measured.verified["max_logit_difference"] = _logit_difference(context, partial, data.evaluation[:2])
+    write_text(partial / "pipeline.yaml", identity["pipeline"])
+    write_text(partial / "report.json", measured.to_json())
+    write_text(partial / "README.md", report.card(measured, identity["pipeline"]))
+    publish(partial / safetensors.WEIGHTS, partial / safetensors.WEIGHTS)
+    if destination.exists():
+        shutil.rmtree(destination)
+    partial.rename(destination)
+
+
+def _logit_difference(context: Context, folder: Path, tokens: Tensor) -> float:
+    """Largest difference of the written model's logits from the in-memory result's; more than none is an error."""
+    from transformers import AutoModelForCausalLM
+
+    from compress.errors import CompressError
+    from compress.sweep import forward
+
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=context.dtype).eval()
+    with torch.no_grad():
+        there = loaded(input_ids=tokens, use_cache=False).logits
+        with streamed(context):
+            here = forward(context.graph, tokens).logits
+    difference = float((there - here).abs().max())
+    if not difference <= LOGITS_TOLERANCE:
+        raise CompressError(f"the written model's logits differ by {difference:.3g} from the in-memory result's")
+    return difference

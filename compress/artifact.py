@@ -1,0 +1,288 @@
+"""The lazy checkpoint: names, shapes, and values as they stand after the passes so far.
+
+A source (a folder of safetensors, or a module in memory) is never changed. What passes did lies over it, site by site.
+Passes read through the artifact; only the manager writes to it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+from compress.encodings import Spec, Weight, unpack
+from compress.errors import CheckpointError, NonFiniteError
+from compress.graph import Graph, Site
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Source(Protocol):
+    """Where the uncompressed values come from."""
+
+    def names(self) -> Iterable[str]:
+        """Every tensor's name."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Its stored type."""
+
+    def read(self, name: str) -> Tensor:
+        """Its value, as a tensor of its own."""
+
+    def fingerprint(self) -> str:
+        """Identifies the content."""
+
+
+class FolderSource:
+    """A folder as `save_pretrained` writes it, read one tensor at a time.
+
+    Raises:
+        CheckpointError: nothing to read, a truncated or corrupt file, an index that points outside its folder.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._where: dict[str, Path] = {}
+        self._meta: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._files = self._find_files()
+        for file in self._files:
+            for name, meta in read_header(file).items():
+                if name in self._where:
+                    raise CheckpointError(f"{file}: tensor {name} also stands in {self._where[name].name}")
+                self._where[name] = file
+                self._meta[name] = meta
+
+    def _find_files(self) -> list[Path]:
+        index = self.folder / INDEX
+        if not index.is_file():
+            single = self.folder / SINGLE
+            if single.is_file():
+                return [single]
+            pickled = sorted(self.folder.glob("*.bin")) + sorted(self.folder.glob("*.pt"))
+            hint = f"; {pickled[0].name} is a pickle, which is never loaded: convert it first" if pickled else ""
+            raise CheckpointError(f"{self.folder}: no {SINGLE} and no {INDEX}{hint}")
+        try:
+            named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{index}: not a safetensors index: {error}") from error
+        for name in named:
+            if Path(name).name != name:
+                raise CheckpointError(f"{index}: names {name!r}, which is outside its folder; refused")
+            if not (self.folder / name).is_file():
+                raise CheckpointError(f"{index}: names {name}, which does not exist; download or copy it")
+        return [self.folder / name for name in named]
+
+    def names(self) -> Iterable[str]:
+        return self._where
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._meta[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._meta[name][1]
+
+    def read(self, name: str) -> Tensor:
+        # Opened for one tensor and closed: pages of the mapped file do not pile up in memory.
+        with safe_open(self._where[name], "pt") as file:
+            value: Tensor = file.get_tensor(name)
+            return value.clone()
+
+    def fingerprint(self) -> str:
+        """Of names, sizes, change times, headers and samples of the data: cheap, and different for a changed file."""
+        digest = hashlib.sha256()
+        for path in self._files:
+            stat = path.stat()
+            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            with path.open("rb") as file:
+                for start in range(0, stat.st_size, max(1, stat.st_size // 64)):
+                    file.seek(start)
+                    digest.update(file.read(4096))
+        digest.update((self.folder / "config.json").read_bytes())
+        return digest.hexdigest()
+
+
+def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of every tensor of a safetensors file, after checking that the file is whole.
+
+    Raises:
+        CheckpointError: truncated, corrupt, or not a safetensors file.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            found = {}
+            for name in opened.keys():  # noqa: SIM118  (not a mapping)
+                part = opened.get_slice(name)
+                found[name] = (tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+            return found
+    except (SafetensorError, OSError) as error:
+        size = file.stat().st_size
+        raise CheckpointError(f"{file} ({size} bytes) is truncated or corrupt: {error}; fetch it again") from error
+    except KeyError as error:
+        raise CheckpointError(f"{file}: tensors of type {error} are not supported") from error
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class ModuleSource:
+    """The parameters and buffers of a module in memory."""
+
+    def __init__(self, module: nn.Module):
+        self._values = {**dict(module.named_buffers()), **dict(module.named_parameters())}
+
+    def names(self) -> Iterable[str]:
+        return self._values
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._values[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._values[name].dtype
+
+    def read(self, name: str) -> Tensor:
+        return self._values[name].detach().clone()
+
+    def fingerprint(self) -> str:
+        return "in memory"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight committed to a file: read when asked for."""
+
+    file: Path
+    site: str
+    spec: Spec
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its stored tensors."""
+        with safe_open(self.file, "pt") as opened:
+            return {leaf: opened.get_tensor(f"{self.site}.{leaf}").clone() for leaf in self.spec.tensors()}
+
+    def load(self) -> Weight:
+        """The weight."""
+        return unpack(self.spec, self.tensors())
+
+
+@dataclass
+class Artifact:
+    """A model's values by name.
+
+    Attributes:
+        graph: the model's blocks and sites.
+        source: the uncompressed values.
+        renamed: parameter name in the model -> name in the source, where they differ (tied and prefixed names).
+        committed: what passes made of each site so far.
+    """
+
+    graph: Graph
+    source: Source
+    renamed: dict[str, str] = field(default_factory=dict)
+    committed: dict[str, Weight | Packed] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.sites = {site.name: site for site in self.graph.sites}
+        self._by_parameter = {site.parameter: site for site in self.graph.sites}
+
+    def name_in_source(self, parameter: str) -> str:
+        """Where a parameter's uncompressed value stands."""
+        return self.renamed.get(parameter, parameter)
+
+    def original(self, site: Site) -> Tensor:
+        """(out, in) as stored in the source."""
+        value = self.source.read(self.name_in_source(site.parameter))
+        return value.T.contiguous() if site.transposed else value
+
+    def store_dtype(self, site: Site) -> torch.dtype:
+        """The type that new dense values of a site are kept in: the source's."""
+        return self.source.dtype(self.name_in_source(site.parameter))
+
+    def weight(self, site: Site) -> Weight:
+        """A site as it stands now.
+
+        Raises:
+            NonFiniteError: the source holds NaN or infinity there.
+        """
+        done = self.committed.get(site.name)
+        if done is not None:
+            return done.load() if isinstance(done, Packed) else done
+        value = self.original(site)
+        # A sum is NaN or infinite if any term is; one pass, no mask the size of the weight.
+        if not torch.isfinite(value.sum(dtype=torch.float32)) and not torch.isfinite(value).all():
+            bad = int((~torch.isfinite(value)).sum())
+            raise NonFiniteError(
+                f"{site.parameter}: {bad} of {value.numel()} weights are NaN or infinite in the source; "
+                "the checkpoint is damaged or overflowed its type: get a clean one"
+            )
+        return Weight(value)
+
+    def parameter(self, name: str) -> Tensor:
+        """A parameter as the model takes it, compressed or not; float32 for compressed ones."""
+        site = self._by_parameter.get(name)
+        if site is None or site.name not in self.committed:
+            return self.source.read(self.name_in_source(name))
+        dense = self.weight(site).dequantize()
+        return dense.T.contiguous() if site.transposed else dense
+
+
+def open_folder(folder: Path, graph: Graph) -> Artifact:
+    """A folder's weights matched with the model its configuration describes.
+
+    Raises:
+        CheckpointError: names or shapes do not fit the model.
+    """
+    source = FolderSource(folder)
+    there = set(source.names())
+    model = graph.model
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    # Old spellings that transformers renames while loading, such as GPT-NeoX's embed_out for lm_head.
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    spelled = {apply_renamings(name, renamings): name for name in source.names()}
+    tied: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(graph.tied.get(name, name), []).append(name)
+    renamed, missing = {}, []
+    for names in tied.values():
+        spellings = [s for n in names for s in (n, n.removeprefix(prefix), prefix + n)]
+        stored = next((s for s in spellings if s in there), None) or next(
+            (spelled[s] for s in spellings if s in spelled), None
+        )
+        if stored is None:
+            missing.append(names[0])
+            continue
+        shape = tuple(model.get_parameter(names[0]).shape)
+        if source.shape(stored) != shape:
+            raise CheckpointError(
+                f"{folder}: {stored} has shape {source.shape(stored)}, but config.json says {shape}; "
+                "the configuration belongs to another model"
+            )
+        renamed.update({n: stored for n in names if n != stored})
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} parameters of {type(model).__name__} are not in the files, such as {missing[0]} "
+            f"(the files have, for example, {min(there)}); "
+            "load it with transformers and save it again with save_pretrained"
+        )
+    return Artifact(graph, source, renamed)

@@ -1,0 +1,1 @@
+"""Data, statistics and hooks."""

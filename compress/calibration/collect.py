@@ -1,0 +1,194 @@
+"""Everything that hooks into a running model: the only file that registers hooks, and every hook is removed again."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.calibration.statistics import Need, Statistics
+from compress.errors import CompressError, NonFiniteError
+
+
+class _Stop(Exception):
+    """Ends a forward pass once what was wanted is known."""
+
+
+@dataclass
+class Call:
+    """How a block was called: everything but its hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output hidden states for other input hidden states."""
+        return hidden_of(block(hidden, *self.args, **self.kwargs))
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in a block's output: the output itself, or the first of a tuple."""
+    first = output[0] if isinstance(output, tuple | list) else output
+    assert isinstance(first, Tensor)
+    return first
+
+
+def arrival(forward: Callable[[], Any], block: nn.Module) -> tuple[Tensor, Call]:
+    """Run `forward` until it reaches `block`; the hidden states and other arguments it arrives with."""
+    caught: list[tuple[Tensor, Call]] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.append(_split(args, kwargs))
+        raise _Stop
+
+    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        forward()
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    if not caught:
+        raise NonFiniteError("the first block was never reached by the calibration data")
+    return caught[0]
+
+
+def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Call]:
+    # A live key/value cache among the arguments would grow at every visit and silently corrupt the calibration.
+    clean = {k: v for k, v in kwargs.items() if not _is_cache(v) and k != "hidden_states"}
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return hidden, Call(tuple(None if _is_cache(a) else a for a in args[1:]), clean)
+
+
+def _is_cache(value: Any) -> bool:
+    return any(base.__name__ == "Cache" for base in type(value).__mro__)
+
+
+def is_chain(forward: Callable[[], Any], blocks: list[nn.Module]) -> bool:
+    """Whether each block's input was seen to be the output of the one before, all called alike, each exactly once.
+
+    Only then may blocks be run one after the other without the model around them.
+    """
+    visits: list[tuple[int, Tensor, Call]] = []
+    outputs: list[Tensor] = []
+    handles = []
+    for i, block in enumerate(blocks):
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], i: int = i) -> None:
+            visits.append((i, *_split(args, kwargs)))
+
+        def after(_: nn.Module, __: Any, output: Any) -> None:
+            outputs.append(hidden_of(output))
+
+        handles += [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if [i for i, _, _ in visits] != list(range(len(blocks))):
+        return False
+    fed = all(visits[i + 1][1] is outputs[i] for i in range(len(blocks) - 1))
+    return fed and all(_alike(visits[0][2], call) for _, _, call in visits[1:])
+
+
+def _alike(a: Call, b: Call) -> bool:
+    return (
+        len(a.args) == len(b.args)
+        and a.kwargs.keys() == b.kwargs.keys()
+        and all(_same(x, y) for x, y in zip(a.args, b.args, strict=True))
+        and all(_same(a.kwargs[k], b.kwargs[k]) for k in a.kwargs)
+    )
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (a.shape == b.shape and a.dtype == b.dtype and bool((a == b).all()))
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return a is b or bool(a == b)
+
+
+@contextmanager
+def statistics(modules: Mapping[str, nn.Module], needs: Mapping[str, Need]) -> Iterator[dict[str, Statistics]]:
+    """Sum statistics of the inputs of modules while the context is open.
+
+    Modules fed by the very same tensor share one `Statistics` object: whether they are is seen at their first call, and
+    a shared sum is then updated once a forward pass, by the first of them.
+    """
+    found: dict[str, Statistics] = {}
+    leaders: dict[str, str] = {}
+    last: dict[str, Tensor] = {}  # leader -> the tensor it saw last, held so that identity means something
+    handles = []
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            if name not in found:
+                need = needs[name]
+                leader = next((n for n, seen in last.items() if seen is x and needs[n] == need), name)
+                leaders[name] = leader
+                found[name] = found[leader] if leader != name else Statistics(x.shape[-1], need)
+            leader = leaders[name]
+            if leader != name and last.get(leader) is not x:
+                raise CompressError(
+                    f"{name} and {leader} were fed by one tensor at first and by different ones later: their statistics "
+                    "would be wrong. Models whose wiring changes from batch to batch are not supported"
+                )
+            if leader == name:
+                found[name].update(x, name)
+                last[name] = x
+
+        return hook
+
+    for name, module in modules.items():
+        handles.append(module.register_forward_pre_hook(hook_for(name)))
+    try:
+        yield found
+    finally:
+        last.clear()
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def around(
+    modules: Mapping[str, nn.Module], enter: Callable[[str], None], leave: Callable[[str], None]
+) -> Iterator[None]:
+    """Call `enter(name)` before and `leave(name)` after each of the modules runs."""
+    handles = []
+    for name, module in modules.items():
+
+        def before(_: nn.Module, __: Any, name: str = name) -> None:
+            enter(name)
+
+        def after(_: nn.Module, __: Any, ___: Any, name: str = name) -> None:
+            leave(name)
+
+        handles += [
+            module.register_forward_pre_hook(before),
+            module.register_forward_hook(after, always_call=True),
+        ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def run_to_end(forward: Callable[[], Any], last: nn.Module) -> None:
+    """Run `forward` until `last` has returned; what comes after it is skipped."""
+
+    def hook(_: nn.Module, __: Any, ___: Any) -> None:
+        raise _Stop
+
+    handle = last.register_forward_hook(hook)
+    try:
+        forward()
+    except _Stop:
+        pass
+    finally:
+        handle.remove()

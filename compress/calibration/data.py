@@ -1,0 +1,145 @@
+"""Where calibration and evaluation tokens come from: the bundled source, local files, a Hugging Face data set."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from compress.demo import data as demo
+from compress.errors import DataError
+
+Split = Literal["calibration", "evaluation"]
+LOCAL = (".txt", ".jsonl", ".parquet")
+
+
+def check_source(source: str) -> str | None:
+    """What is wrong with a `source`, before any of it is read; None if nothing can be seen."""
+    if source == "demo":
+        return None
+    path = Path(source)
+    if path.suffix in LOCAL or path.exists():
+        if not path.is_file():
+            return f"no such file: {source}"
+        if path.suffix not in LOCAL:
+            return f"{source} is none of {', '.join(LOCAL)}"
+        if path.stat().st_size == 0:
+            return f"{source} is empty"
+        return None
+    if source.count("/") > 1 or source.startswith("."):
+        return f"no such file: {source}"
+    try:
+        import datasets  # noqa: F401
+    except ImportError:
+        return (
+            f"{source!r} is neither 'demo' nor a local {', '.join(LOCAL)} file; as the id of a Hugging Face data set it "
+            "needs the extra: pip install 'compress-pipeline[datasets]'"
+        )
+    return None
+
+
+def load_tokens(
+    source: str,
+    tokenizer: Any,
+    *,
+    samples: int,
+    length: int,
+    split: Split = "calibration",
+    field: str = "text",
+    subset: str | None = None,
+) -> Tensor:
+    """Windows of token ids, evenly spread over the source.
+
+    Args:
+        source: `demo`, a .txt, .jsonl or .parquet file, or the id of a Hugging Face data set.
+        tokenizer: of the model that will see the tokens.
+        samples: number of windows.
+        length: tokens a window.
+        split: for `demo`, which half of the standard library's documentation; for a data set id, its `train` split
+            calibrates and its `test` split evaluates.
+        field: the field or column that holds the text.
+        subset: the configuration name of a data set id.
+
+    Returns:
+        (samples, length) int64.
+
+    Raises:
+        DataError: nothing there, no such field, or fewer tokens than asked for.
+    """
+    problem = check_source(source)
+    if problem:
+        raise DataError(problem)
+    texts = _texts(source, split, field, subset)
+    separator = tokenizer.eos_token_id
+    stream: list[int] = []
+    for text in texts:
+        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if separator is not None:
+            stream.append(separator)
+    return windows(torch.tensor(stream), samples, length, source)
+
+
+def windows(stream: Tensor, samples: int, length: int, source: str) -> Tensor:
+    """(samples, length) windows of a (T,) stream of tokens, evenly spread, none overlapping.
+
+    Raises:
+        DataError: the stream is too short.
+    """
+    available = len(stream) // length
+    if available < samples:
+        raise DataError(
+            f"{source} holds {len(stream)} tokens, {available} windows of {length}; {samples} were asked for: "
+            "lower samples or length, or give more text"
+        )
+    chosen = [i * available // samples for i in range(samples)]
+    return stream[: available * length].view(available, length)[chosen].long()
+
+
+def _texts(source: str, split: Split, field: str, subset: str | None) -> Iterable[str]:
+    if source == "demo":
+        return demo.texts(split)
+    path = Path(source)
+    if path.suffix == ".txt":
+        return [path.read_text(encoding="utf-8", errors="replace")]
+    if path.suffix == ".jsonl":
+        return _jsonl(path, field)
+    if path.suffix == ".parquet":
+        return _parquet(path, field)
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(source, subset, split="train" if split == "calibration" else "test")
+        return list(rows[field])
+    except Exception as error:  # the library raises many kinds; all mean the same to the user
+        raise DataError(f"data set {source!r}, split for {split}, column {field!r}: {error}") from error
+
+
+def _jsonl(path: Path, field: str) -> Iterable[str]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)[field]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}:{number}: not a JSON object with a {field!r} field ({error})") from error
+
+
+def _parquet(path: Path, field: str) -> Iterable[str]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{path}: reading parquet needs: pip install 'compress-pipeline[parquet]'") from error
+    try:
+        table = pyarrow.parquet.read_table(path, columns=[field])
+        return [text for text in table[field].to_pylist() if text]
+    except (OSError, KeyError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: no readable column {field!r} ({error})") from error
+
+
+def batches(tokens: Tensor, tokens_at_once: int) -> list[Tensor]:
+    """Rows of (samples, length) in batches of about so many tokens, all of one size where that is possible."""
+    length = tokens.shape[1] if tokens.dim() == 2 and not tokens.is_floating_point() else 1
+    rows = max(1, min(len(tokens), tokens_at_once // length))
+    return list(tokens.split(rows))

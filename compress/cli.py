@@ -1,0 +1,291 @@
+"""The command line: thin. Results on stdout, progress and errors on stderr; exit codes as in errors.py."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from compress.errors import CompressError, UsageError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Compress language models after training: one pipeline file, measured after every pass.",
+)
+
+PipelineArg = Annotated[Path, typer.Argument(help="a pipeline file; `compress init` writes one")]
+ModelArg = Annotated[str, typer.Argument(help="demo, a local folder, or a hub id")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
+
+
+@app.command()
+def run(
+    pipeline: PipelineArg,
+    model: ModelArg,
+    out: Annotated[Path, typer.Option("-o", "--out", help="the folder to write")],
+    overwrite: Annotated[bool, typer.Option(help="replace an existing folder")] = False,
+    fresh: Annotated[bool, typer.Option(help="forget what an interrupted run had finished")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a pipeline on a model and write the compressed folder. Interrupted, the same command continues."""
+    from compress import api, progress, report
+
+    result = api.run(pipeline, model, out, overwrite=overwrite, fresh=fresh, bars=progress.Bars())
+    if as_json:
+        print(result.to_json(), end="")
+        return
+    console = _console()
+    console.print(report.table(result))
+    for text in result.fallbacks[:10]:
+        console.print(f"note: {text}", soft_wrap=True)
+    if len(result.fallbacks) > 10:
+        console.print(f"note: {len(result.fallbacks) - 10} more in {out}/report.json")
+    console.print(f"{out}: {_verified(result.verified)}", soft_wrap=True)
+
+
+def _verified(found: dict[str, Any]) -> str:
+    text = f"{found['tensors_equal']} tensors read back equal"
+    if "max_logit_difference" in found:
+        text += f"; reloaded model's logits differ by {found['max_logit_difference']:g}"
+    return text
+
+
+@app.command()
+def check(
+    pipeline: PipelineArg, model: Annotated[str | None, typer.Argument(help="also check against this model")] = None
+) -> None:
+    """Check everything that can be checked without reading weights."""
+    from compress import api, plan
+    from compress.pipeline import load
+
+    steps = load(pipeline)
+    if model is not None:
+        opened = api.open_model(model)
+        plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline))
+    print(f"{pipeline}: fine" + (f" for {model}" if model else ""))
+
+
+@app.command("plan")
+def show_plan(pipeline: PipelineArg, model: ModelArg, as_json: JsonOption = False) -> None:
+    """Show what each pass will touch and cost, before any work."""
+    from compress import api, plan
+    from compress.pipeline import load
+    from compress.report import size
+
+    opened = api.open_model(model)
+    made = plan.make(load(pipeline), opened.artifact.graph, opened.dtypes, str(pipeline))
+    rows = []
+    for stage in made.stages:
+        for part in stage:
+            weights = sum(s.shape[0] * s.shape[1] for s in part.sites)
+            bits = sum(spec.num_bytes for spec in part.specs.values()) * 8 / weights
+            kind = part.pass_.produces("dense")
+            rows.append({"pass": part.path, "layers": len(part.sites), "weights": weights, "becomes": kind,
+                         "bits_per_weight": round(bits, 3)})  # fmt: skip
+    totals = {"original_bytes": made.original_bytes, "final_bytes": made.final_bytes, "peak_memory": made.peak_memory,
+              "disk": made.disk}  # fmt: skip
+    if as_json:
+        print(json.dumps({"passes": rows, **totals}, indent=1))
+        return
+    table = Table(title=f"{pipeline} on {model}", title_justify="left")
+    for i, name in enumerate(("pass", "layers", "weights", "becomes", "bits/weight")):
+        table.add_column(name, justify="left" if i in (0, 3) else "right")
+    for row in rows:
+        table.add_row(
+            row["pass"], str(row["layers"]), f"{row['weights']:,}", row["becomes"], f"{row['bits_per_weight']:.3f}"
+        )
+    console = _console()
+    console.print(table)
+    console.print(
+        f"weights {size(made.original_bytes)} -> about {size(made.final_bytes)}; peak memory about "
+        f"{size(made.peak_memory)}; disk while running about {size(made.disk)}",
+        soft_wrap=True,
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="a compressed folder, or any model")],
+    against: Annotated[str | None, typer.Option(help="the original, for the divergence")] = None,
+    source: Annotated[str, typer.Option(help="demo, a .txt / .jsonl / .parquet file, or a data set id")] = "demo",
+    samples: Annotated[int, typer.Option(help="windows")] = 64,
+    length: Annotated[int, typer.Option(help="tokens a window")] = 512,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure perplexity, divergence from the original, size and bits per weight."""
+    from transformers import AutoModelForCausalLM
+
+    from compress import api, hub, report
+    from compress.evaluate import evaluate as measure
+    from compress.pipeline import Evaluation
+
+    if samples < 1 or length < 2:
+        raise UsageError(f"--samples {samples} --length {length}: at least one window of two tokens is needed")
+    folder = hub.resolve(model)
+    section = Evaluation(source=source, samples=samples, length=length)
+    tokens = api.read_tokens(section, folder, "evaluation")
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    original = AutoModelForCausalLM.from_pretrained(hub.resolve(against)).eval() if against else None
+    quality = measure(loaded, tokens, against=original)
+    weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    found = {"model": model, "perplexity": quality.perplexity, "kl": quality.kl, "tokens": quality.tokens,
+             "source": source, "windows": samples, "length": length, "bytes": weights}  # fmt: skip
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    kl = "" if quality.kl is None else f", KL to {against} {quality.kl:.4f} on {quality.kl_tokens} tokens"
+    print(f"{model}: perplexity {quality.perplexity:.3f}{kl}, weights {report.size(weights)}")
+    print(f"({source}, {samples} windows of {length}, {quality.tokens} tokens)")
+
+
+@app.command()
+def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as_json: JsonOption = False) -> None:
+    """List every stored weight: kind, bits, sparsity, error, bytes."""
+    from compress.encodings import Spec
+    from compress.report import size
+    from compress.runtime.register import METHOD
+
+    try:
+        config = json.loads((out / "config.json").read_text())["quantization_config"]
+        layers = json.loads((out / "report.json").read_text())["layers"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{out} is not a folder that compress wrote: {error}") from error
+    if config.get("quant_method") != METHOD:
+        raise UsageError(f"{out} was compressed by {config.get('quant_method')}, not by this package")
+    rows = []
+    for name, data in config["modules"].items():
+        spec = Spec.from_json(data)
+        weights = spec.shape[0] * spec.shape[1]
+        notes = layers.get(name, {})
+        rows.append({
+            "layer": name, "shape": list(spec.shape), "bits": spec.bits, "group_size": spec.shape[1] // spec.groups,
+            "sparsity": 1 - spec.kept / weights if spec.kept is not None else 0.0, "bytes": spec.num_bytes,
+            "bits_per_weight": 8 * spec.num_bytes / weights, "passes": list(notes),
+            "error": {p: n["error"] for p, n in notes.items()},
+            "fallback": [n["fallback"] for n in notes.values() if "fallback" in n],
+        })  # fmt: skip
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table()
+    headings = ("layer", "shape", "bits", "group", "sparsity", "bits/weight", "size", "error")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        errors = " ".join(f"{p} {e:.4f}" for p, e in row["error"].items())
+        table.add_row(
+            row["layer"] + (" (fallback)" if row["fallback"] else ""),
+            "x".join(map(str, row["shape"])),
+            "" if row["bits"] is None else str(row["bits"]),
+            "" if row["bits"] is None else str(row["group_size"]),
+            f"{row['sparsity']:.1%}",
+            f"{row['bits_per_weight']:.3f}",
+            size(row["bytes"]),
+            errors,
+        )
+    _console().print(table)
+
+
+@app.command("list")
+def list_methods() -> None:
+    """List methods with their options, formats and ready-made pipelines."""
+    from dataclasses import MISSING, fields
+
+    from compress.passes import PASSES
+    from compress.pipeline import FORMATS
+
+    for pass_ in PASSES:
+        first = (pass_.__doc__ or "").strip().splitlines()[0]
+        shared = ("include", "exclude", "overrides")
+        options = [f"{f.name}={f.default}" for f in fields(pass_) if f.name not in shared and f.default is not MISSING]
+        print(f"{pass_.key:18}{first}\n{'':18}{', '.join(options)}")
+    print(f"\nevery method:     include, exclude, overrides\nexport:           {', '.join(FORMATS)}")
+
+
+TEMPLATE = """\
+# Run it:  compress run {name} demo -o out      Check it:  compress check {name} demo
+calibration: {{source: demo, samples: 128, length: 512}}   # or a .txt / .jsonl / .parquet file, or a data set id
+evaluate: {{source: demo, max_increase: 10%}}              # a gate: above it the run fails with exit code 3
+passes:                                                   # a list: order is execution order; see `compress list`
+  - gptq: {{scheme: w4g64}}
+export: [safetensors]
+"""
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="where to write the pipeline")] = Path("pipeline.yaml"),
+    force: Annotated[bool, typer.Option(help="replace an existing file")] = False,
+) -> None:
+    """Write a commented pipeline to start from."""
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists; give another name, or --force")
+    path.write_text(TEMPLATE.format(name=path))
+    print(path)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of pipeline files, for editors."""
+    from compress.pipeline import schema as make
+
+    print(json.dumps(make(), indent=1))
+
+
+def _console() -> Console:
+    wide = None if sys.stdout.isatty() else 160
+    return Console(width=wide, no_color="NO_COLOR" in os.environ or None, highlight=False)
+
+
+def main() -> None:
+    """The console script."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(_guarded(app))
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _guarded(command: Callable[..., Any]) -> int:
+    try:
+        command(standalone_mode=False)
+    except CompressError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues where it stopped", file=sys.stderr)
+        return 130
+    except MemoryError:
+        print("error: out of memory; use fewer or shorter calibration samples", file=sys.stderr)
+        return 4
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 4 if error.errno in (28, 122) else 1
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")):
+            return _usage(error)
+        raise
+    return 0
+
+
+def _usage(error: Any) -> int:
+    """Bad usage, as the command line parser words it."""
+    if hasattr(error, "show"):
+        error.show()
+    return int(getattr(error, "exit_code", 2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Let a model write: `python -m compress.demo.speak FOLDER [PROMPT ...]`."""
+
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import compress
+
+PROMPTS = ("def read_csv(path, encoding='utf-8')\n\n", "class ConnectionPool\n\n")
+
+
+def speak(folder: str, prompt: str, tokens: int = 80) -> str:
+    """What a model in a folder, packed or not, writes after a prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = tokenizer(tokenizer.eos_token + prompt, return_tensors="pt")["input_ids"]
+    torch.manual_seed(0)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.9,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))
+
+
+if __name__ == "__main__":
+    assert compress.__version__  # importing compress is what lets transformers read packed folders
+    for text in sys.argv[2:] or PROMPTS:
+        print(speak(sys.argv[1], text).rstrip())
+        print("-" * 79)

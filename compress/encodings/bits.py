@@ -1,0 +1,60 @@
+"""Codes to bytes and back: one dense little-endian bit stream a row.
+
+Code `i` of a row stands in bits `[i*bits, (i+1)*bits)` of the row's stream; bit `k` of the stream is bit `k % 8` of byte
+`k // 8`. A row is padded with zero bits to a whole byte, never further: 3-bit codes cost 3 bits.
+
+Shapes: R rows, N codes a row, B = ceil(N * bits / 8) bytes a row.
+"""
+
+import torch
+from torch import Tensor
+
+
+def row_bytes(num_codes: int, bits: int) -> int:
+    """Bytes of one packed row."""
+    return -(-num_codes * bits // 8)
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """(R, N) uint8 codes below 2**bits -> (R, B) uint8, bits 1 to 8."""
+    rows, num_codes = codes.shape
+    if bits == 8:
+        return codes.contiguous()
+    if 8 % bits == 0:
+        per_byte = 8 // bits
+        lanes = _padded(codes, per_byte).view(rows, -1, per_byte)
+        packed = lanes[..., 0].clone()
+        for i in range(1, per_byte):
+            packed |= lanes[..., i] << (bits * i)
+        return packed
+    # Eight codes fill exactly `bits` bytes: put them in one 64-bit word, then cut the word into bytes.
+    lanes = _padded(codes, 8).view(rows, -1, 8).long()
+    word = lanes[..., 0].clone()
+    for i in range(1, 8):
+        word |= lanes[..., i] << (bits * i)
+    packed = torch.stack([(word >> (8 * i)) & 255 for i in range(bits)], dim=-1).to(torch.uint8)
+    return packed.view(rows, -1)[:, : row_bytes(num_codes, bits)].contiguous()
+
+
+def unpack_bits(packed: Tensor, bits: int, num_codes: int) -> Tensor:
+    """(R, B) uint8 -> (R, N) uint8 codes: the inverse of `pack_bits`."""
+    rows = packed.shape[0]
+    if bits == 8:
+        return packed
+    if 8 % bits == 0:
+        mask = (1 << bits) - 1
+        lanes = [(packed >> (bits * i)) & mask for i in range(8 // bits)]
+        codes = torch.stack(lanes, dim=-1)
+    else:
+        groups = _padded(packed, bits).view(rows, -1, bits).long()
+        word = groups[..., 0].clone()
+        for i in range(1, bits):
+            word |= groups[..., i] << (8 * i)
+        mask = (1 << bits) - 1
+        codes = torch.stack([(word >> (bits * i)) & mask for i in range(8)], dim=-1).to(torch.uint8)
+    return codes.view(rows, -1)[:, :num_codes]
+
+
+def _padded(values: Tensor, multiple: int) -> Tensor:
+    missing = -values.shape[1] % multiple
+    return torch.nn.functional.pad(values, (0, missing)) if missing else values.contiguous()

@@ -1,0 +1,126 @@
+"""The Hugging Face folder: packed weights in one safetensors file, written and checked tensor by tensor."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from compress.artifact import Artifact, Packed
+from compress.encodings import Spec, pack, spec_of
+from compress.errors import CompressError
+from compress.ledger import writing
+from compress.runtime.register import METHOD, WEIGHTS
+
+# What travels along from the source folder: never weights, never code.
+COMPANIONS = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json", "*.model",
+              "generation_config.json", "chat_template*", "preprocessor_config.json")  # fmt: skip
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+Entry = tuple[str, tuple[int, ...], torch.dtype]
+
+
+def entries(artifact: Artifact) -> Iterator[tuple[str, list[Entry]]]:
+    """(parameter or site name, its stored tensors) in the model's order; tied parameters once."""
+    by_parameter = {s.parameter: s for s in artifact.graph.sites}
+    for name, _ in artifact.graph.model.named_parameters():
+        site = by_parameter.get(name)
+        if name in artifact.graph.tied:
+            continue
+        if site is not None and site.name in artifact.committed:
+            spec = spec_at(artifact, site.name)
+            yield site.name, [(f"{site.name}.{leaf}", shape, dtype) for leaf, (shape, dtype) in spec.tensors().items()]
+        else:
+            stored = artifact.name_in_source(name)
+            yield name, [(name, artifact.source.shape(stored), artifact.source.dtype(stored))]
+
+
+def spec_at(artifact: Artifact, site: str) -> Spec:
+    """The spec of a committed site."""
+    done = artifact.committed[site]
+    return done.spec if isinstance(done, Packed) else spec_of(done)
+
+
+def stored_bytes(artifact: Artifact) -> int:
+    """Bytes of all weights as they would be written now."""
+    return sum(
+        torch.Size(shape).numel() * dtype.itemsize for _, parts in entries(artifact) for _, shape, dtype in parts
+    )
+
+
+def write(artifact: Artifact, folder: Path, config: dict[str, Any], source: Path | None, version: str) -> None:
+    """Write weights, configuration and the source's tokenizer files into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder / WEIGHTS):
+        _write_weights(artifact, folder / WEIGHTS)
+    modules = {name: spec_at(artifact, name).to_json() for name in sorted(artifact.committed)}
+    config = {**config, "quantization_config": {"quant_method": METHOD, "version": version, "modules": modules}}
+    with writing(folder / "config.json"):
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if source:
+        for found in sorted({p for pattern in COMPANIONS for p in source.glob(pattern) if p.is_file()}):
+            with writing(folder / found.name):
+                shutil.copyfile(found, folder / found.name)
+
+
+def _write_weights(artifact: Artifact, file: Path) -> None:
+    # safetensors' own writer wants every tensor in memory; the format is a length, a header and the bytes in order.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    plan = list(entries(artifact))
+    for _, parts in plan:
+        for name, shape, dtype in parts:
+            end = position + torch.Size(shape).numel() * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+            position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little"))
+        out.write(text)
+        for owner, parts in plan:
+            tensors = stored_tensors(artifact, owner)
+            for name, _, _ in parts:
+                out.write(_bytes(tensors[name]))
+
+
+def stored_tensors(artifact: Artifact, owner: str) -> dict[str, Tensor]:
+    """The tensors of one entry, by full name."""
+    done = artifact.committed.get(owner)
+    if done is None:
+        return {owner: artifact.source.read(artifact.name_in_source(owner))}
+    packed = done.tensors() if isinstance(done, Packed) else pack(done)[1]
+    return {f"{owner}.{leaf}": value for leaf, value in packed.items()}
+
+
+def verify(artifact: Artifact, folder: Path) -> int:
+    """Re-open the written file and compare every tensor with what was meant; returns how many were compared.
+
+    Raises:
+        CompressError: a tensor differs.
+    """
+    count = 0
+    for owner, parts in entries(artifact):
+        meant = stored_tensors(artifact, owner)
+        with safe_open(folder / WEIGHTS, "pt") as opened:
+            for name, _, _ in parts:
+                there = opened.get_tensor(name)
+                if there.dtype != meant[name].dtype or not torch.equal(_raw(there), _raw(meant[name])):
+                    raise CompressError(f"{folder / WEIGHTS}: {name} reads back differently; the disk may be failing")
+                count += 1
+    return count
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(_raw(tensor).numpy())

@@ -1,0 +1,156 @@
+"""What is done already: one file a unit of work, named by stage and unit, accepted only under its key.
+
+A key is a hash over everything the result depends on (source, calibration, seed, code, every pass so far), so a changed
+pipeline keeps the work before the change and redoes the rest. A file is written under another name, flushed to disk and
+renamed: it is whole or it is not there. Failures are never recorded.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from compress.artifact import Packed
+from compress.encodings import Spec, Weight, pack
+from compress.errors import ResourceError
+
+
+@dataclass(frozen=True)
+class Record:
+    """One site of a finished unit."""
+
+    site: str
+    weight: Weight | Packed
+    notes: dict[str, Any]
+
+
+def key_of(*parts: Any) -> str:
+    """A key from JSON-able parts, the previous key among them."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def code_fingerprint() -> str:
+    """Of this package's source and of torch's version: other code may make other numbers."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class MemoryLedger:
+    """Keeps results in memory only: nothing to resume."""
+
+    def load(self, unit: str, key: str) -> list[Record] | None:
+        """None: nothing was done before."""
+        return None
+
+    def commit(self, unit: str, key: str, records: list[Record]) -> list[Record]:
+        """The records as given."""
+        return records
+
+    def load_row(self, unit: str, key: str) -> dict[str, Any] | None:
+        """None: nothing was measured before."""
+        return None
+
+    def commit_row(self, unit: str, key: str, row: Mapping[str, Any]) -> None:
+        """Nothing to keep."""
+
+
+class FolderLedger(MemoryLedger):
+    """Keeps every finished unit as a file in a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def load(self, unit: str, key: str) -> list[Record] | None:
+        """The records of a unit finished under this very key, else None."""
+        file = self.folder / f"{unit}.safetensors"
+        if not file.is_file():
+            return None
+        try:
+            with safe_open(file, "pt") as opened:
+                metadata = opened.metadata() or {}
+            if metadata.get("key") != key:
+                return None
+            entries = json.loads(metadata["records"])
+        except (SafetensorError, KeyError, ValueError):
+            return None  # not ours, or damaged since: it is simply done again
+        return [Record(site, Packed(file, site, Spec.from_json(e["spec"])), e["notes"]) for site, e in entries.items()]
+
+    def commit(self, unit: str, key: str, records: list[Record]) -> list[Record]:
+        """Write a unit's packed weights; returned records read from the file."""
+        tensors: dict[str, torch.Tensor] = {}
+        entries = {}
+        done = []
+        file = self.folder / f"{unit}.safetensors"
+        for record in records:
+            assert isinstance(record.weight, Weight)
+            spec, packed = pack(record.weight)
+            tensors.update({f"{record.site}.{leaf}": value for leaf, value in packed.items()})
+            entries[record.site] = {"spec": spec.to_json(), "notes": record.notes}
+            done.append(Record(record.site, Packed(file, record.site, spec), record.notes))
+        temporary = file.with_suffix(".partial")
+        with writing(temporary):
+            save_file(tensors, temporary, metadata={"key": key, "records": json.dumps(entries)})
+        publish(temporary, file)
+        return done
+
+    def load_row(self, unit: str, key: str) -> dict[str, Any] | None:
+        """What was measured under this very key, else None."""
+        file = self.folder / f"{unit}.json"
+        try:
+            data = json.loads(file.read_text())
+        except (OSError, ValueError):
+            return None
+        row: dict[str, Any] = data["row"]
+        return row if data.get("key") == key else None
+
+    def commit_row(self, unit: str, key: str, row: Mapping[str, Any]) -> None:
+        """Write what was measured."""
+        file = self.folder / f"{unit}.json"
+        write_text(file, json.dumps({"key": key, "row": dict(row)}))
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    temporary = file.with_suffix(".partial")
+    with writing(temporary):
+        temporary.write_text(text)
+    publish(temporary, file)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Flush a finished file to disk and give it its name."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(final)
+
+
+class writing:
+    """Turns a full disk into an error that says so; the unfinished file is removed."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is None:
+            return
+        self.path.unlink(missing_ok=True)
+        no_space = isinstance(error, OSError) and error.errno in (28, 122)  # ENOSPC, EDQUOT
+        if no_space or (isinstance(error, SafetensorError) and "os error 28" in str(error).lower()):
+            raise ResourceError(
+                f"no space left on the disk of {self.path.parent}; what is finished is kept: make room and run the same "
+                "command again"
+            ) from error

@@ -1,0 +1,228 @@
+"""The pass manager: runs a plan stage by stage, measures after each, and holds the gate."""
+
+import hashlib
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.artifact import Artifact
+from compress.calibration.data import batches
+from compress.encodings import Spec
+from compress.errors import GateError
+from compress.evaluate import Quality, Reference, measure
+from compress.export.safetensors import spec_at, stored_bytes
+from compress.ledger import Record, code_fingerprint, key_of
+from compress.observe import observed
+from compress.passes.base import LinearPass, ModelPass, Target
+from compress.pipeline import Pipeline
+from compress.plan import PassPlan, Plan
+from compress.report import Report, Row
+from compress.sweep import TOKENS_AT_ONCE, Context, forward, run_stage, set_in_place, streamed
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokens, or inputs of another module."""
+
+    calibration: Tensor | None = None
+    evaluation: Tensor | None = None
+
+
+def execute(pipeline: Pipeline, plan: Plan, context: Context, data: Data, model_name: str) -> Report:
+    """Run every stage; the artifact of `context` then holds the result.
+
+    Raises:
+        GateError: perplexity rose above the gate; what is finished stays in the ledger.
+    """
+    report = Report(model_name)
+    meter = _Meter(context, data.evaluation)
+    key = key_of(
+        context.artifact.source.fingerprint(),
+        code_fingerprint(),
+        pipeline.seed,
+        str(context.dtype),
+        _hash(data.calibration),
+    )
+    start = _row(context, meter, "original", "original", key, None, 0.0)
+    report.rows.append(start)
+    groups = batches(data.calibration, TOKENS_AT_ONCE) if data.calibration is not None else []
+    for number, stage in enumerate(plan.stages):
+        started = time.perf_counter()
+        key, records = _stage(context, number, stage, groups, key)
+        seconds = time.perf_counter() - started
+        name = "+".join(p.pass_.key for p in stage)
+        last = number + 1 == len(plan.stages)
+        due = last or pipeline.evaluate is None or pipeline.evaluate.after == "each"
+        row = _row(context, meter if due else None, f"s{number:02d}", name, key, start.perplexity, seconds)
+        report.rows.append(row)
+        _note(report, records)
+        limit = pipeline.evaluate.max_increase if pipeline.evaluate else None
+        if limit is not None and row.change is not None and row.change > limit:
+            raise GateError(
+                f"after {name} perplexity is {row.perplexity:.3f}, {row.change:+.1%} over the original "
+                f"{start.perplexity:.3f}; the gate evaluate.max_increase allows {limit:+.1%}. Nothing was exported"
+            )
+    if pipeline.evaluate and data.evaluation is not None:
+        report.data = {
+            "source": pipeline.evaluate.source,
+            "windows": len(data.evaluation),
+            "length": data.evaluation.shape[1],
+            "tokens": data.evaluation[:, 1:].numel(),
+            "kl_tokens": meter.kl_tokens,
+        }
+    return report
+
+
+def _stage(
+    context: Context, number: int, stage: Sequence[PassPlan], groups: Sequence[Tensor], key: str
+) -> tuple[str, list[Record]]:
+    first = stage[0].pass_
+    if isinstance(first, ModelPass):
+        return _model_stage(context, number, stage[0], key)
+    passes = [p.pass_ for p in stage if isinstance(p.pass_, LinearPass)]
+    return run_stage(context, number, passes, groups, key)
+
+
+def _model_stage(context: Context, number: int, plan: PassPlan, key: str) -> tuple[str, list[Record]]:
+    """A pass over the whole model: it sees the state before the stage until the last edit is committed."""
+    pass_, artifact = plan.pass_, context.artifact
+    assert isinstance(pass_, ModelPass)
+    sites = {s.name: s for s in plan.sites}
+    key = key_of(key, number, pass_.key, pass_.options(), list(sites))
+    units = {name: f"s{number:02d}-{i:05d}" for i, name in enumerate(sites)}
+    done = {name: found for name in sites if (found := context.ledger.load(units[name], key)) is not None}
+
+    def load(name: str) -> Target:
+        weight = artifact.weight(sites[name])
+        return Target(weight.dequantize(), weight.mask)
+
+    if len(done) < len(sites):
+        edits = pass_.run(tuple(sites), load)
+        for name, edit in context.bars.over(edits, len(sites), f"{pass_.key}: layers"):
+            if name not in done:
+                site = sites[name]
+                weight, error = observed(site, pass_, artifact.weight(site), edit, artifact.store_dtype(site))
+                notes = {pass_.key: {"error": error, **edit.notes}}
+                done[name] = context.ledger.commit(units[name], key, [Record(name, weight, notes)])
+    records = [record for name in sites for record in done[name]]
+    for record in records:
+        artifact.committed[record.site] = record.weight
+        if context.resident:
+            set_in_place(context, record)
+    return key, records
+
+
+class _Meter:
+    """Measures the model as the artifact stands; knows the original for comparison."""
+
+    def __init__(self, context: Context, tokens: Tensor | None):
+        self.context, self.tokens = context, tokens
+        self.reference: Reference | None = None
+        self.kl_tokens = 0
+
+    def original(self) -> Quality | None:
+        """The original's quality; remembers its predictions."""
+        if self.tokens is None:
+            return None
+        self.reference = Reference()
+        plain = replace(self.context, artifact=replace(self.context.artifact, committed={}))
+        return self._measure(plain, "evaluate original: batches", keep=True)
+
+    def now(self) -> Quality | None:
+        """The model as it stands."""
+        if self.tokens is None:
+            return None
+        if self.reference is None:
+            self.original()
+        return self._measure(self.context, "evaluate: batches", keep=False)
+
+    def _measure(self, context: Context, label: str, keep: bool) -> Quality:
+        assert self.tokens is not None
+
+        def logits(batch: Tensor) -> Tensor:
+            result: Tensor = forward(context.graph, batch).logits
+            return result
+
+        with streamed(context):
+            return measure(
+                logits,
+                self.tokens,
+                reference=self.reference,
+                keep=keep,
+                progress=lambda items, total: context.bars.over(items, total, label),
+            )
+
+
+def _row(
+    context: Context, meter: _Meter | None, unit: str, name: str, key: str, baseline: float | None, seconds: float
+) -> Row:
+    """Measure, or find measured."""
+    key = key_of(key, "row", _hash(meter.tokens) if meter else None)
+    found = context.ledger.load_row(unit, key)
+    if found is not None:
+        if meter:
+            meter.kl_tokens = found.pop("kl_tokens")
+        return Row(**found)
+    quality = None
+    if meter:
+        quality = meter.original() if unit == "original" else meter.now()
+        meter.kl_tokens = quality.kl_tokens if quality else 0
+    bits, sparsity = density(context.artifact)
+    row = Row(
+        name=name,
+        perplexity=quality.perplexity if quality else None,
+        change=quality.perplexity / baseline - 1 if quality and baseline else None,
+        kl=quality.kl if quality else None,
+        bytes=stored_bytes(context.artifact), bits_per_weight=bits, sparsity=sparsity,
+        seconds=round(seconds, 2), peak_mb=round(peak_memory() / 1e6, 1),
+    )  # fmt: skip
+    context.ledger.commit_row(unit, key, {**asdict(row), "kl_tokens": quality.kl_tokens if quality else 0})
+    return row
+
+
+def density(artifact: Artifact) -> tuple[float, float]:
+    """(stored bits a weight, share of zeros) over the matrices inside the blocks."""
+    bits = zeros = weights = 0
+    for site in artifact.graph.sites:
+        if site.block is None:
+            continue
+        count = site.shape[0] * site.shape[1]
+        spec: Spec | None = spec_at(artifact, site.name) if site.name in artifact.committed else None
+        weights += count
+        bits += 8 * spec.num_bytes if spec else 8 * count * artifact.store_dtype(site).itemsize
+        zeros += count - spec.kept if spec and spec.kept is not None else 0
+    return (bits / weights, zeros / weights) if weights else (0.0, 0.0)
+
+
+def _note(report: Report, records: Sequence[Record]) -> None:
+    for record in records:
+        report.layers.setdefault(record.site, {}).update(record.notes)
+        for name, notes in record.notes.items():
+            if "fallback" in notes:
+                report.fallbacks.append(f"{record.site}: {notes['fallback']}")
+            if notes.get("dead_inputs"):
+                report.fallbacks.append(f"{record.site}: {notes['dead_inputs']:.0f} inputs are always zero ({name})")
+
+
+def _hash(tokens: Tensor | None) -> Any:
+    if tokens is None:
+        return None
+    return key_of(list(tokens.shape), hash_bytes(tokens))
+
+
+def hash_bytes(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes."""
+    raw = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(memoryview(raw)).hexdigest()
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,64 @@
+"""What the manager checks about every edit before it counts. It observes; it does not ask the pass."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from compress.encodings import Uniform, Weight
+from compress.errors import CompressError
+from compress.graph import Site
+from compress.passes.base import Edit, Pass
+from compress.passes.prune.selection import pattern
+
+Refuse = Callable[[str], CompressError]
+
+
+def observed(site: Site, pass_: Pass, before: Weight, edit: Edit, store: torch.dtype) -> tuple[Weight, float]:
+    """The weight an edit makes, in its stored type, and its relative error ||new - before|| / ||before||.
+
+    Raises:
+        CompressError: the edit has the wrong shape, is not finite, has codes out of range, revives a zero, or breaks
+            the pattern it promised. This is a defect of the pass, never of the user's input.
+    """
+
+    def refuse(what: str) -> CompressError:
+        return CompressError(f"{pass_.key} on {site.name}: {what}; this is a defect, please report it")
+
+    if edit.mask is not None and tuple(edit.mask.shape) != site.shape:
+        raise refuse(f"a mask of shape {tuple(edit.mask.shape)}, not {site.shape}")
+    if before.mask is not None and (edit.mask is None or bool((edit.mask & ~before.mask).any())):
+        raise refuse("zeros that were already there have come back")
+    weight = _from_codes(edit, refuse, site) if edit.encoding else _from_values(edit, refuse, site, store)
+    wanted = pattern(getattr(pass_.at(site.name), "sparsity", 0.0))
+    if wanted and edit.mask is not None and int(edit.mask.view(-1, wanted[1]).sum(1).max()) > wanted[0]:
+        raise refuse(f"more than {wanted[0]} of {wanted[1]} neighbouring weights kept")
+    old = before.dequantize()
+    size = float(torch.linalg.vector_norm(old))
+    error = float(torch.linalg.vector_norm(weight.dequantize() - old))
+    return weight, error / size if size else error
+
+
+def _from_values(edit: Edit, refuse: Refuse, site: Site, store: torch.dtype) -> Weight:
+    values = edit.weight
+    if values is None or tuple(values.shape) != site.shape:
+        raise refuse(f"new values of shape {None if values is None else tuple(values.shape)}, not {site.shape}")
+    stored: Tensor = values.to(store)
+    if edit.mask is not None:
+        stored = stored.masked_fill(~edit.mask, 0)
+    if not torch.isfinite(stored).all():
+        raise refuse(f"values that are not finite in {store}")
+    return Weight(stored, edit.mask)
+
+
+def _from_codes(edit: Edit, refuse: Refuse, site: Site) -> Weight:
+    e = edit.encoding
+    assert isinstance(e, Uniform)
+    if tuple(e.codes.shape) != site.shape:
+        raise refuse(f"codes of shape {tuple(e.codes.shape)}, not {site.shape}")
+    if int(e.codes.max()) >= 2**e.bits or int(e.zero_point.max()) >= 2**e.bits:
+        raise refuse(f"codes that do not fit {e.bits} bits")
+    scale = e.scale.float()
+    if not torch.isfinite(scale).all() or not bool((scale > 0).all()):
+        raise refuse("scales that are not positive and finite")
+    return Weight(mask=edit.mask, encoding=e)

@@ -1,0 +1,147 @@
+"""What a pass is: a frozen dataclass whose fields are its whole configuration, and one method.
+
+A pass is given a site's weight as (out, in) float32, its mask and its statistics, and returns an edit. It knows no
+device, no file, no other site, and keeps nothing between calls.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from compress.calibration.statistics import Need, Statistics
+from compress.encodings import Uniform
+
+
+class OptionError(ValueError):
+    """An impossible option. `option` names the field; the pipeline adds file, line and path."""
+
+    def __init__(self, option: str, message: str):
+        super().__init__(f"{option}: {message}")
+        self.option, self.message = option, message
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a LinearPass works on: one matrix, or several fed by the same input stacked row upon row.
+
+    Attributes:
+        weight: (out, in) float32, zero where masked. Not to be written to.
+        mask: (out, in) bool, True = kept; None when dense.
+        statistics: of the inputs; None when the pass needs none, or nothing ever reached the site.
+        generator: seeded from (seed, pass, site name).
+    """
+
+    weight: Tensor
+    mask: Tensor | None = None
+    statistics: Statistics | None = None
+    generator: torch.Generator | None = None
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What a pass did to one weight: new dense values, or codes; and the mask, where there is one.
+
+    Attributes:
+        weight: (out, in) float32 new values, or None when `encoding` is given.
+        mask: (out, in) bool, True = kept; None when dense.
+        encoding: integer codes.
+        notes: facts for the report, such as dead inputs.
+    """
+
+    weight: Tensor | None = None
+    mask: Tensor | None = None
+    encoding: Uniform | None = None
+    notes: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Override:
+    """Other option values for the sites that match; the last match wins."""
+
+    match: str
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """Options every pass has.
+
+    Args:
+        include: shell wildcards on full module names. Empty: every site inside the blocks. Sites outside the blocks,
+            such as lm_head, are only worked on when a pattern here matches them.
+        exclude: sites to leave alone.
+        overrides: `{match: "*.down_proj", bits: 8}`, or `Override("*.down_proj", {"bits": 8})`.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    overrides: tuple[Override, ...] = ()
+
+    key: ClassVar[str]
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
+    needs: ClassVar[Need] = "none"
+
+    def check(self) -> Iterator[OptionError]:
+        """Every impossible option."""
+        return iter(())
+
+    def check_shape(self, shape: tuple[int, int]) -> str | None:
+        """Why this pass cannot work on an (out, in) matrix, or None."""
+        return None
+
+    def produces(self, kind: str) -> str:
+        """The kind of a weight (`dense`, `sparse`, `quantized`, `sparse-quantized`) after this pass."""
+        raise NotImplementedError
+
+    def selects(self, name: str, in_block: bool) -> bool:
+        """Whether a site is worked on."""
+        if any(fnmatchcase(name, p) for p in self.exclude):
+            return False
+        return any(fnmatchcase(name, p) for p in self.include) if self.include else in_block
+
+    def at(self, name: str) -> Self:
+        """This pass with the overrides of one site applied, and no patterns left."""
+        options: dict[str, Any] = {}
+        for override in self.overrides:
+            if fnmatchcase(name, override.match):
+                options = dict(override.options)
+        return replace(self, include=(), exclude=(), overrides=(), **options)
+
+    def options(self) -> dict[str, Any]:
+        """Fields that differ from their defaults."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearPass(Pass):
+    """A pass that sees one matrix at a time."""
+
+    @property
+    def rowwise(self) -> bool:
+        """Rows are independent given the statistics, so matrices fed by the same input may be stacked and solved once."""
+        return False
+
+    def run(self, target: Target) -> Edit:
+        """The edit of one matrix.
+
+        Raises:
+            SolveError: the linear algebra failed; the caller retries with more damping, then runs `fallback`.
+        """
+        raise NotImplementedError
+
+    def fallback(self) -> "LinearPass":
+        """A pass that cannot fail and makes the same kind of weight."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPass(Pass):
+    """A pass that must see all its matrices before it can decide about any."""
+
+    def run(self, names: tuple[str, ...], load: Callable[[str], Target]) -> Iterator[tuple[str, Edit]]:
+        """Edits, one site at a time, in the order of `names`. `load` reads a site; nothing is kept by the caller."""
+        raise NotImplementedError

@@ -1,0 +1,111 @@
+"""Optimal brain surgery, column by column: what GPTQ and SparseGPT share.
+
+Minimise ||(W - V) X||^2 where the columns of V must be projected (rounded, zeroed) one after the other; what a
+projection breaks in one column is repaired in the columns still to come. With H = X X^T + damping and the upper
+triangular R of H = R R^T, the columns [a, b) as the algorithm sees them when it arrives there are
+
+    W[:, a:b] + D R[:a, a:b] R[a:b, a:b]^-1,      D = (W - V)[:, :a],
+
+which equals the published form (U = R^-1 is the upper Cholesky factor of H^-1, errors pushed to the right after every
+tile), but needs one factorisation and no inverse of H, and reads the past instead of rewriting the future.
+
+Sources: Frantar and Alistarh, "Optimal Brain Compression", 2022, arXiv 2208.11580; Frantar, Ashkboos, Hoefler and
+Alistarh, "GPTQ", 2022, arXiv 2210.17323.
+
+Shapes: O rows, I columns, t columns in a tile.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from compress.errors import SolveError
+
+Begin = Callable[[int, Tensor], None]  # (first column, current columns (O, width)): decide scales or masks
+Project = Callable[[int, Tensor], Tensor]  # (column, its current values (O,)) -> the values to keep (O,)
+
+
+class Factor:
+    """R of H = R R^T for a damped Gram matrix, in a given order of columns.
+
+    Kept as the lower Cholesky factor of H with rows and columns reversed, read through reversed indices.
+    """
+
+    def __init__(self, gram: Tensor, damping: float, order: Tensor | None = None):
+        """Gram (I, I) is not changed; `damping` is a share of the mean of its diagonal."""
+        diagonal = gram.diagonal().clone()
+        dead = diagonal == 0
+        self.num_dead = int(dead.sum())
+        order = torch.arange(len(gram)) if order is None else order
+        reverse = order.flip(0)
+        damped = gram[reverse][:, reverse]
+        damped.diagonal().add_(damping * diagonal.mean())
+        damped.diagonal()[dead[reverse]] = 1.0  # an input that is always zero constrains nothing
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if failed or not torch.isfinite(lower.diagonal()).all():
+            raise SolveError("the Gram matrix of the inputs is not positive definite at this damping")
+        self.lower = lower
+
+    def block(self, rows: slice, columns: slice) -> Tensor:
+        """R[rows, columns] as a copy."""
+        n = len(self.lower)
+        r = slice(n - rows.stop, n - rows.start)
+        c = slice(n - columns.stop, n - columns.start)
+        return self.lower[r, c].flip(0, 1)
+
+
+def compensate(weight: Tensor, factor: Factor, *, tile: int, every: int, begin: Begin, project: Project) -> Tensor:
+    """Project the columns of `weight` (O, I) from left to right; returns V (O, I).
+
+    `begin` is called before the columns 0, every, 2*every, ... with the next `every` columns as they stand then;
+    `project` once a column, in order. `tile` is how many columns are worked on at once: it changes the speed and the
+    rounding of the last bit, nothing else.
+    """
+    columns = weight.shape[1]
+    tile = max(every, tile // every * every) if every <= tile else _divisor(every, tile)
+    lost = torch.empty(columns, weight.shape[0])  # D, transposed: a column is contiguous
+    kept = torch.empty(columns, weight.shape[0])
+    for a in range(0, columns, tile):
+        b = min(a + tile, columns)
+        if every > tile and a % every == 0:
+            begin(a, _current(weight, lost, factor, a, min(a + every, columns)).T)
+        now = _current(weight, lost, factor, a, b)
+        inverse = _triangular_inverse(factor.block(slice(a, b), slice(a, b)))
+        errors = torch.empty_like(now)
+        for j in range(b - a):
+            if every <= tile and j % every == 0:
+                width = min(every, b - a - j)
+                ahead = now[j : j + width]
+                if j:
+                    ahead = ahead - _ahead(errors, inverse, j, width)
+                begin(a + j, ahead.T)
+            value = torch.addmv(now[j], errors[:j].T, inverse[:j, j], alpha=-1) if j else now[j]
+            chosen = project(a + j, value)
+            torch.sub(value, chosen, out=errors[j])
+            errors[j] /= inverse[j, j]
+            kept[a + j] = chosen
+        torch.sub(weight[:, a:b].T, kept[a:b], out=lost[a:b])
+    return kept.T.contiguous()
+
+
+def _current(weight: Tensor, lost: Tensor, factor: Factor, a: int, b: int) -> Tensor:
+    """The columns [a, b), transposed, after everything before `a` has been compensated."""
+    now = weight[:, a:b].T.contiguous()
+    if a:
+        right = factor.block(slice(a, b), slice(a, b))
+        push = factor.block(slice(0, a), slice(a, b)).T @ lost[:a]
+        now += torch.linalg.solve_triangular(right.T, push, upper=False)
+    return now
+
+
+def _ahead(errors: Tensor, inverse: Tensor, j: int, width: int) -> Tensor:
+    return inverse[:j, j : j + width].T @ errors[:j]
+
+
+def _triangular_inverse(upper: Tensor) -> Tensor:
+    return torch.linalg.solve_triangular(upper, torch.eye(len(upper)), upper=True)
+
+
+def _divisor(number: int, at_most: int) -> int:
+    return next(d for d in range(at_most, 0, -1) if number % d == 0)

@@ -1,0 +1,71 @@
+"""Which weights go: the shared selection rules of the pruners. Ties are broken by position, so results repeat."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.passes.base import OptionError
+
+Sparsity = float | str  # share of zeros, or "keep:of" such as "2:4"
+
+
+def pattern(sparsity: Sparsity) -> tuple[int, int] | None:
+    """("2:4") -> (keep, of); None for a share."""
+    if isinstance(sparsity, str):
+        keep, of = sparsity.split(":")
+        return int(keep), int(of)
+    return None
+
+
+def check_sparsity(sparsity: Any) -> Iterator[OptionError]:
+    """What is wrong with a `sparsity` option."""
+    if isinstance(sparsity, str):
+        match = re.fullmatch(r"(\d+):(\d+)", sparsity)
+        if not match:
+            yield OptionError("sparsity", f"{sparsity!r} is neither a share such as 0.5 nor keep:of such as '2:4'")
+        elif not 0 < int(match[1]) < int(match[2]):
+            yield OptionError("sparsity", f"{sparsity!r} keeps {match[1]} of {match[2]}; keep must be from 1 to of - 1")
+    elif not 0 <= sparsity < 1:
+        yield OptionError("sparsity", f"{sparsity} is not a share of zeros from 0 to below 1")
+
+
+def pattern_misfit(sparsity: Sparsity, shape: tuple[int, int]) -> str | None:
+    """Why an N:M pattern cannot lie on an (out, in) matrix, or None."""
+    of = pattern(sparsity)
+    if of and shape[1] % of[1]:
+        return f"sparsity {sparsity} needs a number of columns that {of[1]} divides; it has {shape[1]}"
+    return None
+
+
+def masked_out(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Scores with weights that are already gone below every other, so they are chosen first."""
+    return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+
+
+def keep_rows(scores: Tensor, sparsity: float) -> Tensor:
+    """(O, I) scores -> mask with floor(I * sparsity) zeros in every row, lowest scores first."""
+    count = int(scores.shape[1] * sparsity)
+    return _keep_all_but(scores, count)
+
+
+def keep_pattern(scores: Tensor, keep: int, of: int) -> Tensor:
+    """(O, I) scores -> mask that keeps the `keep` highest in every run of `of` columns."""
+    runs = scores.reshape(-1, of)
+    return _keep_all_but(runs, of - keep).view(scores.shape)
+
+
+def keep_share(scores: Tensor, sparsity: float) -> Tensor:
+    """(O, I) scores -> mask with floor(O * I * sparsity) zeros anywhere in the matrix."""
+    flat = scores.reshape(1, -1)
+    return _keep_all_but(flat, int(flat.shape[1] * sparsity)).view(scores.shape)
+
+
+def _keep_all_but(scores: Tensor, count: int) -> Tensor:
+    mask = torch.ones(scores.shape, dtype=torch.bool)
+    if count:
+        lowest = torch.argsort(scores, dim=1, stable=True)[:, :count]
+        mask.scatter_(1, lowest, False)
+    return mask

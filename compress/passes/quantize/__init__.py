@@ -1,0 +1,1 @@
+"""Passes onto a grid."""

@@ -1,0 +1,157 @@
+"""GPTQ: rounding with the error of every column repaired in the columns after it.
+
+Shapes: O rows, I columns, G groups of columns.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from compress.calibration.statistics import Need
+from compress.encodings import Uniform, fit
+from compress.errors import SolveError
+from compress.passes.base import Edit, OptionError, Target
+from compress.passes.obs import Factor, compensate
+from compress.passes.quantize.grid import UniformPass
+from compress.passes.quantize.rtn import Rtn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gptq(UniformPass):
+    """Round column by column; each column's rounding error is compensated in the columns still to come.
+
+    Masked weights stay zero and their loss is compensated too. Scales of a group are fitted to the weights as they stand
+    when the group begins, and are kept for every group.
+
+    Source: Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative
+    Pre-trained Transformers", 2022, arXiv 2210.17323. Differs from the paper in: one Cholesky factor of H instead of
+    its inverse (the same numbers, see `passes/obs.py`); a group that begins inside a tile sees the corrections of that
+    tile; weights of dead inputs are rounded, not zeroed.
+
+    Args:
+        damping: added to the diagonal of the Gram matrix, as a share of its mean.
+        act_order: columns with the largest inputs first. Groups keep their places and their scales are fitted
+            beforehand (static groups), so the result needs no column index.
+        tile: columns worked on at once; speed only.
+
+    Example:
+        >>> import torch, compress
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8))
+        >>> result = compress.apply(model, [compress.Gptq(bits=3)], calibration=torch.randn(16, 64))
+        >>> result.weights["0"].encoding.bits
+        3
+    """
+
+    damping: float = 0.01
+    act_order: bool = False
+    tile: int = 128
+
+    key: ClassVar[str] = "gptq"
+    needs: ClassVar[Need] = "gram"
+
+    def check(self) -> Iterator[OptionError]:
+        yield from super().check()
+        if self.damping <= 0:
+            yield OptionError("damping", f"{self.damping} is not positive")
+        if self.tile < 1:
+            yield OptionError("tile", f"{self.tile} is not a positive number of columns")
+
+    def run(self, target: Target) -> Edit:
+        statistics = target.statistics
+        if statistics is None or statistics.gram is None:
+            raise SolveError("no input ever reached this layer")
+        codes, scale, zero, dead = solve(
+            target.weight,
+            statistics.gram,
+            target.mask,
+            bits=self.bits,
+            group_size=self.group_size,
+            damping=self.damping,
+            act_order=self.act_order,
+            tile=self.tile,
+            grid=self,
+        )
+        notes = {"dead_inputs": dead} if dead else {}
+        return Edit(encoding=Uniform(codes, scale, zero, self.bits, self.symmetric), mask=target.mask, notes=notes)
+
+    def fallback(self) -> Rtn:
+        return Rtn(
+            bits=self.bits,
+            group_size=self.group_size,
+            granularity=self.granularity,
+            symmetric=self.symmetric,
+            scale_search=self.scale_search,
+        )
+
+
+def solve(
+    weight: Tensor,
+    gram: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int | None,
+    damping: float,
+    act_order: bool,
+    tile: int,
+    grid: UniformPass,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The algorithm on plain tensors.
+
+    Args:
+        weight: (O, I) float32.
+        gram: (I, I) float32, sum of x x^T.
+        mask: (O, I) bool, True = kept.
+
+    Returns:
+        codes (O, I) uint8, scale (R, G), zero point (R, G) uint8, number of dead inputs.
+
+    Raises:
+        SolveError: not positive definite, or a result that is not finite.
+    """
+    rows, columns = weight.shape
+    order = torch.argsort(gram.diagonal(), descending=True, stable=True) if act_order else torch.arange(columns)
+    factor = Factor(gram, damping, order if act_order else None)
+    width = columns if group_size is None else group_size
+    static = act_order or group_size is None
+    if static:
+        scales, zeros = grid.grid(weight)
+    else:
+        scales, zeros = torch.empty(rows, columns // width), torch.empty(rows, columns // width, dtype=torch.uint8)
+
+    def begin(start: int, current: Tensor) -> None:
+        if not static:
+            scale, zero = fit(current, bits, symmetric=grid.symmetric, search=grid.scale_search)
+            scales[:, start // width], zeros[:, start // width] = scale[:, 0].float(), zero[:, 0]
+
+    codes = torch.empty(columns, rows, dtype=torch.uint8)
+    kept = None if mask is None else mask.T.contiguous()[order]
+    highest = 2**bits - 1
+
+    def project(j: int, value: Tensor) -> Tensor:
+        group = int(order[j]) // width
+        s, z = scales[:, group].float(), zeros[:, group].float()
+        code = (value / s).round_().add_(z).clamp_(0, highest)
+        if kept is not None:
+            code = torch.where(kept[j], code, z)
+        codes[j] = code.to(torch.uint8)
+        return code.sub_(z).mul_(s)
+
+    every = columns if static else width
+    result = compensate(
+        weight[:, order] if act_order else weight, factor, tile=tile, every=every, begin=begin, project=project
+    )
+    if not torch.isfinite(result).all():
+        raise SolveError("the solution is not finite")
+    scales = _stored(scales)
+    codes = codes.T.contiguous()
+    return (codes[:, torch.argsort(order)] if act_order else codes), scales, zeros, factor.num_dead
+
+
+def _stored(scales: Tensor) -> Tensor:
+    """Scales fitted group by group were already rounded to their stored type; put them back into it."""
+    half = scales.to(torch.float16)
+    return half if torch.equal(half.float(), scales.float()) else scales

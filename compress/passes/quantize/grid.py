@@ -1,0 +1,73 @@
+"""Options that every pass onto a uniform grid shares."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from compress.encodings import Uniform, fit, quantize
+from compress.encodings.uniform import Search
+from compress.passes.base import LinearPass, OptionError
+
+Granularity = Literal["tensor", "channel", "group"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformPass(LinearPass):
+    """Rounds onto the uniform grid.
+
+    Args:
+        bits: 2 to 8.
+        group_size: neighbouring columns that share a scale; None is one scale a row (`granularity: channel`).
+        granularity: `tensor` is one scale for the whole matrix. By default `group` or `channel`, as group_size says.
+        symmetric: fixed middle zero point, not stored; otherwise affine.
+        scale_search: `minmax` covers the range; `mse` searches the range with the least error**2.4.
+    """
+
+    bits: int = 4
+    group_size: int | None = None
+    granularity: Granularity | None = None
+    symmetric: bool = False
+    scale_search: Search = "minmax"
+
+    def check(self) -> Iterator[OptionError]:
+        if not 2 <= self.bits <= 8:
+            yield OptionError("bits", f"{self.bits} is not between 2 and 8")
+        if self.group_size is not None and self.group_size < 1:
+            yield OptionError("group_size", f"{self.group_size} is not a positive number of columns")
+        if self.granularity == "group" and self.group_size is None:
+            yield OptionError("granularity", "group needs a group_size")
+        if self.granularity in ("tensor", "channel") and self.group_size is not None:
+            yield OptionError("group_size", f"makes no sense with granularity {self.granularity}")
+
+    def check_shape(self, shape: tuple[int, int]) -> str | None:
+        if self.group_size is not None and shape[1] % self.group_size:
+            fits = [g for g in (16, 32, 64, 128, 256, 512) if shape[1] % g == 0]
+            would = f"{', '.join(map(str, fits))} would" if fits else "only per channel (no group_size) would"
+            return f"group_size {self.group_size} does not divide its {shape[1]} columns; {would}"
+        return None
+
+    def produces(self, kind: str) -> str:
+        return "quantized" if kind == "dense" else "sparse-quantized"
+
+    @property
+    def rowwise(self) -> bool:
+        return self.granularity != "tensor"
+
+    def grid(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of a whole matrix."""
+        groups = 1 if self.group_size is None else weight.shape[1] // self.group_size
+        return fit(
+            weight,
+            self.bits,
+            groups=groups,
+            per_tensor=self.granularity == "tensor",
+            symmetric=self.symmetric,
+            search=self.scale_search,
+        )
+
+    def nearest(self, weight: Tensor) -> Uniform:
+        """The whole matrix rounded to nearest on its own grid."""
+        scale, zero = self.grid(weight)
+        return Uniform(quantize(weight, scale, zero, self.bits), scale, zero, self.bits, self.symmetric)

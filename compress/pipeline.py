@@ -1,0 +1,475 @@
+"""The pipeline file: YAML to a typed pipeline and back, every mistake with its place.
+
+A mistake never hides another: the whole file is read, every problem is collected and all are raised at once, each with
+line, path, what is allowed and, for a misspelt word, the nearest known one.
+"""
+
+import difflib
+import re
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from compress.calibration.data import check_source
+from compress.errors import ConfigError, Problem, UsageError
+from compress.passes import PASSES, Override, Pass
+from compress.passes.base import OptionError
+
+METHODS: dict[str, type[Pass]] = {p.key: p for p in PASSES}
+FORMATS = ("safetensors",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """The data that passes learn from.
+
+    Args:
+        source: `demo`, a .txt / .jsonl / .parquet file, or the id of a Hugging Face data set.
+        samples: windows of tokens.
+        length: tokens a window.
+        field: the field or column that holds the text.
+        subset: the configuration name of a data set id.
+    """
+
+    source: str = "demo"
+    samples: int = 128
+    length: int = 512
+    field: str = "text"
+    subset: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Calibration):
+    """The data that quality is measured on, and the gate.
+
+    Args:
+        after: `each` pass, or only at the `end`.
+        max_increase: the largest allowed increase of perplexity over the original, such as 10% or 0.1; the run fails
+            with exit code 3 above it.
+    """
+
+    samples: int = 64
+    after: Literal["each", "end"] = "each"
+    max_increase: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """A whole pipeline file.
+
+    Args:
+        passes: stages in order; a stage is one pass, or several fused with `blockwise:`.
+        calibration: None when no pass needs data.
+        evaluate: None to measure nothing but size.
+        export: containers to write.
+        seed: of every random choice.
+        dtype: what calibration and evaluation compute in; `auto` is what the model's configuration says.
+        description: free text.
+    """
+
+    passes: tuple[tuple[Pass, ...], ...]
+    calibration: Calibration | None = None
+    evaluate: Evaluation | None = None
+    export: tuple[str, ...] = ("safetensors",)
+    seed: int = 0
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    description: str = ""
+    lines: Mapping[str, int] = field(default_factory=dict, compare=False)
+
+
+def load(source: "str | Path | Mapping[str, Any] | Pipeline") -> Pipeline:
+    """A pipeline from a file, a mapping of the same shape, or one already built.
+
+    Raises:
+        ConfigError: every mistake at once.
+        UsageError: no such file.
+    """
+    if isinstance(source, Pipeline):
+        return source
+    if isinstance(source, Mapping):
+        return _Reader({}, "pipeline").pipeline(dict(source))
+    path = Path(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the pipeline {path}: {error}") from error
+    return parse(text, str(path))
+
+
+def parse(text: str, file: str = "pipeline") -> Pipeline:
+    """A pipeline from YAML text."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else None
+        raise ConfigError([Problem("", f"not YAML: {getattr(error, 'problem', error)}", line)], file) from error
+    lines: dict[str, int] = {}
+    problems: list[Problem] = []
+    data = _plain(node, "", lines, problems) if node else None
+    return _Reader(lines, file, problems).pipeline(data)
+
+
+def _plain(node: yaml.Node, path: str, lines: dict[str, int], problems: list[Problem]) -> Any:
+    """A YAML node as Python values, noting the line of every path."""
+    lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        result: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            key = key_node.value
+            here = f"{path}.{key}" if path else str(key)
+            lines[here] = key_node.start_mark.line + 1
+            if key in result:
+                problems.append(Problem(here, "stands twice", lines[here]))
+            result[key] = _plain(value_node, here, lines, problems)
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, f"{path}[{i}]", lines, problems) for i, item in enumerate(node.value)]
+    if node.tag == "tag:yaml.org,2002:int" and ":" in node.value:
+        return node.value  # YAML 1.1 reads an unquoted 2:4 as 124, a number in base sixty; here it is a pattern
+    return yaml.SafeLoader("").construct_object(node)
+
+
+class _Reader:
+    """Builds the typed pipeline, collecting problems."""
+
+    def __init__(self, lines: dict[str, int], file: str, problems: list[Problem] | None = None):
+        self.lines, self.file, self.problems = lines, file, problems or []
+
+    def problem(self, path: str, message: str) -> None:
+        line = self.lines.get(path)
+        parent = path
+        while line is None and parent:
+            parent = re.sub(r"(\.[^.\[\]]+|\[\d+\]|^[^.\[\]]+)$", "", parent)
+            line = self.lines.get(parent)
+        self.problems.append(Problem(path, message, line))
+
+    def pipeline(self, data: Any) -> Pipeline:
+        if not isinstance(data, dict):
+            raise ConfigError([Problem("", "a pipeline is a mapping with at least `passes:`")], self.file)
+        known = {f.name for f in fields(Pipeline)} - {"lines"}
+        for key in data:
+            if key not in known:
+                self.problem(str(key), f"unknown key; {_allowed(key, known)}")
+        if "passes" not in data:
+            self.problem("", "`passes:` is missing: a list of methods, in order")
+        options: dict[str, Any] = {"passes": self._passes(data.get("passes", []))}
+        for name, cls in (("calibration", Calibration), ("evaluate", Evaluation)):
+            if data.get(name) is not None:
+                options[name] = self._data(cls, data[name], name)
+        hints = get_type_hints(Pipeline)
+        for name in ("seed", "dtype", "description"):
+            if name in data:
+                options[name] = self._value(hints[name], data[name], name)
+        if "export" in data:
+            options["export"] = self._export(data["export"])
+        if self.problems:
+            raise ConfigError(self.problems, self.file)
+        return Pipeline(**options, lines=self.lines)
+
+    def _passes(self, data: Any) -> tuple[tuple[Pass, ...], ...]:
+        if not isinstance(data, list):
+            self.problem("passes", "must be a list of methods")
+            return ()
+        stages = []
+        for i, entry in enumerate(data):
+            path = f"passes[{i}]"
+            if isinstance(entry, dict) and list(entry) == ["blockwise"]:
+                inner = entry["blockwise"]
+                if not isinstance(inner, list) or not inner:
+                    self.problem(f"{path}.blockwise", "must be a list of methods to run together on each block")
+                    continue
+                found = [self._pass(e, f"{path}.blockwise[{j}]") for j, e in enumerate(inner)]
+                stages.append(tuple(p for p in found if p))
+            elif pass_ := self._pass(entry, path):
+                stages.append((pass_,))
+        return tuple(stages)
+
+    def _pass(self, entry: Any, path: str) -> Pass | None:
+        if isinstance(entry, str):
+            entry = {entry: {}}
+        if not isinstance(entry, dict) or len(entry) != 1:
+            self.problem(path, "must be one method with its options, such as `gptq: {bits: 4}`")
+            return None
+        (name, options), here = next(iter(entry.items())), f"{path}.{next(iter(entry))}"
+        cls = METHODS.get(name) if isinstance(name, str) else None
+        if cls is None:
+            self.problem(here, f"unknown method; {_allowed(name, METHODS)}")
+            return None
+        if options is not None and not isinstance(options, dict):
+            self.problem(here, "options must be a mapping, such as {bits: 4}")
+            return None
+        return self._build(cls, dict(options or {}), here)
+
+    def _build(self, cls: type[Pass], options: dict[str, Any], path: str) -> Pass | None:
+        before = len(self.problems)
+        hints = get_type_hints(cls)
+        known = {f.name for f in fields(cls)}
+        if "scheme" in options and "bits" in known:
+            options = {**self._scheme(options.pop("scheme"), f"{path}.scheme"), **options}
+        values = {}
+        for key, value in options.items():
+            here = f"{path}.{key}"
+            if key not in known:
+                extra = {"scheme"} if "bits" in known else set()
+                self.problem(here, f"unknown option of {cls.key}; {_allowed(key, known | extra)}")
+            elif key == "overrides":
+                values[key] = self._overrides(cls, value, here)
+            else:
+                values[key] = self._value(hints[key], value, here)
+        if len(self.problems) > before:
+            return None
+        built = cls(**values)
+        for error in built.check():
+            self.problem(f"{path}.{error.option}", error.message)
+        for i, override in enumerate(built.overrides):
+            for error in _overridden(built, override).check():
+                self.problem(f"{path}.overrides[{i}].{error.option}", error.message)
+        return built
+
+    def _scheme(self, value: Any, path: str) -> dict[str, Any]:
+        match = re.fullmatch(r"w(\d+)(?:g(\d+))?", str(value))
+        if not match:
+            self.problem(path, f"{value!r} is not bits and group size such as w4g128, or w4 for one scale a row")
+            return {}
+        return {"bits": int(match[1])} | ({"group_size": int(match[2])} if match[2] else {})
+
+    def _overrides(self, cls: type[Pass], value: Any, path: str) -> tuple[Override, ...]:
+        if not isinstance(value, list):
+            self.problem(path, "must be a list such as [{match: '*.down_proj', bits: 8}]")
+            return ()
+        hints = get_type_hints(cls)
+        known = {f.name for f in fields(cls)} - {"include", "exclude", "overrides"}
+        found = []
+        for i, entry in enumerate(value):
+            here = f"{path}[{i}]"
+            if not isinstance(entry, dict) or not isinstance(entry.get("match"), str):
+                self.problem(here, "must be a mapping with `match:` and the options to change")
+                continue
+            options = {k: v for k, v in entry.items() if k != "match"}
+            if "scheme" in options and "bits" in known:
+                options = {**self._scheme(options.pop("scheme"), f"{here}.scheme"), **options}
+            for key in list(options):
+                if key not in known:
+                    self.problem(f"{here}.{key}", f"unknown option of {cls.key}; {_allowed(key, known)}")
+                    del options[key]
+                else:
+                    options[key] = self._value(hints[key], options[key], f"{here}.{key}")
+            found.append(Override(entry["match"], options))
+        return tuple(found)
+
+    def _data(self, cls: type[Calibration], data: Any, path: str) -> Calibration | None:
+        if not isinstance(data, dict):
+            self.problem(path, "must be a mapping such as {source: demo, samples: 128, length: 512}")
+            return None
+        hints = get_type_hints(cls)
+        known = {f.name for f in fields(cls)}
+        values = {}
+        for key, value in data.items():
+            here = f"{path}.{key}"
+            if key not in known:
+                self.problem(here, f"unknown key; {_allowed(key, known)}")
+            elif key == "max_increase" and isinstance(value, str) and re.fullmatch(r"[\d.]+ *%", value):
+                values[key] = float(value.rstrip(" %")) / 100
+            else:
+                values[key] = self._value(hints[key], value, here)
+        for key in ("samples", "length"):
+            if isinstance(values.get(key), int) and values[key] < (2 if key == "length" else 1):
+                self.problem(f"{path}.{key}", f"{values[key]} is too small")
+        increase = values.get("max_increase")
+        if isinstance(increase, float) and increase < 0:
+            self.problem(f"{path}.max_increase", f"{increase} is negative")
+        wrong = check_source(values.get("source", "demo")) if isinstance(values.get("source", ""), str) else None
+        if wrong:
+            self.problem(f"{path}.source", wrong)
+        return cls(**values)
+
+    def _export(self, data: Any) -> tuple[str, ...]:
+        names = [data] if isinstance(data, str) else data
+        if not isinstance(names, list) or not names:
+            self.problem("export", f"must be a list of {', '.join(FORMATS)}")
+            return ()
+        for i, name in enumerate(names):
+            if name not in FORMATS:
+                self.problem(f"export[{i}]", f"unknown format {name!r}; {_allowed(name, FORMATS)}")
+        return tuple(names)
+
+    def _value(self, hint: Any, value: Any, path: str) -> Any:
+        """`value` as the annotated type; a problem and None if it is not."""
+        for option in _choices(hint):
+            matched, result = _fits(option, value)
+            if matched:
+                return result
+        self.problem(path, f"{value!r} is not {_describe(hint)}")
+        return None
+
+
+def _overridden(pass_: Pass, override: Override) -> Pass:
+    return type(pass_)(**{**pass_.options(), "overrides": (), **override.options})
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _fits(hint: Any, value: Any) -> tuple[bool, Any]:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint), value
+    if get_origin(hint) is tuple:
+        items = [value] if isinstance(value, str) else value
+        good = isinstance(items, list | tuple) and all(_fits(get_args(hint)[0], v)[0] for v in items)
+        return good, tuple(items) if good else None
+    if hint is type(None):
+        return value is None, None
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return True, float(value)
+    if hint in (int, float, str, bool):
+        return type(value) is hint, value
+    raise TypeError(f"options of type {hint} are not readable from YAML")
+
+
+def _describe(hint: Any) -> str:
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    parts = []
+    for option in _choices(hint):
+        if get_origin(option) is Literal:
+            parts.append("one of " + ", ".join(map(str, get_args(option))))
+        elif get_origin(option) is tuple:
+            parts.append("a list")
+        else:
+            parts.append(words.get(option, str(option)))
+    return " or ".join(parts)
+
+
+def _allowed(word: Any, known: "Mapping[str, Any] | set[str] | tuple[str, ...]") -> str:
+    names = sorted(known)
+    close = difflib.get_close_matches(str(word), names, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{hint}known: {', '.join(names)}"
+
+
+# --- back to YAML ----------------------------------------------------------------------------------------------------
+
+
+def dump(pipeline: Pipeline) -> str:
+    """The resolved pipeline as YAML: parsing it again gives an equal pipeline."""
+    data: dict[str, Any] = {}
+    if pipeline.description:
+        data["description"] = pipeline.description
+    for name in ("calibration", "evaluate"):
+        section = getattr(pipeline, name)
+        if section is not None:
+            data[name] = {f.name: getattr(section, f.name) for f in fields(section)}
+    data["passes"] = [
+        _entry(stage[0]) if len(stage) == 1 else {"blockwise": [_entry(p) for p in stage]} for stage in pipeline.passes
+    ]
+    data.update(export=list(pipeline.export), seed=pipeline.seed, dtype=pipeline.dtype)
+    return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=120))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes N:M patterns, which YAML 1.1 readers would take for numbers in base sixty."""
+
+
+def _entry(pass_: Pass) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for f in fields(pass_):
+        value = getattr(pass_, f.name)
+        if f.name == "overrides":
+            if value:
+                options[f.name] = [{"match": o.match, **o.options} for o in value]
+        elif isinstance(value, tuple):
+            if value:
+                options[f.name] = list(value)
+        else:
+            options[f.name] = value
+    return {pass_.key: options}
+
+
+# --- schema for editors ----------------------------------------------------------------------------------------------
+
+
+def schema() -> dict[str, Any]:
+    """A JSON schema of pipeline files, for completion in editors."""
+    methods: list[dict[str, Any]] = [{"enum": [name for name, cls in METHODS.items() if not _required(cls)]}]
+    for name, cls in METHODS.items():
+        properties = _properties(cls)
+        if "bits" in properties:
+            properties["scheme"] = {"type": "string", "pattern": "^w[2-8](g[0-9]+)?$"}
+        inner = {"type": ["object", "null"], "properties": properties, "additionalProperties": False}
+        methods.append(
+            {"type": "object", "properties": {name: inner}, "required": [name], "additionalProperties": False}
+        )
+    fused = {"type": "array", "items": {"anyOf": methods}, "minItems": 1}
+    top = _properties(Pipeline)
+    top["passes"] = {
+        "type": "array",
+        "items": {
+            "anyOf": [
+                *methods,
+                {
+                    "type": "object",
+                    "properties": {"blockwise": fused},
+                    "required": ["blockwise"],
+                    "additionalProperties": False,
+                },
+            ]
+        },
+    }
+    evaluate = _properties(Evaluation)
+    evaluate["max_increase"] = {"type": ["number", "string", "null"]}
+    for name, properties in (("calibration", _properties(Calibration)), ("evaluate", evaluate)):
+        top[name] = {"type": ["object", "null"], "properties": properties, "additionalProperties": False}
+    top["export"] = {"type": "array", "items": {"enum": list(FORMATS)}}
+    del top["lines"]
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "compress pipeline",
+        "type": "object",
+        "properties": top,
+        "required": ["passes"],
+        "additionalProperties": False,
+    }
+
+
+def _required(cls: type[Pass]) -> bool:
+    return any(f.default is MISSING and f.default_factory is MISSING for f in fields(cls))
+
+
+def _properties(cls: type[Any]) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {f.name: _schema_of(hints[f.name]) for f in fields(cls)}
+
+
+def _schema_of(hint: Any) -> dict[str, Any]:
+    names = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
+    options: list[dict[str, Any]] = []
+    for option in _choices(hint):
+        if get_origin(option) is Literal:
+            options.append({"enum": list(get_args(option))})
+        elif get_origin(option) is tuple:
+            if get_args(option)[0] is Override:
+                item: dict[str, Any] = {"type": "object", "required": ["match"]}
+            else:
+                item = {"type": "string"}
+            options.append({"type": "array", "items": item})
+        elif option in names:
+            options.append({"type": names[option]})
+        else:
+            options.append({})
+    return options[0] if len(options) == 1 else {"anyOf": options}
+
+
+def walk(pipeline: Pipeline) -> Iterator[tuple[str, int, Pass]]:
+    """(path in the file, stage number, pass) of every pass, in order."""
+    for i, stage in enumerate(pipeline.passes):
+        for j, pass_ in enumerate(stage):
+            fused = f".blockwise[{j}]" if len(stage) > 1 else ""
+            yield f"passes[{i}]{fused}.{pass_.key}", i, pass_
+
+
+__all__ = ["Calibration", "Evaluation", "OptionError", "Pipeline", "dump", "load", "parse", "schema", "walk"]

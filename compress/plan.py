@@ -1,0 +1,268 @@
+"""Pipeline and model structure to stages: what each pass will touch, what it will cost. Reads no weight."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+
+from compress.encodings import Spec
+from compress.errors import ConfigError, Problem, ResourceError
+from compress.graph import Graph, Site
+from compress.passes import GlobalMagnitude, LinearPass, ModelPass, Pass
+from compress.passes.prune.selection import pattern
+from compress.pipeline import Pipeline, walk
+
+BASELINE = 450 << 20  # Python, torch and transformers, before any work
+FLOAT = 4
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """One pass on one model: the sites it works on, and each one's expected spec afterwards."""
+
+    path: str
+    pass_: Pass
+    sites: tuple[Site, ...]
+    specs: dict[str, Spec]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All stages, and what they need.
+
+    Attributes:
+        stages: passes that run together, in order.
+        final_bytes: expected size of the weights afterwards.
+        peak_memory: estimate in bytes, the interpreter included.
+        disk: bytes needed beside and at the destination while running.
+    """
+
+    stages: tuple[tuple[PassPlan, ...], ...]
+    original_bytes: int
+    final_bytes: int
+    peak_memory: int
+    disk: int
+
+
+def make(pipeline: Pipeline, graph: Graph, dtypes: dict[str, torch.dtype], file: str = "pipeline") -> Plan:
+    """Plan a pipeline on a model.
+
+    Args:
+        pipeline: parsed.
+        graph: the model, parameters possibly on the meta device.
+        dtypes: parameter name -> type it is stored in.
+        file: for messages.
+
+    Raises:
+        ConfigError: every impossible thing at once.
+    """
+    planner = _Planner(pipeline, graph, dtypes)
+    stages: list[list[PassPlan]] = [[] for _ in pipeline.passes]
+    for path, number, pass_ in walk(pipeline):
+        stages[number].append(planner.add(path, pass_, fused=len(pipeline.passes[number]) > 1))
+    planner.check_data()
+    if planner.problems:
+        raise ConfigError(planner.problems, file)
+    sizes = {n: p.numel() * dtypes[n].itemsize for n, p in graph.model.named_parameters()}
+    final = dict(sizes)
+    for site in graph.sites:
+        if site.name in planner.specs:
+            final[site.parameter] = planner.specs[site.name].num_bytes
+    total = sum(final.values())
+    return Plan(
+        tuple(tuple(s) for s in stages), sum(sizes.values()), total, planner.memory(), total * (len(stages) + 1)
+    )
+
+
+class _Planner:
+    def __init__(self, pipeline: Pipeline, graph: Graph, dtypes: dict[str, torch.dtype]):
+        self.pipeline, self.graph, self.dtypes = pipeline, graph, dtypes
+        self.problems: list[Problem] = []
+        self.specs: dict[str, Spec] = {}
+        self.kinds = {s.name: "dense" for s in graph.sites}
+        self.tied = graph.tied
+        self.needy = ""
+
+    def problem(self, path: str, message: str) -> None:
+        lines, line, place = self.pipeline.lines, None, path
+        while line is None and place:
+            line = lines.get(place)
+            place = re.sub(r"(\.[^.\[\]]+|\[\d+\]|^[^.\[\]]+)$", "", place)
+        self.problems.append(Problem(path, message, line))
+
+    def add(self, path: str, pass_: Pass, fused: bool) -> PassPlan:
+        for option, patterns in (
+            ("include", pass_.include),
+            ("exclude", pass_.exclude),
+            ("overrides", [o.match for o in pass_.overrides]),
+        ):
+            for p in patterns:
+                if not any(fnmatchcase(s.name, p) for s in self.graph.sites):
+                    self.problem(
+                        f"{path}.{option}", f"{p!r} matches no layer; layers are named like {self._examples()}"
+                    )
+        sites = tuple(s for s in self.graph.sites if pass_.selects(s.name, s.block is not None))
+        if not sites:
+            self.problem(path, f"works on no layer at all; layers are named like {self._examples()}")
+        if fused and isinstance(pass_, ModelPass):
+            self.problem(
+                path, f"{pass_.key} needs the whole model at once and cannot be fused with others by `blockwise:`"
+            )
+        self._check_sites(path, pass_, sites)
+        if pass_.needs != "none":
+            self.needy = self.needy or path
+        if isinstance(pass_, GlobalMagnitude):
+            error = pass_.check_sizes([s.shape[0] * s.shape[1] for s in sites]) if sites else None
+            if error:
+                self.problem(f"{path}.{error.option}", error.message)
+        specs = {}
+        for site in sites:
+            if self.kinds[site.name] in pass_.accepts:
+                self.kinds[site.name] = pass_.produces(self.kinds[site.name])
+                specs[site.name] = self.specs[site.name] = self._spec(pass_.at(site.name), site)
+        return PassPlan(path, pass_, sites, specs)
+
+    def _check_sites(self, path: str, pass_: Pass, sites: Sequence[Site]) -> None:
+        refused = [s for s in sites if self.kinds[s.name] not in pass_.accepts]
+        if refused:
+            kind = self.kinds[refused[0].name]
+            self.problem(
+                path,
+                f"{pass_.key} cannot work on {kind} weights ({_some(s.name for s in refused)}): codes are already packed. "
+                f"Put {pass_.key} before the quantizer",
+            )
+        misfits: dict[str, list[str]] = {}
+        for site in sites:
+            reason = pass_.at(site.name).check_shape(site.shape)
+            if reason:
+                misfits.setdefault(reason, []).append(site.name)
+        for reason, names in misfits.items():
+            self.problem(path, f"{_some(names)}: {reason}; change it for them in `overrides`, or `exclude` them")
+        for site in sites:
+            if site.parameter in self.tied:
+                self.problem(
+                    path,
+                    f"{site.name} shares its weight with {self.tied[site.parameter].removesuffix('.weight')}; compressing "
+                    "one would change the other. Exclude it",
+                )
+            if site.block is None and pass_.needs != "none":
+                self.problem(
+                    path,
+                    f"{site.name} is outside the blocks, where no calibration data is collected; {pass_.key} cannot work "
+                    "on it. Use rtn for it, in a pass of its own with `include`",
+                )
+
+    def check_data(self) -> None:
+        longest = getattr(getattr(self.graph.model, "config", None), "max_position_embeddings", None)
+        if self.needy and self.pipeline.calibration is None:
+            method = self.needy.rpartition(".")[2]
+            self.problem(
+                self.needy,
+                f"{method} learns from data, and `calibration:` is missing; for example "
+                "calibration: {source: demo, samples: 128, length: 512}",
+            )
+        for name in ("calibration", "evaluate"):
+            section = getattr(self.pipeline, name)
+            if section and longest and section.length > longest:
+                self.problem(f"{name}.length", f"{section.length} is more than the model's {longest} positions")
+
+    def _examples(self) -> str:
+        return _some([s.name for s in self.graph.sites], 2)
+
+    def _spec(self, pass_: Pass, site: Site) -> Spec:
+        before = self.specs.get(site.name)
+        rows, columns = site.shape
+        kept = before.kept if before else None
+        sparsity = getattr(pass_, "sparsity", None)
+        if sparsity is not None:
+            n_of_m = pattern(sparsity)
+            share = 1 - n_of_m[0] / n_of_m[1] if n_of_m else sparsity
+            kept = min(int(rows * columns * (1 - share)), kept if kept is not None else rows * columns)
+        stored = str(self.dtypes.get(site.parameter, torch.float32)).removeprefix("torch.")
+        bits = getattr(pass_, "bits", None)
+        if bits is None:
+            return Spec(site.shape, kept=kept, value_dtype=stored)
+        group = getattr(pass_, "group_size", None)
+        per_tensor = getattr(pass_, "granularity", None) == "tensor"
+        groups = columns // group if group and columns % group == 0 else 1
+        return Spec(
+            site.shape,
+            bits=bits,
+            groups=groups,
+            per_tensor=per_tensor,
+            kept=kept,
+            symmetric=getattr(pass_, "symmetric", False),
+        )
+
+    def memory(self) -> int:
+        """Interpreter + one block + its statistics and workspace + the activations + the largest outside tensor."""
+        graph = self.graph
+        parameters = dict(graph.model.named_parameters())
+        in_blocks: dict[int, int] = {}
+        for site in graph.sites:
+            if site.block is not None:
+                in_blocks[site.block] = in_blocks.get(site.block, 0) + site.shape[0] * site.shape[1]
+        block = max(in_blocks.values(), default=0) * FLOAT
+        widest = max((s.shape[1] for s in graph.sites), default=0)
+        largest = max((s.shape[0] * s.shape[1] for s in graph.sites), default=0) * FLOAT
+        outside = max((p.numel() for p in parameters.values()), default=0) * FLOAT
+        calibrated = any(p.needs != "none" for stage in self.pipeline.passes for p in stage)
+        gram = any(p.needs == "gram" for stage in self.pipeline.passes for p in stage)
+        hidden = getattr(getattr(graph.model, "config", None), "hidden_size", widest)
+        tokens = (
+            self.pipeline.calibration.samples * self.pipeline.calibration.length if self.pipeline.calibration else 0
+        )
+        statistics = 4 * widest * widest * FLOAT if gram else 0
+        activations = min(tokens * hidden * FLOAT, 1 << 30) if calibrated else 0
+        return BASELINE + max(outside * 2, (block if calibrated else 0) + statistics + 4 * largest) + activations
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
+
+
+def check_resources(plan: Plan, destination: Path) -> None:
+    """Refuse now what would run out of disk or memory later.
+
+    Raises:
+        ResourceError: not enough of either.
+    """
+    parent = destination.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < plan.disk:
+        raise ResourceError(
+            f"the run needs about {plan.disk / 1e6:.0f} MB on the disk of {parent}, which has {free / 1e6:.0f} MB free"
+        )
+    memory = available_memory()
+    if memory is not None and memory < plan.peak_memory:
+        raise ResourceError(
+            f"the run needs about {plan.peak_memory / 1e6:.0f} MB of memory, and {memory / 1e6:.0f} MB are available; "
+            "fewer or shorter calibration samples need less"
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes, where the system says."""
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+
+
+__all__ = ["LinearPass", "PassPlan", "Plan", "check_resources", "make"]

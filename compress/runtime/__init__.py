@@ -1,0 +1,1 @@
+"""Packed modules and their registration with transformers."""

@@ -1,0 +1,335 @@
+"""The block-sequential driver: the only file that knows which weights are in memory.
+
+One block at a time is brought in, its inputs are summed up, the passes of the stage run on its sites, the result is
+committed, and the outputs of the *compressed* block become the inputs of the next. Peak memory is one block, its
+statistics and the activations of the calibration data, whatever the number of blocks.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.artifact import Artifact, Packed
+from compress.calibration import collect
+from compress.calibration.statistics import Need, Statistics
+from compress.encodings import Weight
+from compress.errors import SolveError
+from compress.graph import Graph, Site
+from compress.ledger import MemoryLedger, Record, key_of
+from compress.observe import observed
+from compress.passes.base import Edit, LinearPass, Target
+from compress.progress import Bars
+
+LARGEST_BUFFER = 1 << 30  # bytes of activations kept in memory; more is memory-mapped to a temporary file
+MORE_DAMPING = (1.0, 10.0, 100.0)
+TOKENS_AT_ONCE = 4096
+
+
+@dataclass
+class Context:
+    """What a stage needs besides its passes.
+
+    Attributes:
+        resident: the model is in memory already; nothing is brought in or evicted, and results are set in place.
+        dtype: the type that calibration and evaluation compute in.
+    """
+
+    artifact: Artifact
+    ledger: MemoryLedger
+    seed: int
+    dtype: torch.dtype
+    resident: bool
+    bars: Bars
+
+    @property
+    def graph(self) -> Graph:
+        """The model's structure."""
+        return self.artifact.graph
+
+
+def forward(graph: Graph, batch: Tensor) -> Any:
+    """Run the model on a batch of token ids (or, for other modules, of inputs)."""
+    if graph.is_language_model:
+        return graph.model(input_ids=batch, use_cache=False)
+    return graph.model(batch)
+
+
+# --- which weights are in memory -------------------------------------------------------------------------------------
+
+
+def bring_in(context: Context, prefix: str, module: nn.Module) -> None:
+    """Give every parameter of `module` its value as it stands now."""
+    for name, parameter in list(module.named_parameters(prefix=prefix)):
+        if parameter.is_meta:
+            value = context.artifact.parameter(name)
+            _set(context.graph.model, name, value.to(context.dtype) if value.is_floating_point() else value)
+
+
+def evict(context: Context, prefix: str, module: nn.Module) -> None:
+    """Forget the parameters of `module` again."""
+    for name, parameter in list(module.named_parameters(prefix=prefix)):
+        _set(context.graph.model, name, parameter.to("meta"))
+
+
+def _set(model: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def set_in_place(context: Context, record: Record) -> None:
+    """Give a site that is in memory its committed weight."""
+    site = context.artifact.sites[record.site]
+    weight = record.weight.load() if isinstance(record.weight, Packed) else record.weight
+    dense = weight.dequantize().to(context.dtype)
+    _set(context.graph.model, site.parameter, dense.T.contiguous() if site.transposed else dense)
+
+
+@contextmanager
+def streamed(context: Context) -> Iterator[None]:
+    """While open, the model can be called: every part is brought in when it runs and evicted when it is done."""
+    if context.resident:
+        yield
+        return
+    model = context.graph.model
+    parts = {name: model.get_submodule(name) for name in context.graph.blocks}
+    inside = tuple(f"{name}." for name in context.graph.blocks)
+    for name, module in model.named_modules():
+        if module._parameters and name not in parts and not name.startswith(inside):
+            parts[name] = module
+    with collect.around(
+        parts, lambda name: bring_in(context, name, parts[name]), lambda name: evict(context, name, parts[name])
+    ):
+        yield
+
+
+# --- one stage -------------------------------------------------------------------------------------------------------
+
+
+def run_stage(
+    context: Context, stage: int, passes: Sequence[LinearPass], batches: Sequence[Tensor], key: str
+) -> tuple[str, list[Record]]:
+    """Run one or several fused passes over every block; returns the last key and what was done to each site."""
+    graph = context.graph
+    selected = {
+        index: [s for s in graph.in_block(index) if any(p.selects(s.name, in_block=True) for p in passes)]
+        for index in range(len(graph.blocks))
+    }
+    outside = [s for s in graph.outside if any(p.selects(s.name, in_block=False) for p in passes)]
+    stage_run = _Stage(context, stage, passes, key)
+    if all(p.needs == "none" for p in passes):
+        units = [*selected.items(), *([(-1, outside)] if outside else [])]
+        for index, sites in context.bars.over(units, len(units), f"{stage_run.label}: blocks"):
+            stage_run.unit(f"b{index:04d}" if index >= 0 else "outside", sites, dict)
+        return stage_run.key, stage_run.records
+    assert not outside, "the planner refuses calibrated passes outside the blocks"
+    with torch.no_grad():
+        _calibrated(context, stage_run, selected, batches)
+    return stage_run.key, stage_run.records
+
+
+def _calibrated(context: Context, run: "_Stage", selected: dict[int, list[Site]], batches: Sequence[Tensor]) -> None:
+    graph = context.graph
+    blocks = [graph.model.get_submodule(name) for name in graph.blocks]
+    if graph.blocks == ("",):
+        chain = None
+    else:
+        with streamed(context):
+            whole = collect.is_chain(lambda: forward(graph, batches[0][:1]), blocks)
+        chain = _Activations(context, batches, blocks[0]) if whole else None
+    bars = context.bars
+    for index in bars.over(range(len(blocks)), len(blocks), f"{run.label}: blocks"):
+        block, name, sites = blocks[index], graph.blocks[index], selected[index]
+        if not context.resident and chain:
+            bring_in(context, name, block)
+
+        def statistics(block: nn.Module = block, sites: list[Site] = sites) -> dict[str, Statistics]:
+            modules = {s.name: graph.model.get_submodule(s.name) for s in sites}
+            with collect.statistics(modules, {s.name: run.need(s) for s in sites}) as found:
+                if chain:
+                    for _ in bars.over(chain.each(block), len(batches), "collect: batches"):
+                        pass
+                else:
+                    with streamed(context):
+                        for batch in bars.over(batches, len(batches), "collect: batches"):
+                            collect.run_to_end(lambda batch=batch: forward(graph, batch), block)
+            return found
+
+        run.unit(f"b{index:04d}", sites, statistics, in_memory=context.resident or chain is not None)
+        if chain and index + 1 < len(blocks):
+            for number, output in enumerate(bars.over(chain.each(block), len(batches), "propagate: batches")):
+                chain.keep(number, output)
+        if not context.resident and chain:
+            evict(context, name, block)
+
+
+class _Activations:
+    """The hidden states every calibration batch arrives with at the block that comes next."""
+
+    def __init__(self, context: Context, batches: Sequence[Tensor], first: nn.Module):
+        self.calls: list[collect.Call] = []
+        self.hidden: list[Tensor] = []
+        size = 0
+        with streamed(context):
+            for batch in context.bars.over(batches, len(batches), "embed: batches"):
+                hidden, call = collect.arrival(lambda batch=batch: forward(context.graph, batch), first)
+                size += hidden.nbytes
+                self.calls.append(call)
+                self.hidden.append(hidden if size <= LARGEST_BUFFER else _mapped(hidden))
+
+    def each(self, block: nn.Module) -> Iterator[Tensor]:
+        for hidden, call in zip(self.hidden, self.calls, strict=True):
+            yield call.run(block, hidden)
+
+    def keep(self, number: int, output: Tensor) -> None:
+        target = self.hidden[number]
+        if target.shape == output.shape and target.dtype == output.dtype:
+            target.copy_(output)  # into the same memory, mapped or not
+        else:
+            self.hidden[number] = output
+
+
+def _mapped(hidden: Tensor) -> Tensor:
+    """The same values in an unnamed temporary file that the system may page out."""
+    import tempfile
+
+    with tempfile.NamedTemporaryFile() as file:
+        mapped = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
+    return mapped.view(hidden.shape).copy_(hidden)
+
+
+class _Stage:
+    """Runs the passes of a stage on the sites of one unit after the other, committing each unit."""
+
+    def __init__(self, context: Context, number: int, passes: Sequence[LinearPass], key: str):
+        self.context, self.number, self.passes = context, number, passes
+        self.key = key
+        self.records: list[Record] = []
+        self.label = "+".join(p.key for p in passes)
+
+    def need(self, site: Site) -> Need:
+        """The most that any pass of the stage needs to know about a site's inputs."""
+        needs = {p.needs for p in self.passes if p.selects(site.name, site.block is not None)}
+        return "gram" if "gram" in needs else "norm" if "norm" in needs else "none"
+
+    def unit(
+        self, name: str, sites: list[Site], statistics: Callable[[], dict[str, Statistics]], in_memory: bool = False
+    ) -> None:
+        """Do, or find done, one unit of work."""
+        context = self.context
+        options = [(p.key, p.options()) for p in self.passes]
+        self.key = key_of(self.key, self.number, name, [s.name for s in sites], options)
+        file = f"s{self.number:02d}-{name}"
+        done = context.ledger.load(file, self.key)
+        if done is None:
+            found = statistics() if sites else {}
+            weights = {s.name: context.artifact.weight(s) for s in sites}
+            notes: dict[str, dict[str, Any]] = {s.name: {} for s in sites}
+            for position, pass_ in enumerate(self.passes):
+                chosen = [s for s in sites if pass_.selects(s.name, s.block is not None)]
+                for group in _stacks(pass_, chosen, found, weights):
+                    self._apply(pass_, position, group, found, weights, notes)
+            records = [Record(s.name, weights[s.name], notes[s.name]) for s in sites]
+            del found, weights
+            done = context.ledger.commit(file, self.key, records)
+        self.records += done
+        for record in done:
+            context.artifact.committed[record.site] = record.weight
+            if in_memory:
+                set_in_place(context, record)
+
+    def _apply(
+        self,
+        pass_: LinearPass,
+        position: int,
+        group: list[Site],
+        found: dict[str, Statistics],
+        weights: dict[str, Weight],
+        notes: dict[str, dict[str, Any]],
+    ) -> None:
+        started = time.perf_counter()
+        before = [weights[s.name] for s in group]
+        masks = [w.mask for w in before if w.mask is not None]
+        target = Target(
+            _stack([w.dequantize() for w in before]),
+            _stack(masks) if masks else None,
+            found.get(group[0].name),
+            _generator(self.context.seed, self.number, position, group[0].name),
+        )
+        edit, fallback = solved(pass_.at(group[0].name), target)
+        seconds = time.perf_counter() - started
+        for site, old, part in zip(group, before, _split_rows(edit, group), strict=True):
+            weights[site.name], error = observed(site, pass_, old, part, self.context.artifact.store_dtype(site))
+            note: dict[str, Any] = {"error": error, "seconds": round(seconds / len(group), 4), **part.notes}
+            if fallback:
+                note["fallback"] = fallback
+            notes[site.name][pass_.key] = note
+
+
+def solved(pass_: LinearPass, target: Target) -> tuple[Edit, str | None]:
+    """Run a pass; on failure with more damping, then its fallback. Says in words what was done instead, or None."""
+    reason = ""
+    for factor in MORE_DAMPING:
+        damping = getattr(pass_, "damping", None)
+        if factor > 1 and (damping is None or target.statistics is None):
+            break
+        try:
+            attempt = pass_ if factor == 1 else replace(pass_, **{"damping": damping * factor})
+            return attempt.run(target), None if factor == 1 else f"damping x{factor:g}: {reason}"
+        except SolveError as error:
+            reason = str(error)
+    other = pass_.fallback()
+    return other.run(target), f"{other.key} instead of {pass_.key}: {reason}"
+
+
+# --- stacking: rows are independent, so matrices fed by the same input are solved as one ------------------------------
+
+
+def _stacks(
+    pass_: LinearPass, sites: list[Site], found: dict[str, Statistics], weights: dict[str, Weight]
+) -> list[list[Site]]:
+    def fits(a: Site, b: Site) -> bool:
+        fed_alike = found.get(a.name) is not None and found.get(a.name) is found.get(b.name)
+        masked_alike = (weights[a.name].mask is None) == (weights[b.name].mask is None)
+        return fed_alike and masked_alike and pass_.at(a.name).rowwise and pass_.at(a.name) == pass_.at(b.name)
+
+    stacks: list[list[Site]] = []
+    for site in sites:
+        for stack in stacks:
+            if fits(stack[0], site):
+                stack.append(site)
+                break
+        else:
+            stacks.append([site])
+    return stacks
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _split_rows(edit: Edit, group: list[Site]) -> list[Edit]:
+    if len(group) == 1:
+        return [edit]
+    parts, start = [], 0
+    for site in group:
+        rows = slice(start, start + site.shape[0])
+        start = rows.stop
+        e = edit.encoding
+        if e is not None:
+            e = replace(e, codes=e.codes[rows], scale=e.scale[rows], zero_point=e.zero_point[rows])
+        weight = None if edit.weight is None else edit.weight[rows]
+        parts.append(replace(edit, weight=weight, mask=None if edit.mask is None else edit.mask[rows], encoding=e))
+    return parts
+
+
+def _generator(seed: int, stage: int, position: int, name: str) -> torch.Generator:
+    number = int(key_of(seed, stage, position, name)[:15], 16)
+    return torch.Generator().manual_seed(number)
+
+
+__all__ = ["Context", "bring_in", "evict", "forward", "run_stage", "set_in_place", "solved", "streamed"]
