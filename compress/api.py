@@ -24,6 +24,7 @@ from compress.ledger import FolderLedger, MemoryLedger, publish, write_text
 from compress.passes import Pass
 from compress.pipeline import Calibration, Evaluation, Pipeline, dump, load
 from compress.report import Report
+from compress.runtime.register import WEIGHTS
 from compress.sweep import Context, streamed
 
 LOGITS_TOLERANCE = 0.0  # packed and in-memory results multiply the same numbers in the same order
@@ -334,7 +335,7 @@ def _export(
     write_text(partial / "pipeline.yaml", identity["pipeline"])
     write_text(partial / "report.json", measured.to_json())
     write_text(partial / "README.md", report.card(measured, identity["pipeline"]))
-    publish(partial / safetensors.WEIGHTS, partial / safetensors.WEIGHTS)
+    publish(partial / WEIGHTS, partial / WEIGHTS)
     if destination.exists():
         shutil.rmtree(destination)
     partial.rename(destination)

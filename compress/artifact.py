@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, apply_renamings
 
@@ -256,6 +257,7 @@ def open_folder(folder: Path, graph: Graph) -> Artifact:
     source = FolderSource(folder)
     there = set(source.names())
     model = graph.model
+    assert isinstance(model, PreTrainedModel)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     # Old spellings that transformers renames while loading, such as GPT-NeoX's embed_out for lm_head.
     renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]

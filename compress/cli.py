@@ -101,7 +101,11 @@ def show_plan(pipeline: PipelineArg, model: ModelArg, as_json: JsonOption = Fals
         table.add_column(name, justify="left" if i in (0, 3) else "right")
     for row in rows:
         table.add_row(
-            row["pass"], str(row["layers"]), f"{row['weights']:,}", row["becomes"], f"{row['bits_per_weight']:.3f}"
+            str(row["pass"]),
+            str(row["layers"]),
+            f"{row['weights']:,}",
+            str(row["becomes"]),
+            f"{row['bits_per_weight']:.3f}",
         )
     console = _console()
     console.print(table)

@@ -96,7 +96,8 @@ def find(model: nn.Module) -> Graph:
 def _blocks(model: nn.Module) -> tuple[str, ...]:
     if type(model) is nn.Sequential:
         return tuple(name for name, child in model.named_children() if next(child.parameters(), None) is not None)
-    best, most = (), 0
+    best: tuple[str, ...] = ()
+    most = 0
     for name, module in model.named_modules():
         children = list(module.named_children())
         if isinstance(module, nn.ModuleList) and children and len({type(c) for _, c in children}) == 1:
@@ -134,7 +135,7 @@ def _refuse_unreachable(model: nn.Module, blocks: tuple[str, ...], reached: set[
                 examples.append(f"{name} {tuple(parameter.shape)}")
     if total and unreachable / total > MOST_UNREACHABLE:
         raise UnsupportedModelError(
-            f"{type(model).__name__} keeps {unreachable / total:.0%} of its block weights in fused tensors that no pass "
+            f"{type(model).__name__} keeps {unreachable / total:.0%} of its block weights in fused tensors no pass "
             f"can reach, such as {examples[0]} ({len(examples)} in all). Mixtures of experts stored this way are not "
             "supported; use a dense model, or one whose experts are separate Linear layers."
         )
@@ -154,7 +155,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json; a model is a folder as save_pretrained writes it")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return config
     except (ValueError, OSError, KeyError) as error:
         raise CheckpointError(f"{folder}/config.json cannot be used: {error}") from error
 
@@ -163,11 +165,12 @@ def build(config: PreTrainedConfig) -> PreTrainedModel:
     """As `skeleton`, from a configuration."""
     try:
         with no_init_weights(), _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ValueError as error:
         raise CheckpointError(f"not a causal language model that transformers can build: {error}") from error
     model.tie_weights()
-    return model.eval()
+    model.eval()
+    return model
 
 
 @contextmanager

@@ -40,6 +40,6 @@ def refuse_quantized(folder: Path, config: object) -> None:
     if there:
         method = there.get("quant_method") if isinstance(there, dict) else getattr(there, "quant_method", "?")
         raise CheckpointError(
-            f"{folder} is already quantized ({method}); a pipeline starts from the uncompressed model. To measure it use "
+            f"{folder} is already quantized ({method}); a pipeline starts from the uncompressed model. To measure use "
             "`compress eval`"
         )

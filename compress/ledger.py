@@ -151,6 +151,6 @@ class writing:
         no_space = isinstance(error, OSError) and error.errno in (28, 122)  # ENOSPC, EDQUOT
         if no_space or (isinstance(error, SafetensorError) and "os error 28" in str(error).lower()):
             raise ResourceError(
-                f"no space left on the disk of {self.path.parent}; what is finished is kept: make room and run the same "
+                f"no space left on the disk of {self.path.parent}; what is finished is kept: make room, run the same "
                 "command again"
             ) from error

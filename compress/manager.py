@@ -218,7 +218,7 @@ def _hash(tokens: Tensor | None) -> Any:
 
 def hash_bytes(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes."""
-    raw = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    raw: Any = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
     return hashlib.sha256(memoryview(raw)).hexdigest()
 
 

@@ -211,7 +211,7 @@ class _Reader:
         known = {f.name for f in fields(cls)}
         if "scheme" in options and "bits" in known:
             options = {**self._scheme(options.pop("scheme"), f"{path}.scheme"), **options}
-        values = {}
+        values: dict[str, Any] = {}
         for key, value in options.items():
             here = f"{path}.{key}"
             if key not in known:
@@ -268,7 +268,7 @@ class _Reader:
             return None
         hints = get_type_hints(cls)
         known = {f.name for f in fields(cls)}
-        values = {}
+        values: dict[str, Any] = {}
         for key, value in data.items():
             here = f"{path}.{key}"
             if key not in known:

@@ -133,7 +133,7 @@ class _Planner:
             kind = self.kinds[refused[0].name]
             self.problem(
                 path,
-                f"{pass_.key} cannot work on {kind} weights ({_some(s.name for s in refused)}): codes are already packed. "
+                f"{pass_.key} cannot work on {kind} weights ({_some(s.name for s in refused)}): they are packed. "
                 f"Put {pass_.key} before the quantizer",
             )
         misfits: dict[str, list[str]] = {}
@@ -147,13 +147,13 @@ class _Planner:
             if site.parameter in self.tied:
                 self.problem(
                     path,
-                    f"{site.name} shares its weight with {self.tied[site.parameter].removesuffix('.weight')}; compressing "
+                    f"{site.name} is tied to {self.tied[site.parameter].removesuffix('.weight')}; compressing "
                     "one would change the other. Exclude it",
                 )
             if site.block is None and pass_.needs != "none":
                 self.problem(
                     path,
-                    f"{site.name} is outside the blocks, where no calibration data is collected; {pass_.key} cannot work "
+                    f"{site.name} is outside the blocks, where no statistics are collected; {pass_.key} cannot work "
                     "on it. Use rtn for it, in a pass of its own with `include`",
                 )
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -156,7 +157,7 @@ def _calibrated(context: Context, run: "_Stage", selected: dict[int, list[Site]]
                 else:
                     with streamed(context):
                         for batch in bars.over(batches, len(batches), "collect: batches"):
-                            collect.run_to_end(lambda batch=batch: forward(graph, batch), block)
+                            collect.run_to_end(partial(forward, graph, batch), block)
             return found
 
         run.unit(f"b{index:04d}", sites, statistics, in_memory=context.resident or chain is not None)
@@ -176,7 +177,7 @@ class _Activations:
         size = 0
         with streamed(context):
             for batch in context.bars.over(batches, len(batches), "embed: batches"):
-                hidden, call = collect.arrival(lambda batch=batch: forward(context.graph, batch), first)
+                hidden, call = collect.arrival(partial(forward, context.graph, batch), first)
                 size += hidden.nbytes
                 self.calls.append(call)
                 self.hidden.append(hidden if size <= LARGEST_BUFFER else _mapped(hidden))
@@ -273,13 +274,12 @@ class _Stage:
 def solved(pass_: LinearPass, target: Target) -> tuple[Edit, str | None]:
     """Run a pass; on failure with more damping, then its fallback. Says in words what was done instead, or None."""
     reason = ""
-    for factor in MORE_DAMPING:
-        damping = getattr(pass_, "damping", None)
-        if factor > 1 and (damping is None or target.statistics is None):
-            break
+    damping = getattr(pass_, "damping", None)
+    helps = isinstance(damping, float) and target.statistics is not None
+    for factor in MORE_DAMPING if helps else MORE_DAMPING[:1]:
+        options: dict[str, Any] = {"damping": float(damping or 0) * factor} if helps else {}
         try:
-            attempt = pass_ if factor == 1 else replace(pass_, **{"damping": damping * factor})
-            return attempt.run(target), None if factor == 1 else f"damping x{factor:g}: {reason}"
+            return replace(pass_, **options).run(target), f"damping x{factor:g}: {reason}" if reason else None
         except SolveError as error:
             reason = str(error)
     other = pass_.fallback()

@@ -134,7 +134,7 @@ def statistics(modules: Mapping[str, nn.Module], needs: Mapping[str, Need]) -> I
             leader = leaders[name]
             if leader != name and last.get(leader) is not x:
                 raise CompressError(
-                    f"{name} and {leader} were fed by one tensor at first and by different ones later: their statistics "
+                    f"{name} and {leader} were fed by one tensor at first and by different ones later: statistics "
                     "would be wrong. Models whose wiring changes from batch to batch are not supported"
                 )
             if leader == name:

@@ -34,7 +34,7 @@ def check_source(source: str) -> str | None:
         import datasets  # noqa: F401
     except ImportError:
         return (
-            f"{source!r} is neither 'demo' nor a local {', '.join(LOCAL)} file; as the id of a Hugging Face data set it "
+            f"{source!r} is neither 'demo' nor a local {', '.join(LOCAL)} file; the id of a Hugging Face data set "
             "needs the extra: pip install 'compress-pipeline[datasets]'"
         )
     return None
@@ -142,4 +142,4 @@ def batches(tokens: Tensor, tokens_at_once: int) -> list[Tensor]:
     """Rows of (samples, length) in batches of about so many tokens, all of one size where that is possible."""
     length = tokens.shape[1] if tokens.dim() == 2 and not tokens.is_floating_point() else 1
     rows = max(1, min(len(tokens), tokens_at_once // length))
-    return list(tokens.split(rows))
+    return list(torch.split(tokens, rows))

@@ -3,6 +3,8 @@
 Shapes: T tokens, I input features.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -54,18 +56,18 @@ class Statistics:
         return self.square_sum.sqrt().float()
 
 
-class _exact_products:
-    """bfloat16 numbers have 8-bit mantissas: their products are exact in float32, so the processor's bfloat16 tiles
-    (float32 accumulation) give the float32 result at a fraction of the time. Other types are left alone.
+@contextmanager
+def _exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Use the processor's bfloat16 tiles for sums of products of bfloat16 numbers.
+
+    Such products are exact in float32 and the tiles accumulate in float32, so the result is float32's, at a fraction of
+    the time. Other types are left alone.
     """
-
-    def __init__(self, dtype: torch.dtype):
-        self.precision = "bf16" if dtype == torch.bfloat16 else None
-
-    def __enter__(self) -> None:
-        self.before = torch.backends.mkldnn.matmul.fp32_precision
-        if self.precision:
-            torch.backends.mkldnn.matmul.fp32_precision = self.precision
-
-    def __exit__(self, *_: object) -> None:
-        torch.backends.mkldnn.matmul.fp32_precision = self.before
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    if dtype == torch.bfloat16:
+        settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

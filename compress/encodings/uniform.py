@@ -1,6 +1,6 @@
 """The uniform grid: value = (code - zero_point) * scale.
 
-Shapes: O = out features, I = in features, R = O (per channel, per group) or 1 (per tensor), G = groups of columns a row;
+Shapes: O = out features, I = in features, R = O (per channel, per group) or 1 (per tensor), G = groups of columns;
 each of the G groups covers I / G neighbouring columns.
 """
 

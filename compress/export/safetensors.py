@@ -123,4 +123,5 @@ def _raw(tensor: Tensor) -> Tensor:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(_raw(tensor).numpy())
+    array: Any = _raw(tensor).numpy()
+    return memoryview(array)

@@ -122,7 +122,7 @@ class LinearPass(Pass):
 
     @property
     def rowwise(self) -> bool:
-        """Rows are independent given the statistics, so matrices fed by the same input may be stacked and solved once."""
+        """Rows are independent given the statistics, so matrices fed by one input may be stacked and solved once."""
         return False
 
     def run(self, target: Target) -> Edit:

@@ -52,7 +52,8 @@ class Factor:
         n = len(self.lower)
         r = slice(n - rows.stop, n - rows.start)
         c = slice(n - columns.stop, n - columns.start)
-        return self.lower[r, c].flip(0, 1)
+        part: Tensor = self.lower[r, c].flip(0, 1)
+        return part
 
 
 def compensate(weight: Tensor, factor: Factor, *, tile: int, every: int, begin: Begin, project: Project) -> Tensor:
@@ -104,7 +105,8 @@ def _ahead(errors: Tensor, inverse: Tensor, j: int, width: int) -> Tensor:
 
 
 def _triangular_inverse(upper: Tensor) -> Tensor:
-    return torch.linalg.solve_triangular(upper, torch.eye(len(upper)), upper=True)
+    inverse: Tensor = torch.linalg.solve_triangular(upper, torch.eye(len(upper)), upper=True)
+    return inverse
 
 
 def _divisor(number: int, at_most: int) -> int:

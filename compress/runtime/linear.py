@@ -45,7 +45,7 @@ class PackedLinear(nn.Module):
         """Moves between devices, but keeps the stored types: `model.half()` must not round the scales."""
         stored = {name: getattr(self, name).dtype for name in self.spec.tensors()}
         before = {name: getattr(self, name).data for name in stored}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, dtype in stored.items():
             moved = getattr(self, name)
             if moved.dtype != dtype:

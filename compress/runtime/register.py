@@ -1,4 +1,4 @@
-"""Teaches transformers to load a compressed folder: `import compress`, then `AutoModelForCausalLM.from_pretrained(OUT)`.
+"""Teaches transformers to load a compressed folder: `import compress`, then `from_pretrained(OUT)`.
 
 The weight file has a name of its own. A loader that does not know this plug-in would otherwise warn, build the plain
 model and run on random weights; so it finds no weights and stops.
@@ -20,7 +20,7 @@ METHOD = "compress"
 WEIGHTS = "compress.safetensors"
 
 
-class CompressConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class CompressConfig(QuantizationConfigMixin):
     """`quantization_config` of a compressed folder.
 
     Args:
@@ -29,7 +29,7 @@ class CompressConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(self, modules: dict[str, dict[str, Any]] | None = None, version: str = "", **_: Any):
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]
         self.modules = modules or {}
         self.version = version
 
@@ -38,15 +38,17 @@ class CompressConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return {name: Spec.from_json(spec) for name, spec in self.modules.items()}
 
 
-class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
+class CompressQuantizer(HfQuantizer):
     """Swaps packed modules in before the weights are read into them."""
 
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        replace_modules(model, self.quantization_config.specs())
+        config = self.quantization_config
+        assert isinstance(config, CompressConfig)
+        replace_modules(model, config.specs())
 
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype) -> torch.dtype:
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Every tensor takes the type its own module was made with."""
         return dtype
 

@@ -23,8 +23,8 @@ from compress.passes.quantize.rtn import Rtn
 class Gptq(UniformPass):
     """Round column by column; each column's rounding error is compensated in the columns still to come.
 
-    Masked weights stay zero and their loss is compensated too. Scales of a group are fitted to the weights as they stand
-    when the group begins, and are kept for every group.
+    Masked weights stay zero and their loss is compensated too. Scales of a group are fitted to the weights as they
+    stand when the group begins, and are kept for every group.
 
     Source: Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative
     Pre-trained Transformers", 2022, arXiv 2210.17323. Differs from the paper in: one Cholesky factor of H instead of
