@@ -18,7 +18,7 @@ from compress.errors import GateError
 from compress.evaluate import Quality, Reference, measure
 from compress.export.safetensors import spec_at, stored_bytes
 from compress.ledger import Record, code_fingerprint, key_of
-from compress.observe import observed
+from compress.observe import finite, observed
 from compress.passes.base import LinearPass, ModelPass, Target
 from compress.pipeline import Pipeline
 from compress.plan import PassPlan, Plan
@@ -100,14 +100,15 @@ def _model_stage(context: Context, number: int, plan: PassPlan, key: str) -> tup
 
     def load(name: str) -> Target:
         weight = artifact.weight(sites[name])
-        return Target(weight.dequantize(), weight.mask)
+        return Target(finite(sites[name], weight), weight.mask)
 
     if len(done) < len(sites):
         edits = pass_.run(tuple(sites), load)
         for name, edit in context.bars.over(edits, len(sites), f"{pass_.key}: layers"):
             if name not in done:
                 site = sites[name]
-                weight, error = observed(site, pass_, artifact.weight(site), edit, artifact.store_dtype(site))
+                before = artifact.weight(site)
+                weight, error = observed(site, pass_, before, finite(site, before), edit, artifact.store_dtype(site))
                 notes = {pass_.key: {"error": error, **edit.notes}}
                 done[name] = context.ledger.commit(units[name], key, [Record(name, weight, notes)])
     records = [record for name in sites for record in done[name]]

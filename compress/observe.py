@@ -1,12 +1,14 @@
 """What the manager checks about every edit before it counts. It observes; it does not ask the pass."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from compress.encodings import Uniform, Weight
-from compress.errors import CompressError
+from compress.encodings.uniform import CHUNK
+from compress.errors import CompressError, NonFiniteError
 from compress.graph import Site
 from compress.passes.base import Edit, Pass
 from compress.passes.prune.selection import pattern
@@ -14,8 +16,12 @@ from compress.passes.prune.selection import pattern
 Refuse = Callable[[str], CompressError]
 
 
-def observed(site: Site, pass_: Pass, before: Weight, edit: Edit, store: torch.dtype) -> tuple[Weight, float]:
-    """The weight an edit makes, in its stored type, and its relative error ||new - before|| / ||before||.
+def observed(
+    site: Site, pass_: Pass, before: Weight, old: Tensor, edit: Edit, store: torch.dtype
+) -> tuple[Weight, float]:
+    """The weight an edit makes, in its stored type, and its relative error ||new - old|| / ||old||.
+
+    `old` is `before` as (out, in) float32.
 
     Raises:
         CompressError: the edit has the wrong shape, is not finite, has codes out of range, revives a zero, or breaks
@@ -33,10 +39,36 @@ def observed(site: Site, pass_: Pass, before: Weight, edit: Edit, store: torch.d
     wanted = pattern(getattr(pass_.at(site.name), "sparsity", 0.0))
     if wanted and edit.mask is not None and int(edit.mask.view(-1, wanted[1]).sum(1).max()) > wanted[0]:
         raise refuse(f"more than {wanted[0]} of {wanted[1]} neighbouring weights kept")
-    old = before.dequantize()
-    size = float(torch.linalg.vector_norm(old))
-    error = float(torch.linalg.vector_norm(weight.dequantize() - old))
-    return weight, error / size if size else error
+    return weight, _relative_error(weight, old)
+
+
+def _relative_error(weight: Weight, old: Tensor) -> float:
+    """||new - old|| / ||old||, a few rows at a time: temporaries stay in the cache."""
+    lost = size = 0.0
+    step = max(1, CHUNK // old.shape[1])
+    for start in range(0, len(old), step):
+        rows = slice(start, start + step)
+        was = old[rows]
+        lost += float((weight.rows(rows).dequantize() - was).square_().sum())
+        size += float(was.square().sum())
+    return math.sqrt(lost / size) if size else math.sqrt(lost)
+
+
+def finite(site: Site, weight: Weight) -> Tensor:
+    """A site's weight as (out, in) float32.
+
+    Raises:
+        NonFiniteError: it holds NaN or infinity, which can only come from the source.
+    """
+    dense = weight.dequantize()
+    # A sum is NaN or infinite if any term is: one pass, nothing the size of the weight is made.
+    if not torch.isfinite(dense.sum()) and not torch.isfinite(dense).all():
+        bad = int((~torch.isfinite(dense)).sum())
+        raise NonFiniteError(
+            f"{site.parameter}: {bad} of {dense.numel()} weights are NaN or infinite in the source; "
+            "the checkpoint is damaged or overflowed its type: get a clean one"
+        )
+    return dense
 
 
 def _from_values(edit: Edit, refuse: Refuse, site: Site, store: torch.dtype) -> Weight:

@@ -22,7 +22,7 @@ from compress.encodings import Weight
 from compress.errors import SolveError
 from compress.graph import Graph, Site
 from compress.ledger import MemoryLedger, Record, key_of
-from compress.observe import observed
+from compress.observe import finite, observed
 from compress.passes.base import Edit, LinearPass, Target
 from compress.progress import Bars
 
@@ -254,17 +254,18 @@ class _Stage:
     ) -> None:
         started = time.perf_counter()
         before = [weights[s.name] for s in group]
+        dense = [finite(s, w) for s, w in zip(group, before, strict=True)]
         masks = [w.mask for w in before if w.mask is not None]
         target = Target(
-            _stack([w.dequantize() for w in before]),
+            _stack(dense),
             _stack(masks) if masks else None,
             found.get(group[0].name),
             _generator(self.context.seed, self.number, position, group[0].name),
         )
         edit, fallback = solved(pass_.at(group[0].name), target)
         seconds = time.perf_counter() - started
-        for site, old, part in zip(group, before, _split_rows(edit, group), strict=True):
-            weights[site.name], error = observed(site, pass_, old, part, self.context.artifact.store_dtype(site))
+        for site, was, old, part in zip(group, before, dense, _split_rows(edit, group), strict=True):
+            weights[site.name], error = observed(site, pass_, was, old, part, self.context.artifact.store_dtype(site))
             note: dict[str, Any] = {"error": error, "seconds": round(seconds / len(group), 4), **part.notes}
             if fallback:
                 note["fallback"] = fallback

@@ -13,7 +13,7 @@ Layout `compress-1`, for a weight of O rows and I columns:
 Streams are those of `bits.py`. The mask is stored, never inferred: a kept weight may be zero.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -46,6 +46,16 @@ class Weight:
             return self.values.float()
         dense = self.encoding.dequantize()
         return dense if self.mask is None else dense.masked_fill_(~self.mask, 0.0)
+
+    def rows(self, part: slice) -> "Weight":
+        """Some of its rows, sharing memory."""
+        e = self.encoding
+        if e is not None and e.scale.shape[0] > 1:
+            e = replace(e, codes=e.codes[part], scale=e.scale[part], zero_point=e.zero_point[part])
+        elif e is not None:
+            e = replace(e, codes=e.codes[part])
+        values = None if self.values is None else self.values[part]
+        return Weight(values, None if self.mask is None else self.mask[part], e)
 
     @property
     def kind(self) -> str:
