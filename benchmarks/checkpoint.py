@@ -66,7 +66,7 @@ def write(folder: Path, layers: int) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     plan = shards(layers)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(plan, start=1):
         file = f"model-{number:05}-of-{len(plan):05}.safetensors"
         save_file({name: value(name, shape) for name, shape in part.items()}, folder / file, {"format": "pt"})

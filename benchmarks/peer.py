@@ -3,7 +3,8 @@
     python benchmarks/peer.py MODEL TOKENS.npz WHAT
 
 Everything the experiment does not name is the tool's default. `seconds` is calibration and compression; reading the
-model and evaluating it are left out. For `rtn` the tool only computes scales there: it rounds in the forward pass.
+model and evaluating it are left out. For `rtn` the tool itself only computes scales and rounds whenever the model runs
+or is saved; one rounding of every weight is added, so that both sides end with rounded weights.
 """
 
 import os
@@ -12,6 +13,7 @@ from typing import Any
 
 import common
 import torch
+from compressed_tensors.quantization import fake_quantize
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
@@ -55,6 +57,15 @@ def batches(tokens: torch.Tensor, size: int = BATCH) -> DataLoader[dict[str, tor
     return DataLoader(list(tokens), batch_size=size, collate_fn=collate)
 
 
+@torch.no_grad()
+def round_weights(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is not None:
+            rounded = fake_quantize(module.weight, module.weight_scale, module.weight_zero_point, scheme.weights)
+            module.weight.copy_(rounded)
+
+
 def main() -> None:
     args = common.arguments(__doc__)
     what = common.What.parse(args.what)
@@ -65,6 +76,7 @@ def main() -> None:
         started = time.perf_counter()
         if what.method == "rtn":
             oneshot(model=model, recipe=[recipe(what)])
+            round_weights(model)
         else:
             oneshot(model=model, recipe=[recipe(what)], dataset=batches(calibration))
         seconds = time.perf_counter() - started

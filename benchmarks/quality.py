@@ -117,8 +117,8 @@ def main() -> None:
             runner.write(FILE, about | {"rows": rows})
     print(show(rows))
     print(
-        "\nThe peer's `rtn` time is its scales only: it rounds when the model runs or is saved. "
-        "Without `act_order`, gptq takes the columns in the order that is each tool's default."
+        "\nWithout `act_order`, gptq takes the columns in the order that is each tool's default: "
+        "here as they come, there largest inputs first."
     )
 
 

@@ -20,7 +20,7 @@ from compress.calibration.data import load_tokens
 from compress.encodings import Weight
 from compress.errors import DataError, UsageError
 from compress.export import safetensors
-from compress.ledger import FolderLedger, MemoryLedger, publish, write_text
+from compress.ledger import FolderLedger, MemoryLedger, key_of, publish, write_text
 from compress.passes import Pass
 from compress.pipeline import Calibration, Evaluation, Pipeline, dump, load
 from compress.report import Report
@@ -205,7 +205,8 @@ def run(
     steps = _with_given(steps, calibration, evaluation)
     file = str(pipeline) if isinstance(pipeline, str | Path) else "pipeline"
     made = plan.make(steps, opened.artifact.graph, opened.dtypes, file)
-    identity = {"model": str(opened.folder.resolve()), "pipeline": dump(steps)}
+    resolved = dump(steps)
+    identity = key_of(opened.artifact.source.fingerprint(), resolved)
     finished = _finished(destination, identity)
     if finished and not (overwrite or fresh):
         shutil.rmtree(work, ignore_errors=True)
@@ -221,7 +222,7 @@ def run(
     context = Context(opened.artifact, FolderLedger(work), steps.seed, _dtype(steps, opened), resident=False, bars=bars)
     with bars.shown():
         measured = manager.execute(steps, made, context, data, str(model))
-        _export(context, opened, steps, measured, data, work / "out", destination, identity)
+        _export(context, opened, steps, measured, data, work / "out", destination, identity, resolved)
     shutil.rmtree(work, ignore_errors=True)
     return measured
 
@@ -302,13 +303,12 @@ def read_tokens(section: Calibration, folder: Path, split: Any) -> Tensor:
     )
 
 
-def _finished(destination: Path, identity: Mapping[str, str]) -> Report | None:
+def _finished(destination: Path, identity: str) -> Report | None:
     try:
         data = json.loads((destination / "report.json").read_text())
-        text = (destination / "pipeline.yaml").read_text()
     except (OSError, ValueError):
         return None
-    if data["verified"].get("model") != identity["model"] or text != identity["pipeline"]:
+    if data.get("verified", {}).get("run") != identity:
         return None
     rows = [report.Row(**row) for row in data.pop("rows")]
     return Report(rows=rows, **data)
@@ -322,19 +322,20 @@ def _export(
     data: manager.Data,
     partial: Path,
     destination: Path,
-    identity: Mapping[str, str],
+    identity: str,
+    resolved: str,
 ) -> None:
     """Write beside the final name, read back, compare, then rename."""
     shutil.rmtree(partial, ignore_errors=True)
     config = json.loads((opened.folder / "config.json").read_text())
     safetensors.write(context.artifact, partial, config, opened.folder, version())
     compared = safetensors.verify(context.artifact, partial)
-    measured.verified = {"model": identity["model"], "tensors_equal": compared}
+    measured.verified = {"run": identity, "tensors_equal": compared}
     if data.evaluation is not None:
         measured.verified["max_logit_difference"] = _logit_difference(context, partial, data.evaluation[:2])
-    write_text(partial / "pipeline.yaml", identity["pipeline"])
+    write_text(partial / "pipeline.yaml", resolved)
     write_text(partial / "report.json", measured.to_json())
-    write_text(partial / "README.md", report.card(measured, identity["pipeline"]))
+    write_text(partial / "README.md", report.card(measured, resolved))
     publish(partial / WEIGHTS, partial / WEIGHTS)
     if destination.exists():
         shutil.rmtree(destination)

@@ -144,28 +144,39 @@ def _calibrated(context: Context, run: "_Stage", selected: dict[int, list[Site]]
         chain = _Activations(context, batches, blocks[0]) if whole else None
     bars = context.bars
     for index in bars.over(range(len(blocks)), len(blocks), f"{run.label}: blocks"):
-        block, name, sites = blocks[index], graph.blocks[index], selected[index]
-        if not context.resident and chain:
-            bring_in(context, name, block)
+        block, sites = blocks[index], selected[index]
 
-        def statistics(block: nn.Module = block, sites: list[Site] = sites) -> dict[str, Statistics]:
+        def statistics(index: int = index, sites: list[Site] = sites) -> dict[str, Statistics]:
+            block = blocks[index]
             modules = {s.name: graph.model.get_submodule(s.name) for s in sites}
             with collect.statistics(modules, {s.name: run.need(s) for s in sites}) as found:
                 if chain:
-                    for _ in bars.over(chain.each(block), len(batches), "collect: batches"):
-                        pass
+                    with _present(context, index):
+                        for _ in bars.over(chain.each(block), len(batches), "collect: batches"):
+                            pass
                 else:
                     with streamed(context):
                         for batch in bars.over(batches, len(batches), "collect: batches"):
                             collect.run_to_end(partial(forward, graph, batch), block)
             return found
 
-        run.unit(f"b{index:04d}", sites, statistics, in_memory=context.resident or chain is not None)
+        run.unit(f"b{index:04d}", sites, statistics)
         if chain and index + 1 < len(blocks):
-            for number, output in enumerate(bars.over(chain.each(block), len(batches), "propagate: batches")):
-                chain.keep(number, output)
-        if not context.resident and chain:
-            evict(context, name, block)
+            with _present(context, index):
+                for number, output in enumerate(bars.over(chain.each(block), len(batches), "propagate: batches")):
+                    chain.keep(number, output)
+
+
+@contextmanager
+def _present(context: Context, index: int) -> Iterator[None]:
+    """While open, a block's parameters are in memory. They are not while its matrices are being solved."""
+    name = context.graph.blocks[index]
+    block = context.graph.model.get_submodule(name)
+    if not context.resident:
+        bring_in(context, name, block)
+    yield
+    if not context.resident:
+        evict(context, name, block)
 
 
 class _Activations:
@@ -217,9 +228,7 @@ class _Stage:
         needs = {p.needs for p in self.passes if p.selects(site.name, site.block is not None)}
         return "gram" if "gram" in needs else "norm" if "norm" in needs else "none"
 
-    def unit(
-        self, name: str, sites: list[Site], statistics: Callable[[], dict[str, Statistics]], in_memory: bool = False
-    ) -> None:
+    def unit(self, name: str, sites: list[Site], statistics: Callable[[], dict[str, Statistics]]) -> None:
         """Do, or find done, one unit of work."""
         context = self.context
         options = [(p.key, p.options()) for p in self.passes]
@@ -228,11 +237,11 @@ class _Stage:
         done = context.ledger.load(file, self.key)
         if done is None:
             found = statistics() if sites else {}
-            weights = {s.name: context.artifact.weight(s) for s in sites}
+            weights: dict[str, Weight] = {}
             notes: dict[str, dict[str, Any]] = {s.name: {} for s in sites}
             for position, pass_ in enumerate(self.passes):
                 chosen = [s for s in sites if pass_.selects(s.name, s.block is not None)]
-                for group in _stacks(pass_, chosen, found, weights):
+                for group in _stacks(pass_, chosen, found, self._is_masked(weights)):
                     self._apply(pass_, position, group, found, weights, notes)
             records = [Record(s.name, weights[s.name], notes[s.name]) for s in sites]
             del found, weights
@@ -240,8 +249,17 @@ class _Stage:
         self.records += done
         for record in done:
             context.artifact.committed[record.site] = record.weight
-            if in_memory:
+            if context.resident:
                 set_in_place(context, record)
+
+    def _is_masked(self, weights: dict[str, Weight]) -> Callable[[Site], bool]:
+        """Whether a site has a mask now: from this unit's earlier passes, or committed by an earlier stage."""
+
+        def masked(site: Site) -> bool:
+            now = weights.get(site.name) or self.context.artifact.committed.get(site.name)
+            return (now.spec.kept if isinstance(now, Packed) else now and now.mask) is not None
+
+        return masked
 
     def _apply(
         self,
@@ -253,11 +271,14 @@ class _Stage:
         notes: dict[str, dict[str, Any]],
     ) -> None:
         started = time.perf_counter()
+        for site in group:  # read no earlier than needed: one stack in memory, not the whole block
+            weights.setdefault(site.name, self.context.artifact.weight(site))
         before = [weights[s.name] for s in group]
-        dense = [finite(s, w) for s, w in zip(group, before, strict=True)]
+        stacked = _stack([finite(s, w) for s, w in zip(group, before, strict=True)])
+        dense = torch.split(stacked, [s.shape[0] for s in group])
         masks = [w.mask for w in before if w.mask is not None]
         target = Target(
-            _stack(dense),
+            stacked,
             _stack(masks) if masks else None,
             found.get(group[0].name),
             _generator(self.context.seed, self.number, position, group[0].name),
@@ -291,12 +312,13 @@ def solved(pass_: LinearPass, target: Target) -> tuple[Edit, str | None]:
 
 
 def _stacks(
-    pass_: LinearPass, sites: list[Site], found: dict[str, Statistics], weights: dict[str, Weight]
+    pass_: LinearPass, sites: list[Site], found: dict[str, Statistics], masked: Callable[[Site], bool]
 ) -> list[list[Site]]:
     def fits(a: Site, b: Site) -> bool:
         fed_alike = found.get(a.name) is not None and found.get(a.name) is found.get(b.name)
-        masked_alike = (weights[a.name].mask is None) == (weights[b.name].mask is None)
-        return fed_alike and masked_alike and pass_.at(a.name).rowwise and pass_.at(a.name) == pass_.at(b.name)
+        return (
+            fed_alike and masked(a) == masked(b) and pass_.at(a.name).rowwise and pass_.at(a.name) == pass_.at(b.name)
+        )
 
     stacks: list[list[Site]] = []
     for site in sites:

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from compress.errors import SolveError
 
+CHUNK = 16  # columns whose errors are applied one by one; those before it in the tile are applied together
+
 Begin = Callable[[int, Tensor], None]  # (first column, current columns (O, width)): decide scales or masks
 Project = Callable[[int, Tensor], Tensor]  # (column, its current values (O,)) -> the values to keep (O,)
 
@@ -39,7 +41,7 @@ class Factor:
         self.num_dead = int(dead.sum())
         order = torch.arange(len(gram)) if order is None else order
         reverse = order.flip(0)
-        damped = gram[reverse][:, reverse]
+        damped = gram[reverse[:, None], reverse]
         damped.diagonal().add_(damping * diagonal.mean())
         damped.diagonal()[dead[reverse]] = 1.0  # an input that is always zero constrains nothing
         lower, failed = torch.linalg.cholesky_ex(damped)
@@ -57,16 +59,16 @@ class Factor:
 
 
 def compensate(weight: Tensor, factor: Factor, *, tile: int, every: int, begin: Begin, project: Project) -> Tensor:
-    """Project the columns of `weight` (O, I) from left to right; returns V (O, I).
+    """Project the columns of `weight` (O, I) from left to right; returns what was lost, D = W - V (O, I).
 
     `begin` is called before the columns 0, every, 2*every, ... with the next `every` columns as they stand then;
     `project` once a column, in order. `tile` is how many columns are worked on at once: it changes the speed and the
     rounding of the last bit, nothing else.
     """
     columns = weight.shape[1]
-    tile = max(every, tile // every * every) if every <= tile else _divisor(every, tile)
+    tile = _aligned(tile, every)
+    chunk = _aligned(CHUNK, every)
     lost = torch.empty(columns, weight.shape[0])  # D, transposed: a column is contiguous
-    kept = torch.empty(columns, weight.shape[0])
     for a in range(0, columns, tile):
         b = min(a + tile, columns)
         if every > tile and a % every == 0:
@@ -74,20 +76,22 @@ def compensate(weight: Tensor, factor: Factor, *, tile: int, every: int, begin: 
         now = _current(weight, lost, factor, a, b)
         inverse = _triangular_inverse(factor.block(slice(a, b), slice(a, b)))
         errors = torch.empty_like(now)
+        first = 0  # `now` holds the effect of all errors before this column, up to the end of its chunk
         for j in range(b - a):
             if every <= tile and j % every == 0:
-                width = min(every, b - a - j)
-                ahead = now[j : j + width]
-                if j:
-                    ahead = ahead - _ahead(errors, inverse, j, width)
-                begin(a + j, ahead.T)
-            value = torch.addmv(now[j], errors[:j].T, inverse[:j, j], alpha=-1) if j else now[j]
+                known = first if j % chunk else 0
+                ahead = slice(j, min(j + every, b - a))
+                push = inverse[known:j, ahead].T @ errors[known:j]
+                begin(a + j, (now[ahead] - push).T)
+            if j % chunk == 0:
+                now[j : j + chunk] -= inverse[:j, j : j + chunk].T @ errors[:j]
+                first = j
+            value = torch.addmv(now[j], errors[first:j].T, inverse[first:j, j], alpha=-1) if j > first else now[j]
             chosen = project(a + j, value)
+            torch.sub(weight[:, a + j], chosen, out=lost[a + j])
             torch.sub(value, chosen, out=errors[j])
             errors[j] /= inverse[j, j]
-            kept[a + j] = chosen
-        torch.sub(weight[:, a:b].T, kept[a:b], out=lost[a:b])
-    return kept.T.contiguous()
+    return lost.T
 
 
 def _current(weight: Tensor, lost: Tensor, factor: Factor, a: int, b: int) -> Tensor:
@@ -100,14 +104,13 @@ def _current(weight: Tensor, lost: Tensor, factor: Factor, a: int, b: int) -> Te
     return now
 
 
-def _ahead(errors: Tensor, inverse: Tensor, j: int, width: int) -> Tensor:
-    return inverse[:j, j : j + width].T @ errors[:j]
-
-
 def _triangular_inverse(upper: Tensor) -> Tensor:
     inverse: Tensor = torch.linalg.solve_triangular(upper, torch.eye(len(upper)), upper=True)
     return inverse
 
 
-def _divisor(number: int, at_most: int) -> int:
-    return next(d for d in range(at_most, 0, -1) if number % d == 0)
+def _aligned(width: int, every: int) -> int:
+    """About `width`, such that its multiples and those of `every` meet as often as possible."""
+    if every <= width:
+        return width // every * every
+    return next(d for d in range(width, 0, -1) if every % d == 0)

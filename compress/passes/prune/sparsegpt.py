@@ -105,7 +105,7 @@ def solve(
     def project(j: int, value: Tensor) -> Tensor:
         return value * chosen[j]
 
-    result = compensate(weight, factor, tile=tile, every=every, begin=begin, project=project)
+    result = weight - compensate(weight, factor, tile=tile, every=every, begin=begin, project=project)
     if not torch.isfinite(result).all():
         raise SolveError("the solution is not finite")
     return result, chosen.T.contiguous(), factor.num_dead

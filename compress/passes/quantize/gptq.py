@@ -3,6 +3,7 @@
 Shapes: O rows, I columns, G groups of columns.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -141,10 +142,10 @@ def solve(
         return code.sub_(z).mul_(s)
 
     every = columns if static else width
-    result = compensate(
+    lost = compensate(
         weight[:, order] if act_order else weight, factor, tile=tile, every=every, begin=begin, project=project
     )
-    if not torch.isfinite(result).all():
+    if not math.isfinite(float(lost.sum())):
         raise SolveError("the solution is not finite")
     scales = _stored(scales)
     codes = codes.T.contiguous()
