@@ -206,7 +206,8 @@ def run(
     file = str(pipeline) if isinstance(pipeline, str | Path) else "pipeline"
     made = plan.make(steps, opened.artifact.graph, opened.dtypes, file)
     resolved = dump(steps)
-    identity = key_of(opened.artifact.source.fingerprint(), resolved)
+    given = [manager.hash_of(calibration), manager.hash_of(evaluation)]
+    identity = key_of(opened.artifact.source.fingerprint(), resolved, given)
     finished = _finished(destination, identity)
     if finished and not (overwrite or fresh):
         shutil.rmtree(work, ignore_errors=True)

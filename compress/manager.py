@@ -47,7 +47,7 @@ def execute(pipeline: Pipeline, plan: Plan, context: Context, data: Data, model_
         code_fingerprint(),
         pipeline.seed,
         str(context.dtype),
-        _hash(data.calibration),
+        hash_of(data.calibration),
     )
     start = _row(context, meter, "original", "original", key, None, 0.0)
     report.rows.append(start)
@@ -164,7 +164,7 @@ def _row(
     context: Context, meter: _Meter | None, unit: str, name: str, key: str, baseline: float | None, seconds: float
 ) -> Row:
     """Measure, or find measured."""
-    key = key_of(key, "row", _hash(meter.tokens) if meter else None)
+    key = key_of(key, "row", hash_of(meter.tokens) if meter else None)
     found = context.ledger.load_row(unit, key)
     if found is not None:
         if meter:
@@ -211,16 +211,12 @@ def _note(report: Report, records: Sequence[Record]) -> None:
                 report.fallbacks.append(f"{record.site}: {notes['dead_inputs']:.0f} inputs are always zero ({name})")
 
 
-def _hash(tokens: Tensor | None) -> Any:
+def hash_of(tokens: Tensor | None) -> str | None:
+    """SHA-256 of a tensor's shape and bytes."""
     if tokens is None:
         return None
-    return key_of(list(tokens.shape), hash_bytes(tokens))
-
-
-def hash_bytes(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes."""
-    raw: Any = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(memoryview(raw)).hexdigest()
+    raw: Any = tokens.detach().contiguous().flatten().view(torch.uint8).numpy()
+    return key_of(list(tokens.shape), hashlib.sha256(memoryview(raw)).hexdigest())
 
 
 def peak_memory() -> int:
