@@ -4,7 +4,7 @@ import copy
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -18,14 +18,14 @@ from compress import hub, manager, plan, progress, report
 from compress.artifact import Artifact, ModuleSource, open_folder
 from compress.calibration.data import load_tokens
 from compress.encodings import Weight
-from compress.errors import DataError, UsageError
+from compress.errors import CompressError, DataError, UsageError
 from compress.export import safetensors
 from compress.ledger import FolderLedger, MemoryLedger, key_of, publish, write_text
 from compress.passes import Pass
 from compress.pipeline import Calibration, Evaluation, Pipeline, dump, load
 from compress.report import Report
 from compress.runtime.register import WEIGHTS
-from compress.sweep import Context, streamed
+from compress.sweep import Context, forward, streamed
 
 LOGITS_TOLERANCE = 0.0  # packed and in-memory results multiply the same numbers in the same order
 
@@ -261,8 +261,6 @@ def _dtype(steps: Pipeline, opened: Opened) -> torch.dtype:
 
 
 def _with_given(steps: Pipeline, calibration: Tensor | None, evaluation: Tensor | None) -> Pipeline:
-    from dataclasses import replace
-
     given_calibration = _described(Calibration, calibration, {})
     gate = {"max_increase": steps.evaluate.max_increase, "after": steps.evaluate.after} if steps.evaluate else {}
     given_evaluation = _described(Evaluation, evaluation, gate)
@@ -345,12 +343,7 @@ def _export(
 
 def _logit_difference(context: Context, folder: Path, tokens: Tensor) -> float:
     """Largest difference of the written model's logits from the in-memory result's; more than none is an error."""
-    from transformers import AutoModelForCausalLM
-
-    from compress.errors import CompressError
-    from compress.sweep import forward
-
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=context.dtype).eval()
+    loaded = hub.load(folder, context.dtype)
     with torch.no_grad():
         there = loaded(input_ids=tokens, use_cache=False).logits
         with streamed(context):

@@ -126,8 +126,6 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure perplexity, divergence from the original, size and bits per weight."""
-    from transformers import AutoModelForCausalLM
-
     from compress import api, hub, report
     from compress.evaluate import evaluate as measure
     from compress.pipeline import Evaluation
@@ -137,8 +135,8 @@ def evaluate(
     folder = hub.resolve(model)
     section = Evaluation(source=source, samples=samples, length=length)
     tokens = api.read_tokens(section, folder, "evaluation")
-    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
-    original = AutoModelForCausalLM.from_pretrained(hub.resolve(against)).eval() if against else None
+    loaded = hub.load(folder)
+    original = hub.load(hub.resolve(against)) if against else None
     quality = measure(loaded, tokens, against=original)
     weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     found = {"model": model, "perplexity": quality.perplexity, "kl": quality.kl, "tokens": quality.tokens,

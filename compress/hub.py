@@ -1,6 +1,12 @@
 """From what the user calls a model to a folder on disk."""
 
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from compress.demo import MODEL_DIR
 from compress.errors import CheckpointError, UsageError
@@ -43,3 +49,20 @@ def refuse_quantized(folder: Path, config: object) -> None:
             f"{folder} is already quantized ({method}); a pipeline starts from the uncompressed model. To measure use "
             "`compress eval`"
         )
+
+
+def load(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """A folder, packed or not, as a model in memory, without transformers' own progress bar.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").eval()
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()

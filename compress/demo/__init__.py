@@ -15,6 +15,8 @@ def load() -> tuple[Any, Any]:
         >>> model.config.model_type
         'llama'
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    return AutoModelForCausalLM.from_pretrained(MODEL_DIR).eval(), AutoTokenizer.from_pretrained(MODEL_DIR)
+    from compress import hub
+
+    return hub.load(MODEL_DIR), AutoTokenizer.from_pretrained(MODEL_DIR)

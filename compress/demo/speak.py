@@ -1,11 +1,12 @@
 """Let a model write: `python -m compress.demo.speak FOLDER [PROMPT ...]`."""
 
 import sys
+from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-import compress
+from compress import hub
 
 PROMPTS = ("def read_csv(path, encoding='utf-8')\n\n", "class ConnectionPool\n\n")
 
@@ -13,7 +14,7 @@ PROMPTS = ("def read_csv(path, encoding='utf-8')\n\n", "class ConnectionPool\n\n
 def speak(folder: str, prompt: str, tokens: int = 80) -> str:
     """What a model in a folder, packed or not, writes after a prompt."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = hub.load(Path(folder))
     ids = tokenizer(tokenizer.eos_token + prompt, return_tensors="pt")["input_ids"]
     torch.manual_seed(0)
     out = model.generate(
@@ -29,7 +30,6 @@ def speak(folder: str, prompt: str, tokens: int = 80) -> str:
 
 
 if __name__ == "__main__":
-    assert compress.__version__  # importing compress is what lets transformers read packed folders
     for text in sys.argv[2:] or PROMPTS:
         print(speak(sys.argv[1], text).rstrip())
         print("-" * 79)

@@ -1,0 +1,79 @@
+"""The command line inside this process, and small folders, texts and pipelines to use it on."""
+
+import contextlib
+import functools
+import io
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from compress import cli
+from compress.demo import MODEL_DIR
+
+PIPELINE = """\
+calibration: {{source: {text}, samples: 4, length: 32}}
+evaluate: {{source: {text}, samples: 2, length: 32}}
+passes:
+  - {entry}
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def compress_command(*arguments: object) -> Ended:
+    """`compress ARGUMENTS` as the console script runs it. An exception that would be a traceback comes through."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        app = functools.partial(cli.app, [str(a) for a in arguments], prog_name="compress")
+        code = cli._guarded(app)
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def make_text_model(folder: Path, **changes: object) -> Path:
+    """A tiny random Llama that takes the tokens of the bundled model's tokenizer."""
+    torch.manual_seed(3)
+    options = {
+        "vocab_size": 4096,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.1,
+        **changes,
+    }
+    LlamaForCausalLM(LlamaConfig(**options)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL_DIR / name, folder / name)
+    return folder
+
+
+def write_text(path: Path, seed: int = 0, words: int = 4000) -> Path:
+    """Enough words for a few windows of tokens."""
+    chosen = random.Random(seed).choices(
+        ["return", "the", "path", "of", "a", "list", "with", "value", "string"], k=words
+    )
+    path.write_text(" ".join(chosen))
+    return path
+
+
+def write_pipeline(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder with its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

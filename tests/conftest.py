@@ -1,0 +1,76 @@
+"""Fixtures every test may use. Nothing here reads the network or the bundled model."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import compress  # noqa: F401  (teaches transformers to read what the package writes)
+
+VOCABULARY = 256
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Every test starts from one seed and leaves no global setting behind."""
+    torch.manual_seed(0)
+    dtype = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(dtype)
+
+
+def make_llama(**changes: object) -> LlamaForCausalLM:
+    """A random two-block Llama with weights large enough that its blocks matter."""
+    options = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.1,
+        **changes,
+    }
+    torch.manual_seed(7)
+    return LlamaForCausalLM(LlamaConfig(**options)).eval()
+
+
+@pytest.fixture
+def llama_maker() -> Callable[..., LlamaForCausalLM]:
+    """`make_llama`, for a test that needs other dimensions: `llama_maker(num_hidden_layers=3)`."""
+    return make_llama
+
+
+@pytest.fixture
+def tiny_llama() -> LlamaForCausalLM:
+    """A fresh model in memory; a test may change it."""
+    return make_llama()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as `save_pretrained` writes it: to be read only, shared by all tests."""
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    make_llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    """(8, 32) token ids to calibrate with."""
+    return torch.randint(VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def evaluation_tokens() -> Tensor:
+    """(4, 32) other token ids to measure with."""
+    return torch.randint(VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(2))

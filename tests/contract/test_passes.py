@@ -1,0 +1,239 @@
+"""What every pass promises, checked for everything in `PASSES`: a new pass is tested the moment it is listed."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+import pytest
+import textbook
+import torch
+from torch import Tensor
+
+import compress
+from compress.encodings import Weight
+from compress.graph import Site
+from compress.observe import observed
+from compress.passes import PASSES, LinearPass, ModelPass, Override, Pass
+from compress.passes.base import Edit, Target
+from compress.pipeline import Pipeline, dump, parse
+
+SHAPES = {"a": (8, 48), "b": (6, 48), "c": (10, 32)}
+
+# Options worth trying beside the defaults. A pass that is not named here is tested with its defaults.
+OPTIONS: dict[str, list[dict[str, object]]] = {
+    "rtn": [
+        {"bits": 3, "group_size": 16, "symmetric": True},
+        {"bits": 8, "granularity": "tensor", "scale_search": "mse"},
+        {"bits": 2, "granularity": "channel"},
+    ],
+    "gptq": [
+        {"bits": 3, "group_size": 16, "symmetric": True, "tile": 16},
+        {"bits": 8, "granularity": "tensor", "damping": 0.1},
+        {"act_order": True, "group_size": 16, "scale_search": "mse"},
+    ],
+    "magnitude": [{"sparsity": "2:4"}, {"sparsity": 0.25}],
+    "global_magnitude": [{"sparsity": 0.7, "min_keep": 0.01}, {"sparsity": 0.0}],
+    "wanda": [{"sparsity": "2:4"}, {"sparsity": 0.3, "free_rows": True}],
+    "sparsegpt": [{"sparsity": "4:8", "damping": 0.1}, {"sparsity": 0.7, "tile": 16}],
+}
+
+each_class = pytest.mark.parametrize("cls", PASSES, ids=lambda cls: cls.key)
+CONFIGURED = [cls(**options) for cls in PASSES for options in [{}, *OPTIONS.get(cls.key, [])]]
+each_pass = pytest.mark.parametrize("pass_", CONFIGURED, ids=lambda p: f"{p.key}-{p.options()}")
+each_linear_pass = pytest.mark.parametrize(
+    "pass_", [p for p in CONFIGURED if isinstance(p, LinearPass)], ids=lambda p: f"{p.key}-{p.options()}"
+)
+
+
+def targets(pass_: Pass, masked: float | None = None) -> dict[str, Target]:
+    """One target a name, with the statistics the pass needs and, if asked, a mask with this share of zeros."""
+    found = {}
+    for seed, (name, (rows, columns)) in enumerate(SHAPES.items()):
+        w = textbook.weight(rows, columns, seed)
+        kept = None if masked is None else textbook.mask(rows, columns, seed, masked)
+        x = textbook.inputs(columns, tokens=64, seed=seed)
+        statistics = None if pass_.needs == "none" else textbook.statistics(x, pass_.needs)
+        generator = torch.Generator().manual_seed(seed)
+        found[name] = Target(w if kept is None else w * kept, kept, statistics, generator)
+    return found
+
+
+def edits(pass_: Pass, given: dict[str, Target]) -> dict[str, Edit]:
+    if isinstance(pass_, ModelPass):
+        return dict(pass_.run(tuple(given), given.__getitem__))
+    assert isinstance(pass_, LinearPass)
+    return {name: pass_.run(target) for name, target in given.items()}
+
+
+def tensors(thing: object) -> Iterator[Tensor]:
+    """Every tensor inside a target or an edit."""
+    if isinstance(thing, Tensor):
+        yield thing
+    elif dataclasses.is_dataclass(thing):
+        for f in dataclasses.fields(thing):
+            yield from tensors(getattr(thing, f.name))
+    elif hasattr(thing, "__dict__") and not isinstance(thing, torch.Generator):
+        for value in vars(thing).values():
+            yield from tensors(value)
+
+
+def assert_same(a: dict[str, Edit], b: dict[str, Edit]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert dict(a[name].notes) == dict(b[name].notes)
+        pairs = list(zip(tensors(a[name]), tensors(b[name]), strict=True))
+        assert pairs
+        for x, y in pairs:
+            assert x.dtype == y.dtype
+            assert torch.equal(x, y)
+
+
+@each_class
+def test_a_pass_is_a_frozen_dataclass(cls: type[Pass]) -> None:
+    assert dataclasses.is_dataclass(cls)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cls().include = ("*",)  # type: ignore[misc]
+
+
+@each_class
+def test_a_pass_has_no_state_but_its_options(cls: type[Pass]) -> None:
+    assert set(vars(cls())) == {f.name for f in dataclasses.fields(cls)}
+    assert cls() == cls()
+    assert hash(cls()) == hash(cls())
+
+
+@each_class
+def test_a_pass_states_its_source_with_a_year(cls: type[Pass]) -> None:
+    doc = cls.__doc__ or ""
+    assert "Source:" in doc
+    source = doc.split("Source:")[1].split("\n\n")[0]
+    assert re.search(r"\b(19|20)\d\d\b", source), source
+
+
+@each_class
+def test_a_pass_shows_an_example(cls: type[Pass]) -> None:
+    assert ">>> " in (cls.__doc__ or "")
+
+
+@each_class
+def test_a_pass_is_public_under_its_key(cls: type[Pass]) -> None:
+    assert getattr(compress, cls.__name__) is cls
+    assert cls.__name__.lower() == cls.key.replace("_", "")
+    assert cls.__module__.endswith(f".{cls.key}")
+
+
+def test_no_two_passes_share_a_key() -> None:
+    keys = [cls.key for cls in PASSES]
+    assert len(set(keys)) == len(keys)
+
+
+@each_class
+def test_every_option_has_a_default_and_is_documented(cls: type[Pass]) -> None:
+    described = " ".join(base.__doc__ or "" for base in cls.__mro__)
+    for f in dataclasses.fields(cls):
+        assert f.default is not dataclasses.MISSING, f.name
+        assert re.search(rf"^ +{f.name}: ", described, re.MULTILINE), f"{f.name} is not described"
+
+
+@each_class
+def test_unknown_options_are_refused(cls: type[Pass]) -> None:
+    with pytest.raises(TypeError):
+        cls(nonsense=1)  # type: ignore[call-arg]
+
+
+@each_pass
+def test_possible_options_pass_the_check(pass_: Pass) -> None:
+    assert list(pass_.check()) == []
+
+
+@each_pass
+def test_options_survive_the_yaml_file(pass_: Pass) -> None:
+    pipeline = Pipeline(passes=((pass_,),))
+    text = dump(pipeline)
+    assert parse(text).passes == pipeline.passes
+    assert dump(parse(text)) == text
+
+
+@each_pass
+def test_patterns_and_overrides_survive_the_yaml_file(pass_: Pass) -> None:
+    overrides = (Override("*.c", pass_.options()),)
+    full = dataclasses.replace(type(pass_)(), include=("*.mlp.*", "a"), exclude=("*.b",), overrides=overrides)
+    back = parse(dump(Pipeline(passes=((full,),)))).passes[0][0]
+    assert back == full
+    assert back.at("x.c") == pass_
+    assert back.at("x.d") == type(pass_)()
+
+
+@each_pass
+@pytest.mark.parametrize("masked", [None, 0.5])
+def test_running_changes_nothing_that_was_given(pass_: Pass, masked: float | None) -> None:
+    given = targets(pass_, masked)
+    before = [t.clone() for target in given.values() for t in tensors(target)]
+    edits(pass_, given)
+    after = [t for target in given.values() for t in tensors(target)]
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+@each_pass
+@pytest.mark.parametrize("masked", [None, 0.5])
+def test_the_same_input_gives_the_same_result(pass_: Pass, masked: float | None) -> None:
+    first = edits(pass_, targets(pass_, masked))
+    torch.manual_seed(12345)  # the global generator must not matter
+    assert_same(first, edits(pass_, targets(pass_, masked)))
+
+
+@each_linear_pass
+def test_the_result_of_a_site_does_not_depend_on_other_sites(pass_: LinearPass) -> None:
+    together = edits(pass_, targets(pass_))
+    backwards = edits(pass_, dict(reversed(targets(pass_).items())))
+    assert_same(together, {name: backwards[name] for name in together})
+    for name in SHAPES:
+        assert_same({name: together[name]}, edits(pass_, {name: targets(pass_)[name]}))
+
+
+@each_pass
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_no_zero_comes_back(pass_: Pass, share: float) -> None:
+    given = targets(pass_, share)
+    for name, edit in edits(pass_, given).items():
+        kept = given[name].mask
+        assert kept is not None
+        assert edit.mask is not None
+        assert not bool((edit.mask & ~kept).any())
+        made = edit.encoding.dequantize() if edit.encoding else edit.weight
+        assert made is not None
+        assert bool((made[~kept] == 0).all())
+
+
+@each_pass
+@pytest.mark.parametrize("masked", [None, 0.1, 0.5, 0.9])
+def test_the_manager_accepts_the_edit_and_finds_the_kind_it_was_promised(pass_: Pass, masked: float | None) -> None:
+    given = targets(pass_, masked)
+    for name, edit in edits(pass_, given).items():
+        before = Weight(given[name].weight, given[name].mask)
+        assert before.kind in pass_.accepts
+        site = Site(name, SHAPES[name], False, 0)
+        after, error = observed(site, pass_, before, before.dequantize(), edit, torch.float32)
+        assert after.kind == pass_.produces(before.kind)
+        assert 0 <= error < 2
+
+
+@each_linear_pass
+def test_the_fallback_needs_no_data_and_makes_the_same_kind(pass_: LinearPass) -> None:
+    fallback = pass_.fallback()
+    assert fallback.needs == "none"
+    assert list(fallback.check()) == []
+    for kind in pass_.accepts:
+        assert fallback.produces(kind) == pass_.produces(kind)
+
+
+@each_linear_pass
+def test_rows_of_a_rowwise_pass_may_be_stacked(pass_: LinearPass) -> None:
+    if not pass_.rowwise:
+        pytest.skip("its rows depend on each other")
+    a, b = (textbook.weight(rows, 48, seed) for rows, seed in ((8, 0), (6, 1)))
+    x = textbook.inputs(48, tokens=64)
+    made = [pass_.run(textbook.target(w, x)) for w in (torch.cat([a, b]), a, b)]
+    dense = [e.encoding.dequantize() if e.encoding else e.weight for e in made]
+    assert textbook.rows_that_differ(dense[0].ne(0), torch.cat(dense[1:]).ne(0)) <= 1
+    assert torch.allclose(dense[0], torch.cat(dense[1:]), atol=1e-4)

@@ -1,0 +1,196 @@
+"""A weight as it is kept: every kind goes to its stored tensors and comes back the same."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from compress.encodings import Spec, Uniform, Weight, fit, pack, quantize, spec_of, unpack
+
+KINDS = ["dense", "sparse", "quantized", "sparse-quantized"]
+
+
+def dense(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns)
+
+
+def make(
+    kind: str,
+    rows: int = 6,
+    columns: int = 40,
+    *,
+    bits: int = 4,
+    groups: int = 1,
+    per_tensor: bool = False,
+    symmetric: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Weight:
+    values = dense(rows, columns)
+    mask = torch.rand(rows, columns) > 0.4 if "sparse" in kind else None
+    if mask is not None:
+        values = values * mask
+    if "quantized" not in kind:
+        return Weight(values.to(dtype), mask)
+    scale, zero = fit(values, bits, groups=groups, per_tensor=per_tensor, symmetric=symmetric)
+    return Weight(mask=mask, encoding=Uniform(quantize(values, scale, zero, bits), scale, zero, bits, symmetric))
+
+
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def assert_equal(a: Weight, b: Weight) -> None:
+    assert a.kind == b.kind
+    assert same(a.values, b.values)
+    assert same(a.mask, b.mask)
+    assert (a.encoding is None) == (b.encoding is None)
+    if a.encoding and b.encoding:
+        for leaf in ("codes", "scale", "zero_point"):
+            assert same(getattr(a.encoding, leaf), getattr(b.encoding, leaf)), leaf
+        assert (a.encoding.bits, a.encoding.symmetric) == (b.encoding.bits, b.encoding.symmetric)
+
+
+def assert_round_trip(weight: Weight) -> None:
+    spec, tensors = pack(weight)
+    assert spec == spec_of(weight)
+    assert {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()} == spec.tensors()
+    assert sum(t.numel() * t.element_size() for t in tensors.values()) == spec.num_bytes
+    assert Spec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    back = unpack(spec, tensors)
+    assert_equal(back, weight)
+    assert torch.equal(back.dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (6, 40), (5, 13), (3, 1)], ids=str)
+def test_values_come_back_exactly(kind: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    assert_round_trip(make(kind, *shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("kind", ["quantized", "sparse-quantized"])
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (6, 40), (5, 13), (3, 7)], ids=str)
+def test_codes_come_back_exactly(kind: str, bits: int, symmetric: bool, shape: tuple[int, int]) -> None:
+    assert_round_trip(make(kind, *shape, bits=bits, symmetric=symmetric))
+
+
+@pytest.mark.parametrize("kind", ["quantized", "sparse-quantized"])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("options", [{"groups": 5}, {"groups": 40}, {"per_tensor": True}], ids=str)
+def test_groups_come_back_exactly(kind: str, symmetric: bool, options: dict[str, int]) -> None:
+    assert_round_trip(make(kind, bits=3, symmetric=symmetric, **options))
+
+
+@pytest.mark.parametrize("kind", ["quantized", "sparse-quantized"])
+def test_a_single_row_with_one_scale_comes_back_exactly(kind: str) -> None:
+    assert_round_trip(make(kind, 1, 40, per_tensor=True))
+
+
+def test_float32_scales_come_back_exactly() -> None:
+    weight = make("quantized")
+    e = weight.encoding
+    assert e is not None
+    assert_round_trip(Weight(encoding=replace(e, scale=e.scale.float() * 1.000001)))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "sparse-quantized"])
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("kept", [False, True])
+def test_masks_that_keep_everything_or_nothing_come_back(kind: str, bits: int, kept: bool) -> None:
+    weight = make(kind, 3, 10, bits=bits)
+    mask = torch.full((3, 10), kept)
+    if weight.encoding is not None:
+        e = weight.encoding
+        codes = torch.where(mask, e.codes, e.zero_point.expand(3, 10))
+        assert_round_trip(Weight(mask=mask, encoding=replace(e, codes=codes)))
+    else:
+        assert weight.values is not None
+        assert_round_trip(Weight(weight.values * mask, mask))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "sparse-quantized"])
+def test_a_kept_weight_that_is_exactly_zero_stays_kept(kind: str) -> None:
+    mask = torch.tensor([[True, True, False, True]])
+    values = torch.tensor([[1.0, 0.0, 0.0, -2.0]])
+    weight = Weight(values, mask)
+    if kind == "sparse-quantized":
+        scale, zero = fit(values, 4)
+        weight = Weight(mask=mask, encoding=Uniform(quantize(values, scale, zero, 4), scale, zero, 4, False))
+    spec, tensors = pack(weight)
+    assert spec.kept == 3
+    back = unpack(spec, tensors)
+    assert back.mask is not None
+    assert back.mask.tolist() == [[True, True, False, True]]
+    assert back.dequantize()[0, 1] == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kind_is_told_from_what_is_there(kind: str) -> None:
+    weight = make(kind)
+    assert weight.kind == kind
+    assert unpack(*pack(weight)).kind == kind
+
+
+@pytest.mark.parametrize("kind", ["sparse", "sparse-quantized"])
+def test_masked_positions_dequantize_to_exactly_zero(kind: str) -> None:
+    weight = make(kind)
+    assert weight.mask is not None
+    assert bool((weight.dequantize()[~weight.mask] == 0).all())
+
+
+def test_sizes_follow_the_documented_layout() -> None:
+    assert pack(make("dense", 6, 40, dtype=torch.bfloat16))[0].num_bytes == 6 * 40 * 2
+    assert pack(make("quantized", 6, 40, bits=4, groups=5))[0].num_bytes == 6 * 20 + 6 * 5 * 2 + 6 * 3
+    assert pack(make("quantized", 6, 40, bits=3, groups=5, symmetric=True))[0].num_bytes == 6 * 15 + 6 * 5 * 2
+    assert pack(make("quantized", 6, 40, bits=4, per_tensor=True))[0].num_bytes == 6 * 20 + 2 + 1
+    spec, _ = pack(make("sparse", 6, 41))
+    assert spec.num_bytes == 6 * 6 + spec.kept * 4
+    spec, _ = pack(make("sparse-quantized", 6, 41, bits=3))
+    assert spec.num_bytes == 6 * 6 + -(-spec.kept * 3 // 8) + 6 * 2 + 6
+
+
+def test_golden_bytes_of_a_sparse_quantized_weight() -> None:
+    mask = torch.tensor([[True, False, True, True], [False, True, False, True]])
+    codes = torch.tensor([[1, 5, 2, 3], [6, 7, 6, 4]], dtype=torch.uint8)
+    scale = torch.tensor([[0.5], [0.25]], dtype=torch.float16)
+    zero = torch.tensor([[5], [6]], dtype=torch.uint8)
+    spec, tensors = pack(Weight(mask=mask, encoding=Uniform(codes, scale, zero, 3, False)))
+    assert {n: bytes(t.flatten().view(torch.uint8).tolist()).hex() for n, t in tensors.items()} == {
+        "mask": "0d0a",
+        "codes": "d14e",  # 1, 2, 3, 7, 4 in three bits each
+        "scale": "00380034",
+        "zero_point": "0506",
+    }
+    assert spec.to_json() == {"shape": [2, 4], "bits": 3, "kept": 5, "layout": "compress-1"}
+
+
+def test_a_spec_says_only_what_is_not_default() -> None:
+    assert pack(make("dense", 2, 3))[0].to_json() == {"shape": [2, 3], "layout": "compress-1"}
+
+
+def test_an_unknown_layout_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"'compress-9'.*reads 'compress-1'"):
+        Spec.from_json({"shape": [2, 2], "layout": "compress-9"})
+    with pytest.raises(ValueError, match="layout None"):
+        Spec.from_json({"shape": [2, 2]})
+
+
+def test_an_unknown_field_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="rotation"):
+        Spec.from_json({"shape": [2, 2], "layout": "compress-1", "rotation": 4})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packing_leaves_the_weight_alone(kind: str) -> None:
+    weight = make(kind, bits=8)
+    before = weight.dequantize().clone()
+    spec, tensors = pack(weight)
+    unpacked = unpack(spec, tensors).dequantize().clone()
+    assert torch.equal(weight.dequantize(), before)
+    assert torch.equal(unpacked, before)

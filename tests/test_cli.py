@@ -1,0 +1,368 @@
+"""The commands: results on stdout and nothing else there, JSON for machines, and a finished run is finished."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from commands import PIPELINE, compress_command, files_of, make_text_model, write_pipeline, write_text
+from torch import Tensor
+
+import compress
+from compress import cli, manager
+from compress import pipeline as pipelines
+from compress.errors import UsageError
+from compress.passes import PASSES
+
+SHIPPED = sorted((Path(__file__).parent.parent / "pipelines").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a text, a pipeline and its result, to be read only."""
+    folder = tmp_path_factory.mktemp("here")
+    make_text_model(folder / "model")
+    write_text(folder / "words.txt")
+    entry = "wanda: {sparsity: 2:4, include: ['*.mlp.*']}\n  - gptq: {scheme: w4g32}"
+    write_pipeline(folder / "p.yaml", PIPELINE.format(text=folder / "words.txt", entry=entry))
+    ended = compress_command("run", folder / "p.yaml", folder / "model", "-o", folder / "out")
+    assert ended.code == 0, ended.err
+    (folder / "shown.txt").write_text(ended.out)
+    return folder
+
+
+@pytest.fixture
+def rtn(tmp_path: Path) -> Path:
+    return write_pipeline(tmp_path / "rtn.yaml", "passes: [{rtn: {scheme: w4g32}}]")
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+def test_run_prints_one_row_for_the_original_and_one_for_every_pass(here: Path) -> None:
+    shown = (here / "shown.txt").read_text()
+    rows = [line.split("│")[1].strip() for line in shown.splitlines() if line.startswith("│")]
+    assert rows == ["original", "wanda", "gptq"]
+    assert "2 windows of 32" in shown
+    assert f"{here / 'out'}: " in shown
+    assert "read back equal" in shown
+
+
+def test_run_writes_a_folder_with_everything_that_is_needed(here: Path) -> None:
+    assert {f.name for f in (here / "out").iterdir()} == {
+        "README.md", "compress.safetensors", "config.json", "generation_config.json", "pipeline.yaml", "report.json",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert not (here / "out.work").exists()
+
+
+def test_run_prints_the_report_as_json_where_it_is_asked_to(here: Path) -> None:
+    ended = compress_command("run", here / "p.yaml", here / "model", "-o", here / "out", "--json")
+    assert ended.code == 0
+    assert json.loads(ended.out) == json.loads((here / "out" / "report.json").read_text())
+
+
+def test_the_real_command_keeps_stdout_for_results_and_draws_no_bar_where_stderr_is_no_terminal(
+    here: Path, tmp_path: Path
+) -> None:
+    command = [Path(sys.executable).with_name("compress"), "run", here / "p.yaml", here / "model"]
+    ended = subprocess.run([*command, "-o", tmp_path / "out", "--json"], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["rows"][2]["name"] == "gptq"
+    written, expected = files_of(tmp_path / "out"), files_of(here / "out")
+    assert written["compress.safetensors"] == expected["compress.safetensors"]
+    assert ended.stderr == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_drawn_on_stderr_where_it_is_a_terminal(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    err, out = Terminal(), io.StringIO()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setattr(sys, "stdout", out)
+    arguments = ["run", str(here / "p.yaml"), str(here / "model"), "-o", str(tmp_path / "out"), "--json"]
+    code = cli._guarded(lambda **options: cli.app(arguments, **options))
+    assert code == 0
+    assert json.loads(out.getvalue())["rows"]
+    assert "gptq: blocks" in err.getvalue()
+
+
+def test_an_error_goes_to_stderr_and_nothing_to_stdout(here: Path, tmp_path: Path) -> None:
+    ended = compress_command("run", tmp_path / "gone.yaml", here / "model", "-o", tmp_path / "out", "--json")
+    assert ended.code == 2
+    assert ended.out == ""
+    assert ended.err.startswith("error: ")
+    assert ended.err.count("\n") == 1
+
+
+def test_fresh_starts_over(here: Path, tmp_path: Path, rtn: Path) -> None:
+    out, work = tmp_path / "out", tmp_path / "out.work"
+    work.mkdir()
+    (work / "s00-b0000.safetensors").write_bytes(b"old")
+    assert compress_command("run", rtn, here / "model", "-o", out, "--fresh").code == 0
+    assert not work.exists()
+
+
+def test_damaged_unfinished_work_is_done_again(here: Path, tmp_path: Path, rtn: Path) -> None:
+    assert compress_command("run", rtn, here / "model", "-o", tmp_path / "one").code == 0
+    work = tmp_path / "two.work"
+    work.mkdir()
+    (work / "s00-b0000.safetensors").write_bytes(b"old")
+    (work / "original.json").write_text("{")
+    assert compress_command("run", rtn, here / "model", "-o", tmp_path / "two").code == 0
+    one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
+    assert one["compress.safetensors"] == two["compress.safetensors"]
+
+
+# --- a finished run ---------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_not_done_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def execute(*_: object) -> None:
+        raise AssertionError("the run was done again")
+
+    before = {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in (here / "out").iterdir()}
+    monkeypatch.setattr(manager, "execute", execute)
+    ended = compress_command("run", here / "p.yaml", here / "model", "-o", here / "out")
+    assert ended.code == 0
+    assert ended.out == (here / "shown.txt").read_text()
+    assert {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in (here / "out").iterdir()} == before
+
+
+def test_overwriting_a_finished_run_gives_the_same_bytes(here: Path, tmp_path: Path, rtn: Path) -> None:
+    out = tmp_path / "out"
+    assert compress_command("run", rtn, here / "model", "-o", out).code == 0
+    before = files_of(out)
+    assert compress_command("run", rtn, here / "model", "-o", out, "--overwrite").code == 0
+    after = files_of(out)
+    assert before.keys() == after.keys()
+    assert {n for n in after if after[n] != before[n]} <= {"report.json"}
+
+
+def test_a_run_on_a_changed_model_is_another_run(tmp_path: Path, rtn: Path) -> None:
+    model, out = make_text_model(tmp_path / "model"), tmp_path / "out"
+    assert compress_command("run", rtn, model, "-o", out).code == 0
+    make_text_model(model, initializer_range=0.2)
+    assert compress_command("run", rtn, model, "-o", out).code == 2
+
+
+def test_a_run_on_changed_calibration_text_is_another_run(here: Path, tmp_path: Path) -> None:
+    text, out = write_text(tmp_path / "words.txt"), tmp_path / "out"
+    pipeline = write_pipeline(tmp_path / "p.yaml", PIPELINE.format(text=text, entry="gptq"))
+    assert compress_command("run", pipeline, here / "model", "-o", out).code == 0
+    write_text(text, seed=1)
+    assert compress_command("run", pipeline, here / "model", "-o", out).code == 2
+
+
+def test_a_run_on_other_tokens_from_python_is_another_run(here: Path, tmp_path: Path, tokens: Tensor) -> None:
+    out = tmp_path / "out"
+    compress.run({"passes": ["gptq"]}, here / "model", out, calibration=tokens)
+    compress.run({"passes": ["gptq"]}, here / "model", out, calibration=tokens.clone())
+    with pytest.raises(UsageError, match="is not the result of this run"):
+        compress.run({"passes": ["gptq"]}, here / "model", out, calibration=tokens.flip(0).add(1).clamp(max=255))
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"verified": 3}', '{"verified": {}, "rows": 3}'])
+def test_a_damaged_report_is_not_taken_for_a_finished_run(content: str, here: Path, tmp_path: Path, rtn: Path) -> None:
+    out = tmp_path / "out"
+    assert compress_command("run", rtn, here / "model", "-o", out).code == 0
+    (out / "report.json").write_text(content)
+    ended = compress_command("run", rtn, here / "model", "-o", out)
+    assert ended.code == 2
+    assert "--overwrite" in ended.err
+
+
+@pytest.mark.parametrize("name", ["compress.safetensors", "config.json"])
+def test_a_folder_that_lost_a_file_is_not_taken_for_a_finished_run(
+    name: str, here: Path, tmp_path: Path, rtn: Path
+) -> None:
+    out = tmp_path / "out"
+    assert compress_command("run", rtn, here / "model", "-o", out).code == 0
+    (out / name).unlink()
+    ended = compress_command("run", rtn, here / "model", "-o", out)
+    assert ended.code == 2 or (out / name).is_file()
+
+
+# --- check, plan ------------------------------------------------------------------------------------------------------
+
+
+def test_check_says_that_a_pipeline_is_fine(here: Path) -> None:
+    assert compress_command("check", here / "p.yaml").out == f"{here / 'p.yaml'}: fine\n"
+    found = compress_command("check", here / "p.yaml", here / "model")
+    assert (found.code, found.out, found.err) == (0, f"{here / 'p.yaml'}: fine for {here / 'model'}\n", "")
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda f: f.name)
+def test_every_shipped_pipeline_is_fine_for_the_bundled_model(file: Path) -> None:
+    ended = compress_command("check", file, "demo")
+    assert ended.code == 0, ended.err
+
+
+def test_plan_shows_what_every_pass_touches_and_what_the_run_needs(here: Path) -> None:
+    ended = compress_command("plan", here / "p.yaml", here / "model")
+    assert (ended.code, ended.err) == (0, "")
+    assert "passes[0].wanda" in ended.out
+    assert "passes[1].gptq" in ended.out
+    assert "peak memory about" in ended.out
+
+
+def test_plan_as_json_states_layers_weights_and_bits(here: Path) -> None:
+    found = json.loads(compress_command("plan", here / "p.yaml", here / "model", "--json").out)
+    wanda, gptq = found["passes"]
+    mlp = 2 * 3 * 64 * 128
+    assert (wanda["pass"], wanda["layers"], wanda["weights"]) == ("passes[0].wanda", 6, mlp)
+    assert (gptq["pass"], gptq["layers"], gptq["weights"]) == ("passes[1].gptq", 14, 73728)
+    assert wanda["bits_per_weight"] == pytest.approx(1 + 32 / 2)
+    # w4g32: 4 bits, and a 16-bit scale and a 4-bit zero point for 32; half of the mlp weights have a mask bit instead.
+    overhead = 20 / 32
+    expected = (4 + overhead) * (73728 - mlp) + (1 + 2 + overhead) * mlp
+    assert gptq["bits_per_weight"] == pytest.approx(expected / 73728, rel=0.01)
+    assert found["final_bytes"] < found["original_bytes"]
+    assert found["peak_memory"] > 0
+    assert found["disk"] >= found["final_bytes"]
+
+
+def test_plan_says_what_kind_the_weights_become_after_the_passes_before(here: Path, tmp_path: Path) -> None:
+    pipeline = write_pipeline(tmp_path / "p.yaml", "passes: [magnitude, rtn]")
+    rows = json.loads(compress_command("plan", pipeline, here / "model", "--json").out)["passes"]
+    assert [r["becomes"] for r in rows] == ["sparse", "sparse-quantized"]
+
+
+# --- eval, inspect ----------------------------------------------------------------------------------------------------
+
+
+def test_eval_of_the_folder_gives_what_the_report_says(here: Path) -> None:
+    row = json.loads((here / "out" / "report.json").read_text())["rows"][-1]
+    data = ["--source", here / "words.txt", "--samples", 2, "--length", 32]
+    ended = compress_command("eval", here / "out", *data, "--against", here / "model", "--json")
+    assert ended.code == 0
+    found = json.loads(ended.out)
+    assert found["perplexity"] == row["perplexity"]
+    assert found["kl"] == pytest.approx(row["kl"], rel=1e-6)
+    assert found["tokens"] == 62
+    assert found["bytes"] == (here / "out" / "compress.safetensors").stat().st_size
+    shown = compress_command("eval", here / "out", *data).out
+    assert f"perplexity {row['perplexity']:.3f}" in shown
+
+
+def test_eval_of_the_original_gives_row_zero(here: Path) -> None:
+    row = json.loads((here / "out" / "report.json").read_text())["rows"][0]
+    data = ["--source", here / "words.txt", "--samples", 2, "--length", 32]
+    found = json.loads(compress_command("eval", here / "model", *data, "--json").out)
+    assert found["perplexity"] == row["perplexity"]
+    assert found["kl"] is None
+
+
+def test_inspect_lists_every_stored_weight(here: Path) -> None:
+    ended = compress_command("inspect", here / "out", "--json")
+    assert (ended.code, ended.err) == (0, "")
+    rows = {r["layer"]: r for r in json.loads(ended.out)}
+    assert len(rows) == 14
+    down = rows["model.layers.1.mlp.down_proj"]
+    assert (down["shape"], down["bits"], down["group_size"], down["sparsity"]) == ([64, 128], 4, 32, 0.5)
+    assert down["passes"] == ["wanda", "gptq"]
+    assert all(0 < error < 1 for error in down["error"].values())
+    # mask 1 bit; half the codes 4 bits; scale 16 bits and zero point 4 bits for 32 columns
+    assert down["bytes"] * 8 == 64 * 128 * (1 + 4 / 2 + 20 / 32)
+    q = rows["model.layers.0.self_attn.q_proj"]
+    assert (q["sparsity"], q["passes"]) == (0.0, ["gptq"])
+    shown = compress_command("inspect", here / "out").out
+    assert all(name in shown for name in rows)
+
+
+# --- list, init, schema -----------------------------------------------------------------------------------------------
+
+
+def test_list_names_every_method_option_and_format() -> None:
+    ended = compress_command("list")
+    assert (ended.code, ended.err) == (0, "")
+    for pass_ in PASSES:
+        assert re.search(rf"^{pass_.key} ", ended.out, re.MULTILINE)
+    for word in ("bits=4", "sparsity=0.5", "damping=0.01", "safetensors", "overrides"):
+        assert word in ended.out
+
+
+def test_list_names_the_ready_made_pipelines() -> None:
+    shown = compress_command("list").out
+    assert SHIPPED
+    assert all(file.stem in shown for file in SHIPPED)
+
+
+def test_what_init_writes_passes_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert compress_command("init").out == "pipeline.yaml\n"
+    assert compress_command("check", "pipeline.yaml", "demo").code == 0
+    text = (tmp_path / "pipeline.yaml").read_text()
+    assert text.count("#") >= 3, "it explains itself"
+    assert yaml.safe_load(text)["passes"]
+
+
+def test_init_does_not_replace_a_file_unless_told_to(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text("mine")
+    ended = compress_command("init", path)
+    assert ended.code == 2
+    assert str(path) in ended.err
+    assert "--force" in ended.err
+    assert path.read_text() == "mine"
+    assert compress_command("init", path, "--force").code == 0
+    assert path.read_text() != "mine"
+
+
+def test_schema_prints_the_schema() -> None:
+    ended = compress_command("schema")
+    assert (ended.code, ended.err) == (0, "")
+    assert json.loads(ended.out) == json.loads(json.dumps(pipelines.schema()))
+
+
+# --- the terminal -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["plan", "inspect", "run"])
+def test_no_color_is_honoured(command: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    arguments = {
+        "plan": ["plan", here / "p.yaml", here / "model"],
+        "inspect": ["inspect", here / "out"],
+        "run": ["run", here / "p.yaml", here / "model", "-o", here / "out"],
+    }[command]
+    out = compress_command(*arguments).out
+    assert out
+    assert not re.search(r"\x1b\[[0-9;]*(3[0-8]|4[0-8]|9[0-7])[;m]", out)
+
+
+def test_nothing_is_coloured_where_stdout_is_no_terminal(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    assert "\x1b" not in compress_command("plan", here / "p.yaml", here / "model").out
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["eval"], ["inspect"]], ids=lambda c: " ".join(c) or "compress")
+def test_help_is_a_result(command: list[str]) -> None:
+    ended = compress_command(*command, "--help")
+    assert ended.code == 0
+    assert "Usage: compress" in ended.out
+    assert ended.err == ""
+
+
+def test_the_command_line_gives_the_numbers_of_python(here: Path, tokens: Tensor, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(here / "model").eval()
+    result = compress.apply(model, [compress.Gptq(bits=3)], tokens)
+    compress.run({"passes": [{"gptq": {"bits": 3}}]}, here / "model", tmp_path / "out", calibration=tokens)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        assert torch.equal(written(tokens).logits, result.model(tokens).logits)

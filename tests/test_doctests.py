@@ -1,0 +1,23 @@
+"""Every example in every docstring runs and prints what it says."""
+
+import doctest
+import importlib
+import pkgutil
+from collections.abc import Iterator
+
+import pytest
+
+import compress
+
+
+def examples() -> Iterator[doctest.DocTest]:
+    for found in pkgutil.walk_packages(compress.__path__, "compress."):
+        module = importlib.import_module(found.name)
+        yield from (t for t in doctest.DocTestFinder().find(module) if t.examples)
+
+
+@pytest.mark.parametrize("test", list(examples()), ids=lambda t: t.name)
+def test_the_example_in_the_docstring_runs(test: doctest.DocTest) -> None:
+    report: list[str] = []
+    result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=report.append)
+    assert result.failed == 0, "".join(report)

@@ -1,0 +1,555 @@
+"""The pipeline file: YAML to a typed pipeline and back, and every mistake with its place."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from commands import compress_command, files_of, make_text_model, write_pipeline, write_text
+
+import compress
+from compress.errors import ConfigError, UsageError
+from compress.passes import PASSES, GlobalMagnitude, Gptq, Magnitude, Override, Rtn, SparseGpt, Wanda
+from compress.pipeline import Calibration, Evaluation, Pipeline, dump, load, parse, schema
+
+SHIPPED = sorted((Path(__file__).parent.parent / "pipelines").glob("*.yaml"))
+
+FULL = """\
+description: everything at once
+seed: 7
+dtype: bfloat16
+calibration: {source: demo, samples: 16, length: 64, field: body, subset: raw}
+evaluate: {source: demo, samples: 8, after: end, max_increase: 10%}
+export: [safetensors]
+passes:
+  - magnitude
+  - global_magnitude: {sparsity: 0.25, min_keep: 0.001, exclude: ["*.down_proj"]}
+  - wanda: {sparsity: "2:4"}
+  - blockwise:
+      - sparsegpt: {sparsity: 0.3, damping: 0.1, tile: 32}
+      - gptq:
+          scheme: w4g128
+          act_order: true
+          include: ["*.q_proj", lm_head]
+          overrides:
+            - {match: "*.down_proj", bits: 8, group_size: null}
+            - {match: "*.0.*", scheme: w3g32}
+  - rtn: {bits: 3, granularity: tensor, symmetric: true, scale_search: mse}
+"""
+
+VALID = {
+    "everything": FULL,
+    "one bare method": "passes: [rtn]",
+    "options of null": "passes: [{rtn: }]",
+    "no passes": "passes: []",
+    "a pattern without quotes": "passes: [{magnitude: {sparsity: 2:4}}]",
+    "a long pattern": "passes: [{magnitude: {sparsity: 16:32}}]",
+    "a very small number": "passes: [{global_magnitude: {min_keep: 0.000001}}]",
+    "one wildcard instead of a list": "passes: [{rtn: {exclude: '*.o_proj'}}]",
+    "a text that looks like a number": "description: '0123'\npasses: [rtn]",
+    "a text with everything YAML minds": "description: \"yes: 'no' # {x} [y] \\n\\t é 2:4\"\npasses: [rtn]",
+    "a fused stage of one": "passes: [{blockwise: [rtn]}]",
+    "the same pass twice by reference": "passes: [&p {magnitude: {sparsity: 0.1}}, *p]",
+}
+
+
+def refused(text: str) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        parse(text, "p.yaml")
+    return caught.value
+
+
+def only_problem(text: str) -> tuple[str, str, int | None]:
+    problems = refused(text).problems
+    assert len(problems) == 1, problems
+    return problems[0].path, problems[0].message, problems[0].line
+
+
+# --- to types ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_becomes_typed_objects() -> None:
+    pipeline = parse(FULL)
+    assert pipeline == Pipeline(
+        description="everything at once",
+        seed=7,
+        dtype="bfloat16",
+        calibration=Calibration(source="demo", samples=16, length=64, field="body", subset="raw"),
+        evaluate=Evaluation(source="demo", samples=8, after="end", max_increase=0.1),
+        export=("safetensors",),
+        passes=(
+            (Magnitude(),),
+            (GlobalMagnitude(sparsity=0.25, min_keep=0.001, exclude=("*.down_proj",)),),
+            (Wanda(sparsity="2:4"),),
+            (
+                SparseGpt(sparsity=0.3, damping=0.1, tile=32),
+                Gptq(
+                    bits=4,
+                    group_size=128,
+                    act_order=True,
+                    include=("*.q_proj", "lm_head"),
+                    overrides=(
+                        Override("*.down_proj", {"bits": 8, "group_size": None}),
+                        Override("*.0.*", {"bits": 3, "group_size": 32}),
+                    ),
+                ),
+            ),
+            (Rtn(bits=3, granularity="tensor", symmetric=True, scale_search="mse"),),
+        ),
+    )
+
+
+def test_a_method_alone_means_its_defaults() -> None:
+    assert parse("passes: [rtn]") == parse("passes: [{rtn: {}}]") == parse("passes:\n  - rtn:\n")
+
+
+def test_passes_keep_the_order_of_the_file() -> None:
+    keys = [stage[0].key for stage in parse("passes: [wanda, rtn, magnitude]\ncalibration: {source: demo}").passes]
+    assert keys == ["wanda", "rtn", "magnitude"]
+
+
+def test_a_mapping_reads_as_the_file_does() -> None:
+    assert load(yaml.safe_load(FULL)) == parse(FULL)
+
+
+def test_a_pipeline_that_is_built_already_is_taken_as_it_is() -> None:
+    pipeline = parse(FULL)
+    assert load(pipeline) is pipeline
+
+
+def test_a_file_reads_as_its_text_does(tmp_path: Path) -> None:
+    assert load(write_pipeline(tmp_path / "p.yaml", FULL)) == parse(FULL)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=re.escape(str(tmp_path / "gone.yaml"))):
+        load(tmp_path / "gone.yaml")
+
+
+@pytest.mark.parametrize("pattern", ["1:2", "2:4", "4:8", "10:20"])
+def test_an_unquoted_pattern_is_a_pattern_and_no_number_in_base_sixty(pattern: str) -> None:
+    pruner = parse(f"passes: [{{magnitude: {{sparsity: {pattern}}}}}]").passes[0][0]
+    assert isinstance(pruner, Magnitude)
+    assert pruner.sparsity == pattern
+
+
+@pytest.mark.parametrize("pattern", ["1:2", "2:4", "4:8", "10:20"])
+def test_a_written_pattern_stays_a_text_for_other_yaml_readers(pattern: str) -> None:
+    written = dump(Pipeline(passes=((Magnitude(sparsity=pattern),),)))
+    assert yaml.safe_load(written)["passes"][0]["magnitude"]["sparsity"] == pattern
+
+
+@pytest.mark.parametrize("pattern", ["4:4", "0:4", "5:4", "2:", ":4", "2:4:8", "a:b", "50%"])
+def test_an_impossible_pattern_is_refused(pattern: str) -> None:
+    path, message, line = only_problem(f"passes:\n  - magnitude: {{sparsity: '{pattern}'}}")
+    assert (path, line) == ("passes[0].magnitude.sparsity", 2)
+    assert pattern in message
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bits", "group_size"), [("w4g128", 4, 128), ("w3g32", 3, 32), ("w4", 4, None), ("w8", 8, None)]
+)
+def test_a_scheme_is_short_for_bits_and_group_size(scheme: str, bits: int, group_size: int | None) -> None:
+    assert parse(f"passes: [{{rtn: {{scheme: {scheme}}}}}]").passes == ((Rtn(bits=bits, group_size=group_size),),)
+
+
+@pytest.mark.parametrize("scheme", ["4", "g128", "w4a8", "w4g", "W4G128", "w4 g128", "int4"])
+def test_a_mistaken_scheme_is_refused_with_an_example(scheme: str) -> None:
+    path, message, line = only_problem(f"passes:\n  - rtn:\n      scheme: '{scheme}'")
+    assert (path, line) == ("passes[0].rtn.scheme", 3)
+    assert scheme in message
+    assert "w4g128" in message
+
+
+@pytest.mark.parametrize("scheme", ["w1", "w9g128", "w4g0"])
+def test_a_scheme_with_impossible_numbers_is_refused(scheme: str) -> None:
+    assert only_problem(f"passes: [{{rtn: {{scheme: {scheme}}}}}]")[0].startswith("passes[0].rtn.")
+
+
+def test_a_pruner_has_no_scheme() -> None:
+    path, message, _ = only_problem("passes: [{magnitude: {scheme: w4g128}}]")
+    assert path == "passes[0].magnitude.scheme"
+    assert "unknown option of magnitude" in message
+
+
+def test_a_scheme_without_groups_means_one_scale_a_row_in_overrides_too() -> None:
+    text = "passes: [{rtn: {scheme: w4g64, overrides: [{match: '*.down_proj', scheme: w8}]}}]"
+    changed = parse(text).passes[0][0].at("model.layers.0.mlp.down_proj")
+    assert isinstance(changed, Rtn)
+    assert (changed.bits, changed.group_size) == (8, None)
+
+
+def test_the_last_matching_override_wins_as_a_whole() -> None:
+    text = """
+passes:
+  - rtn:
+      scheme: w4g32
+      overrides:
+        - {match: "*.mlp.*", bits: 8, symmetric: true}
+        - {match: "*.down_proj", bits: 2}
+"""
+    quantizer = parse(text).passes[0][0]
+    assert quantizer.at("model.layers.0.self_attn.q_proj") == Rtn(bits=4, group_size=32)
+    assert quantizer.at("model.layers.0.mlp.up_proj") == Rtn(bits=8, group_size=32, symmetric=True)
+    assert quantizer.at("model.layers.0.mlp.down_proj") == Rtn(bits=2, group_size=32)
+
+
+def test_overrides_reach_the_weights_they_match(tiny_llama: Any) -> None:
+    text = "passes: [{rtn: {bits: 4, overrides: [{match: '*.mlp.*', bits: 8}, {match: '*.1.mlp.up_proj', bits: 3}]}}]"
+    weights = compress.apply(tiny_llama, parse(text).passes).weights
+    bits = {name: w.encoding.bits for name, w in weights.items() if w.encoding}
+    assert len(bits) == 14
+    for name, found in bits.items():
+        assert found == (3 if name.endswith("1.mlp.up_proj") else 8 if ".mlp." in name else 4), name
+
+
+def test_blockwise_is_one_stage_of_several_passes() -> None:
+    pipeline = parse("calibration: {source: demo}\npasses:\n  - blockwise: [wanda, {gptq: {bits: 3}}]\n  - rtn\n")
+    assert pipeline.passes == ((Wanda(), Gptq(bits=3)), (Rtn(),))
+
+
+# --- and back ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", VALID.values(), ids=VALID.keys())
+def test_a_written_pipeline_reads_back_equal(text: str) -> None:
+    pipeline = parse(text)
+    assert parse(dump(pipeline)) == pipeline
+
+
+@pytest.mark.parametrize("text", VALID.values(), ids=VALID.keys())
+def test_writing_again_changes_nothing(text: str) -> None:
+    written = dump(parse(text))
+    assert dump(parse(written)) == written
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda f: f.name)
+def test_a_shipped_pipeline_reads_back_equal(file: Path) -> None:
+    pipeline = load(file)
+    assert pipeline.passes
+    assert parse(dump(pipeline)) == pipeline
+
+
+def test_the_written_file_states_every_option_that_changes_numbers() -> None:
+    written = yaml.safe_load(dump(parse("passes: [rtn]")))
+    assert {"seed", "dtype", "export"} <= set(written)
+    assert written["passes"][0]["rtn"] == {
+        "bits": 4,
+        "group_size": None,
+        "granularity": None,
+        "symmetric": False,
+        "scale_search": "minmax",
+    }
+
+
+def test_the_resolved_file_runs_again_to_identical_bytes(tmp_path: Path) -> None:
+    model, text = make_text_model(tmp_path / "model"), write_text(tmp_path / "words.txt")
+    first = write_pipeline(
+        tmp_path / "p.yaml",
+        f"calibration: {{source: {text}, samples: 4, length: 32}}\n"
+        f"evaluate: {{source: {text}, samples: 2, length: 32, max_increase: 900%}}\n"
+        "passes:\n"
+        "  - wanda: {sparsity: 2:4, include: '*.mlp.*'}\n"
+        "  - blockwise: [{gptq: {scheme: w4g32, overrides: [{match: '*.v_proj', scheme: w8}]}}]\n",
+    )
+    assert compress_command("run", first, model, "-o", tmp_path / "one").code == 0
+    assert compress_command("run", tmp_path / "one" / "pipeline.yaml", model, "-o", tmp_path / "two").code == 0
+    one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert {"compress.safetensors", "config.json", "pipeline.yaml", "README.md"} <= one.keys()
+    differing = {name for name in one if one[name] != two[name]}
+    assert differing <= {"report.json"}, "only the report may differ, which states seconds and memory"
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_mistake_is_shown_at_once_with_file_line_and_path() -> None:
+    error = refused(
+        "calibraton: {source: demo}\n"  # 1 unknown key
+        "evaluate: {sample: 4, length: 1}\n"  # 2 unknown key, impossible value
+        "passes:\n"
+        "  - gpqt: {bits: 4}\n"  # 4 unknown method
+        "  - rtn:\n"
+        "      bits: 40\n"  # 6 impossible value
+        "      bit: 4\n"  # 7 unknown option
+        "      symmetric: 3\n"  # 8 wrong type
+        "  - wanda: {sparsity: 1.5}\n"  # 9 impossible value
+        "  - magnitude: [1]\n"  # 10 no mapping
+        "export: [onnxx]\n"  # 11 unknown format
+        "seed: soon\n"  # 12 wrong type
+    )
+    found = {(p.line, p.path) for p in error.problems}
+    assert found >= {
+        (1, "calibraton"),
+        (2, "evaluate.sample"),
+        (2, "evaluate.length"),
+        (4, "passes[0].gpqt"),
+        (7, "passes[1].rtn.bit"),
+        (8, "passes[1].rtn.symmetric"),
+        (9, "passes[2].wanda.sparsity"),
+        (10, "passes[3].magnitude"),
+        (11, "export[0]"),
+        (12, "seed"),
+    }
+    lines = str(error).splitlines()
+    assert len(lines) == len(error.problems)
+    assert all(re.match(r"p\.yaml:\d+: [\w.\[\]]+: .", line) for line in lines), lines
+
+
+def test_a_wrong_type_does_not_hide_an_impossible_value_of_the_same_pass() -> None:
+    found = {p.path for p in refused("passes: [{rtn: {bits: 40, symmetric: 3}}]").problems}
+    assert found == {"passes[0].rtn.bits", "passes[0].rtn.symmetric"}
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "meant"),
+    [
+        ("calibraton: {}\npasses: [rtn]", "calibraton", "calibration"),
+        ("passes: [gpqt]", "passes[0].gpqt", "gptq"),
+        ("passes: [{sparse_gpt: {}}]", "passes[0].sparse_gpt", "sparsegpt"),
+        ("passes: [{rtn: {group_sze: 4}}]", "passes[0].rtn.group_sze", "group_size"),
+        ("passes: [{rtn: {overrides: [{match: '*', bit: 4}]}}]", "passes[0].rtn.overrides[0].bit", "bits"),
+        ("passes: [rtn]\nevaluate: {max_increse: 1%}", "evaluate.max_increse", "max_increase"),
+        ("passes: [rtn]\nexport: safetensor", "export[0]", "safetensors"),
+        ("passes: [{blockwise: [wnda]}]", "passes[0].blockwise[0].wnda", "wanda"),
+    ],
+)
+def test_a_misspelt_word_is_answered_with_the_nearest_known_one(text: str, path: str, meant: str) -> None:
+    where, message, _ = only_problem(text)
+    assert where == path
+    assert f"did you mean {meant}?" in message
+
+
+def test_an_unknown_word_is_answered_with_the_known_ones() -> None:
+    message = only_problem("passes: [zzzzz]")[1]
+    assert all(pass_.key in message for pass_ in PASSES)
+    assert "did you mean" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "line"),
+    [
+        ("seed: 1\npasses: [rtn]\nseed: 2\n", "seed", 3),
+        ("passes:\n  - rtn:\n      bits: 4\n      bits: 4\n", "passes[0].rtn.bits", 4),
+        ("passes: [rtn]\npasses: [wanda]\n", "passes", 2),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(text: str, path: str, line: int) -> None:
+    where, message, at = only_problem(text)
+    assert (where, at) == (path, line)
+    assert "twice" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("passes: [{rtn: {bits: four}}]", "passes[0].rtn.bits"),
+        ("passes: [{rtn: {bits: 4.0}}]", "passes[0].rtn.bits"),
+        ("passes: [{rtn: {bits: true}}]", "passes[0].rtn.bits"),
+        ("passes: [{rtn: {bits: null}}]", "passes[0].rtn.bits"),
+        ("passes: [{rtn: {bits: [4]}}]", "passes[0].rtn.bits"),
+        ("passes: [{rtn: {symmetric: 1}}]", "passes[0].rtn.symmetric"),
+        ("passes: [{rtn: {granularity: row}}]", "passes[0].rtn.granularity"),
+        ("passes: [{rtn: {include: 3}}]", "passes[0].rtn.include"),
+        ("passes: [{rtn: {include: [3]}}]", "passes[0].rtn.include"),
+        ("passes: [{rtn: {overrides: {match: a}}}]", "passes[0].rtn.overrides"),
+        ("passes: [{rtn: {overrides: [{bits: 4}]}}]", "passes[0].rtn.overrides[0]"),
+        ("passes: [{rtn: {overrides: [{match: a, bits: x}]}}]", "passes[0].rtn.overrides[0].bits"),
+        ("passes: [{rtn: {overrides: [{match: a, bits: 1}]}}]", "passes[0].rtn.overrides[0].bits"),
+        ("passes: [{rtn: 4}]", "passes[0].rtn"),
+        ("passes: [{rtn: {}, wanda: {}}]", "passes[0]"),
+        ("passes: [3]", "passes[0]"),
+        ("passes: rtn", "passes"),
+        ("passes:", "passes"),
+        ("passes: [{blockwise: rtn}]", "passes[0].blockwise"),
+        ("passes: [{blockwise: []}]", "passes[0].blockwise"),
+        ("seed: 1", ""),
+        ("passes: [rtn]\nseed: 1.5", "seed"),
+        ("passes: [rtn]\ndtype: float8", "dtype"),
+        ("passes: [rtn]\ndescription: 3", "description"),
+        ("passes: [rtn]\ncalibration: demo", "calibration"),
+        ("passes: [rtn]\ncalibration: {samples: 0}", "calibration.samples"),
+        ("passes: [rtn]\ncalibration: {samples: many}", "calibration.samples"),
+        ("passes: [rtn]\ncalibration: {length: 1}", "calibration.length"),
+        ("passes: [rtn]\ncalibration: {max_increase: 1%}", "calibration.max_increase"),
+        ("passes: [rtn]\ncalibration: {source: gone.txt}", "calibration.source"),
+        ("passes: [rtn]\ncalibration: {source: ./gone/}", "calibration.source"),
+        ("passes: [rtn]\nevaluate: {after: never}", "evaluate.after"),
+        ("passes: [rtn]\nevaluate: {max_increase: -0.1}", "evaluate.max_increase"),
+        ("passes: [rtn]\nevaluate: {max_increase: lots}", "evaluate.max_increase"),
+        ("passes: [rtn]\nevaluate: {max_increase: 1.2.3%}", "evaluate.max_increase"),
+        ("passes: [rtn]\nevaluate: {max_increase: .nan}", "evaluate.max_increase"),
+        ("passes: [{gptq: {damping: 0}}]", "passes[0].gptq.damping"),
+        ("passes: [{gptq: {damping: .nan}}]", "passes[0].gptq.damping"),
+        ("passes: [{gptq: {damping: .inf}}]", "passes[0].gptq.damping"),
+        ("passes: [{gptq: {tile: 0}}]", "passes[0].gptq.tile"),
+        ("passes: [{rtn: {group_size: 0}}]", "passes[0].rtn.group_size"),
+        ("passes: [{rtn: {granularity: group}}]", "passes[0].rtn.granularity"),
+        ("passes: [{rtn: {granularity: tensor, group_size: 32}}]", "passes[0].rtn.group_size"),
+        ("passes: [{wanda: {free_rows: true, sparsity: 2:4}}]", "passes[0].wanda.free_rows"),
+        ("passes: [{magnitude: {sparsity: 1}}]", "passes[0].magnitude.sparsity"),
+        ("passes: [{magnitude: {sparsity: .nan}}]", "passes[0].magnitude.sparsity"),
+        ("passes: [{global_magnitude: {sparsity: 2:4}}]", "passes[0].global_magnitude.sparsity"),
+        ("passes: [{global_magnitude: {min_keep: -1}}]", "passes[0].global_magnitude.min_keep"),
+        ("passes: [rtn]\nexport:", "export"),
+        ("passes: [rtn]\nexport: []", "export"),
+        ("passes: [rtn]\nexport: [gguf, 3]", "export[1]"),
+        ("- rtn", ""),
+        ("rtn", ""),
+        ("", ""),
+    ],
+)
+def test_an_impossible_value_is_refused_where_it_stands(text: str, path: str) -> None:
+    assert path in {p.path for p in refused(text).problems}
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("1e-2", 0.01), ("1E-2", 0.01), ("1.0e-2", 0.01), ("2", 2.0), (".5", 0.5), ("+0.5", 0.5)]
+)
+def test_a_number_may_be_written_in_any_usual_way(written: str, meant: float) -> None:
+    quantizer = parse(f"calibration: {{source: demo}}\npasses: [{{gptq: {{damping: {written}}}}}]").passes[0][0]
+    assert isinstance(quantizer, Gptq)
+    assert quantizer.damping == meant
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("10%", 0.1), ("'2.5 %'", 0.025), ("0.1", 0.1), ("0", 0.0), ("3", 3.0), ("null", None)]
+)
+def test_the_gate_is_a_percentage_or_a_share(written: str, meant: float | None) -> None:
+    section = parse(f"passes: [rtn]\nevaluate: {{max_increase: {written}}}").evaluate
+    assert section is not None
+    assert section.max_increase == pytest.approx(meant)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("passes: [rtn\nseed: 1\n", 2),
+        ("passes:\n\t- rtn\n", 2),
+        ("passes: 'rtn\n", None),
+        ("passes: [*gone]\n", 1),
+        ("passes: [rtn]\n---\npasses: [rtn]\n", 2),
+        ("passes: [rtn]\0", None),
+    ],
+)
+def test_a_file_that_is_not_yaml_is_refused_at_its_line(text: str, line: int | None) -> None:
+    error = refused(text)
+    assert "not YAML" in str(error)
+    if line is not None:
+        assert error.problems[0].line == line
+
+
+STRANGE = {
+    "a template that was not filled in": "passes:\n  - rtn: {bits: {{bits}}}\n",
+    "a list as a key": "? [a, b]\n: c\npasses: [rtn]\n",
+    "a Python object": "passes: [rtn]\nseed: !!python/name:os.system ''\n",
+    "an unknown tag": "passes: [rtn]\nseed: !mine 3\n",
+    "a date that does not exist": "passes: [rtn]\ndescription: 2026-13-45\n",
+    "an integer that is none": "passes: [rtn]\nseed: !!int abc\n",
+    "bytes that are none": "passes: [rtn]\ndescription: !!binary abc%\n",
+    "a list inside itself": "passes: &a [*a]\n",
+    "a source with a name too long for a file": f"passes: [rtn]\ncalibration: {{source: {'a' * 5000}}}\n",
+}
+
+
+@pytest.mark.parametrize("text", STRANGE.values(), ids=STRANGE.keys())
+def test_strange_yaml_is_refused_in_words(text: str) -> None:
+    assert refused(text).problems
+
+
+def test_no_text_of_a_file_is_ever_run(tmp_path: Path) -> None:
+    victim = tmp_path / "ran"
+    text = f"passes: !!python/object/apply:os.mkdir ['{victim}']\n"
+    refused(text)
+    assert not victim.exists()
+
+
+# --- schema -----------------------------------------------------------------------------------------------------------
+
+
+def fits(value: Any, rule: dict[str, Any]) -> bool:
+    """As much of JSON Schema as the schema uses."""
+    unknown = set(rule) - {
+        "$schema", "title", "anyOf", "enum", "type", "pattern", "properties", "required", "additionalProperties",
+        "items", "minItems",
+    }  # fmt: skip
+    assert not unknown, f"this check does not know {unknown}"
+    if "anyOf" in rule and not any(fits(value, option) for option in rule["anyOf"]):
+        return False
+    if "enum" in rule and value not in rule["enum"]:
+        return False
+    kinds = rule.get("type", [])
+    if kinds and not any(_is(value, kind) for kind in ([kinds] if isinstance(kinds, str) else kinds)):
+        return False
+    if isinstance(value, str) and "pattern" in rule and not re.search(rule["pattern"], value):
+        return False
+    if isinstance(value, dict):
+        known = rule.get("properties", {})
+        if any(key not in value for key in rule.get("required", [])):
+            return False
+        if rule.get("additionalProperties") is False and not value.keys() <= known.keys():
+            return False
+        return all(fits(value[key], part) for key, part in known.items() if key in value)
+    if isinstance(value, list):
+        return len(value) >= rule.get("minItems", 0) and all(fits(item, rule.get("items", {})) for item in value)
+    return True
+
+
+def _is(value: Any, kind: str) -> bool:
+    kinds = {"integer": int, "number": (int, float), "string": str, "boolean": bool, "null": type(None),
+             "array": list, "object": dict}  # fmt: skip
+    if isinstance(value, bool):
+        return kind == "boolean"
+    return isinstance(value, kinds[kind])
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda f: f.name)
+def test_the_schema_accepts_the_shipped_pipelines(file: Path) -> None:
+    assert fits(yaml.safe_load(file.read_text()), schema())
+
+
+@pytest.mark.parametrize(
+    "text", [t for n, t in VALID.items() if n not in ("a pattern without quotes", "one wildcard instead of a list")]
+)
+def test_the_schema_accepts_what_the_reader_accepts(text: str) -> None:
+    assert fits(yaml.safe_load(text), schema())
+
+
+@pytest.mark.parametrize("text", VALID.values(), ids=VALID.keys())
+def test_the_schema_accepts_the_resolved_file(text: str) -> None:
+    assert fits(yaml.safe_load(dump(parse(text))), schema())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed: 1",
+        "passes: rtn",
+        "passes: [gpqt]",
+        "passes: [{rtn: {bit: 4}}]",
+        "passes: [{rtn: {bits: four}}]",
+        "passes: [{rtn: {scheme: int4}}]",
+        "passes: [{rtn: {}, wanda: {}}]",
+        "passes: [{blockwise: []}]",
+        "passes: [rtn]\ncalibraton: {}",
+        "passes: [rtn]\ncalibration: {sample: 3}",
+        "passes: [rtn]\nexport: [gif]",
+        "passes: [rtn]\nlines: {}",
+    ],
+)
+def test_the_schema_refuses_what_the_reader_refuses(text: str) -> None:
+    assert not fits(yaml.safe_load(text), schema())
+    refused(text)
+
+
+def test_the_schema_knows_every_method_and_every_option() -> None:
+    from dataclasses import fields
+
+    methods: dict[str, Any] = {}
+    for option in schema()["properties"]["passes"]["items"]["anyOf"]:
+        methods |= option.get("properties", {})
+    for pass_ in PASSES:
+        names = {f.name for f in fields(pass_)} | ({"scheme"} if issubclass(pass_, Gptq | Rtn) else set())
+        assert set(methods[pass_.key]["properties"]) == names

@@ -1,0 +1,48 @@
+"""Every ready-made pipeline is parsed, planned and run on the demo model."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import compress
+from compress import api, plan
+from compress.pipeline import dump, load, parse
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "pipelines").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_ready_made_pipeline_runs_on_the_demo_model_and_still_predicts(file: Path, tmp_path: Path) -> None:
+    steps = load(file)
+    assert parse(dump(steps)) == steps
+    opened = api.open_model("demo")
+    made = plan.make(steps, opened.artifact.graph, opened.dtypes)
+    small = replace(
+        steps,
+        calibration=steps.calibration and replace(steps.calibration, samples=16, length=128),
+        evaluate=steps.evaluate and replace(steps.evaluate, samples=4, length=256),
+    )
+    report = compress.run(small, "demo", tmp_path / "out")
+    last = report.rows[-1]
+    assert last.perplexity is not None
+    assert report.rows[0].perplexity is not None
+    assert last.perplexity < 4 * report.rows[0].perplexity
+    assert last.bytes == pytest.approx(made.final_bytes, rel=0.02)
+    assert report.verified["max_logit_difference"] == 0
+
+
+def test_every_method_has_a_ready_made_pipeline_or_is_the_baseline_of_one() -> None:
+    used = {p.key for f in FILES for stage in load(f).passes for p in stage}
+    assert {p.key for p in compress.passes.PASSES} - used == {"magnitude"}
+
+
+def test_every_method_has_a_page_that_names_all_its_options() -> None:
+    for pass_ in compress.passes.PASSES:
+        page = (ROOT / "docs" / "methods" / f"{pass_.key}.md").read_text()
+        shared_with_rtn = set(compress.Rtn.__dataclass_fields__) if pass_.key == "gptq" else set()
+        options = set(pass_.__dataclass_fields__) - {"include", "exclude", "overrides"} - shared_with_rtn
+        assert [o for o in options if f"`{o}`" not in page] == []
+        assert "Source:" in page
+        assert "**Choose it**" in page

@@ -1,0 +1,152 @@
+"""The published algorithms written the slow and plain way, in float64 with an explicit inverse; and inputs for them."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from compress.calibration.statistics import Statistics
+from compress.encodings import Uniform, fit
+from compress.passes.base import Target
+
+
+def inputs(width: int, tokens: int = 256, seed: int = 0, dead: tuple[int, ...] = ()) -> Tensor:
+    """(tokens, width) correlated inputs of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=generator) / width**0.5 + torch.eye(width)
+    x = torch.randn(tokens, width, generator=generator) @ mix
+    x *= torch.rand(width, generator=generator) * 3 + 0.2
+    x[:, list(dead)] = 0
+    return x
+
+
+def weight(rows: int, columns: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(1000 + seed))
+
+
+def mask(rows: int, columns: int, seed: int = 0, share: float = 0.5) -> Tensor:
+    """True = kept."""
+    return torch.rand(rows, columns, generator=torch.Generator().manual_seed(2000 + seed)) >= share
+
+
+def statistics(x: Tensor, need: str = "gram") -> Statistics:
+    found = Statistics(x.shape[-1], need)  # type: ignore[arg-type]
+    found.update(x, "a test")
+    return found
+
+
+def target(w: Tensor, x: Tensor | None = None, kept: Tensor | None = None) -> Target:
+    w = w if kept is None else w * kept
+    return Target(w, kept, None if x is None else statistics(x), torch.Generator().manual_seed(0))
+
+
+def output_error(before: Tensor, after: Tensor, x: Tensor) -> float:
+    """||(before - after) X||^2."""
+    return float((x.double() @ (before - after).double().T).square().sum())
+
+
+def inverse_factor(gram: Tensor, damping: float, order: Tensor | None = None) -> Tensor:
+    """U, upper triangular, with H^-1 = U^T U for the damped H in a given order of columns."""
+    h = gram.double().clone()
+    dead = h.diagonal() == 0
+    h += damping * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
+    h[dead, dead] = 1
+    if order is not None:
+        h = h[order][:, order]
+    return torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+
+
+def sweep_columns(w: Tensor, u: Tensor, choose: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Column by column: `choose` gives the values to keep of column j of the current weight; errors go right."""
+    w = w.double().clone()
+    out = torch.zeros_like(w)
+    for j in range(w.shape[1]):
+        out[:, j] = choose(j, w).double()
+        error = (w[:, j] - out[:, j]) / u[j, j]
+        w[:, j:] -= error[:, None] * u[j, j:]
+    return out
+
+
+def gptq(
+    w: Tensor,
+    gram: Tensor,
+    kept: Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int | None = None,
+    damping: float = 0.01,
+    act_order: bool = False,
+    symmetric: bool = False,
+    search: str = "minmax",
+    per_tensor: bool = False,
+) -> Uniform:
+    rows, columns = w.shape
+    width = group_size or columns
+    order = torch.argsort(gram.diagonal(), descending=True, stable=True) if act_order else torch.arange(columns)
+    u = inverse_factor(gram, damping, order)
+    options = {"symmetric": symmetric, "search": search}
+    if act_order or group_size is None:
+        scale, zero = fit(w, bits, groups=columns // width, per_tensor=per_tensor, **options)
+        scale = scale.float().expand(rows, -1).clone()
+        zero = zero.expand(rows, -1).clone()
+    else:
+        scale, zero = torch.zeros(rows, columns // width), torch.zeros(rows, columns // width, dtype=torch.uint8)
+    codes = torch.zeros(rows, columns, dtype=torch.uint8)
+
+    def choose(j: int, current: Tensor) -> Tensor:
+        place = int(order[j])
+        group = place // width
+        if not act_order and group_size is not None and j % width == 0:
+            s, z = fit(current[:, j : j + width].float(), bits, **options)
+            scale[:, group], zero[:, group] = s[:, 0].float(), z[:, 0]
+        s, z = scale[:, group].double(), zero[:, group].double()
+        code = ((current[:, j] / s).round() + z).clamp(0, 2**bits - 1)
+        if kept is not None:
+            code = torch.where(kept[:, place], code, z)
+        codes[:, place] = code.to(torch.uint8)
+        return (code - z) * s
+
+    sweep_columns(w[:, order], u, choose)
+    return Uniform(codes, scale, zero, bits, symmetric)
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """Mask without the `count` lowest scores of the whole matrix."""
+    chosen = torch.ones(scores.numel(), dtype=torch.bool)
+    chosen[torch.argsort(scores.flatten(), stable=True)[:count]] = False
+    return chosen.view(scores.shape)
+
+
+def sparsegpt(
+    w: Tensor,
+    gram: Tensor,
+    *,
+    sparsity: float | None = None,
+    n_of_m: tuple[int, int] | None = None,
+    damping: float = 0.01,
+    tile: int = 128,
+    kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    u = inverse_factor(gram, damping)
+    every = n_of_m[1] if n_of_m else tile
+    chosen = torch.ones(w.shape, dtype=torch.bool)
+
+    def choose(j: int, current: Tensor) -> Tensor:
+        if j % every == 0:
+            stop = min(j + every, w.shape[1])
+            scores = current[:, j:stop] ** 2 / u.diagonal()[j:stop] ** 2
+            if kept is not None:
+                scores = scores.masked_fill(~kept[:, j:stop], -1)
+            if n_of_m:
+                part = torch.stack([lowest(row, n_of_m[1] - n_of_m[0]) for row in scores])
+            else:
+                part = lowest(scores, int(scores.numel() * sparsity))
+            chosen[:, j:stop] = part if kept is None else part & kept[:, j:stop]
+        return current[:, j] * chosen[:, j]
+
+    return sweep_columns(w, u, choose), chosen
+
+
+def rows_that_differ(a: Tensor, b: Tensor) -> int:
+    """Rows are solved independently; a tie broken by the last bit can change one row, a wrong formula changes all."""
+    return int((a != b).any(dim=1).sum())
