@@ -135,19 +135,10 @@ def _refuse_unreachable(model: nn.Module, blocks: tuple[str, ...], reached: set[
                 examples.append(f"{name} {tuple(parameter.shape)}")
     if total and unreachable / total > MOST_UNREACHABLE:
         raise UnsupportedModelError(
-            f"{type(model).__name__} keeps {unreachable / total:.0%} of its block weights in fused tensors no pass "
-            f"can reach, such as {examples[0]} ({len(examples)} in all). Mixtures of experts stored this way are not "
-            "supported; use a dense model, or one whose experts are separate Linear layers."
+            f"{type(model).__name__} keeps {unreachable / total:.0%} of its block weights in fused tensors that no "
+            f"pass can reach, such as {examples[0]} ({len(examples)} in all). Mixtures of experts stored this way are "
+            "not supported; use a dense model, or one whose experts are separate Linear layers."
         )
-
-
-def skeleton(folder: Path) -> PreTrainedModel:
-    """The causal language model a folder's config.json describes, parameters on the meta device, buffers real.
-
-    Raises:
-        CheckpointError: no config.json, or not a causal language model transformers knows.
-    """
-    return build(read_config(folder))
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -162,7 +153,11 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def build(config: PreTrainedConfig) -> PreTrainedModel:
-    """As `skeleton`, from a configuration."""
+    """The causal language model a configuration describes, parameters on the meta device, buffers real.
+
+    Raises:
+        CheckpointError: not a causal language model transformers knows.
+    """
     try:
         with no_init_weights(), _parameters_on_meta():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

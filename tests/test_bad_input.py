@@ -612,22 +612,40 @@ def test_a_full_disk_keeps_what_is_finished_and_the_same_command_then_finishes(
 # --- the gate ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_gate_that_is_not_met_exports_nothing_and_keeps_the_work(text: Path, out: Path) -> None:
-    pipeline = out.with_name("p.yaml")
-    body = "evaluate: {{source: {}, samples: 2, length: 32{}}}\npasses:\n  - rtn: {{bits: 2}}\n"
-    write_pipeline(pipeline, body.format(text, ", max_increase: 10%"))
-    ended = compress_command("run", pipeline, "demo", "-o", out)
-    assert_refused(ended, 3, out, "after rtn perplexity", "max_increase", "+10.0%", "Nothing was exported")
-    work = out.with_name("out.work")
-    finished = {f: f.stat().st_mtime_ns for f in work.glob("s00-b*.safetensors")}
-    assert len(finished) == 6
+def taught(folder: Path, text: Path) -> Path:
+    """The model after a few steps on a text, so that damage is sure to raise its perplexity."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    again = compress_command("run", pipeline, "demo", "-o", out)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokens = compress.load_tokens(str(text), AutoTokenizer.from_pretrained(folder), samples=8, length=32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(25):
+        optimizer.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_gate_that_is_not_met_exports_nothing_and_keeps_the_work(text: Path, broken: Path, out: Path) -> None:
+    model, pipeline = taught(broken, text), out.with_name("p.yaml")
+    measured = (
+        f"evaluate: {{source: {text}, samples: 4, length: 32, max_increase: GATE}}\n"
+        "passes: [{magnitude: {sparsity: 0.95, include: ['*']}}]\n"
+    )
+    write_pipeline(pipeline, measured.replace("GATE", "10%"))
+    ended = compress_command("run", pipeline, model, "-o", out)
+    assert_refused(ended, 3, out, "after magnitude perplexity", "max_increase", "+10.0%", "Nothing was exported")
+    work = out.with_name("out.work")
+    finished = {f: f.stat().st_mtime_ns for f in work.glob("s00-*.safetensors")}
+    assert len(finished) == 3, "two blocks and the head"
+
+    again = compress_command("run", pipeline, model, "-o", out)
     assert (again.code, again.err) == (3, ended.err)
     assert {f: f.stat().st_mtime_ns for f in finished} == finished, "the work was kept"
 
-    write_pipeline(pipeline, body.format(text, ""))
-    assert compress_command("run", pipeline, "demo", "-o", out).code == 0
+    write_pipeline(pipeline, measured.replace("GATE", "null"))
+    assert compress_command("run", pipeline, model, "-o", out).code == 0
     assert out.is_dir()
 
 

@@ -2,24 +2,29 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 import compress
 from compress import graph as graphs
 from compress import sweep
+from compress.api import open_model
 from compress.artifact import ModuleSource
 from compress.calibration import collect
 from compress.calibration.statistics import Statistics
 from compress.encodings import Uniform
 from compress.errors import NonFiniteError
+from compress.ledger import MemoryLedger
 from compress.passes import Gptq, LinearPass, Rtn, SparseGpt, Wanda
 from compress.passes.base import Edit, Target
+from compress.pipeline import load
+from compress.progress import Bars
 
 WIDTH = 32
 
@@ -188,7 +193,38 @@ class CalledDifferently(Model):
         return x
 
 
-WIRINGS = [Model, SkipOutside, SkipInside, ChangedInPlace, CalledDifferently, TwiceThrough, FirstTwice]
+class ByKeyword(Model):
+    """Hidden states arrive under a name of the model's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x=x)
+        return x
+
+
+class KeywordBlock(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(input=torch.tanh(self.gate(input=x)) * self.up(input=x))
+
+
+class LinearByKeyword(Model):
+    """The layers inside are called with a keyword."""
+
+    block = KeywordBlock
+
+
+WIRINGS = [
+    Model,
+    ByKeyword,
+    LinearByKeyword,
+    SkipOutside,
+    SkipInside,
+    ChangedInPlace,
+    CalledDifferently,
+    TwiceThrough,
+    FirstTwice,
+]
 
 
 @pytest.fixture
@@ -275,8 +311,6 @@ def test_the_next_block_learns_from_the_outputs_of_the_compressed_one(samples: T
 def test_a_site_does_not_depend_on_which_others_of_its_block_are_worked_on(
     tiny_llama: LlamaForCausalLM, tokens: Tensor, pass_: LinearPass
 ) -> None:
-    from dataclasses import replace
-
     name = "model.layers.0.self_attn.k_proj"
     whole = compress.apply(tiny_llama, [pass_], calibration=tokens).weights[name].dequantize()
     alone = compress.apply(tiny_llama, [replace(pass_, include=(name,))], calibration=tokens).weights[name].dequantize()
@@ -360,12 +394,12 @@ def test_sites_fed_by_equal_but_different_tensors_are_summed_apart() -> None:
 def test_sites_that_stop_sharing_are_an_error_and_never_a_wrong_sum() -> None:
     a, b = nn.Linear(4, 4), nn.Linear(4, 4)
     x = torch.randn(10, 4)
-    with (
-        pytest.raises(compress.CompressError, match="b and a were fed by one tensor at first"),
-        collect.statistics({"a": a, "b": b}, {"a": "gram", "b": "gram"}),
-    ):
-        a(x), b(x)
-        a(x.clone()), b(x.clone())
+    with collect.statistics({"a": a, "b": b}, {"a": "gram", "b": "gram"}):
+        a(x)
+        b(x)
+        a(x.clone())
+        with pytest.raises(compress.CompressError, match="b and a were fed by one tensor at first"):
+            b(x.clone())
 
 
 @torch.no_grad()
@@ -459,6 +493,12 @@ def test_a_solve_that_fails_is_tried_again_with_more_damping() -> None:
     assert "positive definite" in note
 
 
+def test_damping_given_as_a_whole_number_is_raised_as_well() -> None:
+    _, note = sweep.solved(Gptq(damping=1), Target(torch.randn(4, 8), None, broken(8, -5.0)))
+    assert note is not None
+    assert note.startswith("damping x10: ")
+
+
 def test_a_solve_that_still_fails_falls_back_and_says_so() -> None:
     weight = torch.randn(4, 8)
     edit, note = sweep.solved(Gptq(bits=3), Target(weight, None, broken(8, -5.0)))
@@ -534,26 +574,37 @@ def test_a_site_that_nothing_ever_reaches_falls_back_and_is_reported(samples: Te
 def test_a_model_streamed_from_disk_gives_the_weights_of_one_in_memory(
     tiny_llama: LlamaForCausalLM, tiny_folder: Path, tmp_path: Path, tokens: Tensor, passes: list[Any]
 ) -> None:
-    from compress.pipeline import load
-
     given = tokens if passes[0].keys() != {"global_magnitude"} else None
     calibration = {} if given is None else {"calibration": {"source": "demo"}}
     compress.run({**calibration, "passes": passes}, tiny_folder, tmp_path / "out", calibration=given)
     streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    stages = [
-        list(stage) if len(stage) > 1 else stage[0] for stage in load({**calibration, "passes": passes}).passes
-    ]
+    stages = [list(stage) if len(stage) > 1 else stage[0] for stage in load({**calibration, "passes": passes}).passes]
     resident = compress.apply(tiny_llama, stages, calibration=given)
     assert len(resident.weights) == 14
     for name, weight in resident.weights.items():
         assert torch.equal(streamed.get_submodule(name).dequantize(), weight.dequantize()), name
 
 
-def test_a_streamed_model_is_out_of_memory_again_afterwards(tiny_folder: Path, tokens: Tensor) -> None:
-    from compress.api import open_model
-    from compress.ledger import MemoryLedger
-    from compress.progress import Bars
+def test_streaming_is_right_too_where_blocks_cannot_be_chained(tmp_path: Path, tokens: Tensor) -> None:
+    torch.manual_seed(4)
+    config = Gemma2Config(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+        num_key_value_heads=2, max_position_embeddings=128, sliding_window=8,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval()
+    assert not is_chain(model, tokens)  # every other block attends through a window and is given another mask
+    model.save_pretrained(tmp_path / "model")
+    pipeline = {"calibration": {"source": "demo"}, "passes": [{"gptq": {"bits": 3}}]}
+    compress.run(pipeline, tmp_path / "model", tmp_path / "out", calibration=tokens)
+    streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    resident = compress.apply(model, [Gptq(bits=3)], calibration=tokens)
+    for name, weight in resident.weights.items():
+        assert torch.equal(streamed.get_submodule(name).dequantize(), weight.dequantize()), name
+    blocks = ["model.layers.0", "model.layers.1"]
+    assert_same_as_plain(resident, plain(model, blocks, Gptq(bits=3), lambda: model(tokens)))
 
+
+def test_a_streamed_model_is_out_of_memory_again_afterwards(tiny_folder: Path, tokens: Tensor) -> None:
     opened = open_model(tiny_folder)
     context = sweep.Context(opened.artifact, MemoryLedger(), 0, torch.float32, resident=False, bars=Bars())
     _, records = sweep.run_stage(context, 0, [Gptq()], [tokens], "key")

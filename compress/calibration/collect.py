@@ -55,10 +55,10 @@ def arrival(forward: Callable[[], Any], block: nn.Module) -> tuple[Tensor, Call]
     return caught[0]
 
 
-def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Call]:
+def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Call]:
     # A live key/value cache among the arguments would grow at every visit and silently corrupt the calibration.
     clean = {k: v for k, v in kwargs.items() if not _is_cache(v) and k != "hidden_states"}
-    hidden = args[0] if args else kwargs["hidden_states"]
+    hidden = args[0] if args else kwargs.get("hidden_states")
     return hidden, Call(tuple(None if _is_cache(a) else a for a in args[1:]), clean)
 
 
@@ -71,7 +71,7 @@ def is_chain(forward: Callable[[], Any], blocks: list[nn.Module]) -> bool:
 
     Only then may blocks be run one after the other without the model around them.
     """
-    visits: list[tuple[int, Tensor, Call]] = []
+    visits: list[tuple[int, Any, Call]] = []
     outputs: list[Tensor] = []
     handles = []
     for i, block in enumerate(blocks):
@@ -88,7 +88,7 @@ def is_chain(forward: Callable[[], Any], blocks: list[nn.Module]) -> bool:
     finally:
         for handle in handles:
             handle.remove()
-    if [i for i, _, _ in visits] != list(range(len(blocks))):
+    if [i for i, _, _ in visits] != list(range(len(blocks))) or not isinstance(visits[0][1], Tensor):
         return False
     fed = all(visits[i + 1][1] is outputs[i] for i in range(len(blocks) - 1))
     return fed and all(_alike(visits[0][2], call) for _, _, call in visits[1:])

@@ -228,6 +228,8 @@ def test_water_filling_shares_what_held_layers_could_not_give_in_proportion() ->
     assert layer_sparsities([100, 20, 60, 0], [100] * 4, 0.45, 0.05) == pytest.approx([0.8, 0.25, 0.75, 0.0])
 
 
-@pytest.mark.parametrize(("option", "value"), [("sparsity", 1.0), ("sparsity", -0.1), ("min_keep", 1.0), ("min_keep", -1)])
+@pytest.mark.parametrize(
+    ("option", "value"), [("sparsity", 1.0), ("sparsity", -0.1), ("min_keep", 1.0), ("min_keep", -1)]
+)
 def test_impossible_options_are_named(option: str, value: float) -> None:
     assert [e.option for e in GlobalMagnitude(**{option: value}).check()] == [option]

@@ -76,7 +76,9 @@ def test_the_order_of_the_samples_is_irrelevant(options: dict[str, object]) -> N
     for part in torch.split(x.flip(0), 37):
         other.update(part, "a test")
     assert one.tokens == other.tokens == len(x)
-    assert torch.equal(Wanda(**options).run(Target(w, None, one)).mask, Wanda(**options).run(Target(w, None, other)).mask)
+    assert torch.equal(
+        Wanda(**options).run(Target(w, None, one)).mask, Wanda(**options).run(Target(w, None, other)).mask
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"sparsity": "2:4"}, {"free_rows": True}], ids=str)
