@@ -18,11 +18,11 @@ from compress import hub, manager, plan, progress, report
 from compress.artifact import Artifact, ModuleSource, open_folder
 from compress.calibration.data import load_tokens
 from compress.encodings import Weight
-from compress.errors import CompressError, DataError, UsageError
+from compress.errors import CompressError, ConfigError, DataError, NonFiniteError, Problem, UsageError
 from compress.export import safetensors
 from compress.ledger import FolderLedger, MemoryLedger, key_of, publish, write_text
 from compress.passes import Pass
-from compress.pipeline import Calibration, Evaluation, Pipeline, dump, load
+from compress.pipeline import Calibration, Evaluation, Pipeline, dump, load, walk
 from compress.report import Report
 from compress.runtime.register import WEIGHTS
 from compress.sweep import Context, forward, streamed
@@ -96,17 +96,16 @@ def apply(
     stages = tuple(tuple(p) if isinstance(p, Sequence) else (p,) for p in passes)
     model = (model if inplace else copy.deepcopy(model)).eval()
     graph = graphs.find(model)
-    _check_inputs(graph, calibration, evaluation)
+    calibration, evaluation = _checked(graph, "calibration", calibration), _checked(graph, "evaluation", evaluation)
     pipeline = Pipeline(
         passes=stages,
         calibration=_described(Calibration, calibration, {}),
         evaluate=_described(Evaluation, evaluation, {"max_increase": max_increase}),
         seed=seed,
     )
-    for stage in stages:
-        for pass_ in stage:
-            for error in pass_.check():
-                raise UsageError(f"{pass_.key}.{error}")
+    problems = [Problem(f"{path}.{e.option}", e.message) for path, _, p in walk(pipeline) for e in p.mistakes()]
+    if problems:
+        raise ConfigError(problems, "apply")
     source = _Stored(model, store_dtype)
     artifact = Artifact(graph, source, dict(graph.tied))
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
@@ -130,24 +129,28 @@ class _Stored(ModuleSource):
         return self._dtype or super().dtype(name)
 
 
-def _check_inputs(graph: graphs.Graph, calibration: Tensor | None, evaluation: Tensor | None) -> None:
-    for name, tokens in (("calibration", calibration), ("evaluation", evaluation)):
-        if tokens is None:
-            continue
-        if tokens.numel() == 0:
-            raise DataError(f"{name} is empty: shape {tuple(tokens.shape)}")
-        if graph.is_language_model:
-            if tokens.dim() != 2 or tokens.is_floating_point():
-                raise DataError(
-                    f"{name} must be (samples, length) integer token ids; got {tokens.dtype} {tuple(tokens.shape)}"
-                )
-            vocabulary = graph.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-            if int(tokens.max()) >= vocabulary or int(tokens.min()) < 0:
-                raise DataError(f"{name} has token ids outside 0..{vocabulary - 1}: they belong to another tokenizer")
-        elif name == "evaluation":
+def _checked(graph: graphs.Graph, name: str, tokens: Tensor | None) -> Tensor | None:
+    """Calibration or evaluation data given to a model, token ids as int64.
+
+    Raises:
+        DataError: the model cannot take it.
+    """
+    if tokens is None:
+        return None
+    if tokens.numel() == 0:
+        raise DataError(f"{name} is empty: shape {tuple(tokens.shape)}")
+    if not graph.is_language_model:
+        if name == "evaluation":
             raise DataError("evaluation measures perplexity, which only causal language models have")
-        elif tokens.is_floating_point() and not torch.isfinite(tokens).all():
+        if tokens.is_floating_point() and not torch.isfinite(tokens).all():
             raise DataError(f"{name} holds NaN or infinity")
+        return tokens
+    if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise DataError(f"{name} must be (samples, length) integer token ids; got {tokens.dtype} {tuple(tokens.shape)}")
+    vocabulary = graph.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if int(tokens.max()) >= vocabulary or int(tokens.min()) < 0:
+        raise DataError(f"{name} has token ids outside 0..{vocabulary - 1}: they belong to another tokenizer")
+    return tokens.long()
 
 
 def _described(cls: type[Calibration], tokens: Tensor | None, options: Mapping[str, Any]) -> Any:
@@ -199,33 +202,62 @@ def run(
         'rtn'
     """
     steps = load(pipeline)
-    destination, bars = Path(out), bars or progress.Bars()
-    work = destination.with_name(destination.name + ".work")
+    destination, bars = Path(out).absolute(), bars or progress.Bars()
+    work = destination.parent / f"{destination.name}.work"
     opened = open_model(model)
+    _check_destination(destination, opened.folder, overwrite)
     steps = _with_given(steps, calibration, evaluation)
     file = str(pipeline) if isinstance(pipeline, str | Path) else "pipeline"
     made = plan.make(steps, opened.artifact.graph, opened.dtypes, file)
     resolved = dump(steps)
-    given = [manager.hash_of(calibration), manager.hash_of(evaluation)]
-    identity = key_of(opened.artifact.source.fingerprint(), resolved, given)
+    data = _tokens(steps, opened, calibration, evaluation)
+    hashes = [manager.hash_of(data.calibration), manager.hash_of(data.evaluation)]
+    identity = key_of(opened.artifact.source.fingerprint(), resolved, hashes)
     finished = _finished(destination, identity)
     if finished and not (overwrite or fresh):
         shutil.rmtree(work, ignore_errors=True)
         return finished
     if destination.exists() and not overwrite:
-        raise UsageError(
-            f"{destination} exists and is not the result of this run; choose another -o, or give --overwrite"
-        )
+        raise UsageError(f"{out} exists and is not the result of this run; choose another -o, or give --overwrite")
     if fresh:
         shutil.rmtree(work, ignore_errors=True)
     plan.check_resources(made, destination)
-    data = _tokens(steps, opened, calibration, evaluation)
+    _refuse_non_finite(opened.artifact)
     context = Context(opened.artifact, FolderLedger(work), steps.seed, _dtype(steps, opened), resident=False, bars=bars)
     with bars.shown():
         measured = manager.execute(steps, made, context, data, str(model))
         _export(context, opened, steps, measured, data, work / "out", destination, identity, resolved)
     shutil.rmtree(work, ignore_errors=True)
     return measured
+
+
+def _check_destination(destination: Path, source: Path, overwrite: bool) -> None:
+    """Refuse what could not be written at the end, or would destroy something.
+
+    Raises:
+        UsageError: says which.
+    """
+    source, target = source.resolve(), destination.resolve()
+    if target == source or target in source.parents or source in target.parents:
+        raise UsageError(f"{destination} is, holds or lies in the model {source}; write somewhere else")
+    if destination.exists() and not destination.is_dir():
+        raise UsageError(f"{destination} is a file; -o names a folder to write")
+    ancestor = next(p for p in destination.parents if p.exists())
+    if not ancestor.is_dir():
+        raise UsageError(f"{ancestor} is a file; {destination} cannot be made in it")
+    ours = (destination / WEIGHTS).exists() or (destination / "report.json").exists()
+    if overwrite and destination.is_dir() and not ours and any(destination.iterdir()):
+        raise UsageError(f"{destination} holds files that no run wrote; --overwrite only replaces results")
+
+
+def _refuse_non_finite(artifact: Artifact) -> None:
+    """NaN or infinity in a tensor that no pass looks at: embeddings, norms, biases."""
+    sites = {s.parameter for s in artifact.graph.sites if s.block is not None}
+    for name, _ in artifact.graph.model.named_parameters():
+        if name not in sites:
+            value = artifact.source.read(artifact.name_in_source(name))
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise NonFiniteError(f"{name} holds NaN or infinity in the source; get a clean checkpoint")
 
 
 @dataclass(frozen=True)
@@ -271,13 +303,13 @@ def _with_given(steps: Pipeline, calibration: Tensor | None, evaluation: Tensor 
 
 def _tokens(steps: Pipeline, opened: Opened, calibration: Tensor | None, evaluation: Tensor | None) -> manager.Data:
     """Read what the pipeline names; given tokens win."""
-    _check_inputs(opened.artifact.graph, calibration, evaluation)
     needed = any(p.needs != "none" for stage in steps.passes for p in stage)
     if calibration is None and needed and steps.calibration:
         calibration = read_tokens(steps.calibration, opened.folder, "calibration")
     if evaluation is None and steps.evaluate:
         evaluation = read_tokens(steps.evaluate, opened.folder, "evaluation")
-    _check_inputs(opened.artifact.graph, calibration, evaluation)
+    graph = opened.artifact.graph
+    calibration, evaluation = _checked(graph, "calibration", calibration), _checked(graph, "evaluation", evaluation)
     return manager.Data(calibration if needed else None, evaluation)
 
 
@@ -303,14 +335,15 @@ def read_tokens(section: Calibration, folder: Path, split: Any) -> Tensor:
 
 
 def _finished(destination: Path, identity: str) -> Report | None:
+    """The report of a whole folder that this very run wrote earlier."""
     try:
         data = json.loads((destination / "report.json").read_text())
-    except (OSError, ValueError):
+        same = data["verified"]["run"] == identity
+        rows = [report.Row(**row) for row in data.pop("rows")]
+        whole = all((destination / name).is_file() for name in (WEIGHTS, "config.json", "pipeline.yaml"))
+        return Report(rows=rows, **data) if same and whole else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    if data.get("verified", {}).get("run") != identity:
-        return None
-    rows = [report.Row(**row) for row in data.pop("rows")]
-    return Report(rows=rows, **data)
 
 
 def _export(

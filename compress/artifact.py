@@ -75,6 +75,8 @@ class FolderSource:
             raise CheckpointError(f"{self.folder}: no {SINGLE} and no {INDEX}{hint}")
         try:
             named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if not named or not all(isinstance(name, str) for name in named):
+                raise ValueError("weight_map must map tensor names to file names")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index}: not a safetensors index: {error}") from error
         for name in named:
@@ -275,4 +277,20 @@ def open_folder(folder: Path, graph: Graph) -> Artifact:
             f"(the files have, for example, {min(there)}); "
             "load it with transformers and save it again with save_pretrained"
         )
+    _refuse_more_blocks(folder, graph, there)
     return Artifact(graph, source, renamed)
+
+
+def _refuse_more_blocks(folder: Path, graph: Graph, stored: set[str]) -> None:
+    """A configuration with fewer blocks than the files would silently drop the rest."""
+    lists = {name.rpartition(".")[0] for name in graph.blocks}
+    known = set(graph.blocks)
+    for name in sorted(stored):
+        for prefix in lists:
+            tail = name.removeprefix(f"{prefix}.")
+            block = f"{prefix}.{tail.split('.')[0]}"
+            if prefix and tail != name and tail.split(".")[0].isdigit() and block not in known:
+                raise CheckpointError(
+                    f"{folder}: {name} belongs to block {block}, but config.json describes only {len(known)} blocks; "
+                    "the rest would be dropped. Correct the number of layers in config.json"
+                )

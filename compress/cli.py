@@ -39,7 +39,10 @@ def run(
     """Run a pipeline on a model and write the compressed folder. Interrupted, the same command continues."""
     from compress import api, progress, report
 
+    existed = out.exists()
     result = api.run(pipeline, model, out, overwrite=overwrite, fresh=fresh, bars=progress.Bars())
+    if existed and not overwrite:
+        print(f"{out} holds this very run already; nothing was done", file=sys.stderr)
     if as_json:
         print(result.to_json(), end="")
         return
@@ -88,7 +91,7 @@ def show_plan(pipeline: PipelineArg, model: ModelArg, as_json: JsonOption = Fals
         for part in stage:
             weights = sum(s.shape[0] * s.shape[1] for s in part.sites)
             bits = sum(spec.num_bytes for spec in part.specs.values()) * 8 / weights
-            kind = part.pass_.produces("dense")
+            kind = ", ".join(sorted({spec.kind for spec in part.specs.values()}))
             rows.append({"pass": part.path, "layers": len(part.sites), "weights": weights, "becomes": kind,
                          "bits_per_weight": round(bits, 3)})  # fmt: skip
     totals = {"original_bytes": made.original_bytes, "final_bytes": made.final_bytes, "peak_memory": made.peak_memory,
@@ -159,7 +162,7 @@ def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as
     try:
         config = json.loads((out / "config.json").read_text())["quantization_config"]
         layers = json.loads((out / "report.json").read_text())["layers"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{out} is not a folder that compress wrote: {error}") from error
     if config.get("quant_method") != METHOD:
         raise UsageError(f"{out} was compressed by {config.get('quant_method')}, not by this package")
@@ -210,6 +213,9 @@ def list_methods() -> None:
         shared = ("include", "exclude", "overrides")
         options = [f"{f.name}={f.default}" for f in fields(pass_) if f.name not in shared and f.default is not MISSING]
         print(f"{pass_.key:18}{first}\n{'':18}{', '.join(options)}")
+    ready = sorted(p.stem for p in (Path(__file__).parent.parent / "pipelines").glob("*.yaml"))
+    if ready:  # beside the package in a checkout
+        print(f"\npipelines/:       {', '.join(ready)}", end="")
     print(f"\nevery method:     include, exclude, overrides\nexport:           {', '.join(FORMATS)}")
 
 
@@ -231,6 +237,8 @@ def init(
     """Write a commented pipeline to start from."""
     if path.exists() and not force:
         raise UsageError(f"{path} exists; give another name, or --force")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"no such folder: {path.parent}")
     path.write_text(TEMPLATE.format(name=path))
     print(path)
 
@@ -238,7 +246,7 @@ def init(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of pipeline files, for editors."""
-    from compress.pipeline import schema as make
+    from compress.schema import schema as make
 
     print(json.dumps(make(), indent=1))
 
@@ -262,14 +270,18 @@ def _interrupt(*_: Any) -> None:
 
 def _guarded(command: Callable[..., Any]) -> int:
     try:
-        command(standalone_mode=False)
+        code = command(standalone_mode=False)
+        if code == 130:  # how the parser reports Ctrl-C
+            raise KeyboardInterrupt
     except CompressError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
         return 130
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
         print("error: out of memory; use fewer or shorter calibration samples", file=sys.stderr)
         return 4
     except OSError as error:
@@ -279,7 +291,7 @@ def _guarded(command: Callable[..., Any]) -> int:
         if type(error).__module__.startswith(("click", "typer")):
             return _usage(error)
         raise
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 def _usage(error: Any) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from compress.calibration.data import batches
-from compress.errors import NonFiniteError
+from compress.errors import DataError, NonFiniteError
 
 TOKENS_AT_ONCE = 8192
 REFERENCE_NUMBERS = (
@@ -98,6 +98,10 @@ def evaluate(model: nn.Module, tokens: Tensor, *, against: nn.Module | None = No
         tokens: (windows, length) int64 token ids.
         against: the original.
 
+    Raises:
+        DataError: tokens that the model cannot take.
+        NonFiniteError: logits that are NaN or infinite.
+
     Example:
         >>> import compress, torch
         >>> model, tokenizer = compress.demo.load()
@@ -105,11 +109,25 @@ def evaluate(model: nn.Module, tokens: Tensor, *, against: nn.Module | None = No
         >>> compress.evaluate(model, tokens, against=model).kl
         0.0
     """
+    for each in (model, against):
+        if each is not None:
+            _check(each, tokens)
     reference = None
     if against is not None:
         reference = Reference()
         measure(_logits_of(against), tokens, reference=reference, keep=True)
     return measure(_logits_of(model), tokens, reference=reference)
+
+
+def _check(model: nn.Module, tokens: Tensor) -> None:
+    config: Any = getattr(model, "config", None)
+    vocabulary, longest = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
+    if tokens.dim() != 2 or tokens.is_floating_point() or tokens.shape[1] < 2:
+        raise DataError(f"tokens must be (windows, length) integers, length at least 2; got {tuple(tokens.shape)}")
+    if vocabulary and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocabulary):
+        raise DataError(f"token ids go up to {int(tokens.max())}, the model knows {vocabulary}: another tokenizer's")
+    if longest and tokens.shape[1] > longest:
+        raise DataError(f"windows of {tokens.shape[1]} tokens are longer than the model's {longest} positions")
 
 
 def _logits_of(model: nn.Module) -> Callable[[Tensor], Tensor]:

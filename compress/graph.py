@@ -40,7 +40,7 @@ class Site:
     @property
     def parameter(self) -> str:
         """The parameter's full name."""
-        return f"{self.name}.weight"
+        return f"{self.name}.weight" if self.name else "weight"
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         return config
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # each model's configuration class refuses in its own way
         raise CheckpointError(f"{folder}/config.json cannot be used: {error}") from error
 
 
@@ -161,8 +161,10 @@ def build(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with no_init_weights(), _parameters_on_meta():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except ValueError as error:
-        raise CheckpointError(f"not a causal language model that transformers can build: {error}") from error
+    except Exception as error:  # as above: a wrong value surfaces wherever the model's code first uses it
+        raise CheckpointError(
+            f"config.json describes no causal language model that transformers can build: {error}"
+        ) from error
     model.tie_weights()
     model.eval()
     return model

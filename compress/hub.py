@@ -8,9 +8,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from compress.demo import MODEL_DIR
 from compress.errors import CheckpointError, UsageError
 
+DEMO = Path(__file__).parent / "demo" / "model"
 FILES = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt")
 
 
@@ -22,7 +22,7 @@ def resolve(model: "str | Path") -> Path:
         CheckpointError: the folder holds a model that is already quantized.
     """
     if str(model) == "demo":
-        return MODEL_DIR
+        return DEMO
     path = Path(model)
     if path.is_dir():
         return path

@@ -88,6 +88,8 @@ def _from_codes(edit: Edit, refuse: Refuse, site: Site) -> Weight:
     assert isinstance(e, Uniform)
     if tuple(e.codes.shape) != site.shape:
         raise refuse(f"codes of shape {tuple(e.codes.shape)}, not {site.shape}")
+    if not 2 <= e.bits <= 8:
+        raise refuse(f"codes of {e.bits} bits")
     if int(e.codes.max()) >= 2**e.bits or int(e.zero_point.max()) >= 2**e.bits:
         raise refuse(f"codes that do not fit {e.bits} bits")
     scale = e.scale.float()

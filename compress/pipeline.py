@@ -5,10 +5,11 @@ line, path, what is allowed and, for a misspelt word, the nearest known one.
 """
 
 import difflib
+import math
 import re
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -110,7 +111,10 @@ def parse(text: str, file: str = "pipeline") -> Pipeline:
         raise ConfigError([Problem("", f"not YAML: {getattr(error, 'problem', error)}", line)], file) from error
     lines: dict[str, int] = {}
     problems: list[Problem] = []
-    data = _plain(node, "", lines, problems) if node else None
+    try:
+        data = _plain(node, "", lines, problems) if node else None
+    except RecursionError as error:
+        raise ConfigError([Problem("", "an anchor refers to itself")], file) from error
     return _Reader(lines, file, problems).pipeline(data)
 
 
@@ -120,6 +124,9 @@ def _plain(node: yaml.Node, path: str, lines: dict[str, int], problems: list[Pro
     if isinstance(node, yaml.MappingNode):
         result: dict[Any, Any] = {}
         for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                problems.append(Problem(path, "a key must be a word", key_node.start_mark.line + 1))
+                continue
             key = key_node.value
             here = f"{path}.{key}" if path else str(key)
             lines[here] = key_node.start_mark.line + 1
@@ -131,14 +138,22 @@ def _plain(node: yaml.Node, path: str, lines: dict[str, int], problems: list[Pro
         return [_plain(item, f"{path}[{i}]", lines, problems) for i, item in enumerate(node.value)]
     if node.tag == "tag:yaml.org,2002:int" and ":" in node.value:
         return node.value  # YAML 1.1 reads an unquoted 2:4 as 124, a number in base sixty; here it is a pattern
-    return yaml.SafeLoader("").construct_object(node)
+    try:
+        return yaml.SafeLoader("").construct_object(node)
+    except (yaml.YAMLError, ValueError) as error:
+        reason = getattr(error, "problem", None) or error
+        problems.append(Problem(path, f"{node.value!r} cannot be read: {reason}", lines[path]))
+        return None
+
+
+_WRONG = object()  # stands for a value that was refused, so that the others are still looked at
 
 
 class _Reader:
     """Builds the typed pipeline, collecting problems."""
 
     def __init__(self, lines: dict[str, int], file: str, problems: list[Problem] | None = None):
-        self.lines, self.file, self.problems = lines, file, problems or []
+        self.lines, self.file, self.problems = lines, file, problems if problems is not None else []
 
     def problem(self, path: str, message: str) -> None:
         line = self.lines.get(path)
@@ -164,7 +179,7 @@ class _Reader:
         hints = get_type_hints(Pipeline)
         for name in ("seed", "dtype", "description"):
             if name in data:
-                options[name] = self._value(hints[name], data[name], name)
+                options[name] = self._value(hints[name], data[name], name)  # if refused, nothing is built from it
         if "export" in data:
             options["export"] = self._export(data["export"])
         if self.problems:
@@ -206,7 +221,6 @@ class _Reader:
         return self._build(cls, dict(options or {}), here)
 
     def _build(self, cls: type[Pass], options: dict[str, Any], path: str) -> Pass | None:
-        before = len(self.problems)
         hints = get_type_hints(cls)
         known = {f.name for f in fields(cls)}
         if "scheme" in options and "bits" in known:
@@ -221,14 +235,9 @@ class _Reader:
                 values[key] = self._overrides(cls, value, here)
             else:
                 values[key] = self._value(hints[key], value, here)
-        if len(self.problems) > before:
-            return None
-        built = cls(**values)
-        for error in built.check():
+        built = cls(**{k: v for k, v in values.items() if v is not _WRONG})
+        for error in built.mistakes():
             self.problem(f"{path}.{error.option}", error.message)
-        for i, override in enumerate(built.overrides):
-            for error in _overridden(built, override).check():
-                self.problem(f"{path}.overrides[{i}].{error.option}", error.message)
         return built
 
     def _scheme(self, value: Any, path: str) -> dict[str, Any]:
@@ -236,7 +245,7 @@ class _Reader:
         if not match:
             self.problem(path, f"{value!r} is not bits and group size such as w4g128, or w4 for one scale a row")
             return {}
-        return {"bits": int(match[1])} | ({"group_size": int(match[2])} if match[2] else {})
+        return {"bits": int(match[1]), "group_size": int(match[2]) if match[2] else None}
 
     def _overrides(self, cls: type[Pass], value: Any, path: str) -> tuple[Override, ...]:
         if not isinstance(value, list):
@@ -259,7 +268,7 @@ class _Reader:
                     del options[key]
                 else:
                     options[key] = self._value(hints[key], options[key], f"{here}.{key}")
-            found.append(Override(entry["match"], options))
+            found.append(Override(entry["match"], {k: v for k, v in options.items() if v is not _WRONG}))
         return tuple(found)
 
     def _data(self, cls: type[Calibration], data: Any, path: str) -> Calibration | None:
@@ -273,7 +282,7 @@ class _Reader:
             here = f"{path}.{key}"
             if key not in known:
                 self.problem(here, f"unknown key; {_allowed(key, known)}")
-            elif key == "max_increase" and isinstance(value, str) and re.fullmatch(r"[\d.]+ *%", value):
+            elif key == "max_increase" and isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)? *%", value):
                 values[key] = float(value.rstrip(" %")) / 100
             else:
                 values[key] = self._value(hints[key], value, here)
@@ -286,7 +295,7 @@ class _Reader:
         wrong = check_source(values.get("source", "demo")) if isinstance(values.get("source", ""), str) else None
         if wrong:
             self.problem(f"{path}.source", wrong)
-        return cls(**values)
+        return cls(**{k: v for k, v in values.items() if v is not _WRONG})
 
     def _export(self, data: Any) -> tuple[str, ...]:
         names = [data] if isinstance(data, str) else data
@@ -300,19 +309,16 @@ class _Reader:
 
     def _value(self, hint: Any, value: Any, path: str) -> Any:
         """`value` as the annotated type; a problem and None if it is not."""
-        for option in _choices(hint):
+        for option in choices(hint):
             matched, result = _fits(option, value)
             if matched:
                 return result
         self.problem(path, f"{value!r} is not {_describe(hint)}")
-        return None
+        return _WRONG
 
 
-def _overridden(pass_: Pass, override: Override) -> Pass:
-    return type(pass_)(**{**pass_.options(), "overrides": (), **override.options})
-
-
-def _choices(hint: Any) -> tuple[Any, ...]:
+def choices(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the one type."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
@@ -325,8 +331,10 @@ def _fits(hint: Any, value: Any) -> tuple[bool, Any]:
         return good, tuple(items) if good else None
     if hint is type(None):
         return value is None, None
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return True, float(value)
+    if hint is float and isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        value = float(value)  # YAML 1.1 takes 1e-2, without a point, for a text
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return math.isfinite(value), float(value)
     if hint in (int, float, str, bool):
         return type(value) is hint, value
     raise TypeError(f"options of type {hint} are not readable from YAML")
@@ -335,7 +343,7 @@ def _fits(hint: Any, value: Any) -> tuple[bool, Any]:
 def _describe(hint: Any) -> str:
     words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
     parts = []
-    for option in _choices(hint):
+    for option in choices(hint):
         if get_origin(option) is Literal:
             parts.append("one of " + ", ".join(map(str, get_args(option))))
         elif get_origin(option) is tuple:
@@ -390,86 +398,12 @@ def _entry(pass_: Pass) -> dict[str, Any]:
     return {pass_.key: options}
 
 
-# --- schema for editors ----------------------------------------------------------------------------------------------
-
-
-def schema() -> dict[str, Any]:
-    """A JSON schema of pipeline files, for completion in editors."""
-    methods: list[dict[str, Any]] = [{"enum": [name for name, cls in METHODS.items() if not _required(cls)]}]
-    for name, cls in METHODS.items():
-        properties = _properties(cls)
-        if "bits" in properties:
-            properties["scheme"] = {"type": "string", "pattern": "^w[2-8](g[0-9]+)?$"}
-        inner = {"type": ["object", "null"], "properties": properties, "additionalProperties": False}
-        methods.append(
-            {"type": "object", "properties": {name: inner}, "required": [name], "additionalProperties": False}
-        )
-    fused = {"type": "array", "items": {"anyOf": methods}, "minItems": 1}
-    top = _properties(Pipeline)
-    top["passes"] = {
-        "type": "array",
-        "items": {
-            "anyOf": [
-                *methods,
-                {
-                    "type": "object",
-                    "properties": {"blockwise": fused},
-                    "required": ["blockwise"],
-                    "additionalProperties": False,
-                },
-            ]
-        },
-    }
-    evaluate = _properties(Evaluation)
-    evaluate["max_increase"] = {"type": ["number", "string", "null"]}
-    for name, properties in (("calibration", _properties(Calibration)), ("evaluate", evaluate)):
-        top[name] = {"type": ["object", "null"], "properties": properties, "additionalProperties": False}
-    top["export"] = {"type": "array", "items": {"enum": list(FORMATS)}}
-    del top["lines"]
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "compress pipeline",
-        "type": "object",
-        "properties": top,
-        "required": ["passes"],
-        "additionalProperties": False,
-    }
-
-
-def _required(cls: type[Pass]) -> bool:
-    return any(f.default is MISSING and f.default_factory is MISSING for f in fields(cls))
-
-
-def _properties(cls: type[Any]) -> dict[str, Any]:
-    hints = get_type_hints(cls)
-    return {f.name: _schema_of(hints[f.name]) for f in fields(cls)}
-
-
-def _schema_of(hint: Any) -> dict[str, Any]:
-    names = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
-    options: list[dict[str, Any]] = []
-    for option in _choices(hint):
-        if get_origin(option) is Literal:
-            options.append({"enum": list(get_args(option))})
-        elif get_origin(option) is tuple:
-            if get_args(option)[0] is Override:
-                item: dict[str, Any] = {"type": "object", "required": ["match"]}
-            else:
-                item = {"type": "string"}
-            options.append({"type": "array", "items": item})
-        elif option in names:
-            options.append({"type": names[option]})
-        else:
-            options.append({})
-    return options[0] if len(options) == 1 else {"anyOf": options}
-
-
 def walk(pipeline: Pipeline) -> Iterator[tuple[str, int, Pass]]:
     """(path in the file, stage number, pass) of every pass, in order."""
     for i, stage in enumerate(pipeline.passes):
         for j, pass_ in enumerate(stage):
-            fused = f".blockwise[{j}]" if len(stage) > 1 else ""
+            fused = f".blockwise[{j}]" if len(stage) > 1 or f"passes[{i}].blockwise" in pipeline.lines else ""
             yield f"passes[{i}]{fused}.{pass_.key}", i, pass_
 
 
-__all__ = ["Calibration", "Evaluation", "OptionError", "Pipeline", "dump", "load", "parse", "schema", "walk"]
+__all__ = ["Calibration", "Evaluation", "OptionError", "Pipeline", "dump", "load", "parse", "walk"]

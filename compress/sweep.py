@@ -5,6 +5,8 @@ committed, and the outputs of the *compressed* block become the inputs of the ne
 statistics and the activations of the calibration data, whatever the number of blocks.
 """
 
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from compress.artifact import Artifact, Packed
 from compress.calibration import collect
 from compress.calibration.statistics import Need, Statistics
 from compress.encodings import Weight
+from compress.encodings.uniform import narrowest
 from compress.errors import SolveError
 from compress.graph import Graph, Site
 from compress.ledger import MemoryLedger, Record, key_of
@@ -147,17 +150,16 @@ def _calibrated(context: Context, run: "_Stage", selected: dict[int, list[Site]]
         block, sites = blocks[index], selected[index]
 
         def statistics(index: int = index, sites: list[Site] = sites) -> dict[str, Statistics]:
-            block = blocks[index]
             modules = {s.name: graph.model.get_submodule(s.name) for s in sites}
             with collect.statistics(modules, {s.name: run.need(s) for s in sites}) as found:
                 if chain:
                     with _present(context, index):
-                        for _ in bars.over(chain.each(block), len(batches), "collect: batches"):
+                        for _ in bars.over(chain.each(blocks[index]), len(batches), "collect: batches"):
                             pass
                 else:
                     with streamed(context):
                         for batch in bars.over(batches, len(batches), "collect: batches"):
-                            collect.run_to_end(partial(forward, graph, batch), block)
+                            forward(graph, batch)
             return found
 
         run.unit(f"b{index:04d}", sites, statistics)
@@ -185,31 +187,35 @@ class _Activations:
     def __init__(self, context: Context, batches: Sequence[Tensor], first: nn.Module):
         self.calls: list[collect.Call] = []
         self.hidden: list[Tensor] = []
+        self.buffers: dict[int, Tensor] = {}
         size = 0
         with streamed(context):
             for batch in context.bars.over(batches, len(batches), "embed: batches"):
                 hidden, call = collect.arrival(partial(forward, context.graph, batch), first)
                 size += hidden.nbytes
                 self.calls.append(call)
-                self.hidden.append(hidden if size <= LARGEST_BUFFER else _mapped(hidden))
+                if size > LARGEST_BUFFER:
+                    hidden = self.buffers[len(self.hidden)] = _mapped(hidden)
+                self.hidden.append(hidden)
 
     def each(self, block: nn.Module) -> Iterator[Tensor]:
         for hidden, call in zip(self.hidden, self.calls, strict=True):
             yield call.run(block, hidden)
 
     def keep(self, number: int, output: Tensor) -> None:
-        target = self.hidden[number]
-        if target.shape == output.shape and target.dtype == output.dtype:
-            target.copy_(output)  # into the same memory, mapped or not
+        # Only memory of our own is written to: what arrived may be the caller's tensor, or another block's argument.
+        buffer = self.buffers.get(number)
+        if buffer is not None and buffer.shape == output.shape and buffer.dtype == output.dtype:
+            buffer.copy_(output)
         else:
             self.hidden[number] = output
 
 
 def _mapped(hidden: Tensor) -> Tensor:
     """The same values in an unnamed temporary file that the system may page out."""
-    import tempfile
-
     with tempfile.NamedTemporaryFile() as file:
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a fault later
+            os.posix_fallocate(file.fileno(), 0, hidden.nbytes)
         mapped = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
     return mapped.view(hidden.shape).copy_(hidden)
 
@@ -297,7 +303,7 @@ def solved(pass_: LinearPass, target: Target) -> tuple[Edit, str | None]:
     """Run a pass; on failure with more damping, then its fallback. Says in words what was done instead, or None."""
     reason = ""
     damping = getattr(pass_, "damping", None)
-    helps = isinstance(damping, float) and target.statistics is not None
+    helps = isinstance(damping, int | float) and target.statistics is not None
     for factor in MORE_DAMPING if helps else MORE_DAMPING[:1]:
         options: dict[str, Any] = {"damping": float(damping or 0) * factor} if helps else {}
         try:
@@ -344,7 +350,7 @@ def _split_rows(edit: Edit, group: list[Site]) -> list[Edit]:
         start = rows.stop
         e = edit.encoding
         if e is not None:
-            e = replace(e, codes=e.codes[rows], scale=e.scale[rows], zero_point=e.zero_point[rows])
+            e = replace(e, codes=e.codes[rows], scale=narrowest(e.scale[rows]), zero_point=e.zero_point[rows])
         weight = None if edit.weight is None else edit.weight[rows]
         parts.append(replace(edit, weight=weight, mask=None if edit.mask is None else edit.mask[rows], encoding=e))
     return parts

@@ -11,7 +11,8 @@ from commands import compress_command, files_of, make_text_model, write_pipeline
 import compress
 from compress.errors import ConfigError, UsageError
 from compress.passes import PASSES, GlobalMagnitude, Gptq, Magnitude, Override, Rtn, SparseGpt, Wanda
-from compress.pipeline import Calibration, Evaluation, Pipeline, dump, load, parse, schema
+from compress.pipeline import Calibration, Evaluation, Pipeline, dump, load, parse
+from compress.schema import schema
 
 SHIPPED = sorted((Path(__file__).parent.parent / "pipelines").glob("*.yaml"))
 

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from compress.calibration.statistics import Need, Statistics
@@ -71,16 +70,19 @@ def is_chain(forward: Callable[[], Any], blocks: list[nn.Module]) -> bool:
 
     Only then may blocks be run one after the other without the model around them.
     """
-    visits: list[tuple[int, Any, Call]] = []
-    outputs: list[Tensor] = []
+    # A tensor changed in place stays the same object; its version tells.
+    visits: list[tuple[int, Any, Any, Call]] = []
+    outputs: list[tuple[Tensor, int]] = []
     handles = []
     for i, block in enumerate(blocks):
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], i: int = i) -> None:
-            visits.append((i, *_split(args, kwargs)))
+            hidden, call = _split(args, kwargs)
+            visits.append((i, hidden, getattr(hidden, "_version", None), call))
 
         def after(_: nn.Module, __: Any, output: Any) -> None:
-            outputs.append(hidden_of(output))
+            hidden = hidden_of(output)
+            outputs.append((hidden, hidden._version))
 
         handles += [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
     try:
@@ -88,10 +90,13 @@ def is_chain(forward: Callable[[], Any], blocks: list[nn.Module]) -> bool:
     finally:
         for handle in handles:
             handle.remove()
-    if [i for i, _, _ in visits] != list(range(len(blocks))) or not isinstance(visits[0][1], Tensor):
+    if [i for i, *_ in visits] != list(range(len(blocks))) or not isinstance(visits[0][1], Tensor):
         return False
-    fed = all(visits[i + 1][1] is outputs[i] for i in range(len(blocks) - 1))
-    return fed and all(_alike(visits[0][2], call) for _, _, call in visits[1:])
+    fed = all(
+        hidden is output and version == then
+        for (_, hidden, version, _), (output, then) in zip(visits[1:], outputs, strict=False)
+    )
+    return fed and all(_alike(visits[0][3], call) for *_, call in visits[1:])
 
 
 def _alike(a: Call, b: Call) -> bool:
@@ -120,31 +125,35 @@ def statistics(modules: Mapping[str, nn.Module], needs: Mapping[str, Need]) -> I
     """
     found: dict[str, Statistics] = {}
     leaders: dict[str, str] = {}
-    last: dict[str, Tensor] = {}  # leader -> the tensor it saw last, held so that identity means something
+    last: dict[str, tuple[Tensor, int]] = {}  # leader -> the tensor it saw last (held: identity means something)
     handles = []
 
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
+    def same(name: str, x: Tensor) -> bool:
+        seen, version = last.get(name, (None, 0))
+        return seen is x and version == x._version
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
             if name not in found:
                 need = needs[name]
-                leader = next((n for n, seen in last.items() if seen is x and needs[n] == need), name)
+                leader = next((n for n in last if same(n, x) and needs[n] == need), name)
                 leaders[name] = leader
                 found[name] = found[leader] if leader != name else Statistics(x.shape[-1], need)
             leader = leaders[name]
-            if leader != name and last.get(leader) is not x:
+            if leader != name and not same(leader, x):
                 raise CompressError(
                     f"{name} and {leader} were fed by one tensor at first and by different ones later: statistics "
                     "would be wrong. Models whose wiring changes from batch to batch are not supported"
                 )
             if leader == name:
                 found[name].update(x, name)
-                last[name] = x
+                last[name] = x, x._version
 
         return hook
 
     for name, module in modules.items():
-        handles.append(module.register_forward_pre_hook(hook_for(name)))
+        handles.append(module.register_forward_pre_hook(hook_for(name), with_kwargs=True))
     try:
         yield found
     finally:
@@ -176,19 +185,3 @@ def around(
     finally:
         for handle in handles:
             handle.remove()
-
-
-@torch.no_grad()
-def run_to_end(forward: Callable[[], Any], last: nn.Module) -> None:
-    """Run `forward` until `last` has returned; what comes after it is skipped."""
-
-    def hook(_: nn.Module, __: Any, ___: Any) -> None:
-        raise _Stop
-
-    handle = last.register_forward_hook(hook)
-    try:
-        forward()
-    except _Stop:
-        pass
-    finally:
-        handle.remove()

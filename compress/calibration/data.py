@@ -20,7 +20,11 @@ def check_source(source: str) -> str | None:
     if source == "demo":
         return None
     path = Path(source)
-    if path.suffix in LOCAL or path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:
+        return f"cannot be looked up: {error.strerror}"
+    if path.suffix in LOCAL or there:
         if not path.is_file():
             return f"no such file: {source}"
         if path.suffix not in LOCAL:
@@ -117,13 +121,15 @@ def _texts(source: str, split: Split, field: str, subset: str | None) -> Iterabl
 
 
 def _jsonl(path: Path, field: str) -> Iterable[str]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)[field]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}:{number}: not a JSON object with a {field!r} field ({error})") from error
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)[field]
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{path}:{number}: not a JSON object with a {field!r} field ({error})") from error
+            yield _checked(text, f"{path}:{number}: {field!r}")
 
 
 def _parquet(path: Path, field: str) -> Iterable[str]:
@@ -132,10 +138,16 @@ def _parquet(path: Path, field: str) -> Iterable[str]:
     except ImportError as error:
         raise DataError(f"{path}: reading parquet needs: pip install 'compress-pipeline[parquet]'") from error
     try:
-        table = pyarrow.parquet.read_table(path, columns=[field])
-        return [text for text in table[field].to_pylist() if text]
+        values = pyarrow.parquet.read_table(path, columns=[field])[field].to_pylist()
     except (OSError, KeyError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: no readable column {field!r} ({error})") from error
+    return [_checked(text, f"{path}: row {number} of {field!r}") for number, text in enumerate(values, 1)]
+
+
+def _checked(text: Any, place: str) -> str:
+    if not isinstance(text, str):
+        raise DataError(f"{place} is {type(text).__name__}, not a text")
+    return text
 
 
 def batches(tokens: Tensor, tokens_at_once: int) -> list[Tensor]:

@@ -1,9 +1,12 @@
 """The bundled model: a small Llama that writes Python documentation, and the text it is measured on."""
 
-from pathlib import Path
 from typing import Any
 
-MODEL_DIR = Path(__file__).parent / "model"
+from transformers import AutoTokenizer
+
+from compress import hub
+
+MODEL_DIR = hub.DEMO
 
 
 def load() -> tuple[Any, Any]:
@@ -15,8 +18,4 @@ def load() -> tuple[Any, Any]:
         >>> model.config.model_type
         'llama'
     """
-    from transformers import AutoTokenizer
-
-    from compress import hub
-
     return hub.load(MODEL_DIR), AutoTokenizer.from_pretrained(MODEL_DIR)

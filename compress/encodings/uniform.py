@@ -104,20 +104,19 @@ def fit(
     grouped = weight.reshape(1, 1, -1) if per_tensor else weight.reshape(rows, groups, columns // groups)
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
     if search == "minmax":
-        return _grid(low, high, bits, symmetric)
+        scale, zero = _grid(low, high, bits, symmetric)
+        return narrowest(scale), zero
     ranges = [(low * k / SEARCH_STEPS, high * k / SEARCH_STEPS) for k in range(SEARCH_STEPS, SEARCH_SMALLEST, -1)]
     best_scale, best_zero = _grid(*ranges[0], bits, symmetric)
-    wide = best_scale.dtype
     best_error = torch.full(low.shape, torch.inf)
     for candidate in ranges:
         scale, zero = _grid(*candidate, bits, symmetric)
-        scale = scale.to(wide)
         error = _search_error(grouped, scale, zero, bits)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+    return narrowest(best_scale), best_zero
 
 
 def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -127,18 +126,25 @@ def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor
     else:
         scale = (high - low) / levels
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # an all-zero group: any scale says zero
-    scale = _stored(scale)
+    scale = _rounded(scale)
     if symmetric:
         zero = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8)
     else:
-        zero = (-low / scale.float()).round().clamp(0, levels).to(torch.uint8)
+        zero = (-low / scale).round().clamp(0, levels).to(torch.uint8)
     return scale, zero
 
 
-def _stored(scale: Tensor) -> Tensor:
+def narrowest(scale: Tensor) -> Tensor:
+    """float16 if that loses nothing, else as it is."""
+    half = scale.to(torch.float16)
+    return half if torch.equal(half.float(), scale.float()) else scale
+
+
+def _rounded(scale: Tensor) -> Tensor:
+    """Each scale as its stored type will hold it, decided for each alone: neighbours do not change a result."""
     limits = torch.finfo(torch.float16)
-    fits = bool((scale >= limits.tiny).all() and (scale <= limits.max).all())
-    return scale.to(torch.float16) if fits else scale
+    fits = (scale >= limits.tiny) & (scale <= limits.max)
+    return torch.where(fits, scale.to(torch.float16).float(), scale)
 
 
 def _search_error(grouped: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:

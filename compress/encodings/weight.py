@@ -120,6 +120,13 @@ class Spec:
         return found
 
     @property
+    def kind(self) -> str:
+        """`dense`, `sparse`, `quantized` or `sparse-quantized`."""
+        if self.bits is None:
+            return "dense" if self.kept is None else "sparse"
+        return "quantized" if self.kept is None else "sparse-quantized"
+
+    @property
     def num_bytes(self) -> int:
         """Stored bytes, everything counted."""
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.tensors().values())

@@ -89,6 +89,18 @@ class Pass:
         """Every impossible option."""
         return iter(())
 
+    def mistakes(self) -> Iterator[OptionError]:
+        """Every impossible option, in the overrides too."""
+        yield from self.check()
+        known = {f.name for f in fields(self)} - {"include", "exclude", "overrides"}
+        for i, override in enumerate(self.overrides):
+            unknown = sorted(set(override.options) - known)
+            for name in unknown:
+                yield OptionError(f"overrides[{i}].{name}", f"unknown option of {self.key}; known: {sorted(known)}")
+            if not unknown:
+                for error in replace(self, overrides=(), **override.options).check():
+                    yield OptionError(f"overrides[{i}].{error.option}", error.message)
+
     def check_shape(self, shape: tuple[int, int]) -> str | None:
         """Why this pass cannot work on an (out, in) matrix, or None."""
         return None

@@ -38,8 +38,9 @@ class Factor:
         """Gram (I, I) is not changed; `damping` is a share of the mean of its diagonal."""
         diagonal = gram.diagonal().clone()
         dead = diagonal == 0
-        self.num_dead = int(dead.sum())
         order = torch.arange(len(gram)) if order is None else order
+        self.dead = dead[order]
+        self.num_dead = int(dead.sum())
         reverse = order.flip(0)
         damped = gram[reverse[:, None], reverse]
         damped.diagonal().add_(damping * diagonal.mean())

@@ -8,13 +8,14 @@ import os
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.encodings import Spec
-from compress.runtime.linear import replace_modules
+from compress.runtime.linear import PackedLinear, replace_modules
 
 METHOD = "compress"
 WEIGHTS = "compress.safetensors"
@@ -43,10 +44,23 @@ class CompressQuantizer(HfQuantizer):
 
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
         config = self.quantization_config
         assert isinstance(config, CompressConfig)
-        replace_modules(model, config.specs())
+        specs = config.specs()
+        if checkpoint_files:
+            _refuse_incomplete(checkpoint_files, specs)
+        replace_modules(model, specs)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        """Transformers turns gradients on for every floating parameter it loads; packed ones have none."""
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                for name in module.spec.tensors():
+                    getattr(module, name).requires_grad_(False)
+        return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Every tensor takes the type its own module was made with."""
@@ -67,6 +81,20 @@ class CompressQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Codes do not train."""
         return False
+
+
+def _refuse_incomplete(files: list[str], specs: dict[str, Spec]) -> None:
+    """Transformers only warns about missing tensors and goes on with random memory."""
+    there: set[str] = set()
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            there.update(opened.keys())
+    for module, spec in specs.items():
+        for leaf in spec.tensors():
+            if f"{module}.{leaf}" not in there:
+                raise ValueError(
+                    f"{', '.join(files)}: {module}.{leaf} is missing; the folder is damaged: write it again"
+                )
 
 
 def register() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compress.passes import GlobalMagnitude
 from compress.passes.base import Edit, Target
-from compress.passes.prune.global_magnitude import count_below, layer_sparsities, max_sparsity
+from compress.passes.prune.global_magnitude import count_below, layer_counts, max_sparsity
 
 SHAPES = {"a": (16, 24), "b": (7, 11), "c": (30, 5), "d": (3, 3), "e": (13, 29)}
 SIZES = {"a": 1.0, "b": 0.2, "c": 3.0, "d": 1.0, "e": 0.6}
@@ -192,12 +192,11 @@ def test_a_target_out_of_reach_is_refused_with_the_reachable_maximum() -> None:
     assert error.option == "sparsity"
     assert "0.75 cannot be reached with min_keep 0.1: at most 0.7000" in error.message
     with pytest.raises(ValueError, match=r"at most 0\.7000"):
-        layer_sparsities([75, 75, 75], sizes, 0.75, 0.1)
+        layer_counts([75, 75, 75], sizes, 0.75, 0.1)
 
 
 def test_a_target_exactly_at_the_reachable_maximum_is_met() -> None:
-    shares = layer_sparsities([90, 0, 120], [100, 100, 100], 0.7, 0.1)
-    assert shares == pytest.approx([0.7, 0.7, 0.7])
+    assert layer_counts([90, 0, 120], [100, 100, 100], 0.7, 0.1) == [70, 70, 70]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -211,21 +210,20 @@ def test_water_filling_meets_the_budget_within_every_bound(seed: int) -> None:
     for n in sizes:  # layers at the front lose all they can: the hardest case for the minimum
         counts.append(min(n, left))
         left -= counts[-1]
-    shares = layer_sparsities(counts, sizes, sparsity, min_keep)
-    floor = int(sum(sizes) * min_keep)
-    assert sum(s * n for s, n in zip(shares, sizes, strict=True)) == pytest.approx(int(sum(sizes) * sparsity), abs=1e-6)
-    for share, n in zip(shares, sizes, strict=True):
-        assert -1e-9 <= share * n <= max(0, n - floor) + 1e-6
+    removed = layer_counts(counts, sizes, sparsity, min_keep)
+    floor = exact(min_keep, sum(sizes))
+    assert sum(removed) == exact(sparsity, sum(sizes))
+    assert all(0 <= r <= max(0, n - floor) for r, n in zip(removed, sizes, strict=True))
 
 
 def test_water_filling_leaves_a_feasible_cut_alone() -> None:
     counts, sizes = [10, 40, 70], [100, 100, 100]
-    assert layer_sparsities(counts, sizes, 0.4, 0.05) == pytest.approx([0.1, 0.4, 0.7])
+    assert layer_counts(counts, sizes, 0.4, 0.05) == [10, 40, 70]
 
 
 def test_water_filling_shares_what_held_layers_could_not_give_in_proportion() -> None:
     # 100 can lose 80 at most (min_keep 0.05 of 400 is 20); the missing 20 go to the others as 1 to 3.
-    assert layer_sparsities([100, 20, 60, 0], [100] * 4, 0.45, 0.05) == pytest.approx([0.8, 0.25, 0.75, 0.0])
+    assert layer_counts([100, 20, 60, 0], [100] * 4, 0.45, 0.05) == [80, 25, 75, 0]
 
 
 @pytest.mark.parametrize(

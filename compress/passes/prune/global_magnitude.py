@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compress.passes.base import Edit, ModelPass, OptionError, Target
-from compress.passes.prune.selection import keep_share, masked_out
+from compress.passes.prune.selection import count_of, keep_all_but, masked_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,8 @@ class GlobalMagnitude(ModelPass):
     def check(self) -> Iterator[OptionError]:
         if not 0 <= self.sparsity < 1:
             yield OptionError("sparsity", f"{self.sparsity} is not a share of zeros from 0 to below 1")
+        if self.overrides:
+            yield OptionError("overrides", "one ranking over all layers has no options for single layers; use exclude")
         if not 0 <= self.min_keep < 1:
             yield OptionError("min_keep", f"{self.min_keep} is not a share of all weights from 0 to below 1")
 
@@ -65,23 +67,23 @@ class GlobalMagnitude(ModelPass):
     def run(self, names: tuple[str, ...], load: Callable[[str], Target]) -> Iterator[tuple[str, Edit]]:
         counts = count_below(names, load, self.sparsity)
         sizes = [load(name).weight.numel() for name in names]
-        shares = layer_sparsities(counts, sizes, self.sparsity, self.min_keep)
-        for name, share in zip(names, shares, strict=True):
+        removed = layer_counts(counts, sizes, self.sparsity, self.min_keep)
+        for name, count in zip(names, removed, strict=True):
             target = load(name)
-            mask = keep_share(masked_out(target.weight.abs(), target.mask), share)
+            mask = keep_all_but(masked_out(target.weight.abs(), target.mask), count)
             if target.mask is not None:
                 mask &= target.mask
-            yield name, Edit(weight=target.weight * mask, mask=mask, notes={"sparsity": share})
+            yield name, Edit(weight=target.weight * mask, mask=mask, notes={"sparsity": count / target.weight.numel()})
 
 
 def max_sparsity(sizes: Sequence[int], min_keep: float) -> float:
     """The largest share of zeros when every layer must keep its minimum."""
-    floor = int(sum(sizes) * min_keep)
+    floor = count_of(sum(sizes), min_keep)
     return sum(max(0, n - floor) for n in sizes) / sum(sizes)
 
 
-def layer_sparsities(counts: Sequence[int], sizes: Sequence[int], sparsity: float, min_keep: float) -> list[float]:
-    """Share of zeros of every layer: the global cut, then water-filling for the minimum threshold.
+def layer_counts(counts: Sequence[int], sizes: Sequence[int], sparsity: float, min_keep: float) -> list[int]:
+    """Weights each layer loses: the global cut, then water-filling for the minimum threshold; exact in sum.
 
     Args:
         counts: weights of each layer that a plain global cut removes.
@@ -91,27 +93,29 @@ def layer_sparsities(counts: Sequence[int], sizes: Sequence[int], sparsity: floa
         ValueError: the target cannot be reached.
     """
     total = sum(sizes)
-    budget = int(total * sparsity)
-    floor = int(total * min_keep)
+    budget = count_of(total, sparsity)
+    floor = count_of(total, min_keep)
     most = [max(0, n - floor) for n in sizes]
     if sum(most) < budget:
         raise ValueError(f"sparsity {sparsity} cannot be reached: at most {sum(most) / total:.4f}")
     held = {i for i, m in enumerate(most) if m == 0}  # smaller than the threshold: stays dense
     while True:
         left = budget - sum(most[i] for i in held)
-        free = sum(c for i, c in enumerate(counts) if i not in held)
-        scale = left / free if free else 0.0
-        over = {i for i, c in enumerate(counts) if i not in held and c * scale > most[i]}
+        open_ = [i for i in range(len(sizes)) if i not in held]
+        # Layers that the cut spared altogether share what is left by what they can give.
+        weights = counts if sum(counts[i] for i in open_) else most
+        shared = sum(weights[i] for i in open_)
+        wanted = {i: left * weights[i] / shared if shared else 0.0 for i in open_}
+        over = {i for i in open_ if wanted[i] > most[i]}
         if not over:
             break
         held |= over
-    if not free and left > 0:  # the cut spared these layers altogether: they share what is left evenly
-        open_ = [i for i in range(len(sizes)) if i not in held]
-        share = left / sum(most[i] for i in open_)
-        removed = [most[i] if i in held else most[i] * share for i in range(len(sizes))]
-    else:
-        removed = [most[i] if i in held else c * scale for i, c in enumerate(counts)]
-    return [r / n for r, n in zip(removed, sizes, strict=True)]
+    removed = [most[i] if i in held else int(wanted[i]) for i in range(len(sizes))]
+    # Whole weights: the largest fractions are rounded up until the sum is right.
+    for i in sorted(open_, key=lambda i: (int(wanted[i]) - wanted[i], i)) * 2:
+        if sum(removed) < budget and removed[i] < most[i]:
+            removed[i] += 1
+    return removed
 
 
 def count_below(names: Sequence[str], load: Callable[[str], Target], sparsity: float) -> list[int]:
@@ -122,7 +126,7 @@ def count_below(names: Sequence[str], load: Callable[[str], Target], sparsity: f
     layers in order.
     """
     upper = torch.stack([torch.bincount(_bits(load(name)) >> 16, minlength=1 << 15) for name in names])
-    wanted = int(int(upper.sum()) * sparsity)
+    wanted = count_of(int(upper.sum()), sparsity)
     if not wanted:
         return [0] * len(names)
     high = int(torch.searchsorted(upper.sum(0).cumsum(0), wanted))

@@ -63,6 +63,8 @@ class Magnitude(Pruner):
         scores = masked_out(target.weight.abs(), target.mask)
         n_of_m = pattern(self.sparsity)
         mask = keep_pattern(scores, *n_of_m) if n_of_m else keep_rows(scores, float(self.sparsity))
+        if target.mask is not None:
+            mask &= target.mask
         return Edit(weight=target.weight * mask, mask=mask)
 
     def fallback(self) -> Self:

@@ -1,5 +1,6 @@
 """Which weights go: the shared selection rules of the pruners. Ties are broken by position, so results repeat."""
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -45,10 +46,14 @@ def masked_out(scores: Tensor, mask: Tensor | None) -> Tensor:
     return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 
 
+def count_of(total: int, share: float) -> int:
+    """floor(total * share), where 0.57 of 100 is 57 although the product is 56.99999999999999."""
+    return math.floor(round(total * share, 6))
+
+
 def keep_rows(scores: Tensor, sparsity: float) -> Tensor:
     """(O, I) scores -> mask with floor(I * sparsity) zeros in every row, lowest scores first."""
-    count = int(scores.shape[1] * sparsity)
-    return _keep_all_but(scores, count)
+    return _keep_all_but(scores, count_of(scores.shape[1], sparsity))
 
 
 def keep_pattern(scores: Tensor, keep: int, of: int) -> Tensor:
@@ -59,8 +64,12 @@ def keep_pattern(scores: Tensor, keep: int, of: int) -> Tensor:
 
 def keep_share(scores: Tensor, sparsity: float) -> Tensor:
     """(O, I) scores -> mask with floor(O * I * sparsity) zeros anywhere in the matrix."""
-    flat = scores.reshape(1, -1)
-    return _keep_all_but(flat, int(flat.shape[1] * sparsity)).view(scores.shape)
+    return keep_all_but(scores, count_of(scores.numel(), sparsity))
+
+
+def keep_all_but(scores: Tensor, count: int) -> Tensor:
+    """(O, I) scores -> mask with `count` zeros anywhere in the matrix."""
+    return _keep_all_but(scores.reshape(1, -1), count).view(scores.shape)
 
 
 def _keep_all_but(scores: Tensor, count: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compress.calibration.statistics import Need
 from compress.encodings import Uniform, fit
+from compress.encodings.uniform import narrowest
 from compress.errors import SolveError
 from compress.passes.base import Edit, OptionError, Target
 from compress.passes.obs import Factor, compensate
@@ -147,12 +148,5 @@ def solve(
     )
     if not math.isfinite(float(lost.sum())):
         raise SolveError("the solution is not finite")
-    scales = _stored(scales)
     codes = codes.T.contiguous()
-    return (codes[:, torch.argsort(order)] if act_order else codes), scales, zeros, factor.num_dead
-
-
-def _stored(scales: Tensor) -> Tensor:
-    """Scales fitted group by group were already rounded to their stored type; put them back into it."""
-    half = scales.to(torch.float16)
-    return half if torch.equal(half.float(), scales.float()) else scales
+    return (codes[:, torch.argsort(order)] if act_order else codes), narrowest(scales), zeros, factor.num_dead

@@ -1,0 +1,78 @@
+"""The JSON schema of pipeline files, for completion in editors, from the dataclasses the parser reads."""
+
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from compress.passes import Override
+from compress.pipeline import FORMATS, METHODS, Calibration, Evaluation, Pipeline, choices
+
+
+def schema() -> dict[str, Any]:
+    """A JSON schema of pipeline files, for completion in editors."""
+    methods: list[dict[str, Any]] = [{"enum": list(METHODS)}]
+    for name, cls in METHODS.items():
+        properties = _properties(cls)
+        if "bits" in properties:
+            properties["scheme"] = {"type": "string", "pattern": "^w[2-8](g[0-9]+)?$"}
+        inner = {"type": ["object", "null"], "properties": properties, "additionalProperties": False}
+        methods.append(
+            {"type": "object", "properties": {name: inner}, "required": [name], "additionalProperties": False}
+        )
+    fused = {"type": "array", "items": {"anyOf": methods}, "minItems": 1}
+    top = _properties(Pipeline)
+    top["passes"] = {
+        "type": "array",
+        "items": {
+            "anyOf": [
+                *methods,
+                {
+                    "type": "object",
+                    "properties": {"blockwise": fused},
+                    "required": ["blockwise"],
+                    "additionalProperties": False,
+                },
+            ]
+        },
+    }
+    evaluate = _properties(Evaluation)
+    evaluate["max_increase"] = {"type": ["number", "string", "null"]}
+    for name, properties in (("calibration", _properties(Calibration)), ("evaluate", evaluate)):
+        top[name] = {"type": ["object", "null"], "properties": properties, "additionalProperties": False}
+    top["export"] = {"anyOf": [{"type": "array", "items": {"enum": list(FORMATS)}}, {"enum": list(FORMATS)}]}
+    del top["lines"]
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "compress pipeline",
+        "type": "object",
+        "properties": top,
+        "required": ["passes"],
+        "additionalProperties": False,
+    }
+
+
+def _properties(cls: type[Any]) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {f.name: _schema_of(hints[f.name]) for f in fields(cls)}
+
+
+def _schema_of(hint: Any) -> dict[str, Any]:
+    names = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
+    options: list[dict[str, Any]] = []
+    for option in choices(hint):
+        if get_origin(option) is Literal:
+            options.append({"enum": list(get_args(option))})
+        elif get_origin(option) is tuple:
+            if get_args(option)[0] is Override:
+                item: dict[str, Any] = {"type": "object", "required": ["match"]}
+            else:
+                item = {"type": "string"}
+            options += (
+                [{"type": "array", "items": item}, {"type": "string"}]
+                if item["type"] == "string"
+                else [{"type": "array", "items": item}]
+            )
+        elif option in names:
+            options.append({"type": names[option]})
+        else:
+            options.append({})
+    return options[0] if len(options) == 1 else {"anyOf": options}
