@@ -125,7 +125,7 @@ def _check(model: nn.Module, tokens: Tensor) -> None:
     if tokens.dim() != 2 or tokens.is_floating_point() or tokens.shape[1] < 2:
         raise DataError(f"tokens must be (windows, length) integers, length at least 2; got {tuple(tokens.shape)}")
     if vocabulary and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocabulary):
-        raise DataError(f"token ids go up to {int(tokens.max())}, the model knows {vocabulary}: another tokenizer's")
+        raise DataError(f"token ids outside 0..{vocabulary - 1}: they belong to another tokenizer")
     if longest and tokens.shape[1] > longest:
         raise DataError(f"windows of {tokens.shape[1]} tokens are longer than the model's {longest} positions")
 

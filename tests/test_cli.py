@@ -15,7 +15,7 @@ from torch import Tensor
 
 import compress
 from compress import cli, manager
-from compress import pipeline as pipelines
+from compress import schema
 from compress.errors import UsageError
 from compress.passes import PASSES
 
@@ -323,7 +323,7 @@ def test_init_does_not_replace_a_file_unless_told_to(tmp_path: Path) -> None:
 def test_schema_prints_the_schema() -> None:
     ended = compress_command("schema")
     assert (ended.code, ended.err) == (0, "")
-    assert json.loads(ended.out) == json.loads(json.dumps(pipelines.schema()))
+    assert json.loads(ended.out) == json.loads(json.dumps(schema.schema()))
 
 
 # --- the terminal -----------------------------------------------------------------------------------------------------

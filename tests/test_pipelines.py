@@ -1,6 +1,6 @@
 """Every ready-made pipeline is parsed, planned and run on the demo model."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -41,8 +41,8 @@ def test_every_method_has_a_ready_made_pipeline_or_is_the_baseline_of_one() -> N
 def test_every_method_has_a_page_that_names_all_its_options() -> None:
     for pass_ in compress.passes.PASSES:
         page = (ROOT / "docs" / "methods" / f"{pass_.key}.md").read_text()
-        shared_with_rtn = set(compress.Rtn.__dataclass_fields__) if pass_.key == "gptq" else set()
-        options = set(pass_.__dataclass_fields__) - {"include", "exclude", "overrides"} - shared_with_rtn
+        shared_with_rtn = {f.name for f in fields(compress.Rtn)} if pass_.key == "gptq" else set()
+        options = {f.name for f in fields(pass_)} - {"include", "exclude", "overrides"} - shared_with_rtn
         assert [o for o in options if f"`{o}`" not in page] == []
         assert "Source:" in page
         assert "**Choose it**" in page

@@ -35,7 +35,10 @@ WIDTH = 32
 @contextmanager
 def watching(modules: dict[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0].detach().clone()))
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: see(name, (*args, *kwargs.values())[0].detach().clone()),
+            with_kwargs=True,
+        )
         for name, module in modules.items()
     ]
     yield

@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -87,8 +87,11 @@ def _refuse_incomplete(files: list[str], specs: dict[str, Spec]) -> None:
     """Transformers only warns about missing tensors and goes on with random memory."""
     there: set[str] = set()
     for file in files:
-        with safe_open(file, "pt") as opened:
-            there.update(opened.keys())
+        try:
+            with safe_open(file, "pt") as opened:
+                there.update(opened.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{file} is truncated or corrupt: {error}") from error
     for module, spec in specs.items():
         for leaf in spec.tensors():
             if f"{module}.{leaf}" not in there:
