@@ -1,9 +1,9 @@
 """Memory that a compressed folder takes in transformers, before and after it has been called.
 
-    python benchmarks/load.py OUT
+    python benchmarks/load.py OUT NAME
 
-Prints one JSON line: bytes of the weight file, of the loaded parameters, of the same model in float32, and how much the
-process's private memory (no mapped pages) grew by loading and by a call. Linux only.
+Keeps a row under NAME in results/load.json: bytes of the weight file, of the loaded parameters, of the same model in
+float32, and how much the process's private memory (no mapped pages) grew by loading and by a call. Linux only.
 """
 
 import json
@@ -41,7 +41,12 @@ def main() -> None:
         "grown_by_loading_mb": (loaded - before) / 1e6,
         "grown_by_a_call_mb": (called - loaded) / 1e6,
     }
-    print(json.dumps({name: round(value, 1) for name, value in found.items()}))
+    row = {"model": sys.argv[2]} | {name: round(value, 1) for name, value in found.items()}
+    print(json.dumps(row))
+    file = Path(__file__).parent / "results" / "load.json"
+    earlier = json.loads(file.read_text())["rows"] if file.exists() else []
+    rows = [r for r in earlier if r["model"] != row["model"]] + [row]
+    file.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

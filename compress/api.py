@@ -360,8 +360,8 @@ def _export(
     """Write beside the final name, read back, compare, then rename."""
     shutil.rmtree(partial, ignore_errors=True)
     config = json.loads((opened.folder / "config.json").read_text())
-    safetensors.write(context.artifact, partial, config, opened.folder, version())
-    compared = safetensors.verify(context.artifact, partial)
+    safetensors.write(context.artifact, partial, config, opened.folder, version(), context.bars)
+    compared = safetensors.verify(context.artifact, partial, context.bars)
     measured.verified = {"run": identity, "tensors_equal": compared}
     if data.evaluation is not None:
         measured.verified["max_logit_difference"] = _logit_difference(context, partial, data.evaluation[:2])

@@ -147,26 +147,22 @@ def _calibrated(context: Context, run: "_Stage", selected: dict[int, list[Site]]
         chain = _Activations(context, batches, blocks[0]) if whole else None
     bars = context.bars
     for index in bars.over(range(len(blocks)), len(blocks), f"{run.label}: blocks"):
-        block, sites = blocks[index], selected[index]
+        sites = selected[index]
 
         def statistics(index: int = index, sites: list[Site] = sites) -> dict[str, Statistics]:
             modules = {s.name: graph.model.get_submodule(s.name) for s in sites}
-            with collect.statistics(modules, {s.name: run.need(s) for s in sites}) as found:
-                if chain:
-                    with _present(context, index):
-                        for _ in bars.over(chain.each(blocks[index]), len(batches), "collect: batches"):
-                            pass
-                else:
-                    with streamed(context):
-                        for batch in bars.over(batches, len(batches), "collect: batches"):
-                            forward(graph, batch)
-            return found
+            needs = {s.name: run.need(s) for s in sites}
+            whole = (partial(forward, graph, batch) for batch in batches)
+            forwards = chain.forwards(blocks[index]) if chain else whole
+            with _present(context, index) if chain else streamed(context):
+                return collect.statistics(modules, needs, bars.over(forwards, len(batches), "collect: batches"))
 
         run.unit(f"b{index:04d}", sites, statistics)
         if chain and index + 1 < len(blocks):
             with _present(context, index):
-                for number, output in enumerate(bars.over(chain.each(block), len(batches), "propagate: batches")):
-                    chain.keep(number, output)
+                forwards = chain.forwards(blocks[index])
+                for number, step in enumerate(bars.over(forwards, len(batches), "propagate: batches")):
+                    chain.keep(number, step())
 
 
 @contextmanager
@@ -198,9 +194,9 @@ class _Activations:
                     hidden = self.buffers[len(self.hidden)] = _mapped(hidden)
                 self.hidden.append(hidden)
 
-    def each(self, block: nn.Module) -> Iterator[Tensor]:
-        for hidden, call in zip(self.hidden, self.calls, strict=True):
-            yield call.run(block, hidden)
+    def forwards(self, block: nn.Module) -> Iterator[Callable[[], Tensor]]:
+        for number, call in enumerate(self.calls):
+            yield partial(call.run, block, self.hidden[number])
 
     def keep(self, number: int, output: Tensor) -> None:
         # Only memory of our own is written to: what arrived may be the caller's tensor, or another block's argument.

@@ -19,7 +19,7 @@ ALLOWED = {
     "calibration": {"calibration", "encodings", "errors", "demo"},
     "passes": {"passes", "calibration", "encodings", "errors"},
     "runtime": {"runtime", "encodings", "errors"},
-    "export": {"export", "runtime", "artifact", "graph", "ledger", "encodings", "errors"},
+    "export": {"export", "runtime", "artifact", "graph", "ledger", "progress", "encodings", "errors"},
     "demo": {"demo", "hub"},
     "errors.py": set(),
     "progress.py": set(),

@@ -14,8 +14,7 @@ from commands import PIPELINE, compress_command, files_of, make_text_model, writ
 from torch import Tensor
 
 import compress
-from compress import cli, manager
-from compress import schema
+from compress import cli, manager, schema
 from compress.errors import UsageError
 from compress.passes import PASSES
 

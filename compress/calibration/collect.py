@@ -1,7 +1,8 @@
 """Everything that hooks into a running model: the only file that registers hooks, and every hook is removed again."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +45,8 @@ def arrival(forward: Callable[[], Any], block: nn.Module) -> tuple[Tensor, Call]
 
     handle = block.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        forward()
-    except _Stop:
-        pass
+        with suppress(_Stop):
+            forward()
     finally:
         handle.remove()
     if not caught:
@@ -116,50 +116,60 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or bool(a == b)
 
 
-@contextmanager
-def statistics(modules: Mapping[str, nn.Module], needs: Mapping[str, Need]) -> Iterator[dict[str, Statistics]]:
-    """Sum statistics of the inputs of modules while the context is open.
+def statistics(
+    modules: Mapping[str, nn.Module], needs: Mapping[str, Need], forwards: Iterable[Callable[[], Any]]
+) -> dict[str, Statistics]:
+    """Sum statistics of the inputs of modules over several forward passes.
 
     Modules fed by the very same tensor share one `Statistics` object: whether they are is seen at their first call, and
-    a shared sum is then updated once a forward pass, by the first of them.
+    a shared sum is then updated once a pass, by the first of them. If the first pass reached every module exactly once,
+    later ones end as soon as all have been reached: what comes after could add nothing.
     """
     found: dict[str, Statistics] = {}
     leaders: dict[str, str] = {}
     last: dict[str, tuple[Tensor, int]] = {}  # leader -> the tensor it saw last (held: identity means something)
-    handles = []
+    reached: Counter[str] = Counter()
+    once = False
 
     def same(name: str, x: Tensor) -> bool:
         seen, version = last.get(name, (None, 0))
         return seen is x and version == x._version
 
+    def see(name: str, x: Tensor) -> None:
+        if name not in found:
+            need = needs[name]
+            leaders[name] = next((n for n in last if same(n, x) and needs[n] == need), name)
+            found[name] = found.get(leaders[name]) or Statistics(x.shape[-1], need)
+        leader = leaders[name]
+        if leader == name:
+            found[name].update(x, name)
+            last[name] = x, x._version
+        elif not same(leader, x):
+            raise CompressError(
+                f"{name} and {leader} were fed by one tensor at first and by different ones later: statistics "
+                "would be wrong. Models whose wiring changes from batch to batch are not supported"
+            )
+
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            if name not in found:
-                need = needs[name]
-                leader = next((n for n in last if same(n, x) and needs[n] == need), name)
-                leaders[name] = leader
-                found[name] = found[leader] if leader != name else Statistics(x.shape[-1], need)
-            leader = leaders[name]
-            if leader != name and not same(leader, x):
-                raise CompressError(
-                    f"{name} and {leader} were fed by one tensor at first and by different ones later: statistics "
-                    "would be wrong. Models whose wiring changes from batch to batch are not supported"
-                )
-            if leader == name:
-                found[name].update(x, name)
-                last[name] = x, x._version
+            see(name, args[0] if args else next(iter(kwargs.values())))
+            reached[name] += 1
+            if once and len(reached) == len(modules):
+                raise _Stop
 
         return hook
 
-    for name, module in modules.items():
-        handles.append(module.register_forward_pre_hook(hook_for(name), with_kwargs=True))
+    handles = [m.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, m in modules.items()]
     try:
-        yield found
+        for number, forward in enumerate(forwards):
+            reached.clear()
+            with suppress(_Stop):
+                forward()
+            once = all(reached[name] == 1 for name in modules) if number == 0 else once
     finally:
-        last.clear()
         for handle in handles:
             handle.remove()
+    return found
 
 
 @contextmanager

@@ -15,19 +15,25 @@ from compress.errors import NonFiniteError
 Need = Literal["none", "norm", "gram"]
 
 
+SMALLEST_PANEL = 128  # columns of the Gram matrix summed up at once
+
+
 class Statistics:
     """Sums over every input a site (or several sites fed by the very same tensor) has seen.
 
     Attributes:
         tokens: T so far.
-        square_sum: (I,) float64, the sum over tokens of x**2.
-        gram: (I, I) float32, the sum over tokens of x x^T; None unless asked for.
+        square_sum: (I,) float64, the sum over tokens of x**2 (of the Gram matrix's precision where there is one).
+        gram: (I, I) float32, the sum over tokens of x x^T; None unless asked for. Only its lower half is summed up, panel
+            by panel; the upper is filled in when it is asked for.
     """
 
     def __init__(self, width: int, need: Need):
         self.tokens = 0
-        self.square_sum = torch.zeros(width, dtype=torch.float64)
-        self.gram = torch.zeros(width, width) if need == "gram" else None
+        self._squares = torch.zeros(width, dtype=torch.float64)
+        self._gram = torch.zeros(width, width) if need == "gram" else None
+        self._panel = max(SMALLEST_PANEL, width // 8)
+        self._whole = True
 
     def update(self, inputs: Tensor, name: str) -> None:
         """Add (..., I) inputs.
@@ -37,18 +43,37 @@ class Statistics:
         """
         x = inputs.detach().reshape(-1, inputs.shape[-1])
         wide = x.float()
-        squares = wide.square().sum(0, dtype=torch.float64)
+        if self._gram is None:
+            self._squares += wide.square().sum(0, dtype=torch.float64)
+        else:
+            with _exact_products(x.dtype):
+                for a in range(0, wide.shape[1], self._panel):
+                    b = a + self._panel
+                    self._gram[a:, a:b].addmm_(wide[:, a:].T, wide[:, a:b])
+            self._whole = False
+        squares = self.square_sum
         if not torch.isfinite(squares).all():
             bad = int((~torch.isfinite(squares)).nonzero()[0])
             raise NonFiniteError(
                 f"the inputs of {name} are not finite (feature {bad}) on the calibration data; "
                 "look for NaN weights before it, or run with dtype: float32"
             )
-        self.square_sum += squares
-        if self.gram is not None:
-            with _exact_products(x.dtype):
-                self.gram.addmm_(wide.T, wide)
         self.tokens += x.shape[0]
+
+    @property
+    def gram(self) -> Tensor | None:
+        """(I, I), symmetric."""
+        if self._gram is not None and not self._whole:
+            for a in range(0, len(self._gram), self._panel):
+                b = a + self._panel
+                self._gram[a:b, b:] = self._gram[b:, a:b].T
+            self._whole = True
+        return self._gram
+
+    @property
+    def square_sum(self) -> Tensor:
+        """(I,) float64."""
+        return self._squares if self._gram is None else self._gram.diagonal().double()
 
     @property
     def norm(self) -> Tensor:

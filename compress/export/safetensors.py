@@ -13,6 +13,7 @@ from compress.artifact import Artifact, Packed
 from compress.encodings import Spec, pack, spec_of
 from compress.errors import CompressError
 from compress.ledger import writing
+from compress.progress import Bars
 from compress.runtime.register import METHOD, WEIGHTS
 
 # What travels along from the source folder: never weights, never code.
@@ -54,11 +55,13 @@ def stored_bytes(artifact: Artifact) -> int:
     )
 
 
-def write(artifact: Artifact, folder: Path, config: dict[str, Any], source: Path | None, version: str) -> None:
+def write(
+    artifact: Artifact, folder: Path, config: dict[str, Any], source: Path | None, version: str, bars: Bars
+) -> None:
     """Write weights, configuration and the source's tokenizer files into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     with writing(folder / WEIGHTS):
-        _write_weights(artifact, folder / WEIGHTS)
+        _write_weights(artifact, folder / WEIGHTS, bars)
     modules = {name: spec_at(artifact, name).to_json() for name in sorted(artifact.committed)}
     config = {**config, "quantization_config": {"quant_method": METHOD, "version": version, "modules": modules}}
     with writing(folder / "config.json"):
@@ -69,7 +72,7 @@ def write(artifact: Artifact, folder: Path, config: dict[str, Any], source: Path
                 shutil.copyfile(found, folder / found.name)
 
 
-def _write_weights(artifact: Artifact, file: Path) -> None:
+def _write_weights(artifact: Artifact, file: Path, bars: Bars) -> None:
     # safetensors' own writer wants every tensor in memory; the format is a length, a header and the bytes in order.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -84,7 +87,7 @@ def _write_weights(artifact: Artifact, file: Path) -> None:
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little"))
         out.write(text)
-        for owner, parts in plan:
+        for owner, parts in bars.over(plan, len(plan), "write: weights"):
             tensors = stored_tensors(artifact, owner)
             for name, _, _ in parts:
                 out.write(_bytes(tensors[name]))
@@ -99,7 +102,7 @@ def stored_tensors(artifact: Artifact, owner: str) -> dict[str, Tensor]:
     return {f"{owner}.{leaf}": value for leaf, value in packed.items()}
 
 
-def verify(artifact: Artifact, folder: Path) -> int:
+def verify(artifact: Artifact, folder: Path, bars: Bars) -> int:
     """Re-open the written file and compare every tensor with what was meant; returns how many were compared.
 
     Raises:
@@ -109,7 +112,8 @@ def verify(artifact: Artifact, folder: Path) -> int:
     with (folder / WEIGHTS).open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         start = file.tell()
-        for owner, parts in entries(artifact):
+        plan = list(entries(artifact))
+        for owner, parts in bars.over(plan, len(plan), "read back: weights"):
             meant = stored_tensors(artifact, owner)
             for name, shape, dtype in parts:
                 there = header[name]

@@ -25,18 +25,18 @@ from compress.passes.quantize.rtn import Rtn
 class Gptq(UniformPass):
     """Round column by column; each column's rounding error is compensated in the columns still to come.
 
-    Masked weights stay zero and their loss is compensated too. Scales of a group are fitted to the weights as they
-    stand when the group begins, and are kept for every group.
+    Masked weights stay zero and their loss is compensated too. Scales are kept for every group.
 
     Source: Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative
     Pre-trained Transformers", 2022, arXiv 2210.17323. Differs from the paper in: one Cholesky factor of H instead of
     its inverse (the same numbers, see `passes/obs.py`); a group that begins inside a tile sees the corrections of that
-    tile; weights of dead inputs are rounded, not zeroed.
+    tile; weights of dead inputs are rounded, not zeroed; act_order is on by default.
 
     Args:
         damping: added to the diagonal of the Gram matrix, as a share of its mean.
         act_order: columns with the largest inputs first. Groups keep their places and their scales are fitted
-            beforehand (static groups), so the result needs no column index.
+            beforehand (static groups), so the result needs no column index. Without it, scales of a group are fitted to
+            the weights as they stand when the group begins.
         tile: columns worked on at once; speed only.
 
     Example:
@@ -48,7 +48,7 @@ class Gptq(UniformPass):
     """
 
     damping: float = 0.01
-    act_order: bool = False
+    act_order: bool = True
     tile: int = 128
 
     key: ClassVar[str] = "gptq"
