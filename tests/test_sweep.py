@@ -17,7 +17,7 @@ from compress import sweep
 from compress.api import open_model
 from compress.artifact import ModuleSource
 from compress.calibration import collect
-from compress.calibration.statistics import Statistics
+from compress.calibration.statistics import Need, Statistics
 from compress.encodings import Uniform
 from compress.errors import NonFiniteError
 from compress.ledger import MemoryLedger
@@ -342,9 +342,8 @@ def linears(model: nn.Module, prefix: str) -> dict[str, nn.Module]:
 @torch.no_grad()
 def test_sites_fed_by_one_tensor_share_their_statistics(tiny_llama: LlamaForCausalLM, tokens: Tensor) -> None:
     modules = linears(tiny_llama, "model.layers.0")
-    with collect.statistics(modules, dict.fromkeys(modules, "gram")) as found:
-        tiny_llama(tokens)
-        tiny_llama(tokens.flip(0))
+    runs = [lambda: tiny_llama(tokens), lambda: tiny_llama(tokens.flip(0))]
+    found = collect.statistics(modules, dict.fromkeys(modules, "gram"), runs)
     together = [{n for n in found if found[n] is found[leader]} for leader in found]
     assert {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"} in together
     assert {"mlp.gate_proj", "mlp.up_proj"} in together
@@ -362,9 +361,9 @@ def test_shared_statistics_are_the_plain_sums(tiny_llama: LlamaForCausalLM, toke
         x = x.double().flatten(0, -2)
         sums[name] = sums.get(name, 0) + x.T @ x
 
-    with watching(modules, see), collect.statistics(modules, dict.fromkeys(modules, "gram")) as found:
-        tiny_llama(tokens)
-        tiny_llama(tokens.flip(1))
+    runs = [lambda: tiny_llama(tokens), lambda: tiny_llama(tokens.flip(1))]
+    with watching(modules, see):
+        found = collect.statistics(modules, dict.fromkeys(modules, "gram"), runs)
     for name, gram in sums.items():
         assert torch.allclose(found[name].gram.double(), gram, rtol=1e-4, atol=1e-3)
         assert torch.allclose(found[name].norm.double(), gram.diagonal().sqrt(), rtol=1e-5)
@@ -375,9 +374,7 @@ def test_a_tensor_changed_in_place_between_two_sites_is_not_shared() -> None:
     a, b = nn.Linear(4, 4), nn.Linear(4, 4)
     x = torch.randn(10, 4)
     before = x.clone()
-    with collect.statistics({"a": a, "b": b}, {"a": "gram", "b": "gram"}) as found:
-        a(x)
-        b(x.mul_(3))
+    found = collect.statistics({"a": a, "b": b}, {"a": "gram", "b": "gram"}, [lambda: (a(x), b(x.mul_(3)))])
     assert torch.allclose(found["a"].gram, before.T @ before, atol=1e-4)
     assert torch.allclose(found["b"].gram, 9 * before.T @ before, atol=1e-4)
 
@@ -386,9 +383,7 @@ def test_a_tensor_changed_in_place_between_two_sites_is_not_shared() -> None:
 def test_sites_fed_by_equal_but_different_tensors_are_summed_apart() -> None:
     a, b = nn.Linear(4, 4), nn.Linear(4, 4)
     x = torch.randn(10, 4)
-    with collect.statistics({"a": a, "b": b}, {"a": "gram", "b": "gram"}) as found:
-        a(x)
-        b(x.clone())
+    found = collect.statistics({"a": a, "b": b}, {"a": "gram", "b": "gram"}, [lambda: (a(x), b(x.clone()))])
     assert found["a"] is not found["b"]
     assert torch.equal(found["a"].gram, found["b"].gram)
 
@@ -397,12 +392,35 @@ def test_sites_fed_by_equal_but_different_tensors_are_summed_apart() -> None:
 def test_sites_that_stop_sharing_are_an_error_and_never_a_wrong_sum() -> None:
     a, b = nn.Linear(4, 4), nn.Linear(4, 4)
     x = torch.randn(10, 4)
-    with collect.statistics({"a": a, "b": b}, {"a": "gram", "b": "gram"}):
+    runs = [lambda: (a(x), b(x)), lambda: (a(x.clone()), b(x.clone()))]
+    with pytest.raises(compress.CompressError, match="b and a were fed by one tensor at first"):
+        collect.statistics({"a": a, "b": b}, {"a": "gram", "b": "gram"}, runs)
+
+
+@torch.no_grad()
+def test_a_pass_ends_once_every_site_was_reached_and_only_if_the_first_one_reached_each_once() -> None:
+    a, b, c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+    ended: list[str] = []
+    x = torch.randn(10, 4)
+
+    def once() -> None:
+        b(a(x))
+        ended.append("once")
+
+    def twice() -> None:
+        b(a(x))
         a(x)
-        b(x)
-        a(x.clone())
-        with pytest.raises(compress.CompressError, match="b and a were fed by one tensor at first"):
-            b(x.clone())
+        ended.append("twice")
+
+    needs: dict[str, Need] = {"a": "norm", "b": "norm", "c": "norm"}
+    assert collect.statistics({"a": a, "b": b}, needs, [once] * 3)["a"].tokens == 30
+    assert ended == ["once"]
+    ended.clear()
+    assert collect.statistics({"a": a, "b": b}, needs, [twice] * 3)["a"].tokens == 60
+    assert ended == ["twice"] * 3
+    ended.clear()
+    assert set(collect.statistics({"a": a, "b": b, "c": c}, needs, [once] * 3)) == {"a", "b"}
+    assert ended == ["once"] * 3
 
 
 @torch.no_grad()
@@ -482,7 +500,7 @@ def test_a_language_model_that_caches_by_default_gets_no_cache(tiny_llama: Llama
 def broken(width: int, lowest: float) -> Statistics:
     """A Gram matrix with unit diagonal and one eigenvalue of `lowest`."""
     found = Statistics(width, "gram")
-    found.gram = torch.eye(width)
+    found._gram = torch.eye(width)
     found.gram[0, 1] = found.gram[1, 0] = 1 - lowest
     found.tokens = 1
     return found
@@ -522,8 +540,9 @@ def test_one_layer_that_cannot_be_solved_is_reported_and_the_others_go_on(
     def spoiled(self: Statistics, inputs: Tensor, name: str) -> None:
         update(self, inputs, name)
         if name == "blocks.1.down":
-            self.gram -= 2 * self.gram.diagonal().max() * torch.eye(len(self.gram))
-            self.gram[0, 1] = self.gram[1, 0] = self.gram.abs().max()
+            gram = self.gram
+            gram -= 2 * gram.diagonal().max() * torch.eye(len(gram))
+            gram[0, 1] = gram[1, 0] = gram.abs().max()
 
     monkeypatch.setattr(Statistics, "update", spoiled)
     result = compress.apply(Model(), [Gptq(bits=4)], calibration=samples)

@@ -167,6 +167,7 @@ def statistics(
                 forward()
             once = all(reached[name] == 1 for name in modules) if number == 0 else once
     finally:
+        last.clear()  # the hooks refer to it, and each other, until the next garbage collection
         for handle in handles:
             handle.remove()
     return found

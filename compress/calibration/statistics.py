@@ -24,8 +24,8 @@ class Statistics:
     Attributes:
         tokens: T so far.
         square_sum: (I,) float64, the sum over tokens of x**2 (of the Gram matrix's precision where there is one).
-        gram: (I, I) float32, the sum over tokens of x x^T; None unless asked for. Only its lower half is summed up, panel
-            by panel; the upper is filled in when it is asked for.
+        gram: (I, I) float32, the sum over tokens of x x^T; None unless asked for. Only its lower half is summed up,
+            panel by panel; the upper is filled in when it is asked for.
     """
 
     def __init__(self, width: int, need: Need):

@@ -39,6 +39,7 @@ class Factor:
         diagonal = gram.diagonal().clone()
         dead = diagonal == 0
         order = torch.arange(len(gram)) if order is None else order
+        self.order = order
         self.dead = dead[order]
         self.num_dead = int(dead.sum())
         reverse = order.flip(0)
@@ -60,13 +61,13 @@ class Factor:
 
 
 def compensate(weight: Tensor, factor: Factor, *, tile: int, every: int, begin: Begin, project: Project) -> Tensor:
-    """Project the columns of `weight` (O, I) from left to right; returns what was lost, D = W - V (O, I).
+    """Project the columns of `weight` (O, I) in the factor's order; returns what is lost, W - V (O, I), in that order.
 
     `begin` is called before the columns 0, every, 2*every, ... with the next `every` columns as they stand then;
     `project` once a column, in order. `tile` is how many columns are worked on at once: it changes the speed and the
     rounding of the last bit, nothing else.
     """
-    columns = weight.shape[1]
+    columns, order = weight.shape[1], factor.order
     tile = _aligned(tile, every)
     chunk = _aligned(CHUNK, every)
     lost = torch.empty(columns, weight.shape[0])  # D, transposed: a column is contiguous
@@ -89,7 +90,7 @@ def compensate(weight: Tensor, factor: Factor, *, tile: int, every: int, begin: 
                 first = j
             value = torch.addmv(now[j], errors[first:j].T, inverse[first:j, j], alpha=-1) if j > first else now[j]
             chosen = project(a + j, value)
-            torch.sub(weight[:, a + j], chosen, out=lost[a + j])
+            torch.sub(weight[:, order[a + j]], chosen, out=lost[a + j])
             torch.sub(value, chosen, out=errors[j])
             errors[j] /= inverse[j, j]
     return lost.T
@@ -97,7 +98,7 @@ def compensate(weight: Tensor, factor: Factor, *, tile: int, every: int, begin: 
 
 def _current(weight: Tensor, lost: Tensor, factor: Factor, a: int, b: int) -> Tensor:
     """The columns [a, b), transposed, after everything before `a` has been compensated."""
-    now = weight[:, a:b].T.contiguous()
+    now = weight[:, factor.order[a:b]].T.contiguous()
     if a:
         right = factor.block(slice(a, b), slice(a, b))
         push = factor.block(slice(0, a), slice(a, b)).T @ lost[:a]

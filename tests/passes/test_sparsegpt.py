@@ -32,7 +32,7 @@ def run(w: Tensor, x: Tensor, kept: Tensor | None = None, **options: object) -> 
 
 def with_gram(w: Tensor, gram: Tensor, **options: object) -> Edit:
     found = Statistics(w.shape[1], "gram")
-    found.gram, found.tokens = gram, 1
+    found._gram, found.tokens = gram, 1
     return SparseGpt(**options).run(Target(w, None, found))
 
 

@@ -143,9 +143,7 @@ def solve(
         return code.sub_(z).mul_(s)
 
     every = columns if static else width
-    lost = compensate(
-        weight[:, order] if act_order else weight, factor, tile=tile, every=every, begin=begin, project=project
-    )
+    lost = compensate(weight, factor, tile=tile, every=every, begin=begin, project=project)
     if not math.isfinite(float(lost.sum())):
         raise SolveError("the solution is not finite")
     codes = codes.T.contiguous()
