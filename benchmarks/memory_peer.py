@@ -44,7 +44,7 @@ def compress_folder(method: str, model_folder: Path, tokens: Path, out: Path, sc
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
     base = method.partition("_")[0]
     recipe = peer.recipe(common.What.parse(WHAT[base]))
-    data = {} if base == "rtn" else {"dataset": peer.batches(common.load_tokens(tokens, "calib"))}
+    data = {} if base == "rtn" else {"dataset": peer.batches(common.load_tokens(tokens, "calib"), 8)}
     oneshot(model=model, recipe=[recipe], **data)
     model.save_pretrained(out, save_compressed=True)
 

@@ -10,6 +10,7 @@ difference  our perplexity above (+) or below (-) theirs
 ratio       our time by theirs, the median over the pairs of neighbouring runs; below 1 we are quicker
 """
 
+import os
 import sys
 import tempfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -23,7 +24,7 @@ import runner
 WHATS = (
     "base",
     *(f"rtn:{bits}:64" for bits in (4, 3, 2)),
-    *(f"gptq:{bits}:64{order}" for order in ("", ":act_order") for bits in (4, 3, 2)),
+    *(f"gptq:{bits}:64" for bits in (4, 3, 2)),
     *(f"{method}:{sparsity}" for method in ("wanda", "sparsegpt") for sparsity in ("0.5", "2:4")),
 )
 CALIBRATION = (128, 256)
@@ -95,7 +96,10 @@ def main() -> None:
     parser.add_argument("--peer-python", type=Path, default=Path(".venv-peer/bin/python"))
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="pairs of runs (default: %(default)s)")
     parser.add_argument("--what", nargs="+", default=WHATS, help="experiments (default: all)")
+    parser.add_argument("--peer-batch", type=int, default=1, help="windows the peer takes at once (its default: 1)")
     args = parser.parse_args()
+    os.environ["PEER_BATCH"] = str(args.peer_batch)
+    file = FILE if args.peer_batch == 1 else FILE.replace(".", f"-batch-{args.peer_batch}.")
     model = args.model or demo_model()
 
     rows: list[dict[str, Any]] = []
@@ -105,6 +109,7 @@ def main() -> None:
         "calibration": CALIBRATION,
         "evaluation": EVALUATION,
         "repeats": args.repeats,
+        "peer_batch": args.peer_batch,
         "ours": runner.versions(sys.executable, "torch", "transformers"),
         "peer": runner.versions(args.peer_python, "llmcompressor", "torch", "transformers"),
     }
@@ -114,7 +119,7 @@ def main() -> None:
         for what in args.what:
             print(what, file=sys.stderr, flush=True)
             rows.append(compare(what, model, tokens, args.peer_python, args.repeats))
-            runner.write(FILE, about | {"rows": rows})
+            runner.write(file, about | {"rows": rows})
     print(show(rows))
     print(
         "\nWithout `act_order`, gptq takes the columns in the order that is each tool's default: "

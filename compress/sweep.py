@@ -32,7 +32,7 @@ from compress.progress import Bars
 
 LARGEST_BUFFER = 1 << 30  # bytes of activations kept in memory; more is memory-mapped to a temporary file
 MORE_DAMPING = (1.0, 10.0, 100.0)
-TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE = 2048
 
 
 @dataclass
@@ -182,6 +182,7 @@ class _Activations:
     """The hidden states every calibration batch arrives with at the block that comes next."""
 
     def __init__(self, context: Context, batches: Sequence[Tensor], first: nn.Module):
+        self.resident = context.resident
         self.calls: list[collect.Call] = []
         self.hidden: list[Tensor] = []
         self.buffers: dict[int, Tensor] = {}
@@ -198,6 +199,8 @@ class _Activations:
     def forwards(self, block: nn.Module) -> Iterator[Callable[[], Tensor]]:
         for number, call in enumerate(self.calls):
             yield partial(call.run, block, self.hidden[number])
+            if not self.resident:
+                _give_back()
 
     def keep(self, number: int, output: Tensor) -> None:
         # Only memory of our own is written to: what arrived may be the caller's tensor, or another block's argument.
@@ -246,6 +249,9 @@ class _Stage:
                 chosen = [s for s in sites if pass_.selects(s.name, s.block is not None)]
                 for group in _stacks(pass_, chosen, found, self._is_masked(weights)):
                     self._apply(pass_, position, group, found, weights, notes)
+                    if pass_ is self.passes[-1]:
+                        for site in group:  # the last to use them
+                            found.pop(site.name, None)
             records = [Record(s.name, weights[s.name], notes[s.name]) for s in sites]
             del found, weights
             done = context.ledger.commit(file, self.key, records)
@@ -273,7 +279,8 @@ class _Stage:
         weights: dict[str, Weight],
         notes: dict[str, dict[str, Any]],
     ) -> None:
-        _give_back()
+        if found:  # a data-free pass never holds enough for it to pay
+            _give_back()
         started = time.perf_counter()
         for site in group:  # read no earlier than needed: one stack in memory, not the whole block
             weights.setdefault(site.name, self.context.artifact.weight(site))

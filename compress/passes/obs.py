@@ -67,15 +67,17 @@ def compensate(weight: Tensor, factor: Factor, *, tile: int, every: int, begin: 
     `project` once a column, in order. `tile` is how many columns are worked on at once: it changes the speed and the
     rounding of the last bit, nothing else.
     """
-    columns, order = weight.shape[1], factor.order
+    columns = weight.shape[1]
     tile = _aligned(tile, every)
     chunk = _aligned(CHUNK, every)
     lost = torch.empty(columns, weight.shape[0])  # D, transposed: a column is contiguous
     for a in range(0, columns, tile):
         b = min(a + tile, columns)
         if every > tile and a % every == 0:
-            begin(a, _current(weight, lost, factor, a, min(a + every, columns)).T)
-        now = _current(weight, lost, factor, a, b)
+            wide = slice(a, min(a + every, columns))
+            begin(a, _current(_columns(weight, factor, wide), lost, factor, wide).T)
+        given = _columns(weight, factor, slice(a, b))
+        now = _current(given, lost, factor, slice(a, b))
         inverse = _triangular_inverse(factor.block(slice(a, b), slice(a, b)))
         errors = torch.empty_like(now)
         first = 0  # `now` holds the effect of all errors before this column, up to the end of its chunk
@@ -90,20 +92,24 @@ def compensate(weight: Tensor, factor: Factor, *, tile: int, every: int, begin: 
                 first = j
             value = torch.addmv(now[j], errors[first:j].T, inverse[first:j, j], alpha=-1) if j > first else now[j]
             chosen = project(a + j, value)
-            torch.sub(weight[:, order[a + j]], chosen, out=lost[a + j])
+            torch.sub(given[j], chosen, out=lost[a + j])
             torch.sub(value, chosen, out=errors[j])
             errors[j] /= inverse[j, j]
     return lost.T
 
 
-def _current(weight: Tensor, lost: Tensor, factor: Factor, a: int, b: int) -> Tensor:
-    """The columns [a, b), transposed, after everything before `a` has been compensated."""
-    now = weight[:, factor.order[a:b]].T.contiguous()
-    if a:
-        right = factor.block(slice(a, b), slice(a, b))
-        push = factor.block(slice(0, a), slice(a, b)).T @ lost[:a]
-        now += torch.linalg.solve_triangular(right.T, push, upper=False)
-    return now
+def _columns(weight: Tensor, factor: Factor, part: slice) -> Tensor:
+    """Some columns in the factor's order, transposed: a column is contiguous."""
+    return weight[:, factor.order[part]].T.contiguous()
+
+
+def _current(given: Tensor, lost: Tensor, factor: Factor, part: slice) -> Tensor:
+    """Columns as they stand after everything before them has been compensated."""
+    if not part.start:
+        return given.clone()
+    push = factor.block(slice(0, part.start), part).T @ lost[: part.start]
+    correction: Tensor = torch.linalg.solve_triangular(factor.block(part, part).T, push, upper=False)
+    return correction.add_(given)
 
 
 def _triangular_inverse(upper: Tensor) -> Tensor:
