@@ -22,7 +22,12 @@ def loaded(rows: list[dict[str, float]]) -> str:
 
 def main() -> None:
     page = PAGE.read_text()
-    for name, show in (("quality", quality.show), ("quality-batch-8", quality.show), ("memory", memory.show), ("load", loaded)):
+    for name, show in (
+        ("quality", quality.show),
+        ("quality-batch-8", quality.show),
+        ("memory", memory.show),
+        ("load", loaded),
+    ):
         file = runner.RESULTS / f"{name}.json"
         if file.exists():
             text = show(json.loads(file.read_text())["rows"])
