@@ -62,7 +62,8 @@ def load(folder: Path, dtype: torch.dtype | None = None) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").eval()
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
+        files = ", ".join(sorted(p.name for p in folder.glob("*.safetensors"))) or "no safetensors"
+        raise CheckpointError(f"{folder} ({files}) cannot be loaded: {error}") from error
     finally:
         if shown:
             logging.enable_progress_bar()

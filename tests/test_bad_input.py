@@ -572,11 +572,11 @@ def test_a_full_disk_keeps_what_is_finished_and_the_same_command_then_finishes(
             raise error
         save_file_before(*args, **options)
 
-    def write(artifact: Any, file: Path) -> None:
+    def write(artifact: Any, file: Path, bars: Any) -> None:
         if moment == "export":
             file.write_bytes(b"half")
             raise error
-        write_before(artifact, file)
+        write_before(artifact, file, bars)
 
     def write_text(file: Path, text: str) -> None:
         if moment == "report":
