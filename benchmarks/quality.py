@@ -121,10 +121,6 @@ def main() -> None:
             rows.append(compare(what, model, tokens, args.peer_python, args.repeats))
             runner.write(file, about | {"rows": rows})
     print(show(rows))
-    print(
-        "\nWithout `act_order`, gptq takes the columns in the order that is each tool's default: "
-        "here as they come, there largest inputs first."
-    )
 
 
 if __name__ == "__main__":
