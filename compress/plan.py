@@ -12,6 +12,8 @@ import torch
 
 from compress.encodings import Spec
 from compress.errors import ConfigError, Problem, ResourceError
+from compress.evaluate import REFERENCE_NUMBERS
+from compress.evaluate import TOKENS_AT_ONCE as EVALUATED_AT_ONCE
 from compress.graph import Graph, Site
 from compress.passes import GlobalMagnitude, LinearPass, ModelPass, Pass
 from compress.passes.prune.selection import pattern
@@ -219,7 +221,16 @@ class _Planner:
         )
         statistics = 4 * widest * widest * FLOAT if gram else 0
         activations = min(tokens * hidden * FLOAT, 1 << 30) if calibrated else 0
-        return BASELINE + max(outside * 2, (block if calibrated else 0) + statistics + 4 * largest) + activations
+        # Measuring holds a batch's logits, their log-probabilities and temporaries, and the original's for the KL.
+        vocabulary = getattr(getattr(graph.model, "config", None), "vocab_size", 0)
+        logits = 5 * EVALUATED_AT_ONCE * vocabulary * FLOAT + REFERENCE_NUMBERS * FLOAT
+        measuring = logits if self.pipeline.evaluate else 0
+        return (
+            BASELINE
+            + measuring
+            + max(outside * 2, (block if calibrated else 0) + statistics + 4 * largest)
+            + activations
+        )
 
 
 def _some(names: Iterable[str], most: int = 3) -> str:
