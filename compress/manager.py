@@ -47,6 +47,7 @@ def execute(pipeline: Pipeline, plan: Plan, context: Context, data: Data, model_
         code_fingerprint(),
         pipeline.seed,
         str(context.dtype),
+        context.products,
         hash_of(data.calibration),
     )
     start = _row(context, meter, "original", "original", key, None, 0.0)

@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from compress.calibration.data import check_source
+from compress.calibration.precision import Products
 from compress.errors import ConfigError, Problem, UsageError
 from compress.passes import PASSES, Override, Pass
 from compress.passes.base import OptionError
@@ -69,6 +70,8 @@ class Pipeline:
         export: containers to write.
         seed: of every random choice.
         dtype: what calibration and evaluation compute in; `auto` is what the model's configuration says.
+        products: how float32 matrices are multiplied while calibrating: `bfloat16` rounds the factors and sums in
+            float32, several times quicker where the processor can; `float32` does not round. Evaluation never rounds.
         description: free text.
     """
 
@@ -78,6 +81,7 @@ class Pipeline:
     export: tuple[str, ...] = ("safetensors",)
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    products: Products = "bfloat16"
     description: str = ""
     lines: Mapping[str, int] = field(default_factory=dict, compare=False)
 
@@ -177,7 +181,7 @@ class _Reader:
             if data.get(name) is not None:
                 options[name] = self._data(cls, data[name], name)
         hints = get_type_hints(Pipeline)
-        for name in ("seed", "dtype", "description"):
+        for name in ("seed", "dtype", "products", "description"):
             if name in data:
                 options[name] = self._value(hints[name], data[name], name)  # if refused, nothing is built from it
         if "export" in data:
@@ -375,7 +379,7 @@ def dump(pipeline: Pipeline) -> str:
     data["passes"] = [
         _entry(stage[0]) if len(stage) == 1 else {"blockwise": [_entry(p) for p in stage]} for stage in pipeline.passes
     ]
-    data.update(export=list(pipeline.export), seed=pipeline.seed, dtype=pipeline.dtype)
+    data.update(export=list(pipeline.export), seed=pipeline.seed, dtype=pipeline.dtype, products=pipeline.products)
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=120))
 
 

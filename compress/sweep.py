@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from compress.artifact import Artifact, Packed
 from compress.calibration import collect
+from compress.calibration.precision import Products, products
 from compress.calibration.statistics import Need, Statistics
 from compress.encodings import Weight
-from compress.encodings.uniform import narrowest
 from compress.errors import SolveError
 from compress.graph import Graph, Site
 from compress.ledger import MemoryLedger, Record, key_of
@@ -42,12 +42,14 @@ class Context:
     Attributes:
         resident: the model is in memory already; nothing is brought in or evicted, and results are set in place.
         dtype: the type that calibration and evaluation compute in.
+        products: how float32 matrices are multiplied while calibrating.
     """
 
     artifact: Artifact
     ledger: MemoryLedger
     seed: int
     dtype: torch.dtype
+    products: Products
     resident: bool
     bars: Bars
 
@@ -90,8 +92,7 @@ def set_in_place(context: Context, record: Record) -> None:
     """Give a site that is in memory its committed weight."""
     site = context.artifact.sites[record.site]
     weight = record.weight.load() if isinstance(record.weight, Packed) else record.weight
-    dense = weight.dequantize().to(context.dtype)
-    _set(context.graph.model, site.parameter, dense.T.contiguous() if site.transposed else dense)
+    _set(context.graph.model, site.parameter, site.value(weight.dequantize().to(context.dtype)))
 
 
 @contextmanager
@@ -155,12 +156,12 @@ def _calibrated(context: Context, run: "_Stage", selected: dict[int, list[Site]]
             needs = {s.name: run.need(s) for s in sites}
             whole = (partial(forward, graph, batch) for batch in batches)
             forwards = chain.forwards(blocks[index]) if chain else whole
-            with _present(context, index) if chain else streamed(context):
+            with products(context.products), _present(context, index) if chain else streamed(context):
                 return collect.statistics(modules, needs, bars.over(forwards, len(batches), "collect: batches"))
 
         run.unit(f"b{index:04d}", sites, statistics)
         if chain and index + 1 < len(blocks):
-            with _present(context, index):
+            with products(context.products), _present(context, index):
                 forwards = chain.forwards(blocks[index])
                 for number, step in enumerate(bars.over(forwards, len(batches), "propagate: batches")):
                     chain.keep(number, step())
@@ -353,9 +354,7 @@ def _split_rows(edit: Edit, group: list[Site]) -> list[Edit]:
     for site in group:
         rows = slice(start, start + site.shape[0])
         start = rows.stop
-        e = edit.encoding
-        if e is not None:
-            e = replace(e, codes=e.codes[rows], scale=narrowest(e.scale[rows]), zero_point=e.zero_point[rows])
+        e = None if edit.encoding is None else edit.encoding.rows(rows)
         weight = None if edit.weight is None else edit.weight[rows]
         parts.append(replace(edit, weight=weight, mask=None if edit.mask is None else edit.mask[rows], encoding=e))
     return parts

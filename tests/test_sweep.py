@@ -429,7 +429,7 @@ def test_a_bfloat16_gram_matrix_is_exact_to_float32() -> None:
     found = Statistics(48, "gram")
     found.update(x, "a test")
     exact = x.double().T @ x.double()
-    assert float((found.gram.double() - exact).abs().max() / exact.abs().max()) < 1e-6
+    assert float((found.gram.double() - exact).abs().max() / exact.abs().max()) < 4e-6  # sums are float32
 
 
 def test_an_input_that_is_not_finite_names_its_layer() -> None:
@@ -628,7 +628,7 @@ def test_streaming_is_right_too_where_blocks_cannot_be_chained(tmp_path: Path, t
 
 def test_a_streamed_model_is_out_of_memory_again_afterwards(tiny_folder: Path, tokens: Tensor) -> None:
     opened = open_model(tiny_folder)
-    context = sweep.Context(opened.artifact, MemoryLedger(), 0, torch.float32, resident=False, bars=Bars())
+    context = sweep.Context(opened.artifact, MemoryLedger(), 0, torch.float32, "float32", resident=False, bars=Bars())
     _, records = sweep.run_stage(context, 0, [Gptq()], [tokens], "key")
     assert len(records) == 14
     assert all(p.is_meta for p in context.graph.model.parameters())

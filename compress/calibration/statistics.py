@@ -3,13 +3,12 @@
 Shapes: T tokens, I input features.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from compress.calibration.precision import products
 from compress.errors import NonFiniteError
 
 Need = Literal["none", "norm", "gram"]
@@ -44,9 +43,9 @@ class Statistics:
         x = inputs.detach().reshape(-1, inputs.shape[-1])
         wide = x.float()
         if self._gram is None:
-            self._squares += wide.square().sum(0, dtype=torch.float64)
+            self._squares += wide.square().sum(0)  # float32 within a batch, float64 over batches
         else:
-            with _exact_products(x.dtype):
+            with products("bfloat16" if x.dtype == torch.bfloat16 else None):
                 for a in range(0, wide.shape[1], self._panel):
                     b = a + self._panel
                     self._gram[a:, a:b].addmm_(wide[:, a:].T, wide[:, a:b])
@@ -79,20 +78,3 @@ class Statistics:
     def norm(self) -> Tensor:
         """(I,) float32, the 2-norm of every input feature over all tokens."""
         return self.square_sum.sqrt().float()
-
-
-@contextmanager
-def _exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Use the processor's bfloat16 tiles for sums of products of bfloat16 numbers.
-
-    Such products are exact in float32 and the tiles accumulate in float32, so the result is float32's, at a fraction of
-    the time. Other types are left alone.
-    """
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    if dtype == torch.bfloat16:
-        settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
