@@ -215,8 +215,7 @@ class Artifact:
 
     def original(self, site: Site) -> Tensor:
         """(out, in) as stored in the source."""
-        value = self.source.read(self.name_in_source(site.parameter))
-        return value.T.contiguous() if site.transposed else value
+        return site.matrix(self.source.read(self.name_in_source(site.parameter)))
 
     def store_dtype(self, site: Site) -> torch.dtype:
         """The type that new dense values of a site are kept in: the source's."""
@@ -234,8 +233,7 @@ class Artifact:
         site = self._by_parameter.get(name)
         if site is None or site.name not in self.committed:
             return self.source.read(self.name_in_source(name))
-        dense = self.weight(site).dequantize()
-        return dense.T.contiguous() if site.transposed else dense
+        return site.value(self.weight(site).dequantize())
 
 
 def open_folder(folder: Path, graph: Graph) -> Artifact:

@@ -169,10 +169,12 @@ def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as
     rows = []
     for name, data in config["modules"].items():
         spec = Spec.from_json(data)
-        weights = spec.shape[0] * spec.shape[1]
+        weights, form = spec.shape[0] * spec.shape[1], spec.form
         notes = layers.get(name, {})
         rows.append({
-            "layer": name, "shape": list(spec.shape), "bits": spec.bits, "group_size": spec.shape[1] // spec.groups,
+            "layer": name, "shape": list(spec.shape),
+            "encoding": form.family if form else None, "bits": form.bits if form else None,
+            "group_size": spec.shape[1] // getattr(form, "groups", 1) if form else None,
             "sparsity": 1 - spec.kept / weights if spec.kept is not None else 0.0, "bytes": spec.num_bytes,
             "bits_per_weight": 8 * spec.num_bytes / weights, "passes": list(notes),
             "error": {p: n["error"] for p, n in notes.items()},
@@ -182,7 +184,7 @@ def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as
         print(json.dumps(rows, indent=1))
         return
     table = Table()
-    headings = ("layer", "shape", "bits", "group", "sparsity", "bits/weight", "size", "error")
+    headings = ("layer", "shape", "encoding", "bits", "group", "sparsity", "bits/weight", "size", "error")
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
@@ -190,8 +192,7 @@ def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as
         table.add_row(
             row["layer"] + (" (fallback)" if row["fallback"] else ""),
             "x".join(map(str, row["shape"])),
-            "" if row["bits"] is None else str(row["bits"]),
-            "" if row["bits"] is None else str(row["group_size"]),
+            *("" if row[key] is None else str(row[key]) for key in ("encoding", "bits", "group_size")),
             f"{row['sparsity']:.1%}",
             f"{row['bits_per_weight']:.3f}",
             size(row["bytes"]),

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
@@ -41,6 +41,14 @@ class Site:
     def parameter(self) -> str:
         """The parameter's full name."""
         return f"{self.name}.weight" if self.name else "weight"
+
+    def matrix(self, value: Tensor) -> Tensor:
+        """The parameter's value as (out, in)."""
+        return value.T.contiguous() if self.transposed else value
+
+    def value(self, matrix: Tensor) -> Tensor:
+        """The inverse of `matrix`."""
+        return matrix.T.contiguous() if self.transposed else matrix
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from compress.encodings import Uniform, Weight
+from compress.encodings import Weight
 from compress.encodings.uniform import CHUNK
 from compress.errors import CompressError, NonFiniteError
 from compress.graph import Site
@@ -85,14 +85,10 @@ def _from_values(edit: Edit, refuse: Refuse, site: Site, store: torch.dtype) -> 
 
 def _from_codes(edit: Edit, refuse: Refuse, site: Site) -> Weight:
     e = edit.encoding
-    assert isinstance(e, Uniform)
+    assert e is not None
     if tuple(e.codes.shape) != site.shape:
         raise refuse(f"codes of shape {tuple(e.codes.shape)}, not {site.shape}")
-    if not 2 <= e.bits <= 8:
-        raise refuse(f"codes of {e.bits} bits")
-    if int(e.codes.max()) >= 2**e.bits or int(e.zero_point.max()) >= 2**e.bits:
-        raise refuse(f"codes that do not fit {e.bits} bits")
-    scale = e.scale.float()
-    if not torch.isfinite(scale).all() or not bool((scale > 0).all()):
-        raise refuse("scales that are not positive and finite")
+    defect = e.defect()
+    if defect:
+        raise refuse(defect)
     return Weight(mask=edit.mask, encoding=e)

@@ -186,20 +186,8 @@ class _Planner:
             share = 1 - n_of_m[0] / n_of_m[1] if n_of_m else sparsity
             kept = min(int(rows * columns * (1 - share)), kept if kept is not None else rows * columns)
         stored = str(self.dtypes.get(site.parameter, torch.float32)).removeprefix("torch.")
-        bits = getattr(pass_, "bits", None)
-        if bits is None:
-            return Spec(site.shape, kept=kept, value_dtype=stored)
-        group = getattr(pass_, "group_size", None)
-        per_tensor = getattr(pass_, "granularity", None) == "tensor"
-        groups = columns // group if group and columns % group == 0 else 1
-        return Spec(
-            site.shape,
-            bits=bits,
-            groups=groups,
-            per_tensor=per_tensor,
-            kept=kept,
-            symmetric=getattr(pass_, "symmetric", False),
-        )
+        form = pass_.form(site.shape)
+        return Spec(site.shape, form, kept) if form else Spec(site.shape, kept=kept, value_dtype=stored)
 
     def memory(self) -> int:
         """Interpreter + one block + its statistics and workspace + the activations + the largest outside tensor."""

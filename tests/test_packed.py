@@ -304,7 +304,7 @@ def test_codes_are_not_trained(written: Path) -> None:
 
 
 def test_a_loaded_model_shows_what_it_is_made_of(written: Path) -> None:
-    assert "bits=4, group_size=32, kept=0.500" in str(load(written))
+    assert "encoding=uniform, bits=4, groups=2, kept=0.5" in str(load(written))
 
 
 # --- what must not pass for a model -----------------------------------------------------------------------------------

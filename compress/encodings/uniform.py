@@ -4,11 +4,15 @@ Shapes: O = out features, I = in features, R = O (per channel, per group) or 1 (
 each of the G groups covers I / G neighbouring columns.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+
+from compress.encodings.base import Encoding, Form, Stored
+from compress.encodings.bits import pack_bits, row_bytes, unpack_bits
 
 Search = Literal["minmax", "mse"]
 
@@ -18,8 +22,34 @@ SEARCH_SMALLEST = 20  # the narrowest range tried, in steps of 1 / SEARCH_STEPS
 CHUNK = 1 << 18  # weights worked on at once: temporaries stay in the cache
 
 
+@dataclass(frozen=True, kw_only=True)
+class UniformForm(Form):
+    """Stored: `scale` (R, G); unless symmetric, `zero_point` uint8 (R, ceil(G * bits / 8)), packed as codes are."""
+
+    groups: int = 1
+    per_tensor: bool = False
+    symmetric: bool = False
+    scale_dtype: str = "float16"
+    family: ClassVar[str] = "uniform"
+
+    def tables(self, shape: tuple[int, int]) -> Stored:
+        rows = 1 if self.per_tensor else shape[0]
+        found: Stored = {"scale": ((rows, self.groups), getattr(torch, self.scale_dtype))}
+        if not self.symmetric:
+            found["zero_point"] = ((rows, row_bytes(self.groups, self.bits)), torch.uint8)
+        return found
+
+    def encoding(self, codes: Tensor, tables: Mapping[str, Tensor]) -> "Uniform":
+        scale = tables["scale"]
+        if self.symmetric:
+            zero = torch.full(scale.shape, 2 ** (self.bits - 1), dtype=torch.uint8, device=scale.device)
+        else:
+            zero = unpack_bits(tables["zero_point"], self.bits, self.groups)
+        return Uniform(codes, scale, zero, self.bits, self.symmetric)
+
+
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Encoding):
     """Integer codes on a uniform grid.
 
     Attributes:
@@ -36,8 +66,23 @@ class Uniform:
     bits: int
     symmetric: bool
 
+    @property
+    def form(self) -> UniformForm:
+        return UniformForm(
+            bits=self.bits,
+            groups=self.scale.shape[1],
+            per_tensor=self.scale.shape[0] == 1 < self.codes.shape[0],
+            symmetric=self.symmetric,
+            scale_dtype=str(self.scale.dtype).removeprefix("torch."),
+        )
+
+    def tables(self) -> dict[str, Tensor]:
+        found = {"scale": self.scale.contiguous()}
+        if not self.symmetric:
+            found["zero_point"] = pack_bits(self.zero_point, self.bits)
+        return found
+
     def dequantize(self) -> Tensor:
-        """(O, I) float32."""
         return dequantize(self.codes, self.scale, self.zero_point)
 
     @property
@@ -45,12 +90,21 @@ class Uniform:
         """Columns that share a scale."""
         return self.codes.shape[1] // self.scale.shape[1]
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits a weight, scales and zero points counted."""
-        zero_bits = 0 if self.symmetric else self.bits
-        parameters = self.scale.numel() * (self.scale.element_size() * 8 + zero_bits)
-        return self.bits + parameters / self.codes.numel()
+    def rows(self, part: slice) -> Self:
+        if self.scale.shape[0] == 1:
+            return replace(self, codes=self.codes[part])
+        scale = narrowest(self.scale[part])
+        return replace(self, codes=self.codes[part], scale=scale, zero_point=self.zero_point[part])
+
+    def idle(self) -> Tensor:
+        return self.zero_point.repeat_interleave(self.group_size, dim=1)
+
+    def defect(self) -> str | None:
+        if not 2 <= self.bits <= 8:
+            return f"codes of {self.bits} bits"
+        if int(self.zero_point.max()) >= 2**self.bits:
+            return f"zero points that do not fit {self.bits} bits"
+        return self._codes_defect() or scale_defect(self.scale)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -126,12 +180,18 @@ def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor
     else:
         scale = (high - low) / levels
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # an all-zero group: any scale says zero
-    scale = _rounded(scale)
+    scale = rounded(scale)
     if symmetric:
         zero = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8)
     else:
         zero = (-low / scale).round().clamp(0, levels).to(torch.uint8)
     return scale, zero
+
+
+def scale_defect(scale: Tensor) -> str | None:
+    """What is impossible about scales, or None."""
+    wide = scale.float()
+    return None if torch.isfinite(wide).all() and bool((wide > 0).all()) else "scales that are not positive and finite"
 
 
 def narrowest(scale: Tensor) -> Tensor:
@@ -140,7 +200,7 @@ def narrowest(scale: Tensor) -> Tensor:
     return half if torch.equal(half.float(), scale.float()) else scale
 
 
-def _rounded(scale: Tensor) -> Tensor:
+def rounded(scale: Tensor) -> Tensor:
     """Each scale as its stored type will hold it, decided for each alone: neighbours do not change a result."""
     limits = torch.finfo(torch.float16)
     fits = (scale >= limits.tiny) & (scale <= limits.max)

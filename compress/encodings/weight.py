@@ -2,27 +2,29 @@
 
 Layout `compress-1`, for a weight of O rows and I columns:
 
-| tensor       | present when         | type, shape                                                                 |
-|--------------|----------------------|-----------------------------------------------------------------------------|
-| `mask`       | sparse               | uint8 (O, ceil(I/8)), bit = 1 where the weight is kept                       |
-| `values`     | sparse, not quantized| the kept values, row after row, (K,)                                         |
-| `codes`      | quantized            | uint8 (O, ceil(I*bits/8)); sparse: the K kept codes as one stream            |
-| `scale`      | quantized            | float16 or float32 (R, G)                                                    |
-| `zero_point` | quantized, affine    | uint8 (R, ceil(G*bits/8)), packed as the codes are                           |
+| tensor   | present when          | type, shape                                                         |
+|----------|-----------------------|---------------------------------------------------------------------|
+| `mask`   | sparse                | uint8 (O, ceil(I/8)), bit = 1 where the weight is kept              |
+| `values` | sparse, not quantized | the kept values, row after row, (K,)                                |
+| `codes`  | quantized             | uint8 (O, ceil(I*bits/8)); sparse: the K kept codes as one stream   |
+| tables   | quantized             | what the family needs beside its codes: see `tables` of each `Form` |
 
 Streams are those of `bits.py`. The mask is stored, never inferred: a kept weight may be zero.
 """
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from compress.encodings.base import Encoding, Form, Stored
 from compress.encodings.bits import pack_bits, row_bytes, unpack_bits
-from compress.encodings.uniform import Uniform
+from compress.encodings.uniform import UniformForm
 
 LAYOUT = "compress-1"
+FORMS: dict[str, type[Form]] = {form.family: form for form in (UniformForm,)}
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,12 @@ class Weight:
     Attributes:
         values: (O, I) in its stored type, zero where masked; None when quantized.
         mask: (O, I) bool, True = kept; None when dense.
-        encoding: the codes, or None. Codes under a masked position say zero.
+        encoding: the codes, or None. Codes under a masked position are the encoding's idle ones.
     """
 
     values: Tensor | None = None
     mask: Tensor | None = None
-    encoding: Uniform | None = None
+    encoding: Encoding | None = None
 
     def dequantize(self) -> Tensor:
         """(O, I) float32, exactly zero where masked. May share memory with `values`: not to be written to."""
@@ -49,20 +51,22 @@ class Weight:
 
     def rows(self, part: slice) -> "Weight":
         """Some of its rows, sharing memory."""
-        e = self.encoding
-        if e is not None and e.scale.shape[0] > 1:
-            e = replace(e, codes=e.codes[part], scale=e.scale[part], zero_point=e.zero_point[part])
-        elif e is not None:
-            e = replace(e, codes=e.codes[part])
-        values = None if self.values is None else self.values[part]
-        return Weight(values, None if self.mask is None else self.mask[part], e)
+        return Weight(
+            None if self.values is None else self.values[part],
+            None if self.mask is None else self.mask[part],
+            None if self.encoding is None else self.encoding.rows(part),
+        )
 
     @property
     def kind(self) -> str:
         """`dense`, `sparse`, `quantized` or `sparse-quantized`."""
-        if self.encoding is None:
-            return "dense" if self.mask is None else "sparse"
-        return "quantized" if self.mask is None else "sparse-quantized"
+        return _kind(quantized=self.encoding is not None, sparse=self.mask is not None)
+
+
+def _kind(quantized: bool, sparse: bool) -> str:
+    if quantized:
+        return "sparse-quantized" if sparse else "quantized"
+    return "sparse" if sparse else "dense"
 
 
 @dataclass(frozen=True)
@@ -70,61 +74,65 @@ class Spec:
     """Everything about a packed weight that its tensors do not say; JSON-able."""
 
     shape: tuple[int, int]
-    bits: int | None = None
-    groups: int = 1
-    per_tensor: bool = False
-    symmetric: bool = False
-    scale_dtype: str = "float16"
+    form: Form | None = None  # of its codes; None when not quantized
     kept: int | None = None  # number of kept weights; None when dense
     value_dtype: str = "float32"
-    layout: str = LAYOUT
 
     def to_json(self) -> dict[str, Any]:
-        """Only what differs from the defaults, and the shape and layout."""
-        plain = asdict(Spec((0, 0)))
-        given = {k: v for k, v in asdict(self).items() if k == "layout" or v != plain[k]}
-        return {**given, "shape": list(self.shape)}
+        """Flat; only what differs from the defaults, beside shape and layout."""
+        data: dict[str, Any] = {"shape": list(self.shape), "layout": LAYOUT}
+        if self.form is not None:
+            data["encoding"] = self.form.family
+            data |= {f.name: v for f in fields(self.form) if (v := getattr(self.form, f.name)) != f.default}
+        elif self.value_dtype != "float32":
+            data["value_dtype"] = self.value_dtype
+        return data if self.kept is None else {**data, "kept": self.kept}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`.
 
         Raises:
-            ValueError: an unknown layout or field: the file was written by a newer version.
+            ValueError: an unknown layout, encoding or field: the file was written by a newer version.
         """
-        if data.get("layout") != LAYOUT:
-            raise ValueError(f"weight layout {data.get('layout')!r} is not known to this version; it reads {LAYOUT!r}")
-        unknown = set(data) - set(cls.__dataclass_fields__)
-        if unknown:
-            raise ValueError(f"fields {sorted(unknown)} of a packed weight are not known to this version")
-        return cls(**{**data, "shape": tuple(data["shape"])})
+        rest = dict(data)
+        layout, family = rest.pop("layout", None), rest.pop("encoding", None)
+        if layout != LAYOUT:
+            raise ValueError(f"weight layout {layout!r} is not known to this version; it reads {LAYOUT!r}")
+        own = {k: rest.pop(k) for k in ("shape", "kept", "value_dtype") if k in rest}
+        form = None
+        if family is not None and family not in FORMS:
+            raise ValueError(f"encoding {family!r} is not known to this version; it reads {sorted(FORMS)}")
+        known = {f.name for f in fields(FORMS[family])} if family else set()
+        if set(rest) - known:
+            raise ValueError(f"fields {sorted(set(rest) - known)} of a packed weight are not known to this version")
+        if family:
+            needed = {f.name for f in fields(FORMS[family]) if f.default is MISSING}
+            if needed - set(rest):
+                raise ValueError(f"fields {sorted(needed - set(rest))} of a packed weight are missing")
+            form = FORMS[family](**rest)
+        return cls(tuple(own.pop("shape")), form, **own)
 
-    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def tensors(self) -> Stored:
         """Shape and type of every stored tensor."""
         rows, columns = self.shape
-        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        found: Stored = {}
         if self.kept is not None:
             found["mask"] = ((rows, row_bytes(columns, 1)), torch.uint8)
-        if self.bits is None:
+        if self.form is None:
             shape: tuple[int, ...] = self.shape if self.kept is None else (self.kept,)
             found["values"] = (shape, getattr(torch, self.value_dtype))
             return found
-        if self.kept is None:
-            found["codes"] = ((rows, row_bytes(columns, self.bits)), torch.uint8)
+        if self.kept is None or self.form.stores_idle:
+            found["codes"] = ((rows, row_bytes(columns, self.form.bits)), torch.uint8)
         else:
-            found["codes"] = ((row_bytes(self.kept, self.bits),), torch.uint8)
-        scale_rows = 1 if self.per_tensor else rows
-        found["scale"] = ((scale_rows, self.groups), getattr(torch, self.scale_dtype))
-        if not self.symmetric:
-            found["zero_point"] = ((scale_rows, row_bytes(self.groups, self.bits)), torch.uint8)
-        return found
+            found["codes"] = ((row_bytes(self.kept, self.form.bits),), torch.uint8)
+        return found | self.form.tables(self.shape)
 
     @property
     def kind(self) -> str:
         """`dense`, `sparse`, `quantized` or `sparse-quantized`."""
-        if self.bits is None:
-            return "dense" if self.kept is None else "sparse"
-        return "quantized" if self.kept is None else "sparse-quantized"
+        return _kind(quantized=self.form is not None, sparse=self.kept is not None)
 
     @property
     def num_bytes(self) -> int:
@@ -135,23 +143,15 @@ class Spec:
 def spec_of(weight: Weight) -> Spec:
     """The spec a weight has when packed."""
     kept = None if weight.mask is None else int(weight.mask.sum())
-    e = weight.encoding
-    if e is None:
-        assert weight.values is not None
-        return Spec(_shape(weight.values), kept=kept, value_dtype=str(weight.values.dtype).removeprefix("torch."))
-    return Spec(
-        _shape(e.codes),
-        bits=e.bits,
-        groups=e.scale.shape[1],
-        per_tensor=e.scale.shape[0] == 1 < e.codes.shape[0],
-        symmetric=e.symmetric,
-        scale_dtype=str(e.scale.dtype).removeprefix("torch."),
-        kept=kept,
-    )
+    if weight.encoding is not None:
+        return Spec(_shape(weight.encoding.codes), weight.encoding.form, kept)
+    assert weight.values is not None
+    return Spec(_shape(weight.values), kept=kept, value_dtype=str(weight.values.dtype).removeprefix("torch."))
 
 
 def pack(weight: Weight) -> tuple[Spec, dict[str, Tensor]]:
     """A weight -> its spec and its stored tensors."""
+    spec = spec_of(weight)
     tensors: dict[str, Tensor] = {}
     if weight.mask is not None:
         tensors["mask"] = pack_bits(weight.mask.to(torch.uint8), 1)
@@ -159,41 +159,34 @@ def pack(weight: Weight) -> tuple[Spec, dict[str, Tensor]]:
     if e is None:
         assert weight.values is not None
         tensors["values"] = weight.values.contiguous() if weight.mask is None else weight.values[weight.mask]
-        return spec_of(weight), tensors
-    if weight.mask is None:
-        tensors["codes"] = pack_bits(e.codes, e.bits)
+        return spec, tensors
+    if weight.mask is None or e.form.stores_idle:
+        tensors["codes"] = pack_bits(e.codes, e.form.bits)
     else:
-        tensors["codes"] = pack_bits(e.codes[weight.mask][None], e.bits)[0]
-    tensors["scale"] = e.scale.contiguous()
-    if not e.symmetric:
-        tensors["zero_point"] = pack_bits(e.zero_point, e.bits)
-    return spec_of(weight), tensors
+        tensors["codes"] = pack_bits(e.codes[weight.mask][None], e.form.bits)[0]
+    return spec, tensors | e.tables()
 
 
 def unpack(spec: Spec, tensors: dict[str, Tensor]) -> Weight:
     """The inverse of `pack`, on whatever device the tensors are."""
-    rows, columns = spec.shape
+    columns = spec.shape[1]
     mask = None
     if spec.kept is not None:
         mask = unpack_bits(tensors["mask"], 1, columns).bool()
-    if spec.bits is None:
+    if spec.form is None:
         values = tensors["values"]
         if mask is not None:
             values = torch.zeros(spec.shape, dtype=values.dtype, device=values.device).masked_scatter_(mask, values)
         return Weight(values, mask)
-    scale = tensors["scale"]
-    if spec.symmetric:
-        zero = torch.full(scale.shape, 2 ** (spec.bits - 1), dtype=torch.uint8, device=scale.device)
-    else:
-        zero = unpack_bits(tensors["zero_point"], spec.bits, spec.groups)
-    if mask is None:
-        codes = unpack_bits(tensors["codes"], spec.bits, columns)
-    else:
-        assert spec.kept is not None
-        kept = unpack_bits(tensors["codes"][None], spec.bits, spec.kept)[0]
-        codes = zero.repeat_interleave(columns // spec.groups, dim=1).expand(rows, columns).clone()
-        codes.masked_scatter_(mask, kept)
-    return Weight(mask=mask, encoding=Uniform(codes, scale, zero, spec.bits, spec.symmetric))
+    stored = tensors["codes"]
+    if mask is None or spec.form.stores_idle:
+        return Weight(mask=mask, encoding=spec.form.encoding(unpack_bits(stored, spec.form.bits, columns), tensors))
+    assert spec.kept is not None
+    codes = torch.zeros(spec.shape, dtype=torch.uint8, device=stored.device)
+    encoding = spec.form.encoding(codes, tensors)
+    codes.copy_(encoding.idle())
+    codes.masked_scatter_(mask, unpack_bits(stored[None], spec.form.bits, spec.kept)[0])
+    return Weight(mask=mask, encoding=encoding)
 
 
 def _shape(values: Tensor) -> tuple[int, int]:
@@ -201,4 +194,4 @@ def _shape(values: Tensor) -> tuple[int, int]:
     return rows, columns
 
 
-__all__ = ["LAYOUT", "Spec", "Weight", "pack", "spec_of", "unpack"]
+__all__ = ["FORMS", "LAYOUT", "Spec", "Weight", "pack", "spec_of", "unpack"]

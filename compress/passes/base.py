@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compress.calibration.statistics import Need, Statistics
-from compress.encodings import Uniform
+from compress.encodings import Encoding, Form
 
 
 class OptionError(ValueError):
@@ -54,7 +54,7 @@ class Edit:
 
     weight: Tensor | None = None
     mask: Tensor | None = None
-    encoding: Uniform | None = None
+    encoding: Encoding | None = None
     notes: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -103,6 +103,10 @@ class Pass:
 
     def check_shape(self, shape: tuple[int, int]) -> str | None:
         """Why this pass cannot work on an (out, in) matrix, or None."""
+        return None
+
+    def form(self, shape: tuple[int, int]) -> Form | None:
+        """What its codes for an (out, in) matrix will be like; None when it makes none."""
         return None
 
     def produces(self, kind: str) -> str:

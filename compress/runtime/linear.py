@@ -54,10 +54,11 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
-        s = self.spec
-        bits = "" if s.bits is None else f", bits={s.bits}, group_size={s.shape[1] // s.groups}"
-        sparse = "" if s.kept is None else f", kept={s.kept / (s.shape[0] * s.shape[1]):.3f}"
-        return f"{self.in_features}, {self.out_features}{bits}{sparse}, bias={self.bias is not None}"
+        said = {k: v for k, v in self.spec.to_json().items() if k not in ("shape", "layout", "kept")}
+        if self.spec.kept is not None:
+            said["kept"] = round(self.spec.kept / (self.in_features * self.out_features), 3)
+        shown = "".join(f", {name}={value}" for name, value in said.items())
+        return f"{self.in_features}, {self.out_features}{shown}, bias={self.bias is not None}"
 
 
 def replace_modules(model: nn.Module, specs: dict[str, Spec]) -> None:

@@ -215,7 +215,7 @@ def test_bits_per_weight_counts_scales_and_zero_points(bits: int, groups: int) -
     group_size = 48 // groups
     affine = rounded(weight(), bits, groups=groups)
     assert affine.group_size == group_size
-    assert affine.bits_per_weight == pytest.approx(bits + (16 + bits) / group_size)
+    assert affine.bits_per_weight == pytest.approx(bits + 16 / group_size + 8 * -(-groups * bits // 8) / 48)
     symmetric = rounded(weight(), bits, groups=groups, symmetric=True)
     assert symmetric.bits_per_weight == pytest.approx(bits + 16 / group_size)
     wide = rounded(weight() * 1e-7, bits, groups=groups, symmetric=True)

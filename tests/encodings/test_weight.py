@@ -167,7 +167,9 @@ def test_golden_bytes_of_a_sparse_quantized_weight() -> None:
         "scale": "00380034",
         "zero_point": "0506",
     }
-    assert spec.to_json() == {"shape": [2, 4], "bits": 3, "kept": 5, "layout": "compress-1"}
+    assert spec.to_json() == {
+        "shape": [2, 4], "encoding": "uniform", "bits": 3, "kept": 5, "layout": "compress-1",
+    }  # fmt: skip
 
 
 def test_a_spec_says_only_what_is_not_default() -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from compress.encodings import Uniform, fit, quantize
+from compress.encodings import Uniform, UniformForm, fit, quantize
 from compress.encodings.uniform import Search
 from compress.passes.base import LinearPass, OptionError
 
@@ -50,6 +50,11 @@ class UniformPass(LinearPass):
 
     def produces(self, kind: str) -> str:
         return "quantized" if kind == "dense" else "sparse-quantized"
+
+    def form(self, shape: tuple[int, int]) -> UniformForm:
+        groups = shape[1] // self.group_size if self.group_size and shape[1] % self.group_size == 0 else 1
+        per_tensor = self.granularity == "tensor"
+        return UniformForm(bits=self.bits, groups=groups, per_tensor=per_tensor, symmetric=self.symmetric)
 
     @property
     def rowwise(self) -> bool:
