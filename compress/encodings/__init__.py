@@ -1,17 +1,30 @@
 """What stored numbers mean, and how they lie in bytes. Imports nothing else of the package."""
 
 from compress.encodings.base import Encoding, Form
+from compress.encodings.codebook import CodebookForm, Codebooks
+from compress.encodings.inputs import InputForm, Inputs, fit_inputs
+from compress.encodings.outlier_victim import OutlierVictim, OutlierVictimForm
+from compress.encodings.power import Power, PowerForm
 from compress.encodings.uniform import Uniform, UniformForm, fit, quantize
 from compress.encodings.weight import Spec, Weight, pack, spec_of, unpack
 
 __all__ = [
+    "CodebookForm",
+    "Codebooks",
     "Encoding",
     "Form",
+    "InputForm",
+    "Inputs",
+    "OutlierVictim",
+    "OutlierVictimForm",
+    "Power",
+    "PowerForm",
     "Spec",
     "Uniform",
     "UniformForm",
     "Weight",
     "fit",
+    "fit_inputs",
     "pack",
     "quantize",
     "spec_of",

@@ -9,6 +9,8 @@ Layout `compress-1`, for a weight of O rows and I columns:
 | `codes`  | quantized             | uint8 (O, ceil(I*bits/8)); sparse: the K kept codes as one stream   |
 | tables   | quantized             | what the family needs beside its codes: see `tables` of each `Form` |
 
+How the layer rounds its input stands beside them: see `inputs.py` for what is stored.
+
 Streams are those of `bits.py`. The mask is stored, never inferred: a kept weight may be zero.
 """
 
@@ -21,10 +23,14 @@ from torch import Tensor
 
 from compress.encodings.base import Encoding, Form, Stored
 from compress.encodings.bits import pack_bits, row_bytes, unpack_bits
+from compress.encodings.codebook import CodebookForm
+from compress.encodings.inputs import InputForm, Inputs
+from compress.encodings.outlier_victim import OutlierVictimForm
+from compress.encodings.power import PowerForm
 from compress.encodings.uniform import UniformForm
 
 LAYOUT = "compress-1"
-FORMS: dict[str, type[Form]] = {form.family: form for form in (UniformForm,)}
+FORMS: dict[str, type[Form]] = {form.family: form for form in (UniformForm, OutlierVictimForm, CodebookForm, PowerForm)}
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,13 @@ class Weight:
         values: (O, I) in its stored type, zero where masked; None when quantized.
         mask: (O, I) bool, True = kept; None when dense.
         encoding: the codes, or None. Codes under a masked position are the encoding's idle ones.
+        inputs: the grid that what it is multiplied with is rounded to, or None.
     """
 
     values: Tensor | None = None
     mask: Tensor | None = None
     encoding: Encoding | None = None
+    inputs: Inputs | None = None
 
     def dequantize(self) -> Tensor:
         """(O, I) float32, exactly zero where masked. May share memory with `values`: not to be written to."""
@@ -55,6 +63,7 @@ class Weight:
             None if self.values is None else self.values[part],
             None if self.mask is None else self.mask[part],
             None if self.encoding is None else self.encoding.rows(part),
+            self.inputs,
         )
 
     @property
@@ -77,6 +86,7 @@ class Spec:
     form: Form | None = None  # of its codes; None when not quantized
     kept: int | None = None  # number of kept weights; None when dense
     value_dtype: str = "float32"
+    inputs: InputForm | None = None  # of the grid of its inputs; None when they are not quantized
 
     def to_json(self) -> dict[str, Any]:
         """Flat; only what differs from the defaults, beside shape and layout."""
@@ -86,6 +96,8 @@ class Spec:
             data |= {f.name: v for f in fields(self.form) if (v := getattr(self.form, f.name)) != f.default}
         elif self.value_dtype != "float32":
             data["value_dtype"] = self.value_dtype
+        if self.inputs is not None:
+            data["inputs"] = self.inputs.to_json()
         return data if self.kept is None else {**data, "kept": self.kept}
 
     @classmethod
@@ -99,7 +111,9 @@ class Spec:
         layout, family = rest.pop("layout", None), rest.pop("encoding", None)
         if layout != LAYOUT:
             raise ValueError(f"weight layout {layout!r} is not known to this version; it reads {LAYOUT!r}")
-        own = {k: rest.pop(k) for k in ("shape", "kept", "value_dtype") if k in rest}
+        own: dict[str, Any] = {k: rest.pop(k) for k in ("shape", "kept", "value_dtype") if k in rest}
+        if "inputs" in rest:
+            own["inputs"] = InputForm.from_json(rest.pop("inputs"))
         form = None
         if family is not None and family not in FORMS:
             raise ValueError(f"encoding {family!r} is not known to this version; it reads {sorted(FORMS)}")
@@ -116,18 +130,19 @@ class Spec:
     def tensors(self) -> Stored:
         """Shape and type of every stored tensor."""
         rows, columns = self.shape
+        last = {} if self.inputs is None else self.inputs.tensors()
         found: Stored = {}
         if self.kept is not None:
             found["mask"] = ((rows, row_bytes(columns, 1)), torch.uint8)
         if self.form is None:
             shape: tuple[int, ...] = self.shape if self.kept is None else (self.kept,)
             found["values"] = (shape, getattr(torch, self.value_dtype))
-            return found
+            return found | last
         if self.kept is None or self.form.stores_idle:
             found["codes"] = ((rows, row_bytes(columns, self.form.bits)), torch.uint8)
         else:
             found["codes"] = ((row_bytes(self.kept, self.form.bits),), torch.uint8)
-        return found | self.form.tables(self.shape)
+        return found | self.form.tables(self.shape) | last
 
     @property
     def kind(self) -> str:
@@ -143,16 +158,18 @@ class Spec:
 def spec_of(weight: Weight) -> Spec:
     """The spec a weight has when packed."""
     kept = None if weight.mask is None else int(weight.mask.sum())
+    inputs = None if weight.inputs is None else weight.inputs.form
     if weight.encoding is not None:
-        return Spec(_shape(weight.encoding.codes), weight.encoding.form, kept)
+        return Spec(_shape(weight.encoding.codes), weight.encoding.form, kept, inputs=inputs)
     assert weight.values is not None
-    return Spec(_shape(weight.values), kept=kept, value_dtype=str(weight.values.dtype).removeprefix("torch."))
+    dtype = str(weight.values.dtype).removeprefix("torch.")
+    return Spec(_shape(weight.values), kept=kept, value_dtype=dtype, inputs=inputs)
 
 
 def pack(weight: Weight) -> tuple[Spec, dict[str, Tensor]]:
     """A weight -> its spec and its stored tensors."""
     spec = spec_of(weight)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {} if weight.inputs is None else weight.inputs.tensors()
     if weight.mask is not None:
         tensors["mask"] = pack_bits(weight.mask.to(torch.uint8), 1)
     e = weight.encoding
@@ -170,6 +187,7 @@ def pack(weight: Weight) -> tuple[Spec, dict[str, Tensor]]:
 def unpack(spec: Spec, tensors: dict[str, Tensor]) -> Weight:
     """The inverse of `pack`, on whatever device the tensors are."""
     columns = spec.shape[1]
+    inputs = None if spec.inputs is None else spec.inputs.inputs(tensors)
     mask = None
     if spec.kept is not None:
         mask = unpack_bits(tensors["mask"], 1, columns).bool()
@@ -177,16 +195,17 @@ def unpack(spec: Spec, tensors: dict[str, Tensor]) -> Weight:
         values = tensors["values"]
         if mask is not None:
             values = torch.zeros(spec.shape, dtype=values.dtype, device=values.device).masked_scatter_(mask, values)
-        return Weight(values, mask)
+        return Weight(values, mask, inputs=inputs)
     stored = tensors["codes"]
     if mask is None or spec.form.stores_idle:
-        return Weight(mask=mask, encoding=spec.form.encoding(unpack_bits(stored, spec.form.bits, columns), tensors))
+        encoding = spec.form.encoding(unpack_bits(stored, spec.form.bits, columns), tensors)
+        return Weight(mask=mask, encoding=encoding, inputs=inputs)
     assert spec.kept is not None
     codes = torch.zeros(spec.shape, dtype=torch.uint8, device=stored.device)
     encoding = spec.form.encoding(codes, tensors)
     codes.copy_(encoding.idle())
     codes.masked_scatter_(mask, unpack_bits(stored[None], spec.form.bits, spec.kept)[0])
-    return Weight(mask=mask, encoding=encoding)
+    return Weight(mask=mask, encoding=encoding, inputs=inputs)
 
 
 def _shape(values: Tensor) -> tuple[int, int]:

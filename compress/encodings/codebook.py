@@ -1,0 +1,163 @@
+"""Codebooks: value = table[code], every row with one of a few tables, and optionally times a scale of its own.
+
+Shapes: O = out features, I = in features, K = entries of a table, G = tables.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from compress.encodings.base import Encoding, Form, Stored
+from compress.encodings.bits import pack_bits, row_bytes, unpack_bits
+from compress.encodings.uniform import CHUNK, narrowest
+
+MOST_ENTRIES = 256
+MOST_TABLES = 256
+
+
+def index_bits(count: int) -> int:
+    """Bits of a number below `count`."""
+    return (count - 1).bit_length()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookForm(Form):
+    """Codes are ceil(log2 K) bits wide.
+
+    Stored: `table` (G, K); with several tables `row_group` uint8 (1, ceil(O * ceil(log2 G) / 8)), packed as codes are;
+    if scaled `scale` (O, 1).
+    """
+
+    entries: int
+    num_tables: int = 1
+    scaled: bool = False
+    table_dtype: str = "float16"
+    scale_dtype: str = "float16"
+    family: ClassVar[str] = "codebook"
+
+    def tables(self, shape: tuple[int, int]) -> Stored:
+        found: Stored = {"table": ((self.num_tables, self.entries), getattr(torch, self.table_dtype))}
+        if self.num_tables > 1:
+            found["row_group"] = ((1, row_bytes(shape[0], index_bits(self.num_tables))), torch.uint8)
+        if self.scaled:
+            found["scale"] = ((shape[0], 1), getattr(torch, self.scale_dtype))
+        return found
+
+    def encoding(self, codes: Tensor, tables: Mapping[str, Tensor]) -> "Codebooks":
+        rows = codes.shape[0]
+        if self.num_tables > 1:
+            row_group = unpack_bits(tables["row_group"], index_bits(self.num_tables), rows)[0]
+        else:
+            row_group = torch.zeros(rows, dtype=torch.uint8, device=codes.device)
+        return Codebooks(codes, tables["table"], row_group, tables.get("scale"))
+
+
+@dataclass(frozen=True)
+class Codebooks(Encoding):
+    """Indices into tables of free values.
+
+    Attributes:
+        codes: (O, I) uint8, below K.
+        table: (G, K) float16 or float32, ascending in each table; K is 2 to 256, G is 1 to 256.
+        row_group: (O,) uint8 below G, the table of each row.
+        scale: (O, 1) float16 or float32, not negative; None when the tables hold the values themselves.
+    """
+
+    codes: Tensor
+    table: Tensor
+    row_group: Tensor
+    scale: Tensor | None = None
+
+    @property
+    def form(self) -> CodebookForm:
+        num_tables, entries = self.table.shape
+        return CodebookForm(
+            bits=index_bits(entries),
+            entries=entries,
+            num_tables=num_tables,
+            scaled=self.scale is not None,
+            table_dtype=_name(self.table.dtype),
+            scale_dtype="float16" if self.scale is None else _name(self.scale.dtype),
+        )
+
+    def tables(self) -> dict[str, Tensor]:
+        found = {"table": self.table.contiguous()}
+        if len(self.table) > 1:
+            found["row_group"] = pack_bits(self.row_group[None], index_bits(len(self.table)))
+        if self.scale is not None:
+            found["scale"] = self.scale.contiguous()
+        return found
+
+    def dequantize(self) -> Tensor:
+        return dequantize(self.codes, self.table, self.row_group, self.scale)
+
+    def rows(self, part: slice) -> Self:
+        scale = None if self.scale is None else narrowest(self.scale[part])
+        return replace(self, codes=self.codes[part], row_group=self.row_group[part], scale=scale)
+
+    def idle(self) -> Tensor:
+        nearest_to_zero = self.table.float().abs().argmin(1).to(torch.uint8)
+        return nearest_to_zero[self.row_group.long()][:, None]
+
+    def defect(self) -> str | None:
+        num_tables, entries = self.table.shape
+        if not 2 <= entries <= MOST_ENTRIES:
+            return f"tables of {entries} entries"
+        if len(self.row_group) != len(self.codes):
+            return "not one table for each row"
+        if not 1 <= num_tables <= MOST_TABLES or int(self.row_group.max()) >= num_tables:
+            return f"rows that use tables beyond the {num_tables} there are"
+        if not torch.isfinite(self.table).all() or bool((self.table.float().diff(dim=1) < 0).any()):
+            return "tables that are not finite and ascending"
+        if self.scale is not None and not (torch.isfinite(self.scale) & (self.scale >= 0)).all():
+            return "scales that are negative or not finite"
+        if int(self.codes.max()) >= entries:
+            return f"codes beyond tables of {entries} entries"
+        return self._codes_defect()
+
+
+def dequantize(codes: Tensor, table: Tensor, row_group: Tensor, scale: Tensor | None = None) -> Tensor:
+    """(O, I) codes, (G, K) table, (O,) row_group, (O, 1) scale -> (O, I) float32."""
+    index = codes.int()
+    if len(table) > 1:
+        index += row_group.int()[:, None] * table.shape[1]
+    values = table.float().flatten().index_select(0, index.flatten()).view(codes.shape)
+    return values if scale is None else values.mul_(scale.float())
+
+
+def nearest(weight: Tensor, table: Tensor, row_group: Tensor, scale: Tensor | None = None) -> Tensor:
+    """(O, I) float32 -> (O, I) uint8 codes of the nearest entries; halfway, of the lower one."""
+    rows, columns = weight.shape
+    wide = table.float()
+    borders = (wide[:, 1:] + wide[:, :-1]) / 2
+    codes = torch.empty(rows, columns, dtype=torch.uint8)
+    step = max(1, CHUNK // columns)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        piece = weight[part] if scale is None else unscaled(weight[part], scale[part])
+        if len(table) == 1:
+            codes[part] = torch.bucketize(piece, borders[0], out_int32=True)
+        else:
+            codes[part] = torch.searchsorted(borders[row_group[part].long()], piece, out_int32=True)
+    return codes
+
+
+def unscaled(weight: Tensor, scale: Tensor) -> Tensor:
+    """(O, I) weights in units of their row's scale (O, 1); zero where the scale is."""
+    wide = scale.float()
+    return torch.where(wide > 0, weight / wide, 0.0)
+
+
+def rounded(table: Tensor) -> Tensor:
+    """(G, K) float32 -> each table as its stored type will hold it, decided for each alone."""
+    limits = torch.finfo(torch.float16)
+    largest = table.abs().amax(1, keepdim=True)
+    fits = (largest == 0) | ((largest >= limits.tiny) & (largest <= limits.max))
+    return torch.where(fits, table.to(torch.float16).float(), table)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
