@@ -5,32 +5,33 @@ committed, and the outputs of the *compressed* block become the inputs of the ne
 statistics and the activations of the calibration data, whatever the number of blocks.
 """
 
-import ctypes
-import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from compress.activations import Activations, give_back
 from compress.artifact import Artifact, Packed
 from compress.calibration import collect
 from compress.calibration.precision import Products, products
+from compress.calibration.reconstruct import BlockData, Weights
 from compress.calibration.statistics import Need, Statistics
-from compress.encodings import Weight
-from compress.errors import SolveError
+from compress.encodings import Inputs, Weight
+from compress.errors import SolveError, UnsupportedModelError
 from compress.graph import Graph, Site
 from compress.ledger import MemoryLedger, Record, key_of
 from compress.observe import finite, observed
-from compress.passes.base import Edit, LinearPass, Target
+from compress.passes.base import Block, BlockPass, Edit, LinearPass, Target
+from compress.passes.quantize.activations import attached
 from compress.progress import Bars
+from compress.stacks import split_rows, stack, stacks
 
-LARGEST_BUFFER = 1 << 30  # bytes of activations kept in memory; more is memory-mapped to a temporary file
 MORE_DAMPING = (1.0, 10.0, 100.0)
 TOKENS_AT_ONCE = 2048
 
@@ -60,10 +61,11 @@ class Context:
 
 
 def forward(graph: Graph, batch: Tensor) -> Any:
-    """Run the model on a batch of token ids (or, for other modules, of inputs)."""
+    """Run the model on a batch of token ids, of images or, for other modules, of inputs."""
     if graph.is_language_model:
         return graph.model(input_ids=batch, use_cache=False)
-    return graph.model(batch)
+    batch = batch.clone()  # a first layer may work in place
+    return graph.model(pixel_values=batch) if graph.is_image_model else graph.model(batch)
 
 
 # --- which weights are in memory -------------------------------------------------------------------------------------
@@ -73,8 +75,12 @@ def bring_in(context: Context, prefix: str, module: nn.Module) -> None:
     """Give every parameter of `module` its value as it stands now."""
     for name, parameter in list(module.named_parameters(prefix=prefix)):
         if parameter.is_meta:
-            value = context.artifact.parameter(name)
-            _set(context.graph.model, name, value.to(context.dtype) if value.is_floating_point() else value)
+            _set(context.graph.model, name, _value(context, name))
+
+
+def _value(context: Context, name: str) -> Tensor:
+    value = context.artifact.tensor(name)
+    return value.to(context.dtype) if value.is_floating_point() else value
 
 
 def evict(context: Context, prefix: str, module: nn.Module) -> None:
@@ -85,7 +91,11 @@ def evict(context: Context, prefix: str, module: nn.Module) -> None:
 
 def _set(model: nn.Module, name: str, value: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
-    model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    module = model.get_submodule(owner)
+    if leaf in module._buffers:
+        module._buffers[leaf] = value
+    else:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
 def set_in_place(context: Context, record: Record) -> None:
@@ -98,10 +108,18 @@ def set_in_place(context: Context, record: Record) -> None:
 @contextmanager
 def streamed(context: Context) -> Iterator[None]:
     """While open, the model can be called: every part is brought in when it runs and evicted when it is done."""
+    with _rounded(context, _grids(context, context.graph.sites)), _streamed(context):
+        yield
+
+
+@contextmanager
+def _streamed(context: Context) -> Iterator[None]:
     if context.resident:
         yield
         return
     model = context.graph.model
+    for name in context.graph.buffers:  # small: they stay
+        _set(model, name, _value(context, name))
     parts = {name: model.get_submodule(name) for name in context.graph.blocks}
     inside = tuple(f"{name}." for name in context.graph.blocks)
     for name, module in model.named_modules():
@@ -113,11 +131,22 @@ def streamed(context: Context) -> Iterator[None]:
         yield
 
 
+def _grids(context: Context, sites: Iterable[Site], now: Mapping[str, Weight] | None = None) -> dict[str, Inputs]:
+    """The grids of the sites' inputs, as `now` has them where it does, else as committed."""
+    found = {s.name: now[s.name].inputs if now and s.name in now else context.artifact.inputs(s.name) for s in sites}
+    return {name: inputs for name, inputs in found.items() if inputs is not None}
+
+
+def _rounded(context: Context, grids: Mapping[str, Inputs]) -> AbstractContextManager[None]:
+    """While open, inputs of these sites are rounded."""
+    return collect.quantized_inputs({context.graph.model.get_submodule(n): i.apply for n, i in grids.items()})
+
+
 # --- one stage -------------------------------------------------------------------------------------------------------
 
 
 def run_stage(
-    context: Context, stage: int, passes: Sequence[LinearPass], batches: Sequence[Tensor], key: str
+    context: Context, stage: int, passes: Sequence[LinearPass | BlockPass], batches: Sequence[Tensor], key: str
 ) -> tuple[str, list[Record]]:
     """Run one or several fused passes over every block; returns the last key and what was done to each site."""
     graph = context.graph
@@ -127,7 +156,7 @@ def run_stage(
     }
     outside = [s for s in graph.outside if any(p.selects(s.name, in_block=False) for p in passes)]
     stage_run = _Stage(context, stage, passes, key)
-    if all(p.needs == "none" for p in passes):
+    if not any(p.calibrated for p in passes):
         units = [*selected.items(), *([(-1, outside)] if outside else [])]
         for index, sites in context.bars.over(units, len(units), f"{stage_run.label}: blocks"):
             stage_run.unit(f"b{index:04d}" if index >= 0 else "outside", sites, dict)
@@ -139,92 +168,115 @@ def run_stage(
 
 
 def _calibrated(context: Context, run: "_Stage", selected: dict[int, list[Site]], batches: Sequence[Tensor]) -> None:
-    graph = context.graph
+    graph, bars = context.graph, context.bars
     blocks = [graph.model.get_submodule(name) for name in graph.blocks]
-    if graph.blocks == ("",):
-        chain = None
-    else:
-        with streamed(context):
-            whole = collect.is_chain(lambda: forward(graph, batches[0][:1]), blocks)
-        chain = _Activations(context, batches, blocks[0]) if whole else None
-    bars = context.bars
+    chain = _chain(context, blocks, batches)
+    original = None  # what arrives in the original model, beside what arrives in the compressed one
+    if any(isinstance(p, BlockPass) for p in run.passes):
+        if chain is None:
+            raise UnsupportedModelError(
+                f"the blocks of {type(graph.model).__name__} do not simply feed one another, so {run.label} cannot "
+                "learn them one by one; use a method that does not learn by reconstruction, such as gptq"
+            )
+        original = chain.copy()
+
+    def step(into: Activations, index: int, weights: Weights | None, label: str) -> None:
+        # Other weights are the original's, and those have the original's inputs.
+        with products(context.products), _present(context, index, {} if weights is not None else None):
+            forwards = into.forwards(blocks[index], weights)
+            for number, made in enumerate(bars.over(forwards, len(batches), label)):
+                into.keep(number, made())
+
     for index in bars.over(range(len(blocks)), len(blocks), f"{run.label}: blocks"):
         sites = selected[index]
 
         def statistics(index: int = index, sites: list[Site] = sites) -> dict[str, Statistics]:
-            modules = {s.name: graph.model.get_submodule(s.name) for s in sites}
-            needs = {s.name: run.need(s) for s in sites}
+            ranged = {s.name for s in sites if run.ranged(s)}
+            needs = {s.name: need for s in sites if (need := run.need(s)) != "none" or s.name in ranged}
+            if not needs:
+                return {}
+            modules = {name: graph.model.get_submodule(name) for name in needs}
             whole = (partial(forward, graph, batch) for batch in batches)
             forwards = chain.forwards(blocks[index]) if chain else whole
             with products(context.products), _present(context, index) if chain else streamed(context):
-                return collect.statistics(modules, needs, bars.over(forwards, len(batches), "collect: batches"))
+                forwards = bars.over(forwards, len(batches), "collect: batches")
+                return collect.statistics(modules, needs, forwards, ranged)
 
-        run.unit(f"b{index:04d}", sites, statistics)
+        view = None
+        if chain and original:
+            outputs = original.copy()
+            read = context.artifact.original
+            values = {s.parameter: s.value(read(s)).to(context.dtype) for s in graph.in_block(index)}
+            step(outputs, index, _inside(context, index, values), "original: batches")
+            view = _View(context, index, chain, original, outputs)
+            original = outputs
+        run.unit(f"b{index:04d}", sites, statistics, view)
         if chain and index + 1 < len(blocks):
-            with products(context.products), _present(context, index):
-                forwards = chain.forwards(blocks[index])
-                for number, step in enumerate(bars.over(forwards, len(batches), "propagate: batches")):
-                    chain.keep(number, step())
+            step(chain, index, None, "propagate: batches")
+
+
+def _chain(context: Context, blocks: list[nn.Module], batches: Sequence[Tensor]) -> Activations | None:
+    """What arrives at the first block, if the blocks may be run one after the other without the model around them."""
+    graph = context.graph
+    if graph.blocks == ("",) and isinstance(graph.model, PreTrainedModel):  # puts out more than a tensor
+        return None
+    with streamed(context):
+        if graph.blocks != ("",) and not collect.is_chain(lambda: forward(graph, batches[0][:1]), blocks):
+            return None
+        arrivals = (collect.arrival(partial(forward, graph, batch), blocks[0]) for batch in batches)
+        return Activations(context.bars.over(arrivals, len(batches), "embed: batches"), trim=not context.resident)
+
+
+def _inside(context: Context, index: int, values: Weights) -> dict[str, Tensor]:
+    """Parameter names as the block itself knows them."""
+    prefix = f"{context.graph.blocks[index]}."
+    return {name.removeprefix(prefix): value for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class _View:
+    """A block as a BlockPass may run it."""
+
+    context: Context
+    index: int
+    chain: Activations
+    original: Activations
+    outputs: Activations
+
+    def data(self, fixed: Weights) -> BlockData:
+        """`fixed`: (out, in) weights of sites that other passes of the stage have changed already."""
+        context = self.context
+        block = context.graph.model.get_submodule(context.graph.blocks[self.index])
+
+        def call(weights: Weights, hidden: Tensor, numbers: Tensor) -> Tensor:
+            sites = context.artifact.sites
+            now = {**fixed, **weights}
+            values = {sites[n].parameter: sites[n].value(w).to(context.dtype) for n, w in now.items()}
+            return self.chain.call_for(len(numbers)).run(block, hidden, _inside(context, self.index, values))
+
+        return BlockData(call, self.chain.samples(), self.original.samples(), self.outputs.samples())
 
 
 @contextmanager
-def _present(context: Context, index: int) -> Iterator[None]:
-    """While open, a block's parameters are in memory. They are not while its matrices are being solved."""
+def _present(context: Context, index: int, grids: Mapping[str, Inputs] | None = None) -> Iterator[None]:
+    """While open, a block's parameters are in memory. They are not while its matrices are being solved.
+
+    Inputs are rounded to `grids`, by default to those that are committed.
+    """
     name = context.graph.blocks[index]
     block = context.graph.model.get_submodule(name)
     if not context.resident:
         bring_in(context, name, block)
-    yield
+    with _rounded(context, _grids(context, context.graph.in_block(index)) if grids is None else grids):
+        yield
     if not context.resident:
         evict(context, name, block)
-
-
-class _Activations:
-    """The hidden states every calibration batch arrives with at the block that comes next."""
-
-    def __init__(self, context: Context, batches: Sequence[Tensor], first: nn.Module):
-        self.resident = context.resident
-        self.calls: list[collect.Call] = []
-        self.hidden: list[Tensor] = []
-        self.buffers: dict[int, Tensor] = {}
-        size = 0
-        with streamed(context):
-            for batch in context.bars.over(batches, len(batches), "embed: batches"):
-                hidden, call = collect.arrival(partial(forward, context.graph, batch), first)
-                size += hidden.nbytes
-                self.calls.append(call)
-                if size > LARGEST_BUFFER:
-                    hidden = self.buffers[len(self.hidden)] = _mapped(hidden)
-                self.hidden.append(hidden)
-
-    def forwards(self, block: nn.Module) -> Iterator[Callable[[], Tensor]]:
-        for number, call in enumerate(self.calls):
-            yield partial(call.run, block, self.hidden[number])
-            if not self.resident:
-                _give_back()
-
-    def keep(self, number: int, output: Tensor) -> None:
-        # Only memory of our own is written to: what arrived may be the caller's tensor, or another block's argument.
-        buffer = self.buffers.get(number)
-        if buffer is not None and buffer.shape == output.shape and buffer.dtype == output.dtype:
-            buffer.copy_(output)
-        else:
-            self.hidden[number] = output
-
-
-def _mapped(hidden: Tensor) -> Tensor:
-    """The same values in an unnamed temporary file that the system may page out."""
-    with tempfile.NamedTemporaryFile() as file:
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a fault later
-            os.posix_fallocate(file.fileno(), 0, hidden.nbytes)
-        mapped = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
-    return mapped.view(hidden.shape).copy_(hidden)
 
 
 class _Stage:
     """Runs the passes of a stage on the sites of one unit after the other, committing each unit."""
 
-    def __init__(self, context: Context, number: int, passes: Sequence[LinearPass], key: str):
+    def __init__(self, context: Context, number: int, passes: Sequence[LinearPass | BlockPass], key: str):
         self.context, self.number, self.passes = context, number, passes
         self.key = key
         self.records: list[Record] = []
@@ -235,7 +287,14 @@ class _Stage:
         needs = {p.needs for p in self.passes if p.selects(site.name, site.block is not None)}
         return "gram" if "gram" in needs else "norm" if "norm" in needs else "none"
 
-    def unit(self, name: str, sites: list[Site], statistics: Callable[[], dict[str, Statistics]]) -> None:
+    def ranged(self, site: Site) -> bool:
+        """Whether a pass of the stage fixes the grid of a site's inputs."""
+        chosen = (p.at(site.name).input_form() for p in self.passes if p.selects(site.name, site.block is not None))
+        return any(form is not None and form.static for form in chosen)
+
+    def unit(
+        self, name: str, sites: list[Site], statistics: Callable[[], dict[str, Statistics]], view: _View | None = None
+    ) -> None:
         """Do, or find done, one unit of work."""
         context = self.context
         options = [(p.key, p.options()) for p in self.passes]
@@ -248,7 +307,11 @@ class _Stage:
             notes: dict[str, dict[str, Any]] = {s.name: {} for s in sites}
             for position, pass_ in enumerate(self.passes):
                 chosen = [s for s in sites if pass_.selects(s.name, s.block is not None)]
-                for group in _stacks(pass_, chosen, found, self._is_masked(weights)):
+                if isinstance(pass_, BlockPass):
+                    if chosen and view:
+                        self._learn(pass_, position, name, chosen, view, found, weights, notes)
+                    continue
+                for group in stacks(pass_, chosen, found, self._is_masked(weights)):
                     self._apply(pass_, position, group, found, weights, notes)
                     if pass_ is self.passes[-1]:
                         for site in group:  # the last to use them
@@ -281,28 +344,78 @@ class _Stage:
         notes: dict[str, dict[str, Any]],
     ) -> None:
         if found:  # a data-free pass never holds enough for it to pay
-            _give_back()
+            give_back()
         started = time.perf_counter()
         for site in group:  # read no earlier than needed: one stack in memory, not the whole block
             weights.setdefault(site.name, self.context.artifact.weight(site))
         before = [weights[s.name] for s in group]
-        stacked = _stack([finite(s, w) for s, w in zip(group, before, strict=True)])
+        stacked = stack([finite(s, w) for s, w in zip(group, before, strict=True)])
         dense = torch.split(stacked, [s.shape[0] for s in group])
         masks = [w.mask for w in before if w.mask is not None]
         target = Target(
             stacked,
-            _stack(masks) if masks else None,
+            stack(masks) if masks else None,
             found.get(group[0].name),
             _generator(self.context.seed, self.number, position, group[0].name),
+            group[0].kernel,
         )
         edit, fallback = solved(pass_.at(group[0].name), target)
         seconds = time.perf_counter() - started
-        for site, was, old, part in zip(group, before, dense, _split_rows(edit, group), strict=True):
+        for site, was, old, part in zip(group, before, dense, split_rows(edit, group), strict=True):
             weights[site.name], error = observed(site, pass_, was, old, part, self.context.artifact.store_dtype(site))
             note: dict[str, Any] = {"error": error, "seconds": round(seconds / len(group), 4), **part.notes}
-            if fallback:
-                note["fallback"] = fallback
-            notes[site.name][pass_.key] = note
+            weights[site.name], rounding = attached(pass_.at(site.name), weights[site.name], target.statistics)
+            notes[site.name][pass_.key] = _joined(note, fallback, rounding)
+
+    def _learn(
+        self,
+        pass_: BlockPass,
+        position: int,
+        unit: str,
+        chosen: list[Site],
+        view: _View,
+        found: dict[str, Statistics],
+        weights: dict[str, Weight],
+        notes: dict[str, dict[str, Any]],
+    ) -> None:
+        context = self.context
+        started = time.perf_counter()
+        learned = {s.name for s in chosen}
+        fixed = {n: w.dequantize() for n, w in weights.items() if n not in learned}
+        # A weight is learned on inputs that are not rounded for it, and on those rounded for the layers before it.
+        grids = _grids(context, (s for s in context.graph.in_block(view.index) if s.name not in learned), weights)
+        before = {s.name: weights.get(s.name) or context.artifact.weight(s) for s in chosen}
+        dense = {s.name: finite(s, before[s.name]) for s in chosen}
+
+        def target(name: str) -> Target:
+            generator = _generator(context.seed, self.number, position, name)
+            kernel = context.artifact.sites[name].kernel
+            return Target(dense[name], before[name].mask, found.get(name), generator, kernel)
+
+        targets = {name: target(name) for name in before}
+        generator = _generator(context.seed, self.number, position, unit)
+        fallback = None
+        try:
+            with products(context.products), _present(context, view.index, grids):
+                edits = dict(pass_.run(Block(targets, view.data(fixed), generator, context.bars.over)))
+        except SolveError as error:
+            other = pass_.fallback()
+            edits = {name: other.at(name).run(target) for name, target in targets.items()}
+            fallback = f"{other.key} instead of {pass_.key}: {error}"
+        seconds = time.perf_counter() - started
+        for site in chosen:
+            name, edit = site.name, edits[site.name]
+            store = context.artifact.store_dtype(site)
+            weights[name], lost = observed(site, pass_, before[name], dense[name], edit, store)
+            note: dict[str, Any] = {"error": lost, "seconds": round(seconds / len(chosen), 4), **edit.notes}
+            weights[name], rounding = attached(pass_.at(name), weights[name], found.get(name))
+            notes[name][pass_.key] = _joined(note, fallback, rounding)
+
+
+def _joined(note: dict[str, Any], fallback: str | None, rounding: dict[str, str]) -> dict[str, Any]:
+    """What a pass did, what was done instead of it, and how inputs are rounded."""
+    reasons = [reason for reason in (fallback, rounding.get("fallback")) if reason]
+    return {**note, **rounding, **({"fallback": "; ".join(reasons)} if reasons else {})}
 
 
 def solved(pass_: LinearPass, target: Target) -> tuple[Edit, str | None]:
@@ -318,53 +431,6 @@ def solved(pass_: LinearPass, target: Target) -> tuple[Edit, str | None]:
             reason = str(error)
     other = pass_.fallback()
     return other.run(target), f"{other.key} instead of {pass_.key}: {reason}"
-
-
-# --- stacking: rows are independent, so matrices fed by the same input are solved as one ------------------------------
-
-
-def _stacks(
-    pass_: LinearPass, sites: list[Site], found: dict[str, Statistics], masked: Callable[[Site], bool]
-) -> list[list[Site]]:
-    def fits(a: Site, b: Site) -> bool:
-        fed_alike = found.get(a.name) is not None and found.get(a.name) is found.get(b.name)
-        return (
-            fed_alike and masked(a) == masked(b) and pass_.at(a.name).rowwise and pass_.at(a.name) == pass_.at(b.name)
-        )
-
-    stacks: list[list[Site]] = []
-    for site in sites:
-        for stack in stacks:
-            if fits(stack[0], site):
-                stack.append(site)
-                break
-        else:
-            stacks.append([site])
-    return stacks
-
-
-def _stack(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _split_rows(edit: Edit, group: list[Site]) -> list[Edit]:
-    if len(group) == 1:
-        return [edit]
-    parts, start = [], 0
-    for site in group:
-        rows = slice(start, start + site.shape[0])
-        start = rows.stop
-        e = None if edit.encoding is None else edit.encoding.rows(rows)
-        weight = None if edit.weight is None else edit.weight[rows]
-        parts.append(replace(edit, weight=weight, mask=None if edit.mask is None else edit.mask[rows], encoding=e))
-    return parts
-
-
-def _give_back() -> None:
-    """Freed memory goes back to the system: glibc keeps pieces of up to 32 MB, which add up to more than a block."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
 
 
 def _generator(seed: int, stage: int, position: int, name: str) -> torch.Generator:

@@ -1,13 +1,14 @@
 """The published algorithms written the slow and plain way, in float64 with an explicit inverse; and inputs for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from compress.calibration.reconstruct import BlockData, Samples, Weights
 from compress.calibration.statistics import Statistics
 from compress.encodings import Uniform, fit
-from compress.passes.base import Target
+from compress.passes.base import Block, Target
 
 
 def inputs(width: int, tokens: int = 256, seed: int = 0, dead: tuple[int, ...] = ()) -> Tensor:
@@ -38,6 +39,19 @@ def statistics(x: Tensor, need: str = "gram") -> Statistics:
 def target(w: Tensor, x: Tensor | None = None, kept: Tensor | None = None) -> Target:
     w = w if kept is None else w * kept
     return Target(w, kept, None if x is None else statistics(x), torch.Generator().manual_seed(0))
+
+
+def block(targets: Mapping[str, Target], samples: int = 6, seed: int = 0) -> Block:
+    """A block whose matrices all read (the first columns of) one input; each sample is ten tokens."""
+    width = max(t.weight.shape[1] for t in targets.values())
+    x = inputs(width, tokens=10 * samples, seed=seed).view(samples, 10, width)
+
+    def call(weights: Weights, hidden: Tensor, _: Tensor) -> Tensor:
+        return torch.cat([hidden[..., : w.shape[1]] @ w.T for w in weights.values()], dim=-1)
+
+    outputs = call({name: t.weight for name, t in targets.items()}, x, torch.arange(samples))
+    data = BlockData(call, *(Samples(torch.split(v, 4)) for v in (x, x + 0.01, outputs)))
+    return Block(targets, data, torch.Generator().manual_seed(seed), lambda items, _, __: iter(items))
 
 
 def output_error(before: Tensor, after: Tensor, x: Tensor) -> float:

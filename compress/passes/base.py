@@ -4,7 +4,7 @@ A pass is given a site's weight as (out, in) float32, its mask and its statistic
 device, no file, no other site, and keeps nothing between calls.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Self
@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from compress.calibration.reconstruct import BlockData
 from compress.calibration.statistics import Need, Statistics
-from compress.encodings import Encoding, Form
+from compress.encodings import Encoding, Form, InputForm
 
 
 class OptionError(ValueError):
@@ -33,12 +34,31 @@ class Target:
         mask: (out, in) bool, True = kept; None when dense.
         statistics: of the inputs; None when the pass needs none, or nothing ever reached the site.
         generator: seeded from (seed, pass, site name).
+        kernel: neighbouring columns that belong to one input channel; more than 1 for a convolution.
     """
 
     weight: Tensor
     mask: Tensor | None = None
     statistics: Statistics | None = None
     generator: torch.Generator | None = None
+    kernel: int = 1
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a BlockPass works on.
+
+    Attributes:
+        targets: site name -> its weight, mask and statistics, for the sites of this pass.
+        data: how to run the block, on what, and what should come out.
+        generator: seeded from (seed, pass, block).
+        over: iterates with a progress bar: (items, number of them, label).
+    """
+
+    targets: Mapping[str, Target]
+    data: BlockData
+    generator: torch.Generator
+    over: Callable[[Iterable[int], int, str], Iterator[int]]
 
 
 @dataclass(frozen=True)
@@ -83,7 +103,16 @@ class Pass:
 
     key: ClassVar[str]
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
-    needs: ClassVar[Need] = "none"
+
+    @property
+    def needs(self) -> Need:
+        """What it must know about the inputs of a site."""
+        return "none"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it learns from data."""
+        return self.needs != "none"
 
     def check(self) -> Iterator[OptionError]:
         """Every impossible option."""
@@ -107,6 +136,10 @@ class Pass:
 
     def form(self, shape: tuple[int, int]) -> Form | None:
         """What its codes for an (out, in) matrix will be like; None when it makes none."""
+        return None
+
+    def input_form(self) -> InputForm | None:
+        """The grid that the inputs of a layer are rounded to from then on; None leaves them as they are."""
         return None
 
     def produces(self, kind: str) -> str:
@@ -150,6 +183,27 @@ class LinearPass(Pass):
         raise NotImplementedError
 
     def fallback(self) -> "LinearPass":
+        """A pass that cannot fail and makes the same kind of weight."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPass(Pass):
+    """A pass that learns the matrices of a block together, from the block's outputs."""
+
+    @property
+    def calibrated(self) -> bool:
+        return True
+
+    def run(self, block: Block) -> Iterator[tuple[str, Edit]]:
+        """The edits of a block's sites, in the order of `block.targets`.
+
+        Raises:
+            SolveError: nothing could be learned; the caller then runs `fallback` on each site.
+        """
+        raise NotImplementedError
+
+    def fallback(self) -> LinearPass:
         """A pass that cannot fail and makes the same kind of weight."""
         raise NotImplementedError
 

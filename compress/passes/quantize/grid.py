@@ -1,4 +1,4 @@
-"""Options that every pass onto a uniform grid shares."""
+"""Options that every pass onto a grid shares."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,29 +9,29 @@ from torch import Tensor
 from compress.encodings import Uniform, UniformForm, fit, quantize
 from compress.encodings.uniform import Search
 from compress.passes.base import LinearPass, OptionError
+from compress.passes.quantize.activations import ActivationOptions
 
 Granularity = Literal["tensor", "channel", "group"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniformPass(LinearPass):
-    """Rounds onto the uniform grid.
+class GridOptions(ActivationOptions):
+    """Rounds onto a grid with scales.
 
     Args:
         bits: 2 to 8.
         group_size: neighbouring columns that share a scale; None is one scale a row (`granularity: channel`).
         granularity: `tensor` is one scale for the whole matrix. By default `group` or `channel`, as group_size says.
-        symmetric: fixed middle zero point, not stored; otherwise affine.
         scale_search: `minmax` covers the range; `mse` searches the range with the least error**2.4.
     """
 
     bits: int = 4
     group_size: int | None = None
     granularity: Granularity | None = None
-    symmetric: bool = False
     scale_search: Search = "minmax"
 
     def check(self) -> Iterator[OptionError]:
+        yield from super().check()
         if not 2 <= self.bits <= 8:
             yield OptionError("bits", f"{self.bits} is not between 2 and 8")
         if self.group_size is not None and self.group_size < 1:
@@ -51,22 +51,32 @@ class UniformPass(LinearPass):
     def produces(self, kind: str) -> str:
         return "quantized" if kind == "dense" else "sparse-quantized"
 
-    def form(self, shape: tuple[int, int]) -> UniformForm:
-        groups = shape[1] // self.group_size if self.group_size and shape[1] % self.group_size == 0 else 1
-        per_tensor = self.granularity == "tensor"
-        return UniformForm(bits=self.bits, groups=groups, per_tensor=per_tensor, symmetric=self.symmetric)
+    def groups(self, columns: int) -> int:
+        """Groups of columns in a matrix this wide."""
+        return columns // self.group_size if self.group_size and columns % self.group_size == 0 else 1
 
-    @property
-    def rowwise(self) -> bool:
-        return self.granularity != "tensor"
+
+@dataclass(frozen=True, kw_only=True)
+class UniformOptions(GridOptions):
+    """Rounds onto the uniform grid.
+
+    Args:
+        symmetric: fixed middle zero point, not stored; otherwise affine.
+    """
+
+    symmetric: bool = False
+
+    def form(self, shape: tuple[int, int]) -> UniformForm:
+        per_tensor = self.granularity == "tensor"
+        groups = self.groups(shape[1])
+        return UniformForm(bits=self.bits, groups=groups, per_tensor=per_tensor, symmetric=self.symmetric)
 
     def grid(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point of a whole matrix."""
-        groups = 1 if self.group_size is None else weight.shape[1] // self.group_size
         return fit(
             weight,
             self.bits,
-            groups=groups,
+            groups=self.groups(weight.shape[1]),
             per_tensor=self.granularity == "tensor",
             symmetric=self.symmetric,
             search=self.scale_search,
@@ -76,3 +86,12 @@ class UniformPass(LinearPass):
         """The whole matrix rounded to nearest on its own grid."""
         scale, zero = self.grid(weight)
         return Uniform(quantize(weight, scale, zero, self.bits), scale, zero, self.bits, self.symmetric)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformPass(UniformOptions, LinearPass):
+    """Rounds one matrix at a time onto the uniform grid."""
+
+    @property
+    def rowwise(self) -> bool:
+        return self.granularity != "tensor"

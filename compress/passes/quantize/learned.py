@@ -1,0 +1,144 @@
+"""What every quantizer that learns from the outputs of a block shares."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from compress.calibration.reconstruct import Inputs, Recipe, by_block, by_layer
+from compress.calibration.statistics import Need
+from compress.encodings import Encoding
+from compress.errors import SolveError
+from compress.passes.base import Block, BlockPass, Edit, OptionError, Target
+
+
+class Rounding(ABC):
+    """One matrix being learned: numbers, the weights they stand for, and the codes they would be stored as."""
+
+    @abstractmethod
+    def groups(self) -> list[tuple[list[Tensor], float]]:
+        """Learned tensors, each list with its learning rate."""
+
+    @abstractmethod
+    def soft(self, progress: float) -> Tensor:
+        """(out, in), differentiable; `progress` goes from 0 to 1 over the steps."""
+
+    @abstractmethod
+    def encoding(self) -> Encoding:
+        """What would be stored now."""
+
+    def penalty(self, progress: float) -> Tensor | None:
+        """Something to add to the loss."""
+        return None
+
+    def state(self) -> list[Tensor]:
+        """What else belongs to an iterate and is changed in place, such as codes."""
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedPass(BlockPass):
+    """Learns how to round a block's matrices from the block's outputs.
+
+    Args:
+        steps: of learning, a block.
+        batch_size: calibration samples a step.
+        learning_rate: of Adam at the start; it falls to zero along a cosine.
+        inputs: what the block is fed while learning: its inputs in the `compressed` model, in the `original`, or an
+            element-wise random `mix` of both.
+        objective: `block` compares the block's outputs; `layer` each matrix's own, through the Gram matrix of its
+            inputs, which is quicker and learns less.
+    """
+
+    steps: int = 200
+    batch_size: int = 8
+    learning_rate: float = 0.005
+    inputs: Inputs = "compressed"
+    objective: Literal["block", "layer"] = "block"
+
+    @property
+    def needs(self) -> Need:
+        return "gram" if self.objective == "layer" else "none"
+
+    def check(self) -> Iterator[OptionError]:
+        yield from super().check()
+        for option in ("steps", "batch_size"):
+            if getattr(self, option) < 1:
+                yield OptionError(option, f"{getattr(self, option)} is not a positive number")
+        if not 0 < self.learning_rate < 1:
+            yield OptionError("learning_rate", f"{self.learning_rate} is not between 0 and 1")
+
+    def start(self, target: Target) -> Rounding:
+        """One matrix as it is before anything is learned."""
+        raise NotImplementedError
+
+    def run(self, block: Block) -> Iterator[tuple[str, Edit]]:
+        learned = _Block({name: self.at(name).start(t) for name, t in block.targets.items()}, block.targets)
+        recipe = Recipe(self.steps, self.batch_size, self.inputs)
+        if self.objective == "layer":
+            grams = {name: _gram(t) for name, t in block.targets.items()}
+            original = {name: t.weight for name, t in block.targets.items()}
+            outcome = by_layer(learned, original, grams, recipe, block.over)
+        else:
+            outcome = by_block(learned, block.data, recipe, block.generator, block.over)
+        for name, target in block.targets.items():
+            yield name, Edit(encoding=learned.parts[name].encoding(), mask=target.mask, notes=outcome.notes())
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The matrices of a block as one thing to learn."""
+
+    parts: Mapping[str, Rounding]
+    targets: Mapping[str, Target]
+
+    def groups(self) -> list[tuple[list[Tensor], float]]:
+        return [group for part in self.parts.values() for group in part.groups()]
+
+    def soft(self, progress: float) -> dict[str, Tensor]:
+        return {name: self._masked(name, part.soft(progress)) for name, part in self.parts.items()}
+
+    def hard(self) -> dict[str, Tensor]:
+        return {name: self._masked(name, part.encoding().dequantize()) for name, part in self.parts.items()}
+
+    def penalty(self, progress: float) -> Tensor | None:
+        found = [p for part in self.parts.values() if (p := part.penalty(progress)) is not None]
+        return sum(found[1:], found[0]) if found else None
+
+    def state(self) -> list[Tensor]:
+        return [tensor for part in self.parts.values() for tensor in part.state()]
+
+    def _masked(self, name: str, weight: Tensor) -> Tensor:
+        mask = self.targets[name].mask
+        return weight if mask is None else weight * mask
+
+
+def _gram(target: Target) -> Tensor:
+    if target.statistics is None or target.statistics.gram is None:
+        raise SolveError("no input ever reached this layer")
+    return target.statistics.gram
+
+
+def look_up(values: Tensor, index: Tensor) -> Tensor:
+    """values[index] for a small table (L,) and many int64 indices of any shape; differentiable in the table."""
+    found: Tensor = _LookUp.apply(values, index)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _LookUp(torch.autograd.Function):
+    # Indexing's own backward adds up one weight after the other in no fixed order of rounding; this one is quick, and
+    # the same every time.
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.size = len(values)
+        return values.index_select(0, index.flatten()).view(index.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
+        (index,) = ctx.saved_tensors
+        total = torch.bincount(index.flatten(), gradients[0].flatten().double(), minlength=ctx.size)
+        return total.to(gradients[0].dtype), None
