@@ -1,0 +1,86 @@
+"""Which rows share a table: at first those whose weights are distributed alike, then those that a table serves best.
+
+Shapes: O rows, I columns, M quantiles, G groups and tables, K entries of a table.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+QUANTILES = 16
+CHUNK = 1 << 20  # weights sorted at once
+
+
+def quantiles(weight: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Where the weights of each row lie: (O, I) -> (O, M).
+
+    Quantiles at (m + 1/2) / M of the kept weights. The Euclidean distance of two rows of them is, as far as M quantiles
+    tell, the Wasserstein distance of the distributions. A row without kept weights is all zeros.
+    """
+    rows = max(1, CHUNK // weight.shape[1])
+    masks = torch.split(torch.ones(1, 1, dtype=torch.bool).expand(weight.shape) if mask is None else mask, rows)
+    return torch.cat([_quantiles(some, kept) for some, kept in zip(torch.split(weight, rows), masks, strict=True)])
+
+
+def _quantiles(weight: Tensor, mask: Tensor) -> Tensor:
+    kept = mask.sum(1, keepdim=True)
+    ascending = weight.masked_fill(~mask, torch.inf).sort(1).values
+    at = (torch.arange(QUANTILES) + 0.5) / QUANTILES * kept
+    return torch.where(kept > 0, ascending.gather(1, at.long()), 0.0)
+
+
+def group(features: Tensor, count: int) -> Tensor:
+    """Cluster rows by k-means.
+
+    Args:
+        features: (O, M).
+        count: at most this many groups, up to 256; there are fewer where fewer rows differ.
+
+    Returns:
+        (O,) uint8, the group of each row; every number below the largest is used.
+    """
+    count = min(count, len(torch.unique(features, dim=0)))
+    if count == 1:
+        return torch.zeros(len(features), dtype=torch.uint8)
+    from sklearn.cluster import KMeans  # takes a second to import
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # scikit-learn's
+
+    points = (features / features.abs().max()).double().numpy()
+    with threadpool_limits(1), warnings.catch_warnings():  # several threads add up in the order they happen to finish
+        warnings.simplefilter("ignore", ConvergenceWarning)  # rows all but equal: fewer groups, taken care of below
+        labels = KMeans(count, n_init=1, random_state=0).fit(points).labels_
+    _, found = torch.unique(torch.from_numpy(labels), return_inverse=True)
+    return torch.as_tensor(found, dtype=torch.uint8)
+
+
+def best_tables(values: Tensor, importance: Tensor, table: Tensor) -> Tensor:
+    """The table with which each row loses least.
+
+    Sorted, a row needs K look-ups in its running sums for a table, not a look at every weight.
+
+    Args:
+        values: (O, I) float32.
+        importance: expands to (O, I), not negative.
+        table: (G, K) float32, ascending.
+
+    Returns:
+        (O,) int64, below G.
+    """
+    tables, entries = table.shape
+    borders = ((table[:, 1:] + table[:, :-1]) / 2).flatten()
+    rows = max(1, CHUNK // max(values.shape[1], tables * (entries + 1)))
+    best = []
+    for some, weights in zip(
+        torch.split(values, rows), torch.split(importance.expand(values.shape), rows), strict=True
+    ):
+        ascending, order = some.sort(1)
+        each = weights.gather(1, order).double()
+        cuts = torch.searchsorted(ascending, borders.expand(len(some), -1).contiguous(), right=True)
+        cuts = pad(pad(cuts.view(-1, tables, entries - 1), (1, 0)), (0, 1), value=values.shape[1]).flatten(1)
+        mass, moment = pad(each.cumsum(1), (1, 0)), pad((each * ascending).cumsum(1), (1, 0))
+        inside, sums = (t.gather(1, cuts).view(-1, tables, entries + 1).diff() for t in (mass, moment))
+        best.append((table * (table * inside - 2 * sums)).sum(2).argmin(1))
+    return torch.cat(best)

@@ -1,0 +1,120 @@
+"""JLCM: tables and choices learned together, with the proximal mapping gradient."""
+
+import pytest
+import textbook
+import torch
+from torch import Tensor
+
+from compress.encodings import Codebooks
+from compress.passes import Codebook, Jlcm
+from compress.passes.base import Target
+from compress.passes.quantize.jlcm import Choice, candidates, pulls
+
+TABLE = torch.tensor([[-1.0, -0.3, -0.1, 0.2, 0.4, 1.1]])
+
+
+def target(rows: int = 16, columns: int = 48, mask: Tensor | None = None) -> Target:
+    w = textbook.weight(rows, columns) * torch.logspace(-1, 0.3, rows)[:, None]
+    return Target(w if mask is None else w * mask, mask, None, torch.Generator().manual_seed(0))
+
+
+def jlcm(**options: object) -> Jlcm:
+    return Jlcm(**{"weighting": "none", **options})  # type: ignore[arg-type]
+
+
+def learn(pass_: Jlcm, given: Target) -> tuple[Codebooks, dict[str, float]]:
+    ((_, edit),) = pass_.run(textbook.block({"a": given}, samples=64))
+    assert isinstance(edit.encoding, Codebooks)
+    return edit.encoding, dict(edit.notes)
+
+
+@pytest.mark.parametrize(
+    "options", [{"bits": 3}, {"entries": 5, "tables": 3}, {"bits": 2, "scale": "row", "tables": 1}]
+)
+def test_learning_starts_exactly_at_k_means(options: dict[str, object]) -> None:
+    given = target()
+    start = jlcm(**options).start(given).encoding()
+    expected = Codebook(weighting="none", **options).run(given).encoding  # type: ignore[arg-type]
+    assert isinstance(expected, Codebooks)
+    assert isinstance(start, Codebooks)
+    assert torch.equal(start.table, expected.table)
+    assert torch.equal(start.codes, expected.codes)
+
+
+@pytest.mark.parametrize(("gradient", "sign"), [("proximal", -1), ("distance", 1)])
+def test_the_pull_of_a_candidate_falls_with_its_distance_only_if_proximal(gradient: str, sign: int) -> None:
+    pull = candidates(TABLE, gradient)[0]
+    for i in range(TABLE.shape[1]):
+        for side in (range(i + 1, TABLE.shape[1]), range(i - 1, -1, -1)):
+            along = [float(pull[i, k]) for k in side]  # from the nearest to the furthest
+            assert along == sorted(along, reverse=sign < 0)
+            assert len(along) < 3 or along[0] != along[-1]
+
+
+def test_a_candidate_one_mean_gap_away_pulls_alike_in_both_gradients() -> None:
+    even = torch.linspace(-1, 1, 5)[None]
+    for gradient in ("proximal", "distance"):
+        assert torch.allclose(candidates(even, gradient)[0].diagonal(1), torch.ones(4))
+        assert bool((candidates(even, gradient)[0].diagonal() == 0).all())
+
+
+def test_a_weight_beyond_the_last_entry_still_has_a_candidate() -> None:
+    up, down = pulls(TABLE, "proximal")
+    assert bool((up > 0).all())
+    assert bool((down > 0).all())
+
+
+def test_the_gradient_of_an_entry_is_the_sum_over_the_weights_that_chose_it() -> None:
+    state = jlcm(bits=2, tables=1).start(target())
+    assert isinstance(state, Choice)
+    towards = torch.randn(16, 48)
+    (state.soft(0.0) * towards).sum().backward()
+    codes = state.encoding().codes
+    expected = torch.stack([towards[codes == k].sum() for k in range(4)]) * state.largest[0]
+    assert state.moved.grad is not None
+    assert torch.allclose(state.moved.grad[0], expected, rtol=1e-4)
+
+
+def test_the_gradient_at_a_weight_points_the_way_its_choice_moves() -> None:
+    state = jlcm(bits=3, tables=1).start(target())
+    assert isinstance(state, Choice)
+    towards = torch.randn(16, 48)
+    (state.soft(0.0) * towards).sum().backward()
+    assert state.log_factor.grad is not None
+    # The factor moves a weight away from zero: its gradient has the sign of the weight times that of what is wanted.
+    assert bool((state.log_factor.grad * towards * state.weight >= 0).all())
+
+
+@pytest.mark.parametrize(("bits", "rate"), [(2, 0.01), (3, 0.004)])
+def test_learning_both_beats_learning_tables_which_beats_k_means(bits: int, rate: float) -> None:
+    given = target(48, 48)
+    _, both = learn(jlcm(bits=bits, steps=100, mapping_rate=rate, learning_rate=0.004), given)
+    _, tables = learn(jlcm(bits=bits, steps=100, learning_rate=0.004, learn_mapping=False), given)
+    assert both["block_error"] < tables["block_error"] < tables["block_error_start"]
+
+
+def test_tables_alone_leave_the_choices_nearest_to_the_weights() -> None:
+    given = target()
+    made, _ = learn(jlcm(bits=2, tables=1, steps=20, learn_mapping=False), given)
+    distance = (given.weight[..., None] - made.table[0].float()).abs()
+    chosen = distance.gather(2, made.codes.long()[..., None])[..., 0]
+    assert torch.allclose(chosen, distance.min(-1).values)
+
+
+@pytest.mark.parametrize("options", [{"bits": 2}, {"entries": 3, "tables": 2}, {"bits": 3, "scale": "row"}])
+def test_the_result_is_a_sound_encoding_that_says_what_was_trained(options: dict[str, object]) -> None:
+    made, notes = learn(jlcm(steps=30, learning_rate=0.05, **options), target())
+    assert made.defect() is None
+    assert notes["block_error"] <= notes["block_error_start"]
+
+
+def test_masked_weights_stay_zero() -> None:
+    mask = textbook.mask(16, 48, share=0.5)
+    ((_, edit),) = jlcm(bits=2, steps=20).run(textbook.block({"a": target(mask=mask)}, samples=64))
+    assert edit.mask is mask
+
+
+def test_the_gram_matrix_is_asked_for_only_where_the_objective_needs_it() -> None:
+    assert Jlcm(objective="layer").needs == "gram"
+    assert jlcm().needs == "none"
+    assert Jlcm().needs == "norm"
