@@ -23,7 +23,8 @@ ORDERS = {"act_order": True, "in_order": False}
 
 @dataclass(frozen=True)
 class What:
-    """One experiment, from its short form: `base`, `rtn:4:64`, `gptq:3:64`, `wanda:0.5`, `sparsegpt:2:4`.
+    """One experiment, from its short form: `base`, `rtn:4:64`, `gptq:3:64`, `wanda:0.5`, `sparsegpt:2:4`,
+    `flexround:2:64` (in the peer: its own learned rounding).
 
     The tools differ in the order in which gptq takes the columns unless told; `gptq:3:64:act_order` (largest inputs
     first) and `gptq:3:64:in_order` tell both.
@@ -40,7 +41,7 @@ class What:
         method, _, rest = text.partition(":")
         if method == "base" and not rest:
             return cls(method)
-        if method in ("rtn", "gptq"):
+        if method in ("rtn", "gptq", "flexround"):
             bits, group_size, *order = rest.split(":")
             act_order = ORDERS[order[0]] if order else None
             return cls(method, bits=int(bits), group_size=int(group_size), act_order=act_order)
@@ -55,7 +56,9 @@ def arguments(description: str | None) -> Namespace:
     parser.add_argument("model", type=Path, help="a Hugging Face folder, read as float32")
     parser.add_argument("tokens", type=Path, help="an .npz with `calib` and `eval`, integers of (windows, length)")
     parser.add_argument(
-        "what", help="base | rtn:BITS:GROUP | gptq:BITS:GROUP[:act_order|in_order] | wanda:0.5|2:4 | sparsegpt:0.5|2:4"
+        "what",
+        help="base | rtn:BITS:GROUP | gptq:BITS:GROUP[:act_order|in_order] | flexround:BITS:GROUP | wanda:0.5|2:4 | "
+        "sparsegpt:0.5|2:4",
     )
     use_all_cores()
     return parser.parse_args()

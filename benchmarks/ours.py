@@ -20,6 +20,8 @@ def the_pass(what: common.What) -> object:
         case "gptq":
             order = {} if what.act_order is None else {"act_order": what.act_order}
             return compress.Gptq(bits=what.bits, group_size=what.group_size, **order)
+        case "flexround":
+            return compress.FlexRound(bits=what.bits, group_size=what.group_size)
         case "wanda":
             return compress.Wanda(sparsity=what.sparsity)
         case "sparsegpt":

@@ -51,12 +51,14 @@ def write_tokens(file: Path, model: Path) -> None:
     np.savez(file, calib=calibration.numpy(), eval=evaluation.numpy())
 
 
-def compare(what: str, model: Path, tokens: Path, peer_python: Path, repeats: int) -> dict[str, Any]:
+def compare(
+    what: str, model: Path, tokens: Path, peer_python: Path, repeats: int, script: str = "peer.py"
+) -> dict[str, Any]:
     """One row: `repeats` pairs of runs."""
     ours, theirs = [], []
     for _ in range(1 if what == "base" else repeats):
         ours.append(runner.run(sys.executable, "ours.py", model, tokens, what))
-        theirs.append(runner.run(peer_python, "peer.py", model, tokens, what))
+        theirs.append(runner.run(peer_python, script, model, tokens, what))
     row: dict[str, Any] = {"what": what}
     for side, runs in (("ours", ours), ("theirs", theirs)):
         row[side] = {

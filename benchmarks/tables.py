@@ -25,6 +25,7 @@ def main() -> None:
     for name, show in (
         ("quality", quality.show),
         ("quality-batch-8", quality.show),
+        ("learned", quality.show),
         ("memory", memory.show),
         ("load", loaded),
     ):
