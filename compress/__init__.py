@@ -22,7 +22,23 @@ from compress.errors import (
     UsageError,
 )
 from compress.evaluate import Quality, evaluate
-from compress.passes import GlobalMagnitude, Gptq, Magnitude, Override, Rtn, SparseGpt, Wanda
+from compress.passes import (
+    AdaRound,
+    Codebook,
+    FlexRound,
+    GlobalMagnitude,
+    Gptq,
+    Jlcm,
+    Magnitude,
+    Nupes,
+    Olive,
+    Override,
+    PowerQuant,
+    PowerQuantShared,
+    Rtn,
+    SparseGpt,
+    Wanda,
+)
 from compress.pipeline import Pipeline
 from compress.report import Report, Row
 from compress.runtime.register import register
@@ -31,7 +47,39 @@ __version__ = version()
 register()
 
 __all__ = [
-    "CheckpointError", "CompressError", "ConfigError", "DataError", "GateError", "GlobalMagnitude", "Gptq", "Magnitude",
-    "NonFiniteError", "Override", "Pipeline", "Quality", "Report", "ResourceError", "Result", "Row", "Rtn", "SparseGpt",
-    "UnsupportedModelError", "UsageError", "Wanda", "apply", "demo", "evaluate", "load_tokens", "register", "run",
-]  # fmt: skip
+    "AdaRound",
+    "CheckpointError",
+    "Codebook",
+    "CompressError",
+    "ConfigError",
+    "DataError",
+    "FlexRound",
+    "GateError",
+    "GlobalMagnitude",
+    "Gptq",
+    "Jlcm",
+    "Magnitude",
+    "NonFiniteError",
+    "Nupes",
+    "Olive",
+    "Override",
+    "Pipeline",
+    "PowerQuant",
+    "PowerQuantShared",
+    "Quality",
+    "Report",
+    "ResourceError",
+    "Result",
+    "Row",
+    "Rtn",
+    "SparseGpt",
+    "UnsupportedModelError",
+    "UsageError",
+    "Wanda",
+    "apply",
+    "demo",
+    "evaluate",
+    "load_tokens",
+    "register",
+    "run",
+]

@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress import given, hub, manager, plan, progress, report
 from compress import graph as graphs
-from compress import hub, manager, plan, progress, report
 from compress.artifact import Artifact, ModuleSource, open_folder
-from compress.calibration.data import load_tokens
+from compress.calibration import collect
 from compress.calibration.precision import Products
 from compress.encodings import Weight
-from compress.errors import CompressError, ConfigError, DataError, NonFiniteError, Problem, UsageError
+from compress.errors import CompressError, ConfigError, NonFiniteError, Problem, UsageError
+from compress.evaluate import logits_in
 from compress.export import safetensors
 from compress.ledger import FolderLedger, MemoryLedger, key_of, publish, write_text
 from compress.passes import Pass
-from compress.pipeline import Calibration, Evaluation, Pipeline, dump, load, walk
+from compress.pipeline import GATES, Calibration, Evaluation, Pipeline, dump, load, walk
 from compress.report import Report
 from compress.runtime.register import WEIGHTS
 from compress.sweep import Context, forward, streamed
@@ -44,9 +45,9 @@ class Result:
     """What `apply` made.
 
     Attributes:
-        model: the compressed module; its weights are the dequantized ones.
+        model: the compressed module; its weights are the dequantized ones, and it rounds inputs that are quantized.
         weights: site name -> what is stored: codes, mask, values.
-        report: sizes, errors and, with evaluation tokens, perplexity after every pass.
+        report: sizes, errors and, with evaluation data, perplexity or accuracy after every pass.
     """
 
     model: nn.Module
@@ -59,8 +60,9 @@ def apply(
     passes: Sequence[Pass | Sequence[Pass]],
     calibration: Tensor | None = None,
     *,
-    evaluation: Tensor | None = None,
+    evaluation: Tensor | given.Labelled | None = None,
     max_increase: float | None = None,
+    max_drop: float | None = None,
     seed: int = 0,
     inplace: bool = False,
     store_dtype: torch.dtype | None = None,
@@ -69,11 +71,13 @@ def apply(
     """Run passes over a module in memory.
 
     Args:
-        model: a transformers causal language model, or any module with Linear layers.
+        model: a transformers causal language model or image classifier, or any module with Linear or Conv2d layers.
         passes: in order; a nested list is fused block by block, as `blockwise:` in a pipeline file.
         calibration: (samples, length) int64 token ids for a language model, else inputs (samples, ...).
-        evaluation: (windows, length) token ids; measures perplexity and KL after every pass (language models only).
+        evaluation: (windows, length) token ids of a language model, to measure perplexity and KL after every pass; of
+            a classifier, its inputs and (samples,) integer labels, to measure accuracy and KL.
         max_increase: the gate: largest relative increase of perplexity.
+        max_drop: the gate of a classifier: largest fall of accuracy, 0.01 for one point.
         seed: of every random choice.
         inplace: change `model` itself instead of a copy.
         store_dtype: the type that changed dense weights are kept in; None keeps each parameter's own. A model loaded in
@@ -100,11 +104,15 @@ def apply(
     stages = tuple(tuple(p) if isinstance(p, Sequence) else (p,) for p in passes)
     model = (model if inplace else copy.deepcopy(model)).eval()
     graph = graphs.find(model)
-    calibration, evaluation = _checked(graph, "calibration", calibration), _checked(graph, "evaluation", evaluation)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    inputs, labels = given.labelled(graph, evaluation) if evaluation is not None else (None, None)
+    calibration = given.checked(graph, "calibration", calibration, dtype)
+    inputs = given.checked(graph, "evaluation", inputs, dtype)
+    gates = {"max_increase": max_increase, "max_drop": max_drop}
     pipeline = Pipeline(
         passes=stages,
-        calibration=_described(Calibration, calibration, {}),
-        evaluate=_described(Evaluation, evaluation, {"max_increase": max_increase}),
+        calibration=given.described(Calibration, calibration, {}),
+        evaluate=given.described(Evaluation, inputs, gates),
         seed=seed,
         products=products,
     )
@@ -113,13 +121,15 @@ def apply(
         raise ConfigError(problems, "apply")
     source = _Stored(model, store_dtype)
     artifact = Artifact(graph, source, dict(graph.tied))
-    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    dtypes = {name: tensor.dtype for name, tensor in graph.tensors()}
     made = plan.make(pipeline, graph, dtypes)
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     context = Context(artifact, MemoryLedger(), seed, dtype, products, resident=True, bars=progress.Bars())
-    data = manager.Data(calibration, evaluation)
+    data = manager.Data(calibration, inputs, labels)
     measured = manager.execute(pipeline, made, context, data, type(model).__name__)
     weights = {name: w for name, w in artifact.committed.items() if isinstance(w, Weight)}
+    for name, weight in weights.items():
+        if weight.inputs is not None:
+            collect.quantize_inputs(model.get_submodule(name), weight.inputs.apply)
     return Result(model, weights, measured)
 
 
@@ -134,46 +144,13 @@ class _Stored(ModuleSource):
         return self._dtype or super().dtype(name)
 
 
-def _checked(graph: graphs.Graph, name: str, tokens: Tensor | None) -> Tensor | None:
-    """Calibration or evaluation data given to a model, token ids as int64.
-
-    Raises:
-        DataError: the model cannot take it.
-    """
-    if tokens is None:
-        return None
-    if tokens.numel() == 0:
-        raise DataError(f"{name} is empty: shape {tuple(tokens.shape)}")
-    if not graph.is_language_model:
-        if name == "evaluation":
-            raise DataError("evaluation measures perplexity, which only causal language models have")
-        if tokens.is_floating_point() and not torch.isfinite(tokens).all():
-            raise DataError(f"{name} holds NaN or infinity")
-        return tokens
-    if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise DataError(f"{name} must be (samples, length) integer token ids; got {tokens.dtype} {tuple(tokens.shape)}")
-    vocabulary = graph.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    if int(tokens.max()) >= vocabulary or int(tokens.min()) < 0:
-        raise DataError(f"{name} has token ids outside 0..{vocabulary - 1}: they belong to another tokenizer")
-    return tokens.long()
-
-
-def _described(cls: type[Calibration], tokens: Tensor | None, options: Mapping[str, Any]) -> Any:
-    """Tokens given from Python, as a pipeline section."""
-    if tokens is None:
-        return None
-    return cls(
-        source="given from Python", samples=len(tokens), length=tokens.shape[1] if tokens.dim() > 1 else 1, **options
-    )
-
-
 def run(
     pipeline: "str | Path | Mapping[str, Any] | Pipeline",
     model: "str | Path",
     out: "str | Path",
     *,
     calibration: Tensor | None = None,
-    evaluation: Tensor | None = None,
+    evaluation: Tensor | given.Labelled | None = None,
     overwrite: bool = False,
     fresh: bool = False,
     bars: progress.Bars | None = None,
@@ -186,8 +163,8 @@ def run(
         pipeline: a YAML file, or a mapping of the same shape.
         model: `demo`, a local folder or a hub id.
         out: the folder to write; must not exist unless it is this very run's result.
-        calibration: (samples, length) token ids instead of the pipeline's source.
-        evaluation: the same, for measuring.
+        calibration: (samples, length) token ids, or images, instead of the pipeline's source.
+        evaluation: the same, for measuring; of an image model, (images, labels).
         overwrite: replace an existing `out`.
         fresh: forget what an interrupted run had finished.
         bars: progress; silent by default.
@@ -211,12 +188,14 @@ def run(
     work = destination.parent / f"{destination.name}.work"
     opened = open_model(model)
     _check_destination(destination, opened.folder, overwrite)
-    steps = _with_given(steps, calibration, evaluation)
+    graph = opened.artifact.graph
+    inputs, labels = given.labelled(graph, evaluation) if evaluation is not None else (None, None)
+    steps = _with_given(steps, calibration, inputs)
     file = str(pipeline) if isinstance(pipeline, str | Path) else "pipeline"
-    made = plan.make(steps, opened.artifact.graph, opened.dtypes, file)
+    made = plan.make(steps, graph, opened.dtypes, file)
     resolved = dump(steps)
-    data = _tokens(steps, opened, calibration, evaluation)
-    hashes = [manager.hash_of(data.calibration), manager.hash_of(data.evaluation)]
+    data = _data(steps, opened, manager.Data(calibration, inputs, labels))
+    hashes = [manager.hash_of(each) for each in (data.calibration, data.evaluation, data.labels)]
     identity = key_of(opened.artifact.source.fingerprint(), resolved, hashes)
     finished = _finished(destination, identity)
     if finished and not (overwrite or fresh):
@@ -259,7 +238,7 @@ def _check_destination(destination: Path, source: Path, overwrite: bool) -> None
 def _refuse_non_finite(artifact: Artifact) -> None:
     """NaN or infinity in a tensor that no pass looks at: embeddings, norms, biases."""
     sites = {s.parameter for s in artifact.graph.sites if s.block is not None}
-    for name, _ in artifact.graph.model.named_parameters():
+    for name, _ in artifact.graph.tensors():
         if name not in sites:
             value = artifact.source.read(artifact.name_in_source(name))
             if value.is_floating_point() and not torch.isfinite(value).all():
@@ -276,9 +255,9 @@ class Opened:
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Parameter name -> stored type."""
+        """Parameter or buffer name -> stored type."""
         a = self.artifact
-        return {n: a.source.dtype(a.name_in_source(n)) for n, _ in a.graph.model.named_parameters()}
+        return {n: a.source.dtype(a.name_in_source(n)) for n, _ in a.graph.tensors()}
 
 
 def open_model(model: "str | Path") -> Opened:
@@ -299,45 +278,26 @@ def _dtype(steps: Pipeline, opened: Opened) -> torch.dtype:
 
 
 def _with_given(steps: Pipeline, calibration: Tensor | None, evaluation: Tensor | None) -> Pipeline:
-    given_calibration = _described(Calibration, calibration, {})
-    gate = {"max_increase": steps.evaluate.max_increase, "after": steps.evaluate.after} if steps.evaluate else {}
-    given_evaluation = _described(Evaluation, evaluation, gate)
+    given_calibration = given.described(Calibration, calibration, {})
+    kept = {name: getattr(steps.evaluate, name) for name in (*GATES, "after")} if steps.evaluate else {}
+    given_evaluation = given.described(Evaluation, evaluation, kept)
     return replace(
         steps, calibration=given_calibration or steps.calibration, evaluate=given_evaluation or steps.evaluate
     )
 
 
-def _tokens(steps: Pipeline, opened: Opened, calibration: Tensor | None, evaluation: Tensor | None) -> manager.Data:
-    """Read what the pipeline names; given tokens win."""
-    needed = any(p.needs != "none" for stage in steps.passes for p in stage)
+def _data(steps: Pipeline, opened: Opened, data: manager.Data) -> manager.Data:
+    """Read what the pipeline names; given data win."""
+    calibration, evaluation, labels = data.calibration, data.evaluation, data.labels
+    needed = any(p.calibrated for stage in steps.passes for p in stage)
     if calibration is None and needed and steps.calibration:
-        calibration = read_tokens(steps.calibration, opened.folder, "calibration")
+        calibration, _ = given.read(steps.calibration, opened.folder, "calibration")
     if evaluation is None and steps.evaluate:
-        evaluation = read_tokens(steps.evaluate, opened.folder, "evaluation")
-    graph = opened.artifact.graph
-    calibration, evaluation = _checked(graph, "calibration", calibration), _checked(graph, "evaluation", evaluation)
-    return manager.Data(calibration if needed else None, evaluation)
-
-
-def read_tokens(section: Calibration, folder: Path, split: Any) -> Tensor:
-    """The tokens a `calibration:` or `evaluate:` section describes, by the tokenizer of a model folder."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{folder} has no tokenizer that transformers can read, and {split} text needs one: {error}"
-        ) from error
-    return load_tokens(
-        section.source,
-        tokenizer,
-        samples=section.samples,
-        length=section.length,
-        split=split,
-        field=section.field,
-        subset=section.subset,
-    )
+        evaluation, labels = given.read(steps.evaluate, opened.folder, "evaluation")
+    graph, dtype = opened.artifact.graph, _dtype(steps, opened)
+    calibration = given.checked(graph, "calibration", calibration, dtype)
+    evaluation = given.checked(graph, "evaluation", evaluation, dtype)
+    return manager.Data(calibration if needed else None, evaluation, labels)
 
 
 def _finished(destination: Path, identity: str) -> Report | None:
@@ -373,20 +333,20 @@ def _export(
         measured.verified["max_logit_difference"] = _logit_difference(context, partial, data.evaluation[:2])
     write_text(partial / "pipeline.yaml", resolved)
     write_text(partial / "report.json", measured.to_json())
-    write_text(partial / "README.md", report.card(measured, resolved))
+    write_text(partial / "README.md", report.card(measured, resolved, graphs.loader(opened.config).__name__))
     publish(partial / WEIGHTS, partial / WEIGHTS)
     if destination.exists():
         shutil.rmtree(destination)
     partial.rename(destination)
 
 
-def _logit_difference(context: Context, folder: Path, tokens: Tensor) -> float:
+def _logit_difference(context: Context, folder: Path, inputs: Tensor) -> float:
     """Largest difference of the written model's logits from the in-memory result's; more than none is an error."""
     loaded = hub.load(folder, context.dtype)
     with torch.no_grad():
-        there = loaded(input_ids=tokens, use_cache=False).logits
+        there = logits_in(forward(replace(context.graph, model=loaded), inputs))
         with streamed(context):
-            here = forward(context.graph, tokens).logits
+            here = logits_in(forward(context.graph, inputs))
     difference = float((there - here).abs().max())
     if not difference <= LOGITS_TOLERANCE:
         raise CompressError(f"the written model's logits differ by {difference:.3g} from the in-memory result's")

@@ -7,7 +7,7 @@ Passes read through the artifact; only the manager writes to it.
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, apply_renamings
 
-from compress.encodings import Spec, Weight, unpack
+from compress.encodings import Inputs, Spec, Weight, unpack
 from compress.errors import CheckpointError
 from compress.graph import Graph, Site
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+RUNNING = ("running_mean", "running_var")  # without them a batch normalisation is another one
 
 
 class Source(Protocol):
@@ -188,6 +189,15 @@ class Packed:
         """The weight."""
         return unpack(self.spec, self.tensors())
 
+    @property
+    def inputs(self) -> Inputs | None:
+        """The grid of its inputs; the weight is not read for it."""
+        if self.spec.inputs is None:
+            return None
+        wanted = self.spec.inputs.tensors()
+        with safe_open(self.file, "pt") as opened:
+            return self.spec.inputs.inputs({leaf: opened.get_tensor(f"{self.site}.{leaf}").clone() for leaf in wanted})
+
 
 @dataclass
 class Artifact:
@@ -228,8 +238,13 @@ class Artifact:
             return done.load() if isinstance(done, Packed) else done
         return Weight(self.original(site))
 
-    def parameter(self, name: str) -> Tensor:
-        """A parameter as the model takes it, compressed or not; float32 for compressed ones."""
+    def inputs(self, site: str) -> Inputs | None:
+        """The grid that a site's inputs are rounded to, as it stands now; its weight is not read."""
+        done = self.committed.get(site)
+        return None if done is None else done.inputs
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter or buffer as the model takes it, compressed or not; float32 for compressed ones."""
         site = self._by_parameter.get(name)
         if site is None or site.name not in self.committed:
             return self.source.read(self.name_in_source(name))
@@ -253,16 +268,21 @@ def open_folder(folder: Path, graph: Graph) -> Artifact:
     tied: dict[str, list[str]] = {}
     for name, _ in model.named_parameters(remove_duplicate=False):
         tied.setdefault(graph.tied.get(name, name), []).append(name)
-    renamed, missing = {}, []
+    tied.update((name, [name]) for name in graph.buffers)
+    shapes = {name: tuple(tensor.shape) for name, tensor in graph.tensors()}
+    renamed, missing, absent = {}, [], []
     for names in tied.values():
         spellings = [s for n in names for s in (n, n.removeprefix(prefix), prefix + n)]
         stored = next((s for s in spellings if s in there), None) or next(
             (spelled[s] for s in spellings if s in spelled), None
         )
         if stored is None:
-            missing.append(names[0])
+            if names[0] in graph.buffers and not names[0].endswith(RUNNING):
+                absent.append(names[0])  # as the model computes it; batch counts are read by nothing but training
+            else:
+                missing.append(names[0])
             continue
-        shape = tuple(model.get_parameter(names[0]).shape)
+        shape = shapes[names[0]]
         if source.shape(stored) != shape:
             raise CheckpointError(
                 f"{folder}: {stored} has shape {source.shape(stored)}, but config.json says {shape}; "
@@ -271,24 +291,27 @@ def open_folder(folder: Path, graph: Graph) -> Artifact:
         renamed.update({n: stored for n in names if n != stored})
     if missing:
         raise CheckpointError(
-            f"{folder}: {len(missing)} parameters of {type(model).__name__} are not in the files, such as {missing[0]} "
+            f"{folder}: {len(missing)} tensors of {type(model).__name__} are not in the files, such as {missing[0]} "
             f"(the files have, for example, {min(there)}); "
             "load it with transformers and save it again with save_pretrained"
         )
     _refuse_more_blocks(folder, graph, there)
+    graph = replace(graph, buffers=tuple(name for name in graph.buffers if name not in absent))
     return Artifact(graph, source, renamed)
 
 
 def _refuse_more_blocks(folder: Path, graph: Graph, stored: set[str]) -> None:
     """A configuration with fewer blocks than the files would silently drop the rest."""
-    lists = {name.rpartition(".")[0] for name in graph.blocks}
-    known = set(graph.blocks)
+    # A block may lie in a list that lies in a list: stages.0.layers.1.
+    parts = [name.split(".") for name in graph.blocks]
+    known = {".".join(p[: i + 1]) for p in parts for i, part in enumerate(p) if part.isdigit()}
+    lists = {name.rpartition(".")[0] for name in known}
     for name in sorted(stored):
         for prefix in lists:
             tail = name.removeprefix(f"{prefix}.")
             block = f"{prefix}.{tail.split('.')[0]}"
             if prefix and tail != name and tail.split(".")[0].isdigit() and block not in known:
                 raise CheckpointError(
-                    f"{folder}: {name} belongs to block {block}, but config.json describes only {len(known)} blocks; "
-                    "the rest would be dropped. Correct the number of layers in config.json"
+                    f"{folder}: {name} belongs to block {block}, but config.json describes only {len(graph.blocks)} "
+                    "blocks; the rest would be dropped. Correct the number of layers in config.json"
                 )

@@ -19,7 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Compress language models after training: one pipeline file, measured after every pass.",
+    help="Compress language and image models after training: one pipeline file, measured after every pass.",
 )
 
 PipelineArg = Annotated[Path, typer.Argument(help="a pipeline file; `compress init` writes one")]
@@ -91,7 +91,8 @@ def show_plan(pipeline: PipelineArg, model: ModelArg, as_json: JsonOption = Fals
         for part in stage:
             weights = sum(s.shape[0] * s.shape[1] for s in part.sites)
             bits = sum(spec.num_bytes for spec in part.specs.values()) * 8 / weights
-            kind = ", ".join(sorted({spec.kind for spec in part.specs.values()}))
+            kinds = {spec.kind + (f", inputs {spec.inputs}" if spec.inputs else "") for spec in part.specs.values()}
+            kind = ", ".join(sorted(kinds))
             rows.append({"pass": part.path, "layers": len(part.sites), "weights": weights, "becomes": kind,
                          "bits_per_weight": round(bits, 3)})  # fmt: skip
     totals = {"original_bytes": made.original_bytes, "final_bytes": made.final_bytes, "peak_memory": made.peak_memory,
@@ -123,13 +124,15 @@ def show_plan(pipeline: PipelineArg, model: ModelArg, as_json: JsonOption = Fals
 def evaluate(
     model: Annotated[str, typer.Argument(help="a compressed folder, or any model")],
     against: Annotated[str | None, typer.Option(help="the original, for the divergence")] = None,
-    source: Annotated[str, typer.Option(help="demo, a .txt / .jsonl / .parquet file, or a data set id")] = "demo",
-    samples: Annotated[int, typer.Option(help="windows")] = 64,
+    source: Annotated[
+        str, typer.Option(help="demo, a .txt / .jsonl / .parquet file, a data set id; images: a .safetensors file")
+    ] = "demo",
+    samples: Annotated[int, typer.Option(help="windows, or images")] = 64,
     length: Annotated[int, typer.Option(help="tokens a window")] = 512,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure perplexity, divergence from the original, size and bits per weight."""
-    from compress import api, hub, report
+    """Measure perplexity (of an image model accuracy), divergence from the original, and size."""
+    from compress import given, hub, report
     from compress.evaluate import evaluate as measure
     from compress.pipeline import Evaluation
 
@@ -137,24 +140,30 @@ def evaluate(
         raise UsageError(f"--samples {samples} --length {length}: at least one window of two tokens is needed")
     folder = hub.resolve(model)
     section = Evaluation(source=source, samples=samples, length=length)
-    tokens = api.read_tokens(section, folder, "evaluation")
+    inputs, labels = given.read(section, folder, "evaluation")
     loaded = hub.load(folder)
     original = hub.load(hub.resolve(against)) if against else None
-    quality = measure(loaded, tokens, against=original)
+    quality = measure(loaded, given.matched(loaded, inputs, labels), against=original)
     weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    found = {"model": model, "perplexity": quality.perplexity, "kl": quality.kl, "tokens": quality.tokens,
-             "source": source, "windows": samples, "length": length, "bytes": weights}  # fmt: skip
+    found: dict[str, Any] = {"model": model, "perplexity": quality.perplexity, "kl": quality.kl,
+                             "tokens": quality.tokens, "source": source, "windows": samples, "length": length,
+                             "bytes": weights}  # fmt: skip
+    said, unit = f"perplexity {quality.perplexity:.3f}" if quality.perplexity else "", "tokens"
+    data = f"{samples} windows of {length}, {quality.tokens} tokens"
+    if quality.accuracy is not None:
+        found = {"model": model, "accuracy": quality.accuracy, "kl": quality.kl, "samples": quality.tokens,
+                 "source": source, "bytes": weights}  # fmt: skip
+        said, unit, data = f"accuracy {quality.accuracy:.2%}", "images", f"{quality.tokens} images"
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    kl = "" if quality.kl is None else f", KL to {against} {quality.kl:.4f} on {quality.kl_tokens} tokens"
-    print(f"{model}: perplexity {quality.perplexity:.3f}{kl}, weights {report.size(weights)}")
-    print(f"({source}, {samples} windows of {length}, {quality.tokens} tokens)")
+    kl = "" if quality.kl is None else f", KL to {against} {quality.kl:.4f} on {quality.kl_tokens} {unit}"
+    print(f"{model}: {said}{kl}, weights {report.size(weights)}\n({source}, {data})")
 
 
 @app.command()
 def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as_json: JsonOption = False) -> None:
-    """List every stored weight: kind, bits, sparsity, error, bytes."""
+    """List every stored weight: kind, bits, sparsity, error, bytes, and how its layer rounds its inputs."""
     from compress.encodings import Spec
     from compress.report import size
     from compress.runtime.register import METHOD
@@ -176,6 +185,7 @@ def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as
             "encoding": form.family if form else None, "bits": form.bits if form else None,
             "group_size": spec.shape[1] // getattr(form, "groups", 1) if form else None,
             "sparsity": 1 - spec.kept / weights if spec.kept is not None else 0.0, "bytes": spec.num_bytes,
+            "inputs": str(spec.inputs) if spec.inputs else None,
             "bits_per_weight": 8 * spec.num_bytes / weights, "passes": list(notes),
             "error": {p: n["error"] for p, n in notes.items()},
             "fallback": [n["fallback"] for n in notes.values() if "fallback" in n],
@@ -184,9 +194,12 @@ def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as
         print(json.dumps(rows, indent=1))
         return
     table = Table()
+    rounded = any(row["inputs"] for row in rows)
     headings = ("layer", "shape", "encoding", "bits", "group", "sparsity", "bits/weight", "size", "error")
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="left" if i == 0 else "right", overflow="fold")
+    if rounded:
+        table.add_column("inputs", overflow="fold")
     for row in rows:
         errors = " ".join(f"{p} {e:.4f}" for p, e in row["error"].items())
         table.add_row(
@@ -197,6 +210,7 @@ def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as
             f"{row['bits_per_weight']:.3f}",
             size(row["bytes"]),
             errors,
+            *([row["inputs"] or ""] if rounded else []),
         )
     _console().print(table)
 
@@ -206,18 +220,21 @@ def list_methods() -> None:
     """List methods with their options, formats and ready-made pipelines."""
     from dataclasses import MISSING, fields
 
-    from compress.passes import PASSES
+    from compress.passes import PASSES, Pass
+    from compress.passes.quantize.activations import ActivationOptions
     from compress.pipeline import FORMATS
 
+    every = [f.name for f in fields(Pass)]
+    quantizers = [f.name for f in fields(ActivationOptions) if f.name not in every]
     for pass_ in PASSES:
         first = (pass_.__doc__ or "").strip().splitlines()[0]
-        shared = ("include", "exclude", "overrides")
-        options = [f"{f.name}={f.default}" for f in fields(pass_) if f.name not in shared and f.default is not MISSING]
-        print(f"{pass_.key:18}{first}\n{'':18}{', '.join(options)}")
+        own = [f for f in fields(pass_) if f.name not in (*every, *quantizers) and f.default is not MISSING]
+        print(f"{pass_.key:18}{first}\n{'':18}{', '.join(f'{f.name}={f.default}' for f in own)}")
     ready = sorted(p.stem for p in (Path(__file__).parent.parent / "pipelines").glob("*.yaml"))
     if ready:  # beside the package in a checkout
         print(f"\npipelines/:       {', '.join(ready)}", end="")
-    print(f"\nevery method:     include, exclude, overrides\nexport:           {', '.join(FORMATS)}")
+    print(f"\nevery method:     {', '.join(every)}\nevery quantizer:  {', '.join(quantizers)}")
+    print(f"export:           {', '.join(FORMATS)}")
 
 
 TEMPLATE = """\

@@ -1,4 +1,4 @@
-"""Perplexity, divergence from the original, and size: what every pass is judged by."""
+"""Perplexity or accuracy, and divergence from the original: what every pass is judged by."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -23,15 +23,19 @@ class Quality:
     """What was measured.
 
     Attributes:
-        perplexity: exp of the mean negative log-likelihood of every token but the first of each window.
-        tokens: how many tokens that is.
-        kl: mean over tokens of KL(original || this) in nats, on `kl_tokens` tokens; None without an original.
+        perplexity: exp of the mean negative log-likelihood of every token but the first of each window; None of a
+            classifier.
+        tokens: how many tokens that is; of a classifier, how many samples.
+        kl: mean over tokens (samples) of KL(original || this) in nats, on `kl_tokens` of them; None without an
+            original.
+        accuracy: of a classifier: the share of samples whose largest logit is the label's.
     """
 
-    perplexity: float
+    perplexity: float | None
     tokens: int
     kl: float | None = None
     kl_tokens: int = 0
+    accuracy: float | None = None
 
 
 class Reference:
@@ -52,54 +56,73 @@ def measure(
     logits: Callable[[Tensor], Tensor],
     tokens: Tensor,
     *,
+    labels: Tensor | None = None,
     reference: Reference | None = None,
     keep: bool = False,
     progress: Callable[[Iterable[Tensor], int], Iterator[Tensor]] | None = None,
 ) -> Quality:
-    """Evaluate a causal language model.
+    """Evaluate a causal language model or, with labels, a classifier.
 
     Args:
-        logits: (rows, length) token ids -> (rows, length, vocabulary).
-        tokens: (windows, length) int64.
+        logits: (rows, length) token ids -> (rows, length, vocabulary); of a classifier, inputs -> (rows, classes).
+        tokens: (windows, length) int64; of a classifier, inputs (samples, ...).
+        labels: (samples,) int64.
         reference: of the original; compared with, or filled when `keep`.
         keep: fill `reference` instead of comparing with it.
         progress: wraps the batches.
 
     Raises:
         NonFiniteError: the model's logits are not finite.
+        DataError: labels that the model has no logit for.
     """
     loss = divergence = 0.0
-    count = compared = 0
+    count = compared = right = 0
     parts = batches(tokens, TOKENS_AT_ONCE)
     with torch.no_grad():
         for number, batch in enumerate(progress(parts, len(parts)) if progress else parts):
-            out = logits(batch)[:, :-1].float()
-            total = cross_entropy(out.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+            out = logits(batch)
+            if labels is None:
+                out, wanted = out[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten()
+            else:
+                out, wanted = out.float(), labels[count : count + len(batch)]
+                _check_labels(out, wanted)
+                right += int((out.argmax(1) == wanted).sum())
+            total = cross_entropy(out, wanted, reduction="sum").item()
             if not math.isfinite(total):
                 raise NonFiniteError("the model's logits on the evaluation data are NaN or infinite")
             loss += total
-            count += batch[:, 1:].numel()
+            count += len(wanted)
             if reference is not None and keep:
                 reference.keep(out)
             elif reference is not None and number < len(reference.parts):
                 original = reference.parts[number]
                 own = log_softmax(out, dim=-1)
                 divergence += kl_div(own, original, reduction="sum", log_target=True).item()
-                compared += batch[:, 1:].numel()
+                compared += len(wanted)
     kl = max(0.0, divergence / compared) if compared else None
+    if labels is not None:
+        return Quality(None, count, kl, compared, right / count)
     return Quality(math.exp(min(loss / count, 700)), count, kl, compared)
 
 
-def evaluate(model: nn.Module, tokens: Tensor, *, against: nn.Module | None = None) -> Quality:
-    """Perplexity of a causal language model in memory and, given the original, the divergence from it.
+def _check_labels(logits: Tensor, labels: Tensor) -> None:
+    if logits.dim() != 2 or len(logits) != len(labels):
+        raise DataError(f"a classifier puts out (samples, classes) logits; this model puts out {tuple(logits.shape)}")
+    if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
+        raise DataError(f"labels outside 0..{logits.shape[1] - 1}: the model has no logit for them")
+
+
+def evaluate(model: nn.Module, data: Tensor | tuple[Tensor, Tensor], *, against: nn.Module | None = None) -> Quality:
+    """Perplexity of a causal language model in memory, or accuracy of a classifier, and divergence from the original.
 
     Args:
-        model: called with `input_ids`, returns an object with `logits`.
-        tokens: (windows, length) int64 token ids.
+        model: a language model, called with `input_ids`, that returns an object with `logits`; or a classifier, called
+            with inputs, that returns logits or an object with `logits`.
+        data: (windows, length) int64 token ids; for a classifier, its inputs (samples, ...) and labels (samples,).
         against: the original.
 
     Raises:
-        DataError: tokens that the model cannot take.
+        DataError: data that the model cannot take.
         NonFiniteError: logits that are NaN or infinite.
 
     Example:
@@ -109,14 +132,23 @@ def evaluate(model: nn.Module, tokens: Tensor, *, against: nn.Module | None = No
         >>> compress.evaluate(model, tokens, against=model).kl
         0.0
     """
+    tokens, labels = data if isinstance(data, tuple) else (data, None)
     for each in (model, against):
-        if each is not None:
+        if each is not None and labels is None:
             _check(each, tokens)
+        elif each is not None and each.training:
+            raise DataError("the classifier is in training mode, where measuring would change it: call eval() first")
     reference = None
     if against is not None:
         reference = Reference()
-        measure(_logits_of(against), tokens, reference=reference, keep=True)
-    return measure(_logits_of(model), tokens, reference=reference)
+        measure(_logits_of(against, labels), tokens, labels=labels, reference=reference, keep=True)
+    return measure(_logits_of(model, labels), tokens, labels=labels, reference=reference)
+
+
+def logits_in(output: Any) -> Tensor:
+    """The logits in what a model puts out: the output itself, or its `logits`."""
+    found: Tensor = getattr(output, "logits", output)
+    return found
 
 
 def _check(model: nn.Module, tokens: Tensor) -> None:
@@ -130,10 +162,7 @@ def _check(model: nn.Module, tokens: Tensor) -> None:
         raise DataError(f"windows of {tokens.shape[1]} tokens are longer than the model's {longest} positions")
 
 
-def _logits_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    def logits(batch: Tensor) -> Tensor:
-        out: Any = model(input_ids=batch, use_cache=False)
-        result: Tensor = out.logits
-        return result
-
-    return logits
+def _logits_of(model: nn.Module, labels: Tensor | None) -> Callable[[Tensor], Tensor]:
+    if labels is None:
+        return lambda batch: logits_in(model(input_ids=batch, use_cache=False))
+    return lambda batch: logits_in(model(batch.clone()))  # a first layer may work in place

@@ -1,17 +1,28 @@
 """A model as blocks and sites.
 
-A block is one of the model's repeated modules (decoder layers; the children of a plain `nn.Sequential`). A site is a
-matrix to compress: the weight of a `Linear` or a transformers `Conv1D` (stored transposed). Nothing is traced: which
-block feeds which is observed while running (`calibration/collect.py`).
+A block is one of the model's repeated modules (decoder layers, residual blocks; the children of a plain
+`nn.Sequential`). A site is a matrix to compress: the weight of a `Linear`, of a `Conv2d` (a row an output channel), or a
+transformers `Conv1D` (stored transposed). Nothing is traced: which block feeds which is observed while running
+(`calibration/collect.py`).
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
@@ -27,15 +38,24 @@ class Site:
 
     Attributes:
         name: the module's full name, as patterns match it.
-        shape: (out, in).
+        shape: (out, in); (out, in / groups * kernel height * kernel width) of a convolution.
         transposed: the module keeps it as (in, out).
         block: index into `Graph.blocks`, or None for a site outside every block, such as an output head.
+        stored: the parameter's own shape where it is a convolution's, (out, in / groups, kernel height, kernel width).
+        groups: of a convolution; with more than one, each row multiplies only its own group's inputs.
     """
 
     name: str
     shape: tuple[int, int]
     transposed: bool
     block: int | None
+    stored: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def kernel(self) -> int:
+        """Neighbouring columns that belong to one input channel."""
+        return math.prod(self.stored[2:])
 
     @property
     def parameter(self) -> str:
@@ -44,10 +64,14 @@ class Site:
 
     def matrix(self, value: Tensor) -> Tensor:
         """The parameter's value as (out, in)."""
+        if self.stored:
+            return value.reshape(self.shape)
         return value.T.contiguous() if self.transposed else value
 
     def value(self, matrix: Tensor) -> Tensor:
         """The inverse of `matrix`."""
+        if self.stored:
+            return matrix.reshape(self.stored)
         return matrix.T.contiguous() if self.transposed else matrix
 
 
@@ -56,6 +80,7 @@ class Graph:
     """A model (its parameters possibly on the meta device) with its blocks and sites found.
 
     Attributes:
+        buffers: names of the buffers that checkpoints hold, such as the running means of a batch normalisation.
         tied: parameter name -> the name its value is kept under, for parameters that share one tensor.
     """
 
@@ -63,6 +88,12 @@ class Graph:
     blocks: tuple[str, ...]
     sites: tuple[Site, ...]
     tied: dict[str, str] = field(default_factory=dict)
+    buffers: tuple[str, ...] = ()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Everything a checkpoint holds by name: parameters, tied ones once, then buffers."""
+        yield from self.model.named_parameters()
+        yield from ((name, self.model.get_buffer(name)) for name in self.buffers)
 
     def in_block(self, index: int) -> tuple[Site, ...]:
         """The sites of one block, in the model's order."""
@@ -76,34 +107,50 @@ class Graph:
     @property
     def is_language_model(self) -> bool:
         """Whether it is called with token ids."""
-        return isinstance(self.model, PreTrainedModel)
+        return isinstance(self.model, PreTrainedModel) and not self.is_image_model
+
+    @property
+    def is_image_model(self) -> bool:
+        """Whether it is a transformers model called with images."""
+        return isinstance(self.model, PreTrainedModel) and self.model.main_input_name == "pixel_values"
 
 
 def find(model: nn.Module) -> Graph:
     """Blocks and sites of a model.
 
     Raises:
-        UnsupportedModelError: there is nothing to compress, or a block keeps weights in fused tensors (experts
-            stored as one three-dimensional parameter) that no pass can reach.
+        UnsupportedModelError: there is nothing to compress, or a block keeps weights where no pass can reach them
+            (experts stored as one three-dimensional parameter, convolutions other than Conv2d).
     """
     blocks = _blocks(model)
     index = {name: i for i, name in enumerate(blocks)}
-    sites = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
-            out, width = module.weight.shape
-            transposed = isinstance(module, Conv1D)
-            shape = (width, out) if transposed else (out, width)
-            sites.append(Site(name, shape, transposed, _owner(name, index)))
+    found = (_site(name, module, _owner(name, index)) for name, module in model.named_modules())
+    sites = tuple(site for site in found if site)
     if not sites:
-        raise UnsupportedModelError(f"{type(model).__name__} has no Linear or Conv1D layer: nothing to compress")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no Linear, Conv2d or Conv1D layer: nothing to compress"
+        )
     _refuse_unreachable(model, blocks, {s.parameter for s in sites})
-    return Graph(model, blocks, tuple(sites), _tied(model))
+    kept = model.state_dict().keys()
+    buffers = tuple(name for name, _ in model.named_buffers() if name in kept)
+    return Graph(model, blocks, sites, _tied(model), buffers)
+
+
+def _site(name: str, module: nn.Module, block: int | None) -> Site | None:
+    if isinstance(module, nn.Linear | Conv1D):
+        rows, columns = module.weight.shape
+        transposed = isinstance(module, Conv1D)
+        return Site(name, (columns, rows) if transposed else (rows, columns), transposed, block)
+    # A subclass with a forward of its own does something else with its weight.
+    if isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward:
+        stored = tuple(module.weight.shape)
+        return Site(name, (stored[0], math.prod(stored[1:])), False, block, stored, module.groups)
+    return None
 
 
 def _blocks(model: nn.Module) -> tuple[str, ...]:
     if type(model) is nn.Sequential:
-        return tuple(name for name, child in model.named_children() if next(child.parameters(), None) is not None)
+        return tuple(name for name, _ in model.named_children())
     best: tuple[str, ...] = ()
     most = 0
     for name, module in model.named_modules():
@@ -112,7 +159,18 @@ def _blocks(model: nn.Module) -> tuple[str, ...]:
             size = sum(p.numel() for p in module.parameters())
             if size > most:
                 best, most = tuple(f"{name}.{child}" for child, _ in children), size
-    return best or ("",)  # no repeated modules: the whole model is the one block
+    return _opened(model, best) or ("",)  # no repeated modules: the whole model is the one block
+
+
+def _opened(model: nn.Module, blocks: tuple[str, ...]) -> tuple[str, ...]:
+    """Blocks that only hold a list of modules (the stages of a ResNet) give way to what is on the list."""
+    found: list[str] = []
+    for name in blocks:
+        children = list(model.get_submodule(name).named_children())
+        if len(children) != 1 or not isinstance(children[0][1], nn.Sequential | nn.ModuleList):
+            return blocks
+        found += [f"{name}.{children[0][0]}.{inner}" for inner, _ in children[0][1].named_children()]
+    return tuple(found)
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
@@ -143,9 +201,10 @@ def _refuse_unreachable(model: nn.Module, blocks: tuple[str, ...], reached: set[
                 examples.append(f"{name} {tuple(parameter.shape)}")
     if total and unreachable / total > MOST_UNREACHABLE:
         raise UnsupportedModelError(
-            f"{type(model).__name__} keeps {unreachable / total:.0%} of its block weights in fused tensors that no "
-            f"pass can reach, such as {examples[0]} ({len(examples)} in all). Mixtures of experts stored this way are "
-            "not supported; use a dense model, or one whose experts are separate Linear layers."
+            f"{type(model).__name__} keeps {unreachable / total:.0%} of its block weights in tensors that no pass can "
+            f"reach, such as {examples[0]} ({len(examples)} in all). Mixtures of experts fused into one tensor, and "
+            "convolutions other than a plain Conv2d, are not supported; use a dense model, or one whose experts are "
+            "separate Linear layers."
         )
 
 
@@ -160,18 +219,26 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise CheckpointError(f"{folder}/config.json cannot be used: {error}") from error
 
 
+def loader(config: PreTrainedConfig) -> Any:
+    """The class of transformers that loads a model of this configuration."""
+    known = type(config)
+    image = known in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and known not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageClassification if image else AutoModelForCausalLM
+
+
 def build(config: PreTrainedConfig) -> PreTrainedModel:
-    """The causal language model a configuration describes, parameters on the meta device, buffers real.
+    """The language model or image classifier a configuration describes, parameters on the meta device, buffers real.
 
     Raises:
-        CheckpointError: not a causal language model transformers knows.
+        CheckpointError: neither a causal language model nor an image classifier transformers knows.
     """
     try:
         with no_init_weights(), _parameters_on_meta():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: PreTrainedModel = loader(config).from_config(config, trust_remote_code=False)
     except Exception as error:  # as above: a wrong value surfaces wherever the model's code first uses it
         raise CheckpointError(
-            f"config.json describes no causal language model that transformers can build: {error}"
+            "config.json describes no causal language model and no image classifier that transformers can build: "
+            f"{error}"
         ) from error
     model.tie_weights()
     model.eval()

@@ -15,33 +15,37 @@ from compress.artifact import Artifact
 from compress.calibration.data import batches
 from compress.encodings import Spec
 from compress.errors import GateError
-from compress.evaluate import Quality, Reference, measure
+from compress.evaluate import Quality, Reference, logits_in, measure
 from compress.export.safetensors import spec_at, stored_bytes
 from compress.ledger import Record, code_fingerprint, key_of
 from compress.observe import finite, observed
-from compress.passes.base import LinearPass, ModelPass, Target
-from compress.pipeline import Pipeline
+from compress.passes.base import BlockPass, LinearPass, ModelPass, Target
+from compress.passes.quantize.activations import attached
+from compress.pipeline import Evaluation, Pipeline
 from compress.plan import PassPlan, Plan
 from compress.report import Report, Row
 from compress.sweep import TOKENS_AT_ONCE, Context, forward, run_stage, set_in_place, streamed
 
+ROUNDING = 1e-9  # a fall of exactly one point is within a gate of one point
+
 
 @dataclass(frozen=True)
 class Data:
-    """Tokens, or inputs of another module."""
+    """Tokens; or inputs of another module, and what it should say to those it is evaluated on."""
 
     calibration: Tensor | None = None
     evaluation: Tensor | None = None
+    labels: Tensor | None = None
 
 
 def execute(pipeline: Pipeline, plan: Plan, context: Context, data: Data, model_name: str) -> Report:
     """Run every stage; the artifact of `context` then holds the result.
 
     Raises:
-        GateError: perplexity rose above the gate; what is finished stays in the ledger.
+        GateError: perplexity rose above the gate, or accuracy fell below it; what is finished stays in the ledger.
     """
     report = Report(model_name)
-    meter = _Meter(context, data.evaluation)
+    meter = _Meter(context, data.evaluation, data.labels)
     key = key_of(
         context.artifact.source.fingerprint(),
         code_fingerprint(),
@@ -60,24 +64,33 @@ def execute(pipeline: Pipeline, plan: Plan, context: Context, data: Data, model_
         name = "+".join(p.pass_.key for p in stage)
         last = number + 1 == len(plan.stages)
         due = last or pipeline.evaluate is None or pipeline.evaluate.after == "each"
-        row = _row(context, meter if due else None, f"s{number:02d}", name, key, start.perplexity, seconds)
+        row = _row(context, meter if due else None, f"s{number:02d}", name, key, start, seconds)
         report.rows.append(row)
         _note(report, records)
-        limit = pipeline.evaluate.max_increase if pipeline.evaluate else None
-        if limit is not None and row.change is not None and row.change > limit:
-            raise GateError(
-                f"after {name} perplexity is {row.perplexity:.3f}, {row.change:+.1%} over the original "
-                f"{start.perplexity:.3f}; the gate evaluate.max_increase allows {limit:+.1%}. Nothing was exported"
-            )
+        if pipeline.evaluate:
+            _gate(pipeline.evaluate, start, row)
     if pipeline.evaluate and data.evaluation is not None:
-        report.data = {
-            "source": pipeline.evaluate.source,
-            "windows": len(data.evaluation),
-            "length": data.evaluation.shape[1],
-            "tokens": data.evaluation[:, 1:].numel(),
-            "kl_tokens": meter.kl_tokens,
-        }
+        report.data = {"source": pipeline.evaluate.source, **meter.described()}
     return report
+
+
+def _gate(section: Evaluation, start: Row, row: Row) -> None:
+    if row.change is None:
+        return
+    if row.accuracy is not None:
+        limit = section.max_drop
+        if limit is not None and -row.change > limit + ROUNDING:
+            raise GateError(
+                f"after {row.name} accuracy is {row.accuracy:.2%}, {-100 * row.change:.2f} points under the original "
+                f"{start.accuracy:.2%}; the gate evaluate.max_drop allows {100 * limit:.2f}. Nothing was exported"
+            )
+        return
+    limit = section.max_increase
+    if limit is not None and row.change > limit:
+        raise GateError(
+            f"after {row.name} perplexity is {row.perplexity:.3f}, {row.change:+.1%} over the original "
+            f"{start.perplexity:.3f}; the gate evaluate.max_increase allows {limit:+.1%}. Nothing was exported"
+        )
 
 
 def _stage(
@@ -86,7 +99,7 @@ def _stage(
     first = stage[0].pass_
     if isinstance(first, ModelPass):
         return _model_stage(context, number, stage[0], key)
-    passes = [p.pass_ for p in stage if isinstance(p.pass_, LinearPass)]
+    passes = [p.pass_ for p in stage if isinstance(p.pass_, LinearPass | BlockPass)]
     return run_stage(context, number, passes, groups, key)
 
 
@@ -101,7 +114,7 @@ def _model_stage(context: Context, number: int, plan: PassPlan, key: str) -> tup
 
     def load(name: str) -> Target:
         weight = artifact.weight(sites[name])
-        return Target(finite(sites[name], weight), weight.mask)
+        return Target(finite(sites[name], weight), weight.mask, kernel=sites[name].kernel)
 
     if len(done) < len(sites):
         edits = pass_.run(tuple(sites), load)
@@ -110,7 +123,8 @@ def _model_stage(context: Context, number: int, plan: PassPlan, key: str) -> tup
                 site = sites[name]
                 before = artifact.weight(site)
                 weight, error = observed(site, pass_, before, finite(site, before), edit, artifact.store_dtype(site))
-                notes = {pass_.key: {"error": error, **edit.notes}}
+                weight, rounding = attached(pass_.at(name), weight, None)
+                notes = {pass_.key: {"error": error, **edit.notes, **rounding}}
                 done[name] = context.ledger.commit(units[name], key, [Record(name, weight, notes)])
     records = [record for name in sites for record in done[name]]
     for record in records:
@@ -123,10 +137,18 @@ def _model_stage(context: Context, number: int, plan: PassPlan, key: str) -> tup
 class _Meter:
     """Measures the model as the artifact stands; knows the original for comparison."""
 
-    def __init__(self, context: Context, tokens: Tensor | None):
-        self.context, self.tokens = context, tokens
+    def __init__(self, context: Context, tokens: Tensor | None, labels: Tensor | None):
+        self.context, self.tokens, self.labels = context, tokens, labels
         self.reference: Reference | None = None
         self.kl_tokens = 0
+
+    def described(self) -> dict[str, int]:
+        """What is measured on."""
+        assert self.tokens is not None
+        if self.labels is not None:
+            return {"samples": len(self.tokens), "kl_tokens": self.kl_tokens}
+        windows, length = self.tokens.shape
+        return {"windows": windows, "length": length, "tokens": windows * (length - 1), "kl_tokens": self.kl_tokens}
 
     def original(self) -> Quality | None:
         """The original's quality; remembers its predictions."""
@@ -148,13 +170,13 @@ class _Meter:
         assert self.tokens is not None
 
         def logits(batch: Tensor) -> Tensor:
-            result: Tensor = forward(context.graph, batch).logits
-            return result
+            return logits_in(forward(context.graph, batch))
 
         with streamed(context):
             return measure(
                 logits,
                 self.tokens,
+                labels=self.labels,
                 reference=self.reference,
                 keep=keep,
                 progress=lambda items, total: context.bars.over(items, total, label),
@@ -162,10 +184,10 @@ class _Meter:
 
 
 def _row(
-    context: Context, meter: _Meter | None, unit: str, name: str, key: str, baseline: float | None, seconds: float
+    context: Context, meter: _Meter | None, unit: str, name: str, key: str, start: Row | None, seconds: float
 ) -> Row:
     """Measure, or find measured."""
-    key = key_of(key, "row", hash_of(meter.tokens) if meter else None)
+    key = key_of(key, "row", hash_of(meter.tokens) if meter else None, hash_of(meter.labels) if meter else None)
     found = context.ledger.load_row(unit, key)
     if found is not None:
         if meter:
@@ -179,13 +201,21 @@ def _row(
     row = Row(
         name=name,
         perplexity=quality.perplexity if quality else None,
-        change=quality.perplexity / baseline - 1 if quality and baseline else None,
+        accuracy=quality.accuracy if quality else None,
+        change=_change(start, quality) if start and quality else None,
         kl=quality.kl if quality else None,
         bytes=stored_bytes(context.artifact), bits_per_weight=bits, sparsity=sparsity,
         seconds=round(seconds, 2), peak_mb=round(peak_memory() / 1e6, 1),
     )  # fmt: skip
     context.ledger.commit_row(unit, key, {**asdict(row), "kl_tokens": quality.kl_tokens if quality else 0})
     return row
+
+
+def _change(start: Row, now: Quality) -> float | None:
+    """Of accuracy the difference, of perplexity the relative one."""
+    if start.accuracy is not None and now.accuracy is not None:
+        return now.accuracy - start.accuracy
+    return now.perplexity / start.perplexity - 1 if start.perplexity and now.perplexity else None
 
 
 def density(artifact: Artifact) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def observed(
     wanted = pattern(getattr(pass_.at(site.name), "sparsity", 0.0))
     if wanted and edit.mask is not None and int(edit.mask.view(-1, wanted[1]).sum(1).max()) > wanted[0]:
         raise refuse(f"more than {wanted[0]} of {wanted[1]} neighbouring weights kept")
-    return weight, _relative_error(weight, old)
+    return replace(weight, inputs=before.inputs), _relative_error(weight, old)
 
 
 def _relative_error(weight: Weight, old: Tensor) -> float:

@@ -23,6 +23,8 @@ from compress.passes.base import OptionError
 
 METHODS: dict[str, type[Pass]] = {p.key: p for p in PASSES}
 FORMATS = ("safetensors",)
+GATES = ("max_increase", "max_drop")
+GIVEN = "given from Python"  # the source of tensors that no file holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +32,9 @@ class Calibration:
     """The data that passes learn from.
 
     Args:
-        source: `demo`, a .txt / .jsonl / .parquet file, or the id of a Hugging Face data set.
-        samples: windows of tokens.
+        source: `demo`, a .txt / .jsonl / .parquet file, or the id of a Hugging Face data set; for an image model a
+            .safetensors file.
+        samples: windows of tokens, or images.
         length: tokens a window.
         field: the field or column that holds the text.
         subset: the configuration name of a data set id.
@@ -52,11 +55,14 @@ class Evaluation(Calibration):
         after: `each` pass, or only at the `end`.
         max_increase: the largest allowed increase of perplexity over the original, such as 10% or 0.1; the run fails
             with exit code 3 above it.
+        max_drop: the same gate for image models: the largest allowed fall of accuracy under the original's, such as 1%
+            or 0.01 for one point.
     """
 
     samples: int = 64
     after: Literal["each", "end"] = "each"
     max_increase: float | None = None
+    max_drop: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,16 +292,17 @@ class _Reader:
             here = f"{path}.{key}"
             if key not in known:
                 self.problem(here, f"unknown key; {_allowed(key, known)}")
-            elif key == "max_increase" and isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)? *%", value):
+            elif key in GATES and isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)? *%", value):
                 values[key] = float(value.rstrip(" %")) / 100
             else:
                 values[key] = self._value(hints[key], value, here)
         for key in ("samples", "length"):
             if isinstance(values.get(key), int) and values[key] < (2 if key == "length" else 1):
                 self.problem(f"{path}.{key}", f"{values[key]} is too small")
-        increase = values.get("max_increase")
-        if isinstance(increase, float) and increase < 0:
-            self.problem(f"{path}.max_increase", f"{increase} is negative")
+        for key in GATES:
+            limit = values.get(key)
+            if isinstance(limit, float) and limit < 0:
+                self.problem(f"{path}.{key}", f"{limit} is negative")
         wrong = check_source(values.get("source", "demo")) if isinstance(values.get("source", ""), str) else None
         if wrong:
             self.problem(f"{path}.source", wrong)

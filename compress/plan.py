@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from compress.calibration.data import IMAGES
 from compress.encodings import Spec
 from compress.errors import ConfigError, Problem, ResourceError
 from compress.evaluate import REFERENCE_NUMBERS
@@ -17,7 +18,7 @@ from compress.evaluate import TOKENS_AT_ONCE as EVALUATED_AT_ONCE
 from compress.graph import Graph, Site
 from compress.passes import GlobalMagnitude, LinearPass, ModelPass, Pass
 from compress.passes.prune.selection import pattern
-from compress.pipeline import Pipeline, walk
+from compress.pipeline import GATES, GIVEN, Pipeline, walk
 
 BASELINE = 450 << 20  # Python, torch and transformers, before any work
 FLOAT = 4
@@ -70,7 +71,7 @@ def make(pipeline: Pipeline, graph: Graph, dtypes: dict[str, torch.dtype], file:
     planner.check_data()
     if planner.problems:
         raise ConfigError(planner.problems, file)
-    sizes = {n: p.numel() * dtypes[n].itemsize for n, p in graph.model.named_parameters()}
+    sizes = {n: p.numel() * dtypes[n].itemsize for n, p in graph.tensors()}
     final = dict(sizes)
     for site in graph.sites:
         if site.name in planner.specs:
@@ -116,7 +117,7 @@ class _Planner:
                 path, f"{pass_.key} needs the whole model at once and cannot be fused with others by `blockwise:`"
             )
         self._check_sites(path, pass_, sites)
-        if pass_.needs != "none":
+        if pass_.calibrated:
             self.needy = self.needy or path
         if isinstance(pass_, GlobalMagnitude):
             error = pass_.check_sizes([s.shape[0] * s.shape[1] for s in sites]) if sites else None
@@ -143,8 +144,20 @@ class _Planner:
             reason = pass_.at(site.name).check_shape(site.shape)
             if reason:
                 misfits.setdefault(reason, []).append(site.name)
+            inputs = pass_.at(site.name).input_form()
+            if inputs and not inputs.static and site.stored:
+                reason = "a convolution has no tokens, each with a scale of its own; use activation_scale: tensor"
+                misfits.setdefault(reason, []).append(site.name)
         for reason, names in misfits.items():
             self.problem(path, f"{_some(names)}: {reason}; change it for them in `overrides`, or `exclude` them")
+        grouped = [s for s in sites if s.groups > 1 and pass_.needs != "none"]
+        if grouped:
+            self.problem(
+                path,
+                f"{_some(s.name for s in grouped)}: a convolution in {grouped[0].groups} groups, whose rows have "
+                f"different inputs; {pass_.key} learns from inputs that all rows share. `exclude` them; a pass that "
+                "needs no statistics, such as rtn, can work on them",
+            )
         for site in sites:
             if site.parameter in self.tied:
                 self.problem(
@@ -152,24 +165,36 @@ class _Planner:
                     f"{site.name} is tied to {self.tied[site.parameter].removesuffix('.weight')}; compressing "
                     "one would change the other. Exclude it",
                 )
-            if site.block is None and pass_.needs != "none":
+            if site.block is None and pass_.calibrated:
                 self.problem(
                     path,
                     f"{site.name} is outside the blocks, where no statistics are collected; {pass_.key} cannot work "
-                    "on it. Use rtn for it, in a pass of its own with `include`",
+                    "on it. Use rtn for it, in a pass of its own with `include`"
+                    + (" and without activation_scale: tensor" if getattr(pass_, "ranged", False) else ""),
                 )
 
     def check_data(self) -> None:
         longest = getattr(getattr(self.graph.model, "config", None), "max_position_embeddings", None)
+        images = self.graph.is_image_model
         if self.needy and self.pipeline.calibration is None:
             method = self.needy.rpartition(".")[2]
+            example = (
+                "{source: images.safetensors, samples: 128}" if images else "{source: demo, samples: 128, length: 512}"
+            )
             self.problem(
                 self.needy,
-                f"{method} learns from data, and `calibration:` is missing; for example "
-                "calibration: {source: demo, samples: 128, length: 512}",
+                f"{method} learns from data, and `calibration:` is missing; for example calibration: {example}",
             )
+        if self.pipeline.evaluate:
+            gate, other = GATES if self.graph.is_language_model else reversed(GATES)
+            measured = "perplexity" if self.graph.is_language_model else "accuracy"
+            if getattr(self.pipeline.evaluate, other) is not None:
+                self.problem(f"evaluate.{other}", f"this model is judged by its {measured}; its gate is {gate}")
         for name in ("calibration", "evaluate"):
             section = getattr(self.pipeline, name)
+            if section and section.source != GIVEN and section.source.endswith(IMAGES) != images:
+                wanted = f"images from a {IMAGES} file" if images else "text"
+                self.problem(f"{name}.source", f"{section.source}: {type(self.graph.model).__name__} takes {wanted}")
             if section and longest and section.length > longest:
                 self.problem(f"{name}.length", f"{section.length} is more than the model's {longest} positions")
 
@@ -186,8 +211,10 @@ class _Planner:
             share = 1 - n_of_m[0] / n_of_m[1] if n_of_m else sparsity
             kept = min(int(rows * columns * (1 - share)), kept if kept is not None else rows * columns)
         stored = str(self.dtypes.get(site.parameter, torch.float32)).removeprefix("torch.")
-        form = pass_.form(site.shape)
-        return Spec(site.shape, form, kept) if form else Spec(site.shape, kept=kept, value_dtype=stored)
+        form, inputs = pass_.form(site.shape), pass_.input_form() or (before.inputs if before else None)
+        if form:
+            return Spec(site.shape, form, kept, inputs=inputs)
+        return Spec(site.shape, kept=kept, value_dtype=stored, inputs=inputs)
 
     def memory(self) -> int:
         """Interpreter + one block + its statistics and workspace + the activations + the largest outside tensor."""
@@ -201,7 +228,7 @@ class _Planner:
         widest = max((s.shape[1] for s in graph.sites), default=0)
         largest = max((s.shape[0] * s.shape[1] for s in graph.sites), default=0) * FLOAT
         outside = max((p.numel() for p in parameters.values()), default=0) * FLOAT
-        calibrated = any(p.needs != "none" for stage in self.pipeline.passes for p in stage)
+        calibrated = any(p.calibrated for stage in self.pipeline.passes for p in stage)
         gram = any(p.needs == "gram" for stage in self.pipeline.passes for p in stage)
         hidden = getattr(getattr(graph.model, "config", None), "hidden_size", widest)
         tokens = (

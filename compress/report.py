@@ -1,6 +1,7 @@
 """What a run did: rows on screen, report.json, and the model card."""
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,13 +13,14 @@ class Row:
     """The model after one stage.
 
     Attributes:
-        change: relative increase of perplexity over the original.
-        kl: mean KL(original || this) in nats a token.
+        change: relative increase of perplexity over the original; of a classifier, accuracy minus the original's.
+        kl: mean KL(original || this) in nats a token, or a sample.
         bytes: of all weights as stored now.
         bits_per_weight: over the matrices inside the blocks, scales, zero points and masks counted.
         sparsity: share of zeros over the same matrices.
         seconds: of the stage, without measuring.
         peak_mb: largest resident memory of the process so far.
+        accuracy: of a classifier: the share of samples it has right.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Row:
     sparsity: float
     seconds: float
     peak_mb: float
+    accuracy: float | None = None
 
 
 @dataclass
@@ -56,16 +59,28 @@ class Report:
         ]
         return sorted(found, key=lambda f: -f[2])[:count]
 
+    def inputs(self) -> Counter[str]:
+        """How the inputs of layers are rounded, in words -> of how many layers."""
+        said = [[notes["inputs"] for notes in passes.values() if "inputs" in notes] for passes in self.layers.values()]
+        return Counter(words[-1] for words in said if words)
 
-HEADINGS = ("after", "perplexity", "change", "KL", "size", "bits/weight", "sparsity", "seconds", "peak")
+
+def headings(report: Report) -> tuple[str, ...]:
+    """Of the columns of the table."""
+    quality = "accuracy" if any(row.accuracy is not None for row in report.rows) else "perplexity"
+    return ("after", quality, "change", "KL", "size", "bits/weight", "sparsity", "seconds", "peak")
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """A row as text, in the order of HEADINGS."""
+    """A row as text, in the order of `headings`."""
+    quality = "" if row.perplexity is None else f"{row.perplexity:.3f}"
+    change = "" if row.change is None else f"{row.change:+.2%}"
+    if row.accuracy is not None:
+        quality, change = f"{row.accuracy:.2%}", "" if row.change is None else f"{100 * row.change:+.2f} points"
     return (
         row.name,
-        "" if row.perplexity is None else f"{row.perplexity:.3f}",
-        "" if row.change is None else f"{row.change:+.2%}",
+        quality,
+        change,
         "" if row.kl is None else f"{row.kl:.4f}",
         size(row.bytes),
         f"{row.bits_per_weight:.3f}",
@@ -83,7 +98,7 @@ def size(count: int) -> str:
 def table(report: Report) -> Table:
     """For the terminal."""
     drawn = Table(title=f"{report.model}", title_justify="left", caption=caption(report), caption_justify="left")
-    for i, heading in enumerate(HEADINGS):
+    for i, heading in enumerate(headings(report)):
         drawn.add_column(heading, justify="left" if i == 0 else "right", no_wrap=True)
     for row in report.rows:
         drawn.add_row(*cells(row))
@@ -91,29 +106,36 @@ def table(report: Report) -> Table:
 
 
 def caption(report: Report) -> str:
-    """What the numbers were measured on."""
+    """What the numbers were measured on, and which inputs were rounded."""
+    rounded = [f"inputs of {count} layers in {words}" for words, count in sorted(report.inputs().items())]
+    return "; ".join([_measured(report), *rounded])
+
+
+def _measured(report: Report) -> str:
     if not report.data:
         return "size only: the pipeline has no `evaluate:`"
     d = report.data
     kl = f"; KL on {d['kl_tokens']} of them" if d.get("kl_tokens") else ""
+    if "samples" in d:
+        return f"accuracy on {d['source']}, {d['samples']} samples{kl}"
     return f"perplexity on {d['source']}, {d['windows']} windows of {d['length']}, {d['tokens']} tokens{kl}"
 
 
 def markdown(report: Report, columns: int = 7) -> str:
     """The table for a page; the first seven columns do not vary from run to run."""
-    lines = ["| " + " | ".join(HEADINGS[:columns]) + " |", "|" + "---|" + "---:|" * (columns - 1)]
+    lines = ["| " + " | ".join(headings(report)[:columns]) + " |", "|" + "---|" + "---:|" * (columns - 1)]
     lines += ["| " + " | ".join(cells(row)[:columns]) + " |" for row in report.rows]
     return "\n".join(lines) + "\n"
 
 
-def card(report: Report, pipeline: str) -> str:
-    """The model card: README.md of the folder."""
+def card(report: Report, pipeline: str, loader: str = "AutoModelForCausalLM") -> str:
+    """The model card: README.md of the folder. `loader` is the class of transformers that loads it."""
     fallbacks = "".join(f"- {text}\n" for text in report.fallbacks) or "None.\n"
     return (
         "---\nlibrary_name: transformers\ntags: [compress]\n---\n\n"
         f"# {report.model}, compressed\n\n"
-        "```python\nimport compress\nfrom transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("this folder")  # stays packed in memory\n```\n\n'
+        f"```python\nimport compress\nfrom transformers import {loader}\n\n"
+        f'model = {loader}.from_pretrained("this folder")  # stays packed in memory\n```\n\n'
         f"{markdown(report)}\n{caption(report)[0].upper()}{caption(report)[1:]}.\n\n"
         f"## Fallbacks\n\n{fallbacks}\n"
         f"## Pipeline\n\n```yaml\n{pipeline}```\n"

@@ -4,7 +4,7 @@ from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from compress.passes import Override
-from compress.pipeline import FORMATS, METHODS, Calibration, Evaluation, Pipeline, choices
+from compress.pipeline import FORMATS, GATES, METHODS, Calibration, Evaluation, Pipeline, choices
 
 
 def schema() -> dict[str, Any]:
@@ -35,7 +35,8 @@ def schema() -> dict[str, Any]:
         },
     }
     evaluate = _properties(Evaluation)
-    evaluate["max_increase"] = {"type": ["number", "string", "null"]}
+    for gate in GATES:
+        evaluate[gate] = {"type": ["number", "string", "null"]}
     for name, properties in (("calibration", _properties(Calibration)), ("evaluate", evaluate)):
         top[name] = {"type": ["object", "null"], "properties": properties, "additionalProperties": False}
     top["export"] = {"anyOf": [{"type": "array", "items": {"enum": list(FORMATS)}}, {"enum": list(FORMATS)}]}

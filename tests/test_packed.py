@@ -154,8 +154,14 @@ def data_bytes(file: Path) -> int:
     return len(data) - 8 - int.from_bytes(data[:8], "little")
 
 
+def held(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds, tied tensors once."""
+    kept = model.state_dict().keys()
+    return {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n in kept}}
+
+
 def memory(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    return sum(t.numel() * t.element_size() for t in held(model).values())
 
 
 def test_the_loaded_model_holds_exactly_the_bytes_of_the_file(written: Path, tokens: Tensor) -> None:
@@ -236,7 +242,7 @@ def test_saving_again_keeps_every_tensor_and_the_numbers(written: Path, tmp_path
     model = load(written)
     model.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again")
-    before, after = dict(model.named_parameters()), dict(again.named_parameters())
+    before, after = held(model), held(again)
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert value.dtype == after[name].dtype, name
@@ -265,10 +271,11 @@ def test_casting_a_model_never_rounds_its_scales(
     model = load(written)
     before = {n: m.dequantize() for n, m in packed_modules(model).items()}
     expected = logits(model, tokens)
-    stored = {n: v.dtype for m, p in packed_modules(model).items() for n, v in p.named_parameters(prefix=m)}
+    types = {n: v.dtype for m, p in packed_modules(model).items() for n, v in p.named_buffers(prefix=m)}
+    assert torch.float16 in types.values()
     model = cast(model)
-    for name, dtype in stored.items():
-        assert model.get_parameter(name).dtype == dtype, name
+    for name, dtype in types.items():
+        assert model.get_buffer(name).dtype == dtype, name
     for name, module in packed_modules(model).items():
         assert torch.equal(module.dequantize(), before[name]), name
     assert torch.allclose(logits(model, tokens).float(), expected, atol=0.05 * float(expected.abs().max()))
@@ -290,7 +297,7 @@ def test_a_scale_too_small_for_half_precision_survives(
     with torch.no_grad():
         tiny_llama.get_parameter("model.layers.0.mlp.up_proj.weight").mul_(1e-7)
     result = both_ways(tiny_llama, [Rtn(bits=4)], tmp_path)
-    assert load(tmp_path / "out").get_parameter("model.layers.0.mlp.up_proj.scale").dtype == torch.float32
+    assert load(tmp_path / "out").get_buffer("model.layers.0.mlp.up_proj.scale").dtype == torch.float32
     assert_same(result, tmp_path / "out", tokens)
 
 
@@ -300,7 +307,9 @@ def test_a_copy_of_a_loaded_model_computes_the_same(written: Path, tokens: Tenso
 
 
 def test_codes_are_not_trained(written: Path) -> None:
-    assert not any(p.requires_grad for m in packed_modules(load(written)).values() for p in m.parameters())
+    packed = [t for m in packed_modules(load(written)).values() for t in held(m).values()]
+    assert packed
+    assert not any(t.requires_grad for t in packed)
 
 
 def test_a_loaded_model_shows_what_it_is_made_of(written: Path) -> None:

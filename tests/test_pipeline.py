@@ -241,6 +241,9 @@ def test_the_written_file_states_every_option_that_changes_numbers() -> None:
         "granularity": None,
         "symmetric": False,
         "scale_search": "minmax",
+        "activation_bits": None,
+        "activation_scale": "token",
+        "activation_grid": "int",
     }
 
 

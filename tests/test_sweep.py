@@ -298,7 +298,7 @@ def test_activations_in_a_mapped_file_give_the_numbers_of_those_in_memory(
     tiny_llama: LlamaForCausalLM, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = compress.apply(tiny_llama, [Gptq()], calibration=tokens)
-    monkeypatch.setattr(sweep, "LARGEST_BUFFER", 0)
+    monkeypatch.setattr("compress.activations.LARGEST_BUFFER", 0)
     mapped = compress.apply(tiny_llama, [Gptq()], calibration=tokens)
     assert all(torch.equal(w.encoding.codes, mapped.weights[n].encoding.codes) for n, w in one.weights.items())
 

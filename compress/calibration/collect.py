@@ -1,15 +1,24 @@
-"""Everything that hooks into a running model: the only file that registers hooks, and every hook is removed again."""
+"""Everything that hooks into a running model: the only file that registers hooks.
+
+Every hook is removed again, but for those of `quantize_inputs`, which are part of a compressed model.
+"""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 
+from compress.calibration.ranges import Range
 from compress.calibration.statistics import Need, Statistics
+from compress.calibration.windows import Windows
 from compress.errors import CompressError, NonFiniteError
+
+Grid = Callable[[Tensor], Tensor]
 
 
 class _Stop(Exception):
@@ -23,9 +32,25 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's output hidden states for other input hidden states."""
-        return hidden_of(block(hidden, *self.args, **self.kwargs))
+    def run(self, block: nn.Module, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The block's output hidden states for other input hidden states, and other parameters by name."""
+        hidden = hidden.clone()  # a block may begin with a layer that works in place
+        if weights is None:
+            return hidden_of(block(hidden, *self.args, **self.kwargs))
+        return hidden_of(functional_call(block, dict(weights), (hidden, *self.args), self.kwargs))
+
+    def resized(self, size: int, count: int) -> "Call":
+        """The same call for `count` samples instead of `size`: tensors with an entry a sample repeat their first."""
+        args = tuple(_resized(a, size, count) for a in self.args)
+        return Call(args, {k: _resized(v, size, count) for k, v in self.kwargs.items()})
+
+
+def _resized(value: Any, size: int, count: int) -> Any:
+    if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size > 1:
+        return value[:1].expand(count, *value.shape[1:])
+    if isinstance(value, tuple):
+        return tuple(_resized(v, size, count) for v in value)
+    return value
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -43,7 +68,7 @@ def arrival(forward: Callable[[], Any], block: nn.Module) -> tuple[Tensor, Call]
         caught.append(_split(args, kwargs))
         raise _Stop
 
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = block.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)  # before inputs are rounded
     try:
         with suppress(_Stop):
             forward()
@@ -72,7 +97,7 @@ def is_chain(forward: Callable[[], Any], blocks: list[nn.Module]) -> bool:
     """
     # A tensor changed in place stays the same object; its version tells.
     visits: list[tuple[int, Any, Any, Call]] = []
-    outputs: list[tuple[Tensor, int]] = []
+    outputs: list[tuple[Any, Any]] = []
     handles = []
     for i, block in enumerate(blocks):
 
@@ -81,10 +106,13 @@ def is_chain(forward: Callable[[], Any], blocks: list[nn.Module]) -> bool:
             visits.append((i, hidden, getattr(hidden, "_version", None), call))
 
         def after(_: nn.Module, __: Any, output: Any) -> None:
-            hidden = hidden_of(output)
-            outputs.append((hidden, hidden._version))
+            hidden = output[0] if isinstance(output, tuple | list) else output
+            outputs.append((hidden, getattr(hidden, "_version", None)))
 
-        handles += [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
+        handles += [
+            block.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+            block.register_forward_hook(after),
+        ]
     try:
         forward()
     finally:
@@ -96,10 +124,11 @@ def is_chain(forward: Callable[[], Any], blocks: list[nn.Module]) -> bool:
         hidden is output and version == then
         for (_, hidden, version, _), (output, then) in zip(visits[1:], outputs, strict=False)
     )
-    return fed and all(_alike(visits[0][3], call) for *_, call in visits[1:])
+    return fed and all(alike(visits[0][3], call) for *_, call in visits[1:])
 
 
-def _alike(a: Call, b: Call) -> bool:
+def alike(a: Call, b: Call) -> bool:
+    """Whether two calls have equal arguments."""
     return (
         len(a.args) == len(b.args)
         and a.kwargs.keys() == b.kwargs.keys()
@@ -117,32 +146,45 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def statistics(
-    modules: Mapping[str, nn.Module], needs: Mapping[str, Need], forwards: Iterable[Callable[[], Any]]
+    modules: Mapping[str, nn.Module],
+    needs: Mapping[str, Need],
+    forwards: Iterable[Callable[[], Any]],
+    ranged: Collection[str] = (),
 ) -> dict[str, Statistics]:
     """Sum statistics of the inputs of modules over several forward passes.
 
-    Modules fed by the very same tensor share one `Statistics` object: whether they are is seen at their first call, and
-    a shared sum is then updated once a pass, by the first of them. If the first pass reached every module exactly once,
-    later ones end as soon as all have been reached: what comes after could add nothing.
+    Modules fed by the very same tensor (convolutions: in the same windows) share one `Statistics` object: whether they
+    are is seen at their first call, and a shared sum is then updated once a pass, by the first of them. If the first
+    pass reached every module exactly once, later ones end as soon as all have been reached: what comes after could add
+    nothing. Modules named in `ranged` get the range of their inputs too.
     """
     found: dict[str, Statistics] = {}
     leaders: dict[str, str] = {}
     last: dict[str, tuple[Tensor, int]] = {}  # leader -> the tensor it saw last (held: identity means something)
     reached: Counter[str] = Counter()
     once = False
+    windows = {n: Windows.of(m) if isinstance(m, nn.Conv2d) else None for n, m in modules.items()}
 
     def same(name: str, x: Tensor) -> bool:
         seen, version = last.get(name, (None, 0))
         return seen is x and version == x._version
 
     def see(name: str, x: Tensor) -> None:
+        window = windows[name]
         if name not in found:
-            need = needs[name]
-            leaders[name] = next((n for n in last if same(n, x) and needs[n] == need), name)
-            found[name] = found.get(leaders[name]) or Statistics(x.shape[-1], need)
+            kind = needs[name], window, name in ranged
+            first = (n for n in last if same(n, x) and (needs[n], windows[n], n in ranged) == kind)
+            leaders[name] = next(first, name)
+            width = window.columns(x) if window else x.shape[-1]
+            found[name] = found.get(leaders[name]) or Statistics(width, needs[name])
+            if name in ranged and leaders[name] == name:
+                found[name].range = Range()
         leader = leaders[name]
         if leader == name:
-            found[name].update(x, name)
+            for part in window.rows(x) if window else [x]:
+                found[name].update(part, name)
+            if (seen := found[name].range) is not None:
+                seen.update(x)
             last[name] = x, x._version
         elif not same(leader, x):
             raise CompressError(
@@ -196,3 +238,32 @@ def around(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def quantized_inputs(grids: Mapping[nn.Module, Grid]) -> Iterator[None]:
+    """While open, the input of each module is rounded before the module sees it."""
+    handles = [quantize_inputs(module, grid) for module, grid in grids.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def quantize_inputs(module: nn.Module, grid: Grid) -> RemovableHandle:
+    """From now on the input of a module, and of its copies, is rounded before the module sees it."""
+    return module.register_forward_pre_hook(_Rounding(grid), with_kwargs=True)
+
+
+@dataclass
+class _Rounding:
+    """A hook that can be copied with its module."""
+
+    grid: Grid
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if args:
+            return (self.grid(args[0]), *args[1:]), kwargs
+        first = next(iter(kwargs))
+        return args, {**kwargs, first: self.grid(kwargs[first])}

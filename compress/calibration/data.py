@@ -1,4 +1,4 @@
-"""Where calibration and evaluation tokens come from: the bundled source, local files, a Hugging Face data set."""
+"""Where calibration and evaluation data come from: the bundled source, local files, a Hugging Face data set."""
 
 import json
 from collections.abc import Iterable
@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress.demo import data as demo
 from compress.errors import DataError
 
 Split = Literal["calibration", "evaluation"]
-LOCAL = (".txt", ".jsonl", ".parquet")
+IMAGES = ".safetensors"
+LOCAL = (".txt", ".jsonl", ".parquet", IMAGES)
+NUMBERS_AT_ONCE = 1 << 21  # of inputs that are no token ids
 
 
 def check_source(source: str) -> str | None:
@@ -75,6 +78,8 @@ def load_tokens(
     problem = check_source(source)
     if problem:
         raise DataError(problem)
+    if source.endswith(IMAGES):
+        raise DataError(f"{source} holds images; tokens come from a text")
     texts = _texts(source, split, field, subset)
     separator = tokenizer.eos_token_id
     stream: list[int] = []
@@ -150,8 +155,40 @@ def _checked(text: Any, place: str) -> str:
     return text
 
 
+def load_images(source: str, samples: int) -> tuple[Tensor, Tensor | None]:
+    """Images, evenly spread over a .safetensors file, and their labels where it has them.
+
+    Args:
+        source: a file with a tensor `images` (N, ...), as the model takes them, and a tensor `labels` (N,) of integers.
+        samples: number of images.
+
+    Returns:
+        (samples, ...) and (samples,) int64, or None.
+
+    Raises:
+        DataError: not such a file, or fewer images than asked for.
+    """
+    try:
+        with safe_open(source, "pt") as file:
+            names = list(file.keys())
+            found = {name: file.get_tensor(name) for name in ("images", "labels") if name in names}
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{source} cannot be read: {error}") from error
+    if "images" not in found:
+        raise DataError(f"{source} has no tensor `images`; it has {', '.join(names)}")
+    images, labels = found["images"], found.get("labels")
+    if labels is not None and labels.shape != images.shape[:1]:
+        raise DataError(f"{source}: {tuple(labels.shape)} labels for {len(images)} images")
+    if len(images) < samples:
+        raise DataError(f"{source} holds {len(images)} images; {samples} were asked for: lower samples, or give more")
+    chosen = [i * len(images) // samples for i in range(samples)]
+    return images[chosen], None if labels is None else labels[chosen].long()
+
+
 def batches(tokens: Tensor, tokens_at_once: int) -> list[Tensor]:
-    """Rows of (samples, length) in batches of about so many tokens, all of one size where that is possible."""
-    length = tokens.shape[1] if tokens.dim() == 2 and not tokens.is_floating_point() else 1
-    rows = max(1, min(len(tokens), tokens_at_once // length))
-    return list(torch.split(tokens, rows))
+    """Samples in batches of about so many tokens (or NUMBERS_AT_ONCE), all of one size where that is possible."""
+    if tokens.dim() == 2 and not tokens.is_floating_point():
+        rows = tokens_at_once // tokens.shape[1]
+    else:
+        rows = min(tokens_at_once, NUMBERS_AT_ONCE // max(1, tokens[0].numel()))
+    return list(torch.split(tokens, max(1, min(len(tokens), rows))))

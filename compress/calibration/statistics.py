@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.calibration.precision import products
+from compress.calibration.ranges import Range
 from compress.errors import NonFiniteError
 
 Need = Literal["none", "norm", "gram"]
@@ -25,6 +26,7 @@ class Statistics:
         square_sum: (I,) float64, the sum over tokens of x**2 (of the Gram matrix's precision where there is one).
         gram: (I, I) float32, the sum over tokens of x x^T; None unless asked for. Only its lower half is summed up,
             panel by panel; the upper is filled in when it is asked for.
+        range: of the numbers, with a sample; None unless asked for.
     """
 
     def __init__(self, width: int, need: Need):
@@ -33,6 +35,7 @@ class Statistics:
         self._gram = torch.zeros(width, width) if need == "gram" else None
         self._panel = max(SMALLEST_PANEL, width // 8)
         self._whole = True
+        self.range: Range | None = None
 
     def update(self, inputs: Tensor, name: str) -> None:
         """Add (..., I) inputs.

@@ -28,9 +28,9 @@ Entry = tuple[str, tuple[int, ...], torch.dtype]
 
 
 def entries(artifact: Artifact) -> Iterator[tuple[str, list[Entry]]]:
-    """(parameter or site name, its stored tensors) in the model's order; tied parameters once."""
+    """(tensor or site name, its stored tensors): parameters in the model's order, tied ones once, then buffers."""
     by_parameter = {s.parameter: s for s in artifact.graph.sites}
-    for name, _ in artifact.graph.model.named_parameters():
+    for name, _ in artifact.graph.tensors():
         site = by_parameter.get(name)
         if name in artifact.graph.tied:
             continue

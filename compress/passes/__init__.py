@@ -1,24 +1,56 @@
 """The passes, listed by hand. A new method is one file, one line here and one test file."""
 
-from compress.passes.base import LinearPass, ModelPass, Override, Pass
+from compress.passes.base import BlockPass, LinearPass, ModelPass, Override, Pass
 from compress.passes.prune.global_magnitude import GlobalMagnitude
 from compress.passes.prune.magnitude import Magnitude
 from compress.passes.prune.sparsegpt import SparseGpt
 from compress.passes.prune.wanda import Wanda
+from compress.passes.quantize.adaround import AdaRound
+from compress.passes.quantize.codebook import Codebook
+from compress.passes.quantize.flexround import FlexRound
 from compress.passes.quantize.gptq import Gptq
+from compress.passes.quantize.jlcm import Jlcm
+from compress.passes.quantize.nupes import Nupes
+from compress.passes.quantize.olive import Olive
+from compress.passes.quantize.powerquant import PowerQuant
+from compress.passes.quantize.powerquant_shared import PowerQuantShared
 from compress.passes.quantize.rtn import Rtn
 
-PASSES: tuple[type[Pass], ...] = (Rtn, Gptq, Magnitude, GlobalMagnitude, Wanda, SparseGpt)
+PASSES: tuple[type[Pass], ...] = (
+    Rtn,
+    Gptq,
+    AdaRound,
+    FlexRound,
+    Olive,
+    PowerQuant,
+    PowerQuantShared,
+    Nupes,
+    Codebook,
+    Jlcm,
+    Magnitude,
+    GlobalMagnitude,
+    Wanda,
+    SparseGpt,
+)
 
 __all__ = [
     "PASSES",
+    "AdaRound",
+    "BlockPass",
+    "Codebook",
+    "FlexRound",
     "GlobalMagnitude",
     "Gptq",
+    "Jlcm",
     "LinearPass",
     "Magnitude",
     "ModelPass",
+    "Nupes",
+    "Olive",
     "Override",
     "Pass",
+    "PowerQuant",
+    "PowerQuantShared",
     "Rtn",
     "SparseGpt",
     "Wanda",

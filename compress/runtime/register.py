@@ -9,16 +9,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.encodings import Spec
-from compress.runtime.linear import PackedLinear, replace_modules
+from compress.runtime.conv import PackedConv2d
+from compress.runtime.linear import PackedLinear
+from compress.runtime.packed import PackedModule
 
 METHOD = "compress"
 WEIGHTS = "compress.safetensors"
+ALIGNMENT = 64  # bytes, of every tensor that torch allocates
 
 
 class CompressConfig(QuantizationConfigMixin):
@@ -55,11 +58,14 @@ class CompressQuantizer(HfQuantizer):
         replace_modules(model, specs)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        """Transformers turns gradients on for every floating parameter it loads; packed ones have none."""
-        for module in model.modules():
-            if isinstance(module, PackedLinear):
-                for name in module.spec.tensors():
-                    getattr(module, name).requires_grad_(False)
+        """Weights of an image model lie as the file has them; convolutions then sum up in another order.
+
+        A language model's products do not, and its embedding may stay in the mapped file.
+        """
+        if getattr(model, "main_input_name", "") == "pixel_values":
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+                    tensor.data = tensor.data.clone()
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -81,6 +87,27 @@ class CompressQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Codes do not train."""
         return False
+
+
+def replace_modules(model: nn.Module, specs: dict[str, Spec]) -> None:
+    """Put an empty packed module (on the device of what it replaces) in the place of every named module."""
+    for name, spec in specs.items():
+        old = model.get_submodule(name)
+        weight = old.weight
+        assert isinstance(weight, Tensor)
+        with torch.device(weight.device):
+            model.set_submodule(name, _packed(old, spec, weight.dtype))
+        # Some models (GPT-2) initialise `child.weight` from the parent while loading; the packed child has none.
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if not parent._buffers:
+            parent._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _packed(old: nn.Module, spec: Spec, dtype: torch.dtype) -> PackedModule:
+    if isinstance(old, nn.Conv2d):
+        return PackedConv2d(spec, old)
+    has_bias = getattr(old, "bias", None) is not None
+    return PackedLinear(spec, bias=has_bias, transposed=not isinstance(old, nn.Linear), dtype=dtype)
 
 
 def _refuse_incomplete(files: list[str], specs: dict[str, Spec]) -> None:

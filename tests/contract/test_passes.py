@@ -13,7 +13,7 @@ import compress
 from compress.encodings import Weight
 from compress.graph import Site
 from compress.observe import observed
-from compress.passes import PASSES, LinearPass, ModelPass, Override, Pass
+from compress.passes import PASSES, BlockPass, LinearPass, ModelPass, Override, Pass
 from compress.passes.base import Edit, Target
 from compress.pipeline import Pipeline, dump, parse
 
@@ -25,21 +25,68 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"bits": 3, "group_size": 16, "symmetric": True},
         {"bits": 8, "granularity": "tensor", "scale_search": "mse"},
         {"bits": 2, "granularity": "channel"},
+        {"bits": 8, "activation_bits": 8},
+        {"activation_bits": 4, "activation_scale": "tensor", "activation_grid": "olive"},
     ],
     "gptq": [
         {"bits": 3, "group_size": 16, "symmetric": True, "tile": 16},
         {"bits": 8, "granularity": "tensor", "damping": 0.1},
         {"act_order": True, "group_size": 16, "scale_search": "mse"},
+        {"activation_bits": 8, "activation_scale": "tensor"},
     ],
+    "olive": [
+        {"normal": "flint4", "double_outlier": "even"},
+        {"bits": 8, "lower": 1.0, "upper": 1.5, "step": 0.25},
+        {"normal": "int4", "rescue_error": 0.05},
+        {"activation_bits": 4, "activation_scale": "tensor", "activation_grid": "olive"},
+    ],
+    "powerquant": [
+        {"bits": 3, "group_size": 16, "levels": "zero", "norm": 2.0},
+        {"bits": 8, "granularity": "tensor", "scale_search": "minmax"},
+        {"bits": 2, "levels": "half", "exponent": 0.8},
+    ],
+    "powerquant_shared": [
+        {"bits": 3, "group_size": 16, "share": "block"},
+        {"levels": "half", "scale_search": "minmax"},
+    ],
+    "codebook": [
+        {"weighting": "none", "tables": 3},
+        {"bits": 2, "scale": "row", "tables": 2, "iterations": 5},
+        {"entries": 5, "scale": "row", "weighting": "none", "tolerance": 0.0},
+        {"bits": 8},
+    ],
+    "flexround": [
+        {"steps": 4, "bits": 2, "group_size": 16, "inputs": "mix"},
+        {"steps": 4, "bits": 3, "objective": "layer", "symmetric": True},
+        {"steps": 4, "granularity": "tensor", "rank": 2, "inputs": "original"},
+    ],
+    "nupes": [
+        {"steps": 4, "bits": 2, "group_size": 16, "levels": "half"},
+        {"steps": 4, "bits": 3, "granularity": "tensor", "objective": "layer", "learn_scale": False},
+        {"steps": 4, "bits": 3, "learn_exponent": False, "regularization": 0.0, "levels": "zero"},
+    ],
+    "jlcm": [
+        {"steps": 4, "bits": 2, "mapping_rate": 0.5},
+        {"steps": 4, "entries": 5, "tables": 2, "scale": "row", "mapping_gradient": "distance"},
+        {"steps": 4, "bits": 3, "objective": "layer", "learn_mapping": False, "weighting": "none"},
+    ],
+    "adaround": [{"steps": 4, "bits": 2, "group_size": 16}, {"steps": 4, "objective": "layer"}],
     "magnitude": [{"sparsity": "2:4"}, {"sparsity": 0.25}],
     "global_magnitude": [{"sparsity": 0.7, "min_keep": 0.01}, {"sparsity": 0.0}],
     "wanda": [{"sparsity": "2:4"}, {"sparsity": 0.3, "free_rows": True}],
     "sparsegpt": [{"sparsity": "4:8", "damping": 0.1}, {"sparsity": 0.7, "tile": 16}],
 }
 
+QUICK = {key: {"steps": 4} for key in ("flexround", "adaround", "nupes", "jlcm")}  # what keeps a learned method's tests short
+
 each_class = pytest.mark.parametrize("cls", PASSES, ids=lambda cls: cls.key)
-CONFIGURED = [cls(**options) for cls in PASSES for options in [{}, *OPTIONS.get(cls.key, [])]]
+CONFIGURED = [
+    cls(**{**QUICK.get(cls.key, {}), **options}) for cls in PASSES for options in [{}, *OPTIONS.get(cls.key, [])]
+]
 each_pass = pytest.mark.parametrize("pass_", CONFIGURED, ids=lambda p: f"{p.key}-{p.options()}")
+each_solver = pytest.mark.parametrize(
+    "pass_", [p for p in CONFIGURED if isinstance(p, LinearPass | BlockPass)], ids=lambda p: f"{p.key}-{p.options()}"
+)
 each_linear_pass = pytest.mark.parametrize(
     "pass_", [p for p in CONFIGURED if isinstance(p, LinearPass)], ids=lambda p: f"{p.key}-{p.options()}"
 )
@@ -61,6 +108,8 @@ def targets(pass_: Pass, masked: float | None = None) -> dict[str, Target]:
 def edits(pass_: Pass, given: dict[str, Target]) -> dict[str, Edit]:
     if isinstance(pass_, ModelPass):
         return dict(pass_.run(tuple(given), given.__getitem__))
+    if isinstance(pass_, BlockPass):
+        return dict(pass_.run(textbook.block(given)))
     assert isinstance(pass_, LinearPass)
     return {name: pass_.run(target) for name, target in given.items()}
 
@@ -203,8 +252,7 @@ def test_no_zero_comes_back(pass_: Pass, share: float) -> None:
         assert kept is not None
         assert edit.mask is not None
         assert not bool((edit.mask & ~kept).any())
-        made = edit.encoding.dequantize() if edit.encoding else edit.weight
-        assert made is not None
+        made = Weight(edit.weight, edit.mask, edit.encoding).dequantize()
         assert bool((made[~kept] == 0).all())
 
 
@@ -221,8 +269,8 @@ def test_the_manager_accepts_the_edit_and_finds_the_kind_it_was_promised(pass_: 
         assert 0 <= error < 2
 
 
-@each_linear_pass
-def test_the_fallback_needs_no_data_and_makes_the_same_kind(pass_: LinearPass) -> None:
+@each_solver
+def test_the_fallback_needs_no_data_and_makes_the_same_kind(pass_: LinearPass | BlockPass) -> None:
     fallback = pass_.fallback()
     assert fallback.needs == "none"
     assert list(fallback.check()) == []

@@ -43,7 +43,10 @@ class SparseGpt(Pruner):
     tile: int = 128
 
     key: ClassVar[str] = "sparsegpt"
-    needs: ClassVar[Need] = "gram"
+
+    @property
+    def needs(self) -> Need:
+        return "gram"
 
     def check(self) -> Iterator[OptionError]:
         yield from super().check()

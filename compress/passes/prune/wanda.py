@@ -41,7 +41,10 @@ class Wanda(Pruner):
     free_rows: bool = False
 
     key: ClassVar[str] = "wanda"
-    needs: ClassVar[Need] = "norm"
+
+    @property
+    def needs(self) -> Need:
+        return "norm"
 
     def check(self) -> Iterator[OptionError]:
         yield from super().check()

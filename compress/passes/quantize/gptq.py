@@ -52,7 +52,10 @@ class Gptq(UniformPass):
     tile: int = 128
 
     key: ClassVar[str] = "gptq"
-    needs: ClassVar[Need] = "gram"
+
+    @property
+    def needs(self) -> Need:
+        return "gram"
 
     def check(self) -> Iterator[OptionError]:
         yield from super().check()

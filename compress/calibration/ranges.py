@@ -1,0 +1,52 @@
+"""What calibration remembers about the inputs of a layer whose grid it fixes.
+
+Shapes: C channels, the last dimension; T tokens (of a convolution: rows of its maps).
+"""
+
+import torch
+from torch import Tensor
+
+from compress.encodings import InputForm, Inputs, fit_inputs
+
+MOST_NUMBERS = 1 << 18  # of the sample
+
+
+class Range:
+    """The extremes of everything a layer was fed, and an evenly spread sample of it.
+
+    The sample is every `stride`-th token. Whenever it outgrows `MOST_NUMBERS`, every other one is dropped: it depends
+    on the order of the tokens, never on how they came in batches.
+
+    Attributes:
+        low: the smallest number seen so far, or zero.
+        high: the largest, or zero.
+    """
+
+    def __init__(self) -> None:
+        self.low = self.high = 0.0
+        self._seen, self._stride = 0, 1
+        self._kept: list[Tensor] = []
+        self._fitted: dict[InputForm, Inputs] = {}
+
+    def update(self, inputs: Tensor) -> None:
+        """Add (..., C) inputs, all finite."""
+        x = inputs.detach().reshape(-1, inputs.shape[-1])
+        low, high = x.aminmax()
+        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+        first, self._seen = -self._seen, self._seen + len(x)
+        while -(-self._seen // self._stride) > max(1, MOST_NUMBERS // x.shape[1]):
+            self._kept = [torch.cat(self._kept)[::2].clone()] if self._kept else []
+            self._stride *= 2
+        self._kept.append(x[first % self._stride :: self._stride].to(torch.float32, copy=True))
+        self._fitted.clear()
+
+    @property
+    def sample(self) -> Tensor:
+        """(T, C) float32."""
+        return torch.cat(self._kept)
+
+    def grid(self, form: InputForm) -> Inputs:
+        """The grid of this form that suits what was seen; found once for all layers that share a range."""
+        if form not in self._fitted:
+            self._fitted[form] = fit_inputs(form, self.low, self.high, self.sample)
+        return self._fitted[form]

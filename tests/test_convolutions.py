@@ -1,0 +1,308 @@
+"""A convolution is a matrix whose columns are the places of its window: statistics, packing, passes."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from textbook import statistics as textbook_statistics
+from torch import Tensor, nn
+
+import compress
+from compress import ConfigError, FlexRound, GlobalMagnitude, Gptq, Magnitude, Rtn, UnsupportedModelError
+from compress import graph as graphs
+from compress.calibration import collect, windows
+from compress.encodings import Spec, pack
+from compress.passes.base import Target
+from compress.passes.quantize.flexround import Division
+from compress.runtime.conv import PackedConv2d
+from compress.runtime.register import replace_modules
+
+# torch itself warns that padding an even window on both sides alike needs a copy
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+GEOMETRIES: list[dict[str, Any]] = [
+    {"kernel_size": 3},
+    {"kernel_size": 1},
+    {"kernel_size": 1, "stride": 2},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": (2, 3), "stride": (1, 2), "padding": (1, 0), "dilation": (2, 1)},
+    {"kernel_size": 3, "padding": "same", "dilation": 2},
+    {"kernel_size": (4, 2), "padding": "same"},
+    {"kernel_size": 3, "padding": "valid"},
+    {"kernel_size": 3, "padding": (2, 1), "padding_mode": "circular"},
+    {"kernel_size": (2, 3), "padding": "same", "padding_mode": "reflect"},
+    {"kernel_size": 3, "padding": 1, "padding_mode": "replicate", "stride": 3},
+]
+each_geometry = pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Nothing here is large enough to share."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def images(count: int = 5, channels: int = 4) -> Tensor:
+    return torch.randn(count, channels, 9, 11, generator=torch.Generator().manual_seed(5))
+
+
+def seen(modules: dict[str, nn.Module], inputs: list[Tensor], model: nn.Module) -> dict[str, Any]:
+    with torch.no_grad():
+        return collect.statistics(modules, dict.fromkeys(modules, "gram"), [lambda x=x: model(x) for x in inputs])
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+@each_geometry
+def test_rows_of_windows_times_the_matrix_are_the_convolution(geometry: dict[str, Any]) -> None:
+    conv, x = nn.Conv2d(4, 6, **geometry), images()
+    (site,) = graphs.find(conv).sites
+    rows = torch.cat(list(windows.Windows.of(conv).rows(x)))
+    with torch.no_grad():
+        expected = conv(x)
+        made = rows @ site.matrix(conv.weight).T + conv.bias
+    assert torch.allclose(made.view(5, *expected.shape[2:], 6), expected.permute(0, 2, 3, 1), atol=1e-5)
+
+
+@each_geometry
+def test_the_gram_matrix_gives_the_error_of_the_convolution(geometry: dict[str, Any]) -> None:
+    conv, x = nn.Conv2d(4, 6, bias=False, **geometry), images()
+    gram = seen({"it": conv}, list(torch.split(x, 2)), conv)["it"].gram
+    (site,) = graphs.find(conv).sites
+    change = torch.randn(site.shape)
+    with torch.no_grad():
+        before = conv(x)
+        conv.weight += site.value(change)
+        lost = float((conv(x) - before).square().sum())
+    assert float(((change @ gram) * change).sum()) == pytest.approx(lost, rel=1e-4)
+
+
+def test_statistics_do_not_depend_on_how_many_samples_are_unfolded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv, x = nn.Conv2d(4, 6, 3, padding=1), images(7)
+    whole = seen({"it": conv}, [x], conv)["it"]
+    monkeypatch.setattr(windows, "NUMBERS_AT_ONCE", 9 * 11 * 36 * 2)
+    rows = windows.Windows.of(conv)
+    assert [len(part) for part in rows.rows(x)] == [2 * 99, 2 * 99, 2 * 99, 99]
+    parts = seen({"it": conv}, [x], conv)["it"]
+    assert whole.tokens == parts.tokens == 7 * 99
+    assert close(parts.gram, whole.gram)
+    assert close(parts.norm, whole.norm)
+
+
+def test_an_image_without_a_batch_counts_as_one() -> None:
+    conv, x = nn.Conv2d(4, 6, 3), images(1)
+    assert close(seen({"it": conv}, [x[0]], conv)["it"].gram, seen({"it": conv}, [x], conv)["it"].gram)
+
+
+class Branches(nn.Module):
+    """Four convolutions of one input; the last two look at it in other ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(4, 5, 3, padding=1)
+        self.strided, self.pointwise = nn.Conv2d(4, 6, 3, padding=1, stride=2), nn.Conv2d(4, 6, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.a(x), self.b(x), self.strided(x), self.pointwise(x)
+
+
+def test_convolutions_share_statistics_only_if_they_look_at_one_input_in_the_same_way() -> None:
+    model, x = Branches(), images()
+    found = seen(dict(model.named_children()), [x], model)
+    assert found["a"] is found["b"]
+    assert len({id(s) for s in found.values()}) == 3
+    for name, conv in model.named_children():
+        alone = torch.cat(list(windows.Windows.of(conv).rows(x)))
+        assert close(found[name].gram, textbook_statistics(alone).gram), name
+
+
+# --- packed -----------------------------------------------------------------------------------------------------------
+
+
+def packed_copy(model: nn.Module, weights: dict[str, Any]) -> nn.Module:
+    """A copy of a module with packed modules that hold what is stored of these weights."""
+    made = copy.deepcopy(model)
+    parts = {name: pack(weight) for name, weight in weights.items()}
+    replace_modules(made, {name: Spec.from_json(spec.to_json()) for name, (spec, _) in parts.items()})
+    for name, (_, tensors) in parts.items():
+        for leaf, value in tensors.items():
+            made.get_submodule(name).get_buffer(leaf).copy_(value)
+        bias = model.get_submodule(name).bias
+        if bias is not None:
+            made.get_submodule(name).bias.data.copy_(bias)
+    return made
+
+
+@each_geometry
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_packed_convolution_computes_bit_for_bit_what_the_dense_one_does(
+    geometry: dict[str, Any], groups: int
+) -> None:
+    torch.manual_seed(groups)
+    model = nn.Sequential(nn.Conv2d(16, 8, groups=groups, bias=groups != 2, **geometry))
+    x = images(2, channels=16)
+    for passes in ([Rtn(bits=3)], [Magnitude(sparsity=0.5)], [Magnitude(sparsity=0.3), Rtn(bits=4, symmetric=True)]):
+        result = compress.apply(model, passes)
+        made = packed_copy(model, result.weights)
+        assert isinstance(made[0], PackedConv2d)
+        with torch.no_grad():
+            assert torch.equal(made(x), result.model(x))
+            assert not torch.equal(made(x), model(x))
+
+
+def test_a_packed_convolution_keeps_its_stored_types_and_follows_the_type_of_its_input() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1))
+    made = packed_copy(model, compress.apply(model, [Rtn(bits=4)]).weights)
+    before = made[0].dequantize()
+    made.bfloat16()
+    assert made[0].scale.dtype == torch.float16
+    assert torch.equal(made[0].dequantize(), before)
+    assert made[0].weight.dtype == made[0].bias.dtype == torch.bfloat16
+    assert made(images().bfloat16()).dtype == torch.bfloat16
+    assert "kernel_size=(3, 3)" in str(made)
+
+
+def test_only_what_is_stored_of_a_packed_convolution_is_kept() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False))
+    made = packed_copy(model, compress.apply(model, [Rtn(bits=4)]).weights)
+    made(images(channels=8))
+    held = {**dict(made[0].named_buffers()), **dict(made[0].named_parameters()), **made[0].__dict__}
+    size = {n: t.numel() * t.element_size() for n, t in held.items() if isinstance(t, Tensor) and t.numel()}
+    assert size == {"codes": 8 * 36, "scale": 8 * 2, "zero_point": 8}
+
+
+# --- sites and blocks -------------------------------------------------------------------------------------------------
+
+
+def test_the_matrix_of_a_convolution_has_one_row_an_output_channel() -> None:
+    conv = nn.Conv2d(6, 8, (3, 2), groups=2)
+    (site,) = graphs.find(conv).sites
+    assert (site.shape, site.kernel, site.groups) == ((8, 18), 6, 2)
+    matrix = site.matrix(conv.weight)
+    assert torch.equal(matrix[5, 6:12].view(3, 2), conv.weight[5, 1])
+    assert torch.equal(site.value(matrix), conv.weight)
+
+
+def test_a_convolution_that_changes_its_weight_before_use_is_not_taken_for_a_plain_one() -> None:
+    class Standardized(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+    model = nn.Sequential(Standardized(4, 8, 3), nn.Conv2d(8, 4, 3))
+    with pytest.raises(UnsupportedModelError, match=r"no pass can reach, such as 0\.weight \(8, 4, 3, 3\)"):
+        compress.apply(model, [Rtn()])
+
+
+def test_the_layers_of_a_sequential_are_learned_one_by_one_whatever_lies_between_them() -> None:
+    # In place: what a block is given must still be there for its second visit.
+    model = nn.Sequential(
+        nn.ReLU(inplace=True), nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Flatten(),
+        nn.Linear(8 * 7 * 9, 5),
+    )  # fmt: skip
+    x = images(8)
+    given = x.clone()
+    result = compress.apply(model, [FlexRound(bits=2, steps=10)], x, evaluation=(x, torch.zeros(8, dtype=torch.long)))
+    assert torch.equal(x, given)
+    notes = {name: passes["flexround"] for name, passes in result.report.layers.items()}
+    assert notes.keys() == {"1", "5"}
+    assert all(n["block_error"] < n["block_error_start"] for n in notes.values())
+
+
+def test_the_whole_model_and_its_blocks_give_the_same_numbers() -> None:
+    class Whole(nn.Module):
+        def __init__(self, inner: nn.Sequential):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2))
+    apart = compress.apply(model, [Gptq(bits=3, include=("0",))], images())
+    once = compress.apply(Whole(model), [Gptq(bits=3, include=("inner.0",))], images())
+    assert torch.equal(apart.weights["0"].encoding.codes, once.weights["inner.0"].encoding.codes)
+
+
+# --- passes -----------------------------------------------------------------------------------------------------------
+
+
+def depthwise() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1))
+
+
+@pytest.mark.parametrize("pass_", [Rtn(bits=3), GlobalMagnitude(sparsity=0.5), Magnitude(), FlexRound(bits=3, steps=3)])
+def test_passes_without_statistics_work_on_grouped_convolutions(pass_: compress.passes.Pass) -> None:
+    result = compress.apply(depthwise(), [pass_], images())
+    assert result.weights["1"].kind == pass_.produces("dense")
+    assert torch.isfinite(result.model(images())).all()
+
+
+@pytest.mark.parametrize("pass_", [Gptq(), compress.Wanda(), FlexRound(objective="layer")], ids=lambda p: p.key)
+def test_passes_with_statistics_say_which_grouped_convolutions_to_exclude(pass_: compress.passes.Pass) -> None:
+    with pytest.raises(ConfigError, match=rf"1: a convolution in 8 groups.*{pass_.key} learns from.*`exclude` them"):
+        compress.apply(depthwise(), [pass_], images())
+
+
+def test_a_grouped_convolution_can_be_left_to_another_pass() -> None:
+    result = compress.apply(depthwise(), [[Gptq(bits=3, exclude=("1",)), Rtn(bits=8, include=("1",))]], images())
+    assert {name: w.encoding.bits for name, w in result.weights.items()} == {"0": 3, "1": 8, "2": 3}
+
+
+def test_a_group_size_must_divide_the_columns_of_the_window() -> None:
+    with pytest.raises(ConfigError, match="group_size 16 does not divide its 36 columns"):
+        compress.apply(nn.Sequential(nn.Conv2d(4, 8, 3)), [Rtn(group_size=16)])
+    made = compress.apply(nn.Sequential(nn.Conv2d(4, 8, 3)), [Rtn(group_size=9)])
+    assert made.weights["0"].encoding.scale.shape == (8, 4)
+
+
+def test_gptq_loses_less_of_a_convolution_than_rounding() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 16, 3, padding=1))
+    x = nn.functional.avg_pool2d(torch.randn(32, 4, 16, 16), 3, stride=1, padding=1)  # neighbours are alike
+    with torch.no_grad():
+        rtn, gptq = (
+            float((compress.apply(model, [p], x).model(x) - model(x)).square().sum())
+            for p in (Rtn(bits=3), Gptq(bits=3))
+        )
+    assert gptq < 0.7 * rtn
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_flexround_learns_one_divisor_for_all_columns_of_an_input_channel(groups: int) -> None:
+    w = torch.randn(5, 12)
+    pass_ = FlexRound(bits=3, group_size=None if groups == 1 else 12 // groups)
+    division = pass_.start(Target(w, kernel=4))
+    assert isinstance(division, Division)
+    assert division.log_s4.shape == (3, 1)
+    assert any(t is division.log_s4 for t in division.groups()[0][0])
+    division.log_s4.data[1] = 0.5
+    changed = division.logarithm().reshape(5, 12)
+    assert bool((changed[:, 4:8] == 0.5).all())
+    assert not changed[:, :4].any()
+    assert not changed[:, 8:].any()
+    division.soft(0.0).sum().backward()
+    assert division.log_s4.grad is not None
+
+
+def test_flexround_has_no_divisor_of_channels_where_every_column_is_one() -> None:
+    division = FlexRound(bits=3).start(Target(torch.randn(5, 12)))
+    assert isinstance(division, Division)
+    assert not division.log_s4.requires_grad
+
+
+def test_a_pass_is_told_the_window_of_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    start = FlexRound.start
+    monkeypatch.setattr(FlexRound, "start", lambda self, target: told.append(target.kernel) or start(self, target))
+    model = nn.Sequential(nn.Conv2d(4, 8, (3, 2)), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(8 * 7 * 10, 5))
+    compress.apply(model, [FlexRound(steps=1)], images())
+    assert told == [6, 1, 1]
