@@ -291,8 +291,8 @@ def open_folder(folder: Path, graph: Graph) -> Artifact:
         renamed.update({n: stored for n in names if n != stored})
     if missing:
         raise CheckpointError(
-            f"{folder}: {len(missing)} tensors of {type(model).__name__} are not in the files, such as {missing[0]} "
-            f"(the files have, for example, {min(there)}); "
+            f"{folder}: {len(missing)} parameters or buffers of {type(model).__name__} are not in the files, such as "
+            f"{missing[0]} (the files have, for example, {min(there)}); "
             "load it with transformers and save it again with save_pretrained"
         )
     _refuse_more_blocks(folder, graph, there)

@@ -464,7 +464,7 @@ def rewritten(resnet: Path, folder: Path, without: str) -> Path:
 
 @pytest.mark.parametrize("leaf", ["running_mean", "running_var"])
 def test_a_folder_without_running_statistics_is_refused(leaf: str, resnet: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=rf"10 tensors of ResNet\w+ are not in the files, such as .*\.{leaf}"):
+    with pytest.raises(CheckpointError, match=rf"10 parameters or buffers of ResNet\w+ are not .*\.{leaf}"):
         open_model(rewritten(resnet, tmp_path / "model", leaf))
 
 

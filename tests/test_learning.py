@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import compress
-from compress import activations
+from compress import activations, plan
+from compress import graph as graphs
 from compress.errors import SolveError, UnsupportedModelError
 from compress.passes import AdaRound, FlexRound, Magnitude, Override, Pass, Rtn, Wanda
 from compress.passes.base import Block as Given
 from compress.passes.base import Edit
 from compress.passes.quantize.learned import LearnedPass
-from compress.pipeline import Pipeline
+from compress.pipeline import Calibration, Pipeline
 from compress.runtime.linear import PackedLinear
 
 WIDTH = 32
@@ -594,3 +595,16 @@ def test_a_layer_that_nothing_ever_reaches_is_rounded_and_the_rest_of_its_block_
     for i in range(3):
         assert torch.equal(result[f"blocks.{i}.spare"], nearest[f"blocks.{i}.spare"])
         assert not torch.equal(result[f"blocks.{i}.up"], nearest[f"blocks.{i}.up"])
+
+
+def test_the_memory_estimate_of_a_plan_counts_what_is_learned() -> None:
+    model = make_llama(hidden_size=256, intermediate_size=1024)
+    graph = graphs.find(model)
+    dtypes = {name: tensor.dtype for name, tensor in graph.tensors()}
+
+    def estimated(pass_: Pass) -> int:
+        pipeline = Pipeline(passes=((pass_,),), calibration=Calibration(samples=8, length=32))
+        return plan.make(pipeline, graph, dtypes).peak_memory
+
+    weights = sum(rows * columns for rows, columns in (site.shape for site in graph.in_block(0)))
+    assert estimated(FlexRound()) - estimated(Rtn()) > 10 * 4 * weights

@@ -2,8 +2,8 @@
 
 import copy
 import json
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,23 @@ import pytest
 import torch
 from commands import compress_command
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 import compress
 from compress import FlexRound, Gptq, Olive, Override, Rtn, api
 from compress.encodings import InputForm, Inputs, Weight, fit_inputs, pack
 from compress.errors import ConfigError
-from compress.passes import Pass
+from compress.passes import PASSES, ModelPass, Pass
+from compress.passes.base import Block
+from compress.passes.quantize.activations import ActivationOptions
 from compress.pipeline import Pipeline
 from compress.runtime.conv import PackedConv2d
 from compress.runtime.packed import PackedModule
@@ -25,6 +35,7 @@ from compress.runtime.packed import PackedModule
 TOKEN = {"activation_bits": 8}
 TENSOR: dict[str, Any] = {"activation_bits": 8, "activation_scale": "tensor"}
 PAIRS: dict[str, Any] = {"activation_bits": 4, "activation_scale": "tensor", "activation_grid": "olive"}
+QUANTIZERS = [cls for cls in PASSES if issubclass(cls, ActivationOptions)]
 WAYS: dict[str, list[Pass]] = {
     "rtn, per token": [Rtn(bits=8, **TOKEN)],
     "rtn, per tensor": [Rtn(bits=8, **TENSOR)],
@@ -38,6 +49,15 @@ EVERYWHERE = [pytest.param("Llama", passes, id=f"Llama, {way}") for way, passes 
 EVERYWHERE += [
     pytest.param("GPT-2", WAYS[way], id=f"GPT-2, {way}") for way in ("rtn, per token", "rtn, per tensor", "olive")
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Nothing here is large enough to share."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def logits(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -185,6 +205,33 @@ def test_a_block_learns_as_without_rounded_inputs_from_what_blocks_that_round_th
     assert {n for n in same if same[n]} == {n for n in same if n.startswith("model.layers.0.")}
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["in turn", "fused"])
+def test_a_block_is_learned_with_its_other_layers_rounding_from_outputs_of_an_original_that_never_does(
+    fused: bool, tiny_llama: PreTrainedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, made = [], []
+    run = FlexRound.run
+
+    def spy(self: FlexRound, block: Block) -> Any:
+        numbers, data = torch.arange(len(tokens)), block.data
+        wanted.append(data.outputs.take(numbers))
+        made.append(data.call({n: t.weight for n, t in block.targets.items()}, data.inputs.take(numbers), numbers))
+        return run(self, block)
+
+    monkeypatch.setattr(FlexRound, "run", spy)
+    others = Rtn(bits=8, activation_bits=2, include=("*.mlp.*",))
+    learned = FlexRound(bits=8, steps=1, include=("*.self_attn.*",))
+    passes: list[Any] = [[others, learned]] if fused else [others, learned]
+    compress.apply(tiny_llama, passes, calibration=tokens, products="float32")
+    with torch.no_grad():
+        plain = tiny_llama(tokens, output_hidden_states=True).hidden_states[1]
+        compress.apply(tiny_llama, [others], inplace=True)
+        rounded = tiny_llama(tokens, output_hidden_states=True).hidden_states[1]
+    assert torch.allclose(wanted[0], plain, atol=1e-5)
+    assert torch.allclose(made[0], rounded, atol=1e-5)
+    assert float((plain - rounded).norm() / plain.norm()) > 0.1
+
+
 def test_the_range_of_a_static_grid_is_that_of_the_inputs_that_arrive(
     tiny_llama: PreTrainedModel, tokens: Tensor
 ) -> None:
@@ -211,6 +258,23 @@ def test_the_range_of_a_static_grid_is_that_of_the_inputs_that_arrive(
         assert int(inputs.zero_point) == int(expected.zero_point)  # type: ignore[arg-type]
     q, k = (result.weights[f"model.layers.0.self_attn.{leaf}"].inputs for leaf in ("q_proj", "k_proj"))
     assert q is k, "fed by one tensor: one range, one grid"
+
+
+@pytest.mark.parametrize("cls", QUANTIZERS, ids=lambda cls: cls.key)
+@pytest.mark.parametrize("scale", ["token", "tensor"])
+def test_every_quantizer_carries_it(cls: type[ActivationOptions], scale: Any) -> None:
+    if scale == "tensor" and issubclass(cls, ModelPass):
+        pytest.skip("reads no data")
+    torch.manual_seed(6)
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), torch.randn(64, 16)
+    short: dict[str, Any] = {"steps": 2} if "steps" in {f.name for f in fields(cls)} else {}
+    plain = cls(**short)
+    made = compress.apply(model, [replace(plain, activation_bits=8, activation_scale=scale)], calibration=x)
+    weights = compress.apply(model, [plain], calibration=x).weights
+    assert grids(made) == dict.fromkeys(weights, f"int8 per {scale}")
+    assert torch.equal(made.weights["0"].dequantize(), weights["0"].dequantize())
+    assert {notes[cls.key]["inputs"] for notes in made.report.layers.values()} == {f"int8 per {scale}"}
+    assert not made.report.fallbacks
 
 
 def test_a_layer_that_passes_leave_alone_keeps_its_inputs(tiny_llama: PreTrainedModel) -> None:
@@ -283,6 +347,26 @@ def test_a_convolution_rounds_its_input_packed_as_in_memory(options: dict[str, A
         with torch.no_grad():
             assert torch.equal(packed(x), result.model.get_submodule(name)(x))
             assert not torch.equal(packed(x), layer(x))
+
+
+def test_an_image_classifier_rounds_its_inputs_from_its_folder_too(tmp_path: Path) -> None:
+    config = ResNetConfig(
+        num_channels=1, embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=4
+    )
+    ResNetForImageClassification(config).eval().save_pretrained(tmp_path / "model")
+    images, labels = torch.randn(6, 1, 16, 16), torch.arange(6) % 4
+    report = compress.run(
+        steps([Rtn(bits=8, **TENSOR)]),
+        tmp_path / "model",
+        tmp_path / "out",
+        calibration=images,
+        evaluation=(images, labels),
+    )
+    assert report.verified["max_logit_difference"] == 0
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    packed = [m for m in loaded.modules() if isinstance(m, PackedConv2d)]
+    assert packed
+    assert all(m.spec.inputs == InputForm(bits=8, scale="tensor") for m in packed)
 
 
 def test_a_scale_a_token_is_refused_for_convolutions() -> None:

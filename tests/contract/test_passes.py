@@ -63,7 +63,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     "nupes": [
         {"steps": 4, "bits": 2, "group_size": 16, "levels": "half"},
         {"steps": 4, "bits": 3, "granularity": "tensor", "objective": "layer", "learn_scale": False},
-        {"steps": 4, "bits": 3, "learn_exponent": False, "regularization": 0.0, "levels": "zero"},
+        {"steps": 4, "bits": 3, "learn_exponent": False, "scale_search": "minmax", "levels": "zero"},
     ],
     "jlcm": [
         {"steps": 4, "bits": 2, "mapping_rate": 0.5},
@@ -77,7 +77,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     "sparsegpt": [{"sparsity": "4:8", "damping": 0.1}, {"sparsity": 0.7, "tile": 16}],
 }
 
-QUICK = {key: {"steps": 4} for key in ("flexround", "adaround", "nupes", "jlcm")}  # what keeps a learned method's tests short
+QUICK = {key: {"steps": 4} for key in ("flexround", "adaround", "nupes", "jlcm")}  # keeps a learned method quick
 
 each_class = pytest.mark.parametrize("cls", PASSES, ids=lambda cls: cls.key)
 CONFIGURED = [
