@@ -72,8 +72,8 @@ class Activations:
             UnsupportedModelError: batches are called differently, so samples cannot be mixed.
         """
         first, size = self.calls[0], len(self.hidden[0])
-        for call, hidden in zip(self.calls[1:], self.hidden[1:], strict=True):
-            if not alike(first.resized(size, len(hidden)), call):
+        for call, hidden in zip(self.calls, self.hidden, strict=True):
+            if not alike(first.resized(size, len(hidden)), call):  # the first too: its samples must be called alike
                 raise UnsupportedModelError(
                     "the blocks get other arguments from batch to batch, so samples cannot be mixed to learn from "
                     "them; use a method that does not learn by reconstruction, such as gptq"

@@ -234,7 +234,7 @@ class _Reader:
         hints = get_type_hints(cls)
         known = {f.name for f in fields(cls)}
         if "scheme" in options and "bits" in known:
-            options = {**self._scheme(options.pop("scheme"), f"{path}.scheme"), **options}
+            options = {**self._scheme(options.pop("scheme"), f"{path}.scheme", known), **options}
         values: dict[str, Any] = {}
         for key, value in options.items():
             here = f"{path}.{key}"
@@ -250,11 +250,13 @@ class _Reader:
             self.problem(f"{path}.{error.option}", error.message)
         return built
 
-    def _scheme(self, value: Any, path: str) -> dict[str, Any]:
+    def _scheme(self, value: Any, path: str, known: set[str]) -> dict[str, Any]:
         match = re.fullmatch(r"w(\d+)(?:g(\d+))?", str(value))
         if not match:
             self.problem(path, f"{value!r} is not bits and group size such as w4g128, or w4 for one scale a row")
             return {}
+        if not match[2] and "group_size" not in known:
+            return {"bits": int(match[1])}
         return {"bits": int(match[1]), "group_size": int(match[2]) if match[2] else None}
 
     def _overrides(self, cls: type[Pass], value: Any, path: str) -> tuple[Override, ...]:
@@ -271,7 +273,7 @@ class _Reader:
                 continue
             options = {k: v for k, v in entry.items() if k != "match"}
             if "scheme" in options and "bits" in known:
-                options = {**self._scheme(options.pop("scheme"), f"{here}.scheme"), **options}
+                options = {**self._scheme(options.pop("scheme"), f"{here}.scheme", known), **options}
             for key in list(options):
                 if key not in known:
                     self.problem(f"{here}.{key}", f"unknown option of {cls.key}; {_allowed(key, known)}")

@@ -16,12 +16,13 @@ from compress.errors import ConfigError, Problem, ResourceError
 from compress.evaluate import REFERENCE_NUMBERS
 from compress.evaluate import TOKENS_AT_ONCE as EVALUATED_AT_ONCE
 from compress.graph import Graph, Site
-from compress.passes import GlobalMagnitude, LinearPass, ModelPass, Pass
+from compress.passes import BlockPass, GlobalMagnitude, LinearPass, ModelPass, Pass
 from compress.passes.prune.selection import pattern
 from compress.pipeline import GATES, GIVEN, Pipeline, walk
 
 BASELINE = 450 << 20  # Python, torch and transformers, before any work
 FLOAT = 4
+LEARNING = 14  # numbers a weight while it is learned: values, gradients, moments, the best so far, temporaries
 
 
 @dataclass(frozen=True)
@@ -234,6 +235,8 @@ class _Planner:
         tokens = (
             self.pipeline.calibration.samples * self.pipeline.calibration.length if self.pipeline.calibration else 0
         )
+        if any(isinstance(p, BlockPass) for stage in self.pipeline.passes for p in stage):
+            block *= LEARNING
         statistics = 4 * widest * widest * FLOAT if gram else 0
         activations = min(tokens * hidden * FLOAT, 1 << 30) if calibrated else 0
         # Measuring holds a batch's logits, their log-probabilities and temporaries, and the original's for the KL.

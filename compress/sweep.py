@@ -27,12 +27,12 @@ from compress.errors import SolveError, UnsupportedModelError
 from compress.graph import Graph, Site
 from compress.ledger import MemoryLedger, Record, key_of
 from compress.observe import finite, observed
-from compress.passes.base import Block, BlockPass, Edit, LinearPass, Target
+from compress.passes.base import Block, BlockPass, LinearPass, Target
 from compress.passes.quantize.activations import attached
 from compress.progress import Bars
+from compress.solve import solved
 from compress.stacks import split_rows, stack, stacks
 
-MORE_DAMPING = (1.0, 10.0, 100.0)
 TOKENS_AT_ONCE = 2048
 
 
@@ -178,7 +178,7 @@ def _calibrated(context: Context, run: "_Stage", selected: dict[int, list[Site]]
                 f"the blocks of {type(graph.model).__name__} do not simply feed one another, so {run.label} cannot "
                 "learn them one by one; use a method that does not learn by reconstruction, such as gptq"
             )
-        original = chain.copy()
+        original = _original_chain(context, blocks, batches) or chain.copy()
 
     def step(into: Activations, index: int, weights: Weights | None, label: str) -> None:
         # Other weights are the original's, and those have the original's inputs.
@@ -227,6 +227,23 @@ def _chain(context: Context, blocks: list[nn.Module], batches: Sequence[Tensor])
         return Activations(context.bars.over(arrivals, len(batches), "embed: batches"), trim=not context.resident)
 
 
+def _original_chain(context: Context, blocks: list[nn.Module], batches: Sequence[Tensor]) -> Activations | None:
+    """What arrives at the first block of the original model, where something in front of it was compressed."""
+    artifact = context.artifact
+    changed = [s for s in context.graph.outside if s.name in artifact.committed]
+    if not changed:
+        return None
+    now = {s.parameter: _value(context, s.parameter) for s in changed if context.resident}
+    plain = replace(context, artifact=replace(artifact, committed={}))
+    try:
+        for name in now:
+            _set(context.graph.model, name, _value(plain, name))
+        return _chain(plain, blocks, batches)
+    finally:
+        for name, value in now.items():
+            _set(context.graph.model, name, value)
+
+
 def _inside(context: Context, index: int, values: Weights) -> dict[str, Tensor]:
     """Parameter names as the block itself knows them."""
     prefix = f"{context.graph.blocks[index]}."
@@ -267,10 +284,12 @@ def _present(context: Context, index: int, grids: Mapping[str, Inputs] | None = 
     block = context.graph.model.get_submodule(name)
     if not context.resident:
         bring_in(context, name, block)
-    with _rounded(context, _grids(context, context.graph.in_block(index)) if grids is None else grids):
-        yield
-    if not context.resident:
-        evict(context, name, block)
+    try:
+        with _rounded(context, _grids(context, context.graph.in_block(index)) if grids is None else grids):
+            yield
+    finally:
+        if not context.resident:
+            evict(context, name, block)
 
 
 class _Stage:
@@ -399,9 +418,8 @@ class _Stage:
             with products(context.products), _present(context, view.index, grids):
                 edits = dict(pass_.run(Block(targets, view.data(fixed), generator, context.bars.over)))
         except SolveError as error:
-            other = pass_.fallback()
-            edits = {name: other.at(name).run(target) for name, target in targets.items()}
-            fallback = f"{other.key} instead of {pass_.key}: {error}"
+            edits = {name: pass_.at(name).fallback().run(target) for name, target in targets.items()}
+            fallback = f"{pass_.fallback().key} instead of {pass_.key}: {error}"
         seconds = time.perf_counter() - started
         for site in chosen:
             name, edit = site.name, edits[site.name]
@@ -416,21 +434,6 @@ def _joined(note: dict[str, Any], fallback: str | None, rounding: dict[str, str]
     """What a pass did, what was done instead of it, and how inputs are rounded."""
     reasons = [reason for reason in (fallback, rounding.get("fallback")) if reason]
     return {**note, **rounding, **({"fallback": "; ".join(reasons)} if reasons else {})}
-
-
-def solved(pass_: LinearPass, target: Target) -> tuple[Edit, str | None]:
-    """Run a pass; on failure with more damping, then its fallback. Says in words what was done instead, or None."""
-    reason = ""
-    damping = getattr(pass_, "damping", None)
-    helps = isinstance(damping, int | float) and target.statistics is not None
-    for factor in MORE_DAMPING if helps else MORE_DAMPING[:1]:
-        options: dict[str, Any] = {"damping": float(damping or 0) * factor} if helps else {}
-        try:
-            return replace(pass_, **options).run(target), f"damping x{factor:g}: {reason}" if reason else None
-        except SolveError as error:
-            reason = str(error)
-    other = pass_.fallback()
-    return other.run(target), f"{other.key} instead of {pass_.key}: {reason}"
 
 
 def _generator(seed: int, stage: int, position: int, name: str) -> torch.Generator:

@@ -3,7 +3,7 @@
     python scripts/quantizers.py [--only flexround ...]
 
 Two settings: one scale (or, for codebooks, as many stored bits) a row, which every method has; and groups of 64
-columns, for the methods on a uniform grid. 128 windows of 256 calibration tokens, 64 windows of 512 for the measurements.
+columns, for the methods on a uniform grid. 128 windows of 256 calibration tokens, 64 windows of 512 to measure on.
 Writes docs/quantizers.json after every run, so an interrupted one goes on with `--missing`.
 """
 
