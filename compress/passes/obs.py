@@ -20,8 +20,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from compress.calibration.precision import products
 from compress.errors import SolveError
 
+GATHERED = 4  # tiles read at once: every reading touches the whole matrix
+REACH = 1024  # columns whose errors are applied to a tile at once
+PIECE = 1 << 18  # numbers reversed at once
 CHUNK = 16  # columns whose errors are applied one by one; those before it in the tile are applied together
 
 Begin = Callable[[int, Tensor], None]  # (first column, current columns (O, width)): decide scales or masks
@@ -31,7 +35,7 @@ Project = Callable[[int, Tensor], Tensor]  # (column, its current values (O,)) -
 class Factor:
     """R of H = R R^T for a damped Gram matrix, in a given order of columns.
 
-    Kept as the lower Cholesky factor of H with rows and columns reversed, read through reversed indices.
+    It is the lower Cholesky factor of H with rows and columns reversed, read backwards.
     """
 
     def __init__(self, gram: Tensor, damping: float, order: Tensor | None = None):
@@ -43,21 +47,31 @@ class Factor:
         self.dead = dead[order]
         self.num_dead = int(dead.sum())
         reverse = order.flip(0)
-        damped = gram[reverse[:, None], reverse]
+        damped = gram[reverse[:, None], reverse].T  # symmetric; by columns, as LAPACK works on it
         damped.diagonal().add_(damping * diagonal.mean())
         damped.diagonal()[dead[reverse]] = 1.0  # an input that is always zero constrains nothing
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if failed or not torch.isfinite(lower.diagonal()).all():
+        failed = torch.empty(0, dtype=torch.int32)
+        torch.linalg.cholesky_ex(damped, out=(damped, failed))  # in place: these are the largest tensors there are
+        if failed or not torch.isfinite(damped.diagonal()).all():
             raise SolveError("the Gram matrix of the inputs is not positive definite at this damping")
-        self.lower = lower
+        _reverse(damped.T.view(-1))
+        self.upper = damped
 
     def block(self, rows: slice, columns: slice) -> Tensor:
-        """R[rows, columns] as a copy."""
-        n = len(self.lower)
-        r = slice(n - rows.stop, n - rows.start)
-        c = slice(n - columns.stop, n - columns.start)
-        part: Tensor = self.lower[r, c].flip(0, 1)
-        return part
+        """R[rows, columns], sharing memory."""
+        return self.upper[rows, columns]
+
+
+def _reverse(flat: Tensor) -> None:
+    """In place, a piece of either end at a time."""
+    left, right = 0, len(flat)
+    while right - left > 1:
+        size = min(PIECE, (right - left) // 2)
+        first, last = flat[left : left + size], flat[right - size : right]
+        kept = first.flip(0)
+        first.copy_(last.flip(0))
+        last.copy_(kept)
+        left, right = left + size, right - size
 
 
 def compensate(weight: Tensor, factor: Factor, *, tile: int, every: int, begin: Begin, project: Project) -> Tensor:
@@ -71,43 +85,50 @@ def compensate(weight: Tensor, factor: Factor, *, tile: int, every: int, begin: 
     tile = _aligned(tile, every)
     chunk = _aligned(CHUNK, every)
     lost = torch.empty(columns, weight.shape[0])  # D, transposed: a column is contiguous
+    ahead = torch.empty(0)  # columns already gathered, from `a` on
     for a in range(0, columns, tile):
         b = min(a + tile, columns)
         if every > tile and a % every == 0:
             wide = slice(a, min(a + every, columns))
             begin(a, _current(_columns(weight, factor, wide), lost, factor, wide).T)
-        given = _columns(weight, factor, slice(a, b))
+        if not len(ahead):
+            ahead = _columns(weight, factor, slice(a, a + GATHERED * tile))
+        given, ahead = ahead[: b - a], ahead[b - a :]
         now = _current(given, lost, factor, slice(a, b))
         inverse = _triangular_inverse(factor.block(slice(a, b), slice(a, b)))
+        pivots = inverse.diagonal().tolist()
         errors = torch.empty_like(now)
         first = 0  # `now` holds the effect of all errors before this column, up to the end of its chunk
-        for j in range(b - a):
-            if every <= tile and j % every == 0:
-                known = first if j % chunk else 0
-                ahead = slice(j, min(j + every, b - a))
-                push = inverse[known:j, ahead].T @ errors[known:j]
-                begin(a + j, (now[ahead] - push).T)
-            if j % chunk == 0:
-                now[j : j + chunk] -= inverse[:j, j : j + chunk].T @ errors[:j]
-                first = j
-            value = torch.addmv(now[j], errors[first:j].T, inverse[first:j, j], alpha=-1) if j > first else now[j]
-            chosen = project(a + j, value)
-            torch.sub(given[j], chosen, out=lost[a + j])
-            torch.sub(value, chosen, out=errors[j])
-            errors[j] /= inverse[j, j]
+        with products("float32"):  # rounding the factors of these small products would take longer than it saves
+            for j in range(b - a):
+                if every <= tile and j % every == 0:
+                    known = first if j % chunk else 0
+                    group = slice(j, min(j + every, b - a))
+                    push = inverse[known:j, group].T @ errors[known:j]
+                    begin(a + j, (now[group] - push).T)
+                if j % chunk == 0:
+                    now[j : j + chunk] -= inverse[:j, j : j + chunk].T @ errors[:j]
+                    first = j
+                value = now[j] - inverse[first:j, j] @ errors[first:j] if j > first else now[j]
+                chosen = project(a + j, value)
+                torch.sub(given[j], chosen, out=lost[a + j])
+                torch.sub(value, chosen, out=errors[j]).div_(pivots[j])
     return lost.T
 
 
 def _columns(weight: Tensor, factor: Factor, part: slice) -> Tensor:
     """Some columns in the factor's order, transposed: a column is contiguous."""
-    return weight[:, factor.order[part]].T.contiguous()
+    return weight.index_select(1, factor.order[part]).T.contiguous()
 
 
 def _current(given: Tensor, lost: Tensor, factor: Factor, part: slice) -> Tensor:
     """Columns as they stand after everything before them has been compensated."""
     if not part.start:
         return given.clone()
-    push = factor.block(slice(0, part.start), part).T @ lost[: part.start]
+    push = torch.zeros_like(given)
+    for start in range(0, part.start, REACH):  # of few different shapes: matrix libraries keep something for each
+        rows = slice(start, min(start + REACH, part.start))
+        push.addmm_(factor.block(rows, part).T, lost[rows])
     correction: Tensor = torch.linalg.solve_triangular(factor.block(part, part).T, push, upper=False)
     return correction.add_(given)
 

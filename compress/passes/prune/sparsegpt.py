@@ -91,7 +91,7 @@ def solve(
     """
     rows, columns = weight.shape
     factor = Factor(gram, damping)
-    diagonal = factor.lower.diagonal().flip(0)  # R_jj = 1 / U_jj
+    diagonal = factor.upper.diagonal()  # R_jj = 1 / U_jj
     diagonal = diagonal.masked_fill(factor.dead, 0.0)  # weights of inputs that are always zero cost nothing
     n_of_m = pattern(sparsity)
     every = n_of_m[1] if n_of_m else min(tile, columns)

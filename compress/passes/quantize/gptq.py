@@ -122,27 +122,24 @@ def solve(
     factor = Factor(gram, damping, order if act_order else None)
     width = columns if group_size is None else group_size
     static = act_order or group_size is None
-    if static:
-        scales, zeros = grid.grid(weight)
-    else:
-        scales, zeros = torch.empty(rows, columns // width), torch.empty(rows, columns // width, dtype=torch.uint8)
+    scale, zero = grid.grid(weight) if static else _empty_grid(rows, columns // width)
+    scales, zeros = (t.T.float().contiguous() for t in (scale, zero))  # (G, R): a group is contiguous
 
     def begin(start: int, current: Tensor) -> None:
         if not static:
-            scale, zero = fit(current, bits, symmetric=grid.symmetric, search=grid.scale_search)
-            scales[:, start // width], zeros[:, start // width] = scale[:, 0].float(), zero[:, 0]
+            found = fit(current, bits, symmetric=grid.symmetric, search=grid.scale_search)
+            scales[start // width], zeros[start // width] = found[0][:, 0], found[1][:, 0]
 
     codes = torch.empty(columns, rows, dtype=torch.uint8)
     kept = None if mask is None else mask.T.contiguous()[order]
-    highest = 2**bits - 1
+    highest, group_of = 2**bits - 1, (order // width).tolist()
 
     def project(j: int, value: Tensor) -> Tensor:
-        group = int(order[j]) // width
-        s, z = scales[:, group].float(), zeros[:, group].float()
+        s, z = scales[group_of[j]], zeros[group_of[j]]
         code = (value / s).round_().add_(z).clamp_(0, highest)
         if kept is not None:
             code = torch.where(kept[j], code, z)
-        codes[j] = code.to(torch.uint8)
+        codes[j].copy_(code)
         return code.sub_(z).mul_(s)
 
     every = columns if static else width
@@ -150,4 +147,10 @@ def solve(
     if not math.isfinite(float(lost.sum())):
         raise SolveError("the solution is not finite")
     codes = codes.T.contiguous()
-    return (codes[:, torch.argsort(order)] if act_order else codes), narrowest(scales), zeros, factor.num_dead
+    if act_order:
+        codes = codes[:, torch.argsort(order)]
+    return codes, narrowest(scales.T.contiguous()), zeros.T.to(torch.uint8).contiguous(), factor.num_dead
+
+
+def _empty_grid(rows: int, groups: int) -> tuple[Tensor, Tensor]:
+    return torch.empty(rows, groups), torch.empty(rows, groups)
