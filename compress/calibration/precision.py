@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 Products = Literal["bfloat16", "float32"]
 
@@ -32,3 +33,23 @@ def products(kind: Products | None) -> Iterator[None]:
     finally:
         for (backend, _), precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
+
+
+@contextmanager
+def learning(kind: Products, example: Tensor) -> Iterator[None]:
+    """While open, layers that are learned with compute as `kind` says, for inputs like `example`.
+
+    With `bfloat16` their inputs and outputs are bfloat16 too, where the device has instructions for it, not only the
+    factors of their products: the same holds for the gradients that come back. Sums over many steps stay float32.
+    """
+    device = example.device.type
+    enabled = kind == "bfloat16" and example.dtype == torch.float32 and _multiplies_bfloat16(device)
+    with torch.autocast(device, torch.bfloat16, enabled=enabled):
+        yield
+
+
+def _multiplies_bfloat16(device: str) -> bool:
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
