@@ -26,6 +26,7 @@ class Activations:
         self.hidden: list[Tensor] = []
         self._mapped: set[int] = set()  # batches beyond LARGEST_BUFFER
         self._own: dict[int, Tensor] = {}  # their buffers
+        self._calls_for: dict[int, Call] = {}
         size = 0
         for hidden, call in arrivals:
             self.calls.append(call)
@@ -66,7 +67,13 @@ class Activations:
         return Samples(self.hidden)
 
     def call_for(self, count: int) -> Call:
-        """How the block is called with any `count` samples.
+        """How the block is called with any `count` samples. Looked up once: every visit is called alike."""
+        if count not in self._calls_for:
+            self._calls_for[count] = self._call_for(count)
+        return self._calls_for[count]
+
+    def _call_for(self, count: int) -> Call:
+        """As `call_for`, compared with all calls.
 
         Raises:
             UnsupportedModelError: batches are called differently, so samples cannot be mixed.

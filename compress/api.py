@@ -19,15 +19,15 @@ from compress.artifact import Artifact, ModuleSource, open_folder
 from compress.calibration import collect
 from compress.calibration.precision import Products
 from compress.encodings import Weight
-from compress.errors import CompressError, ConfigError, NonFiniteError, Problem, UsageError
+from compress.errors import CompressError, ConfigError, NonFiniteError, UsageError
 from compress.evaluate import logits_in
 from compress.export import safetensors
 from compress.ledger import FolderLedger, MemoryLedger, key_of, publish, write_text
 from compress.passes import Pass
-from compress.pipeline import GATES, Calibration, Evaluation, Pipeline, dump, load, walk
+from compress.pipeline import GATES, Calibration, Evaluation, Pipeline, dump, load, mistakes
 from compress.report import Report
+from compress.residence import Context, forward, streamed
 from compress.runtime.register import WEIGHTS
-from compress.sweep import Context, forward, streamed
 
 LOGITS_TOLERANCE = 0.0  # packed and in-memory results multiply the same numbers in the same order
 
@@ -116,7 +116,7 @@ def apply(
         seed=seed,
         products=products,
     )
-    problems = [Problem(f"{path}.{e.option}", e.message) for path, _, p in walk(pipeline) for e in p.mistakes()]
+    problems = mistakes(pipeline)
     if problems:
         raise ConfigError(problems, "apply")
     source = _Stored(model, store_dtype)
@@ -194,7 +194,8 @@ def run(
     file = str(pipeline) if isinstance(pipeline, str | Path) else "pipeline"
     made = plan.make(steps, graph, opened.dtypes, file)
     resolved = dump(steps)
-    data = _data(steps, opened, manager.Data(calibration, inputs, labels))
+    with bars.shown():
+        data = _data(steps, opened, manager.Data(calibration, inputs, labels), bars)
     hashes = [manager.hash_of(each) for each in (data.calibration, data.evaluation, data.labels)]
     identity = key_of(opened.artifact.source.fingerprint(), resolved, hashes)
     finished = _finished(destination, identity)
@@ -286,14 +287,14 @@ def _with_given(steps: Pipeline, calibration: Tensor | None, evaluation: Tensor 
     )
 
 
-def _data(steps: Pipeline, opened: Opened, data: manager.Data) -> manager.Data:
+def _data(steps: Pipeline, opened: Opened, data: manager.Data, bars: progress.Bars) -> manager.Data:
     """Read what the pipeline names; given data win."""
     calibration, evaluation, labels = data.calibration, data.evaluation, data.labels
     needed = any(p.calibrated for stage in steps.passes for p in stage)
     if calibration is None and needed and steps.calibration:
-        calibration, _ = given.read(steps.calibration, opened.folder, "calibration")
+        calibration, _ = given.read(steps.calibration, opened.folder, "calibration", bars.over)
     if evaluation is None and steps.evaluate:
-        evaluation, labels = given.read(steps.evaluate, opened.folder, "evaluation")
+        evaluation, labels = given.read(steps.evaluate, opened.folder, "evaluation", bars.over)
     graph, dtype = opened.artifact.graph, _dtype(steps, opened)
     calibration = given.checked(graph, "calibration", calibration, dtype)
     evaluation = given.checked(graph, "evaluation", evaluation, dtype)

@@ -208,12 +208,14 @@ class Artifact:
         source: the uncompressed values.
         renamed: parameter name in the model -> name in the source, where they differ (tied and prefixed names).
         committed: what passes made of each site so far.
+        restated: original weights as a pass wrote them anew without changing what the model computes.
     """
 
     graph: Graph
     source: Source
     renamed: dict[str, str] = field(default_factory=dict)
     committed: dict[str, Weight | Packed] = field(default_factory=dict)
+    restated: dict[str, Weight | Packed] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sites = {site.name: site for site in self.graph.sites}
@@ -224,7 +226,12 @@ class Artifact:
         return self.renamed.get(parameter, parameter)
 
     def original(self, site: Site) -> Tensor:
-        """(out, in) as stored in the source."""
+        """(out, in) as stored in the source, or as it was restated."""
+        restated = self.restated.get(site.name)
+        if restated is not None:
+            values = (restated.load() if isinstance(restated, Packed) else restated).values
+            assert values is not None
+            return values
         return site.matrix(self.source.read(self.name_in_source(site.parameter)))
 
     def store_dtype(self, site: Site) -> torch.dtype:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress.calibration.data import IMAGES, Split, load_images, load_tokens
+from compress.calibration.data import IMAGES, Over, Split, load_images, load_tokens
 from compress.errors import DataError
 from compress.graph import Graph
 from compress.pipeline import GIVEN, Calibration
@@ -81,8 +81,10 @@ def described(cls: type[Calibration], data: Tensor | None, options: Mapping[str,
     return cls(source=GIVEN, samples=len(data), length=length, **options)
 
 
-def read(section: Calibration, folder: Path, split: Split) -> tuple[Tensor, Tensor | None]:
+def read(section: Calibration, folder: Path, split: Split, over: Over | None = None) -> tuple[Tensor, Tensor | None]:
     """The data a `calibration:` or `evaluate:` section describes: images and labels, or tokens by a model's tokenizer.
+
+    `over` draws progress, as for `load_tokens`.
 
     Raises:
         DataError: nothing that can be read.
@@ -108,6 +110,7 @@ def read(section: Calibration, folder: Path, split: Split) -> tuple[Tensor, Tens
         split=split,
         field=section.field,
         subset=section.subset,
+        over=over,
     )
     return tokens, None
 

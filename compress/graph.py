@@ -26,6 +26,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from compress.axes import Axis, find_axes
 from compress.errors import CheckpointError, UnsupportedModelError
 
 # Above this share of block weights out of every pass's reach, running would be pretending.
@@ -82,6 +83,7 @@ class Graph:
     Attributes:
         buffers: names of the buffers that checkpoints hold, such as the running means of a batch normalisation.
         tied: parameter name -> the name its value is kept under, for parameters that share one tensor.
+        axes: channels between sites whose order is free.
     """
 
     model: nn.Module
@@ -89,6 +91,15 @@ class Graph:
     sites: tuple[Site, ...]
     tied: dict[str, str] = field(default_factory=dict)
     buffers: tuple[str, ...] = ()
+    axes: tuple[Axis, ...] = ()
+
+    def rows_of(self, site: str) -> Axis | None:
+        """The channels that a site's rows are, where their order is free."""
+        return next((a for a in self.axes if site in a.makers), None)
+
+    def columns_of(self, site: str) -> Axis | None:
+        """The channels that a site's columns are, where their order is free."""
+        return next((a for a in self.axes if site in a.readers), None)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Everything a checkpoint holds by name: parameters, tied ones once, then buffers."""
@@ -133,7 +144,7 @@ def find(model: nn.Module) -> Graph:
     _refuse_unreachable(model, blocks, {s.parameter for s in sites})
     kept = model.state_dict().keys()
     buffers = tuple(name for name, _ in model.named_buffers() if name in kept)
-    return Graph(model, blocks, sites, _tied(model), buffers)
+    return Graph(model, blocks, sites, _tied(model), buffers, find_axes(model, [s.name for s in sites]))
 
 
 def _site(name: str, module: nn.Module, block: int | None) -> Site | None:

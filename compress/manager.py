@@ -24,7 +24,8 @@ from compress.passes.quantize.activations import attached
 from compress.pipeline import Evaluation, Pipeline
 from compress.plan import PassPlan, Plan
 from compress.report import Report, Row
-from compress.sweep import TOKENS_AT_ONCE, Context, forward, run_stage, set_in_place, streamed
+from compress.residence import Context, forward, set_in_place, streamed
+from compress.sweep import TOKENS_AT_ONCE, run_stage
 
 ROUNDING = 1e-9  # a fall of exactly one point is within a gate of one point
 
@@ -114,7 +115,9 @@ def _model_stage(context: Context, number: int, plan: PassPlan, key: str) -> tup
 
     def load(name: str) -> Target:
         weight = artifact.weight(sites[name])
-        return Target(finite(sites[name], weight), weight.mask, kernel=sites[name].kernel)
+        rows, columns = artifact.graph.rows_of(name), artifact.graph.columns_of(name)
+        kernel = sites[name].kernel
+        return Target(finite(sites[name], weight), weight.mask, kernel=kernel, rows=rows, columns=columns)
 
     if len(done) < len(sites):
         edits = pass_.run(tuple(sites), load)
@@ -123,12 +126,15 @@ def _model_stage(context: Context, number: int, plan: PassPlan, key: str) -> tup
                 site = sites[name]
                 before = artifact.weight(site)
                 weight, error = observed(site, pass_, before, finite(site, before), edit, artifact.store_dtype(site))
+                error = 0.0 if pass_.preserves else error
                 weight, rounding = attached(pass_.at(name), weight, None)
                 notes = {pass_.key: {"error": error, **edit.notes, **rounding}}
                 done[name] = context.ledger.commit(units[name], key, [Record(name, weight, notes)])
     records = [record for name in sites for record in done[name]]
     for record in records:
         artifact.committed[record.site] = record.weight
+        if pass_.preserves:
+            artifact.restated[record.site] = record.weight
         if context.resident:
             set_in_place(context, record)
     return key, records

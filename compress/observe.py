@@ -22,7 +22,7 @@ def observed(
 ) -> tuple[Weight, float]:
     """The weight an edit makes, in its stored type, and its relative error ||new - old|| / ||old||.
 
-    `old` is `before` as (out, in) float32.
+    `old` is what to compare with, (out, in) float32: `before`, or the original for a pass that compares with that.
 
     Raises:
         CompressError: the edit has the wrong shape, is not finite, has codes out of range, revives a zero, or breaks
@@ -36,6 +36,12 @@ def observed(
         raise refuse(f"a mask of shape {tuple(edit.mask.shape)}, not {site.shape}")
     if before.mask is not None and (edit.mask is None or bool((edit.mask & ~before.mask).any())):
         raise refuse("zeros that were already there have come back")
+    if edit.low_rank is not None:
+        defect = edit.low_rank.defect(site.shape)
+        if defect:
+            raise refuse(defect)
+        corrected = replace(before, low_rank=edit.low_rank)
+        return corrected, _relative_error(corrected, old)
     weight = _from_codes(edit, refuse, site) if edit.encoding else _from_values(edit, refuse, site, store)
     wanted = pattern(getattr(pass_.at(site.name), "sparsity", 0.0))
     if wanted and edit.mask is not None and int(edit.mask.view(-1, wanted[1]).sum(1).max()) > wanted[0]:

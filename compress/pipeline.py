@@ -5,13 +5,11 @@ line, path, what is allowed and, for a misspelt word, the nearest known one.
 """
 
 import difflib
-import math
 import re
-import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
 
@@ -19,7 +17,7 @@ from compress.calibration.data import check_source
 from compress.calibration.precision import Products
 from compress.errors import ConfigError, Problem, UsageError
 from compress.passes import PASSES, Override, Pass
-from compress.passes.base import OptionError
+from compress.typed import choices, describe, fits, mistyped
 
 METHODS: dict[str, type[Pass]] = {p.key: p for p in PASSES}
 FORMATS = ("safetensors",)
@@ -100,6 +98,9 @@ def load(source: "str | Path | Mapping[str, Any] | Pipeline") -> Pipeline:
         UsageError: no such file.
     """
     if isinstance(source, Pipeline):
+        problems = mistakes(source)
+        if problems:
+            raise ConfigError(problems, "pipeline")
         return source
     if isinstance(source, Mapping):
         return _Reader({}, "pipeline").pipeline(dict(source))
@@ -323,47 +324,11 @@ class _Reader:
     def _value(self, hint: Any, value: Any, path: str) -> Any:
         """`value` as the annotated type; a problem and None if it is not."""
         for option in choices(hint):
-            matched, result = _fits(option, value)
+            matched, result = fits(option, value)
             if matched:
                 return result
-        self.problem(path, f"{value!r} is not {_describe(hint)}")
+        self.problem(path, f"{value!r} is not {describe(hint)}")
         return _WRONG
-
-
-def choices(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the one type."""
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
-def _fits(hint: Any, value: Any) -> tuple[bool, Any]:
-    if get_origin(hint) is Literal:
-        return value in get_args(hint), value
-    if get_origin(hint) is tuple:
-        items = [value] if isinstance(value, str) else value
-        good = isinstance(items, list | tuple) and all(_fits(get_args(hint)[0], v)[0] for v in items)
-        return good, tuple(items) if good else None
-    if hint is type(None):
-        return value is None, None
-    if hint is float and isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        value = float(value)  # YAML 1.1 takes 1e-2, without a point, for a text
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return math.isfinite(value), float(value)
-    if hint in (int, float, str, bool):
-        return type(value) is hint, value
-    raise TypeError(f"options of type {hint} are not readable from YAML")
-
-
-def _describe(hint: Any) -> str:
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
-    parts = []
-    for option in choices(hint):
-        if get_origin(option) is Literal:
-            parts.append("one of " + ", ".join(map(str, get_args(option))))
-        elif get_origin(option) is tuple:
-            parts.append("a list")
-        else:
-            parts.append(words.get(option, str(option)))
-    return " or ".join(parts)
 
 
 def _allowed(word: Any, known: "Mapping[str, Any] | set[str] | tuple[str, ...]") -> str:
@@ -419,4 +384,13 @@ def walk(pipeline: Pipeline) -> Iterator[tuple[str, int, Pass]]:
             yield f"passes[{i}]{fused}.{pass_.key}", i, pass_
 
 
-__all__ = ["Calibration", "Evaluation", "OptionError", "Pipeline", "dump", "load", "parse", "walk"]
+def mistakes(pipeline: Pipeline) -> list[Problem]:
+    """Every impossible option of passes that were made in Python."""
+    found = []
+    for path, _, pass_ in walk(pipeline):
+        wrong = list(mistyped(pass_))  # what is of the wrong type cannot be looked at further
+        found += [Problem(f"{path}.{e.option}", e.message) for e in wrong or pass_.mistakes()]
+    return found
+
+
+__all__ = ["Calibration", "Evaluation", "Pipeline", "dump", "load", "mistakes", "parse", "walk"]

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from compress.pipeline import GATES, GIVEN, Pipeline, walk
 
 BASELINE = 450 << 20  # Python, torch and transformers, before any work
 FLOAT = 4
-LEARNING = 14  # numbers a weight while it is learned: values, gradients, moments, the best so far, temporaries
+LEARNING = 18  # numbers a weight while it is learned: values, gradients, moments, the best so far, temporaries
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def make(pipeline: Pipeline, graph: Graph, dtypes: dict[str, torch.dtype], file:
     planner = _Planner(pipeline, graph, dtypes)
     stages: list[list[PassPlan]] = [[] for _ in pipeline.passes]
     for path, number, pass_ in walk(pipeline):
-        stages[number].append(planner.add(path, pass_, fused=len(pipeline.passes[number]) > 1))
+        fused = len(pipeline.passes[number]) > 1
+        stages[number].append(planner.add(path, pass_, fused=fused, first=not stages[number]))
     planner.check_data()
     if planner.problems:
         raise ConfigError(planner.problems, file)
@@ -99,7 +100,7 @@ class _Planner:
             place = re.sub(r"(\.[^.\[\]]+|\[\d+\]|^[^.\[\]]+)$", "", place)
         self.problems.append(Problem(path, message, line))
 
-    def add(self, path: str, pass_: Pass, fused: bool) -> PassPlan:
+    def add(self, path: str, pass_: Pass, fused: bool, first: bool) -> PassPlan:
         for option, patterns in (
             ("include", pass_.include),
             ("exclude", pass_.exclude),
@@ -111,11 +112,17 @@ class _Planner:
                         f"{path}.{option}", f"{p!r} matches no layer; layers are named like {self._examples()}"
                     )
         sites = tuple(s for s in self.graph.sites if pass_.selects(s.name, s.block is not None))
-        if not sites:
+        if pass_.preserves:
+            sites = self._check_order(path, pass_, sites)
+        elif not sites:
             self.problem(path, f"works on no layer at all; layers are named like {self._examples()}")
         if fused and isinstance(pass_, ModelPass):
             self.problem(
                 path, f"{pass_.key} needs the whole model at once and cannot be fused with others by `blockwise:`"
+            )
+        if not first and isinstance(pass_, LinearPass) and pass_.surveys:
+            self.problem(
+                path, f"{pass_.key} looks at all layers before it begins, so it must be the first of `blockwise:`"
             )
         self._check_sites(path, pass_, sites)
         if pass_.calibrated:
@@ -131,14 +138,36 @@ class _Planner:
                 specs[site.name] = self.specs[site.name] = self._spec(pass_.at(site.name), site)
         return PassPlan(path, pass_, sites, specs)
 
+    def _check_order(self, path: str, pass_: Pass, sites: Sequence[Site]) -> tuple[Site, ...]:
+        """The sites whose channels a pass may put in another order."""
+        chosen = {s.name for s in sites}
+        free: set[str] = set()
+        for axis in self.graph.axes:
+            both = {*axis.makers, *axis.readers}
+            if both <= chosen:
+                free |= both
+            elif both & chosen:
+                missing, there = _some(sorted(both - chosen)), _some(sorted(both & chosen))
+                self.problem(path, f"{there} share their channels with {missing}: include or exclude them together")
+        if not free and not any({*a.makers, *a.readers} & chosen for a in self.graph.axes):
+            self.problem(
+                path,
+                f"{pass_.key} knows no channels of a {type(self.graph.model).__name__} whose order is free; leave it "
+                "out. It knows the MLPs and values of Llama and its like, in layers without a bias",
+            )
+        changed = [name for name in sorted(free) if name in self.specs]
+        if changed:
+            self.problem(path, f"{_some(changed)} were worked on before; put {pass_.key} before every other pass")
+        return tuple(s for s in sites if s.name in free)
+
     def _check_sites(self, path: str, pass_: Pass, sites: Sequence[Site]) -> None:
         refused = [s for s in sites if self.kinds[s.name] not in pass_.accepts]
         if refused:
             kind = self.kinds[refused[0].name]
             self.problem(
                 path,
-                f"{pass_.key} cannot work on {kind} weights ({_some(s.name for s in refused)}): they are packed. "
-                f"Put {pass_.key} before the quantizer",
+                f"{pass_.key} cannot work on {kind} weights ({_some(s.name for s in refused)}): "
+                + _why(kind, pass_.key),
             )
         misfits: dict[str, list[str]] = {}
         for site in sites:
@@ -213,6 +242,9 @@ class _Planner:
             kept = min(int(rows * columns * (1 - share)), kept if kept is not None else rows * columns)
         stored = str(self.dtypes.get(site.parameter, torch.float32)).removeprefix("torch.")
         form, inputs = pass_.form(site.shape), pass_.input_form() or (before.inputs if before else None)
+        low_rank = pass_.low_rank_form(site.shape)
+        if low_rank:
+            return replace(before or Spec(site.shape, value_dtype=stored), low_rank=low_rank)
         if form:
             return Spec(site.shape, form, kept, inputs=inputs)
         return Spec(site.shape, kept=kept, value_dtype=stored, inputs=inputs)
@@ -235,10 +267,12 @@ class _Planner:
         tokens = (
             self.pipeline.calibration.samples * self.pipeline.calibration.length if self.pipeline.calibration else 0
         )
-        if any(isinstance(p, BlockPass) for stage in self.pipeline.passes for p in stage):
+        learned = any(isinstance(p, BlockPass) for stage in self.pipeline.passes for p in stage)
+        if learned:
             block *= LEARNING
         statistics = 4 * widest * widest * FLOAT if gram else 0
-        activations = min(tokens * hidden * FLOAT, 1 << 30) if calibrated else 0
+        # Learning keeps what arrives at a block, what arrives in the original model, and what comes out there.
+        activations = (3 if learned else 1) * min(tokens * hidden * FLOAT, 1 << 30) if calibrated else 0
         # Measuring holds a batch's logits, their log-probabilities and temporaries, and the original's for the KL.
         vocabulary = getattr(getattr(graph.model, "config", None), "vocab_size", 0)
         logits = 5 * EVALUATED_AT_ONCE * vocabulary * FLOAT + REFERENCE_NUMBERS * FLOAT
@@ -249,6 +283,17 @@ class _Planner:
             + max(outside * 2, (block if calibrated else 0) + statistics + 4 * largest)
             + activations
         )
+
+
+def _why(kind: str, key: str) -> str:
+    """Why a pass cannot work on a kind of weight, and what to do."""
+    if kind == "dense":
+        return f"nothing was lost there. Put {key} after a pruner or quantizer, or `exclude` them"
+    if kind.endswith("-compensated"):
+        return f"their correction makes up for what was lost before it. Put {key} before eora"
+    if "quantized" in kind:
+        return f"they are packed. Put {key} before the quantizer"
+    return f"they were worked on before. Put {key} first"
 
 
 def _some(names: Iterable[str], most: int = 3) -> str:

@@ -38,8 +38,8 @@ class Bars:
             finally:
                 self._progress = None
 
-    def over(self, items: Iterable[T], total: int, label: str) -> Iterator[T]:
-        """Iterate with a bar."""
+    def over(self, items: Iterable[T], total: int | None, label: str) -> Iterator[T]:
+        """Iterate with a bar; `total` None: nobody knows how many."""
         if self._progress is None:
             yield from items
             return

@@ -4,7 +4,8 @@ from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from compress.passes import Override
-from compress.pipeline import FORMATS, GATES, METHODS, Calibration, Evaluation, Pipeline, choices
+from compress.pipeline import FORMATS, GATES, METHODS, Calibration, Evaluation, Pipeline
+from compress.typed import choices
 
 
 def schema() -> dict[str, Any]:

@@ -385,3 +385,19 @@ def test_pruning_after_packing_is_refused(tiny_llama: LlamaForCausalLM) -> None:
 def test_a_copy_of_a_result_can_be_made_and_called(tiny_llama: LlamaForCausalLM, tokens: Tensor) -> None:
     result = compress.apply(tiny_llama, [Gptq()], calibration=tokens)
     assert torch.equal(copy.deepcopy(result.model)(tokens).logits, result.model(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("pass_", "said"),
+    [
+        (compress.FlexRound(inputs="orginal"), "flexround.inputs: 'orginal' is not one of compressed, original, mix"),  # type: ignore[arg-type]
+        (Gptq(bits=3.0), "gptq.bits: 3.0 is not a whole number"),  # type: ignore[arg-type]
+        (Rtn(include="*.down_proj"), r"rtn.include: '\*.down_proj' is not a list"),  # type: ignore[arg-type]
+        (Rtn(overrides=(Override("*", {"bits": "4"}),)), r"rtn.overrides\[0\].bits: '4' is not a whole number"),
+    ],
+)
+def test_options_of_the_wrong_type_are_refused(pass_: Pass, said: str) -> None:
+    with pytest.raises(compress.ConfigError, match=said):
+        compress.apply(sequential(), [pass_], calibration=torch.randn(4, 64))
+    with pytest.raises(compress.ConfigError, match=said):
+        compress.run(compress.Pipeline(passes=((pass_,),)), "demo", "out")

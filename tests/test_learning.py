@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 import compress
 from compress import activations, plan
 from compress import graph as graphs
-from compress.errors import SolveError, UnsupportedModelError
+from compress.errors import ConfigError, SolveError, UnsupportedModelError
 from compress.passes import AdaRound, FlexRound, Magnitude, Override, Pass, Rtn, Wanda
 from compress.passes.base import Block as Given
 from compress.passes.base import Edit
@@ -595,6 +595,29 @@ def test_a_layer_that_nothing_ever_reaches_is_rounded_and_the_rest_of_its_block_
     for i in range(3):
         assert torch.equal(result[f"blocks.{i}.spare"], nearest[f"blocks.{i}.spare"])
         assert not torch.equal(result[f"blocks.{i}.up"], nearest[f"blocks.{i}.up"])
+
+
+def test_by_layer_a_layer_that_nothing_reaches_is_rounded_and_the_others_learn(samples: Tensor) -> None:
+    pass_ = FlexRound(bits=3, steps=20, objective="layer")
+    result = compress.apply(Unused(), [pass_], calibration=samples)
+    assert result.report.fallbacks == []
+    nearest = codes(compress.apply(Unused(), [pass_.fallback()]))
+    for i in range(3):
+        assert torch.equal(codes(result)[f"blocks.{i}.spare"], nearest[f"blocks.{i}.spare"])
+        assert not torch.equal(codes(result)[f"blocks.{i}.up"], nearest[f"blocks.{i}.up"])
+
+
+def test_by_layer_blocks_need_not_feed_one_another(samples: Tensor) -> None:
+    pass_ = FlexRound(bits=3, steps=20, objective="layer")
+    result = compress.apply(SkipOutside(), [pass_], calibration=samples)
+    assert all(notes["flexround"]["best_step"] > 0 for notes in result.report.layers.values())
+
+
+@pytest.mark.parametrize("option", ["steps", "batch_size", "inputs", "objective"])
+def test_what_a_block_has_in_common_cannot_differ_from_layer_to_layer(option: str, samples: Tensor) -> None:
+    overrides = (Override("*.up", {option: getattr(FlexRound(), option)}),)
+    with pytest.raises(ConfigError, match=rf"overrides\[0\].{option}: is the same for all layers"):
+        compress.apply(Model(), [FlexRound(overrides=overrides)], calibration=samples)
 
 
 def test_the_memory_estimate_of_a_plan_counts_what_is_learned() -> None:

@@ -1,7 +1,7 @@
 """Where calibration and evaluation data come from: the bundled source, local files, a Hugging Face data set."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,9 @@ def check_source(source: str) -> str | None:
     return None
 
 
+Over = Callable[[Iterable[str], int | None, str], Iterator[str]]
+
+
 def load_tokens(
     source: str,
     tokenizer: Any,
@@ -56,6 +59,7 @@ def load_tokens(
     split: Split = "calibration",
     field: str = "text",
     subset: str | None = None,
+    over: Over | None = None,
 ) -> Tensor:
     """Windows of token ids, evenly spread over the source.
 
@@ -68,6 +72,7 @@ def load_tokens(
             calibrates and its `test` split evaluates.
         field: the field or column that holds the text.
         subset: the configuration name of a data set id.
+        over: draws progress over the texts: (texts, how many or None, label).
 
     Returns:
         (samples, length) int64.
@@ -83,7 +88,8 @@ def load_tokens(
     texts = _texts(source, split, field, subset)
     separator = tokenizer.eos_token_id
     stream: list[int] = []
-    for text in texts:
+    known = len(texts) if isinstance(texts, Sized) else None
+    for text in texts if over is None else over(texts, known, f"tokenize {split}: texts"):
         stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if separator is not None:
             stream.append(separator)

@@ -35,6 +35,7 @@ class Statistics:
         self._gram = torch.zeros(width, width) if need == "gram" else None
         self._panel = max(SMALLEST_PANEL, width // 8)
         self._whole = True
+        self._eigen: tuple[Tensor, Tensor] | None = None
         self.range: Range | None = None
 
     def update(self, inputs: Tensor, name: str) -> None:
@@ -52,7 +53,7 @@ class Statistics:
                 for a in range(0, wide.shape[1], self._panel):
                     b = a + self._panel
                     self._gram[a:, a:b].addmm_(wide[:, a:].T, wide[:, a:b])
-            self._whole = False
+            self._whole, self._eigen = False, None
         squares = self.square_sum
         if not torch.isfinite(squares).all():
             bad = int((~torch.isfinite(squares)).nonzero()[0])
@@ -71,6 +72,14 @@ class Statistics:
                 self._gram[a:b, b:] = self._gram[b:, a:b].T
             self._whole = True
         return self._gram
+
+    @property
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues of the Gram matrix, ascending (I,), and eigenvectors (I, I), float64. Kept: sites share them."""
+        if self._eigen is None:
+            assert self.gram is not None
+            self._eigen = torch.linalg.eigh(self.gram.double())
+        return self._eigen
 
     @property
     def square_sum(self) -> Tensor:

@@ -3,6 +3,7 @@
 from compress.encodings.base import Encoding, Form
 from compress.encodings.codebook import CodebookForm, Codebooks
 from compress.encodings.inputs import InputForm, Inputs, fit_inputs
+from compress.encodings.low_rank import LowRank, LowRankForm
 from compress.encodings.outlier_victim import OutlierVictim, OutlierVictimForm
 from compress.encodings.power import Power, PowerForm
 from compress.encodings.uniform import Uniform, UniformForm, fit, quantize
@@ -15,6 +16,8 @@ __all__ = [
     "Form",
     "InputForm",
     "Inputs",
+    "LowRank",
+    "LowRankForm",
     "OutlierVictim",
     "OutlierVictimForm",
     "Power",

@@ -27,8 +27,12 @@ def index_bits(count: int) -> int:
 class CodebookForm(Form):
     """Codes are ceil(log2 K) bits wide.
 
-    Stored: `table` (G, K); with several tables `row_group` uint8 (1, ceil(O * ceil(log2 G) / 8)), packed as codes are;
-    if scaled `scale` (O, 1).
+    Stored: `table` (G, K); with several tables `row_group` uint8 (1, ceil(O * ceil(log2 G) / 8)), packed as codes are,
+    or, where rows have their tables in runs, `run_ends` int32 (G,); if scaled `scale` (O, 1).
+
+    Attributes:
+        period: rows this far apart share a table, and run r of the rows between, up to `run_ends[r]`, has table r;
+            0 where every row has a number of its own.
     """
 
     entries: int
@@ -36,11 +40,14 @@ class CodebookForm(Form):
     scaled: bool = False
     table_dtype: str = "float16"
     scale_dtype: str = "float16"
+    period: int = 0
     family: ClassVar[str] = "codebook"
 
     def tables(self, shape: tuple[int, int]) -> Stored:
         found: Stored = {"table": ((self.num_tables, self.entries), getattr(torch, self.table_dtype))}
-        if self.num_tables > 1:
+        if self.num_tables > 1 and self.period:
+            found["run_ends"] = ((self.num_tables,), torch.int32)
+        elif self.num_tables > 1:
             found["row_group"] = ((1, row_bytes(shape[0], index_bits(self.num_tables))), torch.uint8)
         if self.scaled:
             found["scale"] = ((shape[0], 1), getattr(torch, self.scale_dtype))
@@ -48,11 +55,15 @@ class CodebookForm(Form):
 
     def encoding(self, codes: Tensor, tables: Mapping[str, Tensor]) -> "Codebooks":
         rows = codes.shape[0]
-        if self.num_tables > 1:
+        if self.num_tables > 1 and self.period:
+            ends = tables["run_ends"]
+            places = torch.arange(self.period, device=codes.device)
+            row_group = torch.searchsorted(ends, places, right=True).to(torch.uint8).repeat(rows // self.period)
+        elif self.num_tables > 1:
             row_group = unpack_bits(tables["row_group"], index_bits(self.num_tables), rows)[0]
         else:
             row_group = torch.zeros(rows, dtype=torch.uint8, device=codes.device)
-        return Codebooks(codes, tables["table"], row_group, tables.get("scale"))
+        return Codebooks(codes, tables["table"], row_group, tables.get("scale"), self.period or None)
 
 
 @dataclass(frozen=True)
@@ -64,12 +75,14 @@ class Codebooks(Encoding):
         table: (G, K) float16 or float32, ascending in each table; K is 2 to 256, G is 1 to 256.
         row_group: (O,) uint8 below G, the table of each row.
         scale: (O, 1) float16 or float32, not negative; None when the tables hold the values themselves.
+        period: rows this far apart share a table, and tables do not fall over the rows between; None: any row has any.
     """
 
     codes: Tensor
     table: Tensor
     row_group: Tensor
     scale: Tensor | None = None
+    period: int | None = None
 
     @property
     def form(self) -> CodebookForm:
@@ -81,11 +94,15 @@ class Codebooks(Encoding):
             scaled=self.scale is not None,
             table_dtype=_name(self.table.dtype),
             scale_dtype="float16" if self.scale is None else _name(self.scale.dtype),
+            period=self.period or 0,
         )
 
     def tables(self) -> dict[str, Tensor]:
         found = {"table": self.table.contiguous()}
-        if len(self.table) > 1:
+        if len(self.table) > 1 and self.period:
+            of_first = torch.bincount(self.row_group[: self.period].long(), minlength=len(self.table))
+            found["run_ends"] = of_first.cumsum(0).to(torch.int32)
+        elif len(self.table) > 1:
             found["row_group"] = pack_bits(self.row_group[None], index_bits(len(self.table)))
         if self.scale is not None:
             found["scale"] = self.scale.contiguous()
@@ -96,7 +113,7 @@ class Codebooks(Encoding):
 
     def rows(self, part: slice) -> Self:
         scale = None if self.scale is None else narrowest(self.scale[part])
-        return replace(self, codes=self.codes[part], row_group=self.row_group[part], scale=scale)
+        return replace(self, codes=self.codes[part], row_group=self.row_group[part], scale=scale, period=None)
 
     def idle(self) -> Tensor:
         nearest_to_zero = self.table.float().abs().argmin(1).to(torch.uint8)
@@ -110,6 +127,8 @@ class Codebooks(Encoding):
             return "not one table for each row"
         if not 1 <= num_tables <= MOST_TABLES or int(self.row_group.max()) >= num_tables:
             return f"rows that use tables beyond the {num_tables} there are"
+        if self.period and not self._in_runs(self.period):
+            return f"rows whose tables are not in runs that repeat every {self.period} rows"
         if not torch.isfinite(self.table).all() or bool((self.table.float().diff(dim=1) < 0).any()):
             return "tables that are not finite and ascending"
         if self.scale is not None and not (torch.isfinite(self.scale) & (self.scale >= 0)).all():
@@ -117,6 +136,12 @@ class Codebooks(Encoding):
         if int(self.codes.max()) >= entries:
             return f"codes beyond tables of {entries} entries"
         return self._codes_defect()
+
+    def _in_runs(self, period: int) -> bool:
+        if len(self.row_group) % period:
+            return False
+        each = self.row_group.view(-1, period)
+        return bool((each == each[:1]).all()) and bool((each[0].int().diff() >= 0).all())
 
 
 def dequantize(codes: Tensor, table: Tensor, row_group: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ Layout `compress-1`, for a weight of O rows and I columns:
 | `codes`  | quantized             | uint8 (O, ceil(I*bits/8)); sparse: the K kept codes as one stream   |
 | tables   | quantized             | what the family needs beside its codes: see `tables` of each `Form` |
 
-How the layer rounds its input stands beside them: see `inputs.py` for what is stored.
+How the layer rounds its input, and a low-rank correction, stand beside them: see `inputs.py` and `low_rank.py`.
 
 Streams are those of `bits.py`. The mask is stored, never inferred: a kept weight may be zero.
 """
@@ -25,6 +25,7 @@ from compress.encodings.base import Encoding, Form, Stored
 from compress.encodings.bits import pack_bits, row_bytes, unpack_bits
 from compress.encodings.codebook import CodebookForm
 from compress.encodings.inputs import InputForm, Inputs
+from compress.encodings.low_rank import LowRank, LowRankForm
 from compress.encodings.outlier_victim import OutlierVictimForm
 from compress.encodings.power import PowerForm
 from compress.encodings.uniform import UniformForm
@@ -42,15 +43,22 @@ class Weight:
         mask: (O, I) bool, True = kept; None when dense.
         encoding: the codes, or None. Codes under a masked position are the encoding's idle ones.
         inputs: the grid that what it is multiplied with is rounded to, or None.
+        low_rank: a correction added to all of it, or None.
     """
 
     values: Tensor | None = None
     mask: Tensor | None = None
     encoding: Encoding | None = None
     inputs: Inputs | None = None
+    low_rank: LowRank | None = None
 
     def dequantize(self) -> Tensor:
-        """(O, I) float32, exactly zero where masked. May share memory with `values`: not to be written to."""
+        """(O, I) float32 of all of it. May share memory with `values`: not to be written to."""
+        base = self.base()
+        return base if self.low_rank is None else base + self.low_rank.product()
+
+    def base(self) -> Tensor:
+        """(O, I) float32 without the correction, exactly zero where masked; as `dequantize` otherwise."""
         if self.encoding is None:
             assert self.values is not None
             return self.values.float()
@@ -64,18 +72,18 @@ class Weight:
             None if self.mask is None else self.mask[part],
             None if self.encoding is None else self.encoding.rows(part),
             self.inputs,
+            None if self.low_rank is None else self.low_rank.rows(part),
         )
 
     @property
     def kind(self) -> str:
-        """`dense`, `sparse`, `quantized` or `sparse-quantized`."""
-        return _kind(quantized=self.encoding is not None, sparse=self.mask is not None)
+        """`dense`, `sparse`, `quantized` or `sparse-quantized`; with `-compensated` where there is a correction."""
+        return _kind(self.encoding is not None, self.mask is not None, self.low_rank is not None)
 
 
-def _kind(quantized: bool, sparse: bool) -> str:
-    if quantized:
-        return "sparse-quantized" if sparse else "quantized"
-    return "sparse" if sparse else "dense"
+def _kind(quantized: bool, sparse: bool, corrected: bool) -> str:
+    base = ("sparse-quantized" if sparse else "quantized") if quantized else "sparse" if sparse else "dense"
+    return f"{base}-compensated" if corrected else base
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,7 @@ class Spec:
     kept: int | None = None  # number of kept weights; None when dense
     value_dtype: str = "float32"
     inputs: InputForm | None = None  # of the grid of its inputs; None when they are not quantized
+    low_rank: LowRankForm | None = None  # of its correction
 
     def to_json(self) -> dict[str, Any]:
         """Flat; only what differs from the defaults, beside shape and layout."""
@@ -98,6 +107,8 @@ class Spec:
             data["value_dtype"] = self.value_dtype
         if self.inputs is not None:
             data["inputs"] = self.inputs.to_json()
+        if self.low_rank is not None:
+            data["low_rank"] = self.low_rank.to_json()
         return data if self.kept is None else {**data, "kept": self.kept}
 
     @classmethod
@@ -114,6 +125,8 @@ class Spec:
         own: dict[str, Any] = {k: rest.pop(k) for k in ("shape", "kept", "value_dtype") if k in rest}
         if "inputs" in rest:
             own["inputs"] = InputForm.from_json(rest.pop("inputs"))
+        if "low_rank" in rest:
+            own["low_rank"] = LowRankForm.from_json(rest.pop("low_rank"))
         form = None
         if family is not None and family not in FORMS:
             raise ValueError(f"encoding {family!r} is not known to this version; it reads {sorted(FORMS)}")
@@ -131,6 +144,8 @@ class Spec:
         """Shape and type of every stored tensor."""
         rows, columns = self.shape
         last = {} if self.inputs is None else self.inputs.tensors()
+        if self.low_rank is not None:
+            last = last | self.low_rank.tensors(self.shape)
         found: Stored = {}
         if self.kept is not None:
             found["mask"] = ((rows, row_bytes(columns, 1)), torch.uint8)
@@ -146,8 +161,8 @@ class Spec:
 
     @property
     def kind(self) -> str:
-        """`dense`, `sparse`, `quantized` or `sparse-quantized`."""
-        return _kind(quantized=self.form is not None, sparse=self.kept is not None)
+        """As of the weight."""
+        return _kind(self.form is not None, self.kept is not None, self.low_rank is not None)
 
     @property
     def num_bytes(self) -> int:
@@ -159,17 +174,20 @@ def spec_of(weight: Weight) -> Spec:
     """The spec a weight has when packed."""
     kept = None if weight.mask is None else int(weight.mask.sum())
     inputs = None if weight.inputs is None else weight.inputs.form
+    low_rank = None if weight.low_rank is None else weight.low_rank.form
     if weight.encoding is not None:
-        return Spec(_shape(weight.encoding.codes), weight.encoding.form, kept, inputs=inputs)
+        return Spec(_shape(weight.encoding.codes), weight.encoding.form, kept, inputs=inputs, low_rank=low_rank)
     assert weight.values is not None
     dtype = str(weight.values.dtype).removeprefix("torch.")
-    return Spec(_shape(weight.values), kept=kept, value_dtype=dtype, inputs=inputs)
+    return Spec(_shape(weight.values), kept=kept, value_dtype=dtype, inputs=inputs, low_rank=low_rank)
 
 
 def pack(weight: Weight) -> tuple[Spec, dict[str, Tensor]]:
     """A weight -> its spec and its stored tensors."""
     spec = spec_of(weight)
     tensors: dict[str, Tensor] = {} if weight.inputs is None else weight.inputs.tensors()
+    if weight.low_rank is not None:
+        tensors |= weight.low_rank.tensors()
     if weight.mask is not None:
         tensors["mask"] = pack_bits(weight.mask.to(torch.uint8), 1)
     e = weight.encoding
@@ -188,6 +206,7 @@ def unpack(spec: Spec, tensors: dict[str, Tensor]) -> Weight:
     """The inverse of `pack`, on whatever device the tensors are."""
     columns = spec.shape[1]
     inputs = None if spec.inputs is None else spec.inputs.inputs(tensors)
+    low_rank = None if spec.low_rank is None else spec.low_rank.low_rank(tensors, spec.shape)
     mask = None
     if spec.kept is not None:
         mask = unpack_bits(tensors["mask"], 1, columns).bool()
@@ -195,17 +214,17 @@ def unpack(spec: Spec, tensors: dict[str, Tensor]) -> Weight:
         values = tensors["values"]
         if mask is not None:
             values = torch.zeros(spec.shape, dtype=values.dtype, device=values.device).masked_scatter_(mask, values)
-        return Weight(values, mask, inputs=inputs)
+        return Weight(values, mask, inputs=inputs, low_rank=low_rank)
     stored = tensors["codes"]
     if mask is None or spec.form.stores_idle:
         encoding = spec.form.encoding(unpack_bits(stored, spec.form.bits, columns), tensors)
-        return Weight(mask=mask, encoding=encoding, inputs=inputs)
+        return Weight(mask=mask, encoding=encoding, inputs=inputs, low_rank=low_rank)
     assert spec.kept is not None
     codes = torch.zeros(spec.shape, dtype=torch.uint8, device=stored.device)
     encoding = spec.form.encoding(codes, tensors)
     codes.copy_(encoding.idle())
     codes.masked_scatter_(mask, unpack_bits(stored[None], spec.form.bits, spec.kept)[0])
-    return Weight(mask=mask, encoding=encoding, inputs=inputs)
+    return Weight(mask=mask, encoding=encoding, inputs=inputs, low_rank=low_rank)
 
 
 def _shape(values: Tensor) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """The passes, listed by hand. A new method is one file, one line here and one test file."""
 
 from compress.passes.base import BlockPass, LinearPass, ModelPass, Override, Pass
+from compress.passes.compensate.eora import Eora
 from compress.passes.prune.global_magnitude import GlobalMagnitude
 from compress.passes.prune.magnitude import Magnitude
 from compress.passes.prune.sparsegpt import SparseGpt
@@ -14,6 +15,7 @@ from compress.passes.quantize.nupes import Nupes
 from compress.passes.quantize.olive import Olive
 from compress.passes.quantize.powerquant import PowerQuant
 from compress.passes.quantize.powerquant_shared import PowerQuantShared
+from compress.passes.quantize.reorder import Reorder
 from compress.passes.quantize.rtn import Rtn
 
 PASSES: tuple[type[Pass], ...] = (
@@ -27,10 +29,12 @@ PASSES: tuple[type[Pass], ...] = (
     Nupes,
     Codebook,
     Jlcm,
+    Reorder,
     Magnitude,
     GlobalMagnitude,
     Wanda,
     SparseGpt,
+    Eora,
 )
 
 __all__ = [
@@ -38,6 +42,7 @@ __all__ = [
     "AdaRound",
     "BlockPass",
     "Codebook",
+    "Eora",
     "FlexRound",
     "GlobalMagnitude",
     "Gptq",
@@ -51,6 +56,7 @@ __all__ = [
     "Pass",
     "PowerQuant",
     "PowerQuantShared",
+    "Reorder",
     "Rtn",
     "SparseGpt",
     "Wanda",

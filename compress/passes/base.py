@@ -12,9 +12,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from compress.axes import Axis
 from compress.calibration.reconstruct import BlockData
 from compress.calibration.statistics import Need, Statistics
-from compress.encodings import Encoding, Form, InputForm
+from compress.encodings import Encoding, Form, InputForm, LowRank, LowRankForm
+from compress.passes.names import Override
 
 
 class OptionError(ValueError):
@@ -35,6 +37,8 @@ class Target:
         statistics: of the inputs; None when the pass needs none, or nothing ever reached the site.
         generator: seeded from (seed, pass, site name).
         kernel: neighbouring columns that belong to one input channel; more than 1 for a convolution.
+        rows, columns: the channels that they are, where their order is free; columns only for a ModelPass.
+        original: (out, in) as it was before every pass; None unless the pass compares with it.
     """
 
     weight: Tensor
@@ -42,6 +46,9 @@ class Target:
     statistics: Statistics | None = None
     generator: torch.Generator | None = None
     kernel: int = 1
+    rows: Axis | None = None
+    columns: Axis | None = None
+    original: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,13 +57,13 @@ class Block:
 
     Attributes:
         targets: site name -> its weight, mask and statistics, for the sites of this pass.
-        data: how to run the block, on what, and what should come out.
+        data: how to run the block, on what, and what should come out; None for a pass that does not run it.
         generator: seeded from (seed, pass, block).
         over: iterates with a progress bar: (items, number of them, label).
     """
 
     targets: Mapping[str, Target]
-    data: BlockData
+    data: BlockData | None
     generator: torch.Generator
     over: Callable[[Iterable[int], int, str], Iterator[int]]
 
@@ -69,21 +76,15 @@ class Edit:
         weight: (out, in) float32 new values, or None when `encoding` is given.
         mask: (out, in) bool, True = kept; None when dense.
         encoding: integer codes.
+        low_rank: a correction to keep beside the weight as it is; then neither `weight` nor `encoding` is given.
         notes: facts for the report, such as dead inputs.
     """
 
     weight: Tensor | None = None
     mask: Tensor | None = None
     encoding: Encoding | None = None
+    low_rank: LowRank | None = None
     notes: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Override:
-    """Other option values for the sites that match; the last match wins."""
-
-    match: str
-    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,8 @@ class Pass:
 
     key: ClassVar[str]
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
+    compares: ClassVar[bool] = False  # wants `Target.original`
+    preserves: ClassVar[bool] = False  # the model computes what it did: this is the original from then on
 
     @property
     def needs(self) -> Need:
@@ -136,6 +139,10 @@ class Pass:
 
     def form(self, shape: tuple[int, int]) -> Form | None:
         """What its codes for an (out, in) matrix will be like; None when it makes none."""
+        return None
+
+    def low_rank_form(self, shape: tuple[int, int]) -> LowRankForm | None:
+        """What its correction of an (out, in) matrix will be like, or about like; None when it makes none."""
         return None
 
     def input_form(self) -> InputForm | None:
@@ -174,6 +181,23 @@ class LinearPass(Pass):
         """Rows are independent given the statistics, so matrices fed by one input may be stacked and solved once."""
         return False
 
+    @property
+    def surveys(self) -> bool:
+        """Whether it must see all its matrices before it knows its options for any of them."""
+        return False
+
+    @property
+    def survey_needs(self) -> Need:
+        """What it must know about the inputs of a site for that."""
+        return self.needs
+
+    def survey(self, target: Target) -> Any:
+        """What it must know of a matrix, JSON-able."""
+
+    def allocated(self, found: Mapping[str, Any]) -> Self:
+        """This pass with its options for every matrix, from what was found: site -> result."""
+        return self
+
     def run(self, target: Target) -> Edit:
         """The edit of one matrix.
 
@@ -193,6 +217,11 @@ class BlockPass(Pass):
 
     @property
     def calibrated(self) -> bool:
+        return True
+
+    @property
+    def runs_block(self) -> bool:
+        """Whether it needs `Block.data`."""
         return True
 
     def run(self, block: Block) -> Iterator[tuple[str, Edit]]:
@@ -215,3 +244,6 @@ class ModelPass(Pass):
     def run(self, names: tuple[str, ...], load: Callable[[str], Target]) -> Iterator[tuple[str, Edit]]:
         """Edits, one site at a time, in the order of `names`. `load` reads a site; nothing is kept by the caller."""
         raise NotImplementedError
+
+
+__all__ = ["Block", "BlockPass", "Edit", "LinearPass", "ModelPass", "OptionError", "Override", "Pass", "Target"]

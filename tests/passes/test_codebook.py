@@ -15,9 +15,9 @@ from compress.encodings import Codebooks, Encoding, Weight, pack, spec_of
 from compress.errors import SolveError
 from compress.passes import Codebook, Override, Rtn
 from compress.passes.base import Target
-from compress.passes.quantize.codebook import fit_scales, root_mean_square, solve
-from compress.passes.quantize.grouping import best_tables, group, quantiles
+from compress.passes.quantize.grouping import group, quantiles, table_losses
 from compress.passes.quantize.kmeans import kmeans, points
+from compress.passes.quantize.tables import fit_scales, root_mean_square, solve
 
 ONES = torch.ones(1, 1)
 
@@ -211,10 +211,10 @@ def test_the_best_table_of_a_row_is_the_one_that_loses_least(
     h = torch.rand(1, 48, generator=torch.Generator().manual_seed(2))
     importance = h * mask(20, 48) if masked else h
     errors = ((w[:, None, :, None] - table[:, None, :]).square().amin(3) * importance[:, None]).sum(2)
-    found = best_tables(w, importance, table)
+    found = table_losses(w, importance, table).argmin(1)
     assert torch.equal(found, errors.argmin(1))
     monkeypatch.setattr("compress.passes.quantize.grouping.CHUNK", 1)
-    assert torch.equal(best_tables(w, importance, table), found)
+    assert torch.equal(table_losses(w, importance, table).argmin(1), found)
 
 
 # --- the algorithm ----------------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """Magnitude pruning, one matrix at a time."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar, Self
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Literal, Self
 
-from compress.passes.base import Edit, LinearPass, OptionError, Target
+from compress.calibration.statistics import Need
+from compress.passes.base import Edit, LinearPass, OptionError, Override, Target
+from compress.passes.prune.allocation import SPREAD, Allocate, shares, survey
 from compress.passes.prune.selection import (
     Sparsity,
     check_sparsity,
@@ -22,12 +25,67 @@ class Pruner(LinearPass):
 
     Args:
         sparsity: share of zeros in every row, or "keep:of" such as "2:4" (keep 2 of every 4 neighbouring columns).
+        allocate: which layers lose more than others, for the same share over all of them. `uniform`: none; `global`:
+            those whose scores are small beside the others'; `owl`: blocks with few outliers among |w| * ||x||;
+            `alphapruning`: blocks whose spectra have light tails; `farms`: likewise, whatever the shapes of matrices.
+        allocate_by: `block` gives all layers of a block the same share, `site` each its own.
+        spread: how far apart shares may be, for owl (0.08), alphapruning and farms (0.2).
     """
 
     sparsity: Sparsity = 0.5
+    allocate: Allocate = "uniform"
+    allocate_by: Literal["block", "site"] = "block"
+    spread: float | None = None
+
+    by_inputs: ClassVar[bool] = True  # ranks weights by the size of their inputs too
 
     def check(self) -> Iterator[OptionError]:
+        yield from super().check()
         yield from check_sparsity(self.sparsity)
+        if self.allocate != "uniform" and isinstance(self.sparsity, str):
+            yield OptionError("allocate", f"cannot be combined with {self.sparsity}, which is the same everywhere")
+        if self.spread is not None:
+            if self.allocate not in SPREAD:
+                yield OptionError("spread", f"changes nothing with allocate: {self.allocate}")
+            elif not 0 <= self.spread < 1:
+                yield OptionError("spread", f"{self.spread} is not from 0 to below 1")
+
+    def mistakes(self) -> Iterator[OptionError]:
+        yield from super().mistakes()
+        for i, override in enumerate(self.overrides):
+            for option in ("allocate", "allocate_by", "spread", *(("sparsity",) if self.surveys else ())):
+                if option in override.options:
+                    yield OptionError(
+                        f"overrides[{i}].{option}",
+                        "shares are allocated over all layers of the pass; use two passes with include and exclude",
+                    )
+
+    @property
+    def surveys(self) -> bool:
+        return self.allocate != "uniform"
+
+    @property
+    def survey_needs(self) -> Need:
+        return "norm" if self.allocate == "owl" or (self.allocate == "global" and self.by_inputs) else "none"
+
+    def survey(self, target: Target) -> dict[str, Any]:
+        scores = target.weight.abs()
+        if target.statistics is not None and self.survey_needs == "norm":
+            scores = scores * target.statistics.norm
+        return survey(self.allocate, target.weight, scores)
+
+    def allocated(self, found: Mapping[str, Any]) -> Self:
+        assert isinstance(self.sparsity, float)
+        decided = shares(self.allocate, found, self.sparsity, self.allocate_by, self.spread)
+        own = (Override(name, {**self._options_at(name), "sparsity": share}) for name, share in decided.items())
+        return replace(self, allocate="uniform", spread=None, overrides=(*self.overrides, *own))
+
+    def _options_at(self, name: str) -> dict[str, Any]:
+        """What an override for one layer must repeat: the last that matches replaces those before it."""
+        for override in reversed(self.overrides):
+            if fnmatchcase(name, override.match):
+                return dict(override.options)
+        return {}
 
     def check_shape(self, shape: tuple[int, int]) -> str | None:
         return pattern_misfit(self.sparsity, shape)
@@ -58,6 +116,11 @@ class Magnitude(Pruner):
     """
 
     key: ClassVar[str] = "magnitude"
+    by_inputs: ClassVar[bool] = False
+
+    @property
+    def calibrated(self) -> bool:
+        return super().calibrated or self.survey_needs != "none"
 
     def run(self, target: Target) -> Edit:
         scores = masked_out(target.weight.abs(), target.mask)

@@ -47,8 +47,8 @@ class AdaRound(UniformOptions, LearnedPass):
     """
 
     scale_search: Search = "mse"
-    learning_rate: float = 0.05
-    regularization: float = 0.01
+    learning_rate: float = 0.1
+    regularization: float = 1.0
 
     key: ClassVar[str] = "adaround"
 

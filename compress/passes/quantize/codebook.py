@@ -3,7 +3,6 @@
 Shapes: O rows, I columns, K entries of a table, G tables.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
@@ -13,22 +12,12 @@ from torch import Tensor
 
 from compress.calibration.statistics import Need
 from compress.encodings import CodebookForm, Codebooks
-from compress.encodings.codebook import (
-    MOST_ENTRIES,
-    MOST_TABLES,
-    dequantize,
-    index_bits,
-    nearest,
-    rounded,
-    unscaled,
-)
-from compress.encodings.uniform import narrowest
-from compress.encodings.uniform import rounded as rounded_scale
+from compress.encodings.codebook import MOST_ENTRIES, MOST_TABLES, index_bits, unscaled
 from compress.errors import SolveError
 from compress.passes.base import Edit, LinearPass, OptionError, Target
 from compress.passes.quantize.activations import ActivationOptions
-from compress.passes.quantize.grouping import best_tables, group, quantiles
-from compress.passes.quantize.kmeans import kmeans, points
+from compress.passes.quantize.grouping import even_runs, group, quantiles
+from compress.passes.quantize.tables import root_mean_square, solve
 
 FLOOR = 0.01  # of the mean importance: a column that calibration hardly used still counts a little
 
@@ -44,6 +33,8 @@ class CodebookOptions(ActivationOptions):
             would, and at least one.
         scale: `none` has tables of the weights themselves; `row` has tables of the weights in units of a scale that
             each row stores.
+        grouping: `any` row has any table and stores its number; `runs` of neighbouring rows share a table, and only
+            where runs end is stored: for layers that `reorder` has sorted.
         weighting: `hessian` weights each column by the summed squares of its inputs; `none` needs no data.
         iterations: rounds of fitting tables, rows and scales to one another.
         tolerance: a round that lowers the squared error by a smaller share is the last.
@@ -53,6 +44,7 @@ class CodebookOptions(ActivationOptions):
     entries: int | None = None
     tables: int | None = None
     scale: Literal["none", "row"] = "none"
+    grouping: Literal["any", "runs"] = "any"
     weighting: Literal["none", "hessian"] = "hessian"
     iterations: int = 50
     tolerance: float = 0.005
@@ -91,9 +83,12 @@ class CodebookOptions(ActivationOptions):
         if num_tables is None:
             budget = shape[0] * (bits if self.scale == "row" else 16 + bits)
             choices = range(1, min(shape[0], MOST_TABLES) + 1)
-            within = (g for g in choices if 16 * g * entries + shape[0] * index_bits(g) <= budget)
+            numbers = (lambda g: 32 * g) if self.grouping == "runs" else (lambda g: shape[0] * index_bits(g))
+            within = (g for g in choices if 16 * g * entries + numbers(g) <= budget)
             num_tables = max(within, default=1)
-        return CodebookForm(bits=bits, entries=entries, num_tables=num_tables, scaled=self.scale == "row")
+        period = shape[0] if self.grouping == "runs" else 0
+        scaled = self.scale == "row"
+        return CodebookForm(bits=bits, entries=entries, num_tables=num_tables, scaled=scaled, period=period)
 
     def by_kmeans(self, target: Target) -> Codebooks:
         """A matrix rounded to tables of its own.
@@ -105,8 +100,11 @@ class CodebookOptions(ActivationOptions):
         importance = self._importance(target)
         form = self.form((weight.shape[0], weight.shape[1]))
         scale = root_mean_square(weight, mask) if form.scaled else None
-        row_group = torch.zeros(len(weight), dtype=torch.uint8)
-        if form.num_tables > 1:
+        row_group, period = torch.zeros(len(weight), dtype=torch.uint8), None
+        if self.grouping == "runs":
+            period = len(weight) if target.rows is None else target.rows.size
+            row_group = even_runs(len(weight), period, min(form.num_tables, period))
+        elif form.num_tables > 1:
             values = weight if scale is None else unscaled(weight, scale)
             row_group = group(quantiles(values, mask), form.num_tables)
         found = solve(
@@ -117,6 +115,7 @@ class CodebookOptions(ActivationOptions):
             scale=scale,
             iterations=self.iterations,
             tolerance=self.tolerance,
+            period=period,
         )
         return found if mask is None else replace(found, codes=torch.where(mask, found.codes, found.idle()))
 
@@ -139,8 +138,8 @@ class Codebook(CodebookOptions, LinearPass):
     Source: Yvinec, Dapogny and Bailly, "Network Memory Footprint Compression Through Jointly Learnable Codebooks and
     Mappings", 2023, arXiv 2309.17361: its groups of neurons and first codebooks, without the joint learning. Weighting
     by the diagonal of the Gram matrix is from Choi, El-Khamy and Lee, "Towards the Limit of Network Quantization",
-    2016, arXiv 1612.01543. Differs from the paper in: rows keep their places and store the number of their table, so
-    nothing around the layer is permuted; what rows are grouped by, that they then move to the table that serves them
+    2016, arXiv 1612.01543. Differs from the paper in: rows store the number of their table unless `reorder`
+    sorts them; what rows are grouped by, that they then move to the table that serves them
     best, the number of tables and the start of k-means are a reconstruction or our choice.
 
     Example:
@@ -158,90 +157,3 @@ class Codebook(CodebookOptions, LinearPass):
 
     def fallback(self) -> Self:
         return replace(self, weighting="none", overrides=())
-
-
-def solve(
-    weight: Tensor,
-    importance: Tensor,
-    row_group: Tensor,
-    entries: int,
-    *,
-    scale: Tensor | None = None,
-    regroup: bool = True,
-    iterations: int = 50,
-    tolerance: float = 0.005,
-) -> Codebooks:
-    """The algorithm on plain tensors: tables, and scales if asked, that keep sum(importance * error**2) small.
-
-    Each iteration fits the tables to their rows, lets every row move to the table that serves it best, and fits the
-    scales; none of the three makes the error larger.
-
-    Args:
-        weight: (O, I) float32.
-        importance: expands to (O, I), not negative, zero where masked.
-        row_group: (O,) uint8, the table each row starts with; none of them without a row.
-        entries: K.
-        scale: (O, 1) to start from, not negative; None for tables of the weights themselves.
-        regroup: rows may change their table.
-        iterations: at most this many.
-        tolerance: an iteration that lowers the error by a smaller share is the last.
-
-    Returns:
-        Codes of the entries nearest to the weights, once tables and scales have their stored types.
-    """
-    table: Tensor | None = None
-    before = math.inf
-    for _ in range(iterations):
-        values, share = weight, importance
-        if scale is not None:
-            values, share = unscaled(weight, scale), importance * scale.square()
-        table = fit_tables(values, share, row_group, entries, table)
-        if regroup and len(table) > 1:
-            used, row_group = torch.unique(best_tables(values, share, table), return_inverse=True)
-            table, row_group = table[used], row_group.to(torch.uint8)
-        elif scale is None:
-            break
-        entry = dequantize(nearest(weight, table, row_group, scale), table, row_group)
-        if scale is not None:
-            scale = fit_scales(weight, importance, entry)
-            entry.mul_(scale)
-        error = float((importance * (weight - entry).square_()).sum())
-        if before - error <= tolerance * error:
-            break
-        before = error
-    assert table is not None
-    table = narrowest(table)
-    scale = None if scale is None else narrowest(scale)
-    return Codebooks(nearest(weight, table, row_group, scale), table, row_group, scale)
-
-
-def fit_tables(
-    values: Tensor, importance: Tensor, row_group: Tensor, entries: int, start: Tensor | None = None
-) -> Tensor:
-    """One table for each group of rows, by k-means on all its values.
-
-    Args as in `solve`; `start` (G, K) is tables to start from.
-
-    Returns:
-        (G, K) float32, ascending, each table rounded to the type it will be stored in.
-    """
-    found = []
-    for g in range(int(row_group.max()) + 1):
-        rows = row_group == g
-        places, masses = points(values[rows], importance if len(importance) == 1 else importance[rows])
-        found.append(kmeans(places, masses, entries, start=None if start is None else start[g]))
-    return rounded(torch.stack(found).float())
-
-
-def fit_scales(weight: Tensor, importance: Tensor, entry: Tensor) -> Tensor:
-    """(O, 1) scales, not negative, as they will be stored, that bring table entries (O, I) nearest to weights."""
-    counted = entry * importance
-    squares = (counted * entry).sum(1, keepdim=True)
-    best = (counted * weight).sum(1, keepdim=True) / squares
-    return rounded_scale(torch.where(squares > 0, best, 0.0).clamp_(min=0))
-
-
-def root_mean_square(weight: Tensor, mask: Tensor | None) -> Tensor:
-    """(O, 1) over the kept weights of each row, as it will be stored."""
-    kept = weight.shape[1] if mask is None else mask.sum(1, keepdim=True).clamp_(min=1)
-    return rounded_scale((weight.square().sum(1, keepdim=True) / kept).sqrt_())

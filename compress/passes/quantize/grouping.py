@@ -56,8 +56,8 @@ def group(features: Tensor, count: int) -> Tensor:
     return torch.as_tensor(found, dtype=torch.uint8)
 
 
-def best_tables(values: Tensor, importance: Tensor, table: Tensor) -> Tensor:
-    """The table with which each row loses least.
+def table_losses(values: Tensor, importance: Tensor, table: Tensor) -> Tensor:
+    """What each row loses with each table, sum(importance * error**2), less what it loses with any.
 
     Sorted, a row needs K look-ups in its running sums for a table, not a look at every weight.
 
@@ -67,12 +67,12 @@ def best_tables(values: Tensor, importance: Tensor, table: Tensor) -> Tensor:
         table: (G, K) float32, ascending.
 
     Returns:
-        (O,) int64, below G.
+        (O, G) float64.
     """
     tables, entries = table.shape
     borders = ((table[:, 1:] + table[:, :-1]) / 2).flatten()
     rows = max(1, CHUNK // max(values.shape[1], tables * (entries + 1)))
-    best = []
+    found = []
     for some, weights in zip(
         torch.split(values, rows), torch.split(importance.expand(values.shape), rows), strict=True
     ):
@@ -82,5 +82,37 @@ def best_tables(values: Tensor, importance: Tensor, table: Tensor) -> Tensor:
         cuts = pad(pad(cuts.view(-1, tables, entries - 1), (1, 0)), (0, 1), value=values.shape[1]).flatten(1)
         mass, moment = pad(each.cumsum(1), (1, 0)), pad((each * ascending).cumsum(1), (1, 0))
         inside, sums = (t.gather(1, cuts).view(-1, tables, entries + 1).diff() for t in (mass, moment))
-        best.append((table * (table * inside - 2 * sums)).sum(2).argmin(1))
-    return torch.cat(best)
+        found.append((table * (table * inside - 2 * sums)).sum(2))
+    return torch.cat(found)
+
+
+def run_tables(losses: Tensor, period: int) -> Tensor:
+    """The best tables for rows that follow one another in runs, the first run with the first table and so on.
+
+    Args:
+        losses: (O, G) of each row with each table.
+        period: rows this far apart share a table; O is a multiple of it.
+
+    Returns:
+        (O,) int64, below G: not falling within a period, and the same in every one. Some tables may be left out.
+    """
+    at_place = losses.view(-1, period, losses.shape[1]).sum(0)
+    upto = pad(at_place.cumsum(0), (0, 0, 1, 0))  # (period + 1, G), of all rows before each border
+    # total[p]: the least that the rows before border p can lose with the tables so far; start[g][p]: where g begins.
+    total, starts = upto[:, 0], []
+    for g in range(1, losses.shape[1]):
+        least, start = (total - upto[:, g]).cummin(0)
+        total = upto[:, g] + least
+        starts.append(start)
+    label = torch.zeros(period, dtype=torch.long)
+    end = period
+    for g in range(losses.shape[1] - 1, 0, -1):
+        begin = int(starts[g - 1][end])
+        label[begin:end] = g
+        end = begin
+    return label.repeat(len(losses) // period)
+
+
+def even_runs(rows: int, period: int, count: int) -> Tensor:
+    """(O,) uint8: `count` runs of nearly the same length in every period."""
+    return (torch.arange(rows) % period * count // period).to(torch.uint8)

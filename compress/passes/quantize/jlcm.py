@@ -34,7 +34,7 @@ class Jlcm(CodebookOptions, LearnedPass):
     Source: Yvinec, Dapogny and Bailly, "Network Memory Footprint Compression Through Jointly Learnable Codebooks and
     Mappings", ICLR 2024, arXiv 2309.17361. The paper's update could not be read in full; this is a reconstruction from
     its stated shape. Differs from the paper in: one number a weight, a factor that moves it over the table, stands for
-    the logits of all its entries; rows keep their places and store the number of their table; the scale of each row
+    the logits of all its entries; rows store the number of their table unless `reorder` sorts them; each row's scale
     learns too where there is one; the best iterate on held-out samples is kept, never worse there than k-means.
 
     Args:
@@ -80,6 +80,7 @@ class Choice(Rounding):
 
     def __init__(self, weight: Tensor, start: Codebooks, options: Jlcm):
         self.options, self.row_group, self.weight = options, start.row_group, weight
+        self.period = start.period
         self.first_table = start.table.float()
         self.largest = self.first_table.abs().amax(1, keepdim=True).clamp_(min=1e-12)
         self.moved = torch.zeros_like(self.first_table, requires_grad=True)  # in units of the largest entry
@@ -123,7 +124,9 @@ class Choice(Rounding):
         table = rounded(self.table())
         scale = self.scale()
         stored = None if scale is None else narrowest(rounded_scale(scale))
-        return Codebooks(nearest(self.moved_weight(), table, self.row_group), narrowest(table), self.row_group, stored)
+        return Codebooks(
+            nearest(self.moved_weight(), table, self.row_group), narrowest(table), self.row_group, stored, self.period
+        )
 
 
 def candidates(table: Tensor, gradient: str) -> Tensor:

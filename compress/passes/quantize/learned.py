@@ -63,6 +63,17 @@ class LearnedPass(BlockPass):
     def needs(self) -> Need:
         return "gram" if self.objective == "layer" else "none"
 
+    @property
+    def runs_block(self) -> bool:
+        return self.objective == "block"
+
+    def mistakes(self) -> Iterator[OptionError]:
+        yield from super().mistakes()
+        for i, override in enumerate(self.overrides):
+            for option in ("steps", "batch_size", "inputs", "objective"):
+                if option in override.options:
+                    yield OptionError(f"overrides[{i}].{option}", "is the same for all layers, which learn together")
+
     def check(self) -> Iterator[OptionError]:
         yield from super().check()
         for option in ("steps", "batch_size"):
@@ -79,10 +90,13 @@ class LearnedPass(BlockPass):
         learned = _Block({name: self.at(name).start(t) for name, t in block.targets.items()}, block.targets)
         recipe = Recipe(self.steps, self.batch_size, self.inputs)
         if self.objective == "layer":
-            grams = {name: _gram(t) for name, t in block.targets.items()}
-            original = {name: t.weight for name, t in block.targets.items()}
+            grams = {name: gram for name, t in block.targets.items() if (gram := _gram(t)) is not None}
+            if not grams:
+                raise SolveError("no input ever reached these layers")
+            original = {name: block.targets[name].weight for name in grams}  # others stay as they start
             outcome = by_layer(learned, original, grams, recipe, block.over)
         else:
+            assert block.data is not None
             outcome = by_block(learned, block.data, recipe, block.generator, block.over)
         for name, target in block.targets.items():
             yield name, Edit(encoding=learned.parts[name].encoding(), mask=target.mask, notes=outcome.notes())
@@ -116,10 +130,8 @@ class _Block:
         return weight if mask is None else weight * mask
 
 
-def _gram(target: Target) -> Tensor:
-    if target.statistics is None or target.statistics.gram is None:
-        raise SolveError("no input ever reached this layer")
-    return target.statistics.gram
+def _gram(target: Target) -> Tensor | None:
+    return None if target.statistics is None else target.statistics.gram
 
 
 def look_up(values: Tensor, index: Tensor) -> Tensor:

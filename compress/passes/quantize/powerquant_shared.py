@@ -1,15 +1,13 @@
 """PowerQuant with one exponent for many matrices."""
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from compress.encodings.power import Grid
 from compress.passes.base import Edit, ModelPass, OptionError, Target
+from compress.passes.names import block_of
 from compress.passes.quantize.powerquant import PowerOptions
-
-BLOCK = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")  # a name up to its first number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,5 +56,4 @@ class PowerQuantShared(PowerOptions, ModelPass):
     def _shared_by(self, name: str) -> str:
         if self.share == "global":
             return ""
-        block = BLOCK.match(name)
-        return block[0] if block else name
+        return block_of(name)

@@ -1,0 +1,1 @@
+"""Passes that make up for what others lost."""

@@ -1,0 +1,39 @@
+"""How many directions a correction gets."""
+
+import heapq
+from collections.abc import Mapping, Sequence
+
+
+def by_energy(energies: Sequence[float], share: float) -> int:
+    """The smallest rank, at least 1, whose largest energies make up this share of all."""
+    total, kept = sum(energies), 0.0
+    for rank, energy in enumerate(energies, start=1):
+        kept += energy
+        if kept >= share * total:
+            return rank
+    return max(1, len(energies))
+
+
+def by_budget(energies: Mapping[str, Sequence[float]], costs: Mapping[str, float], budget: float) -> dict[str, int]:
+    """Ranks that together cost no more than a budget and leave little energy.
+
+    One direction after the other goes to the layer where it brings most for what it costs. Energies fall within a
+    layer, so this is the best choice but for what is left of the budget in the end.
+
+    Args:
+        energies: layer -> squared singular values, largest first.
+        costs: layer -> cost of one more rank.
+        budget: in the same unit.
+    """
+    ranks = dict.fromkeys(energies, 0)
+    gains = [(-e[0] / costs[name], name) for name, e in energies.items() if e]
+    heapq.heapify(gains)
+    while gains:
+        _, name = heapq.heappop(gains)
+        if costs[name] > budget:
+            continue  # a cheaper layer may still fit
+        budget -= costs[name]
+        ranks[name] += 1
+        if ranks[name] < len(energies[name]):
+            heapq.heappush(gains, (-energies[name][ranks[name]] / costs[name], name))
+    return ranks

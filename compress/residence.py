@@ -1,0 +1,146 @@
+"""Which weights are in memory: the only file that knows.
+
+A model too large for memory has its parameters on the meta device. They are brought in for as long as they are needed
+and forgotten again; a model that a caller holds in memory stays there, and results are set in place.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.activations import give_back
+from compress.artifact import Artifact, Packed
+from compress.calibration import collect
+from compress.calibration.precision import Products
+from compress.encodings import Inputs, Weight
+from compress.graph import Graph, Site
+from compress.ledger import MemoryLedger, Record
+from compress.progress import Bars
+
+
+@dataclass
+class Context:
+    """What a stage needs besides its passes.
+
+    Attributes:
+        resident: the model is in memory already; nothing is brought in or evicted, and results are set in place.
+        dtype: the type that calibration and evaluation compute in.
+        products: how float32 matrices are multiplied while calibrating.
+    """
+
+    artifact: Artifact
+    ledger: MemoryLedger
+    seed: int
+    dtype: torch.dtype
+    products: Products
+    resident: bool
+    bars: Bars
+
+    @property
+    def graph(self) -> Graph:
+        """The model's structure."""
+        return self.artifact.graph
+
+
+def forward(graph: Graph, batch: Tensor) -> Any:
+    """Run the model on a batch of token ids, of images or, for other modules, of inputs."""
+    if graph.is_language_model:
+        return graph.model(input_ids=batch, use_cache=False)
+    batch = batch.clone()  # a first layer may work in place
+    return graph.model(pixel_values=batch) if graph.is_image_model else graph.model(batch)
+
+
+def bring_in(context: Context, prefix: str, module: nn.Module) -> None:
+    """Give every parameter of `module` its value as it stands now."""
+    for name, parameter in list(module.named_parameters(prefix=prefix)):
+        if parameter.is_meta:
+            set_value(context.graph.model, name, value_of(context, name))
+
+
+def value_of(context: Context, name: str) -> Tensor:
+    """A parameter or buffer as it stands now, in the type the model computes in."""
+    value = context.artifact.tensor(name)
+    return value.to(context.dtype) if value.is_floating_point() else value
+
+
+def evict(context: Context, prefix: str, module: nn.Module) -> None:
+    """Forget the parameters of `module` again."""
+    for name, parameter in list(module.named_parameters(prefix=prefix)):
+        set_value(context.graph.model, name, parameter.to("meta"))
+    give_back()
+
+
+def set_value(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a value in the place of a parameter or buffer."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._buffers:
+        module._buffers[leaf] = value
+    else:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def set_in_place(context: Context, record: Record) -> None:
+    """Give a site that is in memory its committed weight."""
+    site = context.artifact.sites[record.site]
+    weight = record.weight.load() if isinstance(record.weight, Packed) else record.weight
+    set_value(context.graph.model, site.parameter, site.value(weight.dequantize().to(context.dtype)))
+
+
+@contextmanager
+def streamed(context: Context) -> Iterator[None]:
+    """While open, the model can be called: every part is brought in when it runs and evicted when it is done."""
+    with rounded(context, grids_of(context, context.graph.sites)), _streamed(context):
+        yield
+
+
+@contextmanager
+def _streamed(context: Context) -> Iterator[None]:
+    if context.resident:
+        yield
+        return
+    model = context.graph.model
+    for name in context.graph.buffers:  # small: they stay
+        set_value(model, name, value_of(context, name))
+    parts = {name: model.get_submodule(name) for name in context.graph.blocks}
+    inside = tuple(f"{name}." for name in context.graph.blocks)
+    for name, module in model.named_modules():
+        if module._parameters and name not in parts and not name.startswith(inside):
+            parts[name] = module
+    with collect.around(
+        parts, lambda name: bring_in(context, name, parts[name]), lambda name: evict(context, name, parts[name])
+    ):
+        yield
+
+
+def grids_of(context: Context, sites: Iterable[Site], now: Mapping[str, Weight] | None = None) -> dict[str, Inputs]:
+    """The grids of the sites' inputs, as `now` has them where it does, else as committed."""
+    found = {s.name: now[s.name].inputs if now and s.name in now else context.artifact.inputs(s.name) for s in sites}
+    return {name: inputs for name, inputs in found.items() if inputs is not None}
+
+
+def rounded(context: Context, grids: Mapping[str, Inputs]) -> AbstractContextManager[None]:
+    """While open, inputs of these sites are rounded."""
+    return collect.quantized_inputs({context.graph.model.get_submodule(n): i.apply for n, i in grids.items()})
+
+
+@contextmanager
+def present(context: Context, index: int, grids: Mapping[str, Inputs] | None = None) -> Iterator[None]:
+    """While open, a block's parameters are in memory. They are not while its matrices are being solved.
+
+    Inputs are rounded to `grids`, by default to those that are committed.
+    """
+    name = context.graph.blocks[index]
+    block = context.graph.model.get_submodule(name)
+    if not context.resident:
+        bring_in(context, name, block)
+    try:
+        with rounded(context, grids_of(context, context.graph.in_block(index)) if grids is None else grids):
+            yield
+    finally:
+        if not context.resident:
+            evict(context, name, block)

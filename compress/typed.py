@@ -1,0 +1,67 @@
+"""Values of options against the types their dataclasses declare."""
+
+import math
+import re
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from compress.passes import Pass
+from compress.passes.base import OptionError
+
+
+def mistyped(pass_: Pass) -> Iterator[OptionError]:
+    """Options of a pass made in Python, and of its overrides, that are of the wrong type."""
+    hints = get_type_hints(type(pass_))
+    own = {f.name: getattr(pass_, f.name) for f in fields(pass_) if f.name != "overrides"}
+    yield from _wrong(hints, own, "")
+    for i, override in enumerate(pass_.overrides):
+        yield from _wrong(hints, override.options, f"overrides[{i}].")
+
+
+def _wrong(hints: Mapping[str, Any], options: Mapping[str, Any], prefix: str) -> Iterator[OptionError]:
+    for name, value in options.items():
+        if name not in hints:
+            continue  # unknown ones are named elsewhere
+        text_for_list = isinstance(value, str) and any(get_origin(o) is tuple for o in choices(hints[name]))
+        if text_for_list or not any(fits(option, value)[0] for option in choices(hints[name])):
+            yield OptionError(f"{prefix}{name}", f"{value!r} is not {describe(hints[name])}")
+
+
+def choices(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the one type."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def fits(hint: Any, value: Any) -> tuple[bool, Any]:
+    """Whether a value read from a file is of an annotated type, and the value as that type."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint), value
+    if get_origin(hint) is tuple:
+        items = [value] if isinstance(value, str) else value
+        good = isinstance(items, list | tuple) and all(fits(get_args(hint)[0], v)[0] for v in items)
+        return good, tuple(items) if good else None
+    if hint is type(None):
+        return value is None, None
+    if hint is float and isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        value = float(value)  # YAML 1.1 takes 1e-2, without a point, for a text
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return math.isfinite(value), float(value)
+    if hint in (int, float, str, bool):
+        return type(value) is hint, value
+    raise TypeError(f"options of type {hint} are not readable from YAML")
+
+
+def describe(hint: Any) -> str:
+    """An annotated type in words."""
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    parts = []
+    for option in choices(hint):
+        if get_origin(option) is Literal:
+            parts.append("one of " + ", ".join(map(str, get_args(option))))
+        elif get_origin(option) is tuple:
+            parts.append("a list")
+        else:
+            parts.append(words.get(option, str(option)))
+    return " or ".join(parts)
