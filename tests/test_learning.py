@@ -16,6 +16,7 @@ from conftest import make_llama
 from test_resume import PROCESSES, contents
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from wirings import WIDTH, Block, Model, SkipBlock, SkipInside, SkipOutside
 
 import compress
 from compress import activations, plan
@@ -28,7 +29,6 @@ from compress.passes.quantize.learned import LearnedPass
 from compress.pipeline import Calibration, Pipeline
 from compress.runtime.linear import PackedLinear
 
-WIDTH = 32
 QUICK: dict[str, Any] = {"steps": 4, "batch_size": 3}
 
 
@@ -41,66 +41,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(WIDTH, 2 * WIDTH)
-        self.gate = nn.Linear(WIDTH, 2 * WIDTH)
-        self.down = nn.Linear(2 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor, *_: Any) -> Tensor:
-        return x + self.down(torch.tanh(self.gate(x)) * self.up(x))
-
-
-class Model(nn.Module):
-    """Blocks one after the other."""
-
-    block: Callable[[], nn.Module] = Block
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.embed = nn.Linear(WIDTH, WIDTH)
-        self.blocks = nn.ModuleList([type(self).block() for _ in range(3)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-class SkipOutside(Model):
-    """What a block puts out is not what the next one gets."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = first = self.embed(x)
-        for block in self.blocks:
-            x = block(x) + 0.5 * first
-        return x
-
-
-class Remembering(Block):
-    def forward(self, x: Tensor, first: Tensor) -> Tensor:
-        return super().forward(x + 0.5 * first)
-
-
-class SkipInside(Model):
-    """Every block is also given the embedding of the very samples that it is called with."""
-
-    block = Remembering
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = first = self.embed(x)
-        for block in self.blocks:
-            x = block(x, first)
-        return x
-
-
 class MeanInside(Model):
     """Every block is also given a number that differs from batch to batch."""
 
-    block = Remembering
+    block = SkipBlock
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)

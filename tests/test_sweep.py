@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
+from wirings import WIDTH, Block, Model, SkipInside, SkipOutside
 
 import compress
 from compress import graph as graphs
@@ -25,9 +26,6 @@ from compress.passes import Gptq, LinearPass, Rtn, SparseGpt, Wanda
 from compress.passes.base import Edit, Target
 from compress.pipeline import load
 from compress.progress import Bars
-
-WIDTH = 32
-
 
 # --- the plain way: the whole model, hooks on one block at a time -----------------------------------------------------
 
@@ -86,62 +84,6 @@ def is_chain(model: nn.Module, batch: Tensor) -> bool:
 
 
 # --- models whose blocks are wired in different ways ------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    def __init__(self, width: int = WIDTH):
-        super().__init__()
-        self.up = nn.Linear(width, 2 * width)
-        self.gate = nn.Linear(width, 2 * width)
-        self.down = nn.Linear(2 * width, width)
-
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        return x + self.down(torch.tanh(self.gate(x)) * self.up(x))
-
-
-class Model(nn.Module):
-    """Blocks one after the other."""
-
-    block: Callable[[], nn.Module] = Block
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.embed = nn.Linear(WIDTH, WIDTH)
-        self.blocks = nn.ModuleList([type(self).block() for _ in range(3)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-class SkipOutside(Model):
-    """What a block puts out is not what the next one gets."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = first = self.embed(x)
-        for block in self.blocks:
-            x = block(x) + 0.5 * first
-        return x
-
-
-class SkipBlock(Block):
-    def forward(self, x: Tensor, first: Tensor) -> Tensor:
-        return super().forward(x + 0.5 * first)
-
-
-class SkipInside(Model):
-    """Every block is also given the embedding: the very tensor that the first block gets as its hidden states."""
-
-    block = SkipBlock
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = first = self.embed(x)
-        for block in self.blocks:
-            x = block(x, first)
-        return x
 
 
 class ChangedInPlace(Model):
