@@ -13,6 +13,8 @@ from compress.calibration.collect import Call, alike
 from compress.calibration.reconstruct import Samples, Weights
 from compress.errors import UnsupportedModelError
 
+M_MMAP_THRESHOLD = -3  # of malloc.h
+LARGE = 16 << 20  # bytes; smaller pieces are worth keeping, as new pages cost time
 LARGEST_BUFFER = 1 << 30  # bytes of activations kept in memory; more is memory-mapped to a temporary file
 
 
@@ -95,6 +97,16 @@ def _mapped(hidden: Tensor) -> Tensor:
             os.posix_fallocate(file.fileno(), 0, hidden.nbytes)
         mapped = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
     return mapped.view(hidden.shape).copy_(hidden)
+
+
+def bound_heap() -> None:
+    """From now on, in the whole process, what is large goes back to the system as soon as it is freed.
+
+    Otherwise glibc learns from the sizes it sees to keep pieces of up to 32 MB, and how many depends on chance.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def give_back() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compress.activations import Activations, give_back
+from compress.activations import Activations, bound_heap, give_back
 from compress.artifact import Packed
 from compress.calibration import collect
 from compress.calibration.precision import learning, products
@@ -69,6 +69,8 @@ def _sweep(context: Context, run: "_Stage", batches: Sequence[Tensor]) -> None:
 def _calibrated(context: Context, run: "_Stage", selected: dict[int, list[Site]], batches: Sequence[Tensor]) -> None:
     graph, bars = context.graph, context.bars
     blocks = [graph.model.get_submodule(name) for name in graph.blocks]
+    if not context.resident:
+        bound_heap()
     chain = _chain(context, blocks, batches)
     original = None  # what arrives in the original model, beside what arrives in the compressed one
     if any(isinstance(p, BlockPass) and p.runs_block for p in run.passes):

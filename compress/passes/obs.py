@@ -86,18 +86,20 @@ def compensate(weight: Tensor, factor: Factor, *, tile: int, every: int, begin: 
     chunk = _aligned(CHUNK, every)
     lost = torch.empty(columns, weight.shape[0])  # D, transposed: a column is contiguous
     ahead = torch.empty(0)  # columns already gathered, from `a` on
+    room = torch.empty(2, tile, weight.shape[0])  # the same for every tile: what is freed and asked for again adds up
     for a in range(0, columns, tile):
         b = min(a + tile, columns)
         if every > tile and a % every == 0:
             wide = slice(a, min(a + every, columns))
-            begin(a, _current(_columns(weight, factor, wide), lost, factor, wide).T)
+            given = _columns(weight, factor, wide)
+            begin(a, _current(given, lost, factor, wide, torch.empty_like(given)).T)
         if not len(ahead):
             ahead = _columns(weight, factor, slice(a, a + GATHERED * tile))
         given, ahead = ahead[: b - a], ahead[b - a :]
-        now = _current(given, lost, factor, slice(a, b))
+        now = _current(given, lost, factor, slice(a, b), room[1, : b - a])
         inverse = _triangular_inverse(factor.block(slice(a, b), slice(a, b)))
         pivots = inverse.diagonal().tolist()
-        errors = torch.empty_like(now)
+        errors = room[0, : b - a]
         first = 0  # `now` holds the effect of all errors before this column, up to the end of its chunk
         with products("float32"):  # rounding the factors of these small products would take longer than it saves
             for j in range(b - a):
@@ -121,16 +123,15 @@ def _columns(weight: Tensor, factor: Factor, part: slice) -> Tensor:
     return weight.index_select(1, factor.order[part]).T.contiguous()
 
 
-def _current(given: Tensor, lost: Tensor, factor: Factor, part: slice) -> Tensor:
-    """Columns as they stand after everything before them has been compensated."""
+def _current(given: Tensor, lost: Tensor, factor: Factor, part: slice, push: Tensor) -> Tensor:
+    """Columns as they stand after everything before them has been compensated; `push` is room as large as `given`."""
+    push.zero_()
     if not part.start:
-        return given.clone()
-    push = torch.zeros_like(given)
+        return push.copy_(given)
     for start in range(0, part.start, REACH):  # of few different shapes: matrix libraries keep something for each
         rows = slice(start, min(start + REACH, part.start))
         push.addmm_(factor.block(rows, part).T, lost[rows])
-    correction: Tensor = torch.linalg.solve_triangular(factor.block(part, part).T, push, upper=False)
-    return correction.add_(given)
+    return push.copy_(torch.linalg.solve_triangular(factor.block(part, part).T, push, upper=False)).add_(given)
 
 
 def _triangular_inverse(upper: Tensor) -> Tensor:
