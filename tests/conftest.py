@@ -18,6 +18,15 @@ def two_threads() -> None:
     torch.set_num_threads(2)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For a module of many steps on tiny tensors, its fixtures included: a second thread is only waited for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     """Every test starts from one seed and leaves no global setting behind."""

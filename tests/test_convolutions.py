@@ -1,7 +1,6 @@
 """A convolution is a matrix whose columns are the places of its window: statistics, packing, passes."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,8 +18,11 @@ from compress.passes.quantize.flexround import Division
 from compress.runtime.conv import PackedConv2d
 from compress.runtime.register import replace_modules
 
-# torch itself warns that padding an even window on both sides alike needs a copy
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # torch itself warns that padding an even window on both sides alike needs a copy
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
+]
 
 GEOMETRIES: list[dict[str, Any]] = [
     {"kernel_size": 3},
@@ -36,15 +38,6 @@ GEOMETRIES: list[dict[str, Any]] = [
     {"kernel_size": 3, "padding": 1, "padding_mode": "replicate", "stride": 3},
 ]
 each_geometry = pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Nothing here is large enough to share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def images(count: int = 5, channels: int = 4) -> Tensor:

@@ -52,16 +52,9 @@ from compress.runtime.conv import PackedConv2d
 from compress.runtime.packed import PackedModule
 from compress.runtime.register import replace_modules
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSES = 10
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Nothing here is large enough to share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- real data: 8x8 digits, and a network with residual blocks trained on them in seconds -----------------------------

@@ -29,16 +29,9 @@ from compress.passes.quantize.learned import LearnedPass
 from compress.pipeline import Calibration, Pipeline
 from compress.runtime.linear import PackedLinear
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK: dict[str, Any] = {"steps": 4, "batch_size": 3}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Many steps on tiny tensors: a second thread is only waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class MeanInside(Model):

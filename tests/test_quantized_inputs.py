@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from compress.pipeline import Pipeline
 from compress.runtime.conv import PackedConv2d
 from compress.runtime.packed import PackedModule
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOKEN = {"activation_bits": 8}
 TENSOR: dict[str, Any] = {"activation_bits": 8, "activation_scale": "tensor"}
 PAIRS: dict[str, Any] = {"activation_bits": 4, "activation_scale": "tensor", "activation_grid": "olive"}
@@ -49,15 +51,6 @@ EVERYWHERE = [pytest.param("Llama", passes, id=f"Llama, {way}") for way, passes 
 EVERYWHERE += [
     pytest.param("GPT-2", WAYS[way], id=f"GPT-2, {way}") for way in ("rtn, per token", "rtn, per tensor", "olive")
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Nothing here is large enough to share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def logits(model: nn.Module, tokens: Tensor) -> Tensor:

@@ -23,16 +23,9 @@ from compress.calibration.reconstruct import (
 )
 from compress.errors import SolveError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WIDTH, ROWS, TOKENS = 12, 5, 3
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Thousands of steps on tiny tensors: a second thread is only waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def over(items: Iterable[int], total: int, label: str) -> Iterator[int]:

@@ -1,7 +1,6 @@
 """Outlier-victim pairs: what their codes promise about the numbers they stand for."""
 
 import json
-from collections.abc import Iterator
 from itertools import pairwise, product
 
 import pytest
@@ -13,17 +12,9 @@ from compress.encodings import outlier_victim as ov
 from compress.encodings.bits import pack_bits, unpack_bits
 from compress.encodings.outlier_victim import TYPES, decode, encode, quantize_dequantize, search
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ONE = torch.ones(1, 1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are too small to be worth sharing out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 # As published: normal magnitudes, outlier magnitudes, and where the outliers begin.
 PUBLISHED = {

@@ -1,6 +1,5 @@
 """AdaRound: every weight goes down or up, and nowhere else."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -15,6 +14,8 @@ from compress.passes import AdaRound, Override, Rtn
 from compress.passes.base import Edit, Target
 from compress.passes.quantize.adaround import BETA, WARM, UpOrDown
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROWS, COLUMNS = 8, 48
 
 GRIDS = [
@@ -26,15 +27,6 @@ GRIDS = [
     {"group_size": 16, "symmetric": True, "bits": 2},
 ]
 each_grid = pytest.mark.parametrize("options", GRIDS, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Thousands of steps on tiny tensors: a second thread is only waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def begun(w: Tensor, **options: object) -> UpOrDown:

@@ -1,6 +1,5 @@
 """FlexRound: the properties of its paper."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -15,6 +14,8 @@ from compress.passes import FlexRound, Override, Rtn
 from compress.passes.base import Block, Edit, Target
 from compress.passes.quantize.flexround import Divide, Division
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROWS, COLUMNS = 8, 48
 
 GRIDS = [
@@ -28,15 +29,6 @@ GRIDS = [
 # What shows an effect on a toy; the defaults are for models.
 TOY_OPTIONS: dict[str, object] = {"scale_search": "minmax", "learning_rate": 0.005}
 each_grid = pytest.mark.parametrize("options", GRIDS, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Thousands of steps on tiny tensors: a second thread is only waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def begun(w: Tensor, kernel: int = 1, **options: object) -> Division:

@@ -1,7 +1,5 @@
 """OliVe."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from textbook import mask, target, weight
@@ -13,14 +11,7 @@ from compress.passes import Olive, Override, Rtn
 from compress.passes.base import Edit
 from compress.passes.quantize.olive import solve
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are too small to be worth sharing out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def with_outliers(rows: int = 16, columns: int = 128, share: float = 0.01, times: float = 12.0) -> Tensor:
