@@ -1,8 +1,6 @@
 """Learning block by block inside a sweep: what is learned from, what is left alone, streaming and resuming."""
 
-import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -11,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from commands import make_text_model, write_text
+from children import contents, prepare, run
 from conftest import make_llama
-from test_resume import PROCESSES, contents
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from wirings import WIDTH, Block, Model, SkipBlock, SkipInside, SkipOutside
@@ -377,49 +374,15 @@ passes:
 """
 
 
-def child(folder: Path, kill_after: int) -> None:
-    """The command line on a tiny model, which kills itself right after the n-th file has got its final name."""
-    from compress import api, cli, ledger
-
-    torch.set_num_threads(1)
-    os.chdir(folder)
-    publish, left = ledger.publish, kill_after
-
-    def counted(temporary: Path, name: Path) -> None:
-        nonlocal left
-        publish(temporary, name)
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    ledger.publish = api.publish = counted
-    sys.argv = ["compress", "run", "pipeline.yaml", "model", "-o", "out"]
-    cli.main()
-
-
-def run(folder: Path, kill_after: int = 0) -> int | None:
-    process = PROCESSES.Process(target=child, args=(folder, kill_after))
-    process.start()
-    process.join(200)
-    return process.exitcode
-
-
 def test_killed_between_blocks_that_learn_the_run_ends_bit_identical(tmp_path: Path) -> None:
-    model = make_text_model(tmp_path / "model", num_hidden_layers=4)
-    text = write_text(tmp_path / "calibration.txt").read_text()
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model").symlink_to(model)
-        (tmp_path / name / "calibration.txt").write_text(text)
-        (tmp_path / name / "pipeline.yaml").write_text(RESUMED)
-    assert run(tmp_path / "whole") == 0
-    killed = tmp_path / "killed"
+    whole, killed = prepare(tmp_path, RESUMED, num_hidden_layers=4)
+    assert run(whole, "model") == 0
     for files, blocks in ((2, 1), (2, 3)):  # the first file of all holds the row of the original
-        assert run(killed, kill_after=files) == -signal.SIGKILL
+        assert run(killed, "model", kill_after=files) == -signal.SIGKILL
         assert not (killed / "out").exists()
         assert len(list((killed / "out.work").glob("s00-b*.safetensors"))) == blocks
-    assert run(killed) == 0
-    assert contents(killed / "out") == contents(tmp_path / "whole" / "out")
+    assert run(killed, "model") == 0
+    assert contents(killed / "out") == contents(whole / "out")
 
 
 # --- what is refused, and what fails ----------------------------------------------------------------------------------

@@ -1,15 +1,11 @@
 """A killed run continues and ends bit-identical: real processes, really killed, on the demo model."""
 
-import hashlib
-import json
-import multiprocessing
-import os
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from children import contents, run, start
 
 PIPELINE = """\
 calibration: {source: demo, samples: 4, length: 64}
@@ -20,64 +16,6 @@ passes:
       - gptq: {scheme: w3g64, include: ["*.mlp.*"]}
       - rtn: {scheme: w4g64, include: ["*.self_attn.*"]}
 """
-# Children are forked from a server that has the imports done: real processes, quick to start.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["compress.cli", "compress.api", "transformers.models.llama.modeling_llama"])
-
-
-def child(folder: Path, kill_after: int) -> None:
-    """The command line, which kills itself right after the n-th file has got its final name."""
-    import torch
-
-    from compress import api, cli, ledger
-
-    torch.set_num_threads(1)
-    os.chdir(folder)
-    publish, left = ledger.publish, kill_after
-
-    def counted(temporary: Path, name: Path) -> None:
-        nonlocal left
-        publish(temporary, name)
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    ledger.publish = api.publish = counted
-    sys.argv = ["compress", "run", "pipeline.yaml", "demo", "-o", "out"]
-    cli.main()
-
-
-def start(folder: Path, kill_after: int = 0) -> multiprocessing.process.BaseProcess:
-    process = PROCESSES.Process(target=child, args=(folder, kill_after))
-    process.start()
-    return process
-
-
-def run(folder: Path, kill_after: int = 0) -> int | None:
-    """Exit code of a run that kills itself after so many finished files, or of a whole one."""
-    process = start(folder, kill_after)
-    process.join(200)
-    code = process.exitcode
-    process.close()
-    assert code in (0, -signal.SIGKILL)
-    return code
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Every file of a finished folder; of the report only what does not measure time or memory."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        data = path.read_bytes()
-        if path.name == "report.json":
-            report = json.loads(data)
-            for row in report["rows"]:
-                del row["seconds"], row["peak_mb"]
-            for layer in report["layers"].values():
-                for notes in layer.values():
-                    del notes["seconds"]
-            data = json.dumps(report).encode()
-        found[path.name] = hashlib.sha256(data).hexdigest()
-    return found
 
 
 @pytest.fixture(scope="module")

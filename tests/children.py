@@ -1,0 +1,83 @@
+"""The command line in processes of its own, which can be killed, and what its finished folders hold."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+
+from commands import make_text_model, write_text
+
+# Children are forked from a server that has the imports done: real processes, quick to start.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["compress.cli", "compress.api", "transformers.models.llama.modeling_llama"])
+
+
+def prepare(folder: Path, pipeline: str, **changes: object) -> tuple[Path, Path]:
+    """Two folders to run the same in, one of them uninterrupted: a pipeline, calibration.txt and a tiny `model`."""
+    model = make_text_model(folder / "model", **changes)
+    text = write_text(folder / "calibration.txt").read_text()
+    for name in ("whole", "killed"):
+        (folder / name).mkdir()
+        (folder / name / "model").symlink_to(model)  # not a copy: a run is known by its source's modification time too
+        (folder / name / "calibration.txt").write_text(text)
+        (folder / name / "pipeline.yaml").write_text(pipeline)
+    return folder / "whole", folder / "killed"
+
+
+def child(folder: Path, model: str, kill_after: int) -> None:
+    """The command line, which kills itself right after the n-th file has got its final name."""
+    import torch
+
+    from compress import api, cli, ledger
+
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    publish, left = ledger.publish, kill_after
+
+    def counted(temporary: Path, name: Path) -> None:
+        nonlocal left
+        publish(temporary, name)
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ledger.publish = api.publish = counted
+    sys.argv = ["compress", "run", "pipeline.yaml", model, "-o", "out"]
+    cli.main()
+
+
+def start(folder: Path, model: str = "demo", kill_after: int = 0) -> multiprocessing.process.BaseProcess:
+    """`compress run pipeline.yaml MODEL -o out` in a folder."""
+    process = PROCESSES.Process(target=child, args=(folder, model, kill_after))
+    process.start()
+    return process
+
+
+def run(folder: Path, model: str = "demo", kill_after: int = 0) -> int | None:
+    """Exit code of a run that kills itself after so many finished files, or of a whole one."""
+    process = start(folder, model, kill_after)
+    process.join(200)
+    code = process.exitcode
+    process.close()
+    assert code in (0, -signal.SIGKILL)
+    return code
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file of a finished folder; of the report only what does not measure time or memory."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        if path.name == "report.json":
+            report = json.loads(data)
+            for row in report["rows"]:
+                del row["seconds"], row["peak_mb"]
+            for layer in report["layers"].values():
+                for notes in layer.values():
+                    del notes["seconds"]
+            data = json.dumps(report).encode()
+        found[path.name] = hashlib.sha256(data).hexdigest()
+    return found
