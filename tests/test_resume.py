@@ -1,11 +1,12 @@
-"""A killed run continues and ends bit-identical: real processes, really killed, on the demo model."""
+"""A killed run continues and ends bit-identical: real processes, really killed."""
 
+import json
 import signal
 import time
 from pathlib import Path
 
 import pytest
-from children import contents, run, start
+from children import contents, prepare, run, start
 
 PIPELINE = """\
 calibration: {source: demo, samples: 4, length: 64}
@@ -76,3 +77,32 @@ def test_a_damaged_or_foreign_unit_is_done_again(tmp_path: Path, uninterrupted: 
     units[1].write_bytes(units[2].read_bytes())
     assert run(tmp_path) == 0
     assert contents(tmp_path / "out") == uninterrupted
+
+
+SURVEYING = """\
+calibration: {source: calibration.txt, samples: 4, length: 32}
+passes:
+  - wanda: {sparsity: 0.6, allocate: owl}
+  - rtn: {scheme: w3g32}
+  - eora: {rank: null, budget: 0.25}
+"""
+
+
+def test_killed_after_every_file_of_passes_that_survey_their_layers_the_run_ends_bit_identical(tmp_path: Path) -> None:
+    whole, killed = prepare(tmp_path, SURVEYING)
+    assert run(whole, "model") == 0
+    layers = json.loads((whole / "out" / "report.json").read_text())["layers"]
+    assert 0 < sum("eora" in notes for notes in layers.values()) < len(layers), "the budget decides nothing"
+    done: dict[str, int] = {}
+    while True:
+        assert run(killed, "model", kill_after=1) == -signal.SIGKILL
+        assert not (killed / "out").exists()
+        found = {path.name: path.stat().st_mtime_ns for path in (killed / "out.work").iterdir()}
+        assert found.items() >= done.items(), "what was finished is done again"
+        (new,) = found.keys() - done.keys()
+        if new == "out":  # the final write, which begins anew every time
+            break
+        done = found
+    assert {f"s{stage}-survey-b000{block}.json" for stage in ("00", "02") for block in (0, 1)} < done.keys()
+    assert run(killed, "model") == 0
+    assert contents(killed / "out") == contents(whole / "out")
