@@ -209,6 +209,8 @@ class Artifact:
         renamed: parameter name in the model -> name in the source, where they differ (tied and prefixed names).
         committed: what passes made of each site so far.
         restated: original weights as a pass wrote them anew without changing what the model computes.
+        vectors: parameters that are no site's, such as biases and scales of norms, as passes made them, (1, N) each.
+            One that the source does not have is a bias that a layer was given.
     """
 
     graph: Graph
@@ -216,10 +218,12 @@ class Artifact:
     renamed: dict[str, str] = field(default_factory=dict)
     committed: dict[str, Weight | Packed] = field(default_factory=dict)
     restated: dict[str, Weight | Packed] = field(default_factory=dict)
+    vectors: dict[str, Weight | Packed] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sites = {site.name: site for site in self.graph.sites}
         self._by_parameter = {site.parameter: site for site in self.graph.sites}
+        self._stored = set(self.source.names())
 
     def name_in_source(self, parameter: str) -> str:
         """Where a parameter's uncompressed value stands."""
@@ -234,9 +238,24 @@ class Artifact:
             return values
         return site.matrix(self.source.read(self.name_in_source(site.parameter)))
 
+    def plain(self) -> "Artifact":
+        """The same model before every pass."""
+        return replace(self, committed={}, vectors={})
+
+    def added(self, parameter: str) -> bool:
+        """Whether a parameter is a bias that a pass gave to a layer without one."""
+        site = self.sites.get(parameter.removesuffix(".bias"))
+        return site is not None and self.name_in_source(parameter) not in self._stored
+
     def store_dtype(self, site: Site) -> torch.dtype:
         """The type that new dense values of a site are kept in: the source's."""
         return self.source.dtype(self.name_in_source(site.parameter))
+
+    def vector_dtype(self, parameter: str) -> torch.dtype:
+        """The type that a vector is kept in: the source's, or that of the layer whose bias it is."""
+        if self.added(parameter):
+            return self.store_dtype(self.sites[parameter.removesuffix(".bias")])
+        return self.source.dtype(self.name_in_source(parameter))
 
     def weight(self, site: Site) -> Weight:
         """A site as it stands now."""
@@ -253,9 +272,16 @@ class Artifact:
     def tensor(self, name: str) -> Tensor:
         """A parameter or buffer as the model takes it, compressed or not; float32 for compressed ones."""
         site = self._by_parameter.get(name)
-        if site is None or site.name not in self.committed:
-            return self.source.read(self.name_in_source(name))
-        return site.value(self.weight(site).dequantize())
+        if site is not None and site.name in self.committed:
+            return site.value(self.weight(site).dequantize())
+        vector = self.vectors.get(name)
+        if vector is not None:
+            values = (vector.load() if isinstance(vector, Packed) else vector).values
+            assert values is not None
+            return values[0]
+        if self.added(name):
+            return torch.zeros(self.sites[name.removesuffix(".bias")].shape[0], dtype=self.vector_dtype(name))
+        return self.source.read(self.name_in_source(name))
 
 
 def open_folder(folder: Path, graph: Graph) -> Artifact:

@@ -106,6 +106,10 @@ class Graph:
         yield from self.model.named_parameters()
         yield from ((name, self.model.get_buffer(name)) for name in self.buffers)
 
+    def vectors(self) -> tuple[str, ...]:
+        """Names of the parameters with one dimension: biases, scales of norms. Tied ones once."""
+        return tuple(name for name, p in self.model.named_parameters() if p.dim() == 1)
+
     def in_block(self, index: int) -> tuple[Site, ...]:
         """The sites of one block, in the model's order."""
         return tuple(s for s in self.sites if s.block == index)

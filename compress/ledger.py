@@ -56,6 +56,13 @@ class MemoryLedger:
         """The records as given."""
         return records
 
+    def load_tensors(self, unit: str, key: str) -> dict[str, torch.Tensor] | None:
+        """None: nothing was kept before."""
+        return None
+
+    def commit_tensors(self, unit: str, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Nothing to keep."""
+
     def load_row(self, unit: str, key: str) -> dict[str, Any] | None:
         """None: nothing was measured before."""
         return None
@@ -98,21 +105,39 @@ class FolderLedger(MemoryLedger):
             tensors.update({f"{record.site}.{leaf}": value for leaf, value in packed.items()})
             entries[record.site] = {"spec": spec.to_json(), "notes": record.notes}
             done.append(Record(record.site, Packed(file, record.site, spec), record.notes))
+        self._save(file, tensors, {"key": key, "records": json.dumps(entries)})
+        return done
+
+    def _save(self, file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
         temporary = file.with_suffix(".partial")
         with writing(temporary):
-            save_file(tensors, temporary, metadata={"key": key, "records": json.dumps(entries)})
+            save_file(tensors, temporary, metadata=metadata)
         publish(temporary, file)
-        return done
+
+    def load_tensors(self, unit: str, key: str) -> dict[str, torch.Tensor] | None:
+        """What was kept under this very key, else None."""
+        file = self.folder / f"{unit}.safetensors"
+        try:
+            with safe_open(file, "pt") as opened:
+                if (opened.metadata() or {}).get("key") != key:
+                    return None
+                return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return None
+
+    def commit_tensors(self, unit: str, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep tensors of work that is not finished, in the place of what was kept before."""
+        self._save(self.folder / f"{unit}.safetensors", dict(tensors), {"key": key})
 
     def load_row(self, unit: str, key: str) -> dict[str, Any] | None:
         """What was measured under this very key, else None."""
         file = self.folder / f"{unit}.json"
         try:
             data = json.loads(file.read_text())
-        except (OSError, ValueError):
+            row: dict[str, Any] = data["row"]
+            return row if data["key"] == key else None
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        row: dict[str, Any] = data["row"]
-        return row if data.get("key") == key else None
 
     def commit_row(self, unit: str, key: str, row: Mapping[str, Any]) -> None:
         """Write what was measured."""

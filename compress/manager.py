@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,14 +19,15 @@ from compress.errors import GateError
 from compress.evaluate import Quality, Reference, logits_in, measure
 from compress.export.safetensors import spec_at, stored_bytes
 from compress.ledger import Record, code_fingerprint, key_of
-from compress.observe import finite, observed
-from compress.passes.base import BlockPass, LinearPass, ModelPass, Target
+from compress.observe import finite, observed, observed_vector
+from compress.passes.base import BlockPass, Edit, LinearPass, ModelPass, Target, Whole
 from compress.passes.quantize.activations import attached
 from compress.pipeline import Evaluation, Pipeline
 from compress.plan import PassPlan, Plan
 from compress.report import Report, Row
-from compress.residence import Context, forward, set_in_place, streamed
-from compress.sweep import TOKENS_AT_ONCE, run_stage
+from compress.residence import Context, forward, make_room, streamed, take
+from compress.sweep import TOKENS_AT_ONCE, generator_for, run_stage
+from compress.whole import KeptInLedger, in_memory, model_data
 
 ROUNDING = 1e-9  # a fall of exactly one point is within a gate of one point
 
@@ -57,17 +59,16 @@ def execute(pipeline: Pipeline, plan: Plan, context: Context, data: Data, model_
     )
     start = _row(context, meter, "original", "original", key, None, 0.0)
     report.rows.append(start)
-    groups = batches(data.calibration, TOKENS_AT_ONCE) if data.calibration is not None else []
     for number, stage in enumerate(plan.stages):
         started = time.perf_counter()
-        key, records = _stage(context, number, stage, groups, key)
+        key, records = _stage(context, number, stage, data.calibration, key)
         seconds = time.perf_counter() - started
         name = "+".join(p.pass_.key for p in stage)
         last = number + 1 == len(plan.stages)
         due = last or pipeline.evaluate is None or pipeline.evaluate.after == "each"
         row = _row(context, meter if due else None, f"s{number:02d}", name, key, start, seconds)
         report.rows.append(row)
-        _note(report, records)
+        _note(report, context.artifact, records)
         if pipeline.evaluate:
             _gate(pipeline.evaluate, start, row)
     if pipeline.evaluate and data.evaluation is not None:
@@ -95,48 +96,64 @@ def _gate(section: Evaluation, start: Row, row: Row) -> None:
 
 
 def _stage(
-    context: Context, number: int, stage: Sequence[PassPlan], groups: Sequence[Tensor], key: str
+    context: Context, number: int, stage: Sequence[PassPlan], samples: Tensor | None, key: str
 ) -> tuple[str, list[Record]]:
     first = stage[0].pass_
     if isinstance(first, ModelPass):
-        return _model_stage(context, number, stage[0], key)
+        return _model_stage(context, number, stage[0], samples, key)
     passes = [p.pass_ for p in stage if isinstance(p.pass_, LinearPass | BlockPass)]
+    groups = batches(samples, TOKENS_AT_ONCE) if samples is not None else []
     return run_stage(context, number, passes, groups, key)
 
 
-def _model_stage(context: Context, number: int, plan: PassPlan, key: str) -> tuple[str, list[Record]]:
+def _model_stage(
+    context: Context, number: int, plan: PassPlan, samples: Tensor | None, key: str
+) -> tuple[str, list[Record]]:
     """A pass over the whole model: it sees the state before the stage until the last edit is committed."""
     pass_, artifact = plan.pass_, context.artifact
     assert isinstance(pass_, ModelPass)
     sites = {s.name: s for s in plan.sites}
-    key = key_of(key, number, pass_.key, pass_.options(), list(sites))
-    units = {name: f"s{number:02d}-{i:05d}" for i, name in enumerate(sites)}
-    done = {name: found for name in sites if (found := context.ledger.load(units[name], key)) is not None}
+    if pass_.adds_biases:
+        for name in sites:
+            make_room(context, f"{name}.bias")
+    vectors = [name for name in artifact.graph.vectors() if pass_.trains(name)]
+    key = key_of(key, number, pass_.key, pass_.options(), list(sites), vectors)
+    units = {name: f"s{number:02d}-{i:05d}" for i, name in enumerate((*sites, *vectors))}
+    done = {name: found for name in units if (found := context.ledger.load(units[name], key)) is not None}
 
     def load(name: str) -> Target:
         weight = artifact.weight(sites[name])
         rows, columns = artifact.graph.rows_of(name), artifact.graph.columns_of(name)
-        kernel = sites[name].kernel
-        return Target(finite(sites[name], weight), weight.mask, kernel=kernel, rows=rows, columns=columns)
+        dense, kernel = finite(sites[name], weight), sites[name].kernel
+        generator = generator_for(context.seed, number, 0, name)
+        return Target(dense, weight.mask, None, generator, kernel, rows, columns, stored=weight)
 
-    if len(done) < len(sites):
-        edits = pass_.run(tuple(sites), load)
-        for name, edit in context.bars.over(edits, len(sites), f"{pass_.key}: layers"):
-            if name not in done:
-                site = sites[name]
-                before = artifact.weight(site)
-                weight, error = observed(site, pass_, before, finite(site, before), edit, artifact.store_dtype(site))
-                error = 0.0 if pass_.preserves else error
-                weight, rounding = attached(pass_.at(name), weight, None)
-                notes = {pass_.key: {"error": error, **edit.notes, **rounding}}
-                done[name] = context.ledger.commit(units[name], key, [Record(name, weight, notes)])
-    records = [record for name in sites for record in done[name]]
-    for record in records:
-        artifact.committed[record.site] = record.weight
-        if pass_.preserves:
-            artifact.restated[record.site] = record.weight
-        if context.resident:
-            set_in_place(context, record)
+    def record(name: str, edit: Edit) -> Record:
+        if name not in sites:
+            vector, store = artifact.tensor(name).float(), artifact.vector_dtype(name)
+            return Record(name, observed_vector(name, pass_, vector, edit, store), {pass_.key: dict(edit.notes)})
+        site = sites[name]
+        before = artifact.weight(site)
+        weight, error = observed(site, pass_, before, finite(site, before), edit, artifact.store_dtype(site))
+        error = 0.0 if pass_.preserves else error
+        weight, rounding = attached(pass_.at(name), weight, None)
+        return Record(name, weight, {pass_.key: {"error": error, **edit.notes, **rounding}})
+
+    if len(done) < len(units):
+        with in_memory(context) if pass_.loss else nullcontext():
+            data = None
+            if pass_.loss:
+                assert samples is not None
+                kept = KeptInLedger(context.ledger, f"s{number:02d}-training", key)
+                data = model_data(context, samples, pass_.loss, getattr(pass_, "checkpointing", True), kept)
+            given = {name: artifact.tensor(name).float() for name in vectors}
+            generator = generator_for(context.seed, number, 0, "")
+            edits = pass_.run(Whole(tuple(sites), load, given, data, generator, context.bars.over))
+            for name, edit in context.bars.over(edits, len(units), f"{pass_.key}: layers"):
+                if name not in done:
+                    done[name] = context.ledger.commit(units[name], key, [record(name, edit)])
+    records = [r for name in units if name in done for r in done[name]]
+    take(context, records, restate=pass_.preserves)
     return key, records
 
 
@@ -161,7 +178,7 @@ class _Meter:
         if self.tokens is None:
             return None
         self.reference = Reference()
-        plain = replace(self.context, artifact=replace(self.context.artifact, committed={}))
+        plain = replace(self.context, artifact=self.context.artifact.plain())
         return self._measure(plain, "evaluate original: batches", keep=True)
 
     def now(self) -> Quality | None:
@@ -238,14 +255,23 @@ def density(artifact: Artifact) -> tuple[float, float]:
     return (bits / weights, zeros / weights) if weights else (0.0, 0.0)
 
 
-def _note(report: Report, records: Sequence[Record]) -> None:
+def _note(report: Report, artifact: Artifact, records: Sequence[Record]) -> None:
+    trained: dict[str, int] = {}
     for record in records:
+        for name, notes in record.notes.items():
+            if "trained" in notes:
+                trained[name] = trained.get(name, 0) + int(notes["trained"])
+        if record.site not in artifact.sites:
+            continue
         report.layers.setdefault(record.site, {}).update(record.notes)
         for name, notes in record.notes.items():
             if "fallback" in notes:
                 report.fallbacks.append(f"{record.site}: {notes['fallback']}")
             if notes.get("dead_inputs"):
                 report.fallbacks.append(f"{record.site}: {notes['dead_inputs']:.0f} inputs are always zero ({name})")
+    total = sum(p.numel() for p in artifact.graph.model.parameters())
+    for name, count in trained.items():
+        report.trained.append({"pass": name, "numbers": count, "parameters": total})
 
 
 def hash_of(tokens: Tensor | None) -> str | None:

@@ -36,17 +36,20 @@ def observed(
         raise refuse(f"a mask of shape {tuple(edit.mask.shape)}, not {site.shape}")
     if before.mask is not None and (edit.mask is None or bool((edit.mask & ~before.mask).any())):
         raise refuse("zeros that were already there have come back")
+    low_rank = edit.low_rank or before.low_rank
     if edit.low_rank is not None:
         defect = edit.low_rank.defect(site.shape)
         if defect:
             raise refuse(defect)
-        corrected = replace(before, low_rank=edit.low_rank)
-        return corrected, _relative_error(corrected, old)
+        if edit.weight is None and edit.encoding is None:
+            corrected = replace(before, low_rank=low_rank)
+            return corrected, _relative_error(corrected, old)
     weight = _from_codes(edit, refuse, site) if edit.encoding else _from_values(edit, refuse, site, store)
     wanted = pattern(getattr(pass_.at(site.name), "sparsity", 0.0))
     if wanted and edit.mask is not None and int(edit.mask.view(-1, wanted[1]).sum(1).max()) > wanted[0]:
         raise refuse(f"more than {wanted[0]} of {wanted[1]} neighbouring weights kept")
-    return replace(weight, inputs=before.inputs), _relative_error(weight, old)
+    weight = replace(weight, inputs=before.inputs, low_rank=low_rank)
+    return weight, _relative_error(weight, old)
 
 
 def _relative_error(weight: Weight, old: Tensor) -> float:
@@ -59,6 +62,21 @@ def _relative_error(weight: Weight, old: Tensor) -> float:
         lost += float((weight.rows(rows).dequantize() - was).square_().sum())
         size += float(was.square().sum())
     return math.sqrt(lost / size) if size else math.sqrt(lost)
+
+
+def observed_vector(name: str, pass_: Pass, before: Tensor, edit: Edit, store: torch.dtype) -> Weight:
+    """A vector as a pass made it, (1, N) in its stored type.
+
+    Raises:
+        CompressError: as `observed`.
+    """
+    values = edit.weight
+    if values is None or values.shape != before.shape:
+        raise CompressError(f"{pass_.key} on {name}: not {before.numel()} values; this is a defect, please report it")
+    stored = values.detach().to(store).view(1, -1)
+    if not torch.isfinite(stored).all():
+        raise CompressError(f"{pass_.key} on {name}: not finite in {store}; this is a defect, please report it")
+    return Weight(stored)
 
 
 def finite(site: Site, weight: Weight) -> Tensor:

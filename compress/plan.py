@@ -114,7 +114,7 @@ class _Planner:
         sites = tuple(s for s in self.graph.sites if pass_.selects(s.name, s.block is not None))
         if pass_.preserves:
             sites = self._check_order(path, pass_, sites)
-        elif not sites:
+        elif not sites and not any(pass_.trains(name) for name in self.graph.vectors()):
             self.problem(path, f"works on no layer at all; layers are named like {self._examples()}")
         if fused and isinstance(pass_, ModelPass):
             self.problem(
@@ -133,7 +133,7 @@ class _Planner:
                 self.problem(f"{path}.{error.option}", error.message)
         specs = {}
         for site in sites:
-            if self.kinds[site.name] in pass_.accepts:
+            if pass_.refusal(self.kinds[site.name]) is None:
                 self.kinds[site.name] = pass_.produces(self.kinds[site.name])
                 specs[site.name] = self.specs[site.name] = self._spec(pass_.at(site.name), site)
         return PassPlan(path, pass_, sites, specs)
@@ -161,13 +161,12 @@ class _Planner:
         return tuple(s for s in sites if s.name in free)
 
     def _check_sites(self, path: str, pass_: Pass, sites: Sequence[Site]) -> None:
-        refused = [s for s in sites if self.kinds[s.name] not in pass_.accepts]
+        refused = [s for s in sites if pass_.refusal(self.kinds[s.name])]
         if refused:
             kind = self.kinds[refused[0].name]
             self.problem(
                 path,
-                f"{pass_.key} cannot work on {kind} weights ({_some(s.name for s in refused)}): "
-                + _why(kind, pass_.key),
+                f"{pass_.key} cannot work on {kind} weights ({_some(s.name for s in refused)}): {pass_.refusal(kind)}",
             )
         misfits: dict[str, list[str]] = {}
         for site in sites:
@@ -195,7 +194,7 @@ class _Planner:
                     f"{site.name} is tied to {self.tied[site.parameter].removesuffix('.weight')}; compressing "
                     "one would change the other. Exclude it",
                 )
-            if site.block is None and pass_.calibrated:
+            if site.block is None and pass_.calibrated and not isinstance(pass_, ModelPass):
                 self.problem(
                     path,
                     f"{site.name} is outside the blocks, where no statistics are collected; {pass_.key} cannot work "
@@ -242,11 +241,13 @@ class _Planner:
             kept = min(int(rows * columns * (1 - share)), kept if kept is not None else rows * columns)
         stored = str(self.dtypes.get(site.parameter, torch.float32)).removeprefix("torch.")
         form, inputs = pass_.form(site.shape), pass_.input_form() or (before.inputs if before else None)
-        low_rank = pass_.low_rank_form(site.shape)
+        low_rank = pass_.low_rank_form(site.shape) if self.kinds[site.name].endswith("-compensated") else None
         if low_rank:
             return replace(before or Spec(site.shape, value_dtype=stored), low_rank=low_rank)
         if form:
             return Spec(site.shape, form, kept, inputs=inputs)
+        if before and sparsity is None:
+            return replace(before, inputs=inputs)
         return Spec(site.shape, kept=kept, value_dtype=stored, inputs=inputs)
 
     def memory(self) -> int:
@@ -283,17 +284,6 @@ class _Planner:
             + max(outside * 2, (block if calibrated else 0) + statistics + 4 * largest)
             + activations
         )
-
-
-def _why(kind: str, key: str) -> str:
-    """Why a pass cannot work on a kind of weight, and what to do."""
-    if kind == "dense":
-        return f"nothing was lost there. Put {key} after a pruner or quantizer, or `exclude` them"
-    if kind.endswith("-compensated"):
-        return f"their correction makes up for what was lost before it. Put {key} before eora"
-    if "quantized" in kind:
-        return f"they are packed. Put {key} before the quantizer"
-    return f"they were worked on before. Put {key} first"
 
 
 def _some(names: Iterable[str], most: int = 3) -> str:

@@ -1,7 +1,7 @@
 """Progress on stderr: a bar where stderr is a terminal, nothing otherwise."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -38,15 +38,19 @@ class Bars:
             finally:
                 self._progress = None
 
-    def over(self, items: Iterable[T], total: int | None, label: str) -> Iterator[T]:
+    def over(self, items: Iterable[T], total: int | None, label: str | Callable[[], str]) -> Iterator[T]:
         """Iterate with a bar; `total` None: nobody knows how many."""
         if self._progress is None:
             yield from items
             return
-        task = self._progress.add_task(label, total=total)
+        task = self._progress.add_task(_said(label), total=total)
         try:
             for item in items:
                 yield item
-                self._progress.advance(task)
+                self._progress.update(task, advance=1, description=_said(label))
         finally:
             self._progress.remove_task(task)
+
+
+def _said(label: str | Callable[[], str]) -> str:
+    return label if isinstance(label, str) else label()

@@ -44,6 +44,7 @@ class Report:
     data: dict[str, Any] = field(default_factory=dict)  # what perplexity was measured on
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # site -> pass -> notes
     fallbacks: list[str] = field(default_factory=list)
+    trained: list[dict[str, Any]] = field(default_factory=list)  # pass, numbers it trained, parameters of the model
     verified: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -106,9 +107,13 @@ def table(report: Report) -> Table:
 
 
 def caption(report: Report) -> str:
-    """What the numbers were measured on, and which inputs were rounded."""
+    """What the numbers were measured on, which inputs were rounded, and how much was trained."""
     rounded = [f"inputs of {count} layers in {words}" for words, count in sorted(report.inputs().items())]
-    return "; ".join([_measured(report), *rounded])
+    trained = [
+        f"{t['pass']} trained {t['numbers']:,} numbers, {t['numbers'] / t['parameters']:.2%} of the model's"
+        for t in report.trained
+    ]
+    return "; ".join([_measured(report), *rounded, *trained])
 
 
 def _measured(report: Report) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.activations import give_back
-from compress.artifact import Artifact, Packed
+from compress.artifact import Artifact
 from compress.calibration import collect
 from compress.calibration.precision import Products
 from compress.encodings import Inputs, Weight
@@ -84,11 +84,30 @@ def set_value(model: nn.Module, name: str, value: Tensor) -> None:
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
-def set_in_place(context: Context, record: Record) -> None:
-    """Give a site that is in memory its committed weight."""
-    site = context.artifact.sites[record.site]
-    weight = record.weight.load() if isinstance(record.weight, Packed) else record.weight
-    set_value(context.graph.model, site.parameter, site.value(weight.dequantize().to(context.dtype)))
+def take(context: Context, records: Iterable[Record], restate: bool = False) -> None:
+    """From now on sites and vectors are as they were committed. `restate`: this is the original from now on."""
+    artifact = context.artifact
+    for record in records:
+        site = artifact.sites.get(record.site)
+        if site is None:
+            artifact.vectors[record.site] = record.weight
+            if artifact.added(record.site):
+                make_room(context, record.site)
+        else:
+            artifact.committed[record.site] = record.weight
+            if restate:
+                artifact.restated[record.site] = record.weight
+        if context.resident:
+            name = site.parameter if site else record.site
+            set_value(context.graph.model, name, value_of(context, name))
+
+
+def make_room(context: Context, name: str) -> None:
+    """Give a layer a bias of zeros, if it has none."""
+    module = context.graph.model.get_submodule(name.removesuffix(".bias"))
+    if module._parameters.get("bias") is None:
+        zeros = value_of(context, name)
+        module._parameters["bias"] = nn.Parameter(zeros if context.resident else zeros.to("meta"), requires_grad=False)
 
 
 @contextmanager
@@ -123,9 +142,15 @@ def grids_of(context: Context, sites: Iterable[Site], now: Mapping[str, Weight] 
     return {name: inputs for name, inputs in found.items() if inputs is not None}
 
 
-def rounded(context: Context, grids: Mapping[str, Inputs]) -> AbstractContextManager[None]:
-    """While open, inputs of these sites are rounded."""
-    return collect.quantized_inputs({context.graph.model.get_submodule(n): i.apply for n, i in grids.items()})
+def rounded(context: Context, grids: Mapping[str, Inputs], through: bool = False) -> AbstractContextManager[None]:
+    """While open, inputs of these sites are rounded. `through`: gradients pass as if they were not."""
+    applied = {n: passed_through(i.apply) if through else i.apply for n, i in grids.items()}
+    return collect.quantized_inputs({context.graph.model.get_submodule(n): apply for n, apply in applied.items()})
+
+
+def passed_through(grid: collect.Grid) -> collect.Grid:
+    """The same rounding, which gradients pass as if it were not there."""
+    return lambda x: x + (grid(x.detach()) - x.detach())
 
 
 @contextmanager

@@ -6,9 +6,9 @@ statistics and the activations of the calibration data, whatever the number of b
 """
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,19 +19,20 @@ from transformers import PreTrainedModel
 from compress.activations import Activations, bound_heap, give_back
 from compress.artifact import Packed
 from compress.calibration import collect
-from compress.calibration.precision import learning, products
-from compress.calibration.reconstruct import BlockData, Weights
+from compress.calibration.precision import products
+from compress.calibration.reconstruct import Weights
 from compress.calibration.statistics import Need, Statistics
 from compress.encodings import Weight
 from compress.errors import SolveError, UnsupportedModelError
 from compress.graph import Site
 from compress.ledger import Record, key_of
-from compress.observe import finite, observed
-from compress.passes.base import Block, BlockPass, LinearPass, Target
+from compress.observe import finite, observed, observed_vector
+from compress.passes.base import Block, BlockPass, Edit, LinearPass, Target
 from compress.passes.quantize.activations import attached
-from compress.residence import Context, forward, grids_of, present, set_in_place, set_value, streamed, value_of
+from compress.residence import Context, forward, make_room, present, set_value, streamed, take, value_of
 from compress.solve import solved
 from compress.stacks import split_rows, stack, stacks
+from compress.view import View
 
 TOKENS_AT_ONCE = 2048
 
@@ -106,10 +107,8 @@ def _calibrated(context: Context, run: "_Stage", selected: dict[int, list[Site]]
         view = None
         if chain and original:
             outputs = original.copy()
-            read = context.artifact.original
-            values = {s.parameter: s.value(read(s)).to(context.dtype) for s in graph.in_block(index)}
-            step(outputs, index, _inside(context, index, values), "original: batches")
-            view = _View(context, index, chain, original, outputs)
+            view = View(context, index, chain, original, outputs)
+            step(outputs, index, view.original_values(), "original: batches")
             original = outputs
         run.unit(f"b{index:04d}", sites, statistics, view)
         if chain and index + 1 < len(blocks):
@@ -131,11 +130,13 @@ def _chain(context: Context, blocks: list[nn.Module], batches: Sequence[Tensor])
 def _original_chain(context: Context, blocks: list[nn.Module], batches: Sequence[Tensor]) -> Activations | None:
     """What arrives at the first block of the original model, where something in front of it was compressed."""
     artifact = context.artifact
-    changed = [s for s in context.graph.outside if s.name in artifact.committed]
+    inside = tuple(f"{name}." for name in context.graph.blocks)
+    changed = [s.parameter for s in context.graph.outside if s.name in artifact.committed]
+    changed += [name for name in artifact.vectors if not name.startswith(inside)]
     if not changed:
         return None
-    now = {s.parameter: value_of(context, s.parameter) for s in changed if context.resident}
-    plain = replace(context, artifact=replace(artifact, committed={}))
+    now = {name: value_of(context, name) for name in changed if context.resident}
+    plain = replace(context, artifact=artifact.plain())
     try:
         for name in now:
             set_value(context.graph.model, name, value_of(plain, name))
@@ -143,43 +144,6 @@ def _original_chain(context: Context, blocks: list[nn.Module], batches: Sequence
     finally:
         for name, value in now.items():
             set_value(context.graph.model, name, value)
-
-
-def _inside(context: Context, index: int, values: Weights) -> dict[str, Tensor]:
-    """Parameter names as the block itself knows them."""
-    prefix = f"{context.graph.blocks[index]}."
-    return {name.removeprefix(prefix): value for name, value in values.items()}
-
-
-@dataclass(frozen=True)
-class _View:
-    """A block as a BlockPass may run it."""
-
-    context: Context
-    index: int
-    chain: Activations
-    original: Activations
-    outputs: Activations
-
-    def ready(self, learned: Collection[str], weights: Mapping[str, Weight]) -> AbstractContextManager[None]:
-        """While open, the block may be run to learn some of its sites; others are as in `weights`, or committed."""
-        # A weight is learned on inputs that are not rounded for it, and on those rounded for the layers before it.
-        others = (s for s in self.context.graph.in_block(self.index) if s.name not in learned)
-        return present(self.context, self.index, grids_of(self.context, others, weights))
-
-    def data(self, fixed: Weights) -> BlockData:
-        """`fixed`: (out, in) weights of sites that other passes of the stage have changed already."""
-        context = self.context
-        block = context.graph.model.get_submodule(context.graph.blocks[self.index])
-
-        def call(weights: Weights, hidden: Tensor, numbers: Tensor) -> Tensor:
-            sites = context.artifact.sites
-            now = {**fixed, **weights}
-            values = {sites[n].parameter: sites[n].value(w).to(context.dtype) for n, w in now.items()}
-            with learning(context.products, hidden):
-                return self.chain.call_for(len(numbers)).run(block, hidden, _inside(context, self.index, values))
-
-        return BlockData(call, self.chain.samples(), self.original.samples(), self.outputs.samples())
 
 
 class _Stage:
@@ -211,7 +175,7 @@ class _Stage:
         return any(form is not None and form.static for form in chosen)
 
     def unit(
-        self, name: str, sites: list[Site], statistics: Callable[[], dict[str, Statistics]], view: _View | None = None
+        self, name: str, sites: list[Site], statistics: Callable[[], dict[str, Statistics]], view: View | None = None
     ) -> None:
         """Do, or find done, one unit of work."""
         context = self.context
@@ -222,26 +186,25 @@ class _Stage:
         if done is None:
             found = statistics() if sites else {}
             weights: dict[str, Weight] = {}
+            vectors: dict[str, Weight] = {}
             notes: dict[str, dict[str, Any]] = {s.name: {} for s in sites}
             for position, pass_ in enumerate(self.passes):
                 chosen = [s for s in sites if pass_.selects(s.name, s.block is not None)]
                 if isinstance(pass_, BlockPass):
                     if chosen:
-                        self._learn(pass_, position, name, chosen, view, found, weights, notes)
+                        self._learn(pass_, position, name, chosen, view, found, weights, vectors, notes)
                     continue
                 for group in stacks(pass_, chosen, found, self._is_masked(weights)):
-                    self._apply(pass_, position, group, found, weights, notes)
+                    self._apply(pass_, position, group, found, weights, vectors, notes)
                     if pass_ is self.passes[-1]:
                         for site in group:  # the last to use them
                             found.pop(site.name, None)
             records = [Record(s.name, weights[s.name], notes[s.name]) for s in sites]
+            records += [Record(name, weight, notes.get(name, {})) for name, weight in vectors.items()]
             del found, weights
             done = context.ledger.commit(file, self.key, records)
         self.records += done
-        for record in done:
-            context.artifact.committed[record.site] = record.weight
-            if context.resident:
-                set_in_place(context, record)
+        take(context, done)
 
     def _is_masked(self, weights: dict[str, Weight]) -> Callable[[Site], bool]:
         """Whether a site has a mask now: from this unit's earlier passes, or committed by an earlier stage."""
@@ -259,6 +222,7 @@ class _Stage:
         group: list[Site],
         found: dict[str, Statistics],
         weights: dict[str, Weight],
+        vectors: dict[str, Weight],
         notes: dict[str, dict[str, Any]],
     ) -> None:
         if found:  # a data-free pass never holds enough for it to pay
@@ -277,6 +241,11 @@ class _Stage:
             weights[site.name], error = observed(site, pass_, was, old, part, self.context.artifact.store_dtype(site))
             note: dict[str, Any] = {"error": error, "seconds": round(seconds / len(group), 4), **part.notes}
             weights[site.name], rounding = attached(pass_.at(site.name), weights[site.name], target.statistics)
+            if part.shift is not None:
+                bias = f"{site.name}.bias"
+                make_room(self.context, bias)
+                shifted = Edit(weight=self._vector(bias, vectors) + part.shift)
+                vectors[bias] = self._observed_vector(pass_, bias, shifted, vectors)
             notes[site.name][pass_.key] = _joined(note, fallback, rounding)
 
     def _target(
@@ -289,11 +258,30 @@ class _Stage:
             stack([finite(s, w) for s, w in zip(group, now, strict=True)]),
             stack(masks) if masks else None,
             seen,
-            _generator(context.seed, self.number, position, first.name),
+            generator_for(context.seed, self.number, position, first.name),
             first.kernel,
             context.graph.rows_of(first.name) if len(group) == 1 else None,
             original=stack([context.artifact.original(s).float() for s in group]) if pass_.compares else None,
+            stored=now[0] if len(now) == 1 else None,
         )
+
+    def _vector(self, name: str, vectors: dict[str, Weight]) -> Tensor:
+        """A vector as it stands now, float32: from this unit's earlier passes, or committed."""
+        made = vectors.get(name)
+        if made is None:
+            return self.context.artifact.tensor(name).float()
+        assert made.values is not None
+        return made.values[0].float()
+
+    def _made(self, vectors: dict[str, Weight]) -> dict[str, Tensor]:
+        """The vectors that earlier passes of the unit made."""
+        return {name: self._vector(name, vectors) for name in vectors}
+
+    def _observed_vector(
+        self, pass_: LinearPass | BlockPass, name: str, edit: Edit, vectors: dict[str, Weight]
+    ) -> Weight:
+        before = self._vector(name, vectors)
+        return observed_vector(name, pass_, before, edit, self.context.artifact.vector_dtype(name))
 
     def _learn(
         self,
@@ -301,35 +289,49 @@ class _Stage:
         position: int,
         unit: str,
         chosen: list[Site],
-        view: _View | None,
+        view: View | None,
         found: dict[str, Statistics],
         weights: dict[str, Weight],
+        vectors: dict[str, Weight],
         notes: dict[str, dict[str, Any]],
     ) -> None:
         context = self.context
         started = time.perf_counter()
         learned = {s.name for s in chosen}
+        if pass_.adds_biases:
+            for site in chosen:
+                make_room(context, f"{site.name}.bias")
+        names = [n for n in view.vectors() if pass_.trains(n)] if view else []
         fixed = {n: w.dequantize() for n, w in weights.items() if n not in learned}
         before = {s.name: weights.get(s.name) or context.artifact.weight(s) for s in chosen}
         dense = {s.name: finite(s, before[s.name]) for s in chosen}
 
         def target(name: str) -> Target:
-            generator = _generator(context.seed, self.number, position, name)
+            generator = generator_for(context.seed, self.number, position, name)
             kernel = context.artifact.sites[name].kernel
             rows = context.graph.rows_of(name)
-            return Target(dense[name], before[name].mask, found.get(name), generator, kernel, rows)
+            now, site = before[name], context.artifact.sites[name]
+            original = context.artifact.original(site).float() if pass_.compares else None
+            return Target(
+                dense[name], now.mask, found.get(name), generator, kernel, rows, original=original, stored=now
+            )
 
         targets = {name: target(name) for name in before}
-        generator = _generator(context.seed, self.number, position, unit)
+        generator = generator_for(context.seed, self.number, position, unit)
         fallback = None
         try:
             with products(context.products), view.ready(learned, weights) if view else nullcontext():
-                data = view.data(fixed) if view else None
-                edits = dict(pass_.run(Block(targets, data, generator, context.bars.over)))
+                given = {n: self._vector(n, vectors) for n in names}
+                data = view.data({**fixed, **self._made(vectors)}) if view else None
+                parts = partial(view.parts, fixed={**fixed, **self._made(vectors)}) if view else None
+                edits = dict(pass_.run(Block(targets, data, generator, context.bars.over, given, parts)))
         except SolveError as error:
             edits = {name: pass_.at(name).fallback().run(target) for name, target in targets.items()}
             fallback = f"{pass_.fallback().key} instead of {pass_.key}: {error}"
         seconds = time.perf_counter() - started
+        for name in [n for n in edits if n not in learned]:
+            vectors[name] = self._observed_vector(pass_, name, edits[name], vectors)
+            notes.setdefault(name, {})[pass_.key] = dict(edits[name].notes)
         for site in chosen:
             name, edit = site.name, edits[site.name]
             store = context.artifact.store_dtype(site)
@@ -365,7 +367,7 @@ class _Survey(_Stage):
         return [now.get(id(p), p) for p in self.all]
 
     def unit(
-        self, name: str, sites: list[Site], statistics: Callable[[], dict[str, Statistics]], view: _View | None = None
+        self, name: str, sites: list[Site], statistics: Callable[[], dict[str, Statistics]], view: View | None = None
     ) -> None:
         context = self.context
         self.key = key_of(
@@ -391,6 +393,7 @@ def _joined(note: dict[str, Any], fallback: str | None, rounding: dict[str, str]
     return {**note, **rounding, **({"fallback": "; ".join(reasons)} if reasons else {})}
 
 
-def _generator(seed: int, stage: int, position: int, name: str) -> torch.Generator:
+def generator_for(seed: int, stage: int, position: int, name: str) -> torch.Generator:
+    """Randomness of one pass on one site or block."""
     number = int(key_of(seed, stage, position, name)[:15], 16)
     return torch.Generator().manual_seed(number)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from compress.calibration.reconstruct import BlockData, Samples, Weights
 from compress.calibration.statistics import Statistics
+from compress.calibration.training import Kept, Make, ModelData
 from compress.encodings import Uniform, fit
-from compress.passes.base import Block, Target
+from compress.passes.base import Block, Target, Whole
 
 
 def inputs(width: int, tokens: int = 256, seed: int = 0, dead: tuple[int, ...] = ()) -> Tensor:
@@ -52,6 +53,21 @@ def block(targets: Mapping[str, Target], samples: int = 6, seed: int = 0) -> Blo
     outputs = call({name: t.weight for name, t in targets.items()}, x, torch.arange(samples))
     data = BlockData(call, *(Samples(torch.split(v, 4)) for v in (x, x + 0.01, outputs)))
     return Block(targets, data, torch.Generator().manual_seed(seed), lambda items, _, __: iter(items))
+
+
+def whole(targets: Mapping[str, Target], samples: int = 6, seed: int = 0) -> Whole:
+    """A model whose matrices all read (the first columns of) one input, and should put out something else."""
+    width = max(t.weight.shape[1] for t in targets.values())
+    x = inputs(width, tokens=samples, seed=seed)
+    wanted = {n: torch.tanh(x[:, : t.weight.shape[1]] @ t.weight.T) for n, t in targets.items()}
+
+    def loss(make: Make, numbers: Tensor) -> Tensor:
+        values = {name: t.weight for name, t in targets.items()} | dict(make(list(targets)))
+        lost = [(x[numbers, : w.shape[1]] @ w.T - wanted[n][numbers]).square().mean() for n, w in values.items()]
+        return torch.stack(lost).sum()
+
+    data = ModelData(loss, samples, Kept())
+    return Whole(tuple(targets), targets.__getitem__, {}, data, torch.Generator().manual_seed(seed))
 
 
 def output_error(before: Tensor, after: Tensor, x: Tensor) -> float:

@@ -32,19 +32,22 @@ def entries(artifact: Artifact) -> Iterator[tuple[str, list[Entry]]]:
     by_parameter = {s.parameter: s for s in artifact.graph.sites}
     for name, _ in artifact.graph.tensors():
         site = by_parameter.get(name)
-        if name in artifact.graph.tied:
+        if name in artifact.graph.tied or (artifact.added(name) and name not in artifact.vectors):
             continue
         if site is not None and site.name in artifact.committed:
             spec = spec_at(artifact, site.name)
             yield site.name, [(f"{site.name}.{leaf}", shape, dtype) for leaf, (shape, dtype) in spec.tensors().items()]
+        elif name in artifact.vectors:
+            size = spec_at(artifact, name).shape[1]
+            yield name, [(name, (size,), artifact.vector_dtype(name))]
         else:
             stored = artifact.name_in_source(name)
             yield name, [(name, artifact.source.shape(stored), artifact.source.dtype(stored))]
 
 
-def spec_at(artifact: Artifact, site: str) -> Spec:
-    """The spec of a committed site."""
-    done = artifact.committed[site]
+def spec_at(artifact: Artifact, name: str) -> Spec:
+    """The spec of a committed site or vector."""
+    done = artifact.committed.get(name) or artifact.vectors[name]
     return done.spec if isinstance(done, Packed) else spec_of(done)
 
 
@@ -63,7 +66,11 @@ def write(
     with writing(folder / WEIGHTS):
         _write_weights(artifact, folder / WEIGHTS, bars)
     modules = {name: spec_at(artifact, name).to_json() for name in sorted(artifact.committed)}
-    config = {**config, "quantization_config": {"quant_method": METHOD, "version": version, "modules": modules}}
+    section: dict[str, Any] = {"quant_method": METHOD, "version": version, "modules": modules}
+    added = sorted(name.removesuffix(".bias") for name in artifact.vectors if artifact.added(name))
+    if added:
+        section["added_biases"] = added
+    config = {**config, "quantization_config": section}
     with writing(folder / "config.json"):
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if source:
@@ -96,6 +103,8 @@ def _write_weights(artifact: Artifact, file: Path, bars: Bars) -> None:
 def stored_tensors(artifact: Artifact, owner: str) -> dict[str, Tensor]:
     """The tensors of one entry, by full name."""
     done = artifact.committed.get(owner)
+    if owner in artifact.vectors:
+        return {owner: artifact.tensor(owner)}
     if done is None:
         return {owner: artifact.source.read(artifact.name_in_source(owner))}
     packed = done.tensors() if isinstance(done, Packed) else pack(done)[1]

@@ -17,6 +17,8 @@ from compress.passes.quantize.powerquant import PowerQuant
 from compress.passes.quantize.powerquant_shared import PowerQuantShared
 from compress.passes.quantize.reorder import Reorder
 from compress.passes.quantize.rtn import Rtn
+from compress.passes.retrain.perp import Perp
+from compress.passes.retrain.perp_reconstruct import PerpReconstruct
 
 PASSES: tuple[type[Pass], ...] = (
     Rtn,
@@ -34,6 +36,8 @@ PASSES: tuple[type[Pass], ...] = (
     GlobalMagnitude,
     Wanda,
     SparseGpt,
+    Perp,
+    PerpReconstruct,
     Eora,
 )
 
@@ -54,6 +58,8 @@ __all__ = [
     "Olive",
     "Override",
     "Pass",
+    "Perp",
+    "PerpReconstruct",
     "PowerQuant",
     "PowerQuantShared",
     "Reorder",

@@ -4,19 +4,16 @@ A pass is given a site's weight as (out, in) float32, its mask and its statistic
 device, no file, no other site, and keeps nothing between calls.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Self
 
-import torch
-from torch import Tensor
-
-from compress.axes import Axis
-from compress.calibration.reconstruct import BlockData
-from compress.calibration.statistics import Need, Statistics
-from compress.encodings import Encoding, Form, InputForm, LowRank, LowRankForm
+from compress.calibration.statistics import Need
+from compress.calibration.training import Loss
+from compress.encodings import Form, InputForm, LowRankForm
 from compress.passes.names import Override
+from compress.passes.target import Block, Edit, Target, Whole
 
 
 class OptionError(ValueError):
@@ -25,66 +22,6 @@ class OptionError(ValueError):
     def __init__(self, option: str, message: str):
         super().__init__(f"{option}: {message}")
         self.option, self.message = option, message
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a LinearPass works on: one matrix, or several fed by the same input stacked row upon row.
-
-    Attributes:
-        weight: (out, in) float32, zero where masked. Not to be written to.
-        mask: (out, in) bool, True = kept; None when dense.
-        statistics: of the inputs; None when the pass needs none, or nothing ever reached the site.
-        generator: seeded from (seed, pass, site name).
-        kernel: neighbouring columns that belong to one input channel; more than 1 for a convolution.
-        rows, columns: the channels that they are, where their order is free; columns only for a ModelPass.
-        original: (out, in) as it was before every pass; None unless the pass compares with it.
-    """
-
-    weight: Tensor
-    mask: Tensor | None = None
-    statistics: Statistics | None = None
-    generator: torch.Generator | None = None
-    kernel: int = 1
-    rows: Axis | None = None
-    columns: Axis | None = None
-    original: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Block:
-    """What a BlockPass works on.
-
-    Attributes:
-        targets: site name -> its weight, mask and statistics, for the sites of this pass.
-        data: how to run the block, on what, and what should come out; None for a pass that does not run it.
-        generator: seeded from (seed, pass, block).
-        over: iterates with a progress bar: (items, number of them, label).
-    """
-
-    targets: Mapping[str, Target]
-    data: BlockData | None
-    generator: torch.Generator
-    over: Callable[[Iterable[int], int, str], Iterator[int]]
-
-
-@dataclass(frozen=True)
-class Edit:
-    """What a pass did to one weight: new dense values, or codes; and the mask, where there is one.
-
-    Attributes:
-        weight: (out, in) float32 new values, or None when `encoding` is given.
-        mask: (out, in) bool, True = kept; None when dense.
-        encoding: integer codes.
-        low_rank: a correction to keep beside the weight as it is; then neither `weight` nor `encoding` is given.
-        notes: facts for the report, such as dead inputs.
-    """
-
-    weight: Tensor | None = None
-    mask: Tensor | None = None
-    encoding: Encoding | None = None
-    low_rank: LowRank | None = None
-    notes: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,19 +90,43 @@ class Pass:
         """The kind of a weight (`dense`, `sparse`, `quantized`, `sparse-quantized`) after this pass."""
         raise NotImplementedError
 
+    def refusal(self, kind: str) -> str | None:
+        """Why it cannot work on a kind of weight, and what to do; None where it can."""
+        if kind in self.accepts:
+            return None
+        if kind == "dense":
+            return f"nothing was lost there. Put {self.key} after a pruner or quantizer, or `exclude` them"
+        if kind.endswith("-compensated"):
+            return f"their correction makes up for what was lost before it. Put {self.key} before eora"
+        if "quantized" in kind:
+            return f"they are packed. Put {self.key} before the quantizer"
+        return f"they were worked on before. Put {self.key} first"
+
+    @property
+    def adds_biases(self) -> bool:
+        """Whether it gives layers a bias that have none."""
+        return False
+
+    def trains(self, parameter: str) -> bool:
+        """Whether it also learns a parameter that is no site's: a vector, such as a bias or a norm's scale."""
+        return False
+
     def selects(self, name: str, in_block: bool) -> bool:
         """Whether a site is worked on."""
         if any(fnmatchcase(name, p) for p in self.exclude):
             return False
         return any(fnmatchcase(name, p) for p in self.include) if self.include else in_block
 
+    def options_at(self, name: str) -> dict[str, Any]:
+        """The options of the last override that matches a site."""
+        for override in reversed(self.overrides):
+            if fnmatchcase(name, override.match):
+                return dict(override.options)
+        return {}
+
     def at(self, name: str) -> Self:
         """This pass with the overrides of one site applied, and no patterns left."""
-        options: dict[str, Any] = {}
-        for override in self.overrides:
-            if fnmatchcase(name, override.match):
-                options = dict(override.options)
-        return replace(self, include=(), exclude=(), overrides=(), **options)
+        return replace(self, include=(), exclude=(), overrides=(), **self.options_at(name))
 
     def options(self) -> dict[str, Any]:
         """Fields that differ from their defaults."""
@@ -241,9 +202,26 @@ class BlockPass(Pass):
 class ModelPass(Pass):
     """A pass that must see all its matrices before it can decide about any."""
 
-    def run(self, names: tuple[str, ...], load: Callable[[str], Target]) -> Iterator[tuple[str, Edit]]:
-        """Edits, one site at a time, in the order of `names`. `load` reads a site; nothing is kept by the caller."""
+    @property
+    def loss(self) -> Loss | None:
+        """What it trains the whole model for; None when it does not run the model."""
+        return None
+
+    def run(self, model: Whole) -> Iterator[tuple[str, Edit]]:
+        """Edits, one site at a time, in the order of `model.names`; then those of vectors, by parameter name."""
         raise NotImplementedError
 
 
-__all__ = ["Block", "BlockPass", "Edit", "LinearPass", "ModelPass", "OptionError", "Override", "Pass", "Target"]
+__all__ = [
+    "Block",
+    "BlockPass",
+    "Edit",
+    "LinearPass",
+    "Loss",
+    "ModelPass",
+    "OptionError",
+    "Override",
+    "Pass",
+    "Target",
+    "Whole",
+]

@@ -30,12 +30,20 @@ class CompressConfig(QuantizationConfigMixin):
     Args:
         modules: module name -> the spec of its packed weight.
         version: of the package that wrote it, for people.
+        added_biases: modules with a bias that their class of model has not.
     """
 
-    def __init__(self, modules: dict[str, dict[str, Any]] | None = None, version: str = "", **_: Any):
+    def __init__(
+        self,
+        modules: dict[str, dict[str, Any]] | None = None,
+        version: str = "",
+        added_biases: list[str] | None = None,
+        **_: Any,
+    ):
         self.quant_method = METHOD  # type: ignore[assignment]
         self.modules = modules or {}
         self.version = version
+        self.added_biases = added_biases or []
 
     def specs(self) -> dict[str, Spec]:
         """The specs, parsed."""
@@ -54,7 +62,8 @@ class CompressQuantizer(HfQuantizer):
         assert isinstance(config, CompressConfig)
         specs = config.specs()
         if checkpoint_files:
-            _refuse_incomplete(checkpoint_files, specs)
+            _refuse_incomplete(checkpoint_files, specs, config.added_biases)
+        add_biases(model, config.added_biases)
         replace_modules(model, specs)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
@@ -89,6 +98,17 @@ class CompressQuantizer(HfQuantizer):
         return False
 
 
+def add_biases(model: nn.Module, names: list[str]) -> None:
+    """Give layers that have none a bias, to be read."""
+    for name in names:
+        module = model.get_submodule(name)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        rows = weight.shape[0] if isinstance(module, nn.Linear | nn.Conv2d) else weight.shape[1]
+        bias = torch.empty(rows, dtype=weight.dtype, device=weight.device)
+        module.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
+
+
 def replace_modules(model: nn.Module, specs: dict[str, Spec]) -> None:
     """Put an empty packed module (on the device of what it replaces) in the place of every named module."""
     for name, spec in specs.items():
@@ -110,7 +130,7 @@ def _packed(old: nn.Module, spec: Spec, dtype: torch.dtype) -> PackedModule:
     return PackedLinear(spec, bias=has_bias, transposed=not isinstance(old, nn.Linear), dtype=dtype)
 
 
-def _refuse_incomplete(files: list[str], specs: dict[str, Spec]) -> None:
+def _refuse_incomplete(files: list[str], specs: dict[str, Spec], biases: list[str]) -> None:
     """Transformers only warns about missing tensors and goes on with random memory."""
     there: set[str] = set()
     for file in files:
@@ -119,12 +139,10 @@ def _refuse_incomplete(files: list[str], specs: dict[str, Spec]) -> None:
                 there.update(opened.keys())
         except SafetensorError as error:
             raise ValueError(f"{file} is truncated or corrupt: {error}") from error
-    for module, spec in specs.items():
-        for leaf in spec.tensors():
-            if f"{module}.{leaf}" not in there:
-                raise ValueError(
-                    f"{', '.join(files)}: {module}.{leaf} is missing; the folder is damaged: write it again"
-                )
+    wanted = [f"{module}.{leaf}" for module, spec in specs.items() for leaf in spec.tensors()]
+    for name in (*wanted, *(f"{module}.bias" for module in biases)):
+        if name not in there:
+            raise ValueError(f"{', '.join(files)}: {name} is missing; the folder is damaged: write it again")
 
 
 def register() -> None:

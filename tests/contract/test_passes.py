@@ -76,6 +76,13 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"rank": 4, "adapter_bits": 8, "method": "activation"},
         {"rank": 2, "adapter_bits": 4, "method": "svd"},
     ],
+    "perp": [
+        {"train": ("scale_lora",), "rank": 2},
+        {"train": ("lora_prune", "bias"), "rank": 2, "new_biases": True},
+        {"train": ("full",), "batch_size": 2},
+        {"train": ("lora",), "rank": 2, "alpha": 1.0},
+    ],
+    "perp_reconstruct": [{"train": ("scale_lora", "mask_lora"), "rank": 2}, {"granularity": "matrix"}],
     "adaround": [{"steps": 4, "bits": 2, "group_size": 16}, {"steps": 4, "objective": "layer"}],
     "magnitude": [{"sparsity": "2:4"}, {"sparsity": 0.25}],
     "global_magnitude": [{"sparsity": 0.7, "min_keep": 0.01}, {"sparsity": 0.0}],
@@ -83,7 +90,8 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     "sparsegpt": [{"sparsity": "4:8", "damping": 0.1}, {"sparsity": 0.7, "tile": 16}],
 }
 
-QUICK = {key: {"steps": 4} for key in ("flexround", "adaround", "nupes", "jlcm")}  # keeps a learned method quick
+LEARNED = ("flexround", "adaround", "nupes", "jlcm", "perp", "perp_reconstruct")
+QUICK = {key: {"steps": 4} for key in LEARNED}  # keeps a learned method quick
 
 each_class = pytest.mark.parametrize("cls", PASSES, ids=lambda cls: cls.key)
 CONFIGURED = [
@@ -116,7 +124,7 @@ def targets(pass_: Pass, masked: float | None = None) -> dict[str, Target]:
 
 def edits(pass_: Pass, given: dict[str, Target]) -> dict[str, Edit]:
     if isinstance(pass_, ModelPass):
-        return dict(pass_.run(tuple(given), given.__getitem__))
+        return dict(pass_.run(textbook.whole(given)))
     if isinstance(pass_, BlockPass):
         return dict(pass_.run(textbook.block(given)))
     assert isinstance(pass_, LinearPass)
@@ -217,7 +225,11 @@ def test_patterns_and_overrides_survive_the_yaml_file(pass_: Pass) -> None:
     if isinstance(pass_, ModelPass):  # one decision over all layers: nothing to override for some
         assert [e.option for e in dataclasses.replace(pass_, overrides=(Override("*", {}),)).check()] == ["overrides"]
         return
-    common = {o for o in pass_.options() if o in ("steps", "inputs", "objective") and isinstance(pass_, BlockPass)}
+    common = {
+        o
+        for o in pass_.options()
+        if o in ("steps", "inputs", "objective", "granularity") and isinstance(pass_, BlockPass)
+    }
     options = {name: value for name, value in pass_.options().items() if name not in common}
     overrides = (Override("*.c", options),)
     full = dataclasses.replace(type(pass_)(), include=("*.mlp.*", "a"), exclude=("*.b",), overrides=overrides)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compress.passes import GlobalMagnitude
-from compress.passes.base import Edit, Target
+from compress.passes.base import Edit, Target, Whole
 from compress.passes.prune.global_magnitude import count_below, layer_counts, max_sparsity
 
 SHAPES = {"a": (16, 24), "b": (7, 11), "c": (30, 5), "d": (3, 3), "e": (13, 29)}
@@ -27,7 +27,7 @@ def run(weights: dict[str, Tensor], masks: dict[str, Tensor] | None = None, **op
         kept = masks.get(name)
         return Target(weights[name] if kept is None else weights[name] * kept, kept)
 
-    found = list(GlobalMagnitude(**options).run(tuple(weights), load))
+    found = list(GlobalMagnitude(**options).run(Whole(tuple(weights), load)))
     assert [name for name, _ in found] == list(weights)
     return dict(found)
 

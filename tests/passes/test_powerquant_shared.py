@@ -11,11 +11,11 @@ from torch import Tensor
 import compress
 from compress.encodings import Power
 from compress.passes import Override, PowerQuant, PowerQuantShared
-from compress.passes.base import Target
+from compress.passes.base import Target, Whole
 
 
 def made(pass_: PowerQuantShared, weights: dict[str, Tensor], kept: Tensor | None = None) -> dict[str, Power]:
-    found = pass_.run(tuple(weights), lambda name: target(weights[name], kept=kept))
+    found = pass_.run(Whole(tuple(weights), lambda name: target(weights[name], kept=kept)))
     encodings = {name: edit.encoding for name, edit in found}
     assert all(isinstance(e, Power) for e in encodings.values())
     return encodings  # type: ignore[return-value]
@@ -82,7 +82,7 @@ def test_every_layer_is_read_twice_and_one_at_a_time(share: str) -> None:
         read[name] += 1
         return target(weights[name])
 
-    edits = PowerQuantShared(share=share).run(tuple(weights), load)
+    edits = PowerQuantShared(share=share).run(Whole(tuple(weights), load))
     next(edits)
     assert sum(read.values()) == (5 if share == "global" else 3)
     list(edits)

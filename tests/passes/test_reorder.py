@@ -15,6 +15,7 @@ from compress.axes import Axis
 from compress.encodings import Codebooks, Weight, pack, spec_of, unpack
 from compress.errors import ConfigError
 from compress.passes import Codebook, Gptq, Jlcm, Magnitude, Override, Reorder, Rtn
+from compress.passes.base import Whole
 from compress.passes.quantize.grouping import even_runs, run_tables
 from compress.passes.quantize.reorder import sorted_by_group
 from compress.pipeline import Pipeline
@@ -81,7 +82,7 @@ def test_an_order_is_a_permutation_within_every_head() -> None:
 
 def test_without_free_channels_a_weight_stays_as_it_is() -> None:
     w = weight(8, 16)
-    ((_, edit),) = Reorder().run(("a",), lambda _: target(w))
+    ((_, edit),) = Reorder().run(Whole(("a",), lambda _: target(w)))
     assert edit.weight is not None
     assert torch.equal(edit.weight, w)
 

@@ -33,8 +33,8 @@ class Eora(LinearPass):
     kept beside the weight, which stays masked and packed.
 
     Source: Liu et al., "EoRA", 2024, arXiv 2410.21271. Differs from the paper in: the Gram matrix is a plain sum over
-    all tokens with a floor under its eigenvalues; B is fitted again to a quantized A; ranks by energy or by a budget
-    over all layers are ours.
+    all tokens with a floor under its eigenvalues; B is fitted again to the A that is stored; ranks by energy or by a
+    budget over all layers are ours.
 
     Args:
         rank: of every correction, or None where `energy` or `budget` decides.
@@ -123,17 +123,13 @@ class Eora(LinearPass):
         costs = {name: self._bits_a_rank(f["shape"]) * math.prod(f["shape"]) for name, f in found.items()}
         assert self.budget is not None
         ranks = by_budget({n: f["energies"] for n, f in found.items()}, costs, self.budget * weights)
-        own = (Override(n, {**self._options_at(n), "rank": r, "budget": None}) for n, r in ranks.items() if r)
+        own = (Override(n, {**self.options_at(n), "rank": r, "budget": None}) for n, r in ranks.items() if r)
         without = (name for name, rank in ranks.items() if not rank)
         return replace(self, exclude=(*self.exclude, *without), overrides=(*self.overrides, *own))
 
     def _bits_a_rank(self, shape: tuple[int, int] | list[int]) -> float:
         """Stored bits a weight of one more rank."""
         return (self.adapter_bits or VALUE_BITS) * (shape[0] + shape[1]) / (shape[0] * shape[1])
-
-    def _options_at(self, name: str) -> dict[str, Any]:
-        at = self.at(name)
-        return {key: getattr(at, key) for key in ("energy", "method", "adapter_bits", "floor")}
 
     def run(self, target: Target) -> Edit:
         problem = _Problem.of(target, self.method, self.floor)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compress.passes.base import Edit, ModelPass, OptionError, Target
+from compress.passes.base import Edit, ModelPass, OptionError, Target, Whole
 from compress.passes.prune.selection import count_of, keep_all_but, masked_out
 
 
@@ -64,7 +64,8 @@ class GlobalMagnitude(ModelPass):
     def produces(self, kind: str) -> str:
         return "sparse"
 
-    def run(self, names: tuple[str, ...], load: Callable[[str], Target]) -> Iterator[tuple[str, Edit]]:
+    def run(self, model: Whole) -> Iterator[tuple[str, Edit]]:
+        names, load = model.names, model.load
         counts = count_below(names, load, self.sparsity)
         sizes = [load(name).weight.numel() for name in names]
         removed = layer_counts(counts, sizes, self.sparsity, self.min_keep)

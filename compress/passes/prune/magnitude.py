@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, Self
 
 from compress.calibration.statistics import Need
@@ -77,15 +76,8 @@ class Pruner(LinearPass):
     def allocated(self, found: Mapping[str, Any]) -> Self:
         assert isinstance(self.sparsity, float)
         decided = shares(self.allocate, found, self.sparsity, self.allocate_by, self.spread)
-        own = (Override(name, {**self._options_at(name), "sparsity": share}) for name, share in decided.items())
+        own = (Override(name, {**self.options_at(name), "sparsity": share}) for name, share in decided.items())
         return replace(self, allocate="uniform", spread=None, overrides=(*self.overrides, *own))
-
-    def _options_at(self, name: str) -> dict[str, Any]:
-        """What an override for one layer must repeat: the last that matches replaces those before it."""
-        for override in reversed(self.overrides):
-            if fnmatchcase(name, override.match):
-                return dict(override.options)
-        return {}
 
     def check_shape(self, shape: tuple[int, int]) -> str | None:
         return pattern_misfit(self.sparsity, shape)

@@ -1,11 +1,11 @@
 """PowerQuant with one exponent for many matrices."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from compress.encodings.power import Grid
-from compress.passes.base import Edit, ModelPass, OptionError, Target
+from compress.passes.base import Edit, ModelPass, OptionError, Whole
 from compress.passes.names import block_of
 from compress.passes.quantize.powerquant import PowerOptions
 
@@ -42,7 +42,8 @@ class PowerQuantShared(PowerOptions, ModelPass):
                 "overrides", "layers that share an exponent share all options; use several passes with include, exclude"
             )
 
-    def run(self, names: tuple[str, ...], load: Callable[[str], Target]) -> Iterator[tuple[str, Edit]]:
+    def run(self, model: Whole) -> Iterator[tuple[str, Edit]]:
+        names, load = model.names, model.load
         sharing: dict[str, list[str]] = {}
         for name in names:
             sharing.setdefault(self._shared_by(name), []).append(name)

@@ -3,7 +3,7 @@
 Shapes: O rows, I columns, M quantiles; H heads of S channels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compress.axes import Axis
-from compress.passes.base import Edit, ModelPass, OptionError, Target
+from compress.passes.base import Edit, ModelPass, OptionError, Whole
 from compress.passes.quantize.grouping import group, quantiles
 
 MOST_GROUPS = 256
@@ -57,7 +57,8 @@ class Reorder(ModelPass):
     def produces(self, kind: str) -> str:
         return kind
 
-    def run(self, names: tuple[str, ...], load: Callable[[str], Target]) -> Iterator[tuple[str, Edit]]:
+    def run(self, model: Whole) -> Iterator[tuple[str, Edit]]:
+        names, load = model.names, model.load
         orders: dict[Axis, Tensor] = {}
 
         def order(axis: Axis) -> Tensor:

@@ -1,0 +1,1 @@
+"""Passes that train a few parameters of a compressed model."""

@@ -1,0 +1,256 @@
+"""What is trained of a matrix, and how it becomes part of it.
+
+Shapes: O rows, I columns, r rank; scales are (R, G), R = O or 1, of G groups of I / G columns.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from compress.encodings import LowRank
+from compress.encodings.uniform import narrowest, rounded
+from compress.passes.target import Edit, Target
+
+NOISE = 0.02  # of the components of scale_lora that start out as nothing: what is alike stays alike for ever
+
+
+class Matrix:
+    """One matrix being trained: what it starts as, and the adapters that change it one after the other.
+
+    Adapters of `lora` are merged into a dense matrix. Beside one with zeros or codes, which they would destroy, they
+    are kept as its low-rank correction, and go on from the correction that is there.
+    """
+
+    def __init__(self, target: Target, sets: Sequence[str], rank: int, alpha: float):
+        self.mask, self.stored = target.mask, target.stored
+        self.encoding = None if self.stored is None else self.stored.encoding
+        base = target.weight if self.stored is None else self.stored.base()
+        self.base = base.detach()
+        generator = target.generator or torch.Generator()
+        rows, columns = base.shape
+        self.adapters: list[Adapter] = []
+        self.beside: Lora | None = None
+        self.factor: Tensor | None = None
+        for name in sets:
+            if name == "scale":
+                scale = getattr(self.encoding, "scale", None)
+                self.factor = None if scale is None else torch.zeros(scale.shape, requires_grad=True)
+            elif name == "full":
+                self.adapters.append(Full(base))
+            elif name == "scale_lora":
+                self.adapters.append(ScaleLora(rows, columns, rank, generator))
+            elif name in ("lora", "head") and (self.mask is not None or self.encoding is not None):
+                found = None if self.stored is None else self.stored.low_rank
+                self.beside = Lora(rows, columns, rank, 1.0 if found else alpha / rank, generator, found)
+            else:
+                self.adapters.append(Lora(rows, columns, rank, alpha / rank, generator, masked=_MASKED[name]))
+
+    def tensors(self) -> list[Tensor]:
+        """What is learned."""
+        found = [t for a in (*self.adapters, *([self.beside] if self.beside else [])) for t in a.tensors]
+        return found if self.factor is None else [*found, self.factor]
+
+    def soft(self) -> Tensor:
+        """(O, I), as it is used in training."""
+        made = self._base()
+        for adapter in self.adapters:
+            made = adapter.soft(made, self.mask)
+        return self._corrected(made)
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """(O, I), as it will be stored, but for rounding."""
+        return self._corrected(self._merged_base())
+
+    def _merged_base(self) -> Tensor:
+        made = self._base()
+        for adapter in self.adapters:
+            made = adapter.merged(made, self.mask)
+        return made
+
+    def _corrected(self, base: Tensor) -> Tensor:
+        if self.beside is not None:
+            return self.beside.soft(base, None)
+        low_rank = None if self.stored is None else self.stored.low_rank
+        return base if low_rank is None else base + low_rank.product()
+
+    def _base(self) -> Tensor:
+        if self.factor is None:
+            return self.base
+        rows, groups = self.factor.shape
+        grouped = self.base.view(rows, -1, groups, self.base.shape[1] // groups)
+        return (grouped * self.factor.exp().view(rows, 1, groups, 1)).view(self.base.shape)
+
+    @torch.no_grad()
+    def edit(self, notes: Mapping[str, float]) -> Edit:
+        """What is stored now."""
+        low_rank = None if self.beside is None else self.beside.low_rank()
+        if self.encoding is None:
+            return Edit(weight=self._merged_base(), mask=self.mask, low_rank=low_rank, notes=notes)
+        encoding = self.encoding
+        if self.factor is not None:
+            scale = encoding.scale.float() * self.factor.exp()  # type: ignore[attr-defined]
+            encoding = replace(encoding, scale=narrowest(rounded(scale)))  # type: ignore[type-var]
+        return Edit(encoding=encoding, mask=self.mask, low_rank=low_rank, notes=notes)
+
+
+class Adapter:
+    """Numbers that change a matrix.
+
+    Attributes:
+        tensors: what is learned.
+    """
+
+    tensors: list[Tensor]
+
+    def soft(self, weight: Tensor, mask: Tensor | None) -> Tensor:
+        """(O, I) -> (O, I), as it is used in training."""
+        raise NotImplementedError
+
+    def merged(self, weight: Tensor, mask: Tensor | None) -> Tensor:
+        """The same, as it will be stored."""
+        return self.soft(weight, mask)
+
+
+class Full(Adapter):
+    """Every weight that is kept."""
+
+    def __init__(self, weight: Tensor):
+        self.tensors = [torch.zeros_like(weight, requires_grad=True)]
+
+    def soft(self, weight: Tensor, mask: Tensor | None) -> Tensor:
+        return weight + _kept(self.tensors[0], mask)
+
+
+_MASKED = {"lora": "never", "head": "never", "lora_prune": "merged", "mask_lora": "always"}
+
+
+class Lora(Adapter):
+    """W + scaling * B A. What is added is masked `always`, only when `merged`, or `never`."""
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        rank: int,
+        scaling: float,
+        generator: torch.Generator,
+        start: LowRank | None = None,
+        masked: str = "never",
+    ):
+        bound = columns**-0.5  # Kaiming-uniform with a = sqrt(5)
+        if start is None:
+            a = torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
+            b = torch.zeros(rows, rank)
+        else:
+            a, b = start.factors()
+        self.tensors = [a.clone().requires_grad_(), b.clone().requires_grad_()]
+        self.scaling, self.masked = scaling, masked
+
+    def soft(self, weight: Tensor, mask: Tensor | None) -> Tensor:
+        a, b = self.tensors
+        if mask is None or self.masked != "always":
+            return torch.addmm(weight, b, a, alpha=self.scaling)
+        return weight + _kept((b @ a).mul(self.scaling), mask)
+
+    def merged(self, weight: Tensor, mask: Tensor | None) -> Tensor:
+        if self.masked != "merged":
+            return self.soft(weight, mask)
+        a, b = self.tensors
+        return weight + _kept((b @ a).mul(self.scaling), mask)
+
+    def low_rank(self) -> LowRank:
+        """As it is kept beside a matrix."""
+        a, b = (t.detach() for t in self.tensors)
+        return LowRank(narrowest(rounded(a)), narrowest(rounded(b * self.scaling)))
+
+
+class ScaleLora(Adapter):
+    """W * (B A), where B A is one everywhere at first.
+
+    One component is all ones; the others are noise times nothing, not copies of the first, which would stay copies.
+    """
+
+    def __init__(self, rows: int, columns: int, rank: int, generator: torch.Generator):
+        a = torch.randn(rank, columns, generator=generator) * NOISE
+        b = torch.zeros(rows, rank)
+        a[0], b[:, 0] = 1.0, 1.0
+        self.tensors = [a.requires_grad_(), b.requires_grad_()]
+
+    def soft(self, weight: Tensor, mask: Tensor | None) -> Tensor:
+        a, b = self.tensors
+        return weight * (b @ a)
+
+
+def _kept(change: Tensor, mask: Tensor | None) -> Tensor:
+    return change if mask is None else change * mask
+
+
+@dataclass(frozen=True)
+class Trainables:
+    """Matrices and vectors that are trained together.
+
+    Attributes:
+        matrices: by site.
+        vectors: by parameter name; changed in place.
+        learning_rate: of all.
+    """
+
+    matrices: Mapping[str, Matrix]
+    vectors: Mapping[str, Tensor]
+    learning_rate: float
+
+    def groups(self) -> list[tuple[list[Tensor], float]]:
+        """Learned tensors with their learning rate."""
+        found = [t for matrix in self.matrices.values() for t in matrix.tensors()]
+        return [([*found, *self.vectors.values()], self.learning_rate)]
+
+    @property
+    def count(self) -> int:
+        """Numbers that are trained."""
+        return sum(t.numel() for ts, _ in self.groups() for t in ts)
+
+    def part(self, names: Collection[str]) -> "Trainables":
+        """Some of them."""
+        matrices = {n: m for n, m in self.matrices.items() if n in names}
+        return Trainables(matrices, {n: v for n, v in self.vectors.items() if n in names}, self.learning_rate)
+
+    def names(self) -> list[str]:
+        """Of everything that is trained."""
+        return [*self.matrices, *self.vectors]
+
+    def make(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Values as they are used in training, of those of these names that are trained."""
+        return {n: self.matrices[n].soft() if n in self.matrices else self.vectors[n] for n in self._known(names)}
+
+    def merged(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Values as they will be stored."""
+        return {n: self.matrices[n].merged() if n in self.matrices else self.vectors[n] for n in self._known(names)}
+
+    def _known(self, names: Collection[str]) -> list[str]:
+        return [n for n in names if n in self.matrices or n in self.vectors]
+
+    def soft(self, progress: float) -> dict[str, Tensor]:
+        """All of them, as `make`."""
+        return self.make(self.names())
+
+    def hard(self) -> dict[str, Tensor]:
+        """All of them, as `merged`."""
+        return self.merged(self.names())
+
+    def penalty(self, progress: float) -> Tensor | None:
+        """Nothing is added to the loss."""
+        return None
+
+    def state(self) -> list[Tensor]:
+        """Nothing is changed but what is learned."""
+        return []
+
+    def edits(self, notes: Mapping[str, float]) -> Iterator[tuple[str, Edit]]:
+        """What is stored of all of them now, and in the notes how many numbers of each were trained."""
+        for name, matrix in self.matrices.items():
+            yield name, matrix.edit({**notes, "trained": sum(t.numel() for t in matrix.tensors())})
+        for name, vector in self.vectors.items():
+            yield name, Edit(weight=vector.detach().clone(), notes={**notes, "trained": vector.numel()})

@@ -1,0 +1,119 @@
+"""Options of every pass that trains, and what they choose of a model."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from compress.encodings import LowRankForm
+from compress.passes.base import OptionError, Pass, Target
+from compress.passes.retrain.adapters import Matrix, Trainables
+
+Train = Literal["bias", "norm", "head", "mask_lora", "scale_lora", "lora_prune", "lora", "full", "scale"]
+HEADS = ("lm_head", "embed_out", "classifier", "score", "head", "fc")  # what models call the layer that puts out logits
+REWRITES = ("mask_lora", "scale_lora", "lora_prune", "full")  # sets that give a matrix new values
+IN_BLOCKS = (*REWRITES, "lora", "scale")
+ALL_KINDS = frozenset(
+    kind + tail for kind in ("sparse", "quantized", "sparse-quantized") for tail in ("", "-compensated")
+) | {"dense"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retraining(Pass):
+    """A pass that trains a few parameters and freezes the others.
+
+    Args:
+        train: what is trained, in any combination. `bias`: biases of all layers. `norm`: scales and shifts of all
+            normalisations. `head`: the output layer, by LoRA. Of every selected matrix: `mask_lora`, W + (B A) * M;
+            `scale_lora`, W * (B A); `lora_prune`, W + B A while training and (B A) * M in the end; `lora`, W + B A,
+            merged into a dense matrix and kept beside any other; `full`, every weight that is kept; `scale`, the scales
+            of a quantized one.
+        new_biases: give a bias to every selected layer that has none, and train it with `bias`.
+        rank: of the adapters.
+        alpha: what they add is multiplied by alpha / rank.
+        steps: of Adam.
+        batch_size: calibration samples a step.
+        learning_rate: the largest; it rises linearly over a tenth of the steps, then falls linearly to zero.
+    """
+
+    train: tuple[Train, ...] = ("bias", "norm", "mask_lora")
+    new_biases: bool = False
+    rank: int = 16
+    alpha: float = 32.0
+    steps: int = 200
+    batch_size: int = 4
+    learning_rate: float = 5e-4
+
+    accepts: ClassVar[frozenset[str]] = ALL_KINDS
+
+    @property
+    def calibrated(self) -> bool:
+        return True
+
+    @property
+    def adds_biases(self) -> bool:
+        return self.new_biases
+
+    @property
+    def of_matrices(self) -> tuple[str, ...]:
+        """The sets that train matrices inside the blocks."""
+        return tuple(name for name in self.train if name in IN_BLOCKS)
+
+    def check(self) -> Iterator[OptionError]:
+        yield from super().check()
+        if not self.train:
+            yield OptionError("train", "nothing is trained; name at least one set, such as bias, norm or mask_lora")
+        if len(set(self.train)) < len(self.train):
+            yield OptionError("train", "names a set twice")
+        if self.new_biases and "bias" not in self.train:
+            yield OptionError("new_biases", "changes nothing without bias in train")
+        for option in ("rank", "steps", "batch_size"):
+            if getattr(self, option) < 1:
+                yield OptionError(option, f"{getattr(self, option)} is not a positive number")
+        if self.alpha <= 0:
+            yield OptionError("alpha", f"{self.alpha} is not positive")
+        if not 0 < self.learning_rate < 1:
+            yield OptionError("learning_rate", f"{self.learning_rate} is not between 0 and 1")
+
+    def refusal(self, kind: str) -> str | None:
+        rewriting = [name for name in self.train if name in REWRITES]
+        if "quantized" in kind and rewriting:
+            return (
+                f"they are packed, and codes cannot take what {rewriting[0]} adds. Put {self.key} before the "
+                "quantizer, or train only scale, norm, bias and lora, which is kept beside them"
+            )
+        if kind == "sparse-compensated" and rewriting:
+            return f"their correction makes up for what was lost before it. Put {self.key} before eora, or train lora"
+        return super().refusal(kind)
+
+    def produces(self, kind: str) -> str:
+        beside = "lora" in self.train and kind != "dense" and not kind.endswith("-compensated")
+        return f"{kind}-compensated" if beside else kind
+
+    def low_rank_form(self, shape: tuple[int, int]) -> LowRankForm | None:
+        return LowRankForm(rank=self.rank) if "lora" in self.train else None
+
+    def trains(self, parameter: str) -> bool:
+        leaf = parameter.rpartition(".")[2]
+        return (leaf == "bias" and "bias" in self.train) or (leaf != "bias" and "norm" in self.train)
+
+    def selects(self, name: str, in_block: bool) -> bool:
+        if not in_block and "head" in self.train and name.rpartition(".")[2] in HEADS:
+            return not any(p == name for p in self.exclude)
+        return bool(self.of_matrices or self.new_biases) and super().selects(name, in_block)
+
+    def sets_of(self, name: str) -> tuple[str, ...]:
+        """The sets that train a site."""
+        head = "head" in self.train and name.rpartition(".")[2] in HEADS
+        return ("head",) if head else self.of_matrices
+
+    def matrix(self, name: str, target: Target) -> Matrix:
+        """One matrix, as it starts."""
+        return Matrix(target, self.sets_of(name), self.rank, self.alpha)
+
+    def trainables(self, targets: Mapping[str, Target], vectors: Mapping[str, Tensor]) -> Trainables:
+        """Everything that is trained, as it starts."""
+        matrices = {n: self.at(n).matrix(n, t) for n, t in targets.items() if self.at(n).sets_of(n)}
+        ready = {n: v.detach().clone().requires_grad_() for n, v in vectors.items()}
+        return Trainables(matrices, ready, self.learning_rate)

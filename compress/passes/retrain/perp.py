@@ -1,0 +1,56 @@
+"""PERP: recover what pruning lost by training a small part of the parameters."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from compress.calibration.training import Loss, Schedule, train
+from compress.passes.base import Edit, ModelPass, OptionError, Whole
+from compress.passes.retrain.options import Retraining
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perp(Retraining, ModelPass):
+    """Train biases, norms and adapters that keep zeros, end to end; then merge the adapters.
+
+    The whole model is in memory while it is trained. Zeros stay zeros, and the merged model is exactly as large as
+    before.
+
+    Source: Zimmer, Andoni, Spiegel and Pokutta, "PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs", 2023,
+    arXiv 2312.15230. Differs from the paper in: the best iterate on held-out samples is kept, the start among them;
+    masks are stored, never read off zeros; scale_lora starts with one component of ones, so that its components can
+    differ; `scale`, `lora` beside codes, new biases and `distill` are ours.
+
+    Args:
+        objective: `next_token` trains a language model on its calibration text; `distill` trains any model towards the
+            original's predictions, at the price of running the original too.
+        checkpointing: compute the activations inside a block again when gradients need them, instead of keeping them.
+
+    Example:
+        >>> import torch, compress
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 8))
+        >>> passes = [compress.Magnitude(sparsity=0.5), compress.Perp(steps=2, objective="distill")]
+        >>> result = compress.apply(model, passes, calibration=torch.randn(16, 64))
+        >>> round(float((result.model[0].weight == 0).float().mean()), 2)
+        0.5
+    """
+
+    objective: Loss = "next_token"
+    checkpointing: bool = True
+
+    key: ClassVar[str] = "perp"
+
+    def check(self) -> Iterator[OptionError]:
+        yield from super().check()
+        if self.overrides:
+            yield OptionError("overrides", "everything is trained together; use include and exclude")
+
+    @property
+    def loss(self) -> Loss | None:
+        return self.objective
+
+    def run(self, model: Whole) -> Iterator[tuple[str, Edit]]:
+        assert model.data is not None
+        trained = self.trainables({name: model.load(name) for name in model.names}, model.vectors)
+        trial = train(trained, model.data, Schedule(self.steps, self.batch_size), model.generator, model.over)
+        yield from trained.edits(trial.notes())

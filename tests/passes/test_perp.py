@@ -1,0 +1,311 @@
+"""PERP: the properties of its paper, on single matrices and on small models."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import textbook
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+import compress
+from compress.calibration.training import Schedule
+from compress.errors import ConfigError
+from compress.ledger import FolderLedger
+from compress.passes import Eora, Magnitude, Perp, PerpReconstruct, Rtn, Wanda
+from compress.passes.base import Target
+from compress.passes.retrain.adapters import Matrix
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SETS = ("mask_lora", "scale_lora", "lora_prune", "lora", "full")
+
+
+def masked(seed: int = 0) -> Target:
+    """A matrix with half of its weights gone, and a kept weight that is zero."""
+    w, kept = textbook.weight(12, 20, seed), textbook.mask(12, 20, seed)
+    w[kept.nonzero()[0][0], kept.nonzero()[0][1]] = 0
+    return Target(w * kept, kept, generator=torch.Generator().manual_seed(seed))
+
+
+def moved(target: Target, *sets: str, rank: int = 3) -> Matrix:
+    """Adapters after a few steps of descent towards other values."""
+    matrix = Matrix(target, sets, rank, alpha=6.0)
+    wanted = textbook.weight(12, 20, seed=9)
+    optimizer = torch.optim.Adam(matrix.tensors(), lr=0.05)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (matrix.soft() - wanted).square().sum().backward()
+        optimizer.step()
+    return matrix
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_before_the_first_step_the_matrix_is_the_pruned_one(name: str) -> None:
+    target = masked()
+    matrix = Matrix(target, (name,), rank=4, alpha=8.0)
+    assert torch.equal(matrix.soft(), target.weight)
+    assert torch.equal(matrix.merged(), target.weight)
+
+
+@pytest.mark.parametrize("name", ["mask_lora", "scale_lora", "full"])
+def test_merging_changes_nothing_and_keeps_every_zero(name: str) -> None:
+    matrix, kept = moved(masked(), name), masked().mask
+    assert torch.equal(matrix.merged(), matrix.soft())
+    assert bool((matrix.merged()[~kept] == 0).all())
+    assert not torch.equal(matrix.merged(), masked().weight)
+
+
+def test_lora_prune_trains_without_the_mask_and_merges_with_it() -> None:
+    matrix, kept = moved(masked(), "lora_prune"), masked().mask
+    assert bool((matrix.soft()[~kept] != 0).any())
+    assert bool((matrix.merged()[~kept] == 0).all())
+    assert torch.allclose(matrix.merged()[kept], matrix.soft()[kept], atol=1e-6)
+
+
+def test_a_kept_weight_of_zero_is_trained_by_mask_lora() -> None:
+    target = masked()
+    place = tuple(target.mask.nonzero()[0].tolist())
+    assert float(target.weight[place]) == 0
+    assert float(moved(target, "mask_lora").merged()[place]) != 0
+
+
+def test_without_zeros_mask_lora_is_lora() -> None:
+    full = Target(textbook.weight(12, 20), torch.ones(12, 20, dtype=torch.bool), generator=torch.Generator())
+    dense = Target(textbook.weight(12, 20), None, generator=torch.Generator())
+    assert torch.allclose(moved(full, "mask_lora").merged(), moved(dense, "lora").merged(), atol=1e-5)
+
+
+def test_the_components_of_scale_lora_become_different() -> None:
+    matrix = moved(masked(), "scale_lora", rank=3)
+    a, b = matrix.tensors()
+    assert int(torch.linalg.matrix_rank(b @ a, rtol=1e-3)) == 3
+
+
+def test_lora_beside_zeros_is_kept_and_leaves_the_matrix_as_it_is() -> None:
+    edit = moved(masked(), "lora").edit({})
+    assert torch.equal(edit.weight, masked().weight)
+    assert edit.low_rank is not None
+    assert edit.low_rank.rank == 3
+
+
+def test_the_learning_rate_rises_for_a_tenth_and_then_falls_to_nothing() -> None:
+    schedule = Schedule(steps=100, batch_size=1)
+    rates = [schedule.rate(step) for step in range(1, 101)]
+    assert rates.index(max(rates)) == 9
+    assert max(rates) == 1.0
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert 0 < rates[-1] < 0.02
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    """(32, 32) tokens of which each says what comes next."""
+    starts = torch.randint(24, (32, 1), generator=torch.Generator().manual_seed(1))
+    return (starts + torch.arange(32)) % 24
+
+
+# --- on models --------------------------------------------------------------------------------------------------------
+
+
+def prune(share: float = 0.6) -> Magnitude:
+    return Magnitude(sparsity=share)
+
+
+def zeros(result: compress.Result) -> dict[str, Tensor]:
+    return {name: w.mask for name, w in result.weights.items() if w.mask is not None}
+
+
+@pytest.mark.parametrize("train", [("bias", "norm", "mask_lora"), ("scale_lora",), ("lora_prune",), ("full",)])
+@pytest.mark.parametrize("objective", ["next_token", "distill"])
+def test_training_lowers_the_loss_and_leaves_the_masks(
+    tiny_llama: LlamaForCausalLM, tokens: Tensor, train: tuple[str, ...], objective: str
+) -> None:
+    pruned = compress.apply(tiny_llama, [prune()], tokens)
+    pass_ = Perp(train=train, steps=12, rank=4, objective=objective, learning_rate=2e-3)
+    trained = compress.apply(tiny_llama, [prune(), pass_], tokens, evaluation=tokens)
+    notes = next(iter(trained.report.layers.values()))["perp"]
+    assert notes["loss"] < notes["loss_start"]
+    assert trained.report.rows[-1].kl is not None
+    for name, mask in zeros(pruned).items():
+        assert torch.equal(trained.weights[name].mask, mask)
+        assert bool((trained.model.get_submodule(name).weight[~mask] == 0).all())
+
+
+def test_only_what_is_named_is_trained(tiny_llama: LlamaForCausalLM, tokens: Tensor) -> None:
+    before = {n: p.clone() for n, p in tiny_llama.named_parameters()}
+    made = compress.apply(tiny_llama, [Perp(train=("norm",), steps=6, learning_rate=0.01)], tokens).model
+    changed = {n for n, p in made.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {n for n, p in before.items() if p.dim() == 1}
+
+
+def test_the_head_is_trained_by_lora_and_merged(tiny_llama: LlamaForCausalLM, tokens: Tensor) -> None:
+    result = compress.apply(tiny_llama, [Perp(train=("head",), rank=2, steps=6)], tokens)
+    change = (result.model.lm_head.weight - tiny_llama.lm_head.weight).detach()
+    assert list(result.weights) == ["lm_head"]
+    assert int(torch.linalg.matrix_rank(change, rtol=1e-3)) == 2
+
+
+def test_a_head_that_is_tied_to_the_embedding_is_refused(
+    llama_maker: Callable[..., LlamaForCausalLM], tokens: Tensor
+) -> None:
+    with pytest.raises(ConfigError, match=r"lm_head is tied to model\.embed_tokens"):
+        compress.apply(llama_maker(tie_word_embeddings=True), [Perp(train=("head",), steps=1)], tokens)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_computing_activations_again_changes_no_result(
+    tiny_llama: LlamaForCausalLM, tokens: Tensor, checkpointing: bool
+) -> None:
+    options = {"steps": 3, "rank": 2, "learning_rate": 1e-3}
+    made = compress.apply(tiny_llama, [prune(), Perp(**options, checkpointing=checkpointing)], tokens)
+    other = compress.apply(tiny_llama, [prune(), Perp(**options)], tokens)
+    for p, q in zip(made.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-6)
+
+
+def test_the_model_is_called_as_before_when_training_is_over(tiny_llama: LlamaForCausalLM, tokens: Tensor) -> None:
+    made = compress.apply(tiny_llama, [Perp(steps=2, rank=2)], tokens).model
+    assert not any("forward" in vars(module) for module in made.modules())
+    assert list(dict(made.named_parameters())) == list(dict(tiny_llama.named_parameters()))
+    assert all(type(p) is nn.Parameter for p in made.parameters())
+
+
+def pipeline(*passes: object) -> dict[str, object]:
+    return {"passes": list(passes), "products": "float32"}
+
+
+PERP = {"perp": {"steps": 10, "rank": 2, "learning_rate": 2e-3, "train": ["bias", "norm", "mask_lora"]}}
+
+
+def test_new_biases_are_stored_and_load_with_equal_logits(tiny_folder: Path, tmp_path: Path, tokens: Tensor) -> None:
+    perp = {"perp": {"steps": 6, "train": ["bias", "norm"], "new_biases": True, "learning_rate": 0.01}}
+    steps = pipeline({"rtn": {"scheme": "w4g32"}}, perp)
+    report = compress.run(steps, tiny_folder, tmp_path / "out", calibration=tokens, evaluation=tokens)
+    assert report.verified["max_logit_difference"] == 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    biases = [p for n, p in loaded.named_parameters() if n.endswith("_proj.bias")]
+    assert len(biases) == 14
+    assert all(bool(b.any()) for b in biases)
+
+
+def test_a_run_in_memory_and_one_out_of_core_agree(
+    tiny_llama: LlamaForCausalLM, tiny_folder: Path, tmp_path: Path, tokens: Tensor
+) -> None:
+    compress.run(pipeline({"magnitude": {"sparsity": 0.6}}, PERP), tiny_folder, tmp_path / "out", calibration=tokens)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    made = compress.apply(
+        tiny_llama, [prune(), Perp(steps=10, rank=2, learning_rate=2e-3)], tokens, products="float32"
+    ).model
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, made(tokens).logits)
+
+
+def test_codes_stay_and_their_scales_corrections_and_norms_are_trained(
+    tiny_folder: Path, tmp_path: Path, tokens: Tensor
+) -> None:
+    steps = {"steps": 8, "rank": 2, "learning_rate": 2e-3, "train": ["norm", "scale", "lora"]}
+    first = pipeline({"rtn": {"scheme": "w3g32"}}, {"eora": {"rank": 2}})
+    compress.run(first, tiny_folder, tmp_path / "first", calibration=tokens)
+    second = pipeline(*first["passes"], {"perp": steps})  # type: ignore[misc]
+    report = compress.run(second, tiny_folder, tmp_path / "second", calibration=tokens, evaluation=tokens)
+    assert report.verified["max_logit_difference"] == 0
+    before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / n).state_dict() for n in ("first", "second"))
+    changed = {n.rpartition(".")[2] for n, t in after.items() if not torch.equal(t, before[n])}
+    assert changed == {"weight", "scale", "lora_a", "lora_b"}
+    assert all(torch.equal(t, before[n]) for n, t in after.items() if n.endswith("codes"))
+    assert report.rows[-1].perplexity < report.rows[-2].perplexity
+
+
+@pytest.mark.parametrize("name", ["mask_lora", "full"])
+def test_training_codes_is_refused_before_work_starts(tiny_llama: LlamaForCausalLM, tokens: Tensor, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"codes cannot take what {name} adds"):
+        compress.apply(tiny_llama, [Rtn(bits=4), Perp(train=(name,))], tokens)
+
+
+def test_training_a_pruned_model_with_a_correction_is_refused(tiny_llama: LlamaForCausalLM, tokens: Tensor) -> None:
+    with pytest.raises(ConfigError, match="Put perp before eora, or train lora"):
+        compress.apply(tiny_llama, [Wanda(), Eora(rank=2), Perp()], tokens)
+
+
+def test_next_token_needs_a_language_model() -> None:
+    model = nn.Sequential(nn.Linear(32, 8))
+    with pytest.raises(compress.errors.CompressError, match="use objective: distill|with objective: distill"):
+        compress.apply(model, [Perp(steps=1)], torch.randn(8, 32))
+
+
+def test_a_training_that_is_killed_goes_on_and_ends_the_same(
+    tiny_folder: Path, tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = pipeline({"magnitude": {"sparsity": 0.6}}, PERP)
+    compress.run(steps, tiny_folder, tmp_path / "whole", calibration=tokens)
+    save, saved = FolderLedger.commit_tensors, []
+
+    def commit(self: FolderLedger, unit: str, key: str, tensors: dict[str, Tensor]) -> None:
+        save(self, unit, key, tensors)
+        saved.append(unit)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(FolderLedger, "commit_tensors", commit)
+    with pytest.raises(KeyboardInterrupt):
+        compress.run(steps, tiny_folder, tmp_path / "parts", calibration=tokens)
+    compress.run(steps, tiny_folder, tmp_path / "parts", calibration=tokens)
+    assert len(saved) == 5  # two of five looks were left
+    for file in ("compress.safetensors", "config.json"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
+
+
+# --- by reconstruction ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", ["block", "half_block", "matrix"])
+def test_reconstruction_ends_with_no_larger_error_and_the_same_zeros(
+    tiny_llama: LlamaForCausalLM, tokens: Tensor, granularity: str
+) -> None:
+    pass_ = PerpReconstruct(granularity=granularity, steps=20, rank=4, learning_rate=3e-3)
+    pruned = compress.apply(tiny_llama, [prune()], tokens, evaluation=tokens)
+    made = compress.apply(tiny_llama, [prune(), pass_], tokens, evaluation=tokens)
+    for notes in made.report.layers.values():
+        assert notes["perp_reconstruct"]["block_error"] < notes["perp_reconstruct"]["block_error_start"]
+    for name, mask in zeros(pruned).items():
+        assert torch.equal(made.weights[name].mask, mask)
+    assert made.report.rows[-1].kl < pruned.report.rows[-1].kl
+
+
+def test_reconstruction_trains_the_norms_of_its_block_and_no_others(
+    tiny_llama: LlamaForCausalLM, tokens: Tensor
+) -> None:
+    before = {n: p.clone() for n, p in tiny_llama.named_parameters()}
+    pass_ = PerpReconstruct(train=("norm", "mask_lora"), include=("model.layers.0.*",), steps=10, learning_rate=0.01)
+    made = compress.apply(tiny_llama, [prune(), pass_], tokens).model
+    changed = {n for n, p in made.named_parameters() if p.dim() == 1 and not torch.equal(p, before[n])}
+    assert changed == {f"model.layers.0.{n}_layernorm.weight" for n in ("input", "post_attention")}
+
+
+def test_reconstruction_out_of_core_resumes_to_the_same_bytes(
+    tiny_folder: Path, tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = pipeline({"magnitude": {"sparsity": 0.6}}, {"perp_reconstruct": {"steps": 4, "rank": 2}})
+    compress.run(steps, tiny_folder, tmp_path / "whole", calibration=tokens)
+    commit, done = FolderLedger.commit, []
+
+    def once(self: FolderLedger, unit: str, key: str, records: list[object]) -> object:
+        made = commit(self, unit, key, records)  # type: ignore[arg-type]
+        done.append(unit)
+        if unit == "s01-b0000" and done.count(unit) == 1:
+            raise KeyboardInterrupt
+        return made
+
+    monkeypatch.setattr(FolderLedger, "commit", once)
+    with pytest.raises(KeyboardInterrupt):
+        compress.run(steps, tiny_folder, tmp_path / "parts", calibration=tokens)
+    compress.run(steps, tiny_folder, tmp_path / "parts", calibration=tokens)
+    assert done.count("s01-b0000") == 1
+    assert (tmp_path / "whole/compress.safetensors").read_bytes() == (
+        tmp_path / "parts/compress.safetensors"
+    ).read_bytes()
