@@ -24,6 +24,7 @@ from compress.errors import (
 from compress.evaluate import Quality, evaluate
 from compress.passes import (
     AdaRound,
+    Bip,
     Codebook,
     Eora,
     FlexRound,
@@ -41,6 +42,7 @@ from compress.passes import (
     Reorder,
     Rtn,
     SparseGpt,
+    SparseSoup,
     Wanda,
 )
 from compress.pipeline import Pipeline
@@ -52,6 +54,7 @@ register()
 
 __all__ = [
     "AdaRound",
+    "Bip",
     "CheckpointError",
     "Codebook",
     "CompressError",
@@ -81,6 +84,7 @@ __all__ = [
     "Row",
     "Rtn",
     "SparseGpt",
+    "SparseSoup",
     "UnsupportedModelError",
     "UsageError",
     "Wanda",

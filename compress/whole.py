@@ -24,6 +24,9 @@ class KeptInLedger(Kept):
     def __init__(self, ledger: MemoryLedger, unit: str, key: str):
         self.ledger, self.unit, self.key = ledger, unit, key
 
+    def part(self, name: str) -> Kept:
+        return KeptInLedger(self.ledger, f"{self.unit}-{name}", self.key)
+
     def load(self) -> dict[str, Tensor] | None:
         return self.ledger.load_tensors(self.unit, self.key)
 

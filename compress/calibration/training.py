@@ -9,7 +9,7 @@ Shapes: N samples, B samples a step.
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -43,6 +43,10 @@ class Trained(Protocol):
 class Kept:
     """Where the state of an unfinished training is kept, so that it can go on. This one keeps nothing."""
 
+    def part(self, name: str) -> "Kept":
+        """The place of one training of several."""
+        return self
+
     def load(self) -> dict[str, Tensor] | None:
         """The state kept last, or None."""
         return None
@@ -64,6 +68,10 @@ class ModelData:
     loss: Callable[[Make, Tensor], Tensor]
     count: int
     kept: Kept
+
+    def part(self, name: str) -> "ModelData":
+        """The same for one training of several."""
+        return replace(self, kept=self.kept.part(name))
 
 
 @dataclass(frozen=True)

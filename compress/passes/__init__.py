@@ -2,6 +2,7 @@
 
 from compress.passes.base import BlockPass, LinearPass, ModelPass, Override, Pass
 from compress.passes.compensate.eora import Eora
+from compress.passes.prune.bip import Bip
 from compress.passes.prune.global_magnitude import GlobalMagnitude
 from compress.passes.prune.magnitude import Magnitude
 from compress.passes.prune.sparsegpt import SparseGpt
@@ -19,6 +20,7 @@ from compress.passes.quantize.reorder import Reorder
 from compress.passes.quantize.rtn import Rtn
 from compress.passes.retrain.perp import Perp
 from compress.passes.retrain.perp_reconstruct import PerpReconstruct
+from compress.passes.retrain.sparse_soup import SparseSoup
 
 PASSES: tuple[type[Pass], ...] = (
     Rtn,
@@ -36,14 +38,17 @@ PASSES: tuple[type[Pass], ...] = (
     GlobalMagnitude,
     Wanda,
     SparseGpt,
+    Bip,
     Perp,
     PerpReconstruct,
+    SparseSoup,
     Eora,
 )
 
 __all__ = [
     "PASSES",
     "AdaRound",
+    "Bip",
     "BlockPass",
     "Codebook",
     "Eora",
@@ -65,5 +70,6 @@ __all__ = [
     "Reorder",
     "Rtn",
     "SparseGpt",
+    "SparseSoup",
     "Wanda",
 ]

@@ -4,31 +4,38 @@ Shapes: N weights in all, n_l of layer l.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from compress.passes.base import Edit, ModelPass, OptionError, Target, Whole
+from compress.calibration.training import Loss, train
+from compress.passes.base import Edit, ModelPass, OptionError, Pass, Target, Whole
 from compress.passes.prune.selection import count_of, keep_all_but, masked_out
+from compress.passes.retrain.options import TrainingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlobalMagnitude(ModelPass):
+class GlobalMagnitude(TrainingOptions, ModelPass):
     """Zero the smallest weights of the whole model, wherever they are, leaving every layer a minimum.
 
     Weights are ranked by magnitude over all layers at once; the share each layer loses follows. Layers that would keep
     fewer than the minimum threshold are held at it, and the others give up correspondingly more.
 
     Source: Gupta et al., "Is Complexity Required for Neural Network Pruning? A Case Study on Global Magnitude Pruning",
-    2022, arXiv 2209.14624. Differs from the paper in: the threshold is met exactly by water-filling, not by repeated
-    rescaling; an infeasible target is refused; there is no fine-tuning here.
+    2022, arXiv 2209.14624; the cubic schedule: Zhu and Gupta, 2017, arXiv 1710.01878. Differs from the paper in: the
+    threshold is met exactly by water-filling, not by repeated rescaling; an infeasible target is refused; nothing is
+    trained after the last cut (put `perp` behind). Its gradual pruning has no public code: this is a reconstruction.
 
     Args:
         sparsity: share of zeros over all selected weights.
         min_keep: the minimum threshold: weights every layer keeps, as a share of all selected weights (the paper's MT
             of 0.05 % is 0.0005). The same count for every layer; layers smaller than it stay dense.
+        cuts: more than one prunes gradually: after cut t of n the share is sparsity * (1 - (1 - t / n)**3), and the
+            model is trained for `steps` between two cuts.
+        regrow: weights that are gone keep their last value for the ranking, and may come back at a later cut.
+        objective: of training, as of `perp`.
 
     Example:
         >>> import torch, compress
@@ -40,10 +47,34 @@ class GlobalMagnitude(ModelPass):
 
     sparsity: float = 0.5
     min_keep: float = 0.0005
+    cuts: int = 1
+    regrow: bool = False
+    objective: Loss = "next_token"
 
     key: ClassVar[str] = "global_magnitude"
 
+    @property
+    def loss(self) -> Loss | None:
+        return self.objective if self.cuts > 1 else None
+
+    @property
+    def calibrated(self) -> bool:
+        return self.cuts > 1
+
+    def trains(self, parameter: str) -> bool:
+        return self.cuts > 1 and super().trains(parameter)
+
     def check(self) -> Iterator[OptionError]:
+        yield from super().check()
+        if self.cuts < 1:
+            yield OptionError("cuts", f"{self.cuts} is not a positive number")
+        if self.cuts == 1:
+            of_training = {f.name for f in fields(TrainingOptions)} - {f.name for f in fields(Pass)}
+            for option in sorted({*of_training, "regrow", "objective"} & set(self.options())):
+                yield OptionError(option, "changes nothing with one cut: set cuts, or train with perp afterwards")
+        beside = [name for name in self.train if name in ("head", "lora", "scale")]
+        if beside:
+            yield OptionError("train", f"{beside[0]} has no zeros to keep; name mask_lora, scale_lora or full")
         if not 0 <= self.sparsity < 1:
             yield OptionError("sparsity", f"{self.sparsity} is not a share of zeros from 0 to below 1")
         if self.overrides:
@@ -65,16 +96,48 @@ class GlobalMagnitude(ModelPass):
         return "sparse"
 
     def run(self, model: Whole) -> Iterator[tuple[str, Edit]]:
-        names, load = model.names, model.load
-        counts = count_below(names, load, self.sparsity)
-        sizes = [load(name).weight.numel() for name in names]
-        removed = layer_counts(counts, sizes, self.sparsity, self.min_keep)
-        for name, count in zip(names, removed, strict=True):
-            target = load(name)
-            mask = keep_all_but(masked_out(target.weight.abs(), target.mask), count)
-            if target.mask is not None:
-                mask &= target.mask
-            yield name, Edit(weight=target.weight * mask, mask=mask, notes={"sparsity": count / target.weight.numel()})
+        if self.cuts == 1:
+            yield from edits(model.names, model.load, self.sparsity, self.min_keep)
+            return
+        assert model.data is not None
+        targets = {name: model.load(name) for name in model.names}
+        vectors = dict(model.vectors)
+        for number in range(1, self.cuts):
+            share = self.sparsity * (1 - (1 - number / self.cuts) ** 3)
+            masks = dict(cut(model.names, targets.__getitem__, share, self.min_keep))
+            now = {n: replace(t, weight=t.weight * masks[n], mask=masks[n], stored=None) for n, t in targets.items()}
+            trained = self.trainables(now, vectors)
+            train(trained, model.data.part(str(number)), self.schedule, model.generator, model.over)
+            made = {name: value.detach() for name, value in trained.merged(trained.names()).items()}
+            vectors = {name: made[name] for name in vectors}
+            if self.regrow:
+                last = {n: torch.where(masks[n], made[n], t.weight) for n, t in targets.items()}
+                targets = {n: replace(t, weight=last[n]) for n, t in targets.items()}
+            else:
+                targets = {n: replace(t, weight=made[n], mask=masks[n]) for n, t in targets.items()}
+        yield from edits(model.names, targets.__getitem__, self.sparsity, self.min_keep)
+        yield from ((name, Edit(weight=vector)) for name, vector in vectors.items())
+
+
+def edits(
+    names: Sequence[str], load: Callable[[str], Target], sparsity: float, min_keep: float
+) -> Iterator[tuple[str, Edit]]:
+    """Every layer with its smallest weights gone."""
+    for name, mask in cut(names, load, sparsity, min_keep):
+        weight = load(name).weight
+        yield name, Edit(weight=weight * mask, mask=mask, notes={"sparsity": 1 - float(mask.float().mean())})
+
+
+def cut(
+    names: Sequence[str], load: Callable[[str], Target], sparsity: float, min_keep: float = 0.0
+) -> Iterator[tuple[str, Tensor]]:
+    """(layer, mask) with the smallest weights of all layers gone; what was masked before stays so."""
+    counts = count_below(names, load, sparsity)
+    sizes = [load(name).weight.numel() for name in names]
+    for name, count in zip(names, layer_counts(counts, sizes, sparsity, min_keep), strict=True):
+        target = load(name)
+        mask = keep_all_but(masked_out(target.weight.abs(), target.mask), count)
+        yield name, mask if target.mask is None else mask & target.mask
 
 
 def max_sparsity(sizes: Sequence[int], min_keep: float) -> float:

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from compress.calibration.training import Schedule
 from compress.encodings import LowRankForm
 from compress.passes.base import OptionError, Pass, Target
 from compress.passes.retrain.adapters import Matrix, Trainables
@@ -20,8 +21,8 @@ ALL_KINDS = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Retraining(Pass):
-    """A pass that trains a few parameters and freezes the others.
+class TrainingOptions(Pass):
+    """What is trained, and how.
 
     Args:
         train: what is trained, in any combination. `bias`: biases of all layers. `norm`: scales and shifts of all
@@ -29,7 +30,6 @@ class Retraining(Pass):
             `scale_lora`, W * (B A); `lora_prune`, W + B A while training and (B A) * M in the end; `lora`, W + B A,
             merged into a dense matrix and kept beside any other; `full`, every weight that is kept; `scale`, the scales
             of a quantized one.
-        new_biases: give a bias to every selected layer that has none, and train it with `bias`.
         rank: of the adapters.
         alpha: what they add is multiplied by alpha / rank.
         steps: of Adam.
@@ -38,12 +38,62 @@ class Retraining(Pass):
     """
 
     train: tuple[Train, ...] = ("bias", "norm", "mask_lora")
-    new_biases: bool = False
     rank: int = 16
     alpha: float = 32.0
     steps: int = 200
     batch_size: int = 4
     learning_rate: float = 5e-4
+
+    @property
+    def of_matrices(self) -> tuple[str, ...]:
+        """The sets that train matrices inside the blocks."""
+        return tuple(name for name in self.train if name in IN_BLOCKS)
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of the learning rate."""
+        return Schedule(self.steps, self.batch_size)
+
+    def check(self) -> Iterator[OptionError]:
+        yield from super().check()
+        if not self.train:
+            yield OptionError("train", "nothing is trained; name at least one set, such as bias, norm or mask_lora")
+        if len(set(self.train)) < len(self.train):
+            yield OptionError("train", "names a set twice")
+        for option in ("rank", "steps", "batch_size"):
+            if getattr(self, option) < 1:
+                yield OptionError(option, f"{getattr(self, option)} is not a positive number")
+        if self.alpha <= 0:
+            yield OptionError("alpha", f"{self.alpha} is not positive")
+        if not 0 < self.learning_rate < 1:
+            yield OptionError("learning_rate", f"{self.learning_rate} is not between 0 and 1")
+
+    def trains(self, parameter: str) -> bool:
+        leaf = parameter.rpartition(".")[2]
+        return (leaf == "bias" and "bias" in self.train) or (leaf != "bias" and "norm" in self.train)
+
+    def sets_of(self, name: str) -> tuple[str, ...]:
+        """The sets that train a site."""
+        head = "head" in self.train and name.rpartition(".")[2] in HEADS
+        return ("head",) if head else self.of_matrices
+
+    def trainables(self, targets: Mapping[str, Target], vectors: Mapping[str, Tensor]) -> Trainables:
+        """Everything, as it starts."""
+        passes = {name: self.at(name) for name in targets}
+        matrices = {n: Matrix(t, passes[n].sets_of(n), passes[n].rank, passes[n].alpha) for n, t in targets.items()}
+        ready = {n: v.detach().clone().requires_grad_() for n, v in vectors.items()}
+        return Trainables(matrices, ready, self.learning_rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retraining(TrainingOptions):
+    """A pass that trains a few parameters of a compressed model and freezes the others.
+
+    Args:
+        new_biases: give a bias to every selected layer that has none, and train it with `bias`.
+    """
+
+    new_biases: bool = False
 
     accepts: ClassVar[frozenset[str]] = ALL_KINDS
 
@@ -55,26 +105,10 @@ class Retraining(Pass):
     def adds_biases(self) -> bool:
         return self.new_biases
 
-    @property
-    def of_matrices(self) -> tuple[str, ...]:
-        """The sets that train matrices inside the blocks."""
-        return tuple(name for name in self.train if name in IN_BLOCKS)
-
     def check(self) -> Iterator[OptionError]:
         yield from super().check()
-        if not self.train:
-            yield OptionError("train", "nothing is trained; name at least one set, such as bias, norm or mask_lora")
-        if len(set(self.train)) < len(self.train):
-            yield OptionError("train", "names a set twice")
         if self.new_biases and "bias" not in self.train:
             yield OptionError("new_biases", "changes nothing without bias in train")
-        for option in ("rank", "steps", "batch_size"):
-            if getattr(self, option) < 1:
-                yield OptionError(option, f"{getattr(self, option)} is not a positive number")
-        if self.alpha <= 0:
-            yield OptionError("alpha", f"{self.alpha} is not positive")
-        if not 0 < self.learning_rate < 1:
-            yield OptionError("learning_rate", f"{self.learning_rate} is not between 0 and 1")
 
     def refusal(self, kind: str) -> str | None:
         rewriting = [name for name in self.train if name in REWRITES]
@@ -94,26 +128,7 @@ class Retraining(Pass):
     def low_rank_form(self, shape: tuple[int, int]) -> LowRankForm | None:
         return LowRankForm(rank=self.rank) if "lora" in self.train else None
 
-    def trains(self, parameter: str) -> bool:
-        leaf = parameter.rpartition(".")[2]
-        return (leaf == "bias" and "bias" in self.train) or (leaf != "bias" and "norm" in self.train)
-
     def selects(self, name: str, in_block: bool) -> bool:
         if not in_block and "head" in self.train and name.rpartition(".")[2] in HEADS:
             return not any(p == name for p in self.exclude)
         return bool(self.of_matrices or self.new_biases) and super().selects(name, in_block)
-
-    def sets_of(self, name: str) -> tuple[str, ...]:
-        """The sets that train a site."""
-        head = "head" in self.train and name.rpartition(".")[2] in HEADS
-        return ("head",) if head else self.of_matrices
-
-    def matrix(self, name: str, target: Target) -> Matrix:
-        """One matrix, as it starts."""
-        return Matrix(target, self.sets_of(name), self.rank, self.alpha)
-
-    def trainables(self, targets: Mapping[str, Target], vectors: Mapping[str, Tensor]) -> Trainables:
-        """Everything that is trained, as it starts."""
-        matrices = {n: self.at(n).matrix(n, t) for n, t in targets.items() if self.at(n).sets_of(n)}
-        ready = {n: v.detach().clone().requires_grad_() for n, v in vectors.items()}
-        return Trainables(matrices, ready, self.learning_rate)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from compress.calibration.training import Loss, Schedule, train
+from compress.calibration.training import Loss, train
 from compress.passes.base import Edit, ModelPass, OptionError, Whole
 from compress.passes.retrain.options import Retraining
 
@@ -52,5 +52,5 @@ class Perp(Retraining, ModelPass):
     def run(self, model: Whole) -> Iterator[tuple[str, Edit]]:
         assert model.data is not None
         trained = self.trainables({name: model.load(name) for name in model.names}, model.vectors)
-        trial = train(trained, model.data, Schedule(self.steps, self.batch_size), model.generator, model.over)
+        trial = train(trained, model.data, self.schedule, model.generator, model.over)
         yield from trained.edits(trial.notes())

@@ -1,0 +1,163 @@
+"""Sparse model soups: train several copies of a pruned model a little, and average them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from compress.calibration.training import Loss, ModelData, held_out, split, train
+from compress.passes.base import Edit, ModelPass, OptionError, Target, Whole
+from compress.passes.prune.global_magnitude import cut
+from compress.passes.retrain.options import TrainingOptions
+
+RATIO = 2.0  # between the learning rates of two copies
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseSoup(TrainingOptions, ModelPass):
+    """Train several copies of a pruned model, each from the same zeros, and take their average.
+
+    The average has the zeros that all copies have. The whole model, and one more set of its matrices a copy, is in
+    memory. Normalisations keep their running statistics, which no copy changes.
+
+    Source: Zimmer, Spiegel and Pokutta, "Sparse Model Soups", 2023, arXiv 2306.16788. Differs from the paper in: copies
+    are trained as `perp` trains; members are compared by their loss on held-out calibration samples; learning rates of
+    the copies are powers of two around `learning_rate`.
+
+    Args:
+        models: copies.
+        vary: what differs between them: the `seed` (order of samples, start of adapters) or the `learning_rate` too.
+        soup: `uniform` averages all; `greedy` starts from the best and adds those that do not make the average worse.
+        phases: prune a part, train, average, and so on.
+        sparsity: of global magnitude pruning, reached in equal factors over the phases; None leaves the zeros that are
+            there, and there is one phase.
+        objective: of training, as of `perp`.
+        checkpointing: as of `perp`.
+
+    Example:
+        >>> import torch, compress
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 8))
+        >>> passes = [compress.Magnitude(sparsity=0.5), compress.SparseSoup(models=2, steps=2, objective="distill")]
+        >>> result = compress.apply(model, passes, calibration=torch.randn(16, 64))
+        >>> round(float((result.model[0].weight == 0).float().mean()), 2)
+        0.5
+    """
+
+    models: int = 3
+    vary: Literal["seed", "learning_rate"] = "seed"
+    soup: Literal["uniform", "greedy"] = "uniform"
+    phases: int = 1
+    sparsity: float | None = None
+    objective: Loss = "next_token"
+    checkpointing: bool = True
+
+    key: ClassVar[str] = "sparse_soup"
+
+    @property
+    def calibrated(self) -> bool:
+        return True
+
+    @property
+    def loss(self) -> Loss | None:
+        return self.objective
+
+    def check(self) -> Iterator[OptionError]:
+        yield from super().check()
+        for option in ("models", "phases"):
+            if getattr(self, option) < 1:
+                yield OptionError(option, f"{getattr(self, option)} is not a positive number")
+        if self.sparsity is None and self.phases > 1:
+            yield OptionError("phases", "each prunes a part: set sparsity too, or leave phases at 1")
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            yield OptionError("sparsity", f"{self.sparsity} is not a share of zeros from 0 to below 1")
+        for name in ("head", "lora", "scale"):
+            if name in self.train:
+                yield OptionError("train", f"{name} cannot be averaged here; name sets such as mask_lora, full or norm")
+        if self.overrides:
+            yield OptionError("overrides", "everything is trained together; use include and exclude")
+
+    def refusal(self, kind: str) -> str | None:
+        if kind == "dense" and self.sparsity is None:
+            return None  # a soup of dense models is a soup
+        return super().refusal(kind)
+
+    def produces(self, kind: str) -> str:
+        return kind if self.sparsity is None else "sparse"
+
+    def run(self, model: Whole) -> Iterator[tuple[str, Edit]]:
+        assert model.data is not None
+        targets = {name: model.load(name) for name in model.names}
+        vectors = dict(model.vectors)
+        notes: dict[str, float] = {}
+        for phase in range(1, self.phases + 1):
+            if self.sparsity is not None:
+                share = 1 - (1 - self.sparsity) ** (phase / self.phases)
+                masks = dict(cut(model.names, targets.__getitem__, share))
+                targets = {
+                    n: replace(t, weight=t.weight * masks[n], mask=masks[n], stored=None) for n, t in targets.items()
+                }
+            members = [self._member(k, phase, model, targets, vectors) for k in range(self.models)]
+            made, notes = self._average(members, model.data)
+            targets = {name: replace(t, weight=made[name], stored=None) for name, t in targets.items()}
+            vectors = {name: made[name] for name in vectors}
+        for name, target in targets.items():
+            yield name, Edit(weight=target.weight, mask=target.mask, notes=notes)
+        yield from ((name, Edit(weight=vector, notes=notes)) for name, vector in vectors.items())
+
+    def _member(
+        self, number: int, phase: int, model: Whole, targets: Mapping[str, Target], vectors: Mapping[str, Tensor]
+    ) -> "Member":
+        assert model.data is not None
+        seed = (model.generator.initial_seed() + 1000 * phase + number) % (1 << 63)
+        rate = self.learning_rate * (RATIO ** (number - (self.models - 1) / 2) if self.vary == "learning_rate" else 1.0)
+        own = {
+            n: replace(t, generator=torch.Generator().manual_seed(seed + i)) for i, (n, t) in enumerate(targets.items())
+        }
+        trained = replace(self, learning_rate=rate).trainables(own, vectors)
+        generator = torch.Generator().manual_seed(seed)
+        trial = train(trained, model.data.part(f"{phase}-{number}"), self.schedule, generator, model.over)
+        return Member({n: v.detach().clone() for n, v in trained.merged(trained.names()).items()}, trial.best)
+
+    def _average(self, members: list["Member"], data: ModelData) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """The soup, and for the report its loss beside its members'."""
+        held, _ = split(data.count)
+
+        def lost(values: Mapping[str, Tensor]) -> float:
+            return held_out(lambda names: {n: values[n] for n in names if n in values}, data, held, self.batch_size)
+
+        chosen = greedy(members, lost) if self.soup == "greedy" else members
+        made = mean([m.values for m in chosen])
+        best = min(m.loss for m in members)
+        return made, {"loss": lost(made), "loss_best_member": best, "members": len(chosen)}
+
+
+@dataclass(frozen=True)
+class Member:
+    """One trained copy.
+
+    Attributes:
+        values: of every site and vector.
+        loss: on held-out samples.
+    """
+
+    values: Mapping[str, Tensor]
+    loss: float
+
+
+def mean(members: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The average of each value; that of equal ones is the same to the bit."""
+    first, count = members[0], len(members)
+    return {n: v + sum((m[n] - v for m in members[1:]), torch.zeros_like(v)) / count for n, v in first.items()}
+
+
+def greedy(members: list[Member], lost: Callable[[Mapping[str, Tensor]], float]) -> list[Member]:
+    """From the best on, every member that does not make the average worse."""
+    ordered = sorted(members, key=lambda m: m.loss)
+    chosen, best = ordered[:1], ordered[0].loss
+    for member in ordered[1:]:
+        now = lost(mean([m.values for m in (*chosen, member)]))
+        if now <= best:
+            chosen, best = [*chosen, member], now
+    return chosen
