@@ -86,7 +86,12 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     "adaround": [{"steps": 4, "bits": 2, "group_size": 16}, {"steps": 4, "objective": "layer"}],
     "magnitude": [{"sparsity": "2:4"}, {"sparsity": 0.25}],
     "global_magnitude": [{"sparsity": 0.7, "min_keep": 0.01}, {"sparsity": 0.0}],
-    "wanda": [{"sparsity": "2:4"}, {"sparsity": 0.3, "free_rows": True}],
+    "wanda": [
+        {"sparsity": "2:4"},
+        {"sparsity": 0.3, "free_rows": True},
+        {"update": "obs", "damping": 0.1},
+        {"sparsity": "2:4", "update": "exact"},
+    ],
     "sparsegpt": [{"sparsity": "4:8", "damping": 0.1}, {"sparsity": 0.7, "tile": 16}],
 }
 

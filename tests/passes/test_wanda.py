@@ -4,20 +4,53 @@ from fractions import Fraction
 
 import pytest
 import torch
-from textbook import inputs, mask, statistics, target, weight
+from textbook import inputs, inverse_factor, mask, statistics, sweep_columns, target, weight
 from torch import Tensor
 
 from compress.calibration.statistics import Statistics
 from compress.errors import SolveError
-from compress.passes import Magnitude, Wanda
+from compress.passes import Magnitude, Override, Wanda
 from compress.passes.base import Edit, Target
+from compress.passes.prune import refit
 from compress.passes.prune.wanda import TOLERANCE
 
 ROWS, COLUMNS = 16, 96
+DAMPING = 0.01  # the default
+
+each_mask = pytest.mark.parametrize(
+    "options", [{}, {"sparsity": 0.7}, {"sparsity": "2:4"}, {"free_rows": True}], ids=str
+)
+each_update = pytest.mark.parametrize("update", ["obs", "exact"])
 
 
 def run(w: Tensor, x: Tensor, kept: Tensor | None = None, **options: object) -> Edit:
     return Wanda(**options).run(target(w, x, kept))
+
+
+def with_gram(w: Tensor, gram: Tensor, **options: object) -> Edit:
+    found = Statistics(w.shape[1], "gram")
+    found._gram, found.tokens = gram, 1
+    return Wanda(**options).run(Target(w, None, found))
+
+
+def damped(x: Tensor, damping: float = DAMPING) -> Tensor:
+    h = x.double().T @ x.double()
+    return h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
+
+
+def closed_form(w: Tensor, h: Tensor, chosen: Tensor) -> Tensor:
+    """w_K + H_KK^-1 H_KP w_P, row by row."""
+    best = torch.zeros(w.shape, dtype=torch.float64)
+    for i, k in enumerate(chosen):
+        row = w[i].double()
+        best[i, k] = row[k] + torch.linalg.solve(h[k][:, k], h[k][:, ~k] @ row[~k])
+    return best
+
+
+def error(before: Tensor, after: Tensor, h: Tensor) -> float:
+    """tr(D H D^T)."""
+    lost = before.double() - after.double()
+    return float((lost @ h * lost).sum())
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.3, "2:4", "1:4"])
@@ -134,3 +167,129 @@ def test_no_statistics_are_a_solve_error_and_the_fallback_makes_the_same_pattern
 
 def test_free_rows_with_a_fixed_pattern_are_refused() -> None:
     assert [e.option for e in Wanda(sparsity="2:4", free_rows=True).check()] == ["free_rows"]
+
+
+@each_update
+@each_mask
+def test_the_update_leaves_the_mask_unchanged(options: dict[str, object], update: str) -> None:
+    w, x = weight(ROWS, COLUMNS), inputs(COLUMNS)
+    plain, edit = run(w, x, **options), run(w, x, update=update, **options)
+    assert torch.equal(edit.mask, plain.mask)
+    assert bool((edit.weight[~edit.mask] == 0).all())
+    assert not torch.equal(edit.weight, plain.weight)
+
+
+@each_mask
+@pytest.mark.parametrize("damping", [1e-3, DAMPING, 0.1])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_exact_update_equals_the_closed_form(options: dict[str, object], damping: float, masked: bool) -> None:
+    w, x = weight(ROWS, COLUMNS), inputs(COLUMNS)
+    kept = mask(ROWS, COLUMNS, share=0.2) if masked else None
+    w = w if kept is None else w * kept
+    edit = run(w, x, kept, update="exact", damping=damping, **options)
+    best = closed_form(w, damped(x, damping), edit.mask)
+    assert torch.allclose(edit.weight.double(), best, rtol=0, atol=1e-3 * float(best.abs().max()))
+
+
+@each_mask
+def test_the_obs_update_equals_the_textbook(options: dict[str, object]) -> None:
+    w, x = weight(ROWS, COLUMNS), inputs(COLUMNS)
+    edit = run(w, x, update="obs", **options)
+    u = inverse_factor(statistics(x).gram, DAMPING)
+    expected = sweep_columns(w, u, lambda j, current: current[:, j] * edit.mask[:, j])
+    assert torch.allclose(edit.weight.double(), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+@each_mask
+@pytest.mark.parametrize("seed", range(3))
+def test_the_exact_update_loses_least_and_none_loses_most(options: dict[str, object], seed: int) -> None:
+    w, x = weight(ROWS, COLUMNS, seed), inputs(COLUMNS, seed=seed)
+    h = damped(x)
+    exact, obs, none = (error(w, run(w, x, update=u, **options).weight, h) for u in ("exact", "obs", "none"))
+    assert exact < obs < none
+    assert exact == pytest.approx(error(w, closed_form(w, h, run(w, x, **options).mask), h), rel=1e-5)
+
+
+@each_update
+@each_mask
+def test_inputs_that_are_not_correlated_leave_nothing_to_make_up_for(options: dict[str, object], update: str) -> None:
+    w, gram = weight(ROWS, COLUMNS), 3.0 * torch.eye(COLUMNS)
+    plain, edit = with_gram(w, gram, **options), with_gram(w, gram, update=update, **options)
+    assert torch.equal(edit.mask, plain.mask)
+    assert torch.equal(edit.weight, plain.weight)
+
+
+@each_update
+@each_mask
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_the_update_brings_no_zero_back(options: dict[str, object], update: str, share: float) -> None:
+    kept = mask(ROWS, COLUMNS, share=share)
+    edit = run(weight(ROWS, COLUMNS), inputs(COLUMNS), kept, update=update, **options)
+    assert bool((edit.weight[~kept] == 0).all())
+
+
+@each_update
+def test_a_row_does_not_depend_on_the_others_for_its_update(update: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, x = weight(ROWS, COLUMNS), inputs(COLUMNS)
+    w[3] *= 1e4
+    together = run(w, x, update=update).weight
+    monkeypatch.setattr(refit, "ROWS", 5)
+    for found in (run(w, x, update=update).weight, torch.cat([run(row[None], x, update=update).weight for row in w])):
+        assert bool(((found - together).abs().amax(1) <= 1e-3 * together.abs().amax(1)).all())
+
+
+@each_update
+def test_the_update_with_dead_inputs_is_finite_and_they_are_counted(update: str) -> None:
+    dead = (3, 40, 41)
+    w, x = weight(ROWS, COLUMNS), inputs(COLUMNS, dead=dead)
+    w[:, 3] = 5.0
+    edit = run(w, x, sparsity="2:4", update=update)
+    assert edit.notes == {"dead_inputs": 3}
+    assert bool(torch.isfinite(edit.weight).all())
+    kept = edit.mask[:, 40]
+    assert torch.equal(edit.weight[kept, 40], w[kept, 40])
+    silent = run(w, torch.zeros(4, COLUMNS), update=update)
+    assert torch.equal(silent.weight, w * silent.mask)
+
+
+@each_update
+def test_scaling_the_inputs_changes_no_update(update: str) -> None:
+    w, x = weight(ROWS, COLUMNS), inputs(COLUMNS)
+    for size in (2.0**-10, 2.0**10):
+        assert torch.equal(run(w, x * size, update=update).weight, run(w, x, update=update).weight)
+
+
+@each_update
+def test_a_gram_matrix_that_is_not_positive_definite_is_a_solve_error(update: str) -> None:
+    gram = torch.eye(COLUMNS)
+    gram[0, 1] = gram[1, 0] = 2
+    gram[0, 2] = gram[2, 0] = 0.5
+    w = weight(ROWS, COLUMNS)
+    w[:, :3] = torch.tensor([10.0, 10.0, 1e-3])  # the third goes, and the first and second are to make up for it
+    with pytest.raises(SolveError, match="positive definite"):
+        with_gram(w, gram, update=update, sparsity=0.1)
+
+
+def test_the_gram_matrix_is_asked_for_only_by_an_update() -> None:
+    assert Wanda().needs == "norm"
+    assert Wanda(update="obs").needs == Wanda(update="exact").needs == "gram"
+    assert Wanda(overrides=(Override("*.down_proj", {"update": "exact"}),)).needs == "gram"
+
+
+@pytest.mark.parametrize(
+    ("pass_", "option"),
+    [
+        (Wanda(damping=0.1), "damping"),
+        (Wanda(update="obs", damping=0.0), "damping"),
+        (Wanda(overrides=(Override("*", {"damping": 0.1}),)), "overrides[0].damping"),
+        (Wanda(update="exact", overrides=(Override("*", {"damping": 0.1, "update": "none"}),)), "overrides[0].damping"),
+    ],
+)
+def test_damping_is_refused_where_it_is_impossible_or_changes_nothing(pass_: Wanda, option: str) -> None:
+    assert [e.option for e in pass_.mistakes()] == [option]
+
+
+def test_some_layers_may_do_without_the_update_that_the_others_get() -> None:
+    pass_ = Wanda(update="exact", damping=0.1, overrides=(Override("*.down_proj", {"update": "none"}),))
+    assert list(pass_.mistakes()) == []
+    assert list(Wanda(damping=0.1, overrides=(Override("*", {"update": "obs"}),)).mistakes()) == []

@@ -14,6 +14,7 @@ from compress.calibration.statistics import Need
 from compress.errors import SolveError
 from compress.passes.base import Edit, OptionError, Target
 from compress.passes.prune.magnitude import Pruner
+from compress.passes.prune.refit import Update, refit
 from compress.passes.prune.selection import keep_pattern, keep_rows, masked_out, pattern
 
 TOLERANCE = 0.001  # of the bisection, in share of zeros, as in the public code
@@ -21,14 +22,18 @@ TOLERANCE = 0.001  # of the bisection, in share of zeros, as in the public code
 
 @dataclass(frozen=True, kw_only=True)
 class Wanda(Pruner):
-    """Zero the weights with the least |w| * ||x||, row by row; kept weights are untouched.
+    """Zero the weights with the least |w| * ||x||, row by row; kept weights are untouched, or updated after that.
 
     Source: Sun, Liu, Bair and Kolter, "A Simple and Effective Pruning Approach for Large Language Models", 2023, arXiv
-    2306.11695. Differs from the paper in: the norm is one plain sum over all tokens; N:M is written keep:of.
+    2306.11695. Differs from the paper in: the norm is one plain sum over all tokens; N:M is written keep:of. The update
+    is its ablation of weight updates, at a mask that is chosen whole before it (see `passes/prune/refit.py`).
 
     Args:
         free_rows: the variant in which rows may differ in sparsity: every row loses its smallest scores up to one
             global share of its total score, found by bisection. Not for N:M.
+        update: of the kept weights, once the mask is chosen. `none`; `obs`: column by column, each loss made up for in
+            the columns after it, as in SparseGPT; `exact`: the least error of the outputs that the mask allows.
+        damping: added to the diagonal of the Gram matrix, as a share of its mean, for the update.
 
     Example:
         >>> import torch, compress
@@ -39,17 +44,30 @@ class Wanda(Pruner):
     """
 
     free_rows: bool = False
+    update: Update = "none"
+    damping: float = 0.01
 
     key: ClassVar[str] = "wanda"
 
     @property
     def needs(self) -> Need:
-        return "norm"
+        updates = (self.update, *(o.options.get("update", "none") for o in self.overrides))
+        return "gram" if any(u != "none" for u in updates) else "norm"
 
     def check(self) -> Iterator[OptionError]:
         yield from super().check()
         if self.free_rows and isinstance(self.sparsity, str):
             yield OptionError("free_rows", f"cannot be combined with the fixed pattern {self.sparsity}")
+        if self.damping <= 0:
+            yield OptionError("damping", f"{self.damping} is not positive")
+
+    def mistakes(self) -> Iterator[OptionError]:
+        yield from super().mistakes()
+        if self.needs == "norm" and "damping" in self.options():
+            yield OptionError("damping", "changes nothing without update")
+        for i, override in enumerate(self.overrides):
+            if "damping" in override.options and override.options.get("update", self.update) == "none":
+                yield OptionError(f"overrides[{i}].damping", "changes nothing without update")
 
     @property
     def rowwise(self) -> bool:
@@ -68,7 +86,13 @@ class Wanda(Pruner):
             mask = keep_rows(masked_out(scores, target.mask), float(self.sparsity))
         if target.mask is not None:
             mask &= target.mask
-        return Edit(weight=target.weight * mask, mask=mask)
+        if self.update == "none":
+            return Edit(weight=target.weight * mask, mask=mask)
+        gram = target.statistics.gram
+        assert gram is not None
+        weight = refit(target.weight, gram, mask, update=self.update, damping=self.damping)
+        dead = int((gram.diagonal() == 0).sum())
+        return Edit(weight=weight, mask=mask, notes={"dead_inputs": dead} if dead else {})
 
 
 def keep_free(scores: Tensor, sparsity: float) -> Tensor:
