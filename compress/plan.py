@@ -16,7 +16,7 @@ from compress.errors import ConfigError, Problem, ResourceError
 from compress.evaluate import REFERENCE_NUMBERS
 from compress.evaluate import TOKENS_AT_ONCE as EVALUATED_AT_ONCE
 from compress.graph import Graph, Site
-from compress.passes import BlockPass, GlobalMagnitude, LinearPass, ModelPass, Pass
+from compress.passes import BlockPass, Eora, GlobalMagnitude, LinearPass, ModelPass, Pass
 from compress.passes.prune.selection import pattern
 from compress.pipeline import GATES, GIVEN, Pipeline, walk
 
@@ -127,8 +127,8 @@ class _Planner:
         self._check_sites(path, pass_, sites)
         if pass_.calibrated:
             self.needy = self.needy or path
-        if isinstance(pass_, GlobalMagnitude):
-            error = pass_.check_sizes([s.shape[0] * s.shape[1] for s in sites]) if sites else None
+        if isinstance(pass_, GlobalMagnitude | Eora):
+            error = pass_.check_shapes({s.name: s.shape for s in sites}) if sites else None
             if error:
                 self.problem(f"{path}.{error.option}", error.message)
         specs = {}

@@ -17,7 +17,7 @@ from compress.encodings import LowRank
 from compress.errors import ConfigError
 from compress.passes import Eora, FlexRound, Gptq, Magnitude, Override, Pass, Rtn, SparseGpt, Wanda
 from compress.passes.base import Target
-from compress.passes.compensate.ranks import by_budget, by_energy
+from compress.passes.compensate.ranks import by_budget, by_energy, too_little
 from compress.pipeline import Pipeline
 
 ROWS, COLUMNS = 24, 40
@@ -155,6 +155,37 @@ def test_the_budget_is_kept_over_all_layers_and_is_all_but_spent(tokens: Tensor)
     assert 1.7 < extra_bits(result) <= 2.0
     ranks = {w.low_rank.rank if w.low_rank else 0 for w in result.weights.values()}
     assert len(ranks) > 1
+
+
+def test_a_budget_that_pays_for_nothing_is_refused_with_the_smallest_that_pays_for_something(tokens: Tensor) -> None:
+    # The cheapest of the 14 layers, k_proj, is 32 x 64: one rank takes 16 * 96 bits, and there are 73728 weights.
+    said = (
+        r"passes\[1\]\.eora\.budget: 0\.02 bits a weight .* rank 1 of model\.layers\.0\.self_attn\.k_proj, takes 1536"
+    )
+    with pytest.raises(ConfigError, match=rf"{said} bits.* The smallest budget that pays for one is 0\.0209$"):
+        compress.apply(make_llama(), [Rtn(bits=2), Eora(rank=None, budget=0.02)], calibration=tokens)
+    result = compress.apply(make_llama(), [Rtn(bits=2), Eora(rank=None, budget=0.0209)], calibration=tokens)
+    assert [w.low_rank.rank for w in result.weights.values() if w.low_rank] == [1]
+
+
+def test_what_a_rank_costs_counts_the_bits_that_an_override_gives_a_layer() -> None:
+    eora = Eora(rank=None, budget=0.006, overrides=(Override("*.k_proj", {"adapter_bits": 4}),))
+    shapes = {"layers.0.k_proj": (32, 64), "layers.0.up_proj": (128, 512)}
+    assert eora.check_shapes(shapes) is None  # 4 * 96 bits for 67584 weights; 16 * 96 would be 0.023 bits a weight
+    assert Eora(rank=None, budget=0.006).check_shapes(shapes) is not None
+    decided = eora.allocated({name: {"energies": [1.0], "shape": shape} for name, shape in shapes.items()})
+    assert decided.at("layers.0.k_proj").rank == 1
+    assert not decided.selects("layers.0.up_proj", in_block=True)
+
+
+@pytest.mark.parametrize("costs", [{"a": 96, "b": 960}, {"b": 7}, {"a": 123456}])
+@pytest.mark.parametrize("weights", [1000, 73728, 10**9, 7])
+def test_the_budget_that_is_proposed_is_enough_and_hardly_more(costs: dict[str, int], weights: int) -> None:
+    said = too_little(costs, weights, 1e-12)
+    assert said is not None
+    enough = float(said.rpartition(" ")[2])
+    assert too_little(costs, weights, enough) is None
+    assert too_little(costs, weights, enough * 0.98) is not None
 
 
 def extra_bits(result: compress.Result) -> float:

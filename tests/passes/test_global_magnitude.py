@@ -186,8 +186,9 @@ def test_pruning_again_at_the_same_share_changes_nothing() -> None:
 def test_a_target_out_of_reach_is_refused_with_the_reachable_maximum() -> None:
     sizes = [100, 100, 100]
     assert max_sparsity(sizes, 0.1) == pytest.approx(0.7)
-    assert GlobalMagnitude(sparsity=0.7, min_keep=0.1).check_sizes(sizes) is None
-    error = GlobalMagnitude(sparsity=0.75, min_keep=0.1).check_sizes(sizes)
+    shapes = {"a": (10, 10), "b": (5, 20), "c": (100, 1)}
+    assert GlobalMagnitude(sparsity=0.7, min_keep=0.1).check_shapes(shapes) is None
+    error = GlobalMagnitude(sparsity=0.75, min_keep=0.1).check_shapes(shapes)
     assert error is not None
     assert error.option == "sparsity"
     assert "0.75 cannot be reached with min_keep 0.1: at most 0.7000" in error.message

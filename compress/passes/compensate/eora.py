@@ -4,7 +4,7 @@ Shapes: O rows, I columns, r rank.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -15,7 +15,7 @@ from compress.calibration.statistics import Need, Statistics
 from compress.encodings import LowRank, LowRankForm, Uniform
 from compress.errors import SolveError
 from compress.passes.base import Edit, LinearPass, OptionError, Override, Target
-from compress.passes.compensate.ranks import by_budget, by_energy
+from compress.passes.compensate.ranks import by_budget, by_energy, too_little
 from compress.passes.quantize.gptq import Gptq
 from compress.passes.quantize.gptq import solve as gptq
 
@@ -101,13 +101,21 @@ class Eora(LinearPass):
             return f"rank {self.rank} is more than the {min(shape)} that a {shape[0]} x {shape[1]} matrix has"
         return None
 
+    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> OptionError | None:
+        """Why this pass cannot work on all these matrices together, or None."""
+        costs = {name: self.at(name)._cost(shape) for name, shape in shapes.items()}
+        weights = sum(math.prod(shape) for shape in shapes.values())
+        reason = None if self.budget is None else too_little(costs, weights, self.budget)
+        return OptionError("budget", reason) if reason else None
+
     def produces(self, kind: str) -> str:
         return f"{kind}-compensated"
 
     def low_rank_form(self, shape: tuple[int, int]) -> LowRankForm:
         rank = self.rank
         if rank is None:  # decided by data; what a budget comes to on average
-            rank = max(1, min(shape) // 8 if self.budget is None else int(self.budget / self._bits_a_rank(shape)))
+            cost = self._cost(shape)
+            rank = max(1, min(shape) // 8 if self.budget is None else int(self.budget * math.prod(shape) / cost))
         groups = shape[1] // A_GROUP if self.adapter_bits and shape[1] % A_GROUP == 0 else 1
         return LowRankForm(rank=min(rank, *shape), bits=self.adapter_bits, a_groups=groups)
 
@@ -120,16 +128,16 @@ class Eora(LinearPass):
 
     def allocated(self, found: Mapping[str, Any]) -> Self:
         weights = sum(math.prod(f["shape"]) for f in found.values())
-        costs = {name: self._bits_a_rank(f["shape"]) * math.prod(f["shape"]) for name, f in found.items()}
+        costs = {name: self.at(name)._cost(f["shape"]) for name, f in found.items()}
         assert self.budget is not None
         ranks = by_budget({n: f["energies"] for n, f in found.items()}, costs, self.budget * weights)
         own = (Override(n, {**self.options_at(n), "rank": r, "budget": None}) for n, r in ranks.items() if r)
         without = (name for name, rank in ranks.items() if not rank)
         return replace(self, exclude=(*self.exclude, *without), overrides=(*self.overrides, *own))
 
-    def _bits_a_rank(self, shape: tuple[int, int] | list[int]) -> float:
-        """Stored bits a weight of one more rank."""
-        return (self.adapter_bits or VALUE_BITS) * (shape[0] + shape[1]) / (shape[0] * shape[1])
+    def _cost(self, shape: Sequence[int]) -> int:
+        """Stored bits of one more rank, scales not counted."""
+        return (self.adapter_bits or VALUE_BITS) * sum(shape)
 
     def run(self, target: Target) -> Edit:
         problem = _Problem.of(target, self.method, self.floor)

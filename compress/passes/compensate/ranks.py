@@ -1,6 +1,7 @@
 """How many directions a correction gets."""
 
 import heapq
+import math
 from collections.abc import Mapping, Sequence
 
 
@@ -37,3 +38,23 @@ def by_budget(energies: Mapping[str, Sequence[float]], costs: Mapping[str, float
         if ranks[name] < len(energies[name]):
             heapq.heappush(gains, (-energies[name][ranks[name]] / costs[name], name))
     return ranks
+
+
+def too_little(costs: Mapping[str, int], weights: int, budget: float) -> str | None:
+    """Why a budget gives no layer a rank, and the smallest that does, or None.
+
+    Args:
+        costs: layer -> bits of one more rank.
+        weights: of all layers.
+        budget: bits a weight.
+    """
+    cheapest = min(costs, key=lambda name: costs[name])
+    if costs[cheapest] <= budget * weights:
+        return None
+    enough = costs[cheapest] / weights
+    unit = 10.0 ** (math.floor(math.log10(enough)) - 2)
+    enough = math.ceil(enough / unit) * unit  # rounded up to three digits
+    return (
+        f"{budget:g} bits a weight pay for no correction: the cheapest, rank 1 of {cheapest}, takes {costs[cheapest]} "
+        f"bits, and there are {weights} weights. The smallest budget that pays for one is {enough:.3g}"
+    )

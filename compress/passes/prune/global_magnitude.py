@@ -3,7 +3,7 @@
 Shapes: N weights in all, n_l of layer l.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
@@ -82,9 +82,9 @@ class GlobalMagnitude(TrainingOptions, ModelPass):
         if not 0 <= self.min_keep < 1:
             yield OptionError("min_keep", f"{self.min_keep} is not a share of all weights from 0 to below 1")
 
-    def check_sizes(self, sizes: Sequence[int]) -> OptionError | None:
-        """Whether the target can be met on layers of these sizes."""
-        reachable = max_sparsity(sizes, self.min_keep)
+    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> OptionError | None:
+        """Why this pass cannot work on all these matrices together, or None."""
+        reachable = max_sparsity([rows * columns for rows, columns in shapes.values()], self.min_keep)
         if reachable < self.sparsity:
             return OptionError(
                 "sparsity",
