@@ -47,7 +47,7 @@ def run(
         print(result.to_json(), end="")
         return
     console = _console()
-    console.print(report.table(result))
+    console.print(report.table(result, console.width))
     for text in result.fallbacks[:10]:
         console.print(f"note: {text}", soft_wrap=True)
     if len(result.fallbacks) > 10:
@@ -102,7 +102,7 @@ def show_plan(pipeline: PipelineArg, model: ModelArg, as_json: JsonOption = Fals
         return
     table = Table(title=f"{pipeline} on {model}", title_justify="left")
     for i, name in enumerate(("pass", "layers", "weights", "becomes", "bits/weight")):
-        table.add_column(name, justify="left" if i in (0, 3) else "right")
+        table.add_column(name, justify="left" if i in (0, 3) else "right", overflow="fold")
     for row in rows:
         table.add_row(
             str(row["pass"]),

@@ -2,10 +2,14 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rich.cells import cell_len
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -96,14 +100,29 @@ def size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count} B"
 
 
-def table(report: Report) -> Table:
-    """For the terminal."""
-    drawn = Table(title=f"{report.model}", title_justify="left", caption=caption(report), caption_justify="left")
-    for i, heading in enumerate(headings(report)):
-        drawn.add_column(heading, justify="left" if i == 0 else "right", no_wrap=True)
-    for row in report.rows:
-        drawn.add_row(*cells(row))
-    return drawn
+def table(report: Report, width: int) -> Group:
+    """For a terminal of this width. Columns that do not fit beside the others go into another table below."""
+    columns = list(zip(headings(report), *map(cells, report.rows), strict=True))
+    names, rest = columns[0], columns[1:]
+    parts: list[list[tuple[str, ...]]] = [[names]]
+    for column in rest:
+        if len(parts[-1]) > 1 and _drawn_width([*parts[-1], column]) > width:
+            parts.append([names])
+        parts[-1].append(column)
+    tables = []
+    for part in parts:
+        drawn = Table()
+        for i, (heading, *_) in enumerate(part):
+            drawn.add_column(heading, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+        for row in list(zip(*part, strict=True))[1:]:
+            drawn.add_row(*row)
+        tables.append(drawn)
+    return Group(Text(report.model, "table.title"), *tables, Text(caption(report), "table.caption"))
+
+
+def _drawn_width(columns: Sequence[tuple[str, ...]]) -> int:
+    """With lines and room between columns."""
+    return 1 + sum(3 + max(map(cell_len, column)) for column in columns)
 
 
 def caption(report: Report) -> str:

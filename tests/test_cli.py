@@ -11,10 +11,11 @@ import pytest
 import torch
 import yaml
 from commands import PIPELINE, compress_command, files_of, make_text_model, write_pipeline, write_text
+from rich.console import Console
 from torch import Tensor
 
 import compress
-from compress import cli, manager, schema
+from compress import cli, manager, report, schema
 from compress.errors import UsageError
 from compress.passes import PASSES
 
@@ -122,6 +123,32 @@ def test_damaged_unfinished_work_is_done_again(here: Path, tmp_path: Path, rtn: 
     assert compress_command("run", rtn, here / "model", "-o", tmp_path / "two").code == 0
     one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
     assert one["compress.safetensors"] == two["compress.safetensors"]
+
+
+@pytest.mark.parametrize("width", [200, 80, 60, 40])
+def test_on_a_terminal_of_any_width_no_number_and_no_heading_is_cut_off(width: int, here: Path) -> None:
+    data = json.loads((here / "out" / "report.json").read_text())
+    found = report.Report(rows=[report.Row(**row) for row in data.pop("rows")], **data)
+    out = io.StringIO()
+    Console(file=out, width=width).print(report.table(found, width))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    # Every table repeats the names in its first column; the others together are the whole row.
+    shown = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines if line[0] in "│┃"]
+    assert (len(shown) == 1 + len(found.rows)) == (width == 200)
+    for row, wanted in enumerate([report.headings(found), *map(report.cells, found.rows)]):
+        parts = shown[row :: 1 + len(found.rows)]
+        assert [parts[0][0], *(cell for part in parts for cell in part[1:])] == list(wanted)
+
+
+def test_a_name_too_long_for_the_terminal_is_folded_and_numbers_stay_whole() -> None:
+    row = report.Row("global_magnitude + " * 5, 25.4321, 0.5, 0.1234, 10**7, 3.25, 0.7, 12.3, 512.0)
+    out = io.StringIO()
+    Console(file=out, width=50).print(report.table(report.Report("model", [row]), 50))
+    assert max(map(len, out.getvalue().splitlines())) <= 50
+    for number in report.cells(row)[1:]:
+        assert number in out.getvalue()
+    assert "…" not in out.getvalue()
 
 
 # --- a finished run ---------------------------------------------------------------------------------------------------
