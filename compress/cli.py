@@ -164,6 +164,7 @@ def evaluate(
 @app.command()
 def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as_json: JsonOption = False) -> None:
     """List every stored weight: kind, bits, sparsity, error, bytes, and how its layer rounds its inputs."""
+    from compress import draw
     from compress.encodings import Spec
     from compress.report import size
     from compress.runtime.register import METHOD
@@ -186,6 +187,8 @@ def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as
             "group_size": spec.shape[1] // getattr(form, "groups", 1) if form else None,
             "sparsity": 1 - spec.kept / weights if spec.kept is not None else 0.0, "bytes": spec.num_bytes,
             "inputs": str(spec.inputs) if spec.inputs else None,
+            "rank": spec.low_rank.rank if spec.low_rank else None,
+            "adapter_bits": spec.low_rank.bits if spec.low_rank else None,
             "bits_per_weight": 8 * spec.num_bytes / weights, "passes": list(notes),
             "error": {p: n["error"] for p, n in notes.items()},
             "fallback": [n["fallback"] for n in notes.values() if "fallback" in n],
@@ -194,8 +197,10 @@ def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as
         print(json.dumps(rows, indent=1))
         return
     table = Table()
-    rounded = any(row["inputs"] for row in rows)
-    headings = ("layer", "shape", "encoding", "bits", "group", "sparsity", "bits/weight", "size", "error")
+    rounded, corrected = any(row["inputs"] for row in rows), any(row["rank"] for row in rows)
+    headings = ["layer", "shape", "encoding", "bits", "group", "sparsity", "bits/weight", "size", "error"]
+    if corrected:
+        headings.insert(5, "rank")
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="left" if i == 0 else "right", overflow="fold")
     if rounded:
@@ -206,13 +211,26 @@ def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as
             row["layer"] + (" (fallback)" if row["fallback"] else ""),
             "x".join(map(str, row["shape"])),
             *("" if row[key] is None else str(row[key]) for key in ("encoding", "bits", "group_size")),
+            *([_rank(row)] if corrected else []),
             f"{row['sparsity']:.1%}",
             f"{row['bits_per_weight']:.3f}",
             size(row["bytes"]),
             errors,
             *([row["inputs"] or ""] if rounded else []),
         )
-    _console().print(table)
+    console = _console()
+    console.print(table)
+    found = {row["layer"]: (row["shape"][0] * row["shape"][1], row["sparsity"]) for row in rows}
+    if draw.uneven(found):
+        console.print(
+            "zeros by block", draw.zeros(found, console.width, console.options.ascii_only), sep="\n", soft_wrap=True
+        )
+
+
+def _rank(row: dict[str, Any]) -> str:
+    """Of a layer's correction."""
+    bits = f" x {row['adapter_bits']} bit" if row["adapter_bits"] else ""
+    return f"{row['rank']}{bits}" if row["rank"] else ""
 
 
 @app.command("list")

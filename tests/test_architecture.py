@@ -30,6 +30,7 @@ ALLOWED = {
     "observe.py": {"passes", "graph", "encodings", "errors"},
     "evaluate.py": {"calibration", "errors"},
     "report.py": {"errors", "ledger"},
+    "draw.py": {"passes"},
     "typed.py": {"passes"},
     "pipeline.py": {"passes", "calibration", "typed", "errors"},
 }

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 import compress
-from compress import cli, manager, report, schema
+from compress import cli, draw, manager, report, schema
 from compress.errors import UsageError
 from compress.passes import PASSES
 
@@ -305,6 +305,58 @@ def test_inspect_lists_every_stored_weight(here: Path) -> None:
     assert (q["sparsity"], q["passes"]) == (0.0, ["gptq"])
     shown = compress_command("inspect", here / "out").out
     assert all(name in shown for name in rows)
+
+
+def test_inspect_draws_the_zeros_of_every_block_where_layers_differ(here: Path, tmp_path: Path, rtn: Path) -> None:
+    lines = compress_command("inspect", here / "out").out.splitlines()
+    start = lines.index("zeros by block")
+    # Half of the mlp's 24576 weights of 36864.
+    for line, name in zip(lines[start + 1 :], ("model.layers.0", "model.layers.1", "in all"), strict=True):
+        assert line.startswith(f"{name} ")
+        assert line.endswith("33.3%  0.0% to 50.0%")
+        assert line.count("█") == 13
+    assert compress_command("run", rtn, here / "model", "-o", tmp_path / "out").code == 0
+    assert "zeros by block" not in compress_command("inspect", tmp_path / "out").out
+
+
+def test_inspect_shows_the_rank_of_corrections_where_there_are_any(here: Path, tmp_path: Path) -> None:
+    assert "rank" not in compress_command("inspect", here / "out").out
+    entry = "rtn: {bits: 2}\n  - eora: {rank: 3, adapter_bits: 4, include: ['*.up_proj']}"
+    pipeline = write_pipeline(tmp_path / "p.yaml", PIPELINE.format(text=here / "words.txt", entry=entry))
+    assert compress_command("run", pipeline, here / "model", "-o", tmp_path / "out").code == 0
+    shown = compress_command("inspect", tmp_path / "out").out
+    assert " rank " in shown
+    assert shown.count(" 3 x 4 bit ") == 2
+    rows = {r["layer"]: r for r in json.loads(compress_command("inspect", tmp_path / "out", "--json").out)}
+    assert [rows[f"model.layers.0.mlp.{leaf}"]["rank"] for leaf in ("up_proj", "down_proj")] == [3, None]
+    assert [rows[f"model.layers.0.mlp.{leaf}"]["adapter_bits"] for leaf in ("up_proj", "down_proj")] == [4, None]
+
+
+# --- bars -------------------------------------------------------------------------------------------------------------
+
+
+def test_bars_are_as_long_as_shares_are_large_and_blocks_come_in_their_order() -> None:
+    found = {f"layers.{i}.a": (100, i / 10) for i in (10, 2, 0, 1)} | {"head": (600, 0.0)}
+    lines = draw.zeros(found, 80).splitlines()
+    assert [line[:9].strip() for line in lines] == ["head", "layers.0", "layers.1", "layers.2", "layers.10", "in all"]
+    assert [line.count("█") for line in lines] == [0, 0, 4, 8, 40, 5]
+    assert lines[-1].endswith("13.0%  0.0% to 100.0%")
+    assert draw.zeros({"a": (1, 0.0125)}, 80).splitlines()[0].split() == ["a", "▌", "1.2%"]
+
+
+@pytest.mark.parametrize("width", [200, 80, 40])
+def test_bars_fit_the_terminal_and_can_do_without_unicode(width: int) -> None:
+    found = {f"layers.{i}.{leaf}": (10, (i + j) / 20) for i in range(12) for j, leaf in enumerate("ab")}
+    plain = draw.zeros(found, width, ascii_only=True)
+    assert plain.isascii()
+    assert "#" in plain
+    assert max(len(line) for line in draw.zeros(found, width).splitlines()) <= width
+
+
+def test_shares_that_differ_by_the_rounding_to_columns_are_even() -> None:
+    assert not draw.uneven({"a": (256, 179 / 256), "b": (768, 537 / 768)})
+    assert draw.uneven({"a": (256, 0.68), "b": (768, 0.7)})
+    assert not draw.uneven({})
 
 
 # --- list, init, schema -----------------------------------------------------------------------------------------------
