@@ -78,14 +78,27 @@ def check(
 
 
 @app.command("plan")
-def show_plan(pipeline: PipelineArg, model: ModelArg, as_json: JsonOption = False) -> None:
-    """Show what each pass will touch and cost, before any work."""
-    from compress import api, plan
+def show_plan(
+    pipeline: PipelineArg,
+    model: ModelArg,
+    with_shares: Annotated[
+        bool, typer.Option("--shares", help="read the weights, and show how many of each block become zero")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what each pass will touch and cost, before any work. Only --shares reads weights."""
+    from compress import api, draw, plan, progress, shares
     from compress.pipeline import load
     from compress.report import size
 
     opened = api.open_model(model)
     made = plan.make(load(pipeline), opened.artifact.graph, opened.dtypes, str(pipeline))
+    allocations, bars = shares.allocations(made), progress.Bars()
+    decided: dict[str, dict[str, float]] = {}
+    with bars.shown():
+        for path, each in allocations.items() if with_shares else ():
+            if each.known:
+                decided[path] = each.shares(opened.artifact, bars)
     rows = []
     for stage in made.stages:
         for part in stage:
@@ -95,6 +108,11 @@ def show_plan(pipeline: PipelineArg, model: ModelArg, as_json: JsonOption = Fals
             kind = ", ".join(sorted(kinds))
             rows.append({"pass": part.path, "layers": len(part.sites), "weights": weights, "becomes": kind,
                          "bits_per_weight": round(bits, 3)})  # fmt: skip
+            if part.path in allocations:
+                rows[-1] |= {
+                    "allocation": allocations[part.path].said(part.path in decided),
+                    "shares": decided.get(part.path),
+                }
     totals = {"original_bytes": made.original_bytes, "final_bytes": made.final_bytes, "peak_memory": made.peak_memory,
               "disk": made.disk}  # fmt: skip
     if as_json:
@@ -118,6 +136,13 @@ def show_plan(pipeline: PipelineArg, model: ModelArg, as_json: JsonOption = Fals
         f"{size(made.peak_memory)}; disk while running about {size(made.disk)}",
         soft_wrap=True,
     )
+    for path, each in allocations.items():
+        console.print(f"{path}: {each.said(path in decided)}", soft_wrap=True, markup=False)
+        if path in decided:
+            found = {s.name: (s.shape[0] * s.shape[1], decided[path][s.name]) for s in each.sites}
+            console.print(draw.zeros(found, console.width, console.options.ascii_only), soft_wrap=True)
+    if with_shares and not allocations:
+        console.print("--shares: no pass gives layers different shares of zeros", soft_wrap=True)
 
 
 @app.command("eval")

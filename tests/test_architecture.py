@@ -31,6 +31,7 @@ ALLOWED = {
     "evaluate.py": {"calibration", "errors"},
     "report.py": {"errors", "ledger"},
     "draw.py": {"passes"},
+    "shares.py": {"plan", "observe", "passes", "artifact", "graph", "progress"},
     "typed.py": {"passes"},
     "pipeline.py": {"passes", "calibration", "typed", "errors"},
 }

@@ -1,6 +1,7 @@
 """The plan: everything that can be known before work, known before work; and no weight is read for it."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,89 @@ def test_peak_memory_grows_with_the_calibration_data(tiny_llama: nn.Module) -> N
         planned(tiny_llama, f"calibration: {{samples: {n}, length: 128}}\npasses: [gptq]").peak_memory for n in (8, 800)
     )
     assert many - few == 792 * 128 * 64 * 4
+
+
+# --- where sparsity goes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("passes", "said"),
+    [
+        (
+            "{magnitude: {allocate: farms}}",
+            "in blocks whose spectra .*; decided from the weights alone; --shares shows how",
+        ),
+        (
+            "{magnitude: {allocate: global, allocate_by: site}}",
+            "50% zeros in all, more in layers whose scores are small",
+        ),
+        ("{magnitude: {allocate: owl}}", "with few outliers; decided from calibration data while running"),
+        (
+            "{wanda: {allocate: global, sparsity: 0.655}}",
+            "65.5% zeros .* calibration data .* shown by `compress inspect`",
+        ),
+        ("reorder, {magnitude: {allocate: farms}}", "the passes before it leave are not known yet"),
+        ("{blockwise: [{magnitude: {allocate: farms}}, rtn]}", "blockwise.0..magnitude: .* from the weights alone"),
+        ("global_magnitude", "layers whose weights are small beside the others'; decided from the weights alone"),
+    ],
+)
+def test_plan_says_what_decides_where_sparsity_goes_and_reads_no_weight_for_it(
+    passes: str, said: str, garbage: Path, tmp_path: Path
+) -> None:
+    pipeline = write_pipeline(tmp_path / "p.yaml", f"{CALIBRATION}passes: [{passes}]")
+    shown = compress_command("plan", pipeline, garbage)
+    assert shown.code == 0, shown.err
+    assert re.search(said, shown.out)
+    assert "█" not in shown.out
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "magnitude: {sparsity: 0.6, allocate: global}",
+        "magnitude: {sparsity: 0.6, allocate: farms}",
+        "wanda: {sparsity: 0.6, allocate: alphapruning, allocate_by: site, exclude: ['*.up_proj']}",
+        "global_magnitude: {sparsity: 0.6}",
+    ],
+)
+def test_the_shares_that_plan_shows_are_those_of_the_run(
+    entry: str, tiny_folder: Path, tmp_path: Path, tokens: Tensor
+) -> None:
+    text = f"{CALIBRATION}passes: [{{{entry}}}]"
+    shown = compress_command("plan", write_pipeline(tmp_path / "p.yaml", text), tiny_folder, "--shares", "--json")
+    assert shown.code == 0, shown.err
+    found = json.loads(shown.out)["passes"][0]["shares"]
+    compress.run(parse(text), tiny_folder, tmp_path / "out", calibration=tokens)
+    rows = json.loads(compress_command("inspect", tmp_path / "out", "--json").out)
+    assert found.keys() == {row["layer"] for row in rows}
+    assert len(set(found.values())) > 1
+    for row in rows:
+        assert row["sparsity"] == pytest.approx(found[row["layer"]], abs=1e-6)
+
+
+def test_shares_are_drawn_by_block_and_those_not_known_are_told_apart(tiny_folder: Path, tmp_path: Path) -> None:
+    passes = "{magnitude: {allocate: farms}}, {wanda: {sparsity: 0.7, allocate: owl}}, {magnitude: {allocate: farms}}"
+    pipeline = write_pipeline(tmp_path / "p.yaml", f"{CALIBRATION}passes: [{passes}]")
+    lines = compress_command("plan", pipeline, tiny_folder, "--shares").out.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("passes[0].magnitude: "))
+    assert lines[first].endswith("decided from the weights alone")
+    assert [line.split()[0] for line in lines[first + 1 : first + 4]] == ["model.layers.0", "model.layers.1", "in"]
+    assert all("█" in line and "%" in line for line in lines[first + 1 : first + 4])
+    assert [line.partition(":")[0] for line in lines[first + 4 :]] == ["passes[1].wanda", "passes[2].magnitude"]
+    rows = json.loads(compress_command("plan", pipeline, tiny_folder, "--shares", "--json").out)["passes"]
+    assert [row["shares"] is None for row in rows] == [False, True, True]
+
+
+def test_asked_for_shares_where_all_are_the_same_plan_says_so(tiny_folder: Path, tmp_path: Path) -> None:
+    pipeline = write_pipeline(tmp_path / "p.yaml", "passes: [magnitude]")
+    assert "no pass gives layers different shares" in compress_command("plan", pipeline, tiny_folder, "--shares").out
+
+
+def test_a_weight_that_is_not_finite_is_refused_when_shares_are_asked_for(garbage: Path, tmp_path: Path) -> None:
+    pipeline = write_pipeline(tmp_path / "p.yaml", "passes: [{magnitude: {allocate: farms}}]")
+    ended = compress_command("plan", pipeline, garbage, "--shares")
+    assert (ended.code, ended.out) == (1, "")
+    assert "NaN or infinite" in ended.err
 
 
 # --- what it refuses --------------------------------------------------------------------------------------------------
