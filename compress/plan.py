@@ -16,12 +16,13 @@ from compress.errors import ConfigError, Problem, ResourceError
 from compress.evaluate import REFERENCE_NUMBERS
 from compress.evaluate import TOKENS_AT_ONCE as EVALUATED_AT_ONCE
 from compress.graph import Graph, Site
-from compress.passes import BlockPass, Eora, GlobalMagnitude, LinearPass, ModelPass, Pass
+from compress.passes import BlockPass, LinearPass, ModelPass, Pass
 from compress.passes.prune.selection import pattern
 from compress.pipeline import GATES, GIVEN, Pipeline, walk
 
 BASELINE = 450 << 20  # Python, torch and transformers, before any work
 FLOAT = 4
+TRAINING = 5  # numbers a weight of a model that is trained as a whole, adapters not counted
 LEARNING = 18  # numbers a weight while it is learned: values, gradients, moments, the best so far, temporaries
 
 
@@ -78,7 +79,7 @@ def make(pipeline: Pipeline, graph: Graph, dtypes: dict[str, torch.dtype], file:
     for site in graph.sites:
         if site.name in planner.specs:
             final[site.parameter] = planner.specs[site.name].num_bytes
-    total = sum(final.values())
+    total = sum(final.values()) + sum(planner.new_biases.values())
     return Plan(
         tuple(tuple(s) for s in stages), sum(sizes.values()), total, planner.memory(), total * (len(stages) + 1)
     )
@@ -91,7 +92,9 @@ class _Planner:
         self.specs: dict[str, Spec] = {}
         self.kinds = {s.name: "dense" for s in graph.sites}
         self.tied = graph.tied
+        self.parameters = {name for name, _ in graph.model.named_parameters(remove_duplicate=False)}
         self.needy = ""
+        self.new_biases: dict[str, int] = {}  # layer -> bytes of a bias that it is given
 
     def problem(self, path: str, message: str) -> None:
         lines, line, place = self.pipeline.lines, None, path
@@ -125,17 +128,24 @@ class _Planner:
                 path, f"{pass_.key} looks at all layers before it begins, so it must be the first of `blockwise:`"
             )
         self._check_sites(path, pass_, sites)
+        if isinstance(pass_, ModelPass) and pass_.loss == "next_token" and not self.graph.is_language_model:
+            self.problem(
+                f"{path}.objective",
+                f"a {type(self.graph.model).__name__} predicts no next token; set it to distill, which trains towards "
+                "the original's predictions",
+            )
         if pass_.calibrated:
             self.needy = self.needy or path
-        if isinstance(pass_, GlobalMagnitude | Eora):
-            error = pass_.check_shapes({s.name: s.shape for s in sites}) if sites else None
-            if error:
-                self.problem(f"{path}.{error.option}", error.message)
+        error = pass_.check_shapes({s.name: s.shape for s in sites}) if sites else None
+        if error:
+            self.problem(f"{path}.{error.option}", error.message)
         specs = {}
         for site in sites:
             if pass_.refusal(self.kinds[site.name]) is None:
                 self.kinds[site.name] = pass_.produces(self.kinds[site.name])
                 specs[site.name] = self.specs[site.name] = self._spec(pass_.at(site.name), site)
+            if pass_.at(site.name).adds_biases and f"{site.name}.bias" not in self.parameters:
+                self.new_biases[site.name] = site.shape[0] * self.dtypes[site.parameter].itemsize
         return PassPlan(path, pass_, sites, specs)
 
     def _check_order(self, path: str, pass_: Pass, sites: Sequence[Site]) -> tuple[Site, ...]:
@@ -278,10 +288,16 @@ class _Planner:
         vocabulary = getattr(getattr(graph.model, "config", None), "vocab_size", 0)
         logits = 5 * EVALUATED_AT_ONCE * vocabulary * FLOAT + REFERENCE_NUMBERS * FLOAT
         measuring = logits if self.pipeline.evaluate else 0
+        # Training holds the model, what its matrices start as and become, and a batch's logits and their gradients.
+        training = [p for stage in self.pipeline.passes for p in stage if isinstance(p, ModelPass) and p.loss]
+        length = self.pipeline.calibration.length if self.pipeline.calibration else 0
+        at_once = max((getattr(p, "batch_size", 1) for p in training), default=0) * length
+        weights = sum(p.numel() for p in parameters.values())
+        whole = TRAINING * weights * FLOAT + 6 * at_once * vocabulary * FLOAT if training else 0
         return (
             BASELINE
             + measuring
-            + max(outside * 2, (block if calibrated else 0) + statistics + 4 * largest)
+            + max(outside * 2, (block if calibrated else 0) + statistics + 4 * largest, whole)
             + activations
         )
 

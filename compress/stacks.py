@@ -48,5 +48,7 @@ def split_rows(edit: Edit, group: list[Site]) -> list[Edit]:
         start = rows.stop
         e = None if edit.encoding is None else edit.encoding.rows(rows)
         weight = None if edit.weight is None else edit.weight[rows]
-        parts.append(replace(edit, weight=weight, mask=None if edit.mask is None else edit.mask[rows], encoding=e))
+        mask = None if edit.mask is None else edit.mask[rows]
+        shift = None if edit.shift is None else edit.shift[rows]
+        parts.append(replace(edit, weight=weight, mask=mask, encoding=e, shift=shift))
     return parts

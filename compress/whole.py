@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from compress.calibration.precision import learning
 from compress.calibration.training import Kept, Loss, Make, ModelData
-from compress.errors import UnsupportedModelError
 from compress.evaluate import logits_in
 from compress.graph import Graph
 from compress.ledger import MemoryLedger
@@ -59,15 +58,8 @@ def model_data(context: Context, samples: Tensor, kind: Loss, checkpointing: boo
         kind: of the loss.
         checkpointing: activations inside blocks are computed again for gradients.
         kept: where the state of training is kept.
-
-    Raises:
-        UnsupportedModelError: `next_token` for a model that predicts none.
     """
     graph, sites = context.graph, context.artifact.sites
-    if kind == "next_token" and not graph.is_language_model:
-        raise UnsupportedModelError(
-            f"{type(graph.model).__name__} predicts no next token; train it with objective: distill"
-        )
     original = _original(context) if kind == "distill" else {}
 
     def values(make: Make) -> Callable[[Collection[str]], dict[str, Tensor]]:

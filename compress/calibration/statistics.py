@@ -33,6 +33,7 @@ class Statistics:
         self.tokens = 0
         self._squares = torch.zeros(width, dtype=torch.float64)
         self._gram = torch.zeros(width, width) if need == "gram" else None
+        self._sum = torch.zeros(width, dtype=torch.float64) if need == "gram" else None
         self._panel = max(SMALLEST_PANEL, width // 8)
         self._whole = True
         self._eigen: tuple[Tensor, Tensor] | None = None
@@ -53,6 +54,8 @@ class Statistics:
                 for a in range(0, wide.shape[1], self._panel):
                     b = a + self._panel
                     self._gram[a:, a:b].addmm_(wide[:, a:].T, wide[:, a:b])
+            assert self._sum is not None
+            self._sum += wide.sum(0)
             self._whole, self._eigen = False, None
         squares = self.square_sum
         if not torch.isfinite(squares).all():
@@ -80,6 +83,11 @@ class Statistics:
             assert self.gram is not None
             self._eigen = torch.linalg.eigh(self.gram.double())
         return self._eigen
+
+    @property
+    def mean(self) -> Tensor | None:
+        """(I,) float64, of every input feature; None without a Gram matrix, or when nothing was seen."""
+        return None if self._sum is None or not self.tokens else self._sum / self.tokens
 
     @property
     def square_sum(self) -> Tensor:

@@ -74,6 +74,10 @@ class Pass:
         """Why this pass cannot work on an (out, in) matrix, or None."""
         return None
 
+    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> OptionError | None:
+        """Why it cannot work on all these matrices together, or None."""
+        return None
+
     def form(self, shape: tuple[int, int]) -> Form | None:
         """What its codes for an (out, in) matrix will be like; None when it makes none."""
         return None

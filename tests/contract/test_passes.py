@@ -85,7 +85,13 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     "perp_reconstruct": [{"train": ("scale_lora", "mask_lora"), "rank": 2}, {"granularity": "matrix"}],
     "adaround": [{"steps": 4, "bits": 2, "group_size": 16}, {"steps": 4, "objective": "layer"}],
     "magnitude": [{"sparsity": "2:4"}, {"sparsity": 0.25}],
-    "global_magnitude": [{"sparsity": 0.7, "min_keep": 0.01}, {"sparsity": 0.0}],
+    "global_magnitude": [
+        {"sparsity": 0.7, "min_keep": 0.01},
+        {"sparsity": 0.0},
+        {"sparsity": 0.95, "cuts": 2, "steps": 2, "regrow": True},
+    ],
+    "bip": [{"sparsity": 0.95, "mask_rate": 0.1}],
+    "sparse_soup": [{"models": 2, "soup": "greedy"}, {"sparsity": 0.95, "phases": 2, "models": 2}],
     "wanda": [
         {"sparsity": "2:4"},
         {"sparsity": 0.3, "free_rows": True},
@@ -95,7 +101,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     "sparsegpt": [{"sparsity": "4:8", "damping": 0.1}, {"sparsity": 0.7, "tile": 16}],
 }
 
-LEARNED = ("flexround", "adaround", "nupes", "jlcm", "perp", "perp_reconstruct")
+LEARNED = ("flexround", "adaround", "nupes", "jlcm", "perp", "perp_reconstruct", "sparse_soup", "bip")
 QUICK = {key: {"steps": 4} for key in LEARNED}  # keeps a learned method quick
 
 each_class = pytest.mark.parametrize("cls", PASSES, ids=lambda cls: cls.key)

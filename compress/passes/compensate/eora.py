@@ -44,6 +44,7 @@ class Eora(LinearPass):
             ignores inputs.
         adapter_bits: 4 or 8 store codes of the factors; None their values in 16 bits.
         floor: under the eigenvalues of the Gram matrix, as a share of the largest.
+        bias: also make up for what is lost on the mean input, in the bias of the layer; one without gets one.
 
     Example:
         >>> import torch, compress
@@ -60,6 +61,7 @@ class Eora(LinearPass):
     method: Literal["eora", "activation", "svd"] = "eora"
     adapter_bits: int | None = None
     floor: float = 1e-6
+    bias: bool = False
 
     key: ClassVar[str] = "eora"
     accepts: ClassVar[frozenset[str]] = frozenset({"sparse", "quantized", "sparse-quantized"})
@@ -67,7 +69,12 @@ class Eora(LinearPass):
 
     @property
     def needs(self) -> Need:
-        return "none" if self.method == "svd" else "gram"
+        every = (self, *(replace(self, overrides=(), **o.options) for o in self.overrides))
+        return "none" if all(p.method == "svd" and not p.bias for p in every) else "gram"
+
+    @property
+    def adds_biases(self) -> bool:
+        return self.bias
 
     @property
     def surveys(self) -> bool:
@@ -102,7 +109,6 @@ class Eora(LinearPass):
         return None
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> OptionError | None:
-        """Why this pass cannot work on all these matrices together, or None."""
         costs = {name: self.at(name)._cost(shape) for name, shape in shapes.items()}
         weights = sum(math.prod(shape) for shape in shapes.values())
         reason = None if self.budget is None else too_little(costs, weights, self.budget)
@@ -144,11 +150,12 @@ class Eora(LinearPass):
         rank = self.rank if self.energy is None else by_energy(problem.energies.tolist(), self.energy)
         assert rank is not None
         made = problem.best(min(rank, *target.weight.shape), self.adapter_bits)
-        before, after = problem.error(None), problem.error(made)
-        return Edit(low_rank=made, mask=target.mask, notes={"output_error_start": before, "output_error": after})
+        shift = problem.shift(made) if self.bias else None
+        notes = {"output_error_start": problem.error(None), "output_error": problem.error(made, shift)}
+        return Edit(low_rank=made, mask=target.mask, shift=shift, notes=notes)
 
     def fallback(self) -> "Eora":
-        return replace(self, method="svd", overrides=())
+        return replace(self, method="svd", bias=False, overrides=())
 
 
 @dataclass(frozen=True)
@@ -160,7 +167,7 @@ class _Problem:
         root, inverse: (I, I) or (1, I) float64, S and S^-1; a row for diagonal ones.
         right: (I, r) float64, orthonormal right singular vectors of lost @ root, largest first.
         energies: (r,) float64, squared singular values, largest first.
-        gram: (I, I) float32.
+        statistics: of the inputs; None where they do not matter.
         size: ||original S||^2, to compare errors with.
     """
 
@@ -169,7 +176,7 @@ class _Problem:
     inverse: Tensor
     right: Tensor
     energies: Tensor
-    gram: Tensor | None
+    statistics: Statistics | None
     size: float
 
     @classmethod
@@ -193,9 +200,8 @@ class _Problem:
         energies, vectors = values.flip(0).clamp_(min=0), vectors.flip(1)
         if seen.shape[1] > seen.shape[0]:  # left singular vectors: turn them round
             vectors = seen.T @ vectors / energies.sqrt().clamp(min=1e-300)
-        gram = None if statistics is None else statistics.gram
         size = float(_times(target.original.double(), root).square().sum())
-        return cls(lost, root, inverse, vectors, energies, gram, size or 1.0)
+        return cls(lost, root, inverse, vectors, energies, statistics, size or 1.0)
 
     def best(self, rank: int, bits: int | None) -> LowRank:
         """The correction of this rank: A as it will be stored, and the B that is best for that."""
@@ -204,7 +210,8 @@ class _Problem:
         if bits is None:
             first = _stored(a)
             return LowRank(first, _stored(self._fitted(first.double())))
-        gram = torch.eye(a.shape[1]) if self.gram is None else self.gram
+        seen = None if self.statistics is None else self.statistics.gram
+        gram = torch.eye(a.shape[1]) if seen is None else seen
         coded = _gptq(a.float(), gram, bits, A_GROUP if a.shape[1] % A_GROUP == 0 else None)
         made = coded.dequantize()
         return LowRank(coded, _gptq(self._fitted(made.double()).float(), made @ gram @ made.T, bits, None))
@@ -214,10 +221,19 @@ class _Problem:
         solution: Tensor = torch.linalg.lstsq(_times(a, self.root).T, _times(self.lost, self.root).T, driver="gelsd")[0]
         return solution.T
 
-    def error(self, made: LowRank | None) -> float:
-        """||(lost - B A) S|| / ||original S||."""
+    def shift(self, made: LowRank) -> Tensor | None:
+        """(O,) what is still lost on the mean input; None where none was seen."""
+        if self.statistics is None or self.statistics.mean is None:
+            return None
+        return ((self.lost - made.product().double()) @ self.statistics.mean).float()
+
+    def error(self, made: LowRank | None, shift: Tensor | None = None) -> float:
+        """||(lost - B A) S|| / ||original S||, less what a shift of all outputs makes up for."""
         left = self.lost if made is None else self.lost - made.product().double()
-        return math.sqrt(float(_times(left, self.root).square().sum()) / self.size)
+        square = float(_times(left, self.root).square().sum())
+        if shift is not None and self.statistics is not None:
+            square -= self.statistics.tokens * float(shift.double().square().sum())
+        return math.sqrt(max(0.0, square) / self.size)
 
 
 def roots(statistics: Statistics, floor: float) -> tuple[Tensor, Tensor]:
