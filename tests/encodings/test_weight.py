@@ -155,6 +155,42 @@ def test_sizes_follow_the_documented_layout() -> None:
     assert spec.num_bytes == 6 * 6 + -(-spec.kept * 3 // 8) + 6 * 2 + 6
 
 
+def patterned(rows: int, columns: int, keep: int, of: int) -> Tensor:
+    """A random mask that keeps exactly `keep` in every run of `of` columns."""
+    highest = torch.rand(rows, columns // of, of).argsort(-1)[..., :keep]
+    return torch.zeros(rows, columns // of, of, dtype=torch.bool).scatter_(-1, highest, True).view(rows, columns)
+
+
+@pytest.mark.parametrize(("keep", "of"), [(2, 4), (4, 8)])
+@pytest.mark.parametrize("columns", [64, 128])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_four_bits_under_half_a_mask_cost_three_bits_a_weight_and_scales(
+    keep: int, of: int, columns: int, symmetric: bool
+) -> None:
+    mask, groups = patterned(6, columns, keep, of), columns // 64
+    scale, zero = fit(dense(6, columns) * mask, 4, groups=groups, symmetric=symmetric)
+    codes = quantize(dense(6, columns) * mask, scale, zero, 4)
+    spec, _ = pack(Weight(mask=mask, encoding=Uniform(codes, scale, zero, 4, symmetric)))
+    zeros = 0 if symmetric else 6 * -(-groups * 4 // 8)
+    assert spec.num_bytes == 6 * columns * 3 // 8 + 6 * groups * 2 + zeros
+
+
+@pytest.mark.parametrize(("keep", "of"), [(2, 4), (4, 8)])
+def test_sixteen_bits_under_half_a_mask_cost_nine_bits_a_weight(keep: int, of: int) -> None:
+    mask = patterned(6, 64, keep, of)
+    assert pack(Weight((dense(6, 64) * mask).half(), mask))[0].num_bytes == 6 * 64 * 9 // 8
+
+
+@pytest.mark.parametrize("columns", [12, 20, 60, 100])
+def test_only_the_mask_of_a_width_that_eight_does_not_divide_is_padded(columns: int) -> None:
+    mask = patterned(6, columns, 2, 4)
+    assert pack(Weight((dense(6, columns) * mask).half(), mask))[0].num_bytes == 6 * -(-columns // 8) + 6 * columns
+    scale, zero = fit(dense(6, columns) * mask, 4, symmetric=True)
+    codes = quantize(dense(6, columns) * mask, scale, zero, 4)
+    spec, _ = pack(Weight(mask=mask, encoding=Uniform(codes, scale, zero, 4, True)))
+    assert spec.num_bytes == 6 * -(-columns // 8) + 6 * columns * 2 // 8 + 6 * 2
+
+
 def test_golden_bytes_of_a_sparse_quantized_weight() -> None:
     mask = torch.tensor([[True, False, True, True], [False, True, False, True]])
     codes = torch.tensor([[1, 5, 2, 3], [6, 7, 6, 4]], dtype=torch.uint8)
