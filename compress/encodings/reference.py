@@ -17,6 +17,18 @@ def unpack_row(packed: bytes, bits: int, num_codes: int) -> list[int]:
     return [(stream >> (bits * i)) & (2**bits - 1) for i in range(num_codes)]
 
 
+def pack_pattern_row(mask: Sequence[bool], keep: int, of: int) -> bytes:
+    """One row of a mask that keeps `keep` of every `of`: ranks, as many a word as a byte holds, words as `pack_row`."""
+    numbers = [n for n in range(2**of) if n.bit_count() == keep]
+    ranks = [numbers.index(sum(mask[start + i] << i for i in range(of))) for start in range(0, len(mask), of)]
+    in_word = 1
+    while len(numbers) ** (in_word + 1) <= 256:
+        in_word += 1
+    cut = [ranks[start : start + in_word] for start in range(0, len(ranks), in_word)]
+    words = [sum(rank * len(numbers) ** i for i, rank in enumerate(part)) for part in cut]
+    return pack_row(words, len(bin(len(numbers) ** in_word - 1)) - 2)
+
+
 def dequantize_row(codes: Sequence[int], scale: Sequence[float], zero_point: Sequence[int]) -> list[float]:
     """One row; `scale` and `zero_point` have one entry a group of neighbouring columns."""
     width = len(codes) // len(scale)
