@@ -12,6 +12,7 @@ import torch
 
 from compress.calibration.data import IMAGES
 from compress.encodings import Spec
+from compress.encodings.pattern import Pattern, promised
 from compress.errors import ConfigError, Problem, ResourceError
 from compress.evaluate import REFERENCE_NUMBERS
 from compress.evaluate import TOKENS_AT_ONCE as EVALUATED_AT_ONCE
@@ -243,22 +244,23 @@ class _Planner:
     def _spec(self, pass_: Pass, site: Site) -> Spec:
         before = self.specs.get(site.name)
         rows, columns = site.shape
-        kept = before.kept if before else None
+        kept, laid = (before.kept, before.pattern) if before else (None, None)
         sparsity = getattr(pass_, "sparsity", None)
         if sparsity is not None:
             n_of_m = pattern(sparsity)
             share = 1 - n_of_m[0] / n_of_m[1] if n_of_m else sparsity
             kept = min(int(rows * columns * (1 - share)), kept if kept is not None else rows * columns)
+            laid = _laid(before, n_of_m, kept, columns)
         stored = str(self.dtypes.get(site.parameter, torch.float32)).removeprefix("torch.")
         form, inputs = pass_.form(site.shape), pass_.input_form() or (before.inputs if before else None)
         low_rank = pass_.low_rank_form(site.shape) if self.kinds[site.name].endswith("-compensated") else None
         if low_rank:
             return replace(before or Spec(site.shape, value_dtype=stored), low_rank=low_rank)
         if form:
-            return Spec(site.shape, form, kept, inputs=inputs)
+            return Spec(site.shape, form, kept, inputs=inputs, pattern=laid)
         if before and sparsity is None:
             return replace(before, inputs=inputs)
-        return Spec(site.shape, kept=kept, value_dtype=stored, inputs=inputs)
+        return Spec(site.shape, kept=kept, value_dtype=stored, inputs=inputs, pattern=laid)
 
     def memory(self) -> int:
         """Interpreter + one block + its statistics and workspace + the activations + the largest outside tensor."""
@@ -300,6 +302,18 @@ class _Planner:
             + max(outside * 2, (block if calibrated else 0) + statistics + 4 * largest, whole)
             + activations
         )
+
+
+def _laid(before: Spec | None, n_of_m: tuple[int, int] | None, kept: int, columns: int) -> Pattern | None:
+    """The pattern that a mask is stored with after a pruner that leaves `kept` weights by its pattern or by a share."""
+    old = before.pattern if before else None
+    pruned = before is not None and before.kept is not None
+    more = before is None or before.kept != kept
+    if n_of_m is None:
+        return None if more else old
+    if pruned and (old is None or n_of_m[1] % old.of):
+        return None  # zeros that follow different rules: not all runs keep as many
+    return promised(*n_of_m, columns) if more else old
 
 
 def _some(names: Iterable[str], most: int = 3) -> str:

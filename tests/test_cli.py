@@ -249,10 +249,11 @@ def test_plan_as_json_states_layers_weights_and_bits(here: Path) -> None:
     mlp = 2 * 3 * 64 * 128
     assert (wanda["pass"], wanda["layers"], wanda["weights"]) == ("passes[0].wanda", 6, mlp)
     assert (gptq["pass"], gptq["layers"], gptq["weights"]) == ("passes[1].gptq", 14, 73728)
-    assert wanda["bits_per_weight"] == pytest.approx(1 + 32 / 2)
-    # w4g32: 4 bits, and a 16-bit scale and a 4-bit zero point for 32; half of the mlp weights have a mask bit instead.
+    pattern = (2 * 128 * 6 + 64 * 11) * 8 / (3 * 64 * 128)  # a byte for 12 columns: 6 a row of 64 and 11 a row of 128
+    assert wanda["bits_per_weight"] == round(pattern + 32 / 2, 3)
+    # w4g32: 4 bits, and a 16-bit scale and a 4-bit zero point for 32; half of the mlp weights have the pattern instead.
     overhead = 20 / 32
-    expected = (4 + overhead) * (73728 - mlp) + (1 + 2 + overhead) * mlp
+    expected = (4 + overhead) * (73728 - mlp) + (pattern + 2 + overhead) * mlp
     assert gptq["bits_per_weight"] == pytest.approx(expected / 73728, rel=0.01)
     assert found["final_bytes"] < found["original_bytes"]
     assert found["peak_memory"] > 0
@@ -299,8 +300,8 @@ def test_inspect_lists_every_stored_weight(here: Path) -> None:
     assert (down["shape"], down["bits"], down["group_size"], down["sparsity"]) == ([64, 128], 4, 32, 0.5)
     assert down["passes"] == ["wanda", "gptq"]
     assert all(0 < error < 1 for error in down["error"].values())
-    # mask 1 bit; half the codes 4 bits; scale 16 bits and zero point 4 bits for 32 columns
-    assert down["bytes"] * 8 == 64 * 128 * (1 + 4 / 2 + 20 / 32)
+    # a byte for 12 columns; half the codes 4 bits; scale 16 bits and zero point 4 bits for 32 columns
+    assert down["bytes"] == 64 * (11 + 128 * (4 / 2 + 20 / 32) / 8)
     q = rows["model.layers.0.self_attn.q_proj"]
     assert (q["sparsity"], q["passes"]) == (0.0, ["gptq"])
     shown = compress_command("inspect", here / "out").out

@@ -313,7 +313,7 @@ def test_codes_are_not_trained(written: Path) -> None:
 
 
 def test_a_loaded_model_shows_what_it_is_made_of(written: Path) -> None:
-    assert "encoding=uniform, bits=4, groups=2, kept=0.5" in str(load(written))
+    assert "encoding=uniform, bits=4, groups=2, pattern=2:4, kept=0.5" in str(load(written))
 
 
 # --- what must not pass for a model -----------------------------------------------------------------------------------
@@ -346,7 +346,7 @@ def damaged(written: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("leaf", ["codes", "scale", "zero_point", "mask"])
+@pytest.mark.parametrize("leaf", ["codes", "scale", "zero_point", "pattern"])
 def test_a_file_without_one_of_its_tensors_is_not_loaded(leaf: str, damaged: Path) -> None:
     tensors = load_file(damaged / FILE)
     del tensors[f"model.layers.1.mlp.up_proj.{leaf}"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import compress
 from compress import api, graph, plan
 from compress.artifact import FolderSource
+from compress.encodings import Spec
 from compress.errors import ConfigError
 from compress.pipeline import parse
 from compress.plan import Plan
@@ -128,6 +129,50 @@ def test_the_size_estimate_is_within_two_percent_of_the_written_size(
     written = len(data) - 8 - int.from_bytes(data[:8], "little")
     assert expected.final_bytes == pytest.approx(written, rel=0.02)
     assert expected.original_bytes == pytest.approx((tiny_folder / "model.safetensors").stat().st_size, rel=0.02)
+
+
+PATTERNED = {  # passes on 64 and 128 columns -> the pattern masks are stored with, or None
+    "{magnitude: {sparsity: 2:4}}": "2:4",
+    "{magnitude: {sparsity: 4:8}}": "4:8",
+    "{magnitude: {sparsity: 1:2}}": "2:4",
+    "{magnitude: {sparsity: 8:16}}": None,
+    "{magnitude: {sparsity: 0.5}}": None,
+    "{magnitude: {sparsity: 1:4}}, {rtn: {scheme: w4g32}}": "1:4",
+    "{magnitude: {sparsity: 2:4}}, {magnitude: {sparsity: 1:4}}": "1:4",
+    "{magnitude: {sparsity: 2:4}}, {magnitude: {sparsity: 3:4}}": "2:4",
+    "{magnitude: {sparsity: 2:4}}, {magnitude: {sparsity: 3:8}}": "3:8",
+    "{magnitude: {sparsity: 2:4}}, {magnitude: {sparsity: 0.5}}": "2:4",
+    "{magnitude: {sparsity: 2:4}}, {magnitude: {sparsity: 0.625}}": None,
+}
+
+
+Specs = dict[str, Spec]
+
+
+def planned_and_written(entries: str, model: Path, out: Path) -> tuple[Specs, Specs]:
+    pipeline, opened = parse(f"passes: [{entries}]"), api.open_model(model)
+    expected = plan.make(pipeline, opened.artifact.graph, opened.dtypes).stages[-1][-1].specs
+    compress.run(pipeline, model, out)
+    modules = json.loads((out / "config.json").read_text())["quantization_config"]["modules"]
+    return expected, {name: Spec.from_json(data) for name, data in modules.items()}
+
+
+@pytest.mark.parametrize("entries", PATTERNED)
+def test_the_pattern_of_a_mask_and_its_bytes_are_planned_as_they_are_written(
+    entries: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    expected, written = planned_and_written(entries, tiny_folder, tmp_path / "out")
+    assert {s.pattern and str(s.pattern) for s in written.values()} == {PATTERNED[entries]}
+    assert expected == written
+
+
+@pytest.mark.parametrize("first", ["4:8", "0.3"])
+def test_zeros_by_two_rules_that_do_not_nest_are_planned_and_written_as_a_bitmap(
+    first: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    entries = f"{{magnitude: {{sparsity: {first}}}}}, {{magnitude: {{sparsity: 2:4}}}}"
+    expected, written = planned_and_written(entries, tiny_folder, tmp_path / "out")
+    assert {s.pattern for s in (*expected.values(), *written.values())} == {None}
 
 
 def test_peak_memory_does_not_grow_with_the_number_of_blocks(llama_maker: Callable[..., nn.Module]) -> None:

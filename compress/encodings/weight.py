@@ -2,16 +2,18 @@
 
 Layout `compress-1`, for a weight of O rows and I columns:
 
-| tensor   | present when          | type, shape                                                         |
-|----------|-----------------------|---------------------------------------------------------------------|
-| `mask`   | sparse                | uint8 (O, ceil(I/8)), bit = 1 where the weight is kept              |
-| `values` | sparse, not quantized | the kept values, row after row, (K,)                                |
-| `codes`  | quantized             | uint8 (O, ceil(I*bits/8)); sparse: the K kept codes as one stream   |
-| tables   | quantized             | what the family needs beside its codes: see `tables` of each `Form` |
+| tensor    | present when          | type, shape                                                         |
+|-----------|-----------------------|---------------------------------------------------------------------|
+| `mask`    | sparse                | uint8 (O, ceil(I/8)), bit = 1 where the weight is kept              |
+| `pattern` | N of every M kept     | uint8 (O, B), in place of `mask`: see `pattern.py`                  |
+| `values`  | sparse, not quantized | the kept values, row after row, (K,)                                |
+| `codes`   | quantized             | uint8 (O, ceil(I*bits/8)); sparse: the K kept codes as one stream   |
+| tables    | quantized             | what the family needs beside its codes: see `tables` of each `Form` |
 
 How the layer rounds its input, and a low-rank correction, stand beside them: see `inputs.py` and `low_rank.py`.
 
-Streams are those of `bits.py`. The mask is stored, never inferred: a kept weight may be zero.
+Streams are those of `bits.py`. The mask is stored, never inferred: a kept weight may be zero. A pattern is found in the
+mask itself, whoever made it. A bitmap of such a mask is read too.
 """
 
 from collections.abc import Mapping
@@ -27,6 +29,7 @@ from compress.encodings.codebook import CodebookForm
 from compress.encodings.inputs import InputForm, Inputs
 from compress.encodings.low_rank import LowRank, LowRankForm
 from compress.encodings.outlier_victim import OutlierVictimForm
+from compress.encodings.pattern import Pattern, find
 from compress.encodings.power import PowerForm
 from compress.encodings.uniform import UniformForm
 
@@ -96,6 +99,7 @@ class Spec:
     value_dtype: str = "float32"
     inputs: InputForm | None = None  # of the grid of its inputs; None when they are not quantized
     low_rank: LowRankForm | None = None  # of its correction
+    pattern: Pattern | None = None  # that its mask is stored with; None when it is a bitmap, or dense
 
     def to_json(self) -> dict[str, Any]:
         """Flat; only what differs from the defaults, beside shape and layout."""
@@ -109,6 +113,8 @@ class Spec:
             data["inputs"] = self.inputs.to_json()
         if self.low_rank is not None:
             data["low_rank"] = self.low_rank.to_json()
+        if self.pattern is not None:
+            data["pattern"] = str(self.pattern)
         return data if self.kept is None else {**data, "kept": self.kept}
 
     @classmethod
@@ -116,7 +122,7 @@ class Spec:
         """The inverse of `to_json`.
 
         Raises:
-            ValueError: an unknown layout, encoding or field: the file was written by a newer version.
+            ValueError: an unknown layout, encoding, pattern or field: the file was written by a newer version.
         """
         rest = dict(data)
         layout, family = rest.pop("layout", None), rest.pop("encoding", None)
@@ -127,6 +133,10 @@ class Spec:
             own["inputs"] = InputForm.from_json(rest.pop("inputs"))
         if "low_rank" in rest:
             own["low_rank"] = LowRankForm.from_json(rest.pop("low_rank"))
+        if "pattern" in rest:
+            own["pattern"] = Pattern.parse(rest.pop("pattern"))
+            if "kept" not in own:
+                raise ValueError(f"the number of kept weights is missing beside the pattern {own['pattern']}")
         form = None
         if family is not None and family not in FORMS:
             raise ValueError(f"encoding {family!r} is not known to this version; it reads {sorted(FORMS)}")
@@ -147,7 +157,9 @@ class Spec:
         if self.low_rank is not None:
             last = last | self.low_rank.tensors(self.shape)
         found: Stored = {}
-        if self.kept is not None:
+        if self.pattern is not None:
+            found["pattern"] = ((rows, self.pattern.row_bytes(columns)), torch.uint8)
+        elif self.kept is not None:
             found["mask"] = ((rows, row_bytes(columns, 1)), torch.uint8)
         if self.form is None:
             shape: tuple[int, ...] = self.shape if self.kept is None else (self.kept,)
@@ -172,14 +184,17 @@ class Spec:
 
 def spec_of(weight: Weight) -> Spec:
     """The spec a weight has when packed."""
-    kept = None if weight.mask is None else int(weight.mask.sum())
-    inputs = None if weight.inputs is None else weight.inputs.form
-    low_rank = None if weight.low_rank is None else weight.low_rank.form
+    kept = None if weight.mask is None else int(weight.mask.count_nonzero())
+    found: dict[str, Any] = {
+        "kept": kept,
+        "inputs": None if weight.inputs is None else weight.inputs.form,
+        "low_rank": None if weight.low_rank is None else weight.low_rank.form,
+        "pattern": None if weight.mask is None or kept is None else find(weight.mask, kept),
+    }
     if weight.encoding is not None:
-        return Spec(_shape(weight.encoding.codes), weight.encoding.form, kept, inputs=inputs, low_rank=low_rank)
+        return Spec(_shape(weight.encoding.codes), weight.encoding.form, **found)
     assert weight.values is not None
-    dtype = str(weight.values.dtype).removeprefix("torch.")
-    return Spec(_shape(weight.values), kept=kept, value_dtype=dtype, inputs=inputs, low_rank=low_rank)
+    return Spec(_shape(weight.values), value_dtype=str(weight.values.dtype).removeprefix("torch."), **found)
 
 
 def pack(weight: Weight) -> tuple[Spec, dict[str, Tensor]]:
@@ -188,7 +203,9 @@ def pack(weight: Weight) -> tuple[Spec, dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {} if weight.inputs is None else weight.inputs.tensors()
     if weight.low_rank is not None:
         tensors |= weight.low_rank.tensors()
-    if weight.mask is not None:
+    if weight.mask is not None and spec.pattern is not None:
+        tensors["pattern"] = spec.pattern.pack(weight.mask)
+    elif weight.mask is not None:
         tensors["mask"] = pack_bits(weight.mask.to(torch.uint8), 1)
     e = weight.encoding
     if e is None:
@@ -208,7 +225,9 @@ def unpack(spec: Spec, tensors: dict[str, Tensor]) -> Weight:
     inputs = None if spec.inputs is None else spec.inputs.inputs(tensors)
     low_rank = None if spec.low_rank is None else spec.low_rank.low_rank(tensors, spec.shape)
     mask = None
-    if spec.kept is not None:
+    if spec.pattern is not None:
+        mask = spec.pattern.unpack(tensors["pattern"], columns)
+    elif spec.kept is not None:
         mask = unpack_bits(tensors["mask"], 1, columns).bool()
     if spec.form is None:
         values = tensors["values"]

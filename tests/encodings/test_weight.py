@@ -1,6 +1,7 @@
 """A weight as it is kept: every kind goes to its stored tensors and comes back the same."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.encodings import Spec, Uniform, Weight, fit, pack, quantize, spec_of, unpack
+from compress.encodings.bits import pack_bits
 
 KINDS = ["dense", "sparse", "quantized", "sparse-quantized"]
 
@@ -161,34 +163,84 @@ def patterned(rows: int, columns: int, keep: int, of: int) -> Tensor:
     return torch.zeros(rows, columns // of, of, dtype=torch.bool).scatter_(-1, highest, True).view(rows, columns)
 
 
-@pytest.mark.parametrize(("keep", "of"), [(2, 4), (4, 8)])
-@pytest.mark.parametrize("columns", [64, 128])
+def int4(mask: Tensor, groups: int, symmetric: bool) -> Weight:
+    values = dense(*mask.shape) * mask
+    scale, zero = fit(values, 4, groups=groups, symmetric=symmetric)
+    return Weight(mask=mask, encoding=Uniform(quantize(values, scale, zero, 4), scale, zero, 4, symmetric))
+
+
+def float16(mask: Tensor) -> Weight:
+    return Weight((dense(*mask.shape) * mask).half(), mask)
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_four_bits_under_half_a_mask_cost_three_bits_a_weight_and_scales(
-    keep: int, of: int, columns: int, symmetric: bool
+@pytest.mark.parametrize("columns", [192, 768, 4608])
+def test_two_of_four_in_four_bits_cost_two_and_two_thirds_bits_a_weight_and_scales(
+    columns: int, symmetric: bool
 ) -> None:
-    mask, groups = patterned(6, columns, keep, of), columns // 64
-    scale, zero = fit(dense(6, columns) * mask, 4, groups=groups, symmetric=symmetric)
-    codes = quantize(dense(6, columns) * mask, scale, zero, 4)
-    spec, _ = pack(Weight(mask=mask, encoding=Uniform(codes, scale, zero, 4, symmetric)))
-    zeros = 0 if symmetric else 6 * -(-groups * 4 // 8)
-    assert spec.num_bytes == 6 * columns * 3 // 8 + 6 * groups * 2 + zeros
+    spec, _ = pack(int4(patterned(6, columns, 2, 4), columns // 64, symmetric))
+    zeros = 0 if symmetric else 6 * -(-columns // 64 // 2)
+    assert spec.num_bytes * 3 == 6 * columns + 3 * (6 * columns // 64 * 2 + zeros)  # 8 / 3 bits are a third of a byte
 
 
-@pytest.mark.parametrize(("keep", "of"), [(2, 4), (4, 8)])
-def test_sixteen_bits_under_half_a_mask_cost_nine_bits_a_weight(keep: int, of: int) -> None:
-    mask = patterned(6, 64, keep, of)
-    assert pack(Weight((dense(6, 64) * mask).half(), mask))[0].num_bytes == 6 * 64 * 9 // 8
+@pytest.mark.parametrize("columns", [64, 192])
+def test_four_of_eight_in_four_bits_cost_two_and_seven_eighths_bits_a_weight_and_scales(columns: int) -> None:
+    spec, _ = pack(int4(patterned(6, columns, 4, 8), columns // 64, True))
+    assert spec.num_bytes == 6 * columns * 23 // 64 + 6 * columns // 64 * 2
 
 
-@pytest.mark.parametrize("columns", [12, 20, 60, 100])
-def test_only_the_mask_of_a_width_that_eight_does_not_divide_is_padded(columns: int) -> None:
-    mask = patterned(6, columns, 2, 4)
-    assert pack(Weight((dense(6, columns) * mask).half(), mask))[0].num_bytes == 6 * -(-columns // 8) + 6 * columns
-    scale, zero = fit(dense(6, columns) * mask, 4, symmetric=True)
-    codes = quantize(dense(6, columns) * mask, scale, zero, 4)
-    spec, _ = pack(Weight(mask=mask, encoding=Uniform(codes, scale, zero, 4, True)))
-    assert spec.num_bytes == 6 * -(-columns // 8) + 6 * columns * 2 // 8 + 6 * 2
+@pytest.mark.parametrize("columns", [12, 20, 60, 100, 128])
+def test_only_the_pattern_of_a_row_is_padded(columns: int) -> None:
+    mask, words = patterned(6, columns, 2, 4), 6 * -(-columns // 12)  # three runs a byte
+    assert pack(float16(mask))[0].num_bytes == words + 6 * columns
+    assert pack(int4(mask, 1, True))[0].num_bytes == words + 6 * columns * 2 // 8 + 6 * 2
+
+
+def test_an_unstructured_half_costs_a_bitmap_and_what_is_kept() -> None:
+    mask = torch.rand(6, 100).argsort(1) < 50
+    assert pack(float16(mask))[0].num_bytes == 6 * 13 + 6 * 50 * 2
+    assert pack(int4(mask, 1, True))[0].num_bytes == 6 * 13 + 6 * 50 * 4 // 8 + 6 * 2
+
+
+@pytest.mark.parametrize("make", [float16, lambda mask: int4(mask, 1, False)], ids=["float16", "int4"])
+@pytest.mark.parametrize("columns", [72, 120, 128])
+@pytest.mark.parametrize(("keep", "of"), [(1, 4), (2, 4), (3, 4), (1, 8), (2, 8), (3, 8), (4, 8), (7, 8)])
+def test_weights_with_a_pattern_come_back_exactly(
+    keep: int, of: int, columns: int, make: Callable[[Tensor], Weight]
+) -> None:
+    weight = make(patterned(5, columns, keep, of))
+    assert str(spec_of(weight).pattern) == f"{keep}:{of}"
+    assert_round_trip(weight)
+
+
+@pytest.mark.parametrize("make", [float16, lambda mask: int4(mask, 1, False)], ids=["float16", "int4"])
+def test_a_bitmap_of_a_mask_with_a_pattern_is_read(make: Callable[[Tensor], Weight]) -> None:
+    weight = make(patterned(5, 60, 2, 4))
+    assert weight.mask is not None
+    spec, tensors = pack(weight)
+    del tensors["pattern"]
+    bitmap = {k: v for k, v in spec.to_json().items() if k != "pattern"}
+    assert_equal(unpack(Spec.from_json(bitmap), {**tensors, "mask": pack_bits(weight.mask.to(torch.uint8), 1)}), weight)
+
+
+def test_golden_bytes_of_a_weight_with_a_pattern() -> None:
+    # The numbers with two of four bits set are 3, 5, 6, 9, 10 and 12: ranks 0 to 5. Lowest bit first, the runs of the
+    # first row are 12, 3 and 10: 5 + 0 * 6 + 4 * 36 = 149. Those of the second are 5, 9 and 6: 1 + 3 * 6 + 2 * 36 = 91.
+    mask = torch.tensor([[int(bit) for bit in row] for row in ("001111000101", "101010010110")]).bool()
+    kept = torch.tensor([1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4], dtype=torch.uint8)
+    codes = torch.full((2, 12), 4, dtype=torch.uint8).masked_scatter_(mask, kept)
+    scale = torch.tensor([[0.5], [0.25]], dtype=torch.float16)
+    e = Uniform(codes, scale, torch.full((2, 1), 4, dtype=torch.uint8), 3, True)
+    spec, tensors = pack(Weight(mask=mask, encoding=e))
+    assert {n: bytes(t.flatten().view(torch.uint8).tolist()).hex() for n, t in tensors.items()} == {
+        "pattern": "955b",
+        "codes": "d1581fd108",
+        "scale": "00380034",
+    }
+    assert spec.to_json() == {
+        "shape": [2, 12], "encoding": "uniform", "bits": 3, "symmetric": True, "kept": 12, "pattern": "2:4",
+        "layout": "compress-1",
+    }  # fmt: skip
 
 
 def test_golden_bytes_of_a_sparse_quantized_weight() -> None:
@@ -222,6 +274,16 @@ def test_an_unknown_layout_is_refused_by_name() -> None:
 def test_an_unknown_field_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="rotation"):
         Spec.from_json({"shape": [2, 2], "layout": "compress-1", "rotation": 4})
+
+
+def test_an_unknown_pattern_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"'2:5'.*2:4"):
+        Spec.from_json({"shape": [2, 10], "layout": "compress-1", "kept": 8, "pattern": "2:5"})
+
+
+def test_a_pattern_without_the_number_of_kept_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match="missing beside the pattern 2:4"):
+        Spec.from_json({"shape": [2, 12], "layout": "compress-1", "pattern": "2:4"})
 
 
 @pytest.mark.parametrize("kind", KINDS)
