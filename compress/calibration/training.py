@@ -7,6 +7,7 @@ trained on. The start counts as an iterate.
 Shapes: N samples, B samples a step.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -170,6 +171,12 @@ def train(
         for tensor, kept in zip(tensors, run.kept, strict=True):
             tensor.copy_(kept)
     return Trial(run.start, run.best, run.best_step)
+
+
+def forked(generator: torch.Generator, *parts: object) -> torch.Generator:
+    """Randomness of one training of several: depends on the seed of all, and on what this one is called."""
+    name = hashlib.sha256(repr((generator.initial_seed(), *parts)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(name[:7], "big"))
 
 
 def split(count: int) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,7 @@ def refine(
     Raises:
         SolveError: the loss is not finite at the start.
     """
-    names, seed = tuple(targets), model.generator.initial_seed()
+    names, drawn = tuple(targets), model.generator.initial_seed()
     held, learned = split(data.count)
     schedule = Schedule(options.steps, options.batch_size)
     weights = {name: t.weight.clone() for name, t in targets.items()}
@@ -117,12 +117,12 @@ def refine(
     kept = {n: (w.clone(), masks[n]) for n, w in weights.items()}
     for step in model.over(range(1, options.steps + 1), options.steps, "bip: steps"):
         rate = schedule.rate(step)
-        gradients = slopes(weights, masks, data, batch(learned, 2 * step - 1, options.batch_size, seed))
+        gradients = slopes(weights, masks, data, batch(learned, 2 * step - 1, options.batch_size, drawn))
         for name, weight in weights.items():
             weight.grad = gradients[name] * masks[name]
         optimizer.param_groups[0]["lr"] = options.learning_rate * rate
         optimizer.step()
-        gradients = slopes(weights, masks, data, batch(learned, 2 * step, options.batch_size, seed))
+        gradients = slopes(weights, masks, data, batch(learned, 2 * step, options.batch_size, drawn))
         moves = {n: (weights[n] - g / options.gamma) * g for n, g in gradients.items()}
         length = options.mask_rate * rate * size / max(rms(moves), 1e-30)
         scores = {n: (s - length * moves[n]).clamp(min=0) for n, s in scores.items()}

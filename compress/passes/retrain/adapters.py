@@ -3,8 +3,8 @@
 Shapes: O rows, I columns, r rank; scales are (R, G), R = O or 1, of G groups of I / G columns.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -186,71 +186,3 @@ class ScaleLora(Adapter):
 
 def _kept(change: Tensor, mask: Tensor | None) -> Tensor:
     return change if mask is None else change * mask
-
-
-@dataclass(frozen=True)
-class Trainables:
-    """Matrices and vectors that are trained together.
-
-    Attributes:
-        matrices: by site.
-        vectors: by parameter name; changed in place.
-        learning_rate: of all.
-    """
-
-    matrices: Mapping[str, Matrix]
-    vectors: Mapping[str, Tensor]
-    learning_rate: float
-
-    def groups(self) -> list[tuple[list[Tensor], float]]:
-        """Learned tensors with their learning rate."""
-        found = [t for matrix in self.matrices.values() for t in matrix.tensors()]
-        return [([*found, *self.vectors.values()], self.learning_rate)]
-
-    @property
-    def count(self) -> int:
-        """Numbers that are trained."""
-        return sum(t.numel() for ts, _ in self.groups() for t in ts)
-
-    def part(self, names: Collection[str]) -> "Trainables":
-        """Some of them."""
-        matrices = {n: m for n, m in self.matrices.items() if n in names}
-        return Trainables(matrices, {n: v for n, v in self.vectors.items() if n in names}, self.learning_rate)
-
-    def names(self) -> list[str]:
-        """Of everything that is trained."""
-        return [*self.matrices, *self.vectors]
-
-    def make(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Values as they are used in training, of those of these names that are trained."""
-        return {n: self.matrices[n].soft() if n in self.matrices else self.vectors[n] for n in self._known(names)}
-
-    def merged(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Values as they will be stored."""
-        return {n: self.matrices[n].merged() if n in self.matrices else self.vectors[n] for n in self._known(names)}
-
-    def _known(self, names: Collection[str]) -> list[str]:
-        return [n for n in names if n in self.matrices or n in self.vectors]
-
-    def soft(self, progress: float) -> dict[str, Tensor]:
-        """All of them, as `make`."""
-        return self.make(self.names())
-
-    def hard(self) -> dict[str, Tensor]:
-        """All of them, as `merged`."""
-        return self.merged(self.names())
-
-    def penalty(self, progress: float) -> Tensor | None:
-        """Nothing is added to the loss."""
-        return None
-
-    def state(self) -> list[Tensor]:
-        """Nothing is changed but what is learned."""
-        return []
-
-    def edits(self, notes: Mapping[str, float]) -> Iterator[tuple[str, Edit]]:
-        """What is stored of all of them now, and in the notes how many numbers of each were trained."""
-        for name, matrix in self.matrices.items():
-            yield name, matrix.edit({**notes, "trained": sum(t.numel() for t in matrix.tensors())})
-        for name, vector in self.vectors.items():
-            yield name, Edit(weight=vector.detach().clone(), notes={**notes, "trained": vector.numel()})

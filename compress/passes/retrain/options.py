@@ -9,7 +9,8 @@ from torch import Tensor
 from compress.calibration.training import Schedule
 from compress.encodings import LowRankForm
 from compress.passes.base import OptionError, Pass, Target
-from compress.passes.retrain.adapters import Matrix, Trainables
+from compress.passes.retrain.adapters import Matrix
+from compress.passes.retrain.trainables import Trainables
 
 Train = Literal["bias", "norm", "head", "mask_lora", "scale_lora", "lora_prune", "lora", "full", "scale"]
 HEADS = ("lm_head", "embed_out", "classifier", "score", "head", "fc")  # what models call the layer that puts out logits

@@ -8,8 +8,8 @@ from compress.calibration.reconstruct import Outcome, Recipe, by_block, by_layer
 from compress.calibration.statistics import Need
 from compress.errors import SolveError
 from compress.passes.base import Block, BlockPass, Edit, LinearPass, OptionError, Target
-from compress.passes.retrain.adapters import Trainables
 from compress.passes.retrain.options import Retraining
+from compress.passes.retrain.trainables import Trainables
 
 
 @dataclass(frozen=True, kw_only=True)

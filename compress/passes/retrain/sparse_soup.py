@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from compress.calibration.training import Loss, ModelData, held_out, split, train
+from compress.calibration.training import Loss, ModelData, forked, held_out, split, train
 from compress.passes.base import Edit, ModelPass, OptionError, Target, Whole
 from compress.passes.prune.global_magnitude import cut
 from compress.passes.retrain.options import TrainingOptions
@@ -110,13 +110,10 @@ class SparseSoup(TrainingOptions, ModelPass):
         self, number: int, phase: int, model: Whole, targets: Mapping[str, Target], vectors: Mapping[str, Tensor]
     ) -> "Member":
         assert model.data is not None
-        seed = (model.generator.initial_seed() + 1000 * phase + number) % (1 << 63)
         rate = self.learning_rate * (RATIO ** (number - (self.models - 1) / 2) if self.vary == "learning_rate" else 1.0)
-        own = {
-            n: replace(t, generator=torch.Generator().manual_seed(seed + i)) for i, (n, t) in enumerate(targets.items())
-        }
+        own = {n: replace(t, generator=forked(model.generator, phase, number, n)) for n, t in targets.items()}
         trained = replace(self, learning_rate=rate).trainables(own, vectors)
-        generator = torch.Generator().manual_seed(seed)
+        generator = forked(model.generator, phase, number)
         trial = train(trained, model.data.part(f"{phase}-{number}"), self.schedule, generator, model.over)
         return Member({n: v.detach().clone() for n, v in trained.merged(trained.names()).items()}, trial.best)
 
