@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, apply_renamings
 
-from compress.encodings import Inputs, Spec, Weight, unpack
+from compress.encodings import Inputs, LowRank, Spec, Weight, unpack
 from compress.errors import CheckpointError
 from compress.graph import Graph, Site
 
@@ -182,8 +182,7 @@ class Packed:
 
     def tensors(self) -> dict[str, Tensor]:
         """Its stored tensors."""
-        with safe_open(self.file, "pt") as opened:
-            return {leaf: opened.get_tensor(f"{self.site}.{leaf}").clone() for leaf in self.spec.tensors()}
+        return self._read(self.spec.tensors())
 
     def load(self) -> Weight:
         """The weight."""
@@ -192,11 +191,18 @@ class Packed:
     @property
     def inputs(self) -> Inputs | None:
         """The grid of its inputs; the weight is not read for it."""
-        if self.spec.inputs is None:
-            return None
-        wanted = self.spec.inputs.tensors()
+        form = self.spec.inputs
+        return None if form is None else form.inputs(self._read(form.tensors()))
+
+    @property
+    def low_rank(self) -> LowRank | None:
+        """Its correction; the weight is not read for it."""
+        form = self.spec.low_rank
+        return None if form is None else form.low_rank(self._read(form.tensors(self.spec.shape)), self.spec.shape)
+
+    def _read(self, leaves: Iterable[str]) -> dict[str, Tensor]:
         with safe_open(self.file, "pt") as opened:
-            return self.spec.inputs.inputs({leaf: opened.get_tensor(f"{self.site}.{leaf}").clone() for leaf in wanted})
+            return {leaf: opened.get_tensor(f"{self.site}.{leaf}").clone() for leaf in leaves}
 
 
 @dataclass
@@ -269,10 +275,15 @@ class Artifact:
         done = self.committed.get(site)
         return None if done is None else done.inputs
 
+    def made_site(self, parameter: str) -> Site | None:
+        """The site whose weight a parameter is, where a pass made something of it."""
+        site = self._by_parameter.get(parameter)
+        return site if site is not None and site.name in self.committed else None
+
     def tensor(self, name: str) -> Tensor:
         """A parameter or buffer as the model takes it, compressed or not; float32 for compressed ones."""
-        site = self._by_parameter.get(name)
-        if site is not None and site.name in self.committed:
+        site = self.made_site(name)
+        if site is not None:
             return site.value(self.weight(site).dequantize())
         vector = self.vectors.get(name)
         if vector is not None:
