@@ -22,6 +22,7 @@ from compress.encodings import Weight
 from compress.errors import CompressError, ConfigError, NonFiniteError, UsageError
 from compress.evaluate import logits_in
 from compress.export import safetensors
+from compress.export.folders import FOLDERS
 from compress.ledger import FolderLedger, MemoryLedger, key_of, publish, write_text
 from compress.passes import Pass
 from compress.pipeline import GATES, Calibration, Evaluation, Pipeline, dump, load, mistakes
@@ -198,7 +199,7 @@ def run(
         data = _data(steps, opened, manager.Data(calibration, inputs, labels), bars)
     hashes = [manager.hash_of(each) for each in (data.calibration, data.evaluation, data.labels)]
     identity = key_of(opened.artifact.source.fingerprint(), resolved, hashes)
-    finished = _finished(destination, identity)
+    finished = _finished(destination, identity, steps)
     if finished and not (overwrite or fresh):
         shutil.rmtree(work, ignore_errors=True)
         return finished
@@ -301,16 +302,23 @@ def _data(steps: Pipeline, opened: Opened, data: manager.Data, bars: progress.Ba
     return manager.Data(calibration if needed else None, evaluation, labels)
 
 
-def _finished(destination: Path, identity: str) -> Report | None:
+def _finished(destination: Path, identity: str, steps: Pipeline) -> Report | None:
     """The report of a whole folder that this very run wrote earlier."""
     try:
         data = json.loads((destination / "report.json").read_text())
         same = data["verified"]["run"] == identity
         rows = [report.Row(**row) for row in data.pop("rows")]
-        whole = all((destination / name).is_file() for name in (WEIGHTS, "config.json", "pipeline.yaml"))
+        needed = [WEIGHTS, "config.json", "pipeline.yaml"]
+        needed += [f"{name}/{file}" for name in _folders(steps) for file in FOLDERS[name].FILES]
+        whole = all((destination / name).is_file() for name in needed)
         return Report(rows=rows, **data) if same and whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _folders(steps: Pipeline) -> list[str]:
+    """The folders to write beside the packed weights."""
+    return [name for name in FOLDERS if name in steps.export]
 
 
 def _export(
@@ -332,10 +340,20 @@ def _export(
     measured.verified = {"run": identity, "tensors_equal": compared}
     if data.evaluation is not None:
         measured.verified["max_logit_difference"] = _logit_difference(context, partial, data.evaluation[:2])
+    for name in _folders(steps):
+        folder, exporter = partial / name, FOLDERS[name]
+        exporter.write(context.artifact, folder, destination / name, opened.folder, context.dtype, context.bars)
+        found: dict[str, Any] = {
+            "tensors_equal": exporter.verify(context.artifact, folder, context.dtype, context.bars)
+        }
+        if name == "hf" and data.evaluation is not None:
+            found["max_logit_difference"] = _logit_difference(context, folder, data.evaluation[:2])
+        measured.verified[name] = found
     write_text(partial / "pipeline.yaml", resolved)
     write_text(partial / "report.json", measured.to_json())
     write_text(partial / "README.md", report.card(measured, resolved, graphs.loader(opened.config).__name__))
-    publish(partial / WEIGHTS, partial / WEIGHTS)
+    for written in [partial / WEIGHTS, *sorted(partial.glob("*/**/*.safetensors"))]:
+        publish(written, written)
     if destination.exists():
         shutil.rmtree(destination)
     partial.rename(destination)

@@ -53,6 +53,9 @@ def run(
     if len(result.fallbacks) > 10:
         console.print(f"note: {len(result.fallbacks) - 10} more in {out}/report.json")
     console.print(f"{out}: {_verified(result.verified)}", soft_wrap=True)
+    for name, found in result.verified.items():
+        if isinstance(found, dict):
+            console.print(f"{out}/{name}: {_verified(found)}", soft_wrap=True)
 
 
 def _verified(found: dict[str, Any]) -> str:

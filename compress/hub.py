@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from compress.errors import CheckpointError, UsageError
 from compress.graph import loader, read_config
+from compress.runtime.register import align
 
 DEMO = Path(__file__).parent / "demo" / "model"
 FILES = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt")
@@ -60,7 +61,9 @@ def load(folder: Path, dtype: torch.dtype | None = None) -> Any:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return loader(read_config(folder)).from_pretrained(folder, dtype=dtype or "auto").eval()
+        model = loader(read_config(folder)).from_pretrained(folder, dtype=dtype or "auto").eval()
+        align(model)
+        return model
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         files = ", ".join(sorted(p.name for p in folder.glob("*.safetensors"))) or "no safetensors"
         raise CheckpointError(f"{folder} ({files}) cannot be loaded: {error}") from error

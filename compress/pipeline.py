@@ -20,7 +20,7 @@ from compress.passes import PASSES, Override, Pass
 from compress.typed import choices, describe, fits, mistyped
 
 METHODS: dict[str, type[Pass]] = {p.key: p for p in PASSES}
-FORMATS = ("safetensors",)
+FORMATS = ("safetensors", "hf")
 GATES = ("max_increase", "max_drop")
 GIVEN = "given from Python"  # the source of tensors that no file holds
 
@@ -71,7 +71,7 @@ class Pipeline:
         passes: stages in order; a stage is one pass, or several fused with `blockwise:`.
         calibration: None when no pass needs data.
         evaluate: None to measure nothing but size.
-        export: containers to write.
+        export: folders to write; the packed one is always written.
         seed: of every random choice.
         dtype: what calibration and evaluation compute in; `auto` is what the model's configuration says.
         products: how float32 matrices are multiplied while calibrating: `bfloat16` rounds the factors and sums in

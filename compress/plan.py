@@ -16,6 +16,7 @@ from compress.encodings.pattern import Pattern, promised
 from compress.errors import ConfigError, Problem, ResourceError
 from compress.evaluate import REFERENCE_NUMBERS
 from compress.evaluate import TOKENS_AT_ONCE as EVALUATED_AT_ONCE
+from compress.export.folders import FOLDERS
 from compress.graph import Graph, Site
 from compress.passes import BlockPass, LinearPass, ModelPass, Pass
 from compress.passes.prune.selection import pattern
@@ -80,10 +81,9 @@ def make(pipeline: Pipeline, graph: Graph, dtypes: dict[str, torch.dtype], file:
     for site in graph.sites:
         if site.name in planner.specs:
             final[site.parameter] = planner.specs[site.name].num_bytes
-    total = sum(final.values()) + sum(planner.new_biases.values())
-    return Plan(
-        tuple(tuple(s) for s in stages), sum(sizes.values()), total, planner.memory(), total * (len(stages) + 1)
-    )
+    total, original = sum(final.values()) + sum(planner.new_biases.values()), sum(sizes.values())
+    disk = total * (len(stages) + 1) + original * len(FOLDERS.keys() & set(pipeline.export))
+    return Plan(tuple(tuple(s) for s in stages), original, total, planner.memory(), disk)
 
 
 class _Planner:
@@ -230,6 +230,9 @@ class _Planner:
             measured = "perplexity" if self.graph.is_language_model else "accuracy"
             if getattr(self.pipeline.evaluate, other) is not None:
                 self.problem(f"evaluate.{other}", f"this model is judged by its {measured}; its gate is {gate}")
+        for i, name in enumerate(self.pipeline.export):
+            for reason in FOLDERS[name].refusals(self.graph, self.specs) if name in FOLDERS else ():
+                self.problem(f"export[{i}]", reason)
         for name in ("calibration", "evaluate"):
             section = getattr(self.pipeline, name)
             if section and section.source != GIVEN and section.source.endswith(IMAGES) != images:

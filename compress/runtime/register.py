@@ -67,14 +67,7 @@ class CompressQuantizer(HfQuantizer):
         replace_modules(model, specs)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        """Weights of an image model lie as the file has them; convolutions then sum up in another order.
-
-        A language model's products do not, and its embedding may stay in the mapped file.
-        """
-        if getattr(model, "main_input_name", "") == "pixel_values":
-            for tensor in (*model.parameters(), *model.buffers()):
-                if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
-                    tensor.data = tensor.data.clone()
+        align(model)
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -107,6 +100,17 @@ def add_biases(model: nn.Module, names: list[str]) -> None:
         rows = weight.shape[0] if isinstance(module, nn.Linear | nn.Conv2d) else weight.shape[1]
         bias = torch.empty(rows, dtype=weight.dtype, device=weight.device)
         module.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
+
+
+def align(model: nn.Module) -> None:
+    """Weights of an image model lie as the file has them; convolutions then sum up in another order.
+
+    A language model's products do not, and its embedding may stay in the mapped file.
+    """
+    if getattr(model, "main_input_name", "") == "pixel_values":
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+                tensor.data = tensor.data.clone()
 
 
 def replace_modules(model: nn.Module, specs: dict[str, Spec]) -> None:
