@@ -20,7 +20,7 @@ from compress.passes import PASSES, Override, Pass
 from compress.typed import choices, describe, fits, mistyped
 
 METHODS: dict[str, type[Pass]] = {p.key: p for p in PASSES}
-FORMATS = ("safetensors", "hf")
+FORMATS = ("safetensors", "hf", "peft")
 GATES = ("max_increase", "max_drop")
 GIVEN = "given from Python"  # the source of tensors that no file holds
 

@@ -8,7 +8,7 @@ import torch
 
 from compress.artifact import Artifact
 from compress.encodings import Spec
-from compress.export import hf
+from compress.export import hf, peft
 from compress.graph import Graph
 from compress.progress import Bars
 
@@ -32,4 +32,4 @@ class Folder(Protocol):
         """Compare every written tensor with what was meant; returns how many."""
 
 
-FOLDERS: dict[str, Folder] = {"hf": hf}
+FOLDERS: dict[str, Folder] = {"hf": hf, "peft": peft}

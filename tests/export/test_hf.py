@@ -140,7 +140,7 @@ def test_a_damaged_tensor_is_noticed_and_nothing_gets_the_final_name(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["hf"])
+@pytest.mark.parametrize("name", ["hf", "peft"])
 def test_rounded_inputs_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"export\[1\].*plain weights cannot round .*and 14 layers do"):
         write("llama", tmp_path, [Gptq(bits=4, activation_bits=8), Eora(rank=2)], name)

@@ -1,0 +1,145 @@
+"""OUT/peft: low-rank corrections as a LoRA adapter of the PEFT library; OUT/peft/base: the model without them.
+
+PEFT computes W x + B (A x), so its sums round elsewhere than those of a layer that multiplies with W + B A.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.artifact import Artifact
+from compress.encodings import LowRankForm, Spec
+from compress.errors import CompressError
+from compress.export import hf
+from compress.export.files import Entry, compare_tensors, write_json, write_tensors
+from compress.export.hf import Dense, verify_dense, write_dense
+from compress.graph import Graph, Site
+from compress.ledger import writing
+from compress.progress import Bars
+
+ADAPTER, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base"
+FILES: tuple[str, ...] = (ADAPTER, CONFIG, *(f"{BASE}/{name}" for name in hf.FILES))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The corrections of an artifact, as PEFT names and shapes them."""
+
+    artifact: Artifact
+
+    def forms(self) -> dict[str, LowRankForm]:
+        """Site -> its correction's form, in the model's order.
+
+        Raises:
+            CompressError: no layer has any.
+        """
+        done = self.artifact.committed
+        found = {s.name: done[s.name].low_rank for s in self.artifact.graph.sites if s.name in done}
+        forms = {name: correction.form for name, correction in found.items() if correction is not None}
+        if not forms:
+            raise CompressError(
+                "no layer was worth a correction, so there is no adapter to write; raise the budget of eora, or leave "
+                "peft out of `export:`. What is done is kept: run the same command again"
+            )
+        return forms
+
+    def layout(self) -> list[tuple[str, list[Entry]]]:
+        """Every factor; values as they are stored, codes as the float32 they stand for."""
+        found = []
+        for name, form in self.forms().items():
+            shapes = shapes_of(self.artifact.sites[name], form)
+            dtypes = [torch.float32 if form.bits else getattr(torch, d) for d in (form.a_dtype, form.b_dtype)]
+            found.append((name, list(zip(names_of(name), shapes, dtypes, strict=True))))
+        return found
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """Both factors of one site."""
+        correction = self.artifact.committed[name].low_rank
+        assert correction is not None
+        shapes = shapes_of(self.artifact.sites[name], correction.form)
+        dtypes = [f.dtype if isinstance(f, Tensor) else torch.float32 for f in (correction.a, correction.b)]
+        made = zip(names_of(name), correction.factors(), shapes, dtypes, strict=True)
+        return {key: factor.reshape(shape).to(dtype) for key, factor, shape, dtype in made}
+
+    def config(self, base: Path) -> dict[str, Any]:
+        """adapter_config.json. With alpha the rank, nothing is scaled."""
+        ranks = {name: form.rank for name, form in self.forms().items()}
+        most = Counter(ranks.values()).most_common(1)[0][0]
+        others = {name: rank for name, rank in ranks.items() if rank != most}
+        graph = self.artifact.graph
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM" if graph.is_language_model else None,
+            "base_model_name_or_path": str(base),
+            "inference_mode": True,
+            "r": most,
+            "lora_alpha": most,
+            "rank_pattern": others,
+            "alpha_pattern": others,
+            "target_modules": list(ranks),
+            "fan_in_fan_out": any(self.artifact.sites[name].transposed for name in ranks),
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "use_rslora": False,
+            "use_dora": False,
+        }
+
+
+def names_of(site: str) -> tuple[str, str]:
+    """Of A and of B in the file."""
+    return f"base_model.model.{site}.lora_A.weight", f"base_model.model.{site}.lora_B.weight"
+
+
+def shapes_of(site: Site, form: LowRankForm) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of A and of B; of a convolution, A is one of the same window and B one of a single place."""
+    a, b = form.shapes(site.shape).values()
+    return ((form.rank, *site.stored[1:]), (*b, 1, 1)) if site.stored else (a, b)
+
+
+def refusals(graph: Graph, specs: Mapping[str, Spec]) -> Iterator[str]:
+    """Why this folder could not hold what a pipeline makes; `specs` has every site that is worked on."""
+    yield from hf.refusals(graph, specs)
+    corrected = [name for name, spec in specs.items() if spec.low_rank is not None]
+    if not corrected:
+        yield (
+            "no pass makes a correction, so there is no adapter to write; put eora last among the passes, or export hf"
+        )
+    strange = [name for name in corrected if not _expressible(graph.model.get_submodule(name))]
+    if strange:
+        yield (
+            f"PEFT corrects a convolution only if it is a plain Conv2d without groups, dilation and padding other than "
+            f"zeros, and {strange[0]} is not ({len(strange)} in all); `exclude` them in eora, or export hf"
+        )
+
+
+def _expressible(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Conv2d):
+        return True
+    usual = module.groups == 1 and module.dilation == (1, 1) and module.padding_mode == "zeros"
+    return usual and type(module) is nn.Conv2d
+
+
+def write(artifact: Artifact, folder: Path, final: Path, source: Path, dtype: torch.dtype, bars: Bars) -> None:
+    """Write adapter and base into `folder`. PEFT looks the base up by the path it will have in `final`."""
+    adapter = Adapter(artifact)
+    layout = adapter.layout()
+    write_dense(Dense(artifact, dtype, corrected=False), folder / BASE, source, bars, "peft base")
+    with writing(folder / ADAPTER):
+        write_tensors(layout, adapter.read, folder / ADAPTER, bars, "peft adapter")
+    write_json(adapter.config(final / BASE), folder / CONFIG)
+
+
+def verify(artifact: Artifact, folder: Path, dtype: torch.dtype, bars: Bars) -> int:
+    """Compare every written tensor with what was meant; returns how many.
+
+    Raises:
+        CompressError: a tensor differs.
+    """
+    adapter, dense = Adapter(artifact), Dense(artifact, dtype, corrected=False)
+    count = compare_tensors(adapter.layout(), adapter.read, folder / ADAPTER, bars, "peft adapter")
+    return count + verify_dense(dense, folder / BASE, bars, "peft base")
