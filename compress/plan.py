@@ -233,6 +233,12 @@ class _Planner:
         for i, name in enumerate(self.pipeline.export):
             for reason in FOLDERS[name].refusals(self.graph, self.specs) if name in FOLDERS else ():
                 self.problem(f"export[{i}]", reason)
+            if name in FOLDERS and self.new_biases:
+                self.problem(
+                    f"export[{i}]",
+                    f"a plain {type(self.graph.model).__name__} has no place for the biases that {_some(self.new_biases)} "
+                    "are given; leave new biases out of the passes, or this format out of `export:`",
+                )
         for name in ("calibration", "evaluate"):
             section = getattr(self.pipeline, name)
             if section and section.source != GIVEN and section.source.endswith(IMAGES) != images:

@@ -41,7 +41,8 @@ class Dense:
         for name, _ in artifact.graph.tensors():
             if name not in artifact.graph.tied:
                 stored = artifact.name_in_source(name)
-                dtype = self.dtype if artifact.made_site(name) else artifact.source.dtype(stored)
+                made = artifact.made_site(name) or name in artifact.vectors
+                dtype = self.dtype if made else artifact.source.dtype(stored)
                 found.append((name, [(name, artifact.source.shape(stored), dtype)]))
         return found
 
@@ -49,7 +50,8 @@ class Dense:
         """One of them, decompressed."""
         site = self.artifact.made_site(name)
         if site is None:
-            return {name: self.artifact.source.read(self.artifact.name_in_source(name))}
+            value = self.artifact.tensor(name)
+            return {name: value.to(self.dtype) if name in self.artifact.vectors else value}
         weight = self.artifact.weight(site)
         return {name: site.value(weight.dequantize() if self.corrected else weight.base()).to(self.dtype)}
 

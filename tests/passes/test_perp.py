@@ -193,6 +193,20 @@ def test_new_biases_are_stored_and_load_with_equal_logits(tiny_folder: Path, tmp
     assert all(bool(b.any()) for b in biases)
 
 
+def test_new_biases_are_refused_where_a_plain_model_is_written(tiny_folder: Path, tmp_path: Path) -> None:
+    steps = {**pipeline({"perp": {"new_biases": True}}), "calibration": {}, "export": ["safetensors", "hf"]}
+    with pytest.raises(ConfigError, match=r"export\[1\]: a plain LlamaForCausalLM has no place for the biases"):
+        compress.run(steps, tiny_folder, tmp_path / "out")
+
+
+def test_a_plain_model_has_the_trained_norms(tiny_folder: Path, tmp_path: Path, tokens: Tensor) -> None:
+    steps = {**pipeline(PERP), "export": ["safetensors", "hf"]}
+    report = compress.run(steps, tiny_folder, tmp_path / "out", calibration=tokens, evaluation=tokens)
+    assert report.verified["hf"]["max_logit_difference"] == 0
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out/hf")
+    assert bool((plain.model.norm.weight != 1).any())
+
+
 def test_a_run_in_memory_and_one_out_of_core_agree(
     tiny_llama: LlamaForCausalLM, tiny_folder: Path, tmp_path: Path, tokens: Tensor
 ) -> None:
