@@ -236,8 +236,8 @@ class _Planner:
             if name in FOLDERS and self.new_biases:
                 self.problem(
                     f"export[{i}]",
-                    f"a plain {type(self.graph.model).__name__} has no place for the biases that {_some(self.new_biases)} "
-                    "are given; leave new biases out of the passes, or this format out of `export:`",
+                    f"a plain {type(self.graph.model).__name__} has no place for the biases that "
+                    f"{_some(self.new_biases)} are given; leave new biases out of the passes, or this format out of `export:`",
                 )
         for name in ("calibration", "evaluate"):
             section = getattr(self.pipeline, name)

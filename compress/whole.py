@@ -41,12 +41,21 @@ def in_memory(context: Context) -> Iterator[None]:
         for name in context.graph.buffers:
             set_value(model, name, value_of(context, name))
         bring_in(context, "", model)
+        _tie(context.graph)
     try:
         with rounded(context, grids_of(context, context.graph.sites), through=True):
             yield
     finally:
         if not context.resident:
             evict(context, "", model)
+            _tie(context.graph)
+
+
+def _tie(graph: Graph) -> None:
+    """Parameters that share one tensor share the one that is there now."""
+    for name, kept_under in graph.tied.items():
+        owner, _, leaf = name.rpartition(".")
+        graph.model.get_submodule(owner)._parameters[leaf] = graph.model.get_parameter(kept_under)
 
 
 def model_data(context: Context, samples: Tensor, kind: Loss, checkpointing: bool, kept: Kept) -> ModelData:

@@ -17,6 +17,7 @@ from compress import graph as graphs
 from compress.errors import CompressError
 from compress.hub import load
 from compress.passes import Pass
+from compress.passes.compensate import eora
 from compress.pipeline import parse
 
 BY_LAYER = Override("*.1.*", {"rank": 5})  # the second block of each
@@ -144,9 +145,12 @@ def test_without_a_correction_there_is_no_adapter(tmp_path: Path) -> None:
         write("llama", tmp_path, [Gptq(bits=4)], "peft")
 
 
-def test_a_budget_too_small_for_any_layer_is_said_and_the_work_is_kept(tmp_path: Path) -> None:
+def test_when_no_layer_is_worth_a_correction_that_is_said_and_the_work_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eora, "by_budget", lambda energies, costs, budget: dict.fromkeys(energies, 0))
     with pytest.raises(CompressError, match="no layer was worth a correction"):
-        write("llama", tmp_path, [Rtn(bits=2), Eora(rank=None, budget=0.001)], "peft")
+        write("llama", tmp_path, [Rtn(bits=2), Eora(rank=None, budget=0.5)], "peft")
     assert not (tmp_path / "out").exists()
     assert list((tmp_path / "out.work").glob("*.safetensors"))
 

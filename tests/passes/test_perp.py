@@ -207,13 +207,18 @@ def test_a_plain_model_has_the_trained_norms(tiny_folder: Path, tmp_path: Path, 
     assert bool((plain.model.norm.weight != 1).any())
 
 
+@pytest.mark.parametrize("tied", [False, True])
 def test_a_run_in_memory_and_one_out_of_core_agree(
-    tiny_llama: LlamaForCausalLM, tiny_folder: Path, tmp_path: Path, tokens: Tensor
+    llama_maker: Callable[..., LlamaForCausalLM], tmp_path: Path, tokens: Tensor, tied: bool
 ) -> None:
-    compress.run(pipeline({"magnitude": {"sparsity": 0.6}}, PERP), tiny_folder, tmp_path / "out", calibration=tokens)
+    model = llama_maker(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "model")
+    steps = pipeline({"magnitude": {"sparsity": 0.6}}, PERP)
+    report = compress.run(steps, tmp_path / "model", tmp_path / "out", calibration=tokens, evaluation=tokens)
+    assert report.rows[-1].perplexity < report.rows[-2].perplexity
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     made = compress.apply(
-        tiny_llama, [prune(), Perp(steps=10, rank=2, learning_rate=2e-3)], tokens, products="float32"
+        model, [prune(), Perp(steps=10, rank=2, learning_rate=2e-3)], tokens, products="float32"
     ).model
     with torch.no_grad():
         assert torch.equal(loaded(tokens).logits, made(tokens).logits)
