@@ -237,7 +237,7 @@ class _Planner:
                 self.problem(
                     f"export[{i}]",
                     f"a plain {type(self.graph.model).__name__} has no place for the biases that "
-                    f"{_some(self.new_biases)} are given; leave new biases out of the passes, or this format out of `export:`",
+                    f"{_some(self.new_biases)} are given; leave new biases out, or this format out of `export:`",
                 )
         for name in ("calibration", "evaluate"):
             section = getattr(self.pipeline, name)
