@@ -103,6 +103,11 @@ class Eora(LinearPass):
             if "budget" in override.options:
                 yield OptionError(f"overrides[{i}].budget", "is spent over all layers and cannot differ between them")
 
+    def refusal(self, kind: str) -> str | None:
+        if kind.endswith("-compensated"):
+            return "they have a correction. Raise its rank instead"
+        return super().refusal(kind)
+
     def check_shape(self, shape: tuple[int, int]) -> str | None:
         if self.rank is not None and self.rank > min(shape):
             return f"rank {self.rank} is more than the {min(shape)} that a {shape[0]} x {shape[1]} matrix has"
