@@ -1,0 +1,95 @@
+"""Measure how much of what pruning loses each way of recovering brings back, and put it into README.md.
+
+    python scripts/recovery.py [--only 50% 2:4 70%]
+
+Everything learns from the same calibration data. Writes docs/recovery.json, and replaces the table between
+`<!-- recovery -->` and `<!-- /recovery -->` in README.md. No number is typed by hand.
+"""
+
+import argparse
+import json
+import tempfile
+from typing import Any
+
+from results import ROOT, replace
+
+import compress
+from compress.report import size
+
+RECORD = ROOT / "docs" / "recovery.json"
+DATA = {"calibration": {"samples": 256, "length": 512}, "evaluate": {"samples": 64, "length": 512}}
+SPARSITIES: dict[str, Any] = {"50%": 0.5, "2:4": "2:4", "70%": 0.7}
+TRAINED = {"train": ["bias", "norm", "full"], "steps": 200}
+BEHIND = [{"gptq": {"scheme": "w4g64"}}, {"eora": {"rank": None, "budget": 0.25, "adapter_bits": 4}}]
+
+
+def recipes(sparsity: Any) -> dict[str, list[dict[str, Any]]]:
+    """Name of the row -> the passes; a row for each pass but the first, where the name ends in `...`."""
+    refit = {"wanda": {"sparsity": sparsity, "update": "exact"}}
+    few = {"rank": 3, "learning_rate": 2e-3, "steps": 200}
+    return {
+        "wanda": [{"wanda": {"sparsity": sparsity}}],
+        "sparsegpt": [{"sparsegpt": {"sparsity": sparsity}}],
+        "wanda with `update: exact`": [refit],
+        "then perp_reconstruct": [refit, {"perp_reconstruct": {"learning_rate": 2e-3}}],
+        "then perp, 1.6% of the parameters": [refit, {"perp": few}],
+        "then perp, all kept weights": [refit, {"perp": TRAINED}, *BEHIND],
+        "then sparse_soup of three": [refit, {"sparse_soup": {**TRAINED, "models": 3}}],
+    }
+
+
+def measure(sparsity: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for name, passes in recipes(SPARSITIES[sparsity]).items():
+        with tempfile.TemporaryDirectory() as folder:
+            rows = compress.run({**DATA, "passes": passes}, "demo", f"{folder}/out").rows
+        if not found:
+            found.append(row(sparsity, "the original", rows[0], 0.0))
+        pruned = 2 if len(passes) > 1 else 1  # the rows that stand for this name; those behind have their own
+        seconds = sum(r.seconds for r in rows[: pruned + 1])
+        found.append(row(sparsity, name, rows[pruned], seconds))
+        if len(rows) == 5:
+            found.append(row(sparsity, "then 4 bits by gptq", rows[3], seconds + rows[3].seconds))
+            found.append(
+                row(sparsity, "then eora, a quarter of a bit", rows[4], seconds + rows[3].seconds + rows[4].seconds)
+            )
+        print(json.dumps(found[-1]), flush=True)
+    return found
+
+
+def row(sparsity: str, name: str, measured: Any, seconds: float) -> dict[str, Any]:
+    return {
+        "zeros": sparsity,
+        "recipe": name,
+        "perplexity": measured.perplexity,
+        "kl": measured.kl,
+        "bytes": measured.bytes,
+        "seconds": round(seconds, 1),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| zeros | recipe | perplexity | KL | weights | seconds |", "|---|---|---:|---:|---:|---:|"]
+    for number, r in enumerate(rows):
+        if r["recipe"] == "the original" and number:
+            continue
+        zeros, kl = ("", "") if r["kl"] is None else (r["zeros"], f"{r['kl']:.4f}")
+        lines.append(
+            f"| {zeros} | {r['recipe']} | {r['perplexity']:.2f} | {kl} | {size(r['bytes'])} | {r['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", help="sparsities to measure again; the others' results are kept")
+    args = parser.parse_args()
+    found: dict[str, list[dict[str, Any]]] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    for sparsity in args.only or SPARSITIES:
+        found[sparsity] = measure(sparsity)
+        RECORD.write_text(json.dumps({s: found[s] for s in SPARSITIES if s in found}, indent=1) + "\n")
+    replace(ROOT / "README.md", "recovery", table([r for s in SPARSITIES for r in found.get(s, [])]))
+
+
+if __name__ == "__main__":
+    main()
