@@ -7,7 +7,7 @@ import pytest
 import textbook
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import compress
 from compress.calibration.training import Schedule
@@ -173,6 +173,40 @@ def test_the_model_is_called_as_before_when_training_is_over(tiny_llama: LlamaFo
     assert not any("forward" in vars(module) for module in made.modules())
     assert list(dict(made.named_parameters())) == list(dict(tiny_llama.named_parameters()))
     assert all(type(p) is nn.Parameter for p in made.parameters())
+
+
+def test_convolutions_and_batch_normalisations_are_trained_and_statistics_stay() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10)
+    ).eval()
+    images = torch.randn(32, 3, 8, 8)
+    options = {"objective": "distill", "steps": 20, "rank": 4, "learning_rate": 5e-3}
+    made = compress.apply(model, [prune(), Perp(**options)], images)
+    notes = next(iter(made.report.layers.values()))["perp"]
+    assert notes["loss"] < 0.8 * notes["loss_start"]
+    assert bool((made.model[1].weight != 1).any())
+    assert torch.equal(made.model[1].running_mean, model[1].running_mean)
+    assert bool((made.model[3].weight[~made.weights["3"].mask.view(8, 8, 3, 3)] == 0).all())
+
+
+def test_matrices_that_are_stored_transposed_are_trained(tokens: Tensor) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64, n_positions=64, initializer_range=0.2)
+    model = GPT2LMHeadModel(config).eval()
+    made = compress.apply(model, [prune(), Perp(steps=10, rank=4, learning_rate=5e-3)], tokens)
+    notes = next(iter(made.report.layers.values()))["perp"]
+    assert notes["loss"] < notes["loss_start"]
+    weight = made.model.transformer.h[0].mlp.c_fc.weight
+    assert bool((weight.T[~made.weights["transformer.h.0.mlp.c_fc"].mask] == 0).all())
+
+
+def test_training_goes_through_inputs_that_are_rounded(tiny_llama: LlamaForCausalLM, tokens: Tensor) -> None:
+    rounding = Rtn(bits=3, activation_bits=4)
+    made = compress.apply(tiny_llama, [rounding, Perp(train=("norm", "scale"), steps=15, learning_rate=5e-3)], tokens)
+    notes = next(iter(made.report.layers.values()))["perp"]
+    assert notes["loss"] < notes["loss_start"]
+    assert all(w.inputs is not None for w in made.weights.values())
 
 
 def pipeline(*passes: object) -> dict[str, object]:
