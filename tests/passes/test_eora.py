@@ -263,7 +263,7 @@ def test_a_layer_that_nothing_reaches_is_corrected_without_its_inputs() -> None:
     ("passes", "said"),
     [
         ([Eora(rank=2)], "nothing was lost there. Put eora after"),
-        ([Rtn(bits=2), Eora(rank=2), Eora(rank=2)], "makes up for what was lost before it"),
+        ([Rtn(bits=2), Eora(rank=2), Eora(rank=2)], "they have a correction. Raise its rank instead"),
         ([Wanda(), Eora(rank=2), Gptq(bits=4)], "Put gptq before eora"),
         ([Wanda(), Eora(rank=2), FlexRound(bits=4)], "Put flexround before eora"),
         ([Rtn(bits=2), Eora(rank=1000)], "rank 1000 is more than"),

@@ -40,7 +40,7 @@ class Eora(LinearPass):
         rank: of every correction, or None where `energy` or `budget` decides.
         energy: the smallest rank that keeps this share of the lost output energy, instead of `rank`.
         budget: bits a weight over all layers of the pass, spent where they bring most, instead of `rank`.
-        method: `eora`; or what it is compared with: `activation` scales columns by the norms of their inputs, `svd`
+        method: `eora`; or what it is compared with: `activation` scales columns by the mean size of their inputs, `svd`
             ignores inputs.
         adapter_bits: 4 or 8 store codes of the factors; None their values in 16 bits.
         floor: under the eigenvalues of the Gram matrix, as a share of the largest.
@@ -194,7 +194,8 @@ class _Problem:
         elif statistics is None or statistics.gram is None or not bool(statistics.square_sum.any()):
             raise SolveError("no input ever reached this layer")
         elif method == "activation":
-            root = statistics.square_sum.sqrt()[None]
+            assert statistics.mean_size is not None
+            root = statistics.mean_size[None]
             root = root.clamp(min=math.sqrt(floor) * float(root.max()))
             inverse = 1 / root
         else:
