@@ -288,7 +288,7 @@ def test_training_a_pruned_model_with_a_correction_is_refused(tiny_llama: LlamaF
 def test_next_token_needs_a_language_model() -> None:
     model = nn.Sequential(nn.Linear(32, 8))
     with pytest.raises(ConfigError, match="a Sequential predicts no next token; set it to distill"):
-        compress.apply(model, [Perp(steps=1)], torch.randn(8, 32))
+        compress.apply(model, [Perp(steps=1, objective="next_token")], torch.randn(8, 32))
 
 
 def test_a_training_that_is_killed_goes_on_and_ends_the_same(

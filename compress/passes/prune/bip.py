@@ -39,7 +39,7 @@ class Bip(ModelPass):
     Example:
         >>> import torch, compress
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 8))
-        >>> passes = [compress.Bip(sparsity=0.5, steps=2, objective="distill")]
+        >>> passes = [compress.Bip(sparsity=0.5, steps=2)]
         >>> result = compress.apply(model, passes, calibration=torch.randn(16, 64))
         >>> sorted(result.weights)
         ['0', '1']
@@ -51,7 +51,7 @@ class Bip(ModelPass):
     learning_rate: float = 1e-4
     mask_rate: float = 0.02
     gamma: float = 1e4
-    objective: Loss = "next_token"
+    objective: Loss = "distill"
 
     key: ClassVar[str] = "bip"
 

@@ -49,7 +49,7 @@ class GlobalMagnitude(TrainingOptions, ModelPass):
     min_keep: float = 0.0005
     cuts: int = 1
     regrow: bool = False
-    objective: Loss = "next_token"
+    objective: Loss = "distill"
 
     key: ClassVar[str] = "global_magnitude"
 

@@ -19,23 +19,23 @@ class Perp(Retraining, ModelPass):
     Source: Zimmer, Andoni, Spiegel and Pokutta, "PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs", 2023,
     arXiv 2312.15230. Differs from the paper in: the best iterate on held-out samples is kept, the start among them;
     masks are stored, never read off zeros; scale_lora starts with one component of ones, so that its components can
-    differ; `scale`, `lora` beside codes, new biases and `distill` are ours.
+    differ; the paper trains for the next token; `scale`, `lora` beside codes, new biases and `distill` are ours.
 
     Args:
-        objective: `next_token` trains a language model on its calibration text; `distill` trains any model towards the
-            original's predictions, at the price of running the original too.
+        objective: `distill` trains towards the original's predictions, which takes running the original too and one
+            more copy of its matrices; `next_token` trains a language model on its calibration text.
         checkpointing: compute the activations inside a block again when gradients need them, instead of keeping them.
 
     Example:
         >>> import torch, compress
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 8))
-        >>> passes = [compress.Magnitude(sparsity=0.5), compress.Perp(steps=2, objective="distill")]
+        >>> passes = [compress.Magnitude(sparsity=0.5), compress.Perp(steps=2)]
         >>> result = compress.apply(model, passes, calibration=torch.randn(16, 64))
         >>> round(float((result.model[0].weight == 0).float().mean()), 2)
         0.5
     """
 
-    objective: Loss = "next_token"
+    objective: Loss = "distill"
     checkpointing: bool = True
 
     key: ClassVar[str] = "perp"

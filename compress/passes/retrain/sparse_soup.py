@@ -39,7 +39,7 @@ class SparseSoup(TrainingOptions, ModelPass):
     Example:
         >>> import torch, compress
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 8))
-        >>> passes = [compress.Magnitude(sparsity=0.5), compress.SparseSoup(models=2, steps=2, objective="distill")]
+        >>> passes = [compress.Magnitude(sparsity=0.5), compress.SparseSoup(models=2, steps=2)]
         >>> result = compress.apply(model, passes, calibration=torch.randn(16, 64))
         >>> round(float((result.model[0].weight == 0).float().mean()), 2)
         0.5
@@ -50,7 +50,7 @@ class SparseSoup(TrainingOptions, ModelPass):
     soup: Literal["uniform", "greedy"] = "uniform"
     phases: int = 1
     sparsity: float | None = None
-    objective: Loss = "next_token"
+    objective: Loss = "distill"
     checkpointing: bool = True
 
     key: ClassVar[str] = "sparse_soup"
