@@ -18,4 +18,5 @@ if [ ! -x .venv-peer/bin/python ]; then
     trap - EXIT
 fi
 "$python" benchmarks/quality.py --peer-python .venv-peer/bin/python
+"$python" benchmarks/recovery.py --peer-python .venv-peer/bin/python
 "$python" benchmarks/memory.py "$folder" --peer-python .venv-peer/bin/python --layers 6 22

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import memory
 import quality
+import recovery
 import runner
 
 PAGE = Path(__file__).parent / "README.md"
@@ -24,7 +25,7 @@ def main() -> None:
     page = PAGE.read_text()
     for name, show in (
         ("quality", quality.show),
-        ("quality-batch-8", quality.show),
+        ("recovery", recovery.show),
         ("learned", quality.show),
         ("memory", memory.show),
         ("load", loaded),
