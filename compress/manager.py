@@ -269,7 +269,8 @@ def _note(report: Report, artifact: Artifact, records: Sequence[Record]) -> None
                 report.fallbacks.append(f"{record.site}: {notes['fallback']}")
             if notes.get("dead_inputs"):
                 report.fallbacks.append(f"{record.site}: {notes['dead_inputs']:.0f} inputs are always zero ({name})")
-    total = sum(p.numel() for p in artifact.graph.model.parameters())
+    tied = artifact.graph.tied
+    total = sum(p.numel() for name, p in artifact.graph.model.named_parameters() if name not in tied)
     for name, count in trained.items():
         report.trained.append({"pass": name, "numbers": count, "parameters": total})
 

@@ -250,6 +250,7 @@ def test_a_run_in_memory_and_one_out_of_core_agree(
     steps = pipeline({"magnitude": {"sparsity": 0.6}}, PERP)
     report = compress.run(steps, tmp_path / "model", tmp_path / "out", calibration=tokens, evaluation=tokens)
     assert report.rows[-1].perplexity < report.rows[-2].perplexity
+    assert report.trained[0]["parameters"] == sum(p.numel() for p in model.parameters())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     made = compress.apply(
         model, [prune(), Perp(steps=10, rank=2, learning_rate=2e-3)], tokens, products="float32"
