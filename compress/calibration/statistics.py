@@ -34,7 +34,6 @@ class Statistics:
         self._squares = torch.zeros(width, dtype=torch.float64)
         self._gram = torch.zeros(width, width) if need == "gram" else None
         self._sum = torch.zeros(width, dtype=torch.float64) if need == "gram" else None
-        self._sizes = torch.zeros(width, dtype=torch.float64) if need == "gram" else None
         self._panel = max(SMALLEST_PANEL, width // 8)
         self._whole = True
         self._eigen: tuple[Tensor, Tensor] | None = None
@@ -56,9 +55,7 @@ class Statistics:
                     b = a + self._panel
                     self._gram[a:, a:b].addmm_(wide[:, a:].T, wide[:, a:b])
             assert self._sum is not None
-            assert self._sizes is not None
             self._sum += wide.sum(0)
-            self._sizes += wide.abs().sum(0)
             self._whole, self._eigen = False, None
         squares = self.square_sum
         if not torch.isfinite(squares).all():
@@ -91,11 +88,6 @@ class Statistics:
     def mean(self) -> Tensor | None:
         """(I,) float64, of every input feature; None without a Gram matrix, or when nothing was seen."""
         return None if self._sum is None or not self.tokens else self._sum / self.tokens
-
-    @property
-    def mean_size(self) -> Tensor | None:
-        """(I,) float64, the mean of every input feature's absolute value; None where there is no mean."""
-        return None if self._sizes is None or not self.tokens else self._sizes / self.tokens
 
     @property
     def square_sum(self) -> Tensor:

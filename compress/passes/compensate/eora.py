@@ -11,18 +11,19 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from compress.calibration.statistics import Need, Statistics
+from compress.calibration.statistics import Need
 from compress.encodings import LowRank, LowRankForm, Uniform
 from compress.errors import SolveError
 from compress.passes.base import Edit, LinearPass, OptionError, Override, Target
 from compress.passes.compensate.ranks import by_budget, by_energy, too_little
 from compress.passes.quantize.gptq import Gptq
 from compress.passes.quantize.gptq import solve as gptq
+from compress.passes.whitening import Seen
 
 A_GROUP = 64  # columns of a quantized A that share a scale, where that divides
 ADAPTER_BITS = (4, 8)
 VALUE_BITS = 16
-SMALLEST, LARGEST = 1e-3, 6e4  # largest numbers of a factor that float16 holds with all its digits
+SEEN: dict[str, Need] = {"eora": "gram", "activation": "norm", "svd": "none"}  # what a method looks at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Eora(LinearPass):
         rank: of every correction, or None where `energy` or `budget` decides.
         energy: the smallest rank that keeps this share of the lost output energy, instead of `rank`.
         budget: bits a weight over all layers of the pass, spent where they bring most, instead of `rank`.
-        method: `eora`; or what it is compared with: `activation` scales columns by the mean size of their inputs, `svd`
+        method: `eora`; or what it is compared with: `activation` scales columns by the norms of their inputs, `svd`
             ignores inputs.
         adapter_bits: 4 or 8 store codes of the factors; None their values in 16 bits.
         floor: under the eigenvalues of the Gram matrix, as a share of the largest.
@@ -132,7 +133,7 @@ class Eora(LinearPass):
 
     def survey(self, target: Target) -> dict[str, Any]:
         try:
-            energies = _Problem.of(target, self.method, self.floor).energies.tolist()
+            energies = self._lost(target).energies.tolist()
         except SolveError:
             energies = []  # no input ever reached it: nothing to correct
         return {"energies": energies, "shape": list(target.weight.shape)}
@@ -150,114 +151,44 @@ class Eora(LinearPass):
         """Stored bits of one more rank, scales not counted."""
         return (self.adapter_bits or VALUE_BITS) * sum(shape)
 
+    def _lost(self, target: Target) -> Seen:
+        """Original less compressed weight, seen through the inputs."""
+        assert target.original is not None
+        lost = target.original.double() - target.weight.double()
+        return Seen.through(lost, target.statistics, SEEN[self.method], self.floor)
+
     def run(self, target: Target) -> Edit:
-        problem = _Problem.of(target, self.method, self.floor)
-        rank = self.rank if self.energy is None else by_energy(problem.energies.tolist(), self.energy)
+        lost = self._lost(target)
+        rank = self.rank if self.energy is None else by_energy(lost.energies.tolist(), self.energy)
         assert rank is not None
-        made = problem.best(min(rank, *target.weight.shape), self.adapter_bits)
-        shift = problem.shift(made) if self.bias else None
-        notes = {"output_error_start": problem.error(None), "output_error": problem.error(made, shift)}
+        assert target.original is not None
+        rank = min(rank, *target.weight.shape)
+        if self.adapter_bits is None:
+            made = lost.factors(rank)
+        else:
+            gram = None if target.statistics is None else target.statistics.gram
+            made = _coded(lost, torch.eye(target.weight.shape[1]) if gram is None else gram, rank, self.adapter_bits)
+        left = lost.matrix - made.product().double()
+        shift = self._shift(left, target) if self.bias else None
+        whole = lost.size(target.original.double()) or 1.0
+        notes = {"output_error_start": lost.size(lost.matrix) / whole, "output_error": lost.size(left) / whole}
         return Edit(low_rank=made, mask=target.mask, shift=shift, notes=notes)
+
+    def _shift(self, left: Tensor, target: Target) -> Tensor | None:
+        """(O,) what is still lost on the mean input; None where none was seen."""
+        mean = None if target.statistics is None else target.statistics.mean
+        return None if mean is None else (left @ mean).float()
 
     def fallback(self) -> "Eora":
         return replace(self, method="svd", bias=False, overrides=())
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """Minimise ||(lost - B A) S||, S S^T = H: what was lost, seen through the inputs.
-
-    Attributes:
-        lost: (O, I) float64, original less compressed weight.
-        root, inverse: (I, I) or (1, I) float64, S and S^-1; a row for diagonal ones.
-        right: (I, r) float64, orthonormal right singular vectors of lost @ root, largest first.
-        energies: (r,) float64, squared singular values, largest first.
-        statistics: of the inputs; None where they do not matter.
-        size: ||original S||^2, to compare errors with.
-    """
-
-    lost: Tensor
-    root: Tensor
-    inverse: Tensor
-    right: Tensor
-    energies: Tensor
-    statistics: Statistics | None
-    size: float
-
-    @classmethod
-    def of(cls, target: Target, method: str, floor: float) -> Self:
-        assert target.original is not None
-        statistics = target.statistics
-        lost = target.original.double() - target.weight.double()
-        if method == "svd":
-            root = inverse = torch.ones(1, lost.shape[1], dtype=torch.float64)
-        elif statistics is None or statistics.gram is None or not bool(statistics.square_sum.any()):
-            raise SolveError("no input ever reached this layer")
-        elif method == "activation":
-            assert statistics.mean_size is not None
-            root = statistics.mean_size[None]
-            root = root.clamp(min=math.sqrt(floor) * float(root.max()))
-            inverse = 1 / root
-        else:
-            root, inverse = roots(statistics, floor)
-        seen = _times(lost, root)
-        small = seen.T @ seen if seen.shape[1] <= seen.shape[0] else seen @ seen.T
-        values, vectors = torch.linalg.eigh(small)
-        energies, vectors = values.flip(0).clamp_(min=0), vectors.flip(1)
-        if seen.shape[1] > seen.shape[0]:  # left singular vectors: turn them round
-            vectors = seen.T @ vectors / energies.sqrt().clamp(min=1e-300)
-        size = float(_times(target.original.double(), root).square().sum())
-        return cls(lost, root, inverse, vectors, energies, statistics, size or 1.0)
-
-    def best(self, rank: int, bits: int | None) -> LowRank:
-        """The correction of this rank: A as it will be stored, and the B that is best for that."""
-        a = _times(self.right[:, :rank].T, self.inverse)
-        a = a / a.abs().amax(1, keepdim=True).clamp(min=1e-300)  # B takes the size: both fit 16 bits
-        if bits is None:
-            first = _stored(a)
-            return LowRank(first, _stored(self._fitted(first.double())))
-        seen = None if self.statistics is None else self.statistics.gram
-        gram = torch.eye(a.shape[1]) if seen is None else seen
-        coded = _gptq(a.float(), gram, bits, A_GROUP if a.shape[1] % A_GROUP == 0 else None)
-        made = coded.dequantize()
-        return LowRank(coded, _gptq(self._fitted(made.double()).float(), made @ gram @ made.T, bits, None))
-
-    def _fitted(self, a: Tensor) -> Tensor:
-        """(O, r) the B that loses least with an A (r, I)."""
-        solution: Tensor = torch.linalg.lstsq(_times(a, self.root).T, _times(self.lost, self.root).T, driver="gelsd")[0]
-        return solution.T
-
-    def shift(self, made: LowRank) -> Tensor | None:
-        """(O,) what is still lost on the mean input; None where none was seen."""
-        if self.statistics is None or self.statistics.mean is None:
-            return None
-        return ((self.lost - made.product().double()) @ self.statistics.mean).float()
-
-    def error(self, made: LowRank | None, shift: Tensor | None = None) -> float:
-        """||(lost - B A) S|| / ||original S||, less what a shift of all outputs makes up for."""
-        left = self.lost if made is None else self.lost - made.product().double()
-        square = float(_times(left, self.root).square().sum())
-        if shift is not None and self.statistics is not None:
-            square -= self.statistics.tokens * float(shift.double().square().sum())
-        return math.sqrt(max(0.0, square) / self.size)
-
-
-def roots(statistics: Statistics, floor: float) -> tuple[Tensor, Tensor]:
-    """S and its inverse, (I, I) float64, of H = S S^T, in the eigenspace of H."""
-    values, vectors = statistics.eigen
-    scale = values.clamp(min=floor * float(values[-1])).sqrt()
-    return vectors * scale, (vectors / scale).T
-
-
-def _times(matrix: Tensor, root: Tensor) -> Tensor:
-    """Matrix @ root, where a root of one row is diagonal."""
-    return matrix * root if len(root) == 1 else matrix @ root
-
-
-def _stored(factor: Tensor) -> Tensor:
-    """A factor in 16 bits, unless its size does not fit them."""
-    largest = float(factor.abs().max())
-    return factor.half() if largest == 0 or SMALLEST <= largest <= LARGEST else factor.float()
+def _coded(lost: Seen, gram: Tensor, rank: int, bits: int) -> LowRank:
+    """The best correction of this rank in codes: A rounded, and the B that is best for that rounded too."""
+    a = lost.basis(rank).float()
+    coded = _gptq(a, gram, bits, A_GROUP if a.shape[1] % A_GROUP == 0 else None)
+    made = coded.dequantize()
+    return LowRank(coded, _gptq(lost.fitted(made.double()).float(), made @ gram @ made.T, bits, None))
 
 
 def _gptq(weight: Tensor, gram: Tensor, bits: int, group_size: int | None) -> Uniform:
