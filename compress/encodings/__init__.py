@@ -7,9 +7,10 @@ from compress.encodings.low_rank import LowRank, LowRankForm
 from compress.encodings.outlier_victim import OutlierVictim, OutlierVictimForm
 from compress.encodings.power import Power, PowerForm
 from compress.encodings.uniform import Uniform, UniformForm, fit, quantize
-from compress.encodings.weight import Spec, Weight, pack, spec_of, unpack
+from compress.encodings.weight import FACTORED, Spec, Weight, pack, spec_of, unpack
 
 __all__ = [
+    "FACTORED",
     "CodebookForm",
     "Codebooks",
     "Encoding",

@@ -1,4 +1,4 @@
-"""A low-rank correction beside a weight: value = base + B A, never folded into packed or masked codes.
+"""A low-rank correction beside a weight: value = base + B A, never folded into packed or masked codes; or B A alone.
 
 Shapes: O = out features, I = in features, r = rank.
 
@@ -119,6 +119,17 @@ class LowRank:
     def rank(self) -> int:
         """Columns of B and rows of A."""
         return len(self.a.codes if isinstance(self.a, Uniform) else self.a)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I), of the product."""
+        a, b = (f.codes if isinstance(f, Uniform) else f for f in (self.a, self.b))
+        return len(b), a.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return (self.b.codes if isinstance(self.b, Uniform) else self.b).device
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (r, I) and B (O, r), float32."""

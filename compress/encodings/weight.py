@@ -1,4 +1,4 @@
-"""One weight as it is kept: dense, sparse, quantized, or sparse and quantized; and its tensors on disk.
+"""One weight as it is kept: dense, sparse, quantized, sparse and quantized, or two factors; its tensors on disk.
 
 Layout `compress-1`, for a weight of O rows and I columns:
 
@@ -10,7 +10,8 @@ Layout `compress-1`, for a weight of O rows and I columns:
 | `codes`   | quantized             | uint8 (O, ceil(I*bits/8)); sparse: the K kept codes as one stream   |
 | tables    | quantized             | what the family needs beside its codes: see `tables` of each `Form` |
 
-How the layer rounds its input, and a low-rank correction, stand beside them: see `inputs.py` and `low_rank.py`.
+How the layer rounds its input, and a low-rank correction, stand beside them: see `inputs.py` and `low_rank.py`. A
+weight that is nothing but its factors has none of these.
 
 Streams are those of `bits.py`. The mask is stored, never inferred: a kept weight may be zero. A pattern is found in the
 mask itself, whoever made it. A bitmap of such a mask is read too.
@@ -34,6 +35,7 @@ from compress.encodings.power import PowerForm
 from compress.encodings.uniform import UniformForm
 
 LAYOUT = "compress-1"
+FACTORED = "low-rank"  # the kind of a weight that is nothing but its factors
 FORMS: dict[str, type[Form]] = {form.family: form for form in (UniformForm, OutlierVictimForm, CodebookForm, PowerForm)}
 
 
@@ -42,11 +44,11 @@ class Weight:
     """A weight matrix (O, I).
 
     Attributes:
-        values: (O, I) in its stored type, zero where masked; None when quantized.
+        values: (O, I) in its stored type, zero where masked; None when quantized, or when factors are all there is.
         mask: (O, I) bool, True = kept; None when dense.
         encoding: the codes, or None. Codes under a masked position are the encoding's idle ones.
         inputs: the grid that what it is multiplied with is rounded to, or None.
-        low_rank: a correction added to all of it, or None.
+        low_rank: a correction added to all of it, or all of it; or None.
     """
 
     values: Tensor | None = None
@@ -57,12 +59,16 @@ class Weight:
 
     def dequantize(self) -> Tensor:
         """(O, I) float32 of all of it. May share memory with `values`: not to be written to."""
-        base = self.base()
-        return base if self.low_rank is None else base + self.low_rank.product()
+        if self.low_rank is None:
+            return self.base()
+        return self.low_rank.product() if self.factored else self.base() + self.low_rank.product()
 
     def base(self) -> Tensor:
         """(O, I) float32 without the correction, exactly zero where masked; as `dequantize` otherwise."""
         if self.encoding is None:
+            if self.factored:
+                assert self.low_rank is not None
+                return torch.zeros(self.low_rank.shape, device=self.low_rank.device)
             assert self.values is not None
             return self.values.float()
         dense = self.encoding.dequantize()
@@ -79,8 +85,15 @@ class Weight:
         )
 
     @property
+    def factored(self) -> bool:
+        """Whether its factors are all there is."""
+        return self.values is None and self.encoding is None
+
+    @property
     def kind(self) -> str:
-        """`dense`, `sparse`, `quantized` or `sparse-quantized`; with `-compensated` where there is a correction."""
+        """`dense`, `sparse`, `quantized` or `sparse-quantized`, with `-compensated` if corrected; or `low-rank`."""
+        if self.factored:
+            return FACTORED
         return _kind(self.encoding is not None, self.mask is not None, self.low_rank is not None)
 
 
@@ -96,7 +109,7 @@ class Spec:
     shape: tuple[int, int]
     form: Form | None = None  # of its codes; None when not quantized
     kept: int | None = None  # number of kept weights; None when dense
-    value_dtype: str = "float32"
+    value_dtype: str | None = "float32"  # None where there are no values: factors are all there is
     inputs: InputForm | None = None  # of the grid of its inputs; None when they are not quantized
     low_rank: LowRankForm | None = None  # of its correction
     pattern: Pattern | None = None  # that its mask is stored with; None when it is a bitmap, or dense
@@ -148,6 +161,8 @@ class Spec:
             if needed - set(rest):
                 raise ValueError(f"fields {sorted(needed - set(rest))} of a packed weight are missing")
             form = FORMS[family](**rest)
+        elif own.get("value_dtype", "") is None and ("low_rank" not in own or "kept" in own):
+            raise ValueError("a packed weight without values has a low-rank form, and no mask")
         return cls(tuple(own.pop("shape")), form, **own)
 
     def tensors(self) -> Stored:
@@ -163,7 +178,8 @@ class Spec:
             found["mask"] = ((rows, row_bytes(columns, 1)), torch.uint8)
         if self.form is None:
             shape: tuple[int, ...] = self.shape if self.kept is None else (self.kept,)
-            found["values"] = (shape, getattr(torch, self.value_dtype))
+            if self.value_dtype is not None:
+                found["values"] = (shape, getattr(torch, self.value_dtype))
             return found | last
         if self.kept is None or self.form.stores_idle:
             found["codes"] = ((rows, row_bytes(columns, self.form.bits)), torch.uint8)
@@ -174,7 +190,8 @@ class Spec:
     @property
     def kind(self) -> str:
         """As of the weight."""
-        return _kind(self.form is not None, self.kept is not None, self.low_rank is not None)
+        factored = self.form is None and self.value_dtype is None
+        return FACTORED if factored else _kind(self.form is not None, self.kept is not None, self.low_rank is not None)
 
     @property
     def num_bytes(self) -> int:
@@ -193,6 +210,8 @@ def spec_of(weight: Weight) -> Spec:
     }
     if weight.encoding is not None:
         return Spec(_shape(weight.encoding.codes), weight.encoding.form, **found)
+    if weight.low_rank is not None and weight.factored:
+        return Spec(weight.low_rank.shape, value_dtype=None, **found)
     assert weight.values is not None
     return Spec(_shape(weight.values), value_dtype=str(weight.values.dtype).removeprefix("torch."), **found)
 
@@ -208,6 +227,8 @@ def pack(weight: Weight) -> tuple[Spec, dict[str, Tensor]]:
     elif weight.mask is not None:
         tensors["mask"] = pack_bits(weight.mask.to(torch.uint8), 1)
     e = weight.encoding
+    if weight.factored:
+        return spec, tensors
     if e is None:
         assert weight.values is not None
         tensors["values"] = weight.values.contiguous() if weight.mask is None else weight.values[weight.mask]
@@ -229,6 +250,8 @@ def unpack(spec: Spec, tensors: dict[str, Tensor]) -> Weight:
         mask = spec.pattern.unpack(tensors["pattern"], columns)
     elif spec.kept is not None:
         mask = unpack_bits(tensors["mask"], 1, columns).bool()
+    if spec.kind == FACTORED:
+        return Weight(inputs=inputs, low_rank=low_rank)
     if spec.form is None:
         values = tensors["values"]
         if mask is not None:
@@ -251,4 +274,4 @@ def _shape(values: Tensor) -> tuple[int, int]:
     return rows, columns
 
 
-__all__ = ["FORMS", "LAYOUT", "Spec", "Weight", "pack", "spec_of", "unpack"]
+__all__ = ["FACTORED", "FORMS", "LAYOUT", "Spec", "Weight", "pack", "spec_of", "unpack"]

@@ -64,6 +64,28 @@ def test_the_correction_is_added_to_all_of_the_weight_and_the_base_keeps_its_zer
     assert torch.equal(corrected.dequantize(), base.dequantize() + b @ a)
 
 
+@pytest.mark.parametrize("options", CORRECTIONS, ids=str)
+def test_factors_alone_are_a_weight(options: dict[str, int]) -> None:
+    factors = correction(7, 16, **options)
+    alone = Weight(low_rank=factors)
+    spec, tensors = pack(alone)
+    assert {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()} == spec.tensors()
+    assert all(name.startswith("lora_") for name in tensors)
+    again = unpack(Spec.from_json(json.loads(json.dumps(spec.to_json()))), tensors)
+    assert torch.equal(again.dequantize(), factors.product())
+    assert torch.equal(alone.base(), torch.zeros(7, 16))
+    assert torch.equal(alone.rows(slice(2, 5)).base(), torch.zeros(3, 16))
+    torch.testing.assert_close(alone.rows(slice(2, 5)).dequantize(), factors.product()[2:5])
+    assert spec == spec_of(again)
+    assert spec.kind == alone.kind == "low-rank"
+
+
+@pytest.mark.parametrize("more", [{}, {"low_rank": {"rank": 3}, "kept": 5}])
+def test_a_weight_of_nothing_and_factors_under_a_mask_are_refused(more: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="without values has a low-rank form, and no mask"):
+        Spec.from_json({"shape": [7, 16], "layout": "compress-1", "value_dtype": None, **more})
+
+
 def test_some_rows_are_those_of_the_whole() -> None:
     corrected = Weight(weight(8, 16), low_rank=correction(8, 16, rank=3, bits=8))
     part = corrected.rows(slice(2, 5)).dequantize()
