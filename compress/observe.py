@@ -42,7 +42,8 @@ def observed(
         if defect:
             raise refuse(defect)
         if edit.weight is None and edit.encoding is None:
-            corrected = replace(before, low_rank=low_rank)
+            kept = Weight(inputs=before.inputs) if edit.replaces else before
+            corrected = replace(kept, low_rank=low_rank)
             return corrected, _relative_error(corrected, old)
     weight = _from_codes(edit, refuse, site) if edit.encoding else _from_values(edit, refuse, site, store)
     wanted = pattern(getattr(pass_.at(site.name), "sparsity", 0.0))

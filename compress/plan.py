@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from compress.calibration.data import IMAGES
-from compress.encodings import Spec
+from compress.encodings import FACTORED, Spec
 from compress.encodings.pattern import Pattern, promised
 from compress.errors import ConfigError, Problem, ResourceError
 from compress.evaluate import REFERENCE_NUMBERS
@@ -262,7 +262,10 @@ class _Planner:
             laid = _laid(before, n_of_m, kept, columns)
         stored = str(self.dtypes.get(site.parameter, torch.float32)).removeprefix("torch.")
         form, inputs = pass_.form(site.shape), pass_.input_form() or (before.inputs if before else None)
-        low_rank = pass_.low_rank_form(site.shape) if self.kinds[site.name].endswith("-compensated") else None
+        kind = self.kinds[site.name]
+        if kind == FACTORED and (before is None or before.kind != kind):
+            return Spec(site.shape, value_dtype=None, inputs=inputs, low_rank=pass_.low_rank_form(site.shape))
+        low_rank = pass_.low_rank_form(site.shape) if kind.endswith("-compensated") else None
         if low_rank:
             return replace(before or Spec(site.shape, value_dtype=stored), low_rank=low_rank)
         if form:

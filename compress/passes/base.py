@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 from compress.calibration.statistics import Need
 from compress.calibration.training import Loss
-from compress.encodings import Form, InputForm, LowRankForm
+from compress.encodings import FACTORED, Form, InputForm, LowRankForm
 from compress.passes.names import Override
 from compress.passes.target import Block, Edit, Target, Whole
 
@@ -83,7 +83,7 @@ class Pass:
         return None
 
     def low_rank_form(self, shape: tuple[int, int]) -> LowRankForm | None:
-        """What its correction of an (out, in) matrix will be like, or about like; None when it makes none."""
+        """What its factors for an (out, in) matrix will be like, or about like; None when it makes none."""
         return None
 
     def input_form(self) -> InputForm | None:
@@ -91,13 +91,15 @@ class Pass:
         return None
 
     def produces(self, kind: str) -> str:
-        """The kind of a weight (`dense`, `sparse`, `quantized`, `sparse-quantized`) after this pass."""
+        """The kind of a weight (`dense`, `sparse`, `quantized`, `sparse-quantized`, ...) after this pass."""
         raise NotImplementedError
 
     def refusal(self, kind: str) -> str | None:
         """Why it cannot work on a kind of weight, and what to do; None where it can."""
         if kind in self.accepts:
             return None
+        if kind == FACTORED:
+            return "they are nothing but two thin factors. `exclude` them"
         if kind == "dense":
             return f"nothing was lost there. Put {self.key} after a pruner or quantizer, or `exclude` them"
         if kind.endswith("-compensated"):

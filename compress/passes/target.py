@@ -92,7 +92,8 @@ class Edit:
         weight: (out, in) float32 new values, or None when `encoding` is given. Of a vector: its new values.
         mask: (out, in) bool, True = kept; None when dense.
         encoding: integer codes.
-        low_rank: a correction to keep beside the weight; alone it leaves the weight as it is.
+        low_rank: a correction to keep beside the weight; alone it leaves the weight as it is, unless it `replaces` it.
+        replaces: whether nothing is kept but `low_rank`.
         shift: (out,) to be added to the bias of the layer, which gets one if it has none.
         notes: facts for the report, such as dead inputs.
     """
@@ -101,5 +102,6 @@ class Edit:
     mask: Tensor | None = None
     encoding: Encoding | None = None
     low_rank: LowRank | None = None
+    replaces: bool = False
     shift: Tensor | None = None
     notes: Mapping[str, float] = field(default_factory=dict)
