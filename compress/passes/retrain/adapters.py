@@ -20,12 +20,13 @@ class Matrix:
     """One matrix being trained: what it starts as, and the adapters that change it one after the other.
 
     Adapters of `lora` are merged into a dense matrix. Beside one with zeros or codes, which they would destroy, they
-    are kept as its low-rank correction, and go on from the correction that is there.
+    are kept as its low-rank correction, and go on from the correction, or the factors, that are there.
     """
 
     def __init__(self, target: Target, sets: Sequence[str], rank: int, alpha: float):
         self.mask, self.stored = target.mask, target.stored
         self.encoding = None if self.stored is None else self.stored.encoding
+        self.factored = self.stored is not None and self.stored.factored
         base = target.weight if self.stored is None else self.stored.base()
         self.base = base.detach()
         generator = target.generator or torch.Generator()
@@ -41,7 +42,7 @@ class Matrix:
                 self.adapters.append(Full(base))
             elif name == "scale_lora":
                 self.adapters.append(ScaleLora(rows, columns, rank, generator))
-            elif name in ("lora", "head") and (self.mask is not None or self.encoding is not None):
+            elif name in ("lora", "head") and (self.mask is not None or self.encoding is not None or self.factored):
                 found = None if self.stored is None else self.stored.low_rank
                 self.beside = Lora(rows, columns, rank, 1.0 if found else alpha / rank, generator, found)
             else:
@@ -87,6 +88,9 @@ class Matrix:
     def edit(self, notes: Mapping[str, float]) -> Edit:
         """What is stored now."""
         low_rank = None if self.beside is None else self.beside.low_rank()
+        if self.factored:
+            low_rank = low_rank or (self.stored.low_rank if self.stored else None)
+            return Edit(low_rank=low_rank, replaces=True, notes=notes)
         if self.encoding is None:
             return Edit(weight=self._merged_base(), mask=self.mask, low_rank=low_rank, notes=notes)
         encoding = self.encoding

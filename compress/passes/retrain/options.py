@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from compress.calibration.training import Schedule
-from compress.encodings import LowRankForm
+from compress.encodings import FACTORED, LowRankForm
 from compress.passes.base import OptionError, Pass, Target
 from compress.passes.retrain.adapters import Matrix
 from compress.passes.retrain.trainables import Trainables
@@ -18,7 +18,7 @@ REWRITES = ("mask_lora", "scale_lora", "lora_prune", "full")  # sets that give a
 IN_BLOCKS = (*REWRITES, "lora", "scale")
 ALL_KINDS = frozenset(
     kind + tail for kind in ("sparse", "quantized", "sparse-quantized") for tail in ("", "-compensated")
-) | {"dense"}
+) | {"dense", FACTORED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,8 @@ class TrainingOptions(Pass):
         train: what is trained, in any combination. `bias`: biases of all layers. `norm`: scales and shifts of all
             normalisations. `head`: the output layer, by LoRA. Of every selected matrix: `mask_lora`, W + (B A) * M;
             `scale_lora`, W * (B A); `lora_prune`, W + B A while training and (B A) * M in the end; `lora`, W + B A,
-            merged into a dense matrix and kept beside any other; `full`, every weight that is kept; `scale`, the scales
-            of a quantized one.
+            merged into a dense matrix, kept beside any other, and all there is of one that is two thin factors already;
+            `full`, every weight that is kept; `scale`, the scales of a quantized one.
         rank: of the adapters.
         alpha: what they add is multiplied by alpha / rank.
         steps: of Adam.
@@ -118,12 +118,14 @@ class Retraining(TrainingOptions):
                 f"they are packed, and codes cannot take what {rewriting[0]} adds. Put {self.key} before the "
                 "quantizer, or train only scale, norm, bias and lora, which is kept beside them"
             )
+        if kind == FACTORED and rewriting:
+            return f"they are nothing but two thin factors, which {rewriting[0]} cannot change. Train lora, which can"
         if kind == "sparse-compensated" and rewriting:
             return f"their correction makes up for what was lost before it. Put {self.key} before eora, or train lora"
         return super().refusal(kind)
 
     def produces(self, kind: str) -> str:
-        beside = "lora" in self.train and kind != "dense" and not kind.endswith("-compensated")
+        beside = "lora" in self.train and kind not in ("dense", FACTORED) and not kind.endswith("-compensated")
         return f"{kind}-compensated" if beside else kind
 
     def low_rank_form(self, shape: tuple[int, int]) -> LowRankForm | None:
