@@ -113,6 +113,7 @@ ESTIMATED = {
     "pruned and quantized": "{magnitude: {sparsity: 0.6}}, {rtn: {scheme: w4g32}}",
     "pruned twice": "{magnitude: {sparsity: 0.3}}, {magnitude: {sparsity: 0.6, include: ['*.mlp.*']}}",
     "fused": "{blockwise: [{magnitude: {sparsity: 2:4}}, {rtn: {bits: 4}}]}",
+    "low rank": "{low_rank: {ratio: 0.4, steps: 0, method: svd, overrides: [{match: '*.mlp.*', ratio: 0.7}]}}",
     "nothing": "",
 }
 

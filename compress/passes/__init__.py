@@ -2,6 +2,7 @@
 
 from compress.passes.base import BlockPass, LinearPass, ModelPass, Override, Pass
 from compress.passes.compensate.eora import Eora
+from compress.passes.factorize.low_rank import LowRank
 from compress.passes.prune.bip import Bip
 from compress.passes.prune.global_magnitude import GlobalMagnitude
 from compress.passes.prune.magnitude import Magnitude
@@ -43,6 +44,7 @@ PASSES: tuple[type[Pass], ...] = (
     PerpReconstruct,
     SparseSoup,
     Eora,
+    LowRank,
 )
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "Gptq",
     "Jlcm",
     "LinearPass",
+    "LowRank",
     "Magnitude",
     "ModelPass",
     "Nupes",

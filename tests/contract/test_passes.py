@@ -76,6 +76,10 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"rank": 4, "adapter_bits": 8, "method": "activation"},
         {"rank": 2, "adapter_bits": 4, "method": "svd"},
     ],
+    "low_rank": [
+        {"ratio": 0.8, "method": "svd", "inputs": "mix"},
+        {"ratio": 0.25, "perturbation": 0.1, "floor": 1e-4},
+    ],
     "perp": [
         {"train": ("scale_lora",), "rank": 2},
         {"train": ("lora_prune", "bias"), "rank": 2, "new_biases": True},
@@ -101,7 +105,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     "sparsegpt": [{"sparsity": "4:8", "damping": 0.1}, {"sparsity": 0.7, "tile": 16}],
 }
 
-LEARNED = ("flexround", "adaround", "nupes", "jlcm", "perp", "perp_reconstruct", "sparse_soup", "bip")
+LEARNED = ("flexround", "adaround", "nupes", "jlcm", "low_rank", "perp", "perp_reconstruct", "sparse_soup", "bip")
 QUICK = {key: {"steps": 4} for key in LEARNED}  # keeps a learned method quick
 
 each_class = pytest.mark.parametrize("cls", PASSES, ids=lambda cls: cls.key)

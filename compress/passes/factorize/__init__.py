@@ -1,0 +1,1 @@
+"""Passes that put thin factors in the place of a matrix."""

@@ -1,0 +1,231 @@
+"""Low rank: two thin matrices in the place of a large one, learned from the outputs of the block.
+
+Shapes: O rows, I columns, r rank.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from compress.calibration.reconstruct import Inputs, Recipe, by_block
+from compress.calibration.statistics import Need
+from compress.encodings import FACTORED, LowRankForm
+from compress.encodings import LowRank as Factors
+from compress.errors import SolveError
+from compress.passes.base import Block, BlockPass, Edit, LinearPass, OptionError, Pass, Target
+from compress.passes.whitening import Seen, stored
+
+NEAR = 1e-3  # how far a product may be from its matrix, in the largest sum of a row, before it costs anything
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget(Pass):
+    """How large the factors are.
+
+    Args:
+        ratio: numbers in the two factors, as a share of those in the matrix.
+    """
+
+    ratio: float = 0.5
+
+    def check(self) -> Iterator[OptionError]:
+        yield from super().check()
+        if not 0 < self.ratio < 1:
+            yield OptionError("ratio", f"{self.ratio} is not a share between 0 and 1")
+
+    def check_shape(self, shape: tuple[int, int]) -> str | None:
+        if self.rank(shape) >= 1:
+            return None
+        rows, columns = shape
+        least = (rows + columns) / (rows * columns)
+        if least >= 1:
+            return f"factors of a {rows} x {columns} matrix are no smaller than it is"
+        return f"ratio {self.ratio} of a {rows} x {columns} matrix pays for no rank; rank 1 takes {least:.3g}"
+
+    def rank(self, shape: tuple[int, int]) -> int:
+        """The largest whose factors are within the ratio."""
+        rows, columns = shape
+        return int(self.ratio * rows * columns / (rows + columns))
+
+    def low_rank_form(self, shape: tuple[int, int]) -> LowRankForm:
+        return LowRankForm(rank=self.rank(shape))
+
+    def produces(self, kind: str) -> str:
+        return FACTORED
+
+    def refusal(self, kind: str) -> str | None:
+        if kind in self.accepts or kind == FACTORED:
+            return super().refusal(kind)
+        return f"factors keep neither zeros nor codes. Put {self.key} first and `exclude` its layers later on"
+
+    def factors(self, seen: Seen) -> Factors:
+        """The best ones."""
+        rows, columns = seen.matrix.shape
+        return seen.factors(self.rank((rows, columns)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(Budget, BlockPass):
+    """Put two thin matrices B A in the place of every matrix, then learn them from the outputs of the block.
+
+    They start as the best ones of their rank for the layer's outputs on calibration data. All of a block are then
+    learned together until the block puts out what the original did.
+
+    Source: Guo et al., "PELA: Learning Parameter-Efficient Models with Low-Rank Approximation", 2023, arXiv 2310.10700:
+    ranks, feature distillation and the weight perturbation; Wang et al., "SVD-LLM", 2024, arXiv 2403.07378: whitening.
+    Differs from the papers in: factors start from the whitened matrix, and S is taken from the eigenvectors of the Gram
+    matrix with a floor under its eigenvalues; one block after the other is learned, with inputs from those before it,
+    and no task loss; the best iterate on held-out samples is kept; the perturbation is relative to the matrix, and
+    costs nothing while it is small.
+
+    Args:
+        method: `whitened` factors are best for the layer's outputs on calibration data; `svd` for the matrix alone.
+        steps: of learning, a block; 0 keeps the factors as they start.
+        batch_size: calibration samples a step.
+        learning_rate: of Adam at the start, as a share of the root mean square of a factor; it falls to zero along a
+            cosine.
+        inputs: what the block is fed while learning: its inputs in the `compressed` model, in the `original`, or an
+            element-wise random `mix` of both.
+        perturbation: what a distance between product and matrix costs while learning, in the largest sum of a row.
+        floor: under the eigenvalues of the Gram matrix, as a share of the largest.
+
+    Example:
+        >>> import torch, compress
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 8))
+        >>> passes = [compress.LowRank(ratio=0.5, steps=2)]
+        >>> result = compress.apply(model, passes, calibration=torch.randn(16, 64))
+        >>> result.weights["0"].low_rank.rank
+        10
+    """
+
+    method: Literal["whitened", "svd"] = "whitened"
+    steps: int = 200
+    batch_size: int = 8
+    learning_rate: float = 0.01
+    inputs: Inputs = "compressed"
+    perturbation: float = 0.0
+    floor: float = 1e-6
+
+    key: ClassVar[str] = "low_rank"
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense"})
+
+    @property
+    def needs(self) -> Need:
+        methods = {self.method, *(o.options.get("method", self.method) for o in self.overrides)}
+        return "gram" if "whitened" in methods else "none"
+
+    @property
+    def runs_block(self) -> bool:
+        return self.steps > 0
+
+    @property
+    def calibrated(self) -> bool:
+        return self.runs_block or self.needs != "none"
+
+    def check(self) -> Iterator[OptionError]:
+        yield from super().check()
+        if self.steps < 0:
+            yield OptionError("steps", f"{self.steps} is negative")
+        if self.batch_size < 1:
+            yield OptionError("batch_size", f"{self.batch_size} is not a positive number")
+        for option in ("learning_rate", "floor"):
+            if not 0 < getattr(self, option) < 1:
+                yield OptionError(option, f"{getattr(self, option)} is not between 0 and 1")
+        if self.perturbation < 0:
+            yield OptionError("perturbation", f"{self.perturbation} is negative")
+
+    def mistakes(self) -> Iterator[OptionError]:
+        yield from super().mistakes()
+        for i, override in enumerate(self.overrides):
+            for option in ("steps", "batch_size", "inputs"):
+                if option in override.options:
+                    yield OptionError(f"overrides[{i}].{option}", "is the same for all layers, which learn together")
+
+    def run(self, block: Block) -> Iterator[tuple[str, Edit]]:
+        learned = _Block({name: self.at(name).start(target) for name, target in block.targets.items()})
+        notes: dict[str, float] = {}
+        if block.data is not None:
+            recipe = Recipe(self.steps, self.batch_size, self.inputs)
+            notes = by_block(learned, block.data, recipe, block.generator, block.over).notes()
+        for name, matrix in learned.matrices.items():
+            yield name, Edit(low_rank=matrix.factors(), replaces=True, notes={**matrix.notes, **notes})
+
+    def start(self, target: Target) -> "_Matrix":
+        """One matrix as it is before anything is learned."""
+        need: Need = "gram" if self.method == "whitened" else "none"
+        weight, notes = target.weight.double(), {}
+        try:
+            seen = Seen.through(weight, target.statistics, need, self.floor)
+        except SolveError:  # nothing ever reached it, so there is nothing to be best for
+            seen = Seen.through(weight, None, "none", self.floor)
+            notes["dead_inputs"] = float(weight.shape[1])
+        made = self.factors(seen)
+        notes["output_error_start"] = seen.size(weight - made.product().double()) / (seen.size(weight) or 1.0)
+        return _Matrix(target.weight, made, self.learning_rate, self.perturbation, notes)
+
+    def fallback(self) -> "Svd":
+        return Svd(ratio=self.ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Svd(Budget, LinearPass):
+    """The factors that are nearest to the matrix itself, which need no data."""
+
+    key: ClassVar[str] = "svd"
+    accepts: ClassVar[frozenset[str]] = LowRank.accepts
+
+    def run(self, target: Target) -> Edit:
+        return Edit(low_rank=self.factors(Seen.through(target.weight.double(), None, "none", 0.0)), replaces=True)
+
+
+class _Matrix:
+    """One matrix being learned."""
+
+    def __init__(self, weight: Tensor, start: Factors, rate: float, perturbation: float, notes: Mapping[str, float]):
+        self.weight, self.rate, self.perturbation, self.notes = weight, rate, perturbation, notes
+        self.tensors = [f.clone().requires_grad_() for f in start.factors()]
+
+    def groups(self) -> list[tuple[list[Tensor], float]]:
+        """Either factor, with a learning rate of its own size."""
+        return [([t], self.rate * float(t.detach().square().mean().sqrt())) for t in self.tensors]
+
+    def product(self) -> Tensor:
+        """(O, I), differentiable."""
+        a, b = self.tensors
+        return b @ a
+
+    def factors(self) -> Factors:
+        """As they would be stored now."""
+        a, b = (stored(t.detach()) for t in self.tensors)
+        return Factors(a, b)
+
+    def strayed(self) -> Tensor:
+        """What its distance from the matrix costs. A gradient reaches the one row that is farthest."""
+        largest = (self.product() - self.weight).abs().sum(1).max() / self.weight.abs().sum(1).max().clamp(min=1e-30)
+        return self.perturbation * (largest - NEAR).clamp(min=0).square()
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The matrices of a block as one thing to learn."""
+
+    matrices: Mapping[str, _Matrix]
+
+    def groups(self) -> list[tuple[list[Tensor], float]]:
+        return [group for m in self.matrices.values() for group in m.groups()]
+
+    def soft(self, progress: float) -> dict[str, Tensor]:
+        return {name: m.product() for name, m in self.matrices.items()}
+
+    def hard(self) -> dict[str, Tensor]:
+        return {name: m.factors().product() for name, m in self.matrices.items()}
+
+    def penalty(self, progress: float) -> Tensor | None:
+        found = [m.strayed() for m in self.matrices.values() if m.perturbation]
+        return torch.stack(found).sum() / len(self.matrices) if found else None
+
+    def state(self) -> list[Tensor]:
+        return []
