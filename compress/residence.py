@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compress.activations import give_back
 from compress.artifact import Artifact
 from compress.calibration import collect
-from compress.calibration.precision import Products
+from compress.calibration.precision import Products, products
 from compress.encodings import Inputs, Weight
 from compress.graph import Graph, Site
 from compress.ledger import MemoryLedger, Record
@@ -63,7 +63,8 @@ def bring_in(context: Context, prefix: str, module: nn.Module) -> None:
 
 def value_of(context: Context, name: str) -> Tensor:
     """A parameter or buffer as it stands now, in the type the model computes in."""
-    value = context.artifact.tensor(name)
+    with products("float32"):  # a correction is the same, wherever it is multiplied out
+        value = context.artifact.tensor(name)
     return value.to(context.dtype) if value.is_floating_point() else value
 
 

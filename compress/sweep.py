@@ -191,7 +191,7 @@ class _Stage:
             for position, pass_ in enumerate(self.passes):
                 chosen = [s for s in sites if pass_.selects(s.name, s.block is not None)]
                 if isinstance(pass_, BlockPass):
-                    if chosen:
+                    if chosen or (view and not pass_.include and any(pass_.trains(n) for n in view.vectors())):
                         self._learn(pass_, position, name, chosen, view, found, weights, vectors, notes)
                     continue
                 for group in stacks(pass_, chosen, found, self._is_masked(weights)):

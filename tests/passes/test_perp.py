@@ -341,6 +341,14 @@ def test_reconstruction_trains_the_norms_of_its_block_and_no_others(
     assert changed == {f"model.layers.0.{n}_layernorm.weight" for n in ("input", "post_attention")}
 
 
+@pytest.mark.parametrize("granularity", ["block", "half_block"])
+def test_norms_alone_are_trained_too(tiny_llama: LlamaForCausalLM, tokens: Tensor, granularity: str) -> None:
+    pass_ = PerpReconstruct(train=("norm",), steps=20, learning_rate=0.02, granularity=granularity)
+    made = compress.apply(tiny_llama, [prune(), pass_], tokens).model
+    changed = {n.split(".")[2] for n, p in made.named_parameters() if p.dim() == 1 and bool((p != 1).any())}
+    assert changed == ({"0", "1"} if granularity == "block" else set())
+
+
 def test_reconstruction_out_of_core_resumes_to_the_same_bytes(
     tiny_folder: Path, tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
