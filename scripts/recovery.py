@@ -19,23 +19,32 @@ from compress.report import size
 RECORD = ROOT / "docs" / "recovery.json"
 DATA = {"calibration": {"samples": 256, "length": 512}, "evaluate": {"samples": 64, "length": 512}}
 SPARSITIES: dict[str, Any] = {"50%": 0.5, "2:4": "2:4", "70%": 0.7}
-TRAINED = {"train": ["bias", "norm", "full"], "steps": 200}
+FEW = {"rank": 3, "learning_rate": 2e-3}
+FULL = {"train": ["bias", "norm", "full"]}
 BEHIND = [{"gptq": {"scheme": "w4g64"}}, {"eora": {"rank": None, "budget": 0.25, "adapter_bits": 4}}]
 
 
 def recipes(sparsity: Any) -> dict[str, list[dict[str, Any]]]:
-    """Name of the row -> the passes; a row for each pass but the first, where the name ends in `...`."""
+    """Name of the row -> the passes; what stands in BEHIND has rows of its own."""
     refit = {"wanda": {"sparsity": sparsity, "update": "exact"}}
-    few = {"rank": 3, "learning_rate": 2e-3, "steps": 200}
-    return {
+    found: dict[str, list[dict[str, Any]]] = {}
+    if isinstance(sparsity, float):
+        cut = {"global_magnitude": {"sparsity": sparsity}}
+        found = {
+            "global_magnitude": [cut],
+            "... then perp, rank 3 (1.6% of the parameters)": [cut, {"perp": FEW}],
+            "... then perp, all that is kept": [cut, {"perp": FULL}],
+        }
+    found |= {
         "wanda": [{"wanda": {"sparsity": sparsity}}],
         "sparsegpt": [{"sparsegpt": {"sparsity": sparsity}}],
         "wanda with `update: exact`": [refit],
-        "then perp_reconstruct": [refit, {"perp_reconstruct": {"learning_rate": 2e-3}}],
-        "then perp, 1.6% of the parameters": [refit, {"perp": few}],
-        "then perp, all kept weights": [refit, {"perp": TRAINED}, *BEHIND],
-        "then sparse_soup of three": [refit, {"sparse_soup": {**TRAINED, "models": 3}}],
+        "... then perp_reconstruct": [refit, {"perp_reconstruct": {"learning_rate": 2e-3}}],
+        "... then perp, all kept weights": [refit, {"perp": FULL}, *BEHIND],
     }
+    if sparsity == 0.7:
+        found["... then sparse_soup of three"] = [refit, {"sparse_soup": {**FULL, "steps": 100}}]
+    return found
 
 
 def measure(sparsity: str) -> list[dict[str, Any]]:
@@ -49,9 +58,14 @@ def measure(sparsity: str) -> list[dict[str, Any]]:
         seconds = sum(r.seconds for r in rows[: pruned + 1])
         found.append(row(sparsity, name, rows[pruned], seconds))
         if len(rows) == 5:
-            found.append(row(sparsity, "then 4 bits by gptq", rows[3], seconds + rows[3].seconds))
+            found.append(row(sparsity, "... ... then 4 bits by gptq", rows[3], seconds + rows[3].seconds))
             found.append(
-                row(sparsity, "then eora, a quarter of a bit", rows[4], seconds + rows[3].seconds + rows[4].seconds)
+                row(
+                    sparsity,
+                    "... ... then eora, a quarter of a bit",
+                    rows[4],
+                    seconds + rows[3].seconds + rows[4].seconds,
+                )
             )
         print(json.dumps(found[-1]), flush=True)
     return found

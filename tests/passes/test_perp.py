@@ -138,13 +138,15 @@ def test_training_lowers_the_loss_and_leaves_the_masks(
 
 def test_only_what_is_named_is_trained(tiny_llama: LlamaForCausalLM, tokens: Tensor) -> None:
     before = {n: p.clone() for n, p in tiny_llama.named_parameters()}
-    made = compress.apply(tiny_llama, [Perp(train=("norm",), steps=6, learning_rate=0.01)], tokens).model
+    made = compress.apply(
+        tiny_llama, [Perp(train=("norm",), steps=6, learning_rate=0.01, objective="next_token")], tokens
+    ).model
     changed = {n for n, p in made.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {n for n, p in before.items() if p.dim() == 1}
 
 
 def test_the_head_is_trained_by_lora_and_merged(tiny_llama: LlamaForCausalLM, tokens: Tensor) -> None:
-    result = compress.apply(tiny_llama, [Perp(train=("head",), rank=2, steps=6)], tokens)
+    result = compress.apply(tiny_llama, [Perp(train=("head",), rank=2, steps=6, objective="next_token")], tokens)
     change = (result.model.lm_head.weight - tiny_llama.lm_head.weight).detach()
     assert list(result.weights) == ["lm_head"]
     assert int(torch.linalg.matrix_rank(change, rtol=1e-3)) == 2
@@ -213,7 +215,7 @@ def pipeline(*passes: object) -> dict[str, object]:
     return {"passes": list(passes), "products": "float32"}
 
 
-PERP = {"perp": {"steps": 10, "rank": 2, "learning_rate": 2e-3, "train": ["bias", "norm", "mask_lora"]}}
+PERP = {"perp": {"steps": 10, "rank": 2, "learning_rate": 2e-3, "objective": "next_token"}}
 
 
 def test_new_biases_are_stored_and_load_with_equal_logits(tiny_folder: Path, tmp_path: Path, tokens: Tensor) -> None:
@@ -253,7 +255,7 @@ def test_a_run_in_memory_and_one_out_of_core_agree(
     assert report.trained[0]["parameters"] == sum(p.numel() for p in model.parameters())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     made = compress.apply(
-        model, [prune(), Perp(steps=10, rank=2, learning_rate=2e-3)], tokens, products="float32"
+        model, [prune(), Perp(steps=10, rank=2, learning_rate=2e-3, objective="next_token")], tokens, products="float32"
     ).model
     with torch.no_grad():
         assert torch.equal(loaded(tokens).logits, made(tokens).logits)

@@ -69,7 +69,7 @@ def test_one_copy_is_one_retraining(tiny_llama: LlamaForCausalLM, tokens: Tensor
     soup = compress.apply(tiny_llama, [Magnitude(sparsity=0.6), SparseSoup(models=1, **QUICK)], tokens)
     alone = compress.apply(tiny_llama, [Magnitude(sparsity=0.6), Perp(**QUICK)], tokens)
     notes = [next(iter(r.report.layers.values())) for r in (soup, alone)]
-    assert notes[0]["sparse_soup"]["loss"] == pytest.approx(notes[1]["perp"]["loss"], rel=0.05)
+    assert notes[0]["sparse_soup"]["loss"] == pytest.approx(notes[1]["perp"]["loss"], rel=0.2)
     assert notes[0]["sparse_soup"]["loss"] == pytest.approx(notes[0]["sparse_soup"]["loss_best_member"], rel=1e-5)
 
 
