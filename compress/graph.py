@@ -7,7 +7,7 @@ running (`calibration/collect.py`).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -248,13 +248,18 @@ def build(config: PreTrainedConfig) -> PreTrainedModel:
         CheckpointError: neither a causal language model nor an image classifier transformers knows.
     """
     try:
-        with no_init_weights(), _parameters_on_meta():
-            model: PreTrainedModel = loader(config).from_config(config, trust_remote_code=False)
+        return built(lambda: loader(config).from_config(config, trust_remote_code=False))
     except Exception as error:  # as above: a wrong value surfaces wherever the model's code first uses it
         raise CheckpointError(
             "config.json describes no causal language model and no image classifier that transformers can build: "
             f"{error}"
         ) from error
+
+
+def built(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """What `make` makes, parameters on the meta device, buffers real."""
+    with no_init_weights(), _parameters_on_meta():
+        model = make()
     model.tie_weights()
     model.eval()
     return model

@@ -72,7 +72,7 @@ def _calibrated(context: Context, run: "_Stage", selected: dict[int, list[Site]]
     blocks = [graph.model.get_submodule(name) for name in graph.blocks]
     if not context.resident:
         bound_heap()
-    chain = _chain(context, blocks, batches)
+    chain = chain_of(context, blocks, batches)
     original = None  # what arrives in the original model, beside what arrives in the compressed one
     if any(isinstance(p, BlockPass) and p.runs_block for p in run.passes):
         if chain is None:
@@ -115,7 +115,7 @@ def _calibrated(context: Context, run: "_Stage", selected: dict[int, list[Site]]
             step(chain, index, None, "propagate: batches")
 
 
-def _chain(context: Context, blocks: list[nn.Module], batches: Sequence[Tensor]) -> Activations | None:
+def chain_of(context: Context, blocks: list[nn.Module], batches: Sequence[Tensor]) -> Activations | None:
     """What arrives at the first block, if the blocks may be run one after the other without the model around them."""
     graph = context.graph
     if graph.blocks == ("",) and isinstance(graph.model, PreTrainedModel):  # puts out more than a tensor
@@ -140,7 +140,7 @@ def _original_chain(context: Context, blocks: list[nn.Module], batches: Sequence
     try:
         for name in now:
             set_value(context.graph.model, name, value_of(plain, name))
-        return _chain(plain, blocks, batches)
+        return chain_of(plain, blocks, batches)
     finally:
         for name, value in now.items():
             set_value(context.graph.model, name, value)

@@ -127,6 +127,40 @@ def is_chain(forward: Callable[[], Any], blocks: list[nn.Module]) -> bool:
     return fed and all(alike(visits[0][3], call) for *_, call in visits[1:])
 
 
+def visits(
+    forward: Callable[[], Any],
+    blocks: list[nn.Module],
+    enter: Callable[[int, Tensor], None],
+    leave: Callable[[int, Tensor], None],
+) -> list[int]:
+    """Run `forward`; each block's number and hidden states are told when it is entered and left.
+
+    Returns:
+        The numbers of the blocks in the order they ran.
+    """
+    seen: list[int] = []
+    handles = []
+    for i, block in enumerate(blocks):
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], i: int = i) -> None:
+            seen.append(i)
+            enter(i, _split(args, kwargs)[0])
+
+        def after(_: nn.Module, __: Any, output: Any, i: int = i) -> None:
+            leave(i, hidden_of(output))
+
+        handles += [
+            block.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+            block.register_forward_hook(after),
+        ]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
 def alike(a: Call, b: Call) -> bool:
     """Whether two calls have equal arguments."""
     return (
