@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -217,6 +217,7 @@ class Artifact:
         restated: original weights as a pass wrote them anew without changing what the model computes.
         vectors: parameters that are no site's, such as biases and scales of norms, as passes made them, (1, N) each.
             One that the source does not have is a bias that a layer was given.
+        configured: entries of the source's configuration that are others now.
     """
 
     graph: Graph
@@ -225,6 +226,7 @@ class Artifact:
     committed: dict[str, Weight | Packed] = field(default_factory=dict)
     restated: dict[str, Weight | Packed] = field(default_factory=dict)
     vectors: dict[str, Weight | Packed] = field(default_factory=dict)
+    configured: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sites = {site.name: site for site in self.graph.sites}

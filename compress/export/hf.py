@@ -87,6 +87,7 @@ def write_dense(dense: Dense, folder: Path, source: Path, bars: Bars, heading: s
         write_tensors(dense.layout(), dense.read, folder / SINGLE, bars, heading)
     config = json.loads((source / "config.json").read_text())
     config.pop("torch_dtype", None)  # the old name; a loader would otherwise round once more
+    config |= dense.artifact.configured
     write_json({**config, "dtype": str(dense.dtype).removeprefix("torch.")}, folder / "config.json")
     copy_companions(source, folder)
 

@@ -49,7 +49,10 @@ def stored_bytes(artifact: Artifact) -> int:
 def write(
     artifact: Artifact, folder: Path, config: dict[str, Any], source: Path | None, version: str, bars: Bars
 ) -> None:
-    """Write weights, configuration and the source's tokenizer files into `folder`."""
+    """Write weights, configuration and the source's tokenizer files into `folder`.
+
+    `config` is the source's; entries that passes changed take their place.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with writing(folder / WEIGHTS):
         _write_weights(artifact, folder / WEIGHTS, bars)
@@ -58,7 +61,7 @@ def write(
     added = sorted(name.removesuffix(".bias") for name in artifact.vectors if artifact.added(name))
     if added:
         section["added_biases"] = added
-    write_json({**config, "quantization_config": section}, folder / "config.json")
+    write_json({**config, **artifact.configured, "quantization_config": section}, folder / "config.json")
     if source:
         copy_companions(source, folder)
 
