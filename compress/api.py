@@ -127,7 +127,7 @@ def apply(
     context = Context(artifact, MemoryLedger(), seed, dtype, products, resident=True, bars=progress.Bars())
     data = manager.Data(calibration, inputs, labels)
     measured = manager.execute(pipeline, made, context, data, type(model).__name__)
-    weights = {name: w for name, w in artifact.committed.items() if isinstance(w, Weight)}
+    weights = {name: w for name, w in context.artifact.committed.items() if isinstance(w, Weight)}
     for name, weight in weights.items():
         if weight.inputs is not None:
             collect.quantize_inputs(model.get_submodule(name), weight.inputs.apply)

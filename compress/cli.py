@@ -91,6 +91,7 @@ def show_plan(
 ) -> None:
     """Show what each pass will touch and cost, before any work. Only --shares reads weights."""
     from compress import api, draw, plan, progress, shares
+    from compress.passes import DepthPass
     from compress.pipeline import load
     from compress.report import size
 
@@ -106,6 +107,11 @@ def show_plan(
     for stage in made.stages:
         for part in stage:
             weights = sum(s.shape[0] * s.shape[1] for s in part.sites)
+            if isinstance(part.pass_, DepthPass):
+                becomes = f"{part.pass_.blocks} of {len({s.block for s in part.sites})} blocks gone"
+                rows.append({"pass": part.path, "layers": len(part.sites), "weights": weights, "becomes": becomes,
+                             "bits_per_weight": None})  # fmt: skip
+                continue
             bits = sum(spec.num_bytes for spec in part.specs.values()) * 8 / weights
             kinds = {spec.kind + (f", inputs {spec.inputs}" if spec.inputs else "") for spec in part.specs.values()}
             kind = ", ".join(sorted(kinds))
@@ -130,7 +136,7 @@ def show_plan(
             str(row["layers"]),
             f"{row['weights']:,}",
             str(row["becomes"]),
-            f"{row['bits_per_weight']:.3f}",
+            "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.3f}",
         )
     console = _console()
     console.print(table)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compress.artifact import Artifact
 from compress.calibration.data import batches
+from compress.dropping import drop
 from compress.encodings import Spec
 from compress.errors import GateError
 from compress.evaluate import Quality, Reference, logits_in, measure
@@ -21,6 +22,7 @@ from compress.export.safetensors import spec_at, stored_bytes
 from compress.ledger import Record, code_fingerprint, key_of
 from compress.observe import finite, observed, observed_vector
 from compress.passes.base import BlockPass, Edit, LinearPass, ModelPass, Target, Whole
+from compress.passes.depth import DepthPass
 from compress.passes.quantize.activations import attached
 from compress.pipeline import Evaluation, Pipeline
 from compress.plan import PassPlan, Plan
@@ -61,7 +63,7 @@ def execute(pipeline: Pipeline, plan: Plan, context: Context, data: Data, model_
     report.rows.append(start)
     for number, stage in enumerate(plan.stages):
         started = time.perf_counter()
-        key, records = _stage(context, number, stage, data.calibration, key)
+        key, records = _stage(context, number, stage, data.calibration, key, report)
         seconds = time.perf_counter() - started
         name = "+".join(p.pass_.key for p in stage)
         last = number + 1 == len(plan.stages)
@@ -96,14 +98,29 @@ def _gate(section: Evaluation, start: Row, row: Row) -> None:
 
 
 def _stage(
-    context: Context, number: int, stage: Sequence[PassPlan], samples: Tensor | None, key: str
+    context: Context, number: int, stage: Sequence[PassPlan], samples: Tensor | None, key: str, report: Report
 ) -> tuple[str, list[Record]]:
     first = stage[0].pass_
+    if isinstance(first, DepthPass):
+        return _depth_stage(context, number, first, samples, key, report), []
     if isinstance(first, ModelPass):
         return _model_stage(context, number, stage[0], samples, key)
     passes = [p.pass_ for p in stage if isinstance(p.pass_, LinearPass | BlockPass)]
     groups = batches(samples, TOKENS_AT_ONCE) if samples is not None else []
     return run_stage(context, number, passes, groups, key)
+
+
+def _depth_stage(
+    context: Context, number: int, pass_: DepthPass, samples: Tensor | None, key: str, report: Report
+) -> str:
+    """A pass that takes blocks out; what is reported of other blocks goes by their new names."""
+    groups = batches(samples, TOKENS_AT_ONCE) if samples is not None else []
+    dropped = drop(context, number, pass_, groups, key)
+    report.layers = {new: n for name, n in report.layers.items() if (new := dropped.name(name)) is not None}
+    report.dropped.append(
+        {"pass": pass_.key, "blocks": dropped.blocks, "of": dropped.of, "distances": dropped.distances}
+    )
+    return dropped.key
 
 
 def _model_stage(
@@ -162,6 +179,7 @@ class _Meter:
 
     def __init__(self, context: Context, tokens: Tensor | None, labels: Tensor | None):
         self.context, self.tokens, self.labels = context, tokens, labels
+        self.plain = replace(context, artifact=context.artifact.plain())  # before any block is taken out
         self.reference: Reference | None = None
         self.kl_tokens = 0
 
@@ -178,8 +196,7 @@ class _Meter:
         if self.tokens is None:
             return None
         self.reference = Reference()
-        plain = replace(self.context, artifact=self.context.artifact.plain())
-        return self._measure(plain, "evaluate original: batches", keep=True)
+        return self._measure(self.plain, "evaluate original: batches", keep=True)
 
     def now(self) -> Quality | None:
         """The model as it stands."""

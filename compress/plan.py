@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 
 from compress.calibration.data import IMAGES
+from compress.depth import candidates, check, without
 from compress.encodings import FACTORED, Spec
 from compress.encodings.pattern import Pattern, promised
-from compress.errors import ConfigError, Problem, ResourceError
+from compress.errors import ConfigError, Problem, ResourceError, UnsupportedModelError
 from compress.evaluate import REFERENCE_NUMBERS
 from compress.evaluate import TOKENS_AT_ONCE as EVALUATED_AT_ONCE
 from compress.export.folders import FOLDERS
 from compress.graph import Graph, Site
-from compress.passes import BlockPass, LinearPass, ModelPass, Pass
+from compress.passes import BlockPass, DepthPass, LinearPass, ModelPass, Pass
 from compress.passes.prune.selection import pattern
 from compress.pipeline import GATES, GIVEN, Pipeline, walk
 
@@ -30,7 +31,10 @@ LEARNING = 18  # numbers a weight while it is learned: values, gradients, moment
 
 @dataclass(frozen=True)
 class PassPlan:
-    """One pass on one model: the sites it works on, and each one's expected spec afterwards."""
+    """One pass on one model: the sites it works on, and each one's expected spec afterwards.
+
+    A pass that takes blocks out has the sites of which it may take some, and no specs.
+    """
 
     path: str
     pass_: Pass
@@ -76,12 +80,12 @@ def make(pipeline: Pipeline, graph: Graph, dtypes: dict[str, torch.dtype], file:
     planner.check_data()
     if planner.problems:
         raise ConfigError(planner.problems, file)
-    sizes = {n: p.numel() * dtypes[n].itemsize for n, p in graph.tensors()}
-    final = dict(sizes)
-    for site in graph.sites:
+    original = sum(p.numel() * dtypes[n].itemsize for n, p in graph.tensors())
+    final = dict(planner.sizes)
+    for site in planner.graph.sites:
         if site.name in planner.specs:
             final[site.parameter] = planner.specs[site.name].num_bytes
-    total, original = sum(final.values()) + sum(planner.new_biases.values()), sum(sizes.values())
+    total = sum(final.values()) + sum(planner.new_biases.values())
     disk = total * (len(stages) + 1) + original * len(FOLDERS.keys() & set(pipeline.export))
     return Plan(tuple(tuple(s) for s in stages), original, total, planner.memory(), disk)
 
@@ -96,6 +100,8 @@ class _Planner:
         self.parameters = {name for name, _ in graph.model.named_parameters(remove_duplicate=False)}
         self.needy = ""
         self.new_biases: dict[str, int] = {}  # layer -> bytes of a bias that it is given
+        self.sizes = {n: p.numel() * dtypes[n].itemsize for n, p in graph.tensors()}
+        self.shorter = False  # without some blocks
 
     def problem(self, path: str, message: str) -> None:
         lines, line, place = self.pipeline.lines, None, path
@@ -115,15 +121,17 @@ class _Planner:
                     self.problem(
                         f"{path}.{option}", f"{p!r} matches no layer; layers are named like {self._examples()}"
                     )
+        if fused and isinstance(pass_, ModelPass | DepthPass):
+            self.problem(
+                path, f"{pass_.key} needs the whole model at once and cannot be fused with others by `blockwise:`"
+            )
+        if isinstance(pass_, DepthPass):
+            return self._add_depth(path, pass_)
         sites = tuple(s for s in self.graph.sites if pass_.selects(s.name, s.block is not None))
         if pass_.preserves:
             sites = self._check_order(path, pass_, sites)
         elif not sites and not any(pass_.trains(name) for name in self.graph.vectors()):
             self.problem(path, f"works on no layer at all; layers are named like {self._examples()}")
-        if fused and isinstance(pass_, ModelPass):
-            self.problem(
-                path, f"{pass_.key} needs the whole model at once and cannot be fused with others by `blockwise:`"
-            )
         if not first and isinstance(pass_, LinearPass) and pass_.surveys:
             self.problem(
                 path, f"{pass_.key} looks at all layers before it begins, so it must be the first of `blockwise:`"
@@ -134,6 +142,13 @@ class _Planner:
                 f"{path}.objective",
                 f"a {type(self.graph.model).__name__} predicts no next token; set it to distill, which trains towards "
                 "the original's predictions",
+            )
+        if self.shorter and isinstance(pass_, ModelPass) and pass_.loss == "distill" and not self.specs:
+            more = ", or set it to next_token, which learns from the text" if self.graph.is_language_model else ""
+            self.problem(
+                f"{path}.objective",
+                "the original to learn from is without the blocks that went before, and nothing else is lost; put "
+                f"{pass_.key} behind a pruner or quantizer{more}",
             )
         if pass_.calibrated:
             self.needy = self.needy or path
@@ -148,6 +163,34 @@ class _Planner:
             if pass_.at(site.name).adds_biases and f"{site.name}.bias" not in self.parameters:
                 self.new_biases[site.name] = site.shape[0] * self.dtypes[site.parameter].itemsize
         return PassPlan(path, pass_, sites, specs)
+
+    def _add_depth(self, path: str, pass_: DepthPass) -> PassPlan:
+        """What comes after it is planned as if the first blocks went: those that may go are of one make."""
+        graph = self.graph
+        may = candidates(graph, pass_) if pass_.blocks else ()
+        made = PassPlan(path, pass_, tuple(s for s in graph.sites if s.block in may), {})
+        if not pass_.blocks:
+            return made
+        self.needy = self.needy or path
+        try:
+            check(graph, pass_)
+            shorter = without(graph, range(may[0], may[0] + pass_.blocks))
+        except UnsupportedModelError as error:
+            self.problem(path, str(error))
+            return made
+        between = (graph.in_block(i) for i in range(may[0], may[-1] + 1))
+        if len({tuple(self.kinds[s.name] for s in block) for block in between}) > 1:
+            self.problem(
+                path,
+                "passes before it made weights of different kinds in different blocks, so what may follow would depend "
+                f"on which block goes; put {pass_.key} before them",
+            )
+        self.graph, self.shorter = shorter.graph, True
+        self.kinds, self.specs = shorter.moved(self.kinds), shorter.moved(self.specs)
+        self.sizes, self.dtypes = shorter.moved(self.sizes), shorter.moved(self.dtypes)
+        self.new_biases = shorter.moved(self.new_biases)
+        self.parameters = set(shorter.moved(dict.fromkeys(self.parameters)))
+        return made
 
     def _check_order(self, path: str, pass_: Pass, sites: Sequence[Site]) -> tuple[Site, ...]:
         """The sites whose channels a pass may put in another order."""

@@ -49,6 +49,7 @@ class Report:
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # site -> pass -> notes
     fallbacks: list[str] = field(default_factory=list)
     trained: list[dict[str, Any]] = field(default_factory=list)  # pass, numbers it trained, parameters of the model
+    dropped: list[dict[str, Any]] = field(default_factory=list)  # pass, blocks it took out, of how many, distances
     verified: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -126,13 +127,20 @@ def _drawn_width(columns: Sequence[tuple[str, ...]]) -> int:
 
 
 def caption(report: Report) -> str:
-    """What the numbers were measured on, which inputs were rounded, and how much was trained."""
+    """What the numbers were measured on, which inputs were rounded, what was trained, and which blocks went."""
     rounded = [f"inputs of {count} layers in {words}" for words, count in sorted(report.inputs().items())]
     trained = [
         f"{t['pass']} trained {t['numbers']:,} numbers, {t['numbers'] / t['parameters']:.2%} of the model's"
         for t in report.trained
     ]
-    return "; ".join([_measured(report), *rounded, *trained])
+    gone = [f"{d['pass']} dropped {_blocks(d['blocks'])} of {d['of']}" for d in report.dropped]
+    return "; ".join([_measured(report), *rounded, *trained, *gone])
+
+
+def _blocks(places: Sequence[int]) -> str:
+    if len(places) < 2:
+        return f"block {places[0]}" if places else "no block"
+    return f"blocks {', '.join(map(str, places[:-1]))} and {places[-1]}"
 
 
 def _measured(report: Report) -> str:

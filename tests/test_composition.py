@@ -20,7 +20,7 @@ SMALL = {"rank": 4, "groups": 2}  # options that the narrow layers of the test m
 
 @functools.cache
 def model() -> graph.Graph:
-    return graph.find(make_llama())
+    return graph.find(make_llama(num_hidden_layers=3))
 
 
 def made(key: str, **options: object) -> Pass:

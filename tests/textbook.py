@@ -10,6 +10,8 @@ from compress.calibration.statistics import Statistics
 from compress.calibration.training import Kept, Make, ModelData
 from compress.encodings import Uniform, fit
 from compress.passes.base import Block, Target, Whole
+from compress.passes.depth import DepthPass
+from compress.passes.target import Depth, Distance
 
 
 def inputs(width: int, tokens: int = 256, seed: int = 0, dead: tuple[int, ...] = ()) -> Tensor:
@@ -68,6 +70,27 @@ def whole(targets: Mapping[str, Target], samples: int = 6, seed: int = 0) -> Who
 
     data = ModelData(loss, samples, Kept())
     return Whole(tuple(targets), targets.__getitem__, {}, data, torch.Generator().manual_seed(seed))
+
+
+def dropped(pass_: DepthPass, seed: int = 0) -> tuple[list[int], int]:
+    """What a pass takes out of six residual blocks, by their first numbers, and how many blocks are left."""
+    blocks = [weight(8, 8, seed + i) / 10 for i in range(6)]
+    left, gone = list(range(6)), []
+
+    def distances(count: int, distance: Distance, last: bool) -> dict[int, float]:
+        states = [inputs(8, tokens=15, seed=seed).view(3, 5, 8).double()]
+        for i in left:
+            states.append(states[-1] + torch.tanh(states[-1] @ blocks[i].double()))
+        shown = [s[:, -1:] if last else s for s in states]
+        before = [s.clone() for s in shown]
+        found = {i: float(distance(shown[i], shown[i + count]).mean()) for i in range(len(left) + 1 - count)}
+        assert all(torch.equal(a, b) for a, b in zip(before, shown, strict=True)), "changes what it was given"
+        return found
+
+    for chosen in pass_.run(Depth(distances)):
+        gone += [left[i] for i in chosen]
+        left = [block for i, block in enumerate(left) if i not in chosen]
+    return gone, len(left)
 
 
 def output_error(before: Tensor, after: Tensor, x: Tensor) -> float:

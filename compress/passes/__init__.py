@@ -2,9 +2,11 @@
 
 from compress.passes.base import BlockPass, LinearPass, ModelPass, Override, Pass
 from compress.passes.compensate.eora import Eora
+from compress.passes.depth import DepthPass
 from compress.passes.factorize.low_rank import LowRank
 from compress.passes.prune.bip import Bip
 from compress.passes.prune.global_magnitude import GlobalMagnitude
+from compress.passes.prune.layer_drop import LayerDrop
 from compress.passes.prune.magnitude import Magnitude
 from compress.passes.prune.sparsegpt import SparseGpt
 from compress.passes.prune.wanda import Wanda
@@ -40,6 +42,7 @@ PASSES: tuple[type[Pass], ...] = (
     Wanda,
     SparseGpt,
     Bip,
+    LayerDrop,
     Perp,
     PerpReconstruct,
     SparseSoup,
@@ -53,11 +56,13 @@ __all__ = [
     "Bip",
     "BlockPass",
     "Codebook",
+    "DepthPass",
     "Eora",
     "FlexRound",
     "GlobalMagnitude",
     "Gptq",
     "Jlcm",
+    "LayerDrop",
     "LinearPass",
     "LowRank",
     "Magnitude",

@@ -13,6 +13,7 @@ from compress.calibration.training import Label, ModelData
 from compress.encodings import Encoding, LowRank, Weight
 
 Over = Callable[[Iterable[int], int, Label], Iterator[int]]
+Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,20 @@ class Whole:
     data: ModelData | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
     over: Over = lambda items, total, label: iter(items)
+
+
+@dataclass(frozen=True)
+class Depth:
+    """What a DepthPass works on: the blocks of a model, numbered as they stand by then.
+
+    Attributes:
+        distances: (blocks, distance, last) -> the first block of every run of so many neighbours that may go, and how
+            far what the run puts out is from what it is given: the mean of `distance(before, after)` over calibration
+            data. Both are (samples, positions, width) float64; `last` leaves only the last position of each sample,
+            where the model reads from left to right.
+    """
+
+    distances: Callable[[int, Distance, bool], Mapping[int, float]]
 
 
 @dataclass(frozen=True)

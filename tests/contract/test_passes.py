@@ -13,7 +13,7 @@ import compress
 from compress.encodings import Weight
 from compress.graph import Site
 from compress.observe import observed
-from compress.passes import PASSES, BlockPass, LinearPass, ModelPass, Override, Pass
+from compress.passes import PASSES, BlockPass, DepthPass, LinearPass, ModelPass, Override, Pass
 from compress.passes.base import Edit, Target
 from compress.pipeline import Pipeline, dump, parse
 
@@ -102,6 +102,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"update": "obs", "damping": 0.1},
         {"sparsity": "2:4", "update": "exact"},
     ],
+    "layer_drop": [{"blocks": 2}, {"blocks": 3, "greedy": False}, {"blocks": 2, "criterion": "angular"}, {"blocks": 0}],
     "sparsegpt": [{"sparsity": "4:8", "damping": 0.1}, {"sparsity": 0.7, "tile": 16}],
 }
 
@@ -113,6 +114,9 @@ CONFIGURED = [
     cls(**{**QUICK.get(cls.key, {}), **options}) for cls in PASSES for options in [{}, *OPTIONS.get(cls.key, [])]
 ]
 each_pass = pytest.mark.parametrize("pass_", CONFIGURED, ids=lambda p: f"{p.key}-{p.options()}")
+each_editor = pytest.mark.parametrize(
+    "pass_", [p for p in CONFIGURED if not isinstance(p, DepthPass)], ids=lambda p: f"{p.key}-{p.options()}"
+)
 each_solver = pytest.mark.parametrize(
     "pass_", [p for p in CONFIGURED if isinstance(p, LinearPass | BlockPass)], ids=lambda p: f"{p.key}-{p.options()}"
 )
@@ -237,7 +241,7 @@ def test_options_survive_the_yaml_file(pass_: Pass) -> None:
 
 @each_pass
 def test_patterns_and_overrides_survive_the_yaml_file(pass_: Pass) -> None:
-    if isinstance(pass_, ModelPass):  # one decision over all layers: nothing to override for some
+    if isinstance(pass_, ModelPass | DepthPass):  # one decision over all layers: nothing to override for some
         assert [e.option for e in dataclasses.replace(pass_, overrides=(Override("*", {}),)).check()] == ["overrides"]
         return
     common = {
@@ -254,7 +258,7 @@ def test_patterns_and_overrides_survive_the_yaml_file(pass_: Pass) -> None:
     assert back.at("x.d") == type(pass_)()
 
 
-@each_pass
+@each_editor
 @pytest.mark.parametrize("masked", [None, 0.5])
 def test_running_changes_nothing_that_was_given(pass_: Pass, masked: float | None) -> None:
     given = targets(pass_, masked)
@@ -264,7 +268,7 @@ def test_running_changes_nothing_that_was_given(pass_: Pass, masked: float | Non
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
-@each_pass
+@each_editor
 @pytest.mark.parametrize("masked", [None, 0.5])
 def test_the_same_input_gives_the_same_result(pass_: Pass, masked: float | None) -> None:
     first = edits(pass_, targets(pass_, masked))
@@ -282,7 +286,20 @@ def test_the_result_of_a_site_does_not_depend_on_other_sites(pass_: LinearPass) 
         assert_same({name: together[name]}, edits(pass_, {name: targets(pass_, masked)[name]}))
 
 
-@each_pass
+@pytest.mark.parametrize(
+    "pass_", [p for p in CONFIGURED if isinstance(p, DepthPass)], ids=lambda p: f"{p.key}-{p.options()}"
+)
+def test_as_many_blocks_go_as_a_pass_says_and_every_time_the_same_ones(pass_: DepthPass) -> None:
+    first, left = textbook.dropped(pass_)
+    assert len(first) == pass_.blocks == len(set(first))
+    assert left == 6 - pass_.blocks
+    if pass_.neighbours:
+        assert first == list(range(first[0], first[0] + pass_.blocks))
+    torch.manual_seed(12345)
+    assert textbook.dropped(pass_) == (first, left)
+
+
+@each_editor
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_no_zero_comes_back(pass_: Pass, share: float) -> None:
     given = targets(pass_, share)
@@ -296,7 +313,7 @@ def test_no_zero_comes_back(pass_: Pass, share: float) -> None:
         assert bool((made[~kept] == 0).all())
 
 
-@each_pass
+@each_editor
 @pytest.mark.parametrize("masked", [None, 0.1, 0.5, 0.9])
 def test_the_manager_accepts_the_edit_and_finds_the_kind_it_was_promised(pass_: Pass, masked: float | None) -> None:
     given = targets(pass_, masked)

@@ -1,0 +1,234 @@
+"""Which blocks of a model may go, and what the model is without them. Reads no weight."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from compress.errors import UnsupportedModelError
+from compress.graph import Graph, built
+from compress.passes.depth import DepthPass
+
+Value = TypeVar("Value")
+COUNT = "num_hidden_layers"  # or what `attribute_map` of the configuration says instead
+PER_BLOCK = ("layer", "block")  # in the names of a configuration's lists that have an entry for every block
+NUMBER = "layer_idx"  # by which a module outside transformers may know its block's place
+
+
+@dataclass(frozen=True)
+class Shorter:
+    """A model without some of its blocks.
+
+    Attributes:
+        graph: what is left, its blocks numbered anew.
+        before: the model's blocks until then.
+        kept: which of them are left.
+        configured: entries of the configuration that are others now.
+    """
+
+    graph: Graph
+    before: tuple[str, ...]
+    kept: tuple[int, ...]
+    configured: dict[str, Any]
+
+    def name(self, old: str) -> str | None:
+        """What a module or parameter is called now; None when it is gone."""
+        return _renamed(old, self.before, self.kept)
+
+    def moved(self, values: Mapping[str, Value]) -> dict[str, Value]:
+        """What was known by old names, by the new ones."""
+        return {new: value for name, value in values.items() if (new := self.name(name)) is not None}
+
+
+def candidates(graph: Graph, pass_: DepthPass) -> tuple[int, ...]:
+    """The blocks that a pass may drop: those of which it selects every site."""
+    every = range(len(graph.blocks)) if graph.blocks != ("",) else ()
+    sites = {i: graph.in_block(i) for i in every}
+    return tuple(i for i in every if sites[i] and all(pass_.selects(s.name, in_block=True) for s in sites[i]))
+
+
+def check(graph: Graph, pass_: DepthPass) -> None:
+    """Refuse a model that a pass cannot take blocks out of.
+
+    Raises:
+        UnsupportedModelError: says why, and what to do.
+    """
+    kind, count, model = type(graph.model).__name__, len(graph.blocks), graph.model
+    if graph.blocks == ("",) or not isinstance(_list_of(graph), nn.ModuleList | nn.Sequential):
+        raise UnsupportedModelError(f"the blocks of a {kind} are not the entries of one numbered list: none can go")
+    may = candidates(graph, pass_)
+    if pass_.blocks >= count:
+        raise UnsupportedModelError(f"{pass_.blocks} of {count} blocks cannot go: at least one must stay")
+    if pass_.blocks > (_longest_run(may) if pass_.neighbours else len(may)):
+        together = " in a row" if pass_.neighbours else ""
+        raise UnsupportedModelError(
+            f"{pass_.blocks} blocks{together} should go, and of {count} only {len(may)} may: those of which include "
+            "and exclude leave every layer"
+        )
+    first, *others = (_structure(model.get_submodule(graph.blocks[i])) for i in range(may[0], may[-1] + 1))
+    odd = next((i for i, other in enumerate(others, may[0] + 1) if other != first), None)
+    if odd is not None:
+        raise UnsupportedModelError(
+            f"{graph.blocks[odd]} is made otherwise than {graph.blocks[may[0]]}, so what is left would depend on which "
+            "one goes; `exclude` the layers of other blocks at the beginning and the end"
+        )
+    inside = tuple(f"{name}." for name in graph.blocks)
+    shared = next((name for pair in graph.tied.items() for name in pair if name.startswith(inside)), None)
+    if shared:
+        raise UnsupportedModelError(f"{shared} is shared with another part of the model, so its block cannot go alone")
+    if isinstance(model, PreTrainedModel):
+        counter = _count_name(model.config)
+        if getattr(model.config, counter, None) != count:
+            raise UnsupportedModelError(f"the configuration of a {kind} has no {counter} that counts its blocks")
+
+
+def without(graph: Graph, gone: Sequence[int], in_place: bool = False) -> Shorter:
+    """A model without some blocks, that `check` lets pass.
+
+    Args:
+        graph: of the model.
+        gone: numbers of the blocks.
+        in_place: change the model itself. Otherwise a transformers model is built anew, parameters on the meta device,
+            and any other module, which has no configuration to build it from, keeps its blocks: names and shapes are
+            those without them all the same.
+
+    Raises:
+        UnsupportedModelError: with fewer blocks in its configuration the model would be another one.
+    """
+    model = graph.model
+    kept = tuple(i for i in range(len(graph.blocks)) if i not in gone)
+    configured: dict[str, Any] = {}
+    if isinstance(model, PreTrainedModel):
+        configured = _changes(model.config, len(graph.blocks), kept)
+        fresh = _built(model, configured)
+        _number(graph, kept, fresh, in_place)
+        if in_place:
+            for name, value in configured.items():
+                setattr(model.config, name, value)
+        else:
+            model = fresh
+    if in_place:
+        blocks = _list_of(graph)
+        assert isinstance(blocks, nn.ModuleList | nn.Sequential)
+        for new, old in enumerate(kept):
+            for module in blocks[old].modules():
+                if vars(module).get(NUMBER) == old:
+                    setattr(module, NUMBER, new)
+        for i in sorted(gone, reverse=True):
+            del blocks[i]
+    return Shorter(_graph(graph, model, kept), graph.blocks, kept, configured)
+
+
+def _graph(graph: Graph, model: nn.Module, kept: Sequence[int]) -> Graph:
+    def new(names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(n for name in names if (n := _renamed(name, graph.blocks, kept)) is not None)
+
+    sites = []
+    for site in graph.sites:
+        names = new((site.name,))
+        place = None if site.block is None or not names else kept.index(site.block)
+        sites += [replace(site, name=name, block=place) for name in names]
+    axes = [replace(a, makers=new(a.makers), readers=new(a.readers)) for a in graph.axes]
+    return replace(
+        graph,
+        model=model,
+        blocks=graph.blocks[: len(kept)],
+        sites=tuple(sites),
+        buffers=new(graph.buffers),
+        axes=tuple(a for a in axes if a.makers),
+    )
+
+
+def _renamed(name: str, blocks: tuple[str, ...], kept: Sequence[int]) -> str | None:
+    prefix = blocks[0].rpartition(".")[0]
+    head = f"{prefix}." if prefix else ""
+    place, dot, rest = name.removeprefix(head).partition(".")
+    if not name.startswith(head) or f"{head}{place}" not in blocks:
+        return name
+    return f"{head}{kept.index(int(place))}{dot}{rest}" if int(place) in kept else None
+
+
+def _list_of(graph: Graph) -> nn.Module | None:
+    """What holds the blocks, if it holds them all and they are numbered."""
+    prefix = graph.blocks[0].rpartition(".")[0]
+    head = f"{prefix}." if prefix else ""
+    found = graph.model.get_submodule(prefix)
+    every = tuple(f"{head}{i}" for i in range(len(graph.blocks)))
+    return found if graph.blocks == every and len(list(found.named_children())) == len(every) else None
+
+
+def _longest_run(places: Sequence[int]) -> int:
+    starts = [i for i in places if i - 1 not in places]
+    return max((next(n for n in range(1, len(places) + 1) if i + n not in places) for i in starts), default=0)
+
+
+def _structure(block: nn.Module) -> list[Any]:
+    """Equal for two blocks that take each other's parameters."""
+    modules = [(name, type(module)) for name, module in block.named_modules()]
+    values = [*block.named_parameters(remove_duplicate=False), *block.named_buffers()]
+    return [*modules, *((name, tuple(value.shape)) for name, value in values)]
+
+
+def _count_name(config: PreTrainedConfig) -> str:
+    return str(config.attribute_map.get(COUNT, COUNT))
+
+
+def _changes(config: PreTrainedConfig, count: int, kept: Sequence[int]) -> dict[str, Any]:
+    """Entries of a configuration that are others without some blocks."""
+    changes: dict[str, Any] = {_count_name(config): len(kept)}
+    for name, value in config.to_dict().items():
+        if isinstance(value, list | tuple) and len(value) == count and any(part in name for part in PER_BLOCK):
+            changes[name] = [value[i] for i in kept]
+    return changes
+
+
+def _built(model: PreTrainedModel, configured: dict[str, Any]) -> PreTrainedModel:
+    try:  # from entries, as a written config.json is read: some lists are made of others then
+        config = type(model.config).from_dict({**copy.deepcopy(model.config).to_dict(), **configured})
+        return built(lambda: type(model)._from_config(config))
+    except Exception as error:  # a wrong value surfaces wherever the model's code first uses it
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be built with {configured[_count_name(config)]} blocks: {error}"
+        ) from error
+
+
+def _number(graph: Graph, kept: Sequence[int], fresh: PreTrainedModel, in_place: bool) -> None:
+    """Check that the blocks of the shorter model are those that are left, but for their numbers.
+
+    Their kind may come from their place: attention over a window in every other block, say. `in_place`: the old blocks
+    get their new numbers.
+
+    Raises:
+        UnsupportedModelError: a block is another one at its new place.
+    """
+    model, name = graph.model, type(graph.model).__name__
+    if len(list(fresh.get_submodule(graph.blocks[0].rpartition(".")[0]).children())) != len(kept):
+        raise UnsupportedModelError(f"the configuration of a {name} does not decide how many blocks it has")
+    for new, old in enumerate(kept):
+        was, now = (m.get_submodule(graph.blocks[i]) for m, i in ((model, old), (fresh, new)))
+        modules = ([(path, type(m)) for path, m in block.named_modules()] for block in (was, now))
+        shapes = ({(path, p.shape) for path, p in block.named_parameters()} for block in (now, was))
+        if next(modules) != next(modules) or not next(shapes) <= next(shapes):  # a pass may have given it biases
+            raise UnsupportedModelError(f"{graph.blocks[old]} of a {name} would be another block at place {new}")
+        for (path, a), (_, b) in zip(was.named_modules(), now.named_modules(), strict=True):
+            before, after = dict(_simple(a)), dict(_simple(b))
+            for key in {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)}:
+                if (before.get(key), after.get(key)) != (old, new):
+                    where = ".".join(part for part in (graph.blocks[old], path, key) if part)
+                    raise UnsupportedModelError(
+                        f"{where} of a {name} is {before.get(key)}, and would be {after.get(key)} at place {new}: its "
+                        "blocks depend on where they are, so none can go"
+                    )
+                if in_place:
+                    setattr(a, key, new)
+
+
+def _simple(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Numbers and words a module keeps; not what matters for training only."""
+    for key, value in vars(module).items():
+        unused = key.startswith("_") or key == "training" or "drop" in key
+        if isinstance(value, bool | int | float | str) and not unused:
+            yield key, value

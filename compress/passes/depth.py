@@ -1,0 +1,34 @@
+"""A pass that takes whole blocks out of the model."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from compress.passes.base import Pass
+from compress.passes.target import Depth
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthPass(Pass):
+    """A pass that takes whole blocks out of the model, those of which it selects every site.
+
+    Args:
+        blocks: how many of them.
+    """
+
+    blocks: int = 1
+
+    @property
+    def calibrated(self) -> bool:
+        return self.blocks > 0
+
+    @property
+    def neighbours(self) -> bool:
+        """Whether the blocks that go must follow one another."""
+        return False
+
+    def produces(self, kind: str) -> str:
+        return kind
+
+    def run(self, model: Depth) -> Iterator[tuple[int, ...]]:
+        """Numbers of the blocks that go; it is asked for more when those are gone."""
+        raise NotImplementedError
