@@ -24,7 +24,7 @@ ORDERS = {"act_order": True, "in_order": False}
 @dataclass(frozen=True)
 class What:
     """One experiment, from its short form: `base`, `rtn:4:64`, `gptq:3:64`, `wanda:0.5`, `sparsegpt:2:4`,
-    `flexround:2:64` (in the peer: its own learned rounding), `recovered:0.5` (ours alone: the recipe that loses least).
+    `flexround:2:64` (in the peer: its own learned rounding).
 
     The tools differ in the order in which gptq takes the columns unless told; `gptq:3:64:act_order` (largest inputs
     first) and `gptq:3:64:in_order` tell both.
@@ -45,7 +45,7 @@ class What:
             bits, group_size, *order = rest.split(":")
             act_order = ORDERS[order[0]] if order else None
             return cls(method, bits=int(bits), group_size=int(group_size), act_order=act_order)
-        if method in ("wanda", "sparsegpt", "recovered"):
+        if method in ("wanda", "sparsegpt"):
             return cls(method, sparsity=rest if rest == "2:4" else float(rest))
         raise ValueError(f"unknown experiment {text!r}")
 
@@ -58,7 +58,7 @@ def arguments(description: str | None) -> Namespace:
     parser.add_argument(
         "what",
         help="base | rtn:BITS:GROUP | gptq:BITS:GROUP[:act_order|in_order] | flexround:BITS:GROUP | wanda:0.5|2:4 | "
-        "sparsegpt:0.5|2:4 | recovered:0.5|2:4",
+        "sparsegpt:0.5|2:4",
     )
     use_all_cores()
     return parser.parse_args()

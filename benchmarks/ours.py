@@ -13,13 +13,6 @@ import common
 import compress
 
 
-def the_passes(what: common.What) -> list[object]:
-    if what.method == "recovered":
-        trained = compress.Perp(train=("bias", "norm", "full"))
-        return [compress.Wanda(sparsity=what.sparsity, update="exact"), trained]
-    return [the_pass(what)]
-
-
 def the_pass(what: common.What) -> object:
     match what.method:
         case "rtn":
@@ -44,7 +37,7 @@ def main() -> None:
     seconds = 0.0
     if what.method != "base":
         started = time.perf_counter()
-        model = compress.apply(model, the_passes(what), calibration=calibration, inplace=True).model
+        model = compress.apply(model, [the_pass(what)], calibration=calibration, inplace=True).model
         seconds = time.perf_counter() - started
     value = common.perplexity(model, common.load_tokens(args.tokens, "eval"))
     common.report(

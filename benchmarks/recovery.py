@@ -2,13 +2,14 @@
 
     python benchmarks/recovery.py --peer-python .venv-peer/bin/python
 
-Both tools get the same model, the same calibration tokens and the same evaluation, each run in a process of its own.
-Prints a table and writes results/recovery.json.
+Runs the peer on the tokens that `scripts/recovery.py` used, whose record docs/recovery.json has our side. Prints a table and
+writes results/recovery.json.
 
 closed  the share of the way from their better perplexity down to the dense model's that ours goes; above 1 it is
         better than the dense model
 """
 
+import json
 import sys
 import tempfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -18,8 +19,10 @@ from typing import Any
 import quality
 import runner
 
-SPARSITIES = ("0.5", "2:4", "0.7")
+SPARSITIES = {"0.5": "50%", "2:4": "2:4", "0.7": "70%"}
+OURS = "... then perp, all kept weights"
 FILE = "recovery.json"
+RECORD = Path(__file__).parent.parent / "docs" / "recovery.json"
 
 
 def show(rows: list[dict[str, Any]]) -> str:
@@ -42,30 +45,30 @@ def show(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", type=Path, default=Path(".venv-peer/bin/python"))
-    parser.add_argument("--samples", type=int, default=256, help="calibration windows of 512 (default: %(default)s)")
     args = parser.parse_args()
-    quality.CALIBRATION = (args.samples, 512)
+    quality.CALIBRATION = (256, 512)
     model, rows = quality.demo_model(), []
+    record = json.loads(RECORD.read_text())
     with tempfile.TemporaryDirectory() as scratch:
         tokens = Path(scratch) / "tokens.npz"
         quality.write_tokens(tokens, model)
-        dense = runner.run(sys.executable, "ours.py", model, tokens, "base")["perplexity"]
-        for sparsity in SPARSITIES:
+        for sparsity, name in SPARSITIES.items():
+            ours = {row["recipe"]: row for row in record[name]}
+            dense = ours["the original"]["perplexity"]
             print(sparsity, file=sys.stderr, flush=True)
             theirs = {
                 method: runner.run(args.peer_python, "peer.py", model, tokens, f"{method}:{sparsity}")
                 for method in ("wanda", "sparsegpt")
             }
-            ours = runner.run(sys.executable, "ours.py", model, tokens, f"recovered:{sparsity}")
             best = min(theirs.values(), key=lambda found: found["perplexity"])
             rows.append(
                 {
                     "sparsity": sparsity,
                     "dense": dense,
                     **{method: found["perplexity"] for method, found in theirs.items()},
-                    "ours": ours["perplexity"],
-                    "closed": (best["perplexity"] - ours["perplexity"]) / (best["perplexity"] - dense),
-                    "our_seconds": ours["seconds"],
+                    "ours": ours[OURS]["perplexity"],
+                    "closed": (best["perplexity"] - ours[OURS]["perplexity"]) / (best["perplexity"] - dense),
+                    "our_seconds": ours[OURS]["seconds"],
                     "their_seconds": best["seconds"],
                 }
             )

@@ -19,7 +19,7 @@ from compress.report import size
 RECORD = ROOT / "docs" / "recovery.json"
 DATA = {"calibration": {"samples": 256, "length": 512}, "evaluate": {"samples": 64, "length": 512}}
 SPARSITIES: dict[str, Any] = {"50%": 0.5, "2:4": "2:4", "70%": 0.7}
-FEW = {"rank": 3, "learning_rate": 2e-3}
+FEW = {"rank": 3, "learning_rate": 5e-3}
 FULL = {"train": ["bias", "norm", "full"]}
 BEHIND = [{"gptq": {"scheme": "w4g64"}}, {"eora": {"rank": None, "budget": 0.25, "adapter_bits": 4}}]
 
@@ -39,11 +39,11 @@ def recipes(sparsity: Any) -> dict[str, list[dict[str, Any]]]:
         "wanda": [{"wanda": {"sparsity": sparsity}}],
         "sparsegpt": [{"sparsegpt": {"sparsity": sparsity}}],
         "wanda with `update: exact`": [refit],
-        "... then perp_reconstruct": [refit, {"perp_reconstruct": {"learning_rate": 2e-3}}],
+        "... then perp_reconstruct": [refit, {"perp_reconstruct": {"learning_rate": 2e-3, "steps": 100}}],
         "... then perp, all kept weights": [refit, {"perp": FULL}, *BEHIND],
     }
     if sparsity == 0.7:
-        found["... then sparse_soup of three"] = [refit, {"sparse_soup": {**FULL, "steps": 100}}]
+        found["... then sparse_soup of three"] = [refit, {"sparse_soup": {**FULL, "steps": 60}}]
     return found
 
 
