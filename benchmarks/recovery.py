@@ -2,8 +2,8 @@
 
     python benchmarks/recovery.py --peer-python .venv-peer/bin/python
 
-Runs the peer on the tokens that `scripts/recovery.py` used, whose record docs/recovery.json has our side. Prints a table and
-writes results/recovery.json.
+Runs the peer on the tokens that `scripts/recovery.py` used; its record, docs/recovery.json, has our side. Prints a
+table and writes results/recovery.json.
 
 closed  the share of the way from their better perplexity down to the dense model's that ours goes; above 1 it is
         better than the dense model
