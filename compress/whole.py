@@ -134,8 +134,10 @@ def learned(graph: Graph, values: Callable[[Collection[str]], Mapping[str, Tenso
         inner = block.forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
+            # What comes in is needed again as it was, and a block may begin with a layer that works in place.
+            mine = [a.clone() if again and isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
             with swapped(model, values(names)):
-                return inner(*args, **kwargs)
+                return inner(*mine, **kwargs)
 
         return (lambda *args, **kwargs: checkpoint(run, *args, use_reentrant=False, **kwargs)) if again else run
 

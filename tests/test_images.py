@@ -160,7 +160,7 @@ QUANTIZERS = [cls for cls in PASSES if cls().produces("dense").endswith("quantiz
     "cls", [c for c in PASSES if not c.preserves and not issubclass(c, DepthPass)], ids=lambda cls: cls.key
 )
 def test_every_pass_works_on_the_network_and_packed_it_computes_the_same(cls: type[Pass], digits: Digits) -> None:
-    steps = {"steps": 2} if "steps" in {f.name for f in fields(cls)} else {}
+    steps = {"steps": 2} if "steps" in {f.name for f in fields(cls)} and cls().calibrated else {}
     corrects = "dense" not in cls.accepts
     rank = {"rank": 2} if corrects else {}
     result = digits.apply(*([Rtn(bits=3)] if corrects else []), cls(**steps, **rank))
