@@ -19,8 +19,9 @@ from compress.report import size
 RECORD = ROOT / "docs" / "recovery.json"
 DATA = {"calibration": {"samples": 256, "length": 512}, "evaluate": {"samples": 64, "length": 512}}
 SPARSITIES: dict[str, Any] = {"50%": 0.5, "2:4": "2:4", "70%": 0.7}
-FEW = {"rank": 3, "learning_rate": 5e-3}
-FULL = {"train": ["bias", "norm", "full"], "learning_rate": 2e-3}
+STEPS = 100
+FEW = {"rank": 3, "learning_rate": 5e-3, "steps": STEPS}
+FULL = {"train": ["bias", "norm", "full"], "learning_rate": 2e-3, "steps": STEPS}
 BEHIND = [{"gptq": {"scheme": "w4g64"}}, {"eora": {"rank": None, "budget": 0.25, "adapter_bits": 4}}]
 
 
