@@ -22,6 +22,8 @@ from compress.errors import (
     UsageError,
 )
 from compress.evaluate import Quality, evaluate
+from compress.export import Hf, Peft
+from compress.exporting import export_to
 from compress.passes import (
     AdaRound,
     Bip,
@@ -67,6 +69,7 @@ __all__ = [
     "GateError",
     "GlobalMagnitude",
     "Gptq",
+    "Hf",
     "Jlcm",
     "LayerDrop",
     "LowRank",
@@ -75,6 +78,7 @@ __all__ = [
     "Nupes",
     "Olive",
     "Override",
+    "Peft",
     "Perp",
     "PerpReconstruct",
     "Pipeline",
@@ -95,6 +99,7 @@ __all__ = [
     "apply",
     "demo",
     "evaluate",
+    "export_to",
     "load_tokens",
     "register",
     "run",

@@ -22,12 +22,14 @@ from compress.encodings import Weight
 from compress.errors import CompressError, ConfigError, NonFiniteError, UsageError
 from compress.evaluate import logits_in
 from compress.export import safetensors
-from compress.export.folders import FOLDERS
+from compress.export.packed import open_packed
+from compress.exporting import write_all
+from compress.graph import forward
 from compress.ledger import FolderLedger, MemoryLedger, key_of, publish, write_text
 from compress.passes import Pass
 from compress.pipeline import GATES, Calibration, Evaluation, Pipeline, dump, load, mistakes
 from compress.report import Report
-from compress.residence import Context, forward, streamed
+from compress.residence import Context, streamed
 from compress.runtime.register import WEIGHTS
 
 LOGITS_TOLERANCE = 0.0  # packed and in-memory results multiply the same numbers in the same order
@@ -309,16 +311,11 @@ def _finished(destination: Path, identity: str, steps: Pipeline) -> Report | Non
         same = data["verified"]["run"] == identity
         rows = [report.Row(**row) for row in data.pop("rows")]
         needed = [WEIGHTS, "config.json", "pipeline.yaml"]
-        needed += [f"{name}/{file}" for name in _folders(steps) for file in FOLDERS[name].FILES]
+        needed += [f"{exporter.key}/{file}" for exporter in steps.export for file in exporter.files]
         whole = all((destination / name).is_file() for name in needed)
         return Report(rows=rows, **data) if same and whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _folders(steps: Pipeline) -> list[str]:
-    """The folders to write beside the packed weights."""
-    return [name for name in FOLDERS if name in steps.export]
 
 
 def _export(
@@ -340,27 +337,21 @@ def _export(
     measured.verified = {"run": identity, "tensors_equal": compared}
     if data.evaluation is not None:
         measured.verified["max_logit_difference"] = _logit_difference(context, partial, data.evaluation[:2])
-    for name in _folders(steps):
-        folder, exporter = partial / name, FOLDERS[name]
-        exporter.write(context.artifact, folder, destination / name, opened.folder, context.dtype, context.bars)
-        found: dict[str, Any] = {
-            "tensors_equal": exporter.verify(context.artifact, folder, context.dtype, context.bars)
-        }
-        if name == "hf" and data.evaluation is not None:
-            found["max_logit_difference"] = _logit_difference(context, folder, data.evaluation[:2])
-        measured.verified[name] = found
+    if steps.export:
+        made = open_packed(partial, context.dtype)
+        evaluated = None if data.evaluation is None else (data.evaluation, data.labels)
+        measured.verified |= write_all(made, steps.export, destination, evaluated, context.bars)
     write_text(partial / "pipeline.yaml", resolved)
     write_text(partial / "report.json", measured.to_json())
     write_text(partial / "README.md", report.card(measured, resolved, graphs.loader(opened.config).__name__))
-    for written in [partial / WEIGHTS, *sorted(partial.glob("*/**/*.safetensors"))]:
-        publish(written, written)
+    publish(partial / WEIGHTS, partial / WEIGHTS)
     if destination.exists():
         shutil.rmtree(destination)
     partial.rename(destination)
 
 
 def _logit_difference(context: Context, folder: Path, inputs: Tensor) -> float:
-    """Largest difference of the written model's logits from the in-memory result's; more than none is an error."""
+    """Largest difference of the packed model's logits from the in-memory result's; more than none is an error."""
     loaded = hub.load(folder, context.dtype)
     with torch.no_grad():
         there = logits_in(forward(replace(context.graph, model=loaded), inputs))

@@ -47,23 +47,23 @@ class Source(Protocol):
 
 
 class FolderSource:
-    """A folder as `save_pretrained` writes it, read one tensor at a time.
+    """A folder as `save_pretrained` writes it, or one file of a folder, read one tensor at a time.
 
     Raises:
         CheckpointError: nothing to read, a truncated or corrupt file, an index that points outside its folder.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, name: str | None = None):
         self.folder = folder
         self._where: dict[str, Path] = {}
         self._meta: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        self._files = self._find_files()
+        self._files = self._find_files() if name is None else [folder / name]
         for file in self._files:
-            for name, meta in read_header(file).items():
-                if name in self._where:
-                    raise CheckpointError(f"{file}: tensor {name} also stands in {self._where[name].name}")
-                self._where[name] = file
-                self._meta[name] = meta
+            for tensor, meta in read_header(file).items():
+                if tensor in self._where:
+                    raise CheckpointError(f"{file}: tensor {tensor} also stands in {self._where[tensor].name}")
+                self._where[tensor] = file
+                self._meta[tensor] = meta
 
     def _find_files(self) -> list[Path]:
         index = self.folder / INDEX
@@ -129,6 +129,8 @@ def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
                 part = opened.get_slice(name)
                 found[name] = (tuple(part.get_shape()), _DTYPES[part.get_dtype()])
             return found
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} does not exist; write or copy the folder again") from error
     except (SafetensorError, OSError) as error:
         size = file.stat().st_size
         raise CheckpointError(f"{file} ({size} bytes) is truncated or corrupt: {error}; fetch it again") from error

@@ -61,7 +61,14 @@ def run(
 def _verified(found: dict[str, Any]) -> str:
     text = f"{found['tensors_equal']} tensors read back equal"
     if "max_logit_difference" in found:
-        text += f"; reloaded model's logits differ by {found['max_logit_difference']:g}"
+        text += f"; reloaded model's logits differ by {found['max_logit_difference']:.2g}"
+    if "as_shipped" in found:
+        shipped = found["as_shipped"]
+        quality = "accuracy" if "accuracy" in shipped else "perplexity"
+        text += (
+            f"; as shipped by {shipped['max_logit_difference']:.2g}, KL {shipped['kl']:.2g}, "
+            f"{quality} {shipped[quality]:.4g} for {shipped[f'packed_{quality}']:.4g}"
+        )
     return text
 
 
@@ -196,20 +203,36 @@ def evaluate(
 
 
 @app.command()
+def export(
+    out: Annotated[Path, typer.Argument(help="a finished folder")],
+    to: Annotated[list[str], typer.Option(help="a format, or one with options: onnx:style=qdq,accuracy_level=1")],
+    as_json: JsonOption = False,
+) -> None:
+    """Write a finished folder in another format as well, from the same codes."""
+    from compress import exporting, progress
+    from compress.pipeline import exporters
+
+    found = exporting.export_to(out, exporters(to), bars=progress.Bars())
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for name, facts in found.items():
+        _console().print(f"{out}/{name}: {_verified(facts)}", soft_wrap=True)
+
+
+@app.command()
 def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as_json: JsonOption = False) -> None:
     """List every stored weight: kind, bits, sparsity, error, bytes, and how its layer rounds its inputs."""
     from compress import draw
     from compress.encodings import Spec
+    from compress.export.packed import read_quantization
     from compress.report import size
-    from compress.runtime.register import METHOD
 
+    config = read_quantization(out)
     try:
-        config = json.loads((out / "config.json").read_text())["quantization_config"]
         layers = json.loads((out / "report.json").read_text())["layers"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{out} is not a folder that compress wrote: {error}") from error
-    if config.get("quant_method") != METHOD:
-        raise UsageError(f"{out} was compressed by {config.get('quant_method')}, not by this package")
     rows = []
     for name, data in config["modules"].items():
         spec = Spec.from_json(data)
@@ -274,7 +297,7 @@ def list_methods() -> None:
 
     from compress.passes import PASSES, Pass
     from compress.passes.quantize.activations import ActivationOptions
-    from compress.pipeline import FORMATS
+    from compress.pipeline import FORMATS, PACKED
 
     every = [f.name for f in fields(Pass)]
     quantizers = [f.name for f in fields(ActivationOptions) if f.name not in every]
@@ -286,7 +309,7 @@ def list_methods() -> None:
     if ready:  # beside the package in a checkout
         print(f"\npipelines/:       {', '.join(ready)}", end="")
     print(f"\nevery method:     {', '.join(every)}\nevery quantizer:  {', '.join(quantizers)}")
-    print(f"export:           {', '.join(FORMATS)}")
+    print(f"export:           {', '.join((PACKED, *FORMATS))}")
 
 
 TEMPLATE = """\

@@ -13,10 +13,11 @@ from compress.calibration import collect
 from compress.calibration.precision import products
 from compress.depth import Shorter, candidates, without
 from compress.errors import NonFiniteError, UnsupportedModelError
+from compress.graph import forward
 from compress.ledger import key_of
 from compress.passes.depth import DepthPass
 from compress.passes.target import Depth, Distance
-from compress.residence import Context, forward, make_room, present, streamed
+from compress.residence import Context, make_room, present, streamed
 from compress.sweep import chain_of
 
 

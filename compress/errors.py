@@ -47,6 +47,14 @@ class SolveError(CompressError):
     """A layer's linear algebra failed. The sweep retries with more damping, then falls back; users do not see it."""
 
 
+class OptionError(ValueError):
+    """An impossible option. `option` names the field; the pipeline adds file, line and path."""
+
+    def __init__(self, option: str, message: str):
+        super().__init__(f"{option}: {message}")
+        self.option, self.message = option, message
+
+
 @dataclass(frozen=True)
 class Problem:
     """One mistake in a pipeline: where it stands, what is wrong, what to do."""

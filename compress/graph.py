@@ -223,6 +223,14 @@ def _refuse_unreachable(model: nn.Module, blocks: tuple[str, ...], reached: set[
         )
 
 
+def forward(graph: Graph, batch: Tensor) -> Any:
+    """Run the model on a batch of token ids, of images or, for other modules, of inputs."""
+    if graph.is_language_model:
+        return graph.model(input_ids=batch, use_cache=False)
+    batch = batch.clone()  # a first layer may work in place
+    return graph.model(pixel_values=batch) if graph.is_image_model else graph.model(batch)
+
+
 def read_config(folder: Path) -> PreTrainedConfig:
     """config.json of a folder; custom code is never run."""
     if not (folder / "config.json").is_file():

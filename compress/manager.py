@@ -19,6 +19,7 @@ from compress.encodings import Spec
 from compress.errors import GateError
 from compress.evaluate import Quality, Reference, logits_in, measure
 from compress.export.safetensors import spec_at, stored_bytes
+from compress.graph import forward
 from compress.ledger import Record, code_fingerprint, key_of
 from compress.observe import finite, observed, observed_vector
 from compress.passes.base import BlockPass, Edit, LinearPass, ModelPass, Target, Whole
@@ -27,7 +28,7 @@ from compress.passes.quantize.activations import attached
 from compress.pipeline import Evaluation, Pipeline
 from compress.plan import PassPlan, Plan
 from compress.report import Report, Row
-from compress.residence import Context, forward, make_room, streamed, take
+from compress.residence import Context, make_room, streamed, take
 from compress.sweep import TOKENS_AT_ONCE, generator_for, run_stage
 from compress.whole import KeptInLedger, in_memory, model_data
 

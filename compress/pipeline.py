@@ -6,21 +6,24 @@ line, path, what is allowed and, for a misspelt word, the nearest known one.
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import yaml
 
 from compress.calibration.data import check_source
 from compress.calibration.precision import Products
 from compress.errors import ConfigError, Problem, UsageError
+from compress.export import EXPORTERS, Exporter
 from compress.passes import PASSES, Override, Pass
 from compress.typed import choices, describe, fits, mistyped
 
 METHODS: dict[str, type[Pass]] = {p.key: p for p in PASSES}
-FORMATS = ("safetensors", "hf", "peft")
+FORMATS: dict[str, type[Exporter]] = {e.key: e for e in EXPORTERS}
+PACKED = "safetensors"  # OUT itself, which is always written
+Built = TypeVar("Built", Pass, Exporter)
 GATES = ("max_increase", "max_drop")
 GIVEN = "given from Python"  # the source of tensors that no file holds
 
@@ -71,7 +74,7 @@ class Pipeline:
         passes: stages in order; a stage is one pass, or several fused with `blockwise:`.
         calibration: None when no pass needs data.
         evaluate: None to measure nothing but size.
-        export: folders to write; the packed one is always written.
+        export: folders to write beside the packed one, which is always written.
         seed: of every random choice.
         dtype: what calibration and evaluation compute in; `auto` is what the model's configuration says.
         products: how float32 matrices are multiplied while calibrating: `bfloat16` rounds the factors and sums in
@@ -82,7 +85,7 @@ class Pipeline:
     passes: tuple[tuple[Pass, ...], ...]
     calibration: Calibration | None = None
     evaluate: Evaluation | None = None
-    export: tuple[str, ...] = ("safetensors",)
+    export: tuple[Exporter, ...] = ()
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     products: Products = "bfloat16"
@@ -127,6 +130,26 @@ def parse(text: str, file: str = "pipeline") -> Pipeline:
     except RecursionError as error:
         raise ConfigError([Problem("", "an anchor refers to itself")], file) from error
     return _Reader(lines, file, problems).pipeline(data)
+
+
+def exporters(texts: Sequence[str]) -> tuple[Exporter, ...]:
+    """Exporters from a command line: `hf`, or with options `onnx:style=qdq,accuracy_level=1`.
+
+    Raises:
+        ConfigError: every mistake at once.
+    """
+    entries: list[Any] = []
+    for text in texts:
+        name, _, options = text.partition(":")
+        pairs = [o.partition("=") for o in options.split(",") if o]
+        entries.append({name: {key.strip(): yaml.safe_load(value) for key, _, value in pairs}} if pairs else name)
+    reader = _Reader({}, "--to")
+    found = reader._export(entries)
+    if reader.problems:
+        raise ConfigError(reader.problems, "--to")
+    if not found:
+        raise UsageError(f"--to {PACKED}: the folder is that already; give one of {', '.join(FORMATS)}")
+    return found
 
 
 def _plain(node: yaml.Node, path: str, lines: dict[str, int], problems: list[Problem]) -> Any:
@@ -216,22 +239,27 @@ class _Reader:
         return tuple(stages)
 
     def _pass(self, entry: Any, path: str) -> Pass | None:
+        return self._entry(entry, path, METHODS, "method")
+
+    def _entry(self, entry: Any, path: str, known: Mapping[str, type[Built]], what: str) -> Built | None:
+        """One of the known, with its options."""
         if isinstance(entry, str):
             entry = {entry: {}}
         if not isinstance(entry, dict) or len(entry) != 1:
-            self.problem(path, "must be one method with its options, such as `gptq: {bits: 4}`")
+            example = "gptq: {bits: 4}" if what == "method" else "onnx: {accuracy_level: 4}"
+            self.problem(path, f"must be one {what} with its options, such as `{example}`")
             return None
         (name, options), here = next(iter(entry.items())), f"{path}.{next(iter(entry))}"
-        cls = METHODS.get(name) if isinstance(name, str) else None
+        cls = known.get(name) if isinstance(name, str) else None
         if cls is None:
-            self.problem(here, f"unknown method; {_allowed(name, METHODS)}")
+            self.problem(here, f"unknown {what}; {_allowed(name, known if what == 'method' else {PACKED, *known})}")
             return None
         if options is not None and not isinstance(options, dict):
             self.problem(here, "options must be a mapping, such as {bits: 4}")
             return None
         return self._build(cls, dict(options or {}), here)
 
-    def _build(self, cls: type[Pass], options: dict[str, Any], path: str) -> Pass | None:
+    def _build(self, cls: type[Built], options: dict[str, Any], path: str) -> Built:
         hints = get_type_hints(cls)
         known = {f.name for f in fields(cls)}
         if "scheme" in options and "bits" in known:
@@ -260,7 +288,7 @@ class _Reader:
             return {"bits": int(match[1])}
         return {"bits": int(match[1]), "group_size": int(match[2]) if match[2] else None}
 
-    def _overrides(self, cls: type[Pass], value: Any, path: str) -> tuple[Override, ...]:
+    def _overrides(self, cls: type[Pass | Exporter], value: Any, path: str) -> tuple[Override, ...]:
         if not isinstance(value, list):
             self.problem(path, "must be a list such as [{match: '*.down_proj', bits: 8}]")
             return ()
@@ -311,15 +339,21 @@ class _Reader:
             self.problem(f"{path}.source", wrong)
         return cls(**{k: v for k, v in values.items() if v is not _WRONG})
 
-    def _export(self, data: Any) -> tuple[str, ...]:
-        names = [data] if isinstance(data, str) else data
-        if not isinstance(names, list) or not names:
-            self.problem("export", f"must be a list of {', '.join(FORMATS)}")
+    def _export(self, data: Any) -> tuple[Exporter, ...]:
+        entries = [data] if isinstance(data, str) else data
+        if not isinstance(entries, list) or not entries:
+            self.problem("export", f"must be a list of {', '.join((PACKED, *FORMATS))}")
             return ()
-        for i, name in enumerate(names):
-            if name not in FORMATS:
-                self.problem(f"export[{i}]", f"unknown format {name!r}; {_allowed(name, FORMATS)}")
-        return tuple(names)
+        found: list[Exporter] = []
+        for i, entry in enumerate(entries):
+            if entry == PACKED:
+                continue
+            made = self._entry(entry, f"export[{i}]", FORMATS, "format")
+            if made is not None and any(made.key == other.key for other in found):
+                self.problem(f"export[{i}]", f"{made.key} stands twice")
+            elif made is not None:
+                found.append(made)
+        return tuple(found)
 
     def _value(self, hint: Any, value: Any, path: str) -> Any:
         """`value` as the annotated type; a problem and None if it is not."""
@@ -353,7 +387,8 @@ def dump(pipeline: Pipeline) -> str:
     data["passes"] = [
         _entry(stage[0]) if len(stage) == 1 else {"blockwise": [_entry(p) for p in stage]} for stage in pipeline.passes
     ]
-    data.update(export=list(pipeline.export), seed=pipeline.seed, dtype=pipeline.dtype, products=pipeline.products)
+    data["export"] = [PACKED, *map(_exporter, pipeline.export)]
+    data |= {"seed": pipeline.seed, "dtype": pipeline.dtype, "products": pipeline.products}
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=120))
 
 
@@ -376,6 +411,10 @@ def _entry(pass_: Pass) -> dict[str, Any]:
     return {pass_.key: options}
 
 
+def _exporter(exporter: Exporter) -> str | dict[str, Any]:
+    return {exporter.key: options} if (options := asdict(exporter)) else exporter.key
+
+
 def walk(pipeline: Pipeline) -> Iterator[tuple[str, int, Pass]]:
     """(path in the file, stage number, pass) of every pass, in order."""
     for i, stage in enumerate(pipeline.passes):
@@ -390,6 +429,9 @@ def mistakes(pipeline: Pipeline) -> list[Problem]:
     for path, _, pass_ in walk(pipeline):
         wrong = list(mistyped(pass_))  # what is of the wrong type cannot be looked at further
         found += [Problem(f"{path}.{e.option}", e.message) for e in wrong or pass_.mistakes()]
+    for exporter in pipeline.export:
+        wrong = list(mistyped(exporter))
+        found += [Problem(f"export.{exporter.key}.{e.option}", e.message) for e in wrong or exporter.mistakes()]
     return found
 
 

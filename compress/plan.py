@@ -17,7 +17,6 @@ from compress.encodings.pattern import Pattern, promised
 from compress.errors import ConfigError, Problem, ResourceError, UnsupportedModelError
 from compress.evaluate import REFERENCE_NUMBERS
 from compress.evaluate import TOKENS_AT_ONCE as EVALUATED_AT_ONCE
-from compress.export.folders import FOLDERS
 from compress.graph import Graph, Site
 from compress.passes import BlockPass, DepthPass, LinearPass, ModelPass, Pass
 from compress.passes.prune.selection import pattern
@@ -86,7 +85,7 @@ def make(pipeline: Pipeline, graph: Graph, dtypes: dict[str, torch.dtype], file:
         if site.name in planner.specs:
             final[site.parameter] = planner.specs[site.name].num_bytes
     total = sum(final.values()) + sum(planner.new_biases.values())
-    disk = total * (len(stages) + 1) + original * len(FOLDERS.keys() & set(pipeline.export))
+    disk = total * (len(stages) + 1) + original * len(pipeline.export)
     return Plan(tuple(tuple(s) for s in stages), original, total, planner.memory(), disk)
 
 
@@ -273,15 +272,9 @@ class _Planner:
             measured = "perplexity" if self.graph.is_language_model else "accuracy"
             if getattr(self.pipeline.evaluate, other) is not None:
                 self.problem(f"evaluate.{other}", f"this model is judged by its {measured}; its gate is {gate}")
-        for i, name in enumerate(self.pipeline.export):
-            for reason in FOLDERS[name].refusals(self.graph, self.specs) if name in FOLDERS else ():
-                self.problem(f"export[{i}]", reason)
-            if name in FOLDERS and self.new_biases:
-                self.problem(
-                    f"export[{i}]",
-                    f"a plain {type(self.graph.model).__name__} has no place for the biases that "
-                    f"{_some(self.new_biases)} are given; leave new biases out, or this format out of `export:`",
-                )
+        for exporter in self.pipeline.export:
+            for reason in exporter.refusals(self.graph, self.specs, self.new_biases):
+                self.problem(f"export.{exporter.key}", reason)
         for name in ("calibration", "evaluate"):
             section = getattr(self.pipeline, name)
             if section and section.source != GIVEN and section.source.endswith(IMAGES) != images:

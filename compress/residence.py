@@ -7,7 +7,6 @@ and forgotten again; a model that a caller holds in memory stays there, and resu
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,14 +43,6 @@ class Context:
     def graph(self) -> Graph:
         """The model's structure."""
         return self.artifact.graph
-
-
-def forward(graph: Graph, batch: Tensor) -> Any:
-    """Run the model on a batch of token ids, of images or, for other modules, of inputs."""
-    if graph.is_language_model:
-        return graph.model(input_ids=batch, use_cache=False)
-    batch = batch.clone()  # a first layer may work in place
-    return graph.model(pixel_values=batch) if graph.is_image_model else graph.model(batch)
 
 
 def bring_in(context: Context, prefix: str, module: nn.Module) -> None:

@@ -4,7 +4,7 @@ from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from compress.passes import Override
-from compress.pipeline import FORMATS, GATES, METHODS, Calibration, Evaluation, Pipeline
+from compress.pipeline import FORMATS, GATES, METHODS, PACKED, Calibration, Evaluation, Pipeline
 from compress.typed import choices
 
 
@@ -15,10 +15,7 @@ def schema() -> dict[str, Any]:
         properties = _properties(cls)
         if "bits" in properties:
             properties["scheme"] = {"type": "string", "pattern": "^w[2-8](g[0-9]+)?$"}
-        inner = {"type": ["object", "null"], "properties": properties, "additionalProperties": False}
-        methods.append(
-            {"type": "object", "properties": {name: inner}, "required": [name], "additionalProperties": False}
-        )
+        methods.append(_entry(name, properties))
     fused = {"type": "array", "items": {"anyOf": methods}, "minItems": 1}
     top = _properties(Pipeline)
     top["passes"] = {
@@ -40,7 +37,10 @@ def schema() -> dict[str, Any]:
         evaluate[gate] = {"type": ["number", "string", "null"]}
     for name, properties in (("calibration", _properties(Calibration)), ("evaluate", evaluate)):
         top[name] = {"type": ["object", "null"], "properties": properties, "additionalProperties": False}
-    top["export"] = {"anyOf": [{"type": "array", "items": {"enum": list(FORMATS)}}, {"enum": list(FORMATS)}]}
+    names = [PACKED, *FORMATS]
+    formats: list[dict[str, Any]] = [{"enum": names}]
+    formats += [_entry(name, _properties(cls)) for name, cls in FORMATS.items()]
+    top["export"] = {"anyOf": [{"type": "array", "items": {"anyOf": formats}}, {"enum": names}]}
     del top["lines"]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -50,6 +50,12 @@ def schema() -> dict[str, Any]:
         "required": ["passes"],
         "additionalProperties": False,
     }
+
+
+def _entry(name: str, properties: dict[str, Any]) -> dict[str, Any]:
+    """One method or format with its options."""
+    inner = {"type": ["object", "null"], "properties": properties, "additionalProperties": False}
+    return {"type": "object", "properties": {name: inner}, "required": [name], "additionalProperties": False}
 
 
 def _properties(cls: type[Any]) -> dict[str, Any]:

@@ -24,12 +24,12 @@ from compress.calibration.reconstruct import Weights
 from compress.calibration.statistics import Need, Statistics
 from compress.encodings import Weight
 from compress.errors import SolveError, UnsupportedModelError
-from compress.graph import Site
+from compress.graph import Site, forward
 from compress.ledger import Record, key_of
 from compress.observe import finite, observed, observed_vector
 from compress.passes.base import Block, BlockPass, Edit, LinearPass, Target
 from compress.passes.quantize.activations import attached
-from compress.residence import Context, forward, make_room, present, set_value, streamed, take, value_of
+from compress.residence import Context, make_room, present, set_value, streamed, take, value_of
 from compress.solve import solved
 from compress.stacks import split_rows, stack, stacks
 from compress.view import View

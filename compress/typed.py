@@ -7,16 +7,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from compress.errors import OptionError
+from compress.export import Exporter
 from compress.passes import Pass
-from compress.passes.base import OptionError
 
 
-def mistyped(pass_: Pass) -> Iterator[OptionError]:
-    """Options of a pass made in Python, and of its overrides, that are of the wrong type."""
+def mistyped(pass_: Pass | Exporter) -> Iterator[OptionError]:
+    """Options of a pass or exporter made in Python, and of its overrides, that are of the wrong type."""
     hints = get_type_hints(type(pass_))
     own = {f.name: getattr(pass_, f.name) for f in fields(pass_) if f.name != "overrides"}
     yield from _wrong(hints, own, "")
-    for i, override in enumerate(pass_.overrides):
+    for i, override in enumerate(getattr(pass_, "overrides", ())):
         yield from _wrong(hints, override.options, f"overrides[{i}].")
 
 

@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from compress.calibration.precision import learning
 from compress.calibration.training import Kept, Loss, Make, ModelData
 from compress.evaluate import logits_in
-from compress.graph import Graph
+from compress.graph import Graph, forward
 from compress.ledger import MemoryLedger
-from compress.residence import Context, bring_in, evict, forward, grids_of, rounded, set_value, value_of
+from compress.residence import Context, bring_in, evict, grids_of, rounded, set_value, value_of
 
 
 class KeptInLedger(Kept):

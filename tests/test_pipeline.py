@@ -78,7 +78,7 @@ def test_a_file_becomes_typed_objects() -> None:
         dtype="bfloat16",
         calibration=Calibration(source="demo", samples=16, length=64, field="body", subset="raw"),
         evaluate=Evaluation(source="demo", samples=8, after="end", max_increase=0.1),
-        export=("safetensors",),
+        export=(),
         passes=(
             (Magnitude(),),
             (GlobalMagnitude(sparsity=0.25, min_keep=0.001, exclude=("*.down_proj",)),),
@@ -294,7 +294,7 @@ def test_every_mistake_is_shown_at_once_with_file_line_and_path() -> None:
         (8, "passes[1].rtn.symmetric"),
         (9, "passes[2].wanda.sparsity"),
         (10, "passes[3].magnitude"),
-        (11, "export[0]"),
+        (11, "export[0].onnxx"),
         (12, "seed"),
     }
     lines = str(error).splitlines()
@@ -316,7 +316,7 @@ def test_a_wrong_type_does_not_hide_an_impossible_value_of_the_same_pass() -> No
         ("passes: [{rtn: {group_sze: 4}}]", "passes[0].rtn.group_sze", "group_size"),
         ("passes: [{rtn: {overrides: [{match: '*', bit: 4}]}}]", "passes[0].rtn.overrides[0].bit", "bits"),
         ("passes: [rtn]\nevaluate: {max_increse: 1%}", "evaluate.max_increse", "max_increase"),
-        ("passes: [rtn]\nexport: safetensor", "export[0]", "safetensors"),
+        ("passes: [rtn]\nexport: safetensor", "export[0].safetensor", "safetensors"),
         ("passes: [{blockwise: [wnda]}]", "passes[0].blockwise[0].wnda", "wanda"),
     ],
 )

@@ -1,32 +1,33 @@
 """OUT/hf: the compressed model's values in a plain folder, which transformers loads without this package."""
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from compress import hub
 from compress.artifact import SINGLE, Artifact
 from compress.encodings import Spec
+from compress.export.base import Exporter, Logits, Made, refuse_added
 from compress.export.files import Entry, compare_tensors, copy_companions, write_json, write_tensors
-from compress.graph import Graph
+from compress.graph import Graph, forward
 from compress.ledger import writing
 from compress.progress import Bars
-
-FILES: tuple[str, ...] = (SINGLE, "config.json")
 
 
 @dataclass(frozen=True)
 class Dense:
     """Every weight as it is computed with.
 
-    What a pass made is float32; it is kept in the type the pipeline computes in, the very numbers that were measured.
-    What no pass touched is kept as the source has it.
+    What is packed is unpacked to float32 and kept in the type the pipeline computes in: the very numbers that were
+    measured. All else is kept as the packed folder has it.
 
     Attributes:
-        dtype: of every weight that a pass made.
+        dtype: of every weight that is packed.
         corrected: low-rank corrections are added; without, they are left out.
     """
 
@@ -38,26 +39,46 @@ class Dense:
         """Parameters in the model's order, tied ones once, then buffers, each by itself."""
         artifact = self.artifact
         found: list[tuple[str, list[Entry]]] = []
-        for name, _ in artifact.graph.tensors():
+        for name, tensor in artifact.graph.tensors():
             if name not in artifact.graph.tied:
-                stored = artifact.name_in_source(name)
-                made = artifact.made_site(name) or name in artifact.vectors
-                dtype = self.dtype if made else artifact.source.dtype(stored)
-                found.append((name, [(name, artifact.source.shape(stored), dtype)]))
+                made = artifact.made_site(name) is not None
+                dtype = self.dtype if made else artifact.source.dtype(artifact.name_in_source(name))
+                found.append((name, [(name, tuple(tensor.shape), dtype)]))
         return found
 
     def read(self, name: str) -> dict[str, Tensor]:
         """One of them, decompressed."""
         site = self.artifact.made_site(name)
         if site is None:
-            value = self.artifact.tensor(name)
-            return {name: value.to(self.dtype) if name in self.artifact.vectors else value}
+            return {name: self.artifact.tensor(name)}
         weight = self.artifact.weight(site)
         return {name: site.value(weight.dequantize() if self.corrected else weight.base()).to(self.dtype)}
 
 
-def refusals(graph: Graph, specs: Mapping[str, Spec]) -> Iterator[str]:
-    """Why this folder could not hold what a pipeline makes; `specs` has every site that is worked on."""
+@dataclass(frozen=True, kw_only=True)
+class Hf(Exporter):
+    """The decompressed model in a plain folder, which transformers loads without this package."""
+
+    key: ClassVar[str] = "hf"
+    files: ClassVar[tuple[str, ...]] = (SINGLE, "config.json")
+    tolerance: ClassVar[float | None] = 0.0
+
+    def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:
+        yield from refuse_added(graph, added)
+        yield from refuse_rounded(specs)
+
+    def write(self, made: Made, folder: Path, final: Path, bars: Bars) -> None:
+        write_dense(Dense(made.artifact, made.dtype), folder, made.folder, bars, self.key)
+
+    def verify(self, made: Made, folder: Path, bars: Bars) -> dict[str, Any]:
+        return {"tensors_equal": verify_dense(Dense(made.artifact, made.dtype), folder, bars, self.key)}
+
+    def runner(self, made: Made, folder: Path) -> Logits:
+        return loaded(made, folder)
+
+
+def refuse_rounded(specs: Mapping[str, Spec]) -> Iterator[str]:
+    """For containers of plain weights."""
     rounded = [name for name, spec in specs.items() if spec.inputs is not None]
     if rounded:
         yield (
@@ -66,28 +87,27 @@ def refusals(graph: Graph, specs: Mapping[str, Spec]) -> Iterator[str]:
         )
 
 
-def write(artifact: Artifact, folder: Path, final: Path, source: Path, dtype: torch.dtype, bars: Bars) -> None:
-    """Write weights, configuration and the source's tokenizer files into `folder`."""
-    write_dense(Dense(artifact, dtype), folder, source, bars, "hf")
+def loaded(made: Made, folder: Path, dtype: torch.dtype | None = None) -> Logits:
+    """A folder that transformers can read, in memory, in the type of the pipeline or another."""
+    model = hub.load(folder, dtype or made.dtype)
+    graph = replace(made.artifact.graph, model=model)
 
+    def logits(inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = forward(graph, inputs).logits
+        return found.float()
 
-def verify(artifact: Artifact, folder: Path, dtype: torch.dtype, bars: Bars) -> int:
-    """Compare every written tensor with what was meant; returns how many.
-
-    Raises:
-        CompressError: a tensor differs.
-    """
-    return verify_dense(Dense(artifact, dtype), folder, bars, "hf")
+    return logits
 
 
 def write_dense(dense: Dense, folder: Path, source: Path, bars: Bars, heading: str) -> None:
-    """Write a plain folder."""
+    """Write a plain folder; everything but weights comes from the packed folder `source`."""
     folder.mkdir(parents=True, exist_ok=True)
     with writing(folder / SINGLE):
         write_tensors(dense.layout(), dense.read, folder / SINGLE, bars, heading)
     config = json.loads((source / "config.json").read_text())
+    del config["quantization_config"]
     config.pop("torch_dtype", None)  # the old name; a loader would otherwise round once more
-    config |= dense.artifact.configured
     write_json({**config, "dtype": str(dense.dtype).removeprefix("torch.")}, folder / "config.json")
     copy_companions(source, folder)
 

@@ -4,10 +4,10 @@ PEFT computes W x + B (A x), so its sums round elsewhere than those of a layer t
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from compress.artifact import Artifact
 from compress.encodings import LowRankForm, Spec
 from compress.errors import CompressError
-from compress.export import hf
+from compress.export.base import Exporter, Made, refuse_added
 from compress.export.files import Entry, compare_tensors, write_json, write_tensors
-from compress.export.hf import Dense, verify_dense, write_dense
+from compress.export.hf import Dense, Hf, refuse_rounded, verify_dense, write_dense
 from compress.graph import Graph, Site
 from compress.ledger import writing
 from compress.progress import Bars
 
 ADAPTER, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base"
-FILES: tuple[str, ...] = (ADAPTER, CONFIG, *(f"{BASE}/{name}" for name in hf.FILES))
 
 
 @dataclass(frozen=True)
@@ -101,22 +100,6 @@ def shapes_of(site: Site, form: LowRankForm) -> tuple[tuple[int, ...], tuple[int
     return ((form.rank, *site.stored[1:]), (*b, 1, 1)) if site.stored else (a, b)
 
 
-def refusals(graph: Graph, specs: Mapping[str, Spec]) -> Iterator[str]:
-    """Why this folder could not hold what a pipeline makes; `specs` has every site that is worked on."""
-    yield from hf.refusals(graph, specs)
-    corrected = [name for name, spec in specs.items() if spec.low_rank is not None]
-    if not corrected:
-        yield (
-            "no pass makes a correction, so there is no adapter to write; put eora last among the passes, or export hf"
-        )
-    strange = [name for name in corrected if not _expressible(graph.model.get_submodule(name))]
-    if strange:
-        yield (
-            f"PEFT corrects a convolution only if it is a plain Conv2d without groups, dilation and padding other than "
-            f"zeros, and {strange[0]} is not ({len(strange)} in all); `exclude` them in eora, or export hf"
-        )
-
-
 def _expressible(module: nn.Module) -> bool:
     if not isinstance(module, nn.Conv2d):
         return True
@@ -124,22 +107,42 @@ def _expressible(module: nn.Module) -> bool:
     return usual and type(module) is nn.Conv2d
 
 
-def write(artifact: Artifact, folder: Path, final: Path, source: Path, dtype: torch.dtype, bars: Bars) -> None:
-    """Write adapter and base into `folder`. PEFT looks the base up by the path it will have in `final`."""
-    adapter = Adapter(artifact)
-    layout = adapter.layout()
-    write_dense(Dense(artifact, dtype, corrected=False), folder / BASE, source, bars, "peft base")
-    with writing(folder / ADAPTER):
-        write_tensors(layout, adapter.read, folder / ADAPTER, bars, "peft adapter")
-    write_json(adapter.config(final / BASE), folder / CONFIG)
+@dataclass(frozen=True, kw_only=True)
+class Peft(Exporter):
+    """Low-rank corrections as a LoRA adapter of the PEFT library, and the model without them."""
 
+    key: ClassVar[str] = "peft"
+    files: ClassVar[tuple[str, ...]] = (ADAPTER, CONFIG, *(f"{BASE}/{name}" for name in Hf.files))
 
-def verify(artifact: Artifact, folder: Path, dtype: torch.dtype, bars: Bars) -> int:
-    """Compare every written tensor with what was meant; returns how many.
+    def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:
+        yield from refuse_added(graph, added)
+        yield from refuse_rounded(specs)
+        corrected = [name for name, spec in specs.items() if spec.low_rank is not None]
+        if not corrected:
+            yield (
+                "no pass makes a correction, so there is no adapter to write; put eora last among the passes, or "
+                "export hf"
+            )
+        strange = [name for name in corrected if not _expressible(graph.model.get_submodule(name))]
+        if strange:
+            yield (
+                f"PEFT corrects a convolution only if it is a plain Conv2d without groups, dilation and padding other "
+                f"than zeros, and {strange[0]} is not ({len(strange)} in all); `exclude` them in eora, or export hf"
+            )
 
-    Raises:
-        CompressError: a tensor differs.
-    """
-    adapter, dense = Adapter(artifact), Dense(artifact, dtype, corrected=False)
-    count = compare_tensors(adapter.layout(), adapter.read, folder / ADAPTER, bars, "peft adapter")
-    return count + verify_dense(dense, folder / BASE, bars, "peft base")
+    def write(self, made: Made, folder: Path, final: Path, bars: Bars) -> None:
+        """As in `Exporter`. PEFT looks the base up by the path it will have in `final`."""
+        adapter = Adapter(made.artifact)
+        layout = adapter.layout()
+        write_dense(self._base(made), folder / BASE, made.folder, bars, "peft base")
+        with writing(folder / ADAPTER):
+            write_tensors(layout, adapter.read, folder / ADAPTER, bars, "peft adapter")
+        write_json(adapter.config(final / BASE), folder / CONFIG)
+
+    def verify(self, made: Made, folder: Path, bars: Bars) -> dict[str, Any]:
+        adapter = Adapter(made.artifact)
+        count = compare_tensors(adapter.layout(), adapter.read, folder / ADAPTER, bars, "peft adapter")
+        return {"tensors_equal": count + verify_dense(self._base(made), folder / BASE, bars, "peft base")}
+
+    def _base(self, made: Made) -> Dense:
+        return Dense(made.artifact, made.dtype, corrected=False)

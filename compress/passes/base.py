@@ -12,16 +12,9 @@ from typing import Any, ClassVar, Self
 from compress.calibration.statistics import Need
 from compress.calibration.training import Loss
 from compress.encodings import FACTORED, Form, InputForm, LowRankForm
+from compress.errors import OptionError
 from compress.passes.names import Override
 from compress.passes.target import Block, Edit, Target, Whole
-
-
-class OptionError(ValueError):
-    """An impossible option. `option` names the field; the pipeline adds file, line and path."""
-
-    def __init__(self, option: str, message: str):
-        super().__init__(f"{option}: {message}")
-        self.option, self.message = option, message
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -141,7 +141,7 @@ def test_layers_that_are_not_worth_a_correction_are_only_in_the_base(tmp_path: P
 
 
 def test_without_a_correction_there_is_no_adapter(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"export\[1\].*no pass makes a correction.*put eora last"):
+    with pytest.raises(ConfigError, match=r"export\.peft.*no pass makes a correction.*put eora last"):
         write("llama", tmp_path, [Gptq(bits=4)], "peft")
 
 
@@ -162,7 +162,9 @@ def test_convolutions_that_peft_would_compute_otherwise_are_refused(geometry: di
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, **geometry))
     text = "passes: [{rtn: {bits: 3}}, {eora: {rank: 2, method: svd%s}}]\nexport: [safetensors, peft]"
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
-    with pytest.raises(ConfigError, match=r"export\[1\]: PEFT corrects a convolution only if .* and 1 is not") as found:
+    with pytest.raises(
+        ConfigError, match=r"export\.peft: PEFT corrects a convolution only if .* and 1 is not"
+    ) as found:
         plan.make(parse(text % ""), graphs.find(model), dtypes)
     assert found.value.problems[0].line == 2
     plan.make(parse(text % ', exclude: ["1"]'), graphs.find(model), dtypes)

@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, ResNetCon
 import compress
 from compress import Pipeline, Report
 from compress.passes import Pass
+from compress.pipeline import FORMATS
 
 GPT2 = {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
 
@@ -53,7 +54,7 @@ def write(name: str, folder: Path, passes: list[Pass], *formats: str, **options:
         MODELS[name]().save_pretrained(folder / "model")
         (folder / "model" / "tokenizer.json").write_text("{}")
     calibration, evaluation = data_for(name)
-    pipeline = Pipeline(passes=tuple((p,) for p in passes), export=("safetensors", *formats), **options)  # type: ignore[arg-type]
+    pipeline = Pipeline(passes=tuple((p,) for p in passes), export=tuple(FORMATS[f]() for f in formats), **options)  # type: ignore[arg-type]
     return compress.run(pipeline, folder / "model", folder / "out", calibration=calibration, evaluation=evaluation)
 
 

@@ -1,0 +1,102 @@
+"""What an exporter is: a frozen dataclass whose fields are its options, that writes one folder and checks it.
+
+An exporter reads a finished packed folder. It neither rounds nor fits anything: what it cannot hold as it is, it
+refuses, before a run.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from compress.artifact import Artifact
+from compress.encodings import Spec
+from compress.errors import OptionError
+from compress.graph import Graph
+from compress.progress import Bars
+
+Logits = Callable[[Tensor], Tensor]  # token ids (rows, length), or images -> logits float32
+
+
+@dataclass(frozen=True)
+class Made:
+    """A finished packed folder.
+
+    Attributes:
+        folder: where it is.
+        artifact: its weights, packed, and everything else in it.
+        dtype: what its pipeline computed in.
+    """
+
+    folder: Path
+    artifact: Artifact
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exporter(ABC):
+    """A container for a compressed model, written as OUT/<key>.
+
+    Attributes:
+        files: without one of these the folder is not whole.
+        tolerance: how far its logits may be from those of the packed model, as a share of the largest of these where
+            they are above one; None where nothing runs it here.
+        computes: the type it is compared in; None for the pipeline's own.
+    """
+
+    key: ClassVar[str]
+    files: ClassVar[tuple[str, ...]]
+    tolerance: ClassVar[float | None] = None
+    computes: ClassVar[torch.dtype | None] = None
+
+    def check(self) -> Iterator[OptionError]:
+        """Every impossible option."""
+        return iter(())
+
+    def mistakes(self) -> Iterator[OptionError]:
+        """Every impossible option."""
+        return self.check()
+
+    def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:
+        """Why it could not hold a model.
+
+        Args:
+            graph: its structure.
+            specs: of every site that was worked on.
+            added: layers that were given a bias their class of model has not.
+        """
+        return iter(())
+
+    @abstractmethod
+    def write(self, made: Made, folder: Path, final: Path, bars: Bars) -> None:
+        """Write into `folder`, which will be renamed to `final`."""
+
+    @abstractmethod
+    def verify(self, made: Made, folder: Path, bars: Bars) -> dict[str, Any]:
+        """Read everything back and compare it with what was meant; returns facts for the report.
+
+        Raises:
+            CompressError: something differs.
+        """
+
+    def runner(self, made: Made, folder: Path) -> Logits | None:
+        """The written model in its own runtime, every product as exact as it can be; None where nothing runs it."""
+        return None
+
+    def shipped(self, made: Made, folder: Path) -> Logits | None:
+        """The written model as its users run it, where that is not the same."""
+        return None
+
+
+def refuse_added(graph: Graph, added: Collection[str]) -> Iterator[str]:
+    """For containers that are read by a plain class of model."""
+    if added:
+        first = next(iter(added))
+        yield (
+            f"a plain {type(graph.model).__name__} has no place for the biases that {len(added)} layers are given, "
+            f"such as {first}; leave new biases out, or this format out of `export:`"
+        )

@@ -1,0 +1,83 @@
+"""Whether an exported model computes what the packed one does."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.calibration.data import batches
+from compress.errors import CompressError
+from compress.evaluate import TOKENS_AT_ONCE, Reference, measure
+from compress.export.base import Logits
+
+NUMBERS = 1 << 24  # logits compared at most: 64 MB of each
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the packed model puts out.
+
+    Attributes:
+        inputs: token ids (windows, length), or images.
+        labels: (samples,) of images; None of tokens.
+        logits: of every batch of the inputs, float32.
+    """
+
+    inputs: Tensor
+    labels: Tensor | None
+    logits: list[Tensor]
+
+    @classmethod
+    def of(cls, logits: Logits, inputs: Tensor, labels: Tensor | None) -> "Expected":
+        """Run the packed model on as many of the inputs as are compared."""
+        first = logits(inputs[:1])
+        count = min(len(inputs), max(1, NUMBERS // first.numel()))
+        if first.numel() > NUMBERS and labels is None:
+            inputs = inputs[:, : max(2, NUMBERS // first.shape[-1])]
+        inputs, labels = inputs[:count], None if labels is None else labels[:count]
+        return cls(inputs, labels, [logits(batch) for batch in batches(inputs, TOKENS_AT_ONCE)])
+
+    def compare(self, logits: Logits) -> dict[str, Any]:
+        """Facts for the report: difference, divergence, and quality of both."""
+        given, reference = iter(self.logits), Reference()
+        here = measure(lambda _: next(given), self.inputs, labels=self.labels, reference=reference, keep=True)
+        worst, kept = 0.0, iter(self.logits)
+
+        def there(batch: Tensor) -> Tensor:
+            nonlocal worst
+            found = logits(batch)
+            worst = max(worst, float((found - next(kept)).abs().max()))
+            return found
+
+        quality = measure(there, self.inputs, labels=self.labels, reference=reference)
+        found: dict[str, Any] = {"max_logit_difference": worst, "kl": quality.kl}
+        if self.labels is None:
+            found |= {"perplexity": quality.perplexity, "packed_perplexity": here.perplexity}
+        else:
+            found |= {"accuracy": quality.accuracy, "packed_accuracy": here.accuracy}
+        return found | {"compared_on": list(self.inputs.shape)}
+
+    def hold(self, found: dict[str, Any], tolerance: float, name: str) -> None:
+        """Refuse a model that computes something else.
+
+        Raises:
+            CompressError: says by how much.
+        """
+        largest = max(float(part.abs().max()) for part in self.logits)
+        most = tolerance * max(1.0, largest)
+        if not found["max_logit_difference"] <= most:
+            raise CompressError(
+                f"the logits of the exported {name} differ by {found['max_logit_difference']:.3g} from those of the "
+                f"packed model, more than {most:.3g}; nothing was given its final name"
+            )
+
+
+def some_tokens(vocabulary: int, longest: int) -> Tensor:
+    """Two windows of arbitrary token ids, always the same: for models without evaluation data."""
+    length = min(128, longest)
+    return (torch.arange(2 * length).view(2, length) * 7919 + 13) % vocabulary
+
+
+Expect = Callable[[torch.dtype], Expected]  # by the type that the packed model computes in
