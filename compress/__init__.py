@@ -22,7 +22,7 @@ from compress.errors import (
     UsageError,
 )
 from compress.evaluate import Quality, evaluate
-from compress.export import Hf, Peft
+from compress.export import CompressedTensors, Hf, Peft
 from compress.exporting import export_to
 from compress.passes import (
     AdaRound,
@@ -62,6 +62,7 @@ __all__ = [
     "CheckpointError",
     "Codebook",
     "CompressError",
+    "CompressedTensors",
     "ConfigError",
     "DataError",
     "Eora",

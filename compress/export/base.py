@@ -4,6 +4,7 @@ An exporter reads a finished packed folder. It neither rounds nor fits anything:
 refuses, before a run.
 """
 
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -100,3 +101,9 @@ def refuse_added(graph: Graph, added: Collection[str]) -> Iterator[str]:
             f"a plain {type(graph.model).__name__} has no place for the biases that {len(added)} layers are given, "
             f"such as {first}; leave new biases out, or this format out of `export:`"
         )
+
+
+def refuse_missing(package: str, extra: str) -> Iterator[str]:
+    """For containers that another library writes or reads, installed with one of this package's extras."""
+    if importlib.util.find_spec(package) is None:
+        yield f"the Python package {package} is not installed; pip install 'compress-pipeline[{extra}]'"

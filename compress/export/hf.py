@@ -105,11 +105,16 @@ def write_dense(dense: Dense, folder: Path, source: Path, bars: Bars, heading: s
     folder.mkdir(parents=True, exist_ok=True)
     with writing(folder / SINGLE):
         write_tensors(dense.layout(), dense.read, folder / SINGLE, bars, heading)
-    config = json.loads((source / "config.json").read_text())
+    write_json(plain_config(source, dense.dtype), folder / "config.json")
+    copy_companions(source, folder)
+
+
+def plain_config(source: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of the packed folder `source` without what is packed, to be loaded in a type."""
+    config: dict[str, Any] = json.loads((source / "config.json").read_text())
     del config["quantization_config"]
     config.pop("torch_dtype", None)  # the old name; a loader would otherwise round once more
-    write_json({**config, "dtype": str(dense.dtype).removeprefix("torch.")}, folder / "config.json")
-    copy_companions(source, folder)
+    return {**config, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def verify_dense(dense: Dense, folder: Path, bars: Bars, heading: str) -> int:

@@ -1,0 +1,243 @@
+"""OUT/compressed-tensors: uniform codes as the compressed-tensors library keeps them, in a plain transformers folder.
+
+Format `pack-quantized`: the codes of a row are one little-endian bit stream, as in `encodings/bits.py`, filled up to
+whole 32-bit words. Zero points are packed the same way, but along the rows.
+
+The library multiplies in the type of the scales. Unless told to `dequantize`, transformers first turns them into the
+type of the model; told to, it takes them as they are stored. But then it also takes the first layer's setting for all
+layers; and otherwise it cannot read zero points. So zero points are kept only where all layers are alike.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from functools import cached_property
+from io import StringIO
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from compress.artifact import SINGLE
+from compress.encodings import Spec, Uniform, UniformForm
+from compress.encodings.bits import pack_bits, row_bytes
+from compress.export.base import Exporter, Logits, Made, refuse_added, refuse_missing
+from compress.export.files import Entry, compare_tensors, copy_companions, write_json, write_tensors
+from compress.export.hf import Dense, loaded, plain_config, refuse_rounded
+from compress.export.packed import specs_in
+from compress.graph import Graph
+from compress.ledger import writing
+from compress.progress import Bars
+
+METHOD, FORMAT = "compressed-tensors", "pack-quantized"
+MOST_BITS = 8
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What readers are told about a layer.
+
+    Attributes:
+        bits: of a code in the file.
+        symmetric: codes count from the middle one, and there are no zero points.
+        group_size: columns that share a scale; None where each row has one.
+    """
+
+    bits: int
+    symmetric: bool
+    group_size: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As `weights` of a config group."""
+        strategy = "group" if self.group_size else "channel"
+        return {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "strategy": strategy,
+                "group_size": self.group_size}  # fmt: skip
+
+
+def schemes(specs: Mapping[str, Spec]) -> dict[str, Scheme]:
+    """How every layer with uniform codes is kept.
+
+    Among layers of several settings, distances from the zero point are kept in the place of codes, in one more bit.
+    """
+    found = {name: _own(spec, spec.form) for name, spec in specs.items() if isinstance(spec.form, UniformForm)}
+    if len(set(found.values())) <= 1:
+        return found
+    return {n: s if s.symmetric else Scheme(s.bits + 1, True, s.group_size) for n, s in found.items()}
+
+
+def _own(spec: Spec, form: UniformForm) -> Scheme:
+    return Scheme(form.bits, form.symmetric, spec.shape[1] // form.groups if form.groups > 1 else None)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The tensors of the file: codes where there are any, dense values elsewhere."""
+
+    made: Made
+
+    @cached_property
+    def schemes(self) -> dict[str, Scheme]:
+        """By layer."""
+        return schemes(specs_in(self.made))
+
+    @property
+    def dense(self) -> Dense:
+        """All layers without codes."""
+        return Dense(self.made.artifact, self.made.dtype)
+
+    @property
+    def dequantized(self) -> bool:
+        """Whether layers are unpacked while they are loaded, in the type of their scales."""
+        return any(not s.symmetric for s in self.schemes.values())
+
+    def layout(self) -> list[tuple[str, list[Entry]]]:
+        """In the model's order, each layer by itself."""
+        found = []
+        for owner, parts in self.dense.layout():
+            name = owner.removesuffix(".weight")
+            found.append((name, self._entries(name)) if name in self.schemes else (owner, parts))
+        return found
+
+    def _entries(self, name: str) -> list[Entry]:
+        scheme, spec = self.schemes[name], specs_in(self.made)[name]
+        assert isinstance(spec.form, UniformForm)
+        (rows, columns), groups = spec.shape, spec.form.groups
+        scale_dtype = torch.float32 if self.dequantized else getattr(torch, spec.form.scale_dtype)
+        found: list[Entry] = [
+            (f"{name}.weight_packed", (rows, _words(columns, scheme.bits)), torch.int32),
+            (f"{name}.weight_scale", (rows, groups), scale_dtype),
+            (f"{name}.weight_shape", (2,), torch.int64),
+        ]
+        if not scheme.symmetric:
+            found.append((f"{name}.weight_zero_point", (_words(rows, scheme.bits), groups), torch.int32))
+        return found
+
+    def read(self, owner: str) -> dict[str, Tensor]:
+        """The tensors of one entry of the layout."""
+        if owner not in self.schemes:
+            return self.dense.read(owner)
+        encoding = self.made.artifact.weight(self.made.artifact.sites[owner]).encoding
+        assert isinstance(encoding, Uniform)
+        scheme, codes, rows = self.schemes[owner], encoding.codes, len(encoding.codes)
+        scale, zero = encoding.scale.expand(rows, -1), encoding.zero_point.expand(rows, -1)
+        if scheme.bits > encoding.bits:
+            codes = (codes.short() - encoding.idle().short() + 2 ** (scheme.bits - 1)).to(torch.uint8)
+        found = {
+            "weight_packed": _packed(codes, scheme.bits),
+            "weight_scale": scale.float() if self.dequantized else scale,
+            "weight_shape": torch.tensor(codes.shape),
+        }
+        if not scheme.symmetric:
+            found["weight_zero_point"] = _packed(zero.T.contiguous(), scheme.bits).T
+        return {f"{owner}.{leaf}": value for leaf, value in found.items()}
+
+    def config(self) -> dict[str, Any]:
+        """`quantization_config`."""
+        alike: dict[Scheme, list[str]] = defaultdict(list)
+        for name, scheme in self.schemes.items():
+            alike[scheme].append(f"re:{re.escape(name)}$")
+        linear = (name for name, module in self.made.artifact.graph.model.named_modules() if type(module) is nn.Linear)
+        found = {
+            "quant_method": METHOD,
+            "format": FORMAT,
+            "quantization_status": "compressed",
+            "ignore": [name for name in linear if name not in self.schemes],
+            "config_groups": {
+                f"group_{i}": {
+                    "targets": targets,
+                    "weights": scheme.to_json(),
+                    "input_activations": None,
+                    "output_activations": None,
+                    "format": FORMAT,
+                }
+                for i, (scheme, targets) in enumerate(alike.items())
+            },
+        }
+        return {**found, "dequantize": True} if self.dequantized else found
+
+
+def _words(count: int, bits: int) -> int:
+    return -(-row_bytes(count, bits) // 4)
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """(R, N) uint8 codes -> (R, W) int32."""
+    packed = pack_bits(codes, bits)
+    filled = packed.new_zeros(len(packed), 4 * _words(codes.shape[1], bits))
+    filled[:, : packed.shape[1]] = packed
+    return filled.view(torch.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressedTensors(Exporter):
+    """Uniform codes in the format of the compressed-tensors library, which transformers and vLLM load."""
+
+    key: ClassVar[str] = METHOD
+    files: ClassVar[tuple[str, ...]] = (SINGLE, "config.json")
+    tolerance: ClassVar[float | None] = 1e-5
+    computes: ClassVar[torch.dtype | None] = torch.float32
+
+    def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:
+        yield from refuse_missing("compressed_tensors", METHOD)
+        yield from refuse_added(graph, added)
+        yield from refuse_rounded(specs)
+        coded = {name: spec for name, spec in specs.items() if spec.form is not None}
+        if not coded:
+            yield "no layer has codes, so there is nothing to pack; quantize with rtn or gptq, or export hf"
+        others = [name for name, spec in coded.items() if not isinstance(spec.form, UniformForm)]
+        if others:
+            form = coded[others[0]].form
+            assert form is not None
+            yield (
+                f"{FORMAT} holds uniform codes only, and {len(others)} layers have others, such as {others[0]} "
+                f"({form.family}); use a uniform quantizer such as rtn or gptq, or export hf"
+            )
+        corrected = [name for name, spec in coded.items() if spec.low_rank is not None]
+        if corrected:
+            yield (
+                f"{FORMAT} has no place for low-rank corrections, and {len(corrected)} layers have one, such as "
+                f"{corrected[0]}; leave eora out, or export peft or hf"
+            )
+        strange = [name for name in coded if type(graph.model.get_submodule(name)) is not nn.Linear]
+        if strange:
+            kind = type(graph.model.get_submodule(strange[0])).__name__
+            yield (
+                f"the library packs Linear layers only, and {len(strange)} layers are not, such as {strange[0]} "
+                f"({kind}); `exclude` them in the quantizer, or export hf"
+            )
+        wide = [name for name, scheme in schemes(specs).items() if scheme.bits > MOST_BITS]
+        if wide:
+            yield (
+                f"asymmetric codes of {MOST_BITS} bits, such as those of {wide[0]}, can be read only if all layers "
+                "have the same bits, groups and symmetry; use one setting for all layers, or symmetric: true"
+            )
+
+    def write(self, made: Made, folder: Path, final: Path, bars: Bars) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        packing = Packing(made)
+        with writing(folder / SINGLE):
+            write_tensors(packing.layout(), packing.read, folder / SINGLE, bars, self.key)
+        config = plain_config(made.folder, made.dtype)
+        write_json({**config, "quantization_config": packing.config()}, folder / "config.json")
+        copy_companions(made.folder, folder)
+
+    def verify(self, made: Made, folder: Path, bars: Bars) -> dict[str, Any]:
+        packing = Packing(made)
+        return {"tensors_equal": compare_tensors(packing.layout(), packing.read, folder / SINGLE, bars, self.key)}
+
+    def runner(self, made: Made, folder: Path) -> Logits:
+        return _unpacked(made, folder, torch.float32)
+
+    def shipped(self, made: Made, folder: Path) -> Logits | None:
+        return None if made.dtype == torch.float32 else _unpacked(made, folder, made.dtype)
+
+
+def _unpacked(made: Made, folder: Path, dtype: torch.dtype) -> Logits:
+    """The folder in memory. Layers are unpacked in the first pass, under progress bars of the library's own."""
+    with redirect_stderr(StringIO()):
+        logits = loaded(made, folder, dtype)
+        logits(torch.zeros(1, 1, dtype=torch.long))
+    return logits
