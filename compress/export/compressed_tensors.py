@@ -86,7 +86,7 @@ class Packing:
     @property
     def dense(self) -> Dense:
         """All layers without codes."""
-        return Dense(self.made.artifact, self.made.dtype)
+        return Dense(self.made.artifact, None)
 
     @property
     def dequantized(self) -> bool:

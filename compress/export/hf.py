@@ -14,7 +14,8 @@ from compress.artifact import SINGLE, Artifact
 from compress.encodings import Spec
 from compress.export.base import Exporter, Logits, Made, refuse_added
 from compress.export.files import Entry, compare_tensors, copy_companions, write_json, write_tensors
-from compress.graph import Graph, forward
+from compress.export.safetensors import spec_at
+from compress.graph import Graph, Site, forward
 from compress.ledger import writing
 from compress.progress import Bars
 
@@ -27,12 +28,12 @@ class Dense:
     measured. All else is kept as the packed folder has it.
 
     Attributes:
-        dtype: of every weight that is packed.
+        dtype: of every weight that is packed; None for the narrowest one that surely holds all its values.
         corrected: low-rank corrections are added; without, they are left out.
     """
 
     artifact: Artifact
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     corrected: bool = True
 
     def layout(self) -> list[tuple[str, list[Entry]]]:
@@ -41,8 +42,8 @@ class Dense:
         found: list[tuple[str, list[Entry]]] = []
         for name, tensor in artifact.graph.tensors():
             if name not in artifact.graph.tied:
-                made = artifact.made_site(name) is not None
-                dtype = self.dtype if made else artifact.source.dtype(artifact.name_in_source(name))
+                site = artifact.made_site(name)
+                dtype = self._dtype(site) if site else artifact.source.dtype(artifact.name_in_source(name))
                 found.append((name, [(name, tuple(tensor.shape), dtype)]))
         return found
 
@@ -52,7 +53,15 @@ class Dense:
         if site is None:
             return {name: self.artifact.tensor(name)}
         weight = self.artifact.weight(site)
-        return {name: site.value(weight.dequantize() if self.corrected else weight.base()).to(self.dtype)}
+        value = site.value(weight.dequantize() if self.corrected else weight.base())
+        return {name: value.to(self._dtype(site))}
+
+    def _dtype(self, site: Site) -> torch.dtype:
+        if self.dtype is not None:
+            return self.dtype
+        spec = spec_at(self.artifact, site.name)
+        plain = spec.form is None and spec.low_rank is None
+        return getattr(torch, spec.value_dtype) if plain and spec.value_dtype else torch.float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +114,7 @@ def write_dense(dense: Dense, folder: Path, source: Path, bars: Bars, heading: s
     folder.mkdir(parents=True, exist_ok=True)
     with writing(folder / SINGLE):
         write_tensors(dense.layout(), dense.read, folder / SINGLE, bars, heading)
+    assert dense.dtype is not None
     write_json(plain_config(source, dense.dtype), folder / "config.json")
     copy_companions(source, folder)
 

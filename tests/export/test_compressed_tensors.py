@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from written import data_for, logits, tensors, write
 
-from compress import Codebook, ConfigError, Eora, Gptq, Magnitude, Olive, Override, PowerQuant, Rtn, plan
+from compress import Codebook, ConfigError, Eora, Gptq, LowRank, Magnitude, Olive, Override, PowerQuant, Rtn, plan
 from compress import graph as graphs
 from compress.errors import CompressError
 from compress.export import compressed_tensors
@@ -37,6 +37,7 @@ CASES: dict[str, list[Pass]] = {
     "sparse": [Magnitude(sparsity="2:4"), Rtn(bits=4, group_size=16, symmetric=True)],
     "sparse_asymmetric": [Magnitude(sparsity=0.5), Rtn(bits=3)],
     "some": [Magnitude(sparsity=0.5), Rtn(bits=4, exclude=("*.mlp.*",))],
+    "bfloat16_factors": [LowRank(ratio=0.7, include=("*.mlp.*",)), Rtn(bits=4, symmetric=True, exclude=("*.mlp.*",))],
     "odd": [Rtn(bits=3)],
     "odd_symmetric": [Rtn(bits=5, symmetric=True)],
     "odd_mixed": [Rtn(bits=3, overrides=(Override("*.k_proj", {"bits": 7}),))],
@@ -115,7 +116,11 @@ def test_the_library_unpacks_the_very_weights(name: str, written: Path) -> None:
             leaves["weight_scale"] = leaves["weight_scale"].float()
             assert torch.equal(compressor.decompress(leaves, scheme)["weight"], packed.get_submodule(site).dequantize())
             count += 1
-    assert count == sum(key.endswith("weight_packed") for key in there) == (8 if name == "some" else 14)
+    assert (
+        count
+        == sum(key.endswith("weight_packed") for key in there)
+        == (8 if name in ("some", "bfloat16_factors") else 14)
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
