@@ -2,9 +2,10 @@
 
 from compress.export.base import Exporter, Made
 from compress.export.compressed_tensors import CompressedTensors
+from compress.export.gguf import Gguf
 from compress.export.hf import Hf
 from compress.export.peft import Peft
 
-EXPORTERS: tuple[type[Exporter], ...] = (Hf, Peft, CompressedTensors)
+EXPORTERS: tuple[type[Exporter], ...] = (Hf, Peft, CompressedTensors, Gguf)
 
-__all__ = ["EXPORTERS", "CompressedTensors", "Exporter", "Hf", "Made", "Peft"]
+__all__ = ["EXPORTERS", "CompressedTensors", "Exporter", "Gguf", "Hf", "Made", "Peft"]

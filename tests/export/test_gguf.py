@@ -1,0 +1,422 @@
+"""OUT/gguf: the very weights in blocks of GGML, and everything readers want to know beside them."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_llama
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedModel
+from written import data_for, logits, make_gpt2, write
+
+from compress import Codebook, ConfigError, Eora, Gptq, LowRank, Magnitude, Olive, PowerQuant, Rtn, plan
+from compress import graph as graphs
+from compress.encodings import Codebooks, Uniform
+from compress.errors import CompressError
+from compress.export import gguf as exporter
+from compress.export.blocks import NON_LINEAR, to_blocks
+from compress.hub import load
+from compress.passes import Pass
+from compress.pipeline import parse
+
+gguf = pytest.importorskip("gguf")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+W4 = Rtn(bits=4, group_size=32, symmetric=True)
+FACTORS: list[Pass] = [
+    LowRank(ratio=0.7, include=("*.mlp.*",)),
+    Rtn(bits=4, symmetric=True, exclude=("*.mlp.*",)),
+]
+TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
+
+
+def small(**changes: object) -> PreTrainedModel:
+    return make_llama(**{**TOKENS, **changes})
+
+
+def ternary() -> PreTrainedModel:
+    """Weights that two symmetric bits keep in three of their four levels."""
+    model = small(hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    for name, weight in model.named_parameters():
+        if "proj" in name:
+            weight.data = torch.tensor([-0.09, 0.0, 0.1])[torch.randint(3, weight.shape)]
+            weight.data[:, 0] = 0.1
+    return model
+
+
+def mistral() -> PreTrainedModel:
+    config = {k: v for k, v in small().config.to_dict().items() if k in ("vocab_size", "hidden_size", "head_dim",
+              "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")}  # fmt: skip
+    return MistralForCausalLM(MistralConfig(**config, **TOKENS, sliding_window=None, initializer_range=0.1)).eval()
+
+
+Case = tuple[Callable[[], PreTrainedModel], list[Pass], dict[str, int]]
+CASES: dict[str, Case] = {
+    "two": (small, [Rtn(bits=2, group_size=32)], {"Q4_0": 14, "F32": 7}),
+    "three": (small, [Rtn(bits=3, group_size=64)], {"Q4_0": 14, "F32": 7}),
+    "four": (small, [W4], {"Q4_0": 14, "F32": 7}),
+    "four_rows": (small, [Rtn(bits=4, symmetric=True)], {"Q4_0": 14, "F32": 7}),
+    "four_tensor": (small, [Rtn(bits=4, granularity="tensor", symmetric=True)], {"Q4_0": 14, "F32": 7}),
+    "four_asymmetric": (small, [Rtn(bits=4, group_size=32)], {"Q5_0": 14, "F32": 7}),
+    "five": (small, [Rtn(bits=5, group_size=32, symmetric=True)], {"Q5_0": 14, "F32": 7}),
+    "six": (small, [Rtn(bits=6, group_size=32)], {"Q8_0": 14, "F32": 7}),
+    "eight": (small, [Rtn(bits=8, group_size=32, symmetric=True)], {"Q8_0": 14, "F32": 7}),
+    "ternary": (ternary, [Rtn(bits=2, symmetric=True)], {"TQ2_0": 7, "F32": 5}),
+    "sparse": (small, [Magnitude(sparsity="2:4"), Rtn(bits=4, group_size=32)], {"Q5_0": 14, "F32": 7}),
+    "some": (small, [Magnitude(sparsity=0.5), Rtn(bits=4, symmetric=True, exclude=("*.mlp.*",))],
+             {"Q4_0": 8, "F32": 13}),
+    "factors": (lambda: small().bfloat16(), FACTORS, {"Q4_0": 8, "F32": 11, "BF16": 2}),
+    "tied": (lambda: small(tie_word_embeddings=True), [W4], {"Q4_0": 14, "F32": 6}),
+    "bfloat16": (lambda: small(rope_theta=5e5).bfloat16(), [W4], {"Q4_0": 14, "F32": 5, "BF16": 2}),
+    "wide_heads": (lambda: small(head_dim=32, num_key_value_heads=1, rms_norm_eps=1e-3), [W4], {"Q4_0": 14, "F32": 7}),
+    "mistral": (mistral, [W4], {"Q4_0": 14, "F32": 7}),
+}  # fmt: skip
+
+
+def tokenizer() -> Tokenizer:
+    """Printable ASCII, a few merges, and one special token."""
+    letters = [*map(chr, range(33, 127)), "Ġ"]  # a space
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("1", "2")]
+    words = ["<|end|>", *letters, *("".join(m) for m in merges)]
+    made = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.add_special_tokens(["<|end|>"])
+    made.add_tokens(["<tool>"])
+    return made
+
+
+def save(model: PreTrainedModel, folder: Path, words: Tokenizer | None = None) -> Path:
+    model.save_pretrained(folder)
+    (words or tokenizer()).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case, each in a folder of its own; to be read only."""
+    folder = tmp_path_factory.mktemp("gguf")
+    for name, (make, passes, _) in CASES.items():
+        save(make(), folder / name / "model")
+        write("llama", folder / name, passes, "gguf")
+    return folder
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "out" / "report.json").read_text())
+    return found["verified"]["gguf"]  # type: ignore[no-any-return]
+
+
+def values(folder: Path) -> dict[str, Tensor]:
+    """The file's tensors by their names in it, float32."""
+    reader = gguf.GGUFReader(folder / "out" / "gguf" / "model.gguf")
+    return {t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
+
+
+def field(folder: Path, name: str) -> Any:
+    return gguf.GGUFReader(folder / "out" / "gguf" / "model.gguf").fields[name].contents()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_weight_is_in_the_smallest_type_that_holds_it_and_logits_are_the_packed_models(
+    name: str, written: Path
+) -> None:
+    found = report_of(written / name)
+    assert found["types"] == CASES[name][2]
+    assert found["tensors_equal"] == sum(CASES[name][2].values())
+    assert found["max_logit_difference"] == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_are_the_packed_models_bit_for_bit_with_rows_of_queries_and_keys_in_pairs(
+    name: str, written: Path
+) -> None:
+    there, model = values(written / name), load(written / name / "out", torch.float32)
+    heads = {"q": model.config.num_attention_heads, "k": model.config.num_key_value_heads}
+    for i, layer in enumerate(model.model.layers):
+        for leaf, module in [*layer.self_attn.named_children(), *layer.mlp.named_children()]:
+            if not leaf.endswith("_proj"):
+                continue
+            short = leaf.removesuffix("_proj")
+            kind = {"o": "attn_output"}.get(short, f"attn_{short}" if short in "qkv" else f"ffn_{short}")
+            found, meant = there[f"blk.{i}.{kind}.weight"], module.dequantize()
+            if short in heads:
+                assert not torch.equal(found, meant)
+                pairs = found.view(heads[short], -1, 2, found.shape[1])  # (head, pair, which of it, columns)
+                found = torch.cat([pairs[:, :, 0], pairs[:, :, 1]], dim=1).view(meant.shape)
+            assert torch.equal(found.view(torch.int32), meant.view(torch.int32)), (i, leaf)
+        assert torch.equal(there[f"blk.{i}.attn_norm.weight"], layer.input_layernorm.weight)
+        assert torch.equal(there[f"blk.{i}.ffn_norm.weight"], layer.post_attention_layernorm.weight)
+    assert torch.equal(there["token_embd.weight"], model.model.embed_tokens.weight)
+    assert torch.equal(there["output_norm.weight"], model.model.norm.weight)
+    assert ("output.weight" in there) == (name != "tied")
+
+
+def test_the_head_is_packed_too_where_a_pass_took_it(tmp_path: Path) -> None:
+    save(small(), tmp_path / "model")
+    write("llama", tmp_path, [Rtn(bits=4, group_size=32, symmetric=True, include=("lm_head",))], "gguf")
+    assert torch.equal(values(tmp_path)["output.weight"], load(tmp_path / "out").lm_head.dequantize())
+    assert report_of(tmp_path)["max_logit_difference"] == 0
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "wide_heads", "tied"])
+def test_the_file_says_what_the_model_is(name: str, written: Path) -> None:
+    folder, config = written / name, json.loads((written / name / "out" / "config.json").read_text())
+    meant = {
+        "general.architecture": "llama",
+        "llama.context_length": 128,
+        "llama.embedding_length": 64,
+        "llama.block_count": 2,
+        "llama.feed_forward_length": 128,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": config["num_key_value_heads"],
+        "llama.attention.key_length": config["head_dim"],
+        "llama.attention.value_length": config["head_dim"],
+        "llama.attention.layer_norm_rms_epsilon": pytest.approx(config["rms_norm_eps"]),
+        "llama.rope.freq_base": config["rope_parameters"]["rope_theta"],
+        "llama.rope.dimension_count": config["head_dim"],
+        "llama.vocab_size": 256,
+        "general.file_type": gguf.LlamaFileType.MOSTLY_Q4_0,
+    }
+    assert {key: field(folder, key) for key in meant} == meant
+
+
+# --- the tokenizer ----------------------------------------------------------------------------------------------------
+
+
+def test_the_tokenizer_in_the_file_cuts_text_up_as_the_source_does(written: Path) -> None:
+    text = "the other 12 weathers, theatre<tool>!<|end|> end"
+    meant = tokenizer().encode(text).ids
+    read = AutoTokenizer.from_pretrained(written / "four" / "out" / "gguf", gguf_file="model.gguf")
+    assert read(text)["input_ids"] == meant
+    folder = written / "four"
+    types = field(folder, "tokenizer.ggml.token_type")
+    tokens = field(folder, "tokenizer.ggml.tokens")
+    assert len(tokens) == len(types) == 256
+    assert (tokens[0], types[0], types[1]) == ("<|end|>", 3, 1)
+    assert (tokens[100], types[100]) == ("<tool>", 4)
+    assert (tokens[101], types[101]) == ("[PAD101]", 5)
+    assert field(folder, "tokenizer.ggml.pre") == "gpt-2"
+    assert field(folder, "tokenizer.ggml.eos_token_id") == 0
+    assert not field(folder, "tokenizer.ggml.add_bos_token")
+
+
+def around(before: str) -> Tokenizer:
+    """Puts a token before every text."""
+    found = tokenizer()
+    found.post_processor = processors.TemplateProcessing(
+        single=f"{before} $A", special_tokens=[(before, found.token_to_id(before))]
+    )
+    return found
+
+
+def test_a_token_before_every_text_and_a_template_of_conversations_are_in_the_file(tmp_path: Path) -> None:
+    save(small(), tmp_path / "model", around("<|end|>"))
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    write("llama", tmp_path, [W4], "gguf")
+    assert field(tmp_path, "tokenizer.ggml.add_bos_token")
+    assert not field(tmp_path, "tokenizer.ggml.add_eos_token")
+    assert field(tmp_path, "tokenizer.chat_template") == "{{ messages }}"
+
+
+def split(pattern: str) -> Tokenizer:
+    found, regex = tokenizer(), importlib.import_module("tokenizers").Regex(pattern)
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    found.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(regex, "isolated"), bytes_only])
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama-bpe", "qwen2"])
+def test_expressions_that_readers_know_by_name_are_named(name: str, tmp_path: Path) -> None:
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    from compress.export.vocabulary import read_vocabulary
+
+    split(GGUF_PRE_TOKENIZER_SPLITS[name]).save(str(tmp_path / "tokenizer.json"))
+    assert read_vocabulary(tmp_path, small().config).splits == name
+
+
+def test_single_digits_before_bytes_are_those_of_smollm(tmp_path: Path) -> None:
+    from compress.export.vocabulary import read_vocabulary
+
+    found = tokenizer()
+    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    found.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    found.save(str(tmp_path / "tokenizer.json"))
+    assert read_vocabulary(tmp_path, small().config).splits == "smollm"
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
+
+
+def uniform(bits: int, symmetric: bool, low: int = 0, high: int | None = None, groups: int = 8) -> Uniform:
+    codes = torch.randint(low, 2**bits if high is None else high, (6, 512), dtype=torch.uint8)
+    scale = (torch.rand(6, groups) + 0.1).half()
+    zero = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8)
+    return Uniform(codes, scale, zero if symmetric else torch.randint_like(zero, 2**bits), bits, symmetric)
+
+
+def powers(zero: int) -> Uniform:
+    """Scales whose multiples are float16."""
+    found = uniform(4, False)
+    return Uniform(found.codes, torch.full((6, 8), 0.25).half(), torch.full((6, 8), zero, dtype=torch.uint8), 4, False)
+
+
+def codebook(factor: float = 1.0) -> Codebooks:
+    table = torch.tensor([NON_LINEAR]) * factor
+    scale = torch.rand(6, 1).half()
+    return Codebooks(torch.randint(16, (6, 64), dtype=torch.uint8), table, torch.zeros(6, dtype=torch.uint8), scale)
+
+
+BLOCKS: dict[str, tuple[Callable[[], Any], str]] = {
+    "three levels": (lambda: uniform(2, True, low=1, groups=2), "TQ2_0"),
+    "three levels in small groups": (lambda: uniform(2, True, low=1), "Q4_0"),
+    **{f"symmetric {bits}": (lambda bits=bits: uniform(bits, True), kind)
+       for bits, kind in zip(range(2, 9), ["Q4_0"] * 3 + ["Q5_0"] + ["Q8_0"] * 3, strict=True)},
+    **{f"asymmetric {bits}": (lambda bits=bits: uniform(bits, False), kind)
+       for bits, kind in zip(range(2, 8), ["Q4_0"] * 2 + ["Q5_0"] + ["Q8_0"] * 3, strict=True)},
+    "exact minimum": (lambda: powers(3), "Q4_1"),
+    "its codebook": (codebook, "IQ4_NL"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_hold_exactly_the_values_of_the_codes(name: str) -> None:
+    make, kind = BLOCKS[name]
+    encoding = make()
+    blocks = to_blocks(encoding)
+    assert not isinstance(blocks, str)
+    assert blocks.type == kind
+    found = gguf.quants.dequantize(blocks.data.numpy(), gguf.GGMLQuantizationType[kind])
+    assert torch.equal(torch.from_numpy(found).view(torch.int32), encoding.dequantize().view(torch.int32))
+
+
+def test_what_fits_no_type_exactly_is_said() -> None:
+    single = Uniform(uniform(4, True).codes, torch.rand(6, 8), torch.full((6, 8), 8, dtype=torch.uint8), 4, True)
+    assert to_blocks(single) == "scales that are not float16"
+    assert "from their zero point" in str(to_blocks(uniform(8, False)))
+    assert "IQ4_NL's" in str(to_blocks(codebook(1.01)))
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], list[Pass], str]] = {
+    "another model": (make_gpt2, [W4], "only LlamaForCausalLM and MistralForCausalLM .* not GPT2LMHeadModel"),
+    "narrow groups": (small, [Rtn(bits=4, group_size=16)],
+                      "14 layers, such as .*q_proj, have groups of 16 weights; group_size: 32 would fit"),
+    "odd rows": (lambda: small(intermediate_size=100), [Rtn(bits=4)],
+                 "2 layers, such as .*down_proj, have rows of 100 weights, which are no whole blocks of 32"),
+    "eight asymmetric bits": (small, [Rtn(bits=8)], "with symmetric: true they fit Q8_0"),
+    "codebook": (small, [Codebook(bits=4)], "have a codebook, and only that of IQ4_NL is known; use a uniform"),
+    "power": (small, [PowerQuant(bits=4)], "have power codes; use a uniform quantizer"),
+    "outliers": (small, [Olive(bits=4)], "have outlier_victim codes; use a uniform quantizer"),
+    "corrections": (small, [W4, Eora(rank=2)], "no place for low-rank corrections, and 14 layers have one"),
+    "inputs": (small, [Gptq(bits=4, activation_bits=8)], "leave activation_bits out"),
+    "biases": (lambda: small(attention_bias=True), [W4], "has no attention_bias as this model's"),
+    "window": (lambda: MistralForCausalLM(MistralConfig(**{**mistral().config.to_dict(), "sliding_window": 64})),
+               [W4], "has no sliding_window as this model's, 64"),
+    "rope": (lambda: small(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), [W4],
+             "has no rope_type as this model's, linear"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_it_cannot_hold_is_refused_before_any_work(name: str, tmp_path: Path) -> None:
+    make, passes, message = REFUSED[name]
+    save(make(), tmp_path / "model")
+    with pytest.raises(ConfigError, match=f"export\\.gguf: .*{message}"):
+        write("llama", tmp_path, passes, "gguf")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.work").exists()
+
+
+def edited(**changes: Any) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(tokenizer().to_str())
+    for key, value in changes.items():
+        if key in data:
+            data[key] = value
+        else:
+            data["model"][key] = value
+    return data
+
+
+WORDS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+    "another kind": (lambda: edited(type="Unigram"), "only byte-level BPE can be written, and this is Unigram"),
+    "characters": (lambda: edited(byte_fallback=True), "only byte-level BPE .* this is BPE of characters"),
+    "changes": (lambda: edited(normalizer={"type": "Lowercase"}), "no place for its normalizer"),
+    "suffix": (lambda: edited(end_of_word_suffix="</w>"), "no place for its end_of_word_suffix"),
+    "splits": (lambda: json.loads(split(r"\w+").to_str()), "a way that llama.cpp has no name for .* known are .*gpt-2"),
+    "too many": (lambda: edited(vocab={"a": 0, "b": 300}, merges=[]), "tokens up to 300, and the model embeds only 2"),
+    "another first": (lambda: json.loads(around("<tool>").to_str()), "puts <tool> around every text"),
+    "nonsense": (lambda: {}, "not a tokenizer that can be written: KeyError"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_tokenizer_that_it_cannot_write_is_refused_before_any_work(name: str, tmp_path: Path) -> None:
+    make, message = WORDS[name]
+    small().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(make()))
+    with pytest.raises(ConfigError, match=f"export\\.gguf: .*{message}"):
+        write("llama", tmp_path, [W4], "gguf")
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_without_a_tokenizer_it_is_refused(tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"has no tokenizer\.json, and llama.cpp reads the tokenizer from the same"):
+        write("llama", tmp_path, [W4], "gguf")
+
+
+def test_scales_that_are_not_float16_are_noticed_when_they_are_there_and_the_work_is_kept(tmp_path: Path) -> None:
+    model = small()
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(1e-6)
+    save(model, tmp_path / "model")
+    with pytest.raises(CompressError, match=r"up_proj\.weight fits no type .* scales that are not float16.*is kept"):
+        write("llama", tmp_path, [W4], "gguf")
+    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "out.work").glob("*.safetensors"))
+
+
+def test_without_the_library_it_is_refused_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
+    model = nn.Sequential(nn.Linear(32, 32))
+    pipeline = parse("passes: [{rtn: {bits: 4}}]\nexport: [gguf]")
+    with pytest.raises(ConfigError, match=r"pip install 'compress-pipeline\[gguf\]'"):
+        plan.make(pipeline, graphs.find(model), {name: p.dtype for name, p in model.named_parameters()})
+
+
+def test_a_damaged_tensor_is_noticed_and_nothing_gets_the_final_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_whole = exporter.Gguf.write
+
+    def damaging(self: exporter.Gguf, made: Any, folder: Path, final: Path, bars: Any) -> None:
+        write_whole(self, made, folder, final, bars)
+        data = bytearray((folder / "model.gguf").read_bytes())
+        data[-40] ^= 16
+        (folder / "model.gguf").write_bytes(data)
+
+    monkeypatch.setattr(exporter.Gguf, "write", damaging)
+    save(small(), tmp_path / "model")
+    with pytest.raises(CompressError, match=r"model\.gguf: .* reads back differently"):
+        write("llama", tmp_path, [W4], "gguf")
+    assert not (tmp_path / "out").exists()
+
+
+# --- with more of transformers' own -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["four", "tied", "ternary"])
+def test_from_pretrained_computes_what_the_packed_model_does(name: str, written: Path) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import AutoModelForCausalLM
+
+    tokens, _ = data_for("llama")
+    model = AutoModelForCausalLM.from_pretrained(written / name / "out" / "gguf", gguf_file="model.gguf")
+    assert torch.equal(logits(model, tokens), logits(load(written / name / "out", torch.float32), tokens))
