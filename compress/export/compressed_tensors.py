@@ -173,7 +173,7 @@ def _packed(codes: Tensor, bits: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class CompressedTensors(Exporter):
-    """Uniform codes in the format of the compressed-tensors library, which transformers and vLLM load."""
+    """Uniform codes in the format of the compressed-tensors library, which transformers loads with it."""
 
     key: ClassVar[str] = METHOD
     files: ClassVar[tuple[str, ...]] = (SINGLE, "config.json")

@@ -6,7 +6,7 @@ rows of query and key layers change their order.
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import redirect_stderr
+from contextlib import closing, redirect_stderr
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
@@ -40,11 +40,12 @@ def unfit(config: Any) -> Iterator[str]:
         "mlp_bias": getattr(config, "mlp_bias", False),
         "sliding_window": getattr(config, "sliding_window", None),
         "hidden_act": getattr(config, "hidden_act", "silu") not in ("silu", "swish") and config.hidden_act,
+        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0 and rope["partial_rotary_factor"],
         "rope_type": rope.get("rope_type", "default") != "default" and rope["rope_type"],
     }
     for name, value in wrong.items():
         if value:
-            yield f"a GGUF file of architecture llama has no {name} as this model's, {value}; export hf"
+            yield f"this model's {name}, {value}, cannot be said in a GGUF file of architecture llama; export hf"
 
 
 @dataclass(frozen=True)
@@ -153,13 +154,12 @@ class Gguf(Exporter):
             writer.add_tensor_info(names[parameter], data.shape, data.dtype, data.nbytes, raw_dtype=kind)
             types[blocks.type] += data.ndim == 2
         describe(writer, contents, types.most_common(1)[0][0])
-        with writing(folder / FILE):
+        with writing(folder / FILE), closing(writer):
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for parameter in bars.over(names, len(names), "write: gguf"):
                 writer.write_tensor_data(contents.read(parameter).data.numpy())
-            writer.close()
 
     def verify(self, made: Made, folder: Path, bars: Bars) -> dict[str, Any]:
         import gguf
@@ -171,10 +171,11 @@ class Gguf(Exporter):
             raise CompressError(f"{folder / FILE}: its tensors read back differently; the disk may be failing")
         types: Counter[str] = Counter()
         for parameter in bars.over(names, len(names), "read back: gguf"):
-            tensor, meant = there[names[parameter]], made.artifact.tensor(parameter).float()
-            order = contents.order(parameter, len(meant))
+            tensor, values = there[names[parameter]], made.artifact.tensor(parameter).float()
+            order = contents.order(parameter, len(values))
+            meant = (values if order is None else values[order]).numpy()
             found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            if not np.array_equal(found, (meant if order is None else meant[order]).numpy()):
+            if not np.array_equal(found.view(np.int32), meant.view(np.int32)):
                 raise CompressError(f"{folder / FILE}: {tensor.name} reads back differently; the disk may be failing")
             types[tensor.tensor_type.name] += 1
         return {"tensors_equal": len(names), "types": dict(types.most_common())}

@@ -193,6 +193,15 @@ def test_in_bfloat16_scales_are_rounded_but_not_where_layers_are_unpacked_while_
     assert torch.equal(found, meant)
 
 
+@pytest.mark.parametrize("name", ["symmetric4", "asymmetric4", "mixed_asymmetric"])
+def test_in_float16_weights_are_the_packed_ones_rounded_once(name: str, written: Path) -> None:
+    model = load(written / name / "out" / KEY, torch.float16)
+    logits(model, torch.zeros(1, 1, dtype=torch.long))
+    site = "model.layers.0.mlp.up_proj"
+    meant = load(written / name / "out").get_submodule(site).dequantize().half()
+    assert torch.equal(model.get_submodule(site).weight, meant)
+
+
 def test_a_damaged_tensor_is_noticed_and_nothing_gets_the_final_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

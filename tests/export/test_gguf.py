@@ -316,11 +316,11 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], list[Pass], str]] = {
     "outliers": (small, [Olive(bits=4)], "have outlier_victim codes; use a uniform quantizer"),
     "corrections": (small, [W4, Eora(rank=2)], "no place for low-rank corrections, and 14 layers have one"),
     "inputs": (small, [Gptq(bits=4, activation_bits=8)], "leave activation_bits out"),
-    "biases": (lambda: small(attention_bias=True), [W4], "has no attention_bias as this model's"),
+    "biases": (lambda: small(attention_bias=True), [W4], "this model's attention_bias, True, cannot be said"),
     "window": (lambda: MistralForCausalLM(MistralConfig(**{**mistral().config.to_dict(), "sliding_window": 64})),
-               [W4], "has no sliding_window as this model's, 64"),
+               [W4], "this model's sliding_window, 64, cannot be said"),
     "rope": (lambda: small(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), [W4],
-             "has no rope_type as this model's, linear"),
+             "this model's rope_type, linear, cannot be said"),
 }  # fmt: skip
 
 
