@@ -22,7 +22,7 @@ from compress.errors import (
     UsageError,
 )
 from compress.evaluate import Quality, evaluate
-from compress.export import CompressedTensors, Gguf, Hf, Peft
+from compress.export import CompressedTensors, Gguf, Hf, Onnx, Peft
 from compress.exporting import export_to
 from compress.passes import (
     AdaRound,
@@ -79,6 +79,7 @@ __all__ = [
     "NonFiniteError",
     "Nupes",
     "Olive",
+    "Onnx",
     "Override",
     "Peft",
     "Perp",

@@ -202,6 +202,10 @@ class Packed:
         form = self.spec.low_rank
         return None if form is None else form.low_rank(self._read(form.tensors(self.spec.shape)), self.spec.shape)
 
+    def leaf(self, name: str) -> Tensor:
+        """One of its stored tensors."""
+        return self._read([name])[name]
+
     def _read(self, leaves: Iterable[str]) -> dict[str, Tensor]:
         with safe_open(self.file, "pt") as opened:
             return {leaf: opened.get_tensor(f"{self.site}.{leaf}").clone() for leaf in leaves}
@@ -233,7 +237,7 @@ class Artifact:
     def __post_init__(self) -> None:
         self.sites = {site.name: site for site in self.graph.sites}
         self._by_parameter = {site.parameter: site for site in self.graph.sites}
-        self._stored = set(self.source.names())
+        self.stored = set(self.source.names())
 
     def name_in_source(self, parameter: str) -> str:
         """Where a parameter's uncompressed value stands."""
@@ -255,7 +259,7 @@ class Artifact:
     def added(self, parameter: str) -> bool:
         """Whether a parameter is a bias that a pass gave to a layer without one."""
         site = self.sites.get(parameter.removesuffix(".bias"))
-        return site is not None and self.name_in_source(parameter) not in self._stored
+        return site is not None and self.name_in_source(parameter) not in self.stored
 
     def store_dtype(self, site: Site) -> torch.dtype:
         """The type that new dense values of a site are kept in: the source's."""

@@ -81,27 +81,27 @@ def write_all(
         folder = made.folder / f"{exporter.key}{suffix}"
         exporter.write(made, folder, final / exporter.key, bars)
         facts = exporter.verify(made, folder, bars)
-        if exporter.tolerance is not None and expect is not None:
-            facts |= compared(exporter, made, folder, expect)
+        tolerance = exporter.tolerance(specs_in(made))
+        if tolerance is not None and expect is not None:
+            facts |= compared(exporter, made, folder, expect, tolerance)
         for written in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".data", ".gguf")):
             publish(written, written)
         found[exporter.key] = facts
     return found
 
 
-def compared(exporter: Exporter, made: Made, folder: Path, expect: Expect) -> dict[str, Any]:
+def compared(exporter: Exporter, made: Made, folder: Path, expect: Expect, tolerance: float) -> dict[str, Any]:
     """What an exported model computes, beside what the packed one does.
 
     Raises:
         CompressError: too far from it.
     """
-    assert exporter.tolerance is not None
     expected = expect(exporter.computes or made.dtype)
     facts: dict[str, Any] = {}
     runner = exporter.runner(made, folder)
     if runner is not None:
         facts = expected.compare(runner)
-        expected.hold(facts, exporter.tolerance, exporter.key)
+        expected.hold(facts, tolerance, exporter.key)
     shipped = exporter.shipped(made, folder)
     if shipped is not None:
         facts["as_shipped"] = expected.compare(shipped)

@@ -100,7 +100,7 @@ class Pattern:
     def unpack(self, packed: Tensor, columns: int) -> Tensor:
         """The inverse of `pack`. No byte is refused: those that `pack` never writes keep as many, too."""
         words = unpack_bits(packed, self.bits, self.words(columns))
-        table = self._table().to(packed.device)
+        table = self.table().to(packed.device)
         found = table.index_select(0, words.flatten().int()).view(len(packed), -1)
         return found[:, :columns].contiguous()
 
@@ -108,7 +108,7 @@ class Pattern:
         """(combinations,) the number of every rank."""
         return torch.tensor([n for n in range(2**self.of) if n.bit_count() == self.keep])
 
-    def _table(self) -> Tensor:
+    def table(self) -> Tensor:
         """(2**bits, ranks * of) bool: what every word keeps. A digit beyond the last counts from the first again."""
         words = torch.arange(2**self.bits)[:, None]
         digits = words // self.combinations ** torch.arange(self.ranks) % self.combinations

@@ -4,8 +4,9 @@ from compress.export.base import Exporter, Made
 from compress.export.compressed_tensors import CompressedTensors
 from compress.export.gguf import Gguf
 from compress.export.hf import Hf
+from compress.export.onnx.exporter import Onnx
 from compress.export.peft import Peft
 
-EXPORTERS: tuple[type[Exporter], ...] = (Hf, Peft, CompressedTensors, Gguf)
+EXPORTERS: tuple[type[Exporter], ...] = (Hf, Peft, CompressedTensors, Gguf, Onnx)
 
-__all__ = ["EXPORTERS", "CompressedTensors", "Exporter", "Gguf", "Hf", "Made", "Peft"]
+__all__ = ["EXPORTERS", "CompressedTensors", "Exporter", "Gguf", "Hf", "Made", "Onnx", "Peft"]

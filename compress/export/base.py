@@ -44,14 +44,11 @@ class Exporter(ABC):
 
     Attributes:
         files: without one of these the folder is not whole.
-        tolerance: how far its logits may be from those of the packed model, as a share of the largest of these where
-            they are above one; None where nothing runs it here.
         computes: the type it is compared in; None for the pipeline's own.
     """
 
     key: ClassVar[str]
     files: ClassVar[tuple[str, ...]]
-    tolerance: ClassVar[float | None] = None
     computes: ClassVar[torch.dtype | None] = None
 
     def check(self) -> Iterator[OptionError]:
@@ -83,6 +80,13 @@ class Exporter(ABC):
         Raises:
             CompressError: something differs.
         """
+
+    def tolerance(self, specs: Mapping[str, Spec]) -> float | None:
+        """How far its logits may be from the packed model's; None where nothing runs it here.
+
+        A share of the largest of those, where that is above one.
+        """
+        return None
 
     def runner(self, made: Made, folder: Path) -> Logits | None:
         """The written model in its own runtime, every product as exact as it can be; None where nothing runs it."""

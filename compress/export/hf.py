@@ -70,7 +70,6 @@ class Hf(Exporter):
 
     key: ClassVar[str] = "hf"
     files: ClassVar[tuple[str, ...]] = (SINGLE, "config.json")
-    tolerance: ClassVar[float | None] = 0.0
 
     def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:
         yield from refuse_added(graph, added)
@@ -81,6 +80,9 @@ class Hf(Exporter):
 
     def verify(self, made: Made, folder: Path, bars: Bars) -> dict[str, Any]:
         return {"tensors_equal": verify_dense(Dense(made.artifact, made.dtype), folder, bars, self.key)}
+
+    def tolerance(self, specs: Mapping[str, Spec]) -> float:
+        return 0.0
 
     def runner(self, made: Made, folder: Path) -> Logits:
         return loaded(made, folder)

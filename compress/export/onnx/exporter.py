@@ -1,0 +1,107 @@
+"""OUT/onnx: one graph with packed weights, for onnxruntime and whatever else reads ONNX."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from compress.encodings import Spec
+from compress.errors import OptionError
+from compress.export.base import Exporter, Logits, Made
+from compress.graph import Graph
+from compress.progress import Bars
+
+if TYPE_CHECKING:
+    from compress.export.onnx.products import Style
+
+MODEL, DATA, EXACT = "model.onnx", "model.onnx.data", "exact.onnx"
+TIGHT, LOOSE = 1e-4, 0.05
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Onnx(Exporter):
+    """An ONNX file whose weights stay packed on disk, and in memory where an operator of the runtime takes them packed.
+
+    Causal language models have a cache, as `past_key_values.{i}.key` and so on; rows, lengths and what went before are
+    dynamic. Computes in float32.
+
+    Args:
+        style: `kernels` uses onnxruntime's own operators for uniform codes (`MatMulNBits`); `qdq` nothing but standard
+            ones, which runtimes fuse.
+        mode: of other codes than uniform ones. `exact` looks every weight up while loading, after which it is float32
+            in memory; `fast` rounds their tables to 8 bits, for the same operators.
+        accuracy_level: of `MatMulNBits`: 4 rounds what weights are multiplied with to 8 bits and is several times
+            quicker, 1 does not.
+    """
+
+    style: Literal["kernels", "qdq"] = "kernels"
+    mode: Literal["exact", "fast"] = "exact"
+    accuracy_level: Literal[1, 4] = 4
+
+    key: ClassVar[str] = "onnx"
+    files: ClassVar[tuple[str, ...]] = (MODEL, DATA)
+    computes: ClassVar[torch.dtype | None] = torch.float32
+
+    @property
+    def written_as(self) -> "Style":
+        """What the graph is made with."""
+        from compress.export.onnx.products import Style
+
+        return Style(self.style == "kernels", self.mode == "fast", self.accuracy_level)
+
+    def check(self) -> Iterator[OptionError]:
+        yield from super().check()
+        if self.style == "qdq" and self.mode == "fast":
+            yield OptionError("mode", "fast needs onnxruntime's own operators; leave out style: qdq")
+        if self.style == "qdq" and self.accuracy_level != 4:
+            yield OptionError(
+                "accuracy_level",
+                "a file with style: qdq has no such attribute; who runs it chooses, with the session option "
+                "session.qdq_matmulnbits_accuracy_level",
+            )
+
+    def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:
+        missing = [name for name in NEEDED if find_spec(name) is None]
+        if missing:
+            yield f"{', '.join(missing)} must be installed: pip install compress-pipeline[onnx]"
+        olive = [name for name, spec in specs.items() if spec.inputs is not None and spec.inputs.grid == "olive"]
+        if olive:
+            yield (
+                f"it cannot round inputs to outlier-victim pairs, and {len(olive)} layers do, such as {olive[0]}; "
+                "leave activation_bits out of olive, or this format out of `export:`"
+            )
+
+    def write(self, made: Made, folder: Path, final: Path, bars: Bars) -> None:
+        from compress.export.onnx.files import write
+
+        write(made, self.written_as, folder, bars)
+
+    def verify(self, made: Made, folder: Path, bars: Bars) -> dict[str, Any]:
+        from compress.export.onnx.files import compare
+
+        return {"tensors_equal": compare(made, self.written_as, folder, bars)}
+
+    def tolerance(self, specs: Mapping[str, Spec]) -> float:
+        # An input half-way between two steps of its grid may be rounded to either, whose difference then goes on.
+        rounded = any(spec.inputs is not None for spec in specs.values())
+        return LOOSE if rounded or self.mode == "fast" else TIGHT
+
+    def runner(self, made: Made, folder: Path) -> Logits:
+        from compress.export.onnx.session import Runner, at_level, open_session
+
+        if self.style == "qdq":
+            return Runner(open_session(folder / MODEL, exact=True))
+        at_level(folder / MODEL, 1, folder / EXACT)
+        try:
+            return Runner(open_session(folder / EXACT))
+        finally:
+            (folder / EXACT).unlink()
+
+    def shipped(self, made: Made, folder: Path) -> Logits | None:
+        from compress.export.onnx.session import Runner, open_session
+
+        return Runner(open_session(folder / MODEL)) if self.accuracy_level == 4 else None

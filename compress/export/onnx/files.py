@@ -1,0 +1,62 @@
+"""An ONNX graph to disk, its constants in one file beside it, and back."""
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from compress.errors import CompressError
+from compress.export.base import Made
+from compress.export.onnx.build import build, constants, parameters
+from compress.export.onnx.exporter import DATA, MODEL
+from compress.export.onnx.products import Style
+from compress.ledger import writing
+from compress.progress import Bars
+
+INLINE = 1024  # bytes of a constant that stands in the graph itself
+PAGE, LARGE, ALIGNMENT = 4096, 1 << 20, 64  # large constants begin a page, so that they can be mapped
+
+
+def write(made: Made, style: Style, folder: Path, bars: Bars) -> None:
+    """Write the graph and its constants, one of them in memory at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for _ in bars.over(range(1), 1, "trace: onnx"):
+        model = build(made, style)
+    with writing(folder / DATA):
+        _write_constants(model, folder, bars)
+    with writing(folder / MODEL):
+        ir.save(model, folder / MODEL)
+
+
+def _write_constants(model: ir.Model, folder: Path, bars: Bars) -> None:
+    large = [v for v in model.graph.initializers.values() if v.const_value and v.const_value.nbytes >= INLINE]
+    with (folder / DATA).open("wb") as out:
+        for value in bars.over(large, len(large), "write: onnx"):
+            number = value.const_value
+            assert number is not None
+            out.write(bytes(-out.tell() % (PAGE if number.nbytes >= LARGE else ALIGNMENT)))
+            start = out.tell()
+            out.write(number.tobytes())
+            shape = ir.Shape(number.shape.numpy())
+            value.const_value = ir.ExternalTensor(
+                DATA, start, out.tell() - start, number.dtype, shape=shape, name=value.name or "", base_dir=folder
+            )
+
+
+def compare(made: Made, style: Style, folder: Path, bars: Bars) -> int:
+    """Re-open a written file and compare every stored tensor with what was meant; returns how many there are.
+
+    Raises:
+        CompressError: one differs, or is missing.
+    """
+    there = ir.load(folder / MODEL).graph.initializers
+    packed, plain = constants(made, style), parameters(made)
+    used = {name: value for name, value in plain.items() if name in there}  # what no output depends on is left out
+    meant = packed | used
+    for name in bars.over(meant, len(meant), "read back: onnx"):
+        number, wanted = there[name].const_value if name in there else None, meant[name].const_value
+        assert wanted is not None
+        if number is None or number.dtype != wanted.dtype or number.shape != wanted.shape:
+            raise CompressError(f"{folder / MODEL}: {name} is missing, or of another shape; write it again")
+        if number.tobytes() != wanted.tobytes():
+            raise CompressError(f"{folder / DATA}: {name} reads back differently; the disk may be failing")
+    return len(meant)

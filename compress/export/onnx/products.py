@@ -1,0 +1,241 @@
+"""x times a packed weight, in the operator that is quick for it.
+
+`MatMulNBits` takes codes of 2, 4 or 8 bits in blocks of 16 to 256 columns with a scale each. What is stored in other
+widths, groups or masks is brought into that form by operators over constants, which run once, while loading; the file
+holds the packed folder's own tensors.
+
+Shapes: O = out features, I = in features, G = groups of columns, R = O or 1, K = blocks.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from compress.encodings import FACTORED, LowRankForm, Spec
+from compress.encodings.codebook import CodebookForm
+from compress.encodings.outlier_victim import OutlierVictimForm
+from compress.encodings.power import PowerForm, level_values
+from compress.encodings.uniform import UniformForm
+from compress.export.onnx import qdq, weights
+from compress.export.onnx.inputs import rounded
+from compress.export.onnx.ops import MICROSOFT, Ops, padded, repacked, unpacked
+from compress.export.onnx.weights import Source
+
+WIDTHS = (2, 4, 8)
+BLOCKS = (128, 64, 32)  # quick in every width; longer ones round inputs more coarsely
+MIDDLE = 128  # the code of zero in 8 bits
+LARGEST = 127
+
+
+@dataclass(frozen=True)
+class Style:
+    """How products are written.
+
+    Attributes:
+        kernels: use onnxruntime's own operators; else only standard ones.
+        fast: round the tables of other encodings than uniform ones to 8 bits, where that is not exact.
+        accuracy_level: of `MatMulNBits`.
+    """
+
+    kernels: bool = True
+    fast: bool = False
+    accuracy_level: Literal[1, 4] = 4
+
+
+def linear(ops: Ops, x: ir.Value, spec: Spec, read: weights.Read, style: Style) -> ir.Value:
+    """(..., I) -> (..., O), as a packed layer computes it; its bias is added elsewhere."""
+    source = weights.source_of(ops, spec, read)
+    if spec.inputs is not None:
+        x = rounded(ops, x, spec.inputs, read)
+    made = None
+    if spec.kind != FACTORED:
+        kept = weights.mask(source, spec)
+        made = kernel(source, x, kept, style) if style.kernels else _standard(source, x)
+        made = made or plain(ops, x, weights.dense(source, kept))
+    if spec.low_rank is not None:
+        thin = low_rank(source, x, spec.low_rank, style)
+        made = thin if made is None else ops.op("Add", made, thin)
+    assert made is not None
+    return made
+
+
+def plain(ops: Ops, x: ir.Value, weight: ir.Value) -> ir.Value:
+    """X times the transpose of a float32 weight."""
+    return ops.op("MatMul", x, ops.op("Transpose", weight, perm=[1, 0]))
+
+
+def _standard(source: Source, x: ir.Value) -> ir.Value | None:
+    weight = qdq.dequantized(source)
+    return None if weight is None else source.ops.op("MatMul", x, weight)
+
+
+def low_rank(source: Source, x: ir.Value, form: LowRankForm, style: Style) -> ir.Value:
+    """B (A x)."""
+    for side in ("a", "b"):
+        part = weights.factor(source, form, side)
+        product = None
+        if form.bits is not None:
+            product = kernel(part, x, None, style) if style.kernels else _standard(part, x)
+        x = product or plain(source.ops, x, weights.thin(part, form))
+    return x
+
+
+def kernel(source: Source, x: ir.Value, kept: ir.Value | None, style: Style) -> ir.Value | None:
+    """X times the weight in `MatMulNBits`; None where no form of it is legal, or exact enough."""
+    form = source.form
+    if isinstance(form, UniformForm):
+        return _uniform(source, form, x, kept, style)
+    if form is None or not style.fast:
+        return None
+    found: ir.Value | None = None
+    for codes, scale, groups in _tables(source, kept):
+        product = _product(source, x, codes, scale, None, 8, groups, style)
+        if product is None:
+            return None
+        found = product if found is None else source.ops.op("Add", found, product)
+    return found
+
+
+def block_size(columns: int, groups: int) -> int | None:
+    """Columns of a block, a part of a group; None where groups are no multiple of a legal one."""
+    size = columns // groups
+    if groups == 1:  # the last block need not be full
+        return next((b for b in BLOCKS if b <= columns), BLOCKS[-1])
+    return next((b for b in (*BLOCKS, 16) if size % b == 0), None)
+
+
+def _uniform(source: Source, form: UniformForm, x: ir.Value, kept: ir.Value | None, style: Style) -> ir.Value | None:
+    ops, (rows, columns) = source.ops, source.shape
+    block = block_size(columns, form.groups)
+    if block is None:
+        return None
+    width, blocks = next(w for w in WIDTHS if w >= form.bits), -(-columns // block)
+    zeros = None if form.symmetric and width == form.bits else _zero_points(source, form, blocks, width)
+    scale = _spread(ops, source.floats("scale"), form.per_tensor, form.groups, rows, blocks)
+    as_stored = width == form.bits and kept is None
+    if as_stored and columns == blocks * block:
+        packed = source.value("codes", rows, blocks, block * width // 8)
+        return _matmul(ops, x, packed, scale, zeros, width, source.shape, block, style)
+    codes = weights.codes(source, kept)
+    if kept is not None:
+        grouped = (rows, form.groups, columns // form.groups)
+        middle = ops.op("Unsqueeze", ops.cast(weights.zero_points(source), torch.uint8), ops.ints(-1))
+        there = ops.op("Where", ops.reshape(kept, *grouped), ops.reshape(codes, *grouped), middle)
+        codes = ops.reshape(there, rows, columns)
+    return _product(source, x, codes, scale, zeros, width, form.groups, style)
+
+
+def _product(
+    source: Source, x: ir.Value, codes: ir.Value, scale: ir.Value, zeros: ir.Value | None, width: int, groups: int,
+    style: Style,
+) -> ir.Value | None:  # fmt: skip
+    """X times (O, I) codes with (R, G) or (O, K) scales."""
+    ops, (rows, columns) = source.ops, source.shape
+    block = block_size(columns, groups)
+    if block is None:
+        return None
+    blocks = -(-columns // block)
+    whole = padded(ops, codes, rows, columns, blocks * block)
+    packed = repacked(ops, whole, width, rows, blocks * block)
+    packed = ops.reshape(packed, rows, blocks, block * width // 8)
+    return _matmul(ops, x, packed, scale, zeros, width, source.shape, block, style)
+
+
+def _matmul(
+    ops: Ops, x: ir.Value, packed: ir.Value, scale: ir.Value, zeros: ir.Value | None, width: int,
+    shape: tuple[int, int], block: int, style: Style,
+) -> ir.Value:  # fmt: skip
+    rows, columns = shape
+    inputs = (x, packed, scale) if zeros is None else (x, packed, scale, zeros)
+    attributes = {"K": columns, "N": rows, "bits": width, "block_size": block, "accuracy_level": style.accuracy_level}
+    return ops.op("MatMulNBits", *inputs, domain=MICROSOFT, **attributes)
+
+
+def _spread(ops: Ops, value: ir.Value, one_row: bool, groups: int, rows: int, blocks: int) -> ir.Value:
+    """(R, G) -> (O, K): a number for each block."""
+    if groups == blocks and not one_row:
+        return value
+    value = ops.op("Unsqueeze", value, ops.ints(-1))
+    return ops.reshape(ops.expand(value, rows, groups, blocks // groups), rows, blocks)
+
+
+def _zero_points(source: Source, form: UniformForm, blocks: int, width: int) -> ir.Value:
+    """(O, ceil(K * width / 8)) uint8, packed."""
+    ops, rows = source.ops, source.shape[0]
+    if form.symmetric:
+        byte = sum(2 ** (form.bits - 1) << (width * i) for i in range(8 // width))
+        return ops.expand(ops.small(torch.full((1, 1), byte, dtype=torch.uint8)), rows, -(-blocks * width // 8))
+    if form.groups == blocks and width == form.bits and not form.per_tensor:
+        return source.value("zero_point")
+    there = 1 if form.per_tensor else rows
+    zeros = unpacked(ops, source.value("zero_point"), form.bits, there, form.groups)
+    zeros = _spread(ops, zeros, form.per_tensor, form.groups, rows, blocks)
+    full = blocks + -blocks % (8 // width)
+    return repacked(ops, padded(ops, zeros, rows, blocks, full), width, rows, full)
+
+
+def _tables(source: Source, kept: ir.Value | None) -> list[tuple[ir.Value, ir.Value, int]]:
+    """Codes of 8 bits (O, I), scales (O, K) and groups, whose products sum up to the weight; empty where none do."""
+    ops, form, (rows, columns) = source.ops, source.form, source.shape
+    found: list[tuple[ir.Value, ir.Value, int]] = []
+
+    def masked(codes: ir.Value) -> ir.Value:
+        return codes if kept is None else ops.op("Where", kept, codes, ops.small(_codes(torch.zeros(()))))
+
+    if isinstance(form, PowerForm):
+        block = block_size(columns, form.groups)
+        if block is None:
+            return []
+        levels = level_values(form.bits, form.levels, source.small("exponent"))
+        scale = ops.op("Div", source.floats("scale"), ops.number(LARGEST))
+        spread = _spread(ops, scale, form.per_tensor, form.groups, rows, -(-columns // block))
+        codes = weights.looked_up(source, source.derived("levels", _codes(levels * LARGEST)), kept)
+        found.append((masked(codes), spread, form.groups))
+    elif isinstance(form, CodebookForm):
+        table = source.small("table").float()
+        largest = table.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        codes = weights.looked_up(source, source.derived("table", _codes(table / largest * LARGEST)), kept)
+        scale = ops.op(
+            "Gather", source.derived("table_scale", (largest / LARGEST)[:, 0]), _row_table(source, form), axis=0
+        )
+        if form.scaled:
+            scale = ops.op("Mul", scale, source.floats("scale"))
+        found.append((masked(codes), _rows(source, scale), 1))
+    elif isinstance(form, OutlierVictimForm):
+        for values, unit in _terms(weights.pair_table(form)):
+            scale = ops.op("Mul", source.floats("scale"), ops.number(unit))
+            found.append((masked(weights.pairs(source, ops.small(_codes(values)))), _rows(source, scale), 1))
+    return found
+
+
+def _codes(values: Tensor) -> Tensor:
+    return (values.round() + MIDDLE).to(torch.uint8)
+
+
+def _row_table(source: Source, form: CodebookForm) -> ir.Value:
+    """(O, 1) int32: the table of each row."""
+    ops, rows = source.ops, source.shape[0]
+    if form.num_tables == 1:
+        return ops.expand(ops.small(torch.zeros(1, 1, dtype=torch.int32)), rows, 1)
+    return ops.reshape(ops.cast(weights.row_tables(source, form), torch.int32), rows, 1)
+
+
+def _rows(source: Source, scale: ir.Value) -> ir.Value:
+    """(O, 1) -> (O, K)."""
+    block = block_size(source.shape[1], 1)
+    assert block is not None
+    return _spread(source.ops, scale, False, 1, source.shape[0], -(-source.shape[1] // block))
+
+
+def _terms(values: Tensor) -> list[tuple[Tensor, float]]:
+    """Whole numbers as sums of 8-bit ones times a unit each, exact; empty where two do not suffice."""
+    for unit in (1, 2, 4, 8, 16):
+        high = torch.where(values % unit == 0, values / unit, 0.0)
+        high = torch.where(values.abs() > LARGEST, high, 0.0) if unit > 1 else values
+        low = values - high * unit
+        if float(high.abs().max()) <= LARGEST and float(low.abs().max()) <= LARGEST:
+            return [(high, float(unit))] if unit == 1 else [(high, float(unit)), (low, 1.0)]
+    return []

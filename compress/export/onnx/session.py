@@ -1,0 +1,72 @@
+"""A written ONNX file in onnxruntime on this machine's processor."""
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+EXACT = 1  # the accuracy level at which `MatMulNBits` leaves its inputs as they are
+
+
+def open_session(file: Path, *, threads: int = 0, exact: bool = False) -> Any:
+    """An InferenceSession.
+
+    Args:
+        file: of the graph; its data beside it.
+        threads: of one operator; 0 for as many as onnxruntime sees fit.
+        exact: let standard operators be fused without rounding what weights are multiplied with.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    if exact:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(EXACT))
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def at_level(file: Path, level: int, to: Path) -> None:
+    """The same graph, beside the same data, with another accuracy level."""
+    model = ir.load(file)
+    for node in (n for nodes in (model.graph, *model.functions.values()) for n in nodes):
+        if "accuracy_level" in node.attributes:
+            node.attributes.add(ir.AttrInt64("accuracy_level", level))
+    ir.save(model, to)
+
+
+class Runner:
+    """Logits of an ONNX file: of a decoder, of windows without anything before them."""
+
+    def __init__(self, session: Any):
+        self.session = session
+        self.inputs = {i.name: i for i in session.get_inputs()}
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Token ids (rows, length), or images -> logits float32."""
+        if "pixel_values" in self.inputs:
+            return torch.from_numpy(self.session.run(["logits"], {"pixel_values": inputs.float().numpy()})[0])
+        logits, _ = self.step(inputs, None)
+        return logits
+
+    def step(self, tokens: Tensor, past: dict[str, Any] | None) -> tuple[Tensor, dict[str, Any]]:
+        """Logits of further tokens, and what a decoder keeps for the next step."""
+        import numpy
+
+        rows, length = tokens.shape
+        names = [name for name in self.inputs if name.startswith("past_key_values")]
+        if past is None:
+            shapes = {name: self.inputs[name].shape for name in names}
+            past = {n: numpy.zeros((rows, s[1], 0, s[3]), numpy.float32) for n, s in shapes.items()}
+        before = next(iter(past.values())).shape[2] if past else 0
+        given: dict[str, Any] = {
+            "input_ids": tokens.numpy(),
+            "attention_mask": numpy.ones((rows, before + length), numpy.int64),
+        }
+        if "position_ids" in self.inputs:
+            given["position_ids"] = numpy.arange(before, before + length)[None].repeat(rows, 0)
+        wanted = ["logits", *(name.replace("past_key_values", "present") for name in names)]
+        logits, *present = self.session.run(wanted, given | past)
+        return torch.from_numpy(logits), dict(zip(names, present, strict=True))

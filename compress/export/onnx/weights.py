@@ -1,0 +1,239 @@
+"""What a packed weight stands for, in standard operators over the very tensors that the packed folder holds.
+
+Nothing here depends on an input, so a runtime computes it once, while it loads.
+
+Shapes: O = out features, I = in features, G = groups of columns, R = O or 1.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from compress.encodings import FACTORED, Form, LowRankForm, Spec
+from compress.encodings.base import Stored
+from compress.encodings.codebook import CodebookForm, index_bits
+from compress.encodings.outlier_victim import TYPES, OutlierVictimForm
+from compress.encodings.power import PowerForm, level_values
+from compress.encodings.uniform import UniformForm
+from compress.export.onnx.ops import Ops, unpacked
+
+Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the tensors of a packed weight, or of one factor of its correction, are.
+
+    Attributes:
+        ops: of the layer.
+        shape: (O, I).
+        form: of the codes; None where there are values.
+        tensors: shape and type of each, by its leaf in the file.
+        read: a tensor by its leaf.
+        kept: number of kept weights; None when dense.
+        prefix: of the leaves.
+    """
+
+    ops: Ops
+    shape: tuple[int, int]
+    form: Form | None
+    tensors: Stored
+    read: Read
+    kept: int | None = None
+    prefix: str = ""
+
+    def value(self, leaf: str, *shape: int) -> ir.Value:
+        """A stored tensor as a constant, in another shape with the same bytes if one is given."""
+        name = f"{self.prefix}{leaf}"
+        there, dtype = self.tensors[name]
+        wanted = shape or there
+        return self.ops.stored(name, wanted, dtype, lambda: self.read(name).reshape(wanted))
+
+    def floats(self, leaf: str) -> ir.Value:
+        """A stored tensor of floats as float32."""
+        value, dtype = self.value(leaf), self.tensors[f"{self.prefix}{leaf}"][1]
+        return value if dtype == torch.float32 else self.ops.cast(value, torch.float32)
+
+    def derived(self, leaf: str, value: Tensor) -> ir.Value:
+        """A constant made of small stored ones."""
+        return self.ops.stored(f"{self.prefix}{leaf}", value.shape, value.dtype, lambda: value)
+
+    def small(self, leaf: str) -> Tensor:
+        """The numbers of a small tensor."""
+        return self.read(f"{self.prefix}{leaf}")
+
+
+def source_of(ops: Ops, spec: Spec, read: Read) -> Source:
+    """Of the weight itself."""
+    return Source(ops, spec.shape, spec.form, spec.tensors(), read, spec.kept)
+
+
+def factor(source: Source, form: LowRankForm, side: str) -> Source:
+    """Of one factor of the correction beside a weight."""
+    groups = form.a_groups if side == "a" else 1
+    dtype = form.a_dtype if side == "a" else form.b_dtype
+    codes = None
+    if form.bits is not None:
+        codes = UniformForm(bits=form.bits, groups=groups, symmetric=True, scale_dtype=dtype)
+    return replace(source, shape=form.shapes(source.shape)[side], form=codes, kept=None, prefix=f"lora_{side}_")
+
+
+def mask(source: Source, spec: Spec) -> ir.Value | None:
+    """(O, I) bool, true where a weight is kept; None when dense."""
+    ops, (rows, columns) = source.ops, spec.shape
+    if spec.kept is None:
+        return None
+    if spec.pattern is None:
+        return ops.cast(unpacked(ops, source.value("mask"), 1, rows, columns), torch.bool)
+    words = unpacked(ops, source.value("pattern"), spec.pattern.bits, rows, spec.pattern.words(columns))
+    found = ops.op("Gather", ops.small(spec.pattern.table()), ops.cast(words, torch.int32), axis=0)
+    width = spec.pattern.words(columns) * spec.pattern.ranks * spec.pattern.of
+    found = ops.reshape(found, rows, width)
+    return found if width == columns else ops.op("Slice", found, ops.ints(0), ops.ints(columns), ops.ints(1))
+
+
+def codes(source: Source, kept: ir.Value | None) -> ir.Value:
+    """(O, I) uint8; under a mask any code."""
+    ops, form, (rows, columns) = source.ops, source.form, source.shape
+    assert form is not None
+    if kept is None or form.stores_idle:
+        return unpacked(ops, source.value("codes"), form.bits, rows, columns)
+    assert source.kept is not None
+    if source.kept == 0:
+        return ops.expand(ops.small(torch.zeros((), dtype=torch.uint8)), rows, columns)
+    stream = source.value("codes", 1, source.tensors["codes"][0][0])
+    return _spread(ops, unpacked(ops, stream, form.bits, 1, source.kept), source.kept, kept, source.shape)
+
+
+def dense(source: Source, kept: ir.Value | None) -> ir.Value:
+    """(O, I) float32: the weight without its correction."""
+    ops, shape = source.ops, source.shape
+    if source.form is None and kept is None:
+        return source.floats("values")
+    if source.kept == 0:
+        return ops.expand(ops.number(0), *shape)
+    if source.form is None:
+        assert kept is not None
+        assert source.kept is not None
+        values = _spread(ops, ops.reshape(source.floats("values"), 1, source.kept), source.kept, kept, shape)
+    else:
+        values = dequantized(source, kept)
+    return values if kept is None else ops.op("Where", kept, values, ops.number(0))
+
+
+def dequantized(source: Source, kept: ir.Value | None) -> ir.Value:
+    """(O, I) float32 of the codes; under a mask anything."""
+    ops, form, (rows, columns) = source.ops, source.form, source.shape
+    if isinstance(form, UniformForm):
+        grouped = ops.reshape(ops.cast(codes(source, kept), torch.float32), rows, form.groups, columns // form.groups)
+        centred = ops.op("Sub", grouped, ops.op("Unsqueeze", zero_points(source), ops.ints(-1)))
+        return ops.reshape(ops.op("Mul", centred, _scale(source)), rows, columns)
+    if isinstance(form, PowerForm):
+        table = source.derived("levels", level_values(form.bits, form.levels, source.small("exponent")))
+        values = looked_up(source, table, kept)
+        grouped = ops.reshape(values, rows, form.groups, columns // form.groups)
+        return ops.reshape(ops.op("Mul", grouped, _scale(source)), rows, columns)
+    if isinstance(form, CodebookForm):
+        values = looked_up(source, source.floats("table"), kept)
+        return ops.op("Mul", values, source.floats("scale")) if form.scaled else values
+    assert isinstance(form, OutlierVictimForm)
+    return ops.op("Mul", pairs(source, ops.small(pair_table(form))), source.floats("scale"))
+
+
+def zero_points(source: Source) -> ir.Value:
+    """(R, G) float32 of a uniform grid; (1, 1) when symmetric."""
+    ops, form = source.ops, source.form
+    assert isinstance(form, UniformForm)
+    if form.symmetric:
+        return ops.small(torch.full((1, 1), 2.0 ** (form.bits - 1)))
+    rows = 1 if form.per_tensor else source.shape[0]
+    return ops.cast(unpacked(ops, source.value("zero_point"), form.bits, rows, form.groups), torch.float32)
+
+
+def looked_up(source: Source, table: ir.Value, kept: ir.Value | None) -> ir.Value:
+    """(O, I): every code's entry of its row's table, or of the only one."""
+    ops, form, rows = source.ops, source.form, source.shape[0]
+    index = ops.cast(codes(source, kept), torch.int32)
+    if isinstance(form, CodebookForm) and form.num_tables > 1:
+        ones = ops.cast(row_tables(source, form), torch.int32)
+        first = ops.op("Mul", ones, ops.small(torch.tensor(form.entries, dtype=torch.int32)))
+        index = ops.op("Add", index, ops.reshape(first, rows, 1))
+        table = ops.reshape(table, form.num_tables * form.entries)
+    elif isinstance(form, CodebookForm):
+        table = ops.reshape(table, form.entries)
+    return ops.op("Gather", table, index, axis=0)
+
+
+def row_tables(source: Source, form: CodebookForm) -> ir.Value:
+    """(1, O): the table of each row."""
+    ops, rows = source.ops, source.shape[0]
+    if not form.period:
+        return unpacked(ops, source.value("row_group"), index_bits(form.num_tables), 1, rows)
+    ends = source.small("run_ends")
+    of_first = torch.searchsorted(ends, torch.arange(form.period), right=True).to(torch.uint8)
+    return source.derived("row_table", of_first.repeat(rows // form.period)[None])
+
+
+def pair_table(form: OutlierVictimForm) -> Tensor:
+    """(pairs, 2) float32: the two values of every pair of codes."""
+    return TYPES[form.normal].pairs.view(torch.float32).view(-1, 2)
+
+
+def pairs(source: Source, table: ir.Value) -> ir.Value:
+    """(O, I): the entries of a table of pairs, two neighbouring columns a pair."""
+    ops, form, (rows, columns) = source.ops, source.form, source.shape
+    assert form is not None
+    count = -(-columns // 2)
+    if form.bits == 4:  # a byte is a pair
+        index = ops.cast(source.value("codes"), torch.int32)
+    else:
+        even = source.value("codes")
+        if columns % 2:
+            zeros = ops.expand(ops.small(torch.zeros(1, 1, dtype=torch.uint8)), rows, 1)
+            even = ops.op("Concat", even, zeros, axis=1)
+        halves = ops.reshape(ops.cast(even, torch.int32), rows, count, 2)
+        weights = ops.small(torch.tensor([1, 1 << form.bits], dtype=torch.int32))
+        index = ops.op("ReduceSum", ops.op("Mul", halves, weights), ops.ints(2), keepdims=0)
+    found = ops.reshape(ops.op("Gather", table, index, axis=0), rows, count * 2)
+    return found if columns == count * 2 else ops.op("Slice", found, ops.ints(0), ops.ints(columns), ops.ints(1))
+
+
+def correction(source: Source, form: LowRankForm) -> ir.Value:
+    """(O, I) float32: B A."""
+    a, b = (thin(factor(source, form, side), form) for side in ("a", "b"))
+    return source.ops.op("MatMul", b, a)
+
+
+def thin(side: Source, form: LowRankForm) -> ir.Value:
+    """One factor, float32."""
+    if form.bits is not None:
+        return dequantized(side, None)
+    return replace(side, prefix="").floats(side.prefix.removesuffix("_"))
+
+
+def whole(source: Source, spec: Spec) -> ir.Value:
+    """(O, I) float32: all of it."""
+    base = None if spec.kind == FACTORED else dense(source, mask(source, spec))
+    if spec.low_rank is None:
+        assert base is not None
+        return base
+    added = correction(source, spec.low_rank)
+    return added if base is None else source.ops.op("Add", base, added)
+
+
+def _scale(source: Source) -> ir.Value:
+    """(R, G, 1) float32."""
+    return source.ops.op("Unsqueeze", source.floats("scale"), source.ops.ints(-1))
+
+
+def _spread(ops: Ops, stream: ir.Value, count: int, kept: ir.Value, shape: tuple[int, int]) -> ir.Value:
+    """(1, count) kept values, row after row -> (O, I), each in its place; elsewhere any of them."""
+    rows, columns = shape
+    flat = ops.reshape(ops.cast(kept, torch.int32), rows * columns)
+    places = ops.op("CumSum", flat, ops.small(torch.tensor(0)), exclusive=1)
+    last = ops.small(torch.tensor(max(count - 1, 0), dtype=torch.int32))
+    places = ops.op("Min", places, last)  # behind the last kept one
+    return ops.reshape(ops.op("Gather", ops.reshape(stream, count), places, axis=0), rows, columns)
