@@ -22,7 +22,7 @@ from compress.errors import (
     UsageError,
 )
 from compress.evaluate import Quality, evaluate
-from compress.export import CompressedTensors, Gguf, Hf, Onnx, Peft
+from compress.export import CompressedTensors, Genai, Gguf, Hf, Onnx, Peft
 from compress.exporting import export_to
 from compress.passes import (
     AdaRound,
@@ -68,6 +68,7 @@ __all__ = [
     "Eora",
     "FlexRound",
     "GateError",
+    "Genai",
     "Gguf",
     "GlobalMagnitude",
     "Gptq",

@@ -170,36 +170,39 @@ def evaluate(
     ] = "demo",
     samples: Annotated[int, typer.Option(help="windows, or images")] = 64,
     length: Annotated[int, typer.Option(help="tokens a window")] = 512,
+    runtime: Annotated[str, typer.Option(help="transformers, or onnxruntime for a folder that holds ONNX")] = (
+        "transformers"
+    ),
+    threads: Annotated[int, typer.Option(help="of onnxruntime; 0 leaves it the choice")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Measure perplexity (of an image model accuracy), divergence from the original, and size."""
-    from compress import given, hub, report
-    from compress.evaluate import evaluate as measure
+    from typing import get_args
+
+    from compress import measuring, report
     from compress.pipeline import Evaluation
 
     if samples < 1 or length < 2:
         raise UsageError(f"--samples {samples} --length {length}: at least one window of two tokens is needed")
-    folder = hub.resolve(model)
+    if runtime not in get_args(measuring.Runtime):
+        raise UsageError(f"--runtime {runtime}: known: {', '.join(get_args(measuring.Runtime))}")
     section = Evaluation(source=source, samples=samples, length=length)
-    inputs, labels = given.read(section, folder, "evaluation")
-    loaded = hub.load(folder)
-    original = hub.load(hub.resolve(against)) if against else None
-    quality = measure(loaded, given.matched(loaded, inputs, labels), against=original)
-    weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    found: dict[str, Any] = {"model": model, "perplexity": quality.perplexity, "kl": quality.kl,
-                             "tokens": quality.tokens, "source": source, "windows": samples, "length": length,
-                             "bytes": weights}  # fmt: skip
-    said, unit = f"perplexity {quality.perplexity:.3f}" if quality.perplexity else "", "tokens"
-    data = f"{samples} windows of {length}, {quality.tokens} tokens"
-    if quality.accuracy is not None:
-        found = {"model": model, "accuracy": quality.accuracy, "kl": quality.kl, "samples": quality.tokens,
-                 "source": source, "bytes": weights}  # fmt: skip
-        said, unit, data = f"accuracy {quality.accuracy:.2%}", "images", f"{quality.tokens} images"
+    found = measuring.measured(model, section, against=against, runtime=runtime, threads=threads)  # type: ignore[arg-type]
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    kl = "" if quality.kl is None else f", KL to {against} {quality.kl:.4f} on {quality.kl_tokens} {unit}"
-    print(f"{model}: {said}{kl}, weights {report.size(weights)}\n({source}, {data})")
+    if "accuracy" in found:
+        said, unit, data = f"accuracy {found['accuracy']:.2%}", "images", f"{found['samples']} images"
+    else:
+        said, unit = f"perplexity {found['perplexity']:.3f}", "tokens"
+        data = f"{samples} windows of {length}, {found['tokens']} tokens"
+    kl = "" if found["kl"] is None else f", KL to {against} {found['kl']:.4f} on {found['kl_tokens']} {unit}"
+    text = f"{model}: {said}{kl}, weights {report.size(found['bytes'])}"
+    if found.get("load_memory") is not None:
+        text += f", {report.size(found['load_memory'])} of memory to load"
+    if found.get("tokens_per_second") is not None:
+        text += f", {found['tokens_per_second']:.0f} tokens a second, one after the other"
+    print(f"{text}\n({source}, {data})")
 
 
 @app.command()

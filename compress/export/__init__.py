@@ -5,8 +5,9 @@ from compress.export.compressed_tensors import CompressedTensors
 from compress.export.gguf import Gguf
 from compress.export.hf import Hf
 from compress.export.onnx.exporter import Onnx
+from compress.export.onnx.genai import Genai
 from compress.export.peft import Peft
 
-EXPORTERS: tuple[type[Exporter], ...] = (Hf, Peft, CompressedTensors, Gguf, Onnx)
+EXPORTERS: tuple[type[Exporter], ...] = (Hf, Peft, CompressedTensors, Gguf, Onnx, Genai)
 
-__all__ = ["EXPORTERS", "CompressedTensors", "Exporter", "Gguf", "Hf", "Made", "Onnx", "Peft"]
+__all__ = ["EXPORTERS", "CompressedTensors", "Exporter", "Genai", "Gguf", "Hf", "Made", "Onnx", "Peft"]

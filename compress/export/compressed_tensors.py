@@ -177,7 +177,6 @@ class CompressedTensors(Exporter):
 
     key: ClassVar[str] = METHOD
     files: ClassVar[tuple[str, ...]] = (SINGLE, "config.json")
-    tolerance: ClassVar[float | None] = 1e-5
     computes: ClassVar[torch.dtype | None] = torch.float32
 
     def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:
@@ -227,6 +226,9 @@ class CompressedTensors(Exporter):
     def verify(self, made: Made, folder: Path, bars: Bars) -> dict[str, Any]:
         packing = Packing(made)
         return {"tensors_equal": compare_tensors(packing.layout(), packing.read, folder / SINGLE, bars, self.key)}
+
+    def tolerance(self, specs: Mapping[str, Spec]) -> float:
+        return 1e-5
 
     def runner(self, made: Made, folder: Path) -> Logits:
         return _unpacked(made, folder, torch.float32)

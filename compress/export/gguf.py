@@ -109,7 +109,6 @@ class Gguf(Exporter):
 
     key: ClassVar[str] = "gguf"
     files: ClassVar[tuple[str, ...]] = (FILE,)
-    tolerance: ClassVar[float | None] = 1e-5
     computes: ClassVar[torch.dtype | None] = torch.float32
 
     def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:
@@ -179,6 +178,9 @@ class Gguf(Exporter):
                 raise CompressError(f"{folder / FILE}: {tensor.name} reads back differently; the disk may be failing")
             types[tensor.tensor_type.name] += 1
         return {"tensors_equal": len(names), "types": dict(types.most_common())}
+
+    def tolerance(self, specs: Mapping[str, Spec]) -> float:
+        return 1e-5
 
     def runner(self, made: Made, folder: Path) -> Logits:
         graph = replace(made.artifact.graph, model=read_back(folder))

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -10,7 +9,7 @@ import torch
 
 from compress.encodings import Spec
 from compress.errors import OptionError
-from compress.export.base import Exporter, Logits, Made
+from compress.export.base import Exporter, Logits, Made, refuse_missing
 from compress.graph import Graph
 from compress.progress import Bars
 
@@ -65,9 +64,8 @@ class Onnx(Exporter):
             )
 
     def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:
-        missing = [name for name in NEEDED if find_spec(name) is None]
-        if missing:
-            yield f"{', '.join(missing)} must be installed: pip install compress-pipeline[onnx]"
+        for package in NEEDED:
+            yield from refuse_missing(package, "onnx")
         olive = [name for name, spec in specs.items() if spec.inputs is not None and spec.inputs.grid == "olive"]
         if olive:
             yield (

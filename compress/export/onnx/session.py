@@ -51,6 +51,11 @@ class Runner:
         logits, _ = self.step(inputs, None)
         return logits
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it goes on from what it kept."""
+        return "past_key_values.0.key" in self.inputs
+
     def step(self, tokens: Tensor, past: dict[str, Any] | None) -> tuple[Tensor, dict[str, Any]]:
         """Logits of further tokens, and what a decoder keeps for the next step."""
         import numpy

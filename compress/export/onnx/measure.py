@@ -1,0 +1,72 @@
+"""What an exported ONNX file needs and does: memory, speed, logits."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from compress.errors import UsageError
+from compress.export.onnx.session import Runner, open_session
+
+STEPS, WARM = 48, 8  # tokens generated, and of these not counted
+PROMPT = 16
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An ONNX file, opened.
+
+    Attributes:
+        runner: gives its logits.
+        bytes: of graph and constants.
+        memory: by how much the process grew while loading, in bytes; None where the system does not say.
+    """
+
+    runner: Runner
+    bytes: int
+    memory: int | None
+
+    def tokens_per_second(self, vocabulary: int) -> float | None:
+        """Of one sequence that grows token by token; None of a model that does not generate."""
+        if not self.runner.decodes:
+            return None
+        tokens = (torch.arange(PROMPT + STEPS)[None] * 7919) % vocabulary
+        _, past = self.runner.step(tokens[:, :PROMPT], None)
+        started = 0.0
+        for i in range(STEPS):
+            if i == WARM:
+                started = time.perf_counter()
+            _, past = self.runner.step(tokens[:, PROMPT + i : PROMPT + i + 1], past)
+        return (STEPS - WARM) / (time.perf_counter() - started)
+
+
+def load(path: Path, threads: int = 0) -> Loaded:
+    """Open a file, or the one file of a folder.
+
+    Raises:
+        UsageError: there is none, or onnxruntime is not installed.
+    """
+    files = sorted(path.glob("*.onnx")) if path.is_dir() else [path]
+    if len(files) != 1 or not files[0].is_file():
+        raise UsageError(
+            f"{path}: {len(files)} .onnx files; give the one to measure, or the folder that holds it alone"
+        )
+    try:
+        import onnxruntime  # noqa: F401  (counted before, not as memory of the model)
+    except ImportError as error:
+        raise UsageError("onnxruntime must be installed: pip install compress-pipeline[onnx]") from error
+    before = _resident()
+    runner = Runner(open_session(files[0], threads=threads))
+    after = _resident()
+    size = sum(p.stat().st_size for p in files[0].parent.glob(f"{files[0].name}*"))
+    return Loaded(runner, size, None if before is None or after is None else after - before)
+
+
+def _resident() -> int | None:
+    try:
+        import resource
+
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except (OSError, ImportError, IndexError, ValueError):
+        return None
