@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from compress import given
@@ -18,7 +19,7 @@ from compress.export.compared import Expect, Expected, some_tokens
 from compress.export.hf import loaded
 from compress.export.packed import added_in, open_packed, specs_in
 from compress.ledger import publish, write_text
-from compress.pipeline import Evaluation, load
+from compress.pipeline import GIVEN, Evaluation
 from compress.progress import Bars
 
 Evaluated = tuple[Tensor, Tensor | None]  # token ids, or images and labels
@@ -160,9 +161,15 @@ def _report(folder: Path) -> dict[str, Any]:
 
 
 def _pipeline(folder: Path) -> tuple[torch.dtype | None, Evaluation | None]:
-    """The type it computed in, and what it was evaluated on."""
-    steps = load(folder / "pipeline.yaml")
-    return None if steps.dtype == "auto" else getattr(torch, steps.dtype), steps.evaluate
+    """The type it computed in, and what it was evaluated on, if that can be read again."""
+    try:
+        written = yaml.safe_load((folder / "pipeline.yaml").read_text())
+        section = written.get("evaluate")
+        again = section is not None and section["source"] != GIVEN
+        dtype = None if written["dtype"] == "auto" else getattr(torch, written["dtype"])
+        return dtype, Evaluation(**section) if again else None
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{folder}/pipeline.yaml is not what a run wrote: {error}") from error
 
 
 @contextmanager

@@ -104,6 +104,9 @@ RECIPES: dict[str, Recipe] = {
         Magnitude(sparsity=0.3, include=at), PowerQuant(bits=3, group_size=16, include=at)
     ],
     **{f"codebook, {b} bits": lambda at, b=b: [Codebook(bits=b, include=at)] for b in (2, 3, 4, 5, 8)},
+    "one codebook, scales": lambda at: [Codebook(bits=4, tables=1, scale="row", include=at)],
+    "codebooks in runs": lambda at: [Codebook(bits=3, tables=4, grouping="runs", include=at)],
+    "codebook of 11": lambda at: [Codebook(entries=11, tables=2, include=at)],
     "codebook, 4 bits, zeros": lambda at: [Magnitude(sparsity=0.3, include=at), Codebook(bits=4, include=at)],
     **{f"pairs, {b} bits": lambda at, b=b: [Olive(bits=b, include=at)] for b in (4, 8)},
     "pairs, 4 bits, zeros": lambda at: [Magnitude(sparsity=0.3, include=at), Olive(bits=4, include=at)],
@@ -137,7 +140,7 @@ def inputs_of(family: str) -> tuple[Tensor, Tensor | None]:
 
 
 def rounds(family: str, recipes: dict[str, Recipe]) -> Iterator[dict[str, str]]:
-    """Site -> the name of its recipe, until every recipe that the family can take stood at some site."""
+    """Site -> the name of its recipe, until every recipe that a family can take stood at some site of it."""
     graph = graphs.find(make(family))
     dtypes = {name: p.dtype for name, p in graph.tensors()}
     able: dict[str, list[str]] = {}
@@ -151,14 +154,15 @@ def rounds(family: str, recipes: dict[str, Recipe]) -> Iterator[dict[str, str]]:
             except ConfigError:
                 continue
             able.setdefault(name, []).append(site.name)
+    sites = [site.name for site in graph.sites if any(site.name in places for places in able.values())]
     left = list(able)
     while left:
         chosen: dict[str, str] = {}
-        for name in list(left):
-            free = [site for site in able[name] if site not in chosen]
-            if free:
-                chosen[free[len(chosen) % len(free)]] = name
-                left.remove(name)
+        for site in sites:  # every site gets one, so that all rounds have the same graph around them
+            fit = [name for name in (*left, *able) if site in able[name]]
+            chosen[site] = fit[0]
+            if fit[0] in left:
+                left.remove(fit[0])
         yield chosen
 
 

@@ -106,7 +106,8 @@ def _fill_in(model: ir.Model, artifact: Artifact, specs: Mapping[str, Spec], sty
         x, old = node.inputs[0], node.outputs[0]
         assert x is not None
         last = _lowered(ops, node.op_type, x, spec, done, style, artifact.sites[site].stored)
-        nodes, new = functions.call(ops, x, last)
+        name = site if node.op_type == LINEAR else f"{site}/{node.op_type.lower()}"
+        nodes, new = functions.call(name, ops, x, last)
         new.shape, new.type = old.shape, old.type
         for value in ops.constants.values():
             if value.name not in graph.initializers:

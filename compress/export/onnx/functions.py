@@ -19,8 +19,11 @@ class Functions:
         self.opset = opset
         self.made: dict[tuple[object, ...], ir.Function] = {}
 
-    def call(self, ops: Ops, x: ir.Value, y: ir.Value) -> tuple[list[ir.Node], ir.Value]:
-        """Nodes that compute y from x and the stored constants of `ops`, and their last output."""
+    def call(self, name: str, ops: Ops, x: ir.Value, y: ir.Value) -> tuple[list[ir.Node], ir.Value]:
+        """Nodes that compute y from x and the stored constants of `ops`, and their last output.
+
+        Where that is one node, it is called `name`.
+        """
         if len(ops.nodes) <= SHORT:
             return ops.nodes, y
         stored = list(ops.constants.values())
@@ -28,8 +31,8 @@ class Functions:
         if key not in self.made:
             self.made[key] = self._function(ops, x, y, stored)
         function = self.made[key]
-        output = ir.Value(name=f"{ops.layer}/output")
-        return [ir.Node(DOMAIN, function.name, [x, *stored], outputs=[output], name=ops.layer)], output
+        output = ir.Value(name=f"{name}/output")
+        return [ir.Node(DOMAIN, function.name, [x, *stored], outputs=[output], name=name)], output
 
     def _function(self, ops: Ops, x: ir.Value, y: ir.Value, stored: list[ir.Value]) -> ir.Function:
         formal = {value: ir.Value(name=f"in{i}") for i, value in enumerate((x, *stored))}
