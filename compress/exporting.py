@@ -13,6 +13,7 @@ import yaml
 from torch import Tensor
 
 from compress import given
+from compress.activations import give_back
 from compress.errors import ConfigError, DataError, Problem, UsageError
 from compress.export import Exporter, Made
 from compress.export.compared import Expect, Expected, some_tokens
@@ -102,6 +103,8 @@ def compared(exporter: Exporter, made: Made, folder: Path, expect: Expect, toler
     runner = exporter.runner(made, folder)
     if runner is not None:
         facts = expected.compare(runner)
+        del runner  # before the same file is opened once more
+        give_back()
         expected.hold(facts, tolerance, exporter.key)
     shipped = exporter.shipped(made, folder)
     if shipped is not None:
@@ -132,7 +135,10 @@ def _expecting(made: Made, evaluated: Evaluated | None) -> Expect | None:
     @cache
     def expected(dtype: torch.dtype) -> Expected:
         ready = inputs.to(dtype) if inputs.is_floating_point() else inputs
-        return Expected.of(loaded(made, made.folder, dtype), ready, labels)
+        try:
+            return Expected.of(loaded(made, made.folder, dtype), ready, labels)
+        finally:
+            give_back()
 
     return expected
 

@@ -203,8 +203,8 @@ def test_a_damaged_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         data[len(data) // 2] ^= 1
         (folder / DATA).write_bytes(data)
 
-    out, original = packed("llama", tmp_path, Rtn(bits=4)), files._write_constants
-    monkeypatch.setattr(files, "_write_constants", damaging)
+    out, original = packed("llama", tmp_path, Rtn(bits=4)), files.write_constants
+    monkeypatch.setattr(files, "write_constants", damaging)
     with pytest.raises(CompressError, match=r"model\.onnx\.data: .* reads back differently"):
         exported(out, "llama", Onnx())
 

@@ -22,12 +22,13 @@ def write(made: Made, style: Style, folder: Path, bars: Bars) -> None:
     for _ in bars.over(range(1), 1, "trace: onnx"):
         model = build(made, style)
     with writing(folder / DATA):
-        _write_constants(model, folder, bars)
+        write_constants(model, folder, bars)
     with writing(folder / MODEL):
         ir.save(model, folder / MODEL)
 
 
-def _write_constants(model: ir.Model, folder: Path, bars: Bars) -> None:
+def write_constants(model: ir.Model, folder: Path, bars: Bars) -> None:
+    """Write the large constants of a graph into one file, which the graph then points to."""
     large = [v for v in model.graph.initializers.values() if v.const_value and v.const_value.nbytes >= INLINE]
     with (folder / DATA).open("wb") as out:
         for value in bars.over(large, len(large), "write: onnx"):
@@ -52,11 +53,17 @@ def compare(made: Made, style: Style, folder: Path, bars: Bars) -> int:
     packed, plain = constants(made, style), parameters(made)
     used = {name: value for name, value in plain.items() if name in there}  # what no output depends on is left out
     meant = packed | used
-    for name in bars.over(meant, len(meant), "read back: onnx"):
-        number, wanted = there[name].const_value if name in there else None, meant[name].const_value
-        assert wanted is not None
-        if number is None or number.dtype != wanted.dtype or number.shape != wanted.shape:
-            raise CompressError(f"{folder / MODEL}: {name} is missing, or of another shape; write it again")
-        if number.tobytes() != wanted.tobytes():
-            raise CompressError(f"{folder / DATA}: {name} reads back differently; the disk may be failing")
+    with (folder / DATA).open("rb") as data:
+        for name in bars.over(meant, len(meant), "read back: onnx"):
+            number, wanted = there[name].const_value if name in there else None, meant[name].const_value
+            assert wanted is not None
+            if number is None or number.dtype != wanted.dtype or number.shape != wanted.shape:
+                raise CompressError(f"{folder / MODEL}: {name} is missing, or of another shape; write it again")
+            if isinstance(number, ir.ExternalTensor):  # read, not mapped: pages would stay in memory
+                data.seek(number.offset or 0)
+                found = data.read(number.length or 0)
+            else:
+                found = number.tobytes()
+            if found != wanted.tobytes():
+                raise CompressError(f"{folder / DATA}: {name} reads back differently; the disk may be failing")
     return len(meant)
