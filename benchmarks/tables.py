@@ -1,4 +1,4 @@
-"""Put results/*.json into README.md: no number is typed by hand.
+"""Put results/*.json into README.md and docs/exports.md: no number is typed by hand.
 
 python benchmarks/tables.py
 """
@@ -6,6 +6,7 @@ python benchmarks/tables.py
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import memory
 import quality
@@ -13,6 +14,7 @@ import recovery
 import runner
 
 PAGE = Path(__file__).parent / "README.md"
+EXPORTS = Path(__file__).parent.parent / "docs" / "exports.md"
 
 
 def loaded(rows: list[dict[str, float]]) -> str:
@@ -21,8 +23,46 @@ def loaded(rows: list[dict[str, float]]) -> str:
     return runner.table(head, [(row["model"], *(row[k] for k in keys)) for row in rows])
 
 
+def layers(found: dict[str, Any]) -> str:
+    head = ("weights", "file MB", "memory to load MB", "ms", "times as quick as float32")
+    rows = [
+        (r["weights"], f"{r['bytes'] / 1e6:.1f}", f"{r['load_memory'] / 1e6:.1f}", f"{r['ms']:.2f}",
+         f"{r['times_float32']:.1f}")
+        for r in found["rows"]
+    ]  # fmt: skip
+    return runner.table(head, rows)
+
+
+def large(found: dict[str, Any]) -> str:
+    made, run = found["export"], found["generate"]
+    head = (
+        "packed MB",
+        "exported MB",
+        "seconds",
+        "peak MiB",
+        "logits differ by",
+        "memory to load MB",
+        "tokens a second",
+    )
+    row = (
+        f"{found['packed_bytes'] / 1e6:.0f}", f"{run['bytes'] / 1e6:.0f}", f"{made['seconds']:.0f}", made["peak_mb"],
+        f"{made['max_logit_difference']:.1g}", f"{run['load_memory'] / 1e6:.0f}", f"{run['tokens_per_second']:.0f}",
+    )  # fmt: skip
+    return runner.table(head, [row])
+
+
+def put(page: Path, name: str, text: str) -> None:
+    """Between the marks of that name."""
+    new = re.sub(
+        rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
+        lambda m: f"{m[1]}{text.rstrip()}\n{m[2]}",
+        page.read_text(),
+        flags=re.S,
+    )
+    page.write_text(new)
+
+
 def main() -> None:
-    page = PAGE.read_text()
     for name, show in (
         ("quality", quality.show),
         ("recovery", recovery.show),
@@ -32,14 +72,11 @@ def main() -> None:
     ):
         file = runner.RESULTS / f"{name}.json"
         if file.exists():
-            text = show(json.loads(file.read_text())["rows"])
-            page = re.sub(
-                rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
-                lambda m, text=text: f"{m[1]}{text.rstrip()}\n{m[2]}",
-                page,
-                flags=re.S,
-            )
-    PAGE.write_text(page)
+            put(PAGE, name, show(json.loads(file.read_text())["rows"]))
+    for name, shown in (("onnx-layers", layers), ("onnx-memory", large)):
+        file = runner.RESULTS / f"{name.replace('-', '_')}.json"
+        if file.exists():
+            put(EXPORTS, name, shown(json.loads(file.read_text())))
 
 
 if __name__ == "__main__":

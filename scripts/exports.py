@@ -3,8 +3,8 @@
     python scripts/exports.py
 
 Every format is opened in a process of its own, for the memory that loading takes, and generates token by token. Speeds
-are ratios to the float32 model in transformers, measured before and after each. Writes docs/exports.json and replaces the
-table between `<!-- exports -->` and `<!-- /exports -->` in README.md. No number is typed by hand.
+are ratios to the float32 model in transformers, measured before and after each. Writes docs/exports.json, and replaces
+the table between `<!-- exports -->` and `<!-- /exports -->` in README.md. No number is typed by hand.
 """
 
 import argparse
