@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress import given, hub, manager, plan, progress, report
+from compress import given, hub, manager, plan, progress, report, resources
 from compress import graph as graphs
 from compress.artifact import Artifact, ModuleSource, open_folder
 from compress.calibration import collect
@@ -209,7 +209,7 @@ def run(
         raise UsageError(f"{out} exists and is not the result of this run; choose another -o, or give --overwrite")
     if fresh:
         shutil.rmtree(work, ignore_errors=True)
-    plan.check_resources(made, destination)
+    resources.check(made, destination)
     _refuse_non_finite(opened.artifact)
     dtype = _dtype(steps, opened)
     context = Context(opened.artifact, FolderLedger(work), steps.seed, dtype, steps.products, resident=False, bars=bars)

@@ -25,6 +25,7 @@ from compress.observe import finite, observed, observed_vector
 from compress.passes.base import BlockPass, Edit, LinearPass, ModelPass, Target, Whole
 from compress.passes.depth import DepthPass
 from compress.passes.quantize.activations import attached
+from compress.passes.retrain.options import EndToEnd
 from compress.pipeline import Evaluation, Pipeline
 from compress.plan import PassPlan, Plan
 from compress.report import Report, Row
@@ -163,7 +164,8 @@ def _model_stage(
             if pass_.loss:
                 assert samples is not None
                 kept = KeptInLedger(context.ledger, f"s{number:02d}-training", key)
-                data = model_data(context, samples, pass_.loss, getattr(pass_, "checkpointing", True), kept)
+                checkpointing = pass_.checkpointing if isinstance(pass_, EndToEnd) else True
+                data = model_data(context, samples, pass_.loss, checkpointing, kept)
             given = {name: artifact.tensor(name).float() for name in vectors}
             generator = generator_for(context.seed, number, 0, "")
             edits = pass_.run(Whole(tuple(sites), load, given, data, generator, context.bars.over))

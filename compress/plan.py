@@ -1,12 +1,9 @@
 """Pipeline and model structure to stages: what each pass will touch, what it will cost. Reads no weight."""
 
-import os
 import re
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 import torch
 
@@ -14,7 +11,7 @@ from compress.calibration.data import IMAGES
 from compress.depth import candidates, check, without
 from compress.encodings import FACTORED, Spec
 from compress.encodings.pattern import Pattern, promised
-from compress.errors import ConfigError, Problem, ResourceError, UnsupportedModelError
+from compress.errors import ConfigError, Problem, UnsupportedModelError
 from compress.evaluate import REFERENCE_NUMBERS
 from compress.evaluate import TOKENS_AT_ONCE as EVALUATED_AT_ONCE
 from compress.graph import Graph, Site
@@ -370,41 +367,4 @@ def _some(names: Iterable[str], most: int = 3) -> str:
     return ", ".join(listed[:most]) + more
 
 
-def check_resources(plan: Plan, destination: Path) -> None:
-    """Refuse now what would run out of disk or memory later.
-
-    Raises:
-        ResourceError: not enough of either.
-    """
-    parent = destination.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < plan.disk:
-        raise ResourceError(
-            f"the run needs about {plan.disk / 1e6:.0f} MB on the disk of {parent}, which has {free / 1e6:.0f} MB free"
-        )
-    memory = available_memory()
-    if memory is not None and memory < plan.peak_memory:
-        raise ResourceError(
-            f"the run needs about {plan.peak_memory / 1e6:.0f} MB of memory, and {memory / 1e6:.0f} MB are available; "
-            "fewer or shorter calibration samples need less"
-        )
-
-
-def available_memory() -> int | None:
-    """Bytes, where the system says."""
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return None
-
-
-__all__ = ["LinearPass", "PassPlan", "Plan", "check_resources", "make"]
+__all__ = ["LinearPass", "PassPlan", "Plan", "make"]

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import compress
-from compress import api, ledger, manager, plan
+from compress import api, ledger, manager
 from compress.errors import CompressError, ConfigError, DataError, UnsupportedModelError
 from compress.export import safetensors as exporter
 
@@ -531,7 +531,7 @@ def test_too_little_disk_is_said_before_any_work(
 def test_too_little_memory_is_said_before_any_work(
     gptq: Path, text_model: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "available_memory", lambda: 10**7)
+    monkeypatch.setattr(resources, "available_memory", lambda: 10**7)
     ended = compress_command("run", gptq, text_model, "-o", out)
     assert_refused(ended, 4, out, "memory", "10 MB are available", "calibration samples")
     assert not list(tmp_path.glob("out*")), "nothing was started"

@@ -98,26 +98,14 @@ def is_chain(forward: Callable[[], Any], blocks: list[nn.Module]) -> bool:
     # A tensor changed in place stays the same object; its version tells.
     visits: list[tuple[int, Any, Any, Call]] = []
     outputs: list[tuple[Any, Any]] = []
-    handles = []
-    for i, block in enumerate(blocks):
 
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], i: int = i) -> None:
-            hidden, call = _split(args, kwargs)
-            visits.append((i, hidden, getattr(hidden, "_version", None), call))
+    def enter(i: int, hidden: Any, call: Call) -> None:
+        visits.append((i, hidden, getattr(hidden, "_version", None), call))
 
-        def after(_: nn.Module, __: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple | list) else output
-            outputs.append((hidden, getattr(hidden, "_version", None)))
+    def leave(_: int, hidden: Any) -> None:
+        outputs.append((hidden, getattr(hidden, "_version", None)))
 
-        handles += [
-            block.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
-            block.register_forward_hook(after),
-        ]
-    try:
-        forward()
-    finally:
-        for handle in handles:
-            handle.remove()
+    _watched(forward, blocks, enter, leave)
     if [i for i, *_ in visits] != list(range(len(blocks))) or not isinstance(visits[0][1], Tensor):
         return False
     fed = all(
@@ -139,15 +127,30 @@ def visits(
         The numbers of the blocks in the order they ran.
     """
     seen: list[int] = []
+
+    def entered(i: int, hidden: Any, _: Call) -> None:
+        seen.append(i)
+        enter(i, hidden)
+
+    _watched(forward, blocks, entered, lambda i, hidden: leave(i, hidden_of(hidden)))
+    return seen
+
+
+def _watched(
+    forward: Callable[[], Any],
+    blocks: list[nn.Module],
+    enter: Callable[[int, Any, Call], None],
+    leave: Callable[[int, Any], None],
+) -> None:
+    """Run `forward`; each block's number is told with what it is given and what it puts out."""
     handles = []
     for i, block in enumerate(blocks):
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], i: int = i) -> None:
-            seen.append(i)
-            enter(i, _split(args, kwargs)[0])
+            enter(i, *_split(args, kwargs))
 
         def after(_: nn.Module, __: Any, output: Any, i: int = i) -> None:
-            leave(i, hidden_of(output))
+            leave(i, output[0] if isinstance(output, tuple | list) else output)
 
         handles += [
             block.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
@@ -158,7 +161,6 @@ def visits(
     finally:
         for handle in handles:
             handle.remove()
-    return seen
 
 
 def alike(a: Call, b: Call) -> bool:

@@ -121,6 +121,12 @@ ROUNDED: dict[str, Recipe] = {
     "inputs of 8 bits a token": lambda at: [Rtn(bits=4, activation_bits=8, include=at)],
     "inputs of 6 bits a token": lambda at: [Rtn(bits=4, activation_bits=6, include=at)],
     "inputs of 8 bits": lambda at: [Rtn(bits=4, activation_bits=8, activation_scale="tensor", include=at)],
+    "inputs in pairs of 4 bits": lambda at: [
+        Olive(bits=4, activation_bits=4, activation_scale="tensor", activation_grid="olive", include=at)
+    ],
+    "inputs in pairs of 8 bits": lambda at: [
+        Rtn(bits=4, activation_bits=8, activation_scale="tensor", activation_grid="olive", include=at)
+    ],
     "inputs of 5 bits": lambda at: [Rtn(bits=4, activation_bits=5, activation_scale="tensor", include=at)],
 }
 
@@ -153,7 +159,8 @@ def rounds(family: str, recipes: dict[str, Recipe]) -> Iterator[dict[str, str]]:
                 plan.make(Pipeline(passes=steps, calibration=Calibration(source=GIVEN, length=8)), graph, dtypes)
             except ConfigError:
                 continue
-            able.setdefault(name, []).append(site.name)
+            if not (site.stored and "pairs" in name and recipes is ROUNDED):  # which ONNX cannot
+                able.setdefault(name, []).append(site.name)
     sites = [site.name for site in graph.sites if any(site.name in places for places in able.values())]
     left = list(able)
     while left:

@@ -12,7 +12,8 @@ from families import DECODERS, FAMILIES, RECIPES, ROUNDED, compressed, inputs_of
 from safetensors import safe_open
 
 import compress
-from compress import Codebook, Genai, Magnitude, Olive, Onnx, Perp, Pipeline, PowerQuant, Rtn
+from compress import Codebook, Genai, Magnitude, Olive, Onnx, Perp, Pipeline, PowerQuant, Rtn, plan
+from compress import graph as graphs
 from compress.errors import CompressError, ConfigError
 from compress.export.onnx import build, exporter, trace
 from compress.export.onnx.exporter import DATA, MODEL
@@ -21,6 +22,7 @@ from compress.export.packed import open_packed
 from compress.exporting import refuse, write_all
 from compress.hub import load
 from compress.passes import Pass
+from compress.pipeline import parse
 from compress.progress import Bars
 
 TRACED: dict[tuple[object, ...], ir.Model] = {}
@@ -217,13 +219,12 @@ def test_other_logits_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_what_cannot_be_exported_is_refused_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    olive = "{bits: 4, activation_bits: 4, activation_scale: tensor, activation_grid: olive}"
-    text = f"passes: [{{olive: {olive}}}]\nexport: [onnx]\n"
-    text += "calibration: {source: demo, samples: 2, length: 8}"
-    make("llama").save_pretrained(tmp_path / "model")
-    (tmp_path / "p.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"export\.onnx: it cannot round inputs to .* pairs, and 14 layers"):
-        compress.run(tmp_path / "p.yaml", tmp_path / "model", tmp_path / "out")
+    rtn = "{bits: 4, activation_bits: 4, activation_scale: tensor, activation_grid: olive}"
+    text = f"passes: [{{rtn: {rtn}}}]\nexport: [onnx]\n"
+    graph = graphs.find(make("resnet"))
+    dtypes = {name: tensor.dtype for name, tensor in graph.tensors()}
+    with pytest.raises(ConfigError, match=r"export\.onnx: it cannot round images to .* pairs, and \d+ convolutions"):
+        plan.make(parse(text), graph, dtypes)
     monkeypatch.setattr(exporter, "NEEDED", ("no_such_package",))
     out = packed("llama", tmp_path / "other", Rtn(bits=4))
     with pytest.raises(ConfigError, match=r"no_such_package is not installed; pip install 'compress-pipeline\[onnx\]'"):

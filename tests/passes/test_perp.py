@@ -231,7 +231,7 @@ def test_new_biases_are_stored_and_load_with_equal_logits(tiny_folder: Path, tmp
 
 def test_new_biases_are_refused_where_a_plain_model_is_written(tiny_folder: Path, tmp_path: Path) -> None:
     steps = {**pipeline({"perp": {"new_biases": True}}), "calibration": {}, "export": ["safetensors", "hf"]}
-    with pytest.raises(ConfigError, match=r"export\[1\]: a plain LlamaForCausalLM has no place for the biases"):
+    with pytest.raises(ConfigError, match=r"export\.hf: a plain LlamaForCausalLM has no place for the biases"):
         compress.run(steps, tiny_folder, tmp_path / "out")
 
 

@@ -52,7 +52,7 @@ def constants(made: Made, style: Style) -> dict[str, ir.Value]:
         assert isinstance(done, Packed)
         _lowered(ops, LINEAR if not artifact.sites[site].stored else WEIGHT, ir.Value(name="x"), spec, done, style, ())
         if artifact.sites[site].stored and spec.inputs is not None:
-            rounded(ops, ir.Value(name="x"), spec.inputs, done.leaf)
+            rounded(ops, ir.Value(name="x"), spec.inputs, done.leaf, spec.shape[1])
         found |= ops.constants
     return found
 
@@ -130,7 +130,7 @@ def _lowered(
         return linear(ops, x, spec, done.leaf, style)
     if kind == INPUT:
         assert spec.inputs is not None
-        return rounded(ops, x, spec.inputs, done.leaf)
+        return rounded(ops, x, spec.inputs, done.leaf, spec.shape[1])
     return ops.reshape(weights.whole(weights.source_of(ops, spec, done.leaf), spec), *stored)
 
 

@@ -66,11 +66,11 @@ class Onnx(Exporter):
     def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:
         for package in NEEDED:
             yield from refuse_missing(package, "onnx")
-        olive = [name for name, spec in specs.items() if spec.inputs is not None and spec.inputs.grid == "olive"]
-        if olive:
+        pairs = [s.name for s in graph.sites if s.stored and s.name in specs and _pairs_inputs(specs[s.name])]
+        if pairs:
             yield (
-                f"it cannot round inputs to outlier-victim pairs, and {len(olive)} layers do, such as {olive[0]}; "
-                "leave activation_bits out of olive, or this format out of `export:`"
+                f"it cannot round images to outlier-victim pairs, and {len(pairs)} convolutions do, such as "
+                f"{pairs[0]}; `exclude` them, use activation_grid: int, or leave this format out of `export:`"
             )
 
     def write(self, made: Made, folder: Path, final: Path, bars: Bars) -> None:
@@ -103,3 +103,7 @@ class Onnx(Exporter):
         from compress.export.onnx.session import Runner, open_session
 
         return Runner(open_session(folder / MODEL)) if self.accuracy_level == 4 else None
+
+
+def _pairs_inputs(spec: Spec) -> bool:
+    return spec.inputs is not None and spec.inputs.grid == "olive"

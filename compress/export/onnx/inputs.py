@@ -7,15 +7,19 @@ import torch
 from torch import Tensor
 
 from compress.encodings.inputs import InputForm
+from compress.encodings.outlier_victim import TYPES, PairType
 from compress.export.onnx.ops import Ops
 
 
-def rounded(ops: Ops, x: ir.Value, form: InputForm, read: Callable[[str], Tensor]) -> ir.Value:
-    """(..., C) float32 -> the nearest values of the grid."""
-    assert form.grid == "int", "the exporter refuses others"
+def rounded(ops: Ops, x: ir.Value, form: InputForm, read: Callable[[str], Tensor], columns: int) -> ir.Value:
+    """(..., C) float32 -> the nearest values of the grid; only pairs must know C, the number of columns."""
     if not form.static:
         return _per_token(ops, x, form.bits)
-    scale, zero = read("input_scale")[0], read("input_zero_point")[0]
+    scale = read("input_scale")[0]
+    if form.grid == "olive":
+        assert form.normal is not None
+        return _pairs(ops, x, ops.stored("input_scale", (), torch.float32, lambda: scale), TYPES[form.normal], columns)
+    zero = read("input_zero_point")[0]
     if form.bits == 8:
         step = ops.stored("input_scale", (), torch.float32, lambda: scale)
         middle = ops.stored("input_zero_point", (), torch.uint8, lambda: zero)
@@ -39,3 +43,53 @@ def _on_steps(ops: Ops, x: ir.Value, scale: ir.Value, middle: ir.Value, bits: in
     steps = ops.op("Add", ops.op("Round", ops.op("Div", x, scale)), middle)
     codes = ops.op("Clip", steps, ops.number(0), ops.number(2**bits - 1))
     return ops.op("Mul", ops.op("Sub", codes, middle), scale)
+
+
+def _pairs(ops: Ops, x: ir.Value, scale: ir.Value, kind: PairType, columns: int) -> ir.Value:
+    """Outlier-victim pairs along the last dimension."""
+    units = ops.op("Div", x, scale)
+    magnitude = ops.op("Abs", units)
+    paired = columns - columns % 2
+    even, odd = (_every_other(ops, magnitude, first, paired) for first in (0, 1))
+    border = ops.number(kind.border)
+    # Of two outliers the larger one stays, the even one if they are equal.
+    stays = (
+        ops.op("And", ops.op("GreaterOrEqual", even, border), ops.op("GreaterOrEqual", even, odd)),
+        ops.op("And", ops.op("GreaterOrEqual", odd, border), ops.op("Greater", odd, even)),
+    )
+    made = []
+    for own, kept, other in ((even, stays[0], stays[1]), (odd, stays[1], stays[0])):
+        beside = ops.op("Where", other, ops.number(0), _normal(ops, own, kind))
+        made.append(ops.op("Unsqueeze", ops.op("Where", kept, _outlier(ops, own, kind), beside), ops.ints(-1)))
+    whole = ops.op("Concat", *made, axis=-1)
+    if columns == paired:
+        found = ops.op("Reshape", whole, ops.op("Shape", x))
+    else:  # the last column has no partner to sacrifice
+        last = ops.op("Slice", magnitude, ops.ints(paired), ops.ints(columns), ops.ints(-1))
+        lead = ops.op("Slice", ops.op("Shape", x), ops.ints(0), ops.ints(-1), ops.ints(0))
+        flat = ops.op("Reshape", whole, ops.op("Concat", lead, ops.ints(paired), axis=0))
+        found = ops.op("Concat", flat, _normal(ops, last, kind), axis=-1)
+    return ops.op("Mul", ops.op("Mul", found, ops.op("Sign", units)), scale)
+
+
+def _every_other(ops: Ops, x: ir.Value, first: int, end: int) -> ir.Value:
+    return ops.op("Slice", x, ops.ints(first), ops.ints(end), ops.ints(-1), ops.ints(2))
+
+
+def _normal(ops: Ops, magnitude: ir.Value, kind: PairType) -> ir.Value:
+    """The nearest normal magnitudes, as `PairType.nearest`."""
+    found = ops.op("Min", ops.op("Round", magnitude), ops.number(kind.ones))
+    for start, step, count in kind.ramps:
+        along = ops.op("Round", ops.op("Div", ops.op("Sub", magnitude, ops.number(start)), ops.number(step)))
+        along = ops.op("Clip", along, ops.number(0), ops.number(count))
+        found = ops.op("Add", found, ops.op("Mul", along, ops.number(step)))
+    return found
+
+
+def _outlier(ops: Ops, magnitude: ir.Value, kind: PairType) -> ir.Value:
+    """The nearest outlier magnitudes, half-way up: how many borders between them lie below."""
+    values = kind.outliers[1 : kind.last + 1]
+    borders = (values[1:] + values[:-1]) / 2
+    above = ops.op("GreaterOrEqual", ops.op("Unsqueeze", magnitude, ops.ints(-1)), ops.small(borders))
+    count = ops.op("ReduceSum", ops.cast(above, torch.int32), ops.ints(-1), keepdims=0)
+    return ops.op("Gather", ops.small(values), count, axis=0)

@@ -49,7 +49,7 @@ def linear(ops: Ops, x: ir.Value, spec: Spec, read: weights.Read, style: Style) 
     """(..., I) -> (..., O), as a packed layer computes it; its bias is added elsewhere."""
     source = weights.source_of(ops, spec, read)
     if spec.inputs is not None:
-        x = rounded(ops, x, spec.inputs, read)
+        x = rounded(ops, x, spec.inputs, read, spec.shape[1])
     made = None
     if spec.kind != FACTORED:
         kept = weights.mask(source, spec)

@@ -7,16 +7,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compress.calibration.training import Loss, ModelData, Schedule, batch, held_out, split
+from compress.calibration.training import ModelData, Schedule, batch, held_out, split
 from compress.errors import SolveError
-from compress.passes.base import Edit, ModelPass, OptionError, Target, Whole
+from compress.passes.base import Edit, OptionError, Target, Whole
 from compress.passes.prune.global_magnitude import cut
+from compress.passes.retrain.options import EndToEnd
 
 LOOKS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bip(ModelPass):
+class Bip(EndToEnd):
     """Experimental: refine a global magnitude mask and the kept weights by turns, a few steps of each.
 
     The lower level trains the weights that are kept, the upper level moves the scores that decide which are; a weight's
@@ -34,7 +35,6 @@ class Bip(ModelPass):
         learning_rate: of the weights; warm-up and decay as of `perp`.
         mask_rate: root mean square of a step of the scores, as a share of theirs.
         gamma: of the pull towards zero that makes the lower level's answer unique; large ones leave the correction out.
-        objective: what the loss is, as of `perp`.
 
     Example:
         >>> import torch, compress
@@ -51,17 +51,8 @@ class Bip(ModelPass):
     learning_rate: float = 1e-4
     mask_rate: float = 0.02
     gamma: float = 1e4
-    objective: Loss = "distill"
 
     key: ClassVar[str] = "bip"
-
-    @property
-    def calibrated(self) -> bool:
-        return True
-
-    @property
-    def loss(self) -> Loss | None:
-        return self.objective
 
     def check(self) -> Iterator[OptionError]:
         yield from super().check()
@@ -73,8 +64,6 @@ class Bip(ModelPass):
         for option in ("learning_rate", "mask_rate"):
             if not 0 <= getattr(self, option) < 1:
                 yield OptionError(option, f"{getattr(self, option)} is not from 0 to below 1")
-        if self.overrides:
-            yield OptionError("overrides", "one ranking over all layers has no options for single layers; use exclude")
 
     def produces(self, kind: str) -> str:
         return "sparse"

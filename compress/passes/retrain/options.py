@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from compress.calibration.training import Schedule
+from compress.calibration.training import Loss, Schedule
 from compress.encodings import FACTORED, LowRankForm
-from compress.passes.base import OptionError, Pass, Target
+from compress.passes.base import ModelPass, OptionError, Pass, Target
 from compress.passes.retrain.adapters import Matrix
 from compress.passes.retrain.trainables import Trainables
 
@@ -84,6 +84,33 @@ class TrainingOptions(Pass):
         matrices = {n: Matrix(t, passes[n].sets_of(n), passes[n].rank, passes[n].alpha) for n, t in targets.items()}
         ready = {n: v.detach().clone().requires_grad_() for n, v in vectors.items()}
         return Trainables(matrices, ready, self.learning_rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndToEnd(ModelPass):
+    """A pass that trains the whole model at once.
+
+    Args:
+        objective: `distill` trains towards the original's predictions, which takes running the original too and one
+            more copy of its matrices; `next_token` trains a language model on its calibration text.
+        checkpointing: compute the activations inside a block again when gradients need them, instead of keeping them.
+    """
+
+    objective: Loss = "distill"
+    checkpointing: bool = True
+
+    @property
+    def calibrated(self) -> bool:
+        return True
+
+    @property
+    def loss(self) -> Loss | None:
+        return self.objective
+
+    def check(self) -> Iterator[OptionError]:
+        yield from super().check()
+        if self.overrides:
+            yield OptionError("overrides", "everything is trained together; use include and exclude")
 
 
 @dataclass(frozen=True, kw_only=True)

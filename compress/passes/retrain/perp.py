@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from compress.calibration.training import Loss, train
-from compress.passes.base import Edit, ModelPass, OptionError, Whole
-from compress.passes.retrain.options import Retraining
+from compress.calibration.training import train
+from compress.passes.base import Edit, Whole
+from compress.passes.retrain.options import EndToEnd, Retraining
 
 
 @dataclass(frozen=True, kw_only=True)
-class Perp(Retraining, ModelPass):
+class Perp(EndToEnd, Retraining):
     """Train biases, norms and adapters that keep zeros, end to end; then merge the adapters.
 
     The whole model is in memory while it is trained. Zeros stay zeros, and the merged model is exactly as large as
@@ -21,11 +21,6 @@ class Perp(Retraining, ModelPass):
     masks are stored, never read off zeros; scale_lora starts with one component of ones, so that its components can
     differ; the paper trains for the next token; `scale`, `lora` beside codes, new biases and `distill` are ours.
 
-    Args:
-        objective: `distill` trains towards the original's predictions, which takes running the original too and one
-            more copy of its matrices; `next_token` trains a language model on its calibration text.
-        checkpointing: compute the activations inside a block again when gradients need them, instead of keeping them.
-
     Example:
         >>> import torch, compress
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 8))
@@ -35,19 +30,7 @@ class Perp(Retraining, ModelPass):
         0.5
     """
 
-    objective: Loss = "distill"
-    checkpointing: bool = True
-
     key: ClassVar[str] = "perp"
-
-    def check(self) -> Iterator[OptionError]:
-        yield from super().check()
-        if self.overrides:
-            yield OptionError("overrides", "everything is trained together; use include and exclude")
-
-    @property
-    def loss(self) -> Loss | None:
-        return self.objective
 
     def run(self, model: Whole) -> Iterator[tuple[str, Edit]]:
         assert model.data is not None

@@ -7,16 +7,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from compress.calibration.training import Loss, ModelData, forked, held_out, split, train
-from compress.passes.base import Edit, ModelPass, OptionError, Target, Whole
+from compress.calibration.training import ModelData, forked, held_out, split, train
+from compress.passes.base import Edit, OptionError, Target, Whole
 from compress.passes.prune.global_magnitude import cut
-from compress.passes.retrain.options import TrainingOptions
+from compress.passes.retrain.options import EndToEnd, TrainingOptions
 
 RATIO = 2.0  # between the learning rates of two copies
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseSoup(TrainingOptions, ModelPass):
+class SparseSoup(EndToEnd, TrainingOptions):
     """Train several copies of a pruned model, each from the same zeros, and take their average.
 
     The average has the zeros that all copies have. The whole model, and one more set of its matrices a copy, is in
@@ -33,8 +33,6 @@ class SparseSoup(TrainingOptions, ModelPass):
         phases: prune a part, train, average, and so on.
         sparsity: of global magnitude pruning, reached in equal factors over the phases; None leaves the zeros that are
             there, and there is one phase.
-        objective: of training, as of `perp`.
-        checkpointing: as of `perp`.
 
     Example:
         >>> import torch, compress
@@ -50,18 +48,8 @@ class SparseSoup(TrainingOptions, ModelPass):
     soup: Literal["uniform", "greedy"] = "uniform"
     phases: int = 1
     sparsity: float | None = None
-    objective: Loss = "distill"
-    checkpointing: bool = True
 
     key: ClassVar[str] = "sparse_soup"
-
-    @property
-    def calibrated(self) -> bool:
-        return True
-
-    @property
-    def loss(self) -> Loss | None:
-        return self.objective
 
     def check(self) -> Iterator[OptionError]:
         yield from super().check()
@@ -75,8 +63,6 @@ class SparseSoup(TrainingOptions, ModelPass):
         for name in ("head", "lora", "scale"):
             if name in self.train:
                 yield OptionError("train", f"{name} cannot be averaged here; name sets such as mask_lora, full or norm")
-        if self.overrides:
-            yield OptionError("overrides", "everything is trained together; use include and exclude")
 
     def refusal(self, kind: str) -> str | None:
         if kind == "dense" and self.sparsity is None:
