@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import compress
-from compress import api, ledger, manager
+from compress import api, ledger, manager, resources
 from compress.errors import CompressError, ConfigError, DataError, UnsupportedModelError
 from compress.export import safetensors as exporter
 
