@@ -312,7 +312,15 @@ def list_methods() -> None:
     if ready:  # beside the package in a checkout
         print(f"\npipelines/:       {', '.join(ready)}", end="")
     print(f"\nevery method:     {', '.join(every)}\nevery quantizer:  {', '.join(quantizers)}")
-    print(f"export:           {', '.join((PACKED, *FORMATS))}")
+    print(f"export:           {', '.join((PACKED, *map(_signature, FORMATS.values())))}")
+
+
+def _signature(exporter: Any) -> str:
+    """The name of a format, with its options."""
+    from dataclasses import fields
+
+    options = ", ".join(f"{f.name}={f.default}" for f in fields(exporter))
+    return f"{exporter.key} ({options})" if options else str(exporter.key)
 
 
 TEMPLATE = """\

@@ -86,7 +86,7 @@ def write_all(
         tolerance = exporter.tolerance(specs_in(made))
         if tolerance is not None and expect is not None:
             facts |= compared(exporter, made, folder, expect, tolerance)
-        for written in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".data", ".gguf")):
+        for written in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".onnx", ".data", ".gguf")):
             publish(written, written)
         found[exporter.key] = facts
     return found
@@ -158,6 +158,8 @@ def _evaluated(made: Made, section: Evaluation | None, bars: Bars) -> Evaluated 
 
 
 def _report(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UsageError(f"no such folder: {folder}")
     try:
         noted: dict[str, Any] = json.loads((folder / "report.json").read_text())
         noted["verified"]["tensors_equal"]
