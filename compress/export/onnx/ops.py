@@ -112,11 +112,8 @@ def unpacked(ops: Ops, stream: ir.Value, bits: int, rows: int, count: int) -> ir
     if bits == 8:
         return stream
     if 8 % bits == 0:
-        lanes = 8 // bits
-        bytes_ = torch.arange(256, dtype=torch.int32)[:, None]
-        table = (bytes_ >> (bits * torch.arange(lanes, dtype=torch.int32))) & (2**bits - 1)
-        found = ops.op("Gather", ops.small(table.to(torch.uint8)), ops.cast(stream, torch.int32), axis=0)
-        return _cut(ops, ops.reshape(found, rows, there * lanes), count, there * lanes)
+        found = ops.op("Gather", lanes(ops, bits), ops.cast(stream, torch.int32), axis=0)
+        return cut(ops, ops.reshape(found, rows, there * (8 // bits)), count, there * (8 // bits))
     missing = -there % bits
     if missing:
         zeros = ops.small(torch.zeros(1, 1, dtype=torch.uint8))
@@ -131,17 +128,24 @@ def unpacked(ops: Ops, stream: ir.Value, bits: int, rows: int, count: int) -> ir
     low = ops.op("BitShift", ops.op("Gather", word, ops.ints(*first), axis=2), _bytes(ops, down), direction="RIGHT")
     high = ops.op("BitShift", ops.op("Gather", word, ops.ints(*second), axis=2), _bytes(ops, up), direction="LEFT")
     codes = ops.op("BitwiseAnd", ops.op("BitwiseOr", low, high), _bytes(ops, [2**bits - 1]))
-    return _cut(ops, ops.reshape(codes, rows, words * 8), count, words * 8)
+    return cut(ops, ops.reshape(codes, rows, words * 8), count, words * 8)
+
+
+def lanes(ops: Ops, bits: int) -> ir.Value:
+    """(256, 8 / bits) uint8: the codes in every byte."""
+    every = torch.arange(256, dtype=torch.int32)[:, None]
+    codes = (every >> (bits * torch.arange(8 // bits, dtype=torch.int32))) & (2**bits - 1)
+    return ops.small(codes.to(torch.uint8))
 
 
 def repacked(ops: Ops, codes: ir.Value, bits: int, rows: int, count: int) -> ir.Value:
     """(rows, count) uint8 codes -> (rows, count * bits / 8) uint8; `count` fills whole bytes."""
-    lanes = 8 // bits
-    if lanes == 1:
+    each = 8 // bits
+    if each == 1:
         return codes
-    grouped = ops.reshape(codes, rows, count // lanes, lanes)
+    grouped = ops.reshape(codes, rows, count // each, each)
     made = ops.op("Gather", grouped, ops.small(torch.tensor(0)), axis=2)
-    for i in range(1, lanes):
+    for i in range(1, each):
         lane = ops.op("Gather", grouped, ops.small(torch.tensor(i)), axis=2)
         made = ops.op("BitwiseOr", made, ops.op("BitShift", lane, _bytes(ops, [bits * i]), direction="LEFT"))
     return made
@@ -155,7 +159,8 @@ def padded(ops: Ops, codes: ir.Value, rows: int, count: int, to: int) -> ir.Valu
     return ops.op("Concat", codes, zeros, axis=1)
 
 
-def _cut(ops: Ops, x: ir.Value, count: int, there: int) -> ir.Value:
+def cut(ops: Ops, x: ir.Value, count: int, there: int) -> ir.Value:
+    """The first `count` of `there` columns."""
     return x if count == there else ops.op("Slice", x, ops.ints(0), ops.ints(count), ops.ints(1))
 
 

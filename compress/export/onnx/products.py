@@ -192,15 +192,15 @@ def _tables(source: Source, kept: ir.Value | None) -> list[tuple[ir.Value, ir.Va
         levels = level_values(form.bits, form.levels, source.small("exponent"))
         scale = ops.op("Div", source.floats("scale"), ops.number(LARGEST))
         spread = _spread(ops, scale, form.per_tensor, form.groups, rows, -(-columns // block))
-        codes = weights.looked_up(source, source.derived("levels", _codes(levels * LARGEST)), kept)
+        codes = weights.looked_up(source, source.derived("levels", _codes(levels * LARGEST)), len(levels), kept)
         found.append((masked(codes), spread, form.groups))
     elif isinstance(form, CodebookForm):
         table = source.small("table").float()
         largest = table.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        codes = weights.looked_up(source, source.derived("table", _codes(table / largest * LARGEST)), kept)
-        scale = ops.op(
-            "Gather", source.derived("table_scale", (largest / LARGEST)[:, 0]), _row_table(source, form), axis=0
-        )
+        rounded_table = source.derived("table", _codes(table / largest * LARGEST))
+        codes = weights.looked_up(source, rounded_table, form.entries, kept)
+        unit = source.derived("table_scale", (largest / LARGEST)[:, 0])
+        scale = ops.op("Gather", unit, _row_table(source, form), axis=0)
         if form.scaled:
             scale = ops.op("Mul", scale, source.floats("scale"))
         found.append((masked(codes), _rows(source, scale), 1))

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from compress.encodings import FACTORED, Form, LowRankForm, Spec
 from compress.encodings.base import Stored
+from compress.encodings.bits import row_bytes
 from compress.encodings.codebook import CodebookForm, index_bits
 from compress.encodings.outlier_victim import TYPES, OutlierVictimForm
 from compress.encodings.power import PowerForm, level_values
 from compress.encodings.uniform import UniformForm
-from compress.export.onnx.ops import Ops, unpacked
+from compress.export.onnx.ops import Ops, cut, lanes, unpacked
 
 Read = Callable[[str], Tensor]
 
@@ -132,12 +133,12 @@ def dequantized(source: Source, kept: ir.Value | None) -> ir.Value:
         centred = ops.op("Sub", grouped, ops.op("Unsqueeze", zero_points(source), ops.ints(-1)))
         return ops.reshape(ops.op("Mul", centred, _scale(source)), rows, columns)
     if isinstance(form, PowerForm):
-        table = source.derived("levels", level_values(form.bits, form.levels, source.small("exponent")))
-        values = looked_up(source, table, kept)
+        levels = level_values(form.bits, form.levels, source.small("exponent"))
+        values = looked_up(source, source.derived("levels", levels), len(levels), kept)
         grouped = ops.reshape(values, rows, form.groups, columns // form.groups)
         return ops.reshape(ops.op("Mul", grouped, _scale(source)), rows, columns)
     if isinstance(form, CodebookForm):
-        values = looked_up(source, source.floats("table"), kept)
+        values = looked_up(source, source.floats("table"), form.entries, kept)
         return ops.op("Mul", values, source.floats("scale")) if form.scaled else values
     assert isinstance(form, OutlierVictimForm)
     return ops.op("Mul", pairs(source, ops.small(pair_table(form))), source.floats("scale"))
@@ -153,18 +154,24 @@ def zero_points(source: Source) -> ir.Value:
     return ops.cast(unpacked(ops, source.value("zero_point"), form.bits, rows, form.groups), torch.float32)
 
 
-def looked_up(source: Source, table: ir.Value, kept: ir.Value | None) -> ir.Value:
+def looked_up(source: Source, table: ir.Value, entries: int, kept: ir.Value | None) -> ir.Value:
     """(O, I): every code's entry of its row's table, or of the only one."""
-    ops, form, rows = source.ops, source.form, source.shape[0]
+    ops, form, (rows, columns) = source.ops, source.form, source.shape
+    assert form is not None
+    one_table = not isinstance(form, CodebookForm) or form.num_tables == 1
+    if one_table and kept is None and form.bits in (2, 4):  # a byte at a time: a fraction of the memory
+        last = ops.small(torch.tensor(entries - 1, dtype=torch.int32))  # no stored byte holds a code beyond it
+        index = ops.op("Min", ops.cast(lanes(ops, form.bits), torch.int32), last)
+        by_byte = ops.op("Gather", ops.reshape(table, -1), index, axis=0)
+        there = row_bytes(columns, form.bits) * (8 // form.bits)
+        found = ops.op("Gather", by_byte, ops.cast(source.value("codes"), torch.int32), axis=0)
+        return cut(ops, ops.reshape(found, rows, there), columns, there)
     index = ops.cast(codes(source, kept), torch.int32)
     if isinstance(form, CodebookForm) and form.num_tables > 1:
-        ones = ops.cast(row_tables(source, form), torch.int32)
-        first = ops.op("Mul", ones, ops.small(torch.tensor(form.entries, dtype=torch.int32)))
+        first = ops.cast(row_tables(source, form), torch.int32)
+        first = ops.op("Mul", first, ops.small(torch.tensor(entries, dtype=torch.int32)))
         index = ops.op("Add", index, ops.reshape(first, rows, 1))
-        table = ops.reshape(table, form.num_tables * form.entries)
-    elif isinstance(form, CodebookForm):
-        table = ops.reshape(table, form.entries)
-    return ops.op("Gather", table, index, axis=0)
+    return ops.op("Gather", ops.reshape(table, -1), index, axis=0)
 
 
 def row_tables(source: Source, form: CodebookForm) -> ir.Value:
