@@ -199,8 +199,8 @@ def _tables(source: Source, kept: ir.Value | None) -> list[tuple[ir.Value, ir.Va
         largest = table.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         rounded_table = source.derived("table", _codes(table / largest * LARGEST))
         codes = weights.looked_up(source, rounded_table, form.entries, kept)
-        unit = source.derived("table_scale", (largest / LARGEST)[:, 0])
-        scale = ops.op("Gather", unit, _row_table(source, form), axis=0)
+        of_table = source.derived("table_scale", (largest / LARGEST)[:, 0])
+        scale = ops.op("Gather", of_table, _row_table(source, form), axis=0)
         if form.scaled:
             scale = ops.op("Mul", scale, source.floats("scale"))
         found.append((masked(codes), _rows(source, scale), 1))
