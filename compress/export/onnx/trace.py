@@ -87,7 +87,6 @@ class Signature:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     dynamic: tuple[dict[int, str], ...]
-    cache: tuple[int, ...] = ()  # (layers, heads, width) of what a decoder keeps
 
 
 def traced(graph: Graph, specs: Mapping[str, Spec], opset: int) -> ir.Model:
@@ -127,14 +126,14 @@ def traced(graph: Graph, specs: Mapping[str, Spec], opset: int) -> ir.Model:
 
 def _materialise(model: nn.Module) -> None:
     """Memory for every parameter, which the system only finds when it is touched; buffers as they are, in float32."""
-    there: dict[int, nn.Parameter] = {}
+    there: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay one
     for module in model.modules():
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
-                if id(parameter) not in there:
+                if parameter not in there:
                     empty = torch.empty(parameter.shape, dtype=torch.float32)
-                    there[id(parameter)] = nn.Parameter(empty, requires_grad=False)
-                module._parameters[leaf] = there[id(parameter)]
+                    there[parameter] = nn.Parameter(empty, requires_grad=False)
+                module._parameters[leaf] = there[parameter]
         for leaf, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[leaf] = buffer.float()
@@ -211,7 +210,6 @@ def _signature(graph: Graph) -> Signature:
          *(f"past_key_values.{name}" for name in names)),
         ("logits", *(f"present.{name}" for name in names)),
         (axes, {0: "batch", 1: "total"}, *([axes] if positions else []), *[{0: "batch", 2: "past"}] * (2 * layers)),
-        (layers, heads, width),
     )  # fmt: skip
 
 
