@@ -6,6 +6,8 @@ byte `k // 8`. A row is padded with zero bits to a whole byte, never further: 3-
 Shapes: R rows, N codes a row, B = ceil(N * bits / 8) bytes a row.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -42,9 +44,7 @@ def unpack_bits(packed: Tensor, bits: int, num_codes: int) -> Tensor:
     if bits == 8:
         return packed
     if 8 % bits == 0:
-        mask = (1 << bits) - 1
-        lanes = [(packed >> (bits * i)) & mask for i in range(8 // bits)]
-        codes = torch.stack(lanes, dim=-1)
+        codes = _lanes(bits, str(packed.device)).index_select(0, packed.flatten().int()).view(torch.uint8)
     else:
         groups = _padded(packed, bits).view(rows, -1, bits).long()
         word = groups[..., 0].clone()
@@ -53,6 +53,15 @@ def unpack_bits(packed: Tensor, bits: int, num_codes: int) -> Tensor:
         mask = (1 << bits) - 1
         codes = torch.stack([(word >> (bits * i)) & mask for i in range(8)], dim=-1).to(torch.uint8)
     return codes.view(rows, -1)[:, :num_codes]
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _lanes(bits: int, device: str) -> Tensor:
+    """(256,): the codes in a byte, each a byte of a wider integer."""
+    byte = torch.arange(256, device=device)
+    codes = torch.stack([byte >> (bits * i) & (1 << bits) - 1 for i in range(8 // bits)], -1).to(torch.uint8)
+    return codes.view({1: torch.int64, 2: torch.int32, 4: torch.int16}[bits])[:, 0]
 
 
 def _padded(values: Tensor, multiple: int) -> Tensor:

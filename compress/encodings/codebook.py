@@ -54,16 +54,19 @@ class CodebookForm(Form):
         return found
 
     def encoding(self, codes: Tensor, tables: Mapping[str, Tensor]) -> "Codebooks":
-        rows = codes.shape[0]
-        if self.num_tables > 1 and self.period:
-            ends = tables["run_ends"]
-            places = torch.arange(self.period, device=codes.device)
-            row_group = torch.searchsorted(ends, places, right=True).to(torch.uint8).repeat(rows // self.period)
-        elif self.num_tables > 1:
-            row_group = unpack_bits(tables["row_group"], index_bits(self.num_tables), rows)[0]
-        else:
-            row_group = torch.zeros(rows, dtype=torch.uint8, device=codes.device)
+        row_group = self.row_groups(len(codes), tables)
         return Codebooks(codes, tables["table"], row_group, tables.get("scale"), self.period or None)
+
+    def row_groups(self, rows: int, tables: Mapping[str, Tensor]) -> Tensor:
+        """(O,) uint8, the table of each row."""
+        device = tables["table"].device
+        if self.num_tables > 1 and self.period:
+            places = torch.arange(self.period, device=device)
+            of_first = torch.searchsorted(tables["run_ends"], places, right=True)
+            return of_first.to(torch.uint8).repeat(rows // self.period)
+        if self.num_tables > 1:
+            return unpack_bits(tables["row_group"], index_bits(self.num_tables), rows)[0]
+        return torch.zeros(rows, dtype=torch.uint8, device=device)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ Shapes: O rows, I columns, which M divides; W words a row.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Self
 
 import torch
@@ -100,7 +101,7 @@ class Pattern:
     def unpack(self, packed: Tensor, columns: int) -> Tensor:
         """The inverse of `pack`. No byte is refused: those that `pack` never writes keep as many, too."""
         words = unpack_bits(packed, self.bits, self.words(columns))
-        table = self.table().to(packed.device)
+        table = _table(self, str(packed.device))
         found = table.index_select(0, words.flatten().int()).view(len(packed), -1)
         return found[:, :columns].contiguous()
 
@@ -113,6 +114,12 @@ class Pattern:
         words = torch.arange(2**self.bits)[:, None]
         digits = words // self.combinations ** torch.arange(self.ranks) % self.combinations
         return (self._numbers()[digits][..., None] >> torch.arange(self.of) & 1).bool().view(len(words), -1)
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _table(pattern: Pattern, device: str) -> Tensor:
+    return pattern.table().to(device)
 
 
 def find(mask: Tensor, kept: int) -> Pattern | None:

@@ -187,6 +187,12 @@ class Spec:
             found["codes"] = ((row_bytes(self.kept, self.form.bits),), torch.uint8)
         return found | self.form.tables(self.shape) | last
 
+    def mask(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """(O, I) bool, True = kept, from the stored tensors; None when dense."""
+        if self.pattern is not None:
+            return self.pattern.unpack(tensors["pattern"], self.shape[1])
+        return None if self.kept is None else unpack_bits(tensors["mask"], 1, self.shape[1]).bool()
+
     @property
     def kind(self) -> str:
         """As of the weight."""
@@ -240,33 +246,35 @@ def pack(weight: Weight) -> tuple[Spec, dict[str, Tensor]]:
     return spec, tensors | e.tables()
 
 
-def unpack(spec: Spec, tensors: dict[str, Tensor]) -> Weight:
+def unpack(spec: Spec, tensors: Mapping[str, Tensor]) -> Weight:
     """The inverse of `pack`, on whatever device the tensors are."""
     columns = spec.shape[1]
     inputs = None if spec.inputs is None else spec.inputs.inputs(tensors)
     low_rank = None if spec.low_rank is None else spec.low_rank.low_rank(tensors, spec.shape)
-    mask = None
-    if spec.pattern is not None:
-        mask = spec.pattern.unpack(tensors["pattern"], columns)
-    elif spec.kept is not None:
-        mask = unpack_bits(tensors["mask"], 1, columns).bool()
+    mask = spec.mask(tensors)
     if spec.kind == FACTORED:
         return Weight(inputs=inputs, low_rank=low_rank)
     if spec.form is None:
         values = tensors["values"]
         if mask is not None:
-            values = torch.zeros(spec.shape, dtype=values.dtype, device=values.device).masked_scatter_(mask, values)
+            values = spread(values, mask)
         return Weight(values, mask, inputs=inputs, low_rank=low_rank)
     stored = tensors["codes"]
     if mask is None or spec.form.stores_idle:
         encoding = spec.form.encoding(unpack_bits(stored, spec.form.bits, columns), tensors)
         return Weight(mask=mask, encoding=encoding, inputs=inputs, low_rank=low_rank)
     assert spec.kept is not None
-    codes = torch.zeros(spec.shape, dtype=torch.uint8, device=stored.device)
+    codes = spread(unpack_bits(stored[None], spec.form.bits, spec.kept)[0], mask)
     encoding = spec.form.encoding(codes, tensors)
-    codes.copy_(encoding.idle())
-    codes.masked_scatter_(mask, unpack_bits(stored[None], spec.form.bits, spec.kept)[0])
+    torch.where(mask, codes, encoding.idle(), out=codes)
     return Weight(mask=mask, encoding=encoding, inputs=inputs, low_rank=low_rank)
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """(K,) kept values, row after row, and an (O, I) mask that keeps K -> (O, I), zero where masked."""
+    counted = mask.flatten().cumsum(0, dtype=torch.int32)
+    counted *= mask.flatten()  # the zeroth is a zero put in front
+    return torch.nn.functional.pad(values, (1, 0)).index_select(0, counted).view(mask.shape)
 
 
 def _shape(values: Tensor) -> tuple[int, int]:
@@ -274,4 +282,4 @@ def _shape(values: Tensor) -> tuple[int, int]:
     return rows, columns
 
 
-__all__ = ["FACTORED", "FORMS", "LAYOUT", "Spec", "Weight", "pack", "spec_of", "unpack"]
+__all__ = ["FACTORED", "FORMS", "LAYOUT", "Spec", "Weight", "pack", "spec_of", "spread", "unpack"]

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.encodings import Spec, unpack
+from compress.encodings import Spec
+from compress.encodings.decode import Decoder
 
 
 class PackedModule(nn.Module):
@@ -28,7 +29,11 @@ class PackedModule(nn.Module):
 
     def dequantize(self) -> Tensor:
         """(out, in) float32, as the passes saw it."""
-        return unpack(self.spec, {name: getattr(self, name) for name in self.spec.tensors()}).dequantize()
+        return Decoder(self.spec, self.stored()).dequantize()
+
+    def stored(self) -> dict[str, Tensor]:
+        """The packed tensors under their names in the file."""
+        return {name: getattr(self, name) for name in self.spec.tensors()}
 
     def rounded(self, x: Tensor) -> Tensor:
         """An input as the weight is multiplied with it: on its grid, if it has one."""

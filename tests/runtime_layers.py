@@ -1,0 +1,86 @@
+"""Packed layers of every encoding, on random codes."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from compress.encodings import Codebooks, LowRank, OutlierVictim, Power, Uniform, Weight, fit_inputs, pack, spec_of
+from compress.encodings.base import Encoding
+from compress.encodings.inputs import InputForm
+from compress.encodings.outlier_victim import encode, search
+from compress.runtime.linear import PackedLinear
+
+ENCODINGS = (
+    *(f"uniform {bits}" for bits in range(2, 9)),
+    *(f"uniform {bits} groups" for bits in range(2, 9)),
+    "uniform 4 tensor",
+    "uniform 4 symmetric",
+    "uniform 8 symmetric groups",
+    *(f"power {bits} {levels}" for bits in (2, 3, 4, 8) for levels in ("zero", "half")),
+    "power 4 zero groups",
+    *(f"codebook {bits}" for bits in range(2, 9)),
+    "codebook 4 tables",
+    "codebook 3 tables scaled",
+    "olive int4",
+    "olive flint4",
+    "olive int8",
+)
+
+
+def encoding(name: str, kept: Tensor, made: torch.Generator) -> Encoding:
+    """Codes with random tables, for an (O, I) mask; `groups` are of 32 columns where those divide, else two."""
+    rows, columns = kept.shape
+    family, kind, *rest = name.split()
+    if family == "olive":
+        values = torch.randn(rows, columns, generator=made) ** 3 * kept
+        scale, _ = search(values, kind)
+        return OutlierVictim(encode(values, scale, kind), scale, kind)
+    bits = int(kind)
+    groups = 1 if "groups" not in rest else columns // 32 if columns % 32 == 0 else 2 if columns % 2 == 0 else 1
+    of_rows = 1 if "tensor" in rest else rows
+    scale = (torch.rand(of_rows, groups, generator=made) + 0.5).half()
+    codes = torch.randint(2**bits, (rows, columns), generator=made, dtype=torch.uint8)
+    if family == "uniform":
+        zero = torch.randint(2**bits, scale.shape, generator=made, dtype=torch.uint8)
+        symmetric = "symmetric" in rest
+        return Uniform(codes, scale, torch.full_like(zero, 2 ** (bits - 1)) if symmetric else zero, bits, symmetric)
+    if family == "power":
+        codes = codes.clamp(max=2**bits - 2) if rest[0] == "zero" else codes
+        return Power(codes, scale, torch.tensor([0.7]), bits, rest[0])
+    tables = 3 if "tables" in rest else 1
+    table = torch.randn(tables, 2**bits, generator=made).sort(1).values.half()
+    row_group = torch.randint(tables, (rows,), generator=made, dtype=torch.uint8)
+    return Codebooks(codes, table, row_group, scale if "scaled" in rest else None)
+
+
+def weight(name: str, rows: int = 48, columns: int = 64, *, mask: str = "", rank: int = 0) -> Weight:
+    """`mask`: `` (dense), `2:4` or `half` (unstructured); `rank`: of a correction in float16."""
+    made = torch.Generator().manual_seed(len(name) + rows)
+    kept = torch.ones(rows, columns, dtype=torch.bool)
+    if mask == "half":
+        kept = torch.rand(rows, columns, generator=made) < 0.5
+    elif mask == "2:4":
+        kept = torch.rand(rows, columns // 4, 4, generator=made).argsort(-1).view(rows, columns) < 2
+    codes = encoding(name, kept, made)
+    if not codes.form.stores_idle:
+        codes = replace(codes, codes=torch.where(kept, codes.codes, codes.idle().expand(kept.shape)))
+    factors = [torch.randn(shape, generator=made).half() for shape in ((rank, columns), (rows, rank))]
+    return Weight(mask=kept if mask else None, encoding=codes, low_rank=LowRank(*factors) if rank else None)
+
+
+def layer(
+    of: Weight, *, bias: bool = False, transposed: bool = False, input_bits: int = 0, dtype: torch.dtype = torch.float32
+) -> PackedLinear:
+    """With the weight loaded into it; `dtype` is the type of the bias."""
+    if input_bits:
+        of = replace(of, inputs=fit_inputs(InputForm(bits=input_bits), 0, 0, torch.zeros(1, 1)))
+    _, tensors = pack(of)
+    made = PackedLinear(spec_of(of), bias=bias, transposed=transposed, dtype=dtype)
+    made.load_state_dict(tensors | ({"bias": torch.linspace(-1, 1, made.out_features)} if bias else {}))
+    return made
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest value."""
+    return float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
