@@ -52,6 +52,7 @@ from compress.passes import (
 from compress.pipeline import Pipeline
 from compress.report import Report, Row
 from compress.runtime.register import register
+from compress.runtime.speed import Speedup, speed_up
 
 __version__ = version()
 register()
@@ -97,6 +98,7 @@ __all__ = [
     "Rtn",
     "SparseGpt",
     "SparseSoup",
+    "Speedup",
     "UnsupportedModelError",
     "UsageError",
     "Wanda",
@@ -107,4 +109,5 @@ __all__ = [
     "load_tokens",
     "register",
     "run",
+    "speed_up",
 ]
