@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import generate
 import memory
 import quality
 import recovery
@@ -69,6 +70,7 @@ def main() -> None:
         ("learned", quality.show),
         ("memory", memory.show),
         ("load", loaded),
+        ("generate", generate.show),
     ):
         file = runner.RESULTS / f"{name}.json"
         if file.exists():
