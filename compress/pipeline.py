@@ -18,7 +18,7 @@ from compress.calibration.precision import Products
 from compress.errors import ConfigError, Problem, UsageError
 from compress.export import EXPORTERS, Exporter
 from compress.passes import PASSES, Override, Pass
-from compress.typed import choices, describe, fits, mistyped
+from compress.typed import choices, describe, fits, mistyped, written
 
 METHODS: dict[str, type[Pass]] = {p.key: p for p in PASSES}
 FORMATS: dict[str, type[Exporter]] = {e.key: e for e in EXPORTERS}
@@ -402,10 +402,10 @@ def _entry(pass_: Pass) -> dict[str, Any]:
         value = getattr(pass_, f.name)
         if f.name == "overrides":
             if value:
-                options[f.name] = [{"match": o.match, **o.options} for o in value]
+                options[f.name] = [{"match": o.match, **written(o.options)} for o in value]
         elif isinstance(value, tuple):
             if value:
-                options[f.name] = list(value)
+                options[f.name] = written(value)
         else:
             options[f.name] = value
     return {pass_.key: options}

@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from compress.passes import Override
+from compress.passes.merge.values import Matched
 from compress.pipeline import FORMATS, GATES, METHODS, PACKED, Calibration, Evaluation, Pipeline
 from compress.typed import choices
 
@@ -70,15 +71,19 @@ def _schema_of(hint: Any) -> dict[str, Any]:
         if get_origin(option) is Literal:
             options.append({"enum": list(get_args(option))})
         elif get_origin(option) is tuple:
-            if get_args(option)[0] is Override:
-                item: dict[str, Any] = {"type": "object", "required": ["match"]}
-            else:
-                item = {"type": "string"}
-            options += (
-                [{"type": "array", "items": item}, {"type": "string"}]
-                if item["type"] == "string"
-                else [{"type": "array", "items": item}]
-            )
+            item = _schema_of(get_args(option)[0])
+            options.append({"type": "array", "items": item})
+            if item == {"type": "string"}:
+                options.append(item)
+        elif option is Override:
+            options.append({"type": "object", "required": ["match"]})
+        elif option is Matched:
+            options.append({
+                "type": "object",
+                "properties": {"match": {"type": "string"}, "value": _schema_of(get_type_hints(Matched)["value"])},
+                "required": ["match", "value"],
+                "additionalProperties": False,
+            })  # fmt: skip
         elif option in names:
             options.append({"type": names[option]})
         else:

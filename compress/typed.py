@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from compress.errors import OptionError
 from compress.export import Exporter
 from compress.passes import Pass
+from compress.passes.merge.values import Matched
 
 
 def mistyped(pass_: Pass | Exporter) -> Iterator[OptionError]:
@@ -41,8 +42,17 @@ def fits(hint: Any, value: Any) -> tuple[bool, Any]:
         return value in get_args(hint), value
     if get_origin(hint) is tuple:
         items = [value] if isinstance(value, str) else value
-        good = isinstance(items, list | tuple) and all(fits(get_args(hint)[0], v)[0] for v in items)
-        return good, tuple(items) if good else None
+        if not isinstance(items, list | tuple):
+            return False, None
+        found = [_as_one_of(get_args(hint)[0], item) for item in items]
+        return all(good for good, _ in found), tuple(item for _, item in found)
+    if hint is Matched:
+        if isinstance(value, Mapping) and value.keys() == {"match", "value"}:
+            value = Matched(value["match"], value["value"])
+        if not isinstance(value, Matched) or not isinstance(value.match, str):
+            return False, None
+        good, number = _as_one_of(get_type_hints(Matched)["value"], value.value)
+        return good, Matched(value.match, number)
     if hint is type(None):
         return value is None, None
     if hint is float and isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
@@ -54,6 +64,21 @@ def fits(hint: Any, value: Any) -> tuple[bool, Any]:
     raise TypeError(f"options of type {hint} are not readable from YAML")
 
 
+def written(value: Any) -> Any:
+    """A value of an option as YAML has it."""
+    if isinstance(value, tuple):
+        return [written(item) for item in value]
+    if isinstance(value, Matched):
+        return {"match": value.match, "value": written(value.value)}
+    return {name: written(item) for name, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _as_one_of(hint: Any, value: Any) -> tuple[bool, Any]:
+    """The same of a type that may be a union: the first member that fits."""
+    found = (fits(option, value) for option in choices(hint))
+    return next((each for each in found if each[0]), (False, None))
+
+
 def describe(hint: Any) -> str:
     """An annotated type in words."""
     words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
@@ -62,7 +87,15 @@ def describe(hint: Any) -> str:
         if get_origin(option) is Literal:
             parts.append("one of " + ", ".join(map(str, get_args(option))))
         elif get_origin(option) is tuple:
-            parts.append("a list")
+            parts.append(_described_list(get_args(option)[0]))
         else:
             parts.append(words.get(option, str(option)))
     return " or ".join(parts)
+
+
+def _described_list(item: Any) -> str:
+    if item is Matched:
+        return "a list of {match: pattern, value: number or list over depth}"
+    if item is float:
+        return "a list of numbers over depth"
+    return "a list of such values, one for each model" if len(choices(item)) > 1 else "a list"

@@ -1,0 +1,1 @@
+"""Merging passes: several models of one architecture become one."""
