@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress import given, hub, manager, plan, progress, report, resources
+from compress import given, hub, manager, merging, plan, progress, report, resources
 from compress import graph as graphs
 from compress.artifact import Artifact, ModuleSource, open_folder
 from compress.calibration import collect
@@ -126,6 +126,7 @@ def apply(
     artifact = Artifact(graph, source, dict(graph.tied))
     dtypes = {name: tensor.dtype for name, tensor in graph.tensors()}
     made = plan.make(pipeline, graph, dtypes)
+    merging.check(pipeline, graph, "apply")
     context = Context(artifact, MemoryLedger(), seed, dtype, products, resident=True, bars=progress.Bars())
     data = manager.Data(calibration, inputs, labels)
     measured = manager.execute(pipeline, made, context, data, type(model).__name__)
@@ -196,11 +197,12 @@ def run(
     steps = _with_given(steps, calibration, inputs)
     file = str(pipeline) if isinstance(pipeline, str | Path) else "pipeline"
     made = plan.make(steps, graph, opened.dtypes, file)
+    merged = merging.check(steps, graph, file)
     resolved = dump(steps)
     with bars.shown():
         data = _data(steps, opened, manager.Data(calibration, inputs, labels), bars)
     hashes = [manager.hash_of(each) for each in (data.calibration, data.evaluation, data.labels)]
-    identity = key_of(opened.artifact.source.fingerprint(), resolved, hashes)
+    identity = key_of(opened.artifact.source.fingerprint(), resolved, hashes, *merged)
     finished = _finished(destination, identity, steps)
     if finished and not (overwrite or fresh):
         shutil.rmtree(work, ignore_errors=True)

@@ -42,6 +42,9 @@ class Source(Protocol):
     def read(self, name: str) -> Tensor:
         """Its value, as a tensor of its own."""
 
+    def piece(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements of its value, flattened, as a tensor of its own."""
+
     def fingerprint(self) -> str:
         """Identifies the content."""
 
@@ -57,6 +60,7 @@ class FolderSource:
         self.folder = folder
         self._where: dict[str, Path] = {}
         self._meta: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._begins: dict[Path, dict[str, int]] = {}
         self._files = self._find_files() if name is None else [folder / name]
         for file in self._files:
             for tensor, meta in read_header(file).items():
@@ -102,6 +106,19 @@ class FolderSource:
             value: Tensor = file.get_tensor(name)
             return value.clone()
 
+    def piece(self, name: str, start: int, stop: int) -> Tensor:
+        dtype, file = self._meta[name][1], self._where[name]
+        if file not in self._begins:
+            self._begins[file] = _data_offsets(file)
+        found = torch.empty(stop - start, dtype=dtype)
+        # Read, not mapped: of a tensor of any size only the piece is in memory.
+        with file.open("rb") as opened:
+            opened.seek(self._begins[file][name] + start * dtype.itemsize)
+            raw: Any = found.view(torch.uint8).numpy()
+            if opened.readinto(memoryview(raw)) != raw.nbytes:
+                raise CheckpointError(f"{file} ended while it was read; fetch it again")
+        return found
+
     def fingerprint(self) -> str:
         """Of names, sizes, change times, headers and samples of the data: cheap, and different for a changed file."""
         digest = hashlib.sha256()
@@ -112,7 +129,9 @@ class FolderSource:
                 for start in range(0, stat.st_size, max(1, stat.st_size // 64)):
                     file.seek(start)
                     digest.update(file.read(4096))
-        digest.update((self.folder / "config.json").read_bytes())
+        config = self.folder / "config.json"
+        if config.is_file():  # the values of a module of its own class stand alone
+            digest.update(config.read_bytes())
         return digest.hexdigest()
 
 
@@ -136,6 +155,14 @@ def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         raise CheckpointError(f"{file} ({size} bytes) is truncated or corrupt: {error}; fetch it again") from error
     except KeyError as error:
         raise CheckpointError(f"{file}: tensors of type {error} are not supported") from error
+
+
+def _data_offsets(file: Path) -> dict[str, int]:
+    """Where in a safetensors file the bytes of every tensor begin."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+    return {name: 8 + size + e["data_offsets"][0] for name, e in header.items() if name != "__metadata__"}
 
 
 _DTYPES = {
@@ -169,6 +196,9 @@ class ModuleSource:
 
     def read(self, name: str) -> Tensor:
         return self._values[name].detach().clone()
+
+    def piece(self, name: str, start: int, stop: int) -> Tensor:
+        return self._values[name].detach().flatten()[start:stop].clone()
 
     def fingerprint(self) -> str:
         return "in memory"

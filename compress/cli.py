@@ -77,13 +77,14 @@ def check(
     pipeline: PipelineArg, model: Annotated[str | None, typer.Argument(help="also check against this model")] = None
 ) -> None:
     """Check everything that can be checked without reading weights."""
-    from compress import api, plan
+    from compress import api, merging, plan
     from compress.pipeline import load
 
     steps = load(pipeline)
     if model is not None:
         opened = api.open_model(model)
         plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline))
+        merging.check(steps, opened.artifact.graph, str(pipeline))
     print(f"{pipeline}: fine" + (f" for {model}" if model else ""))
 
 
@@ -97,13 +98,15 @@ def show_plan(
     as_json: JsonOption = False,
 ) -> None:
     """Show what each pass will touch and cost, before any work. Only --shares reads weights."""
-    from compress import api, draw, plan, progress, shares
-    from compress.passes import DepthPass
+    from compress import api, draw, merging, plan, progress, shares
+    from compress.passes import DepthPass, MergePass
     from compress.pipeline import load
     from compress.report import size
 
     opened = api.open_model(model)
-    made = plan.make(load(pipeline), opened.artifact.graph, opened.dtypes, str(pipeline))
+    steps = load(pipeline)
+    made = plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline))
+    merging.check(steps, opened.artifact.graph, str(pipeline))
     allocations, bars = shares.allocations(made), progress.Bars()
     decided: dict[str, dict[str, float]] = {}
     with bars.shown():
@@ -116,6 +119,11 @@ def show_plan(
             weights = sum(s.shape[0] * s.shape[1] for s in part.sites)
             if isinstance(part.pass_, DepthPass):
                 becomes = f"{part.pass_.blocks} of {len({s.block for s in part.sites})} blocks gone"
+                rows.append({"pass": part.path, "layers": len(part.sites), "weights": weights, "becomes": becomes,
+                             "bits_per_weight": None})  # fmt: skip
+                continue
+            if isinstance(part.pass_, MergePass):
+                becomes = f"merged with {', '.join(part.pass_.models)}"
                 rows.append({"pass": part.path, "layers": len(part.sites), "weights": weights, "becomes": becomes,
                              "bits_per_weight": None})  # fmt: skip
                 continue

@@ -8,7 +8,7 @@ renamed: it is whole or it is not there. Failures are never recorded.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,10 @@ class MemoryLedger:
 
     def commit_tensors(self, unit: str, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Nothing to keep."""
+
+    def make_file(self, unit: str, key: str, write: Callable[[Path], None]) -> Path | None:
+        """None: nothing is written."""
+        return None
 
     def load_row(self, unit: str, key: str) -> dict[str, Any] | None:
         """None: nothing was measured before."""
@@ -128,6 +132,18 @@ class FolderLedger(MemoryLedger):
     def commit_tensors(self, unit: str, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep tensors of work that is not finished, in the place of what was kept before."""
         self._save(self.folder / f"{unit}.safetensors", dict(tensors), {"key": key})
+
+    def make_file(self, unit: str, key: str, write: Callable[[Path], None]) -> Path:
+        """A large file that `write` writes, unless it is there, whole, under this very key."""
+        file = self.folder / f"{unit}-{key[:16]}.safetensors"
+        if not file.is_file():
+            for other in self.folder.glob(f"{unit}-*"):  # of a changed pipeline, or not finished
+                other.unlink()
+            temporary = file.with_suffix(".partial")
+            with writing(temporary):
+                write(temporary)
+            publish(temporary, file)
+        return file
 
     def load_row(self, unit: str, key: str) -> dict[str, Any] | None:
         """What was measured under this very key, else None."""

@@ -21,9 +21,11 @@ from compress.evaluate import Quality, Reference, logits_in, measure
 from compress.export.safetensors import spec_at, stored_bytes
 from compress.graph import forward
 from compress.ledger import Record, code_fingerprint, key_of
+from compress.merging import merge
 from compress.observe import finite, observed, observed_vector
 from compress.passes.base import BlockPass, Edit, LinearPass, ModelPass, Target, Whole
 from compress.passes.depth import DepthPass
+from compress.passes.merge.base import MergePass
 from compress.passes.quantize.activations import attached
 from compress.passes.retrain.options import EndToEnd
 from compress.pipeline import Evaluation, Pipeline
@@ -103,6 +105,10 @@ def _stage(
     context: Context, number: int, stage: Sequence[PassPlan], samples: Tensor | None, key: str, report: Report
 ) -> tuple[str, list[Record]]:
     first = stage[0].pass_
+    if isinstance(first, MergePass):
+        key, merged = merge(context, number, first, key)
+        report.merged.append(merged)
+        return key, []
     if isinstance(first, DepthPass):
         return _depth_stage(context, number, first, samples, key, report), []
     if isinstance(first, ModelPass):

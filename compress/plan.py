@@ -15,7 +15,7 @@ from compress.errors import ConfigError, Problem, UnsupportedModelError
 from compress.evaluate import REFERENCE_NUMBERS
 from compress.evaluate import TOKENS_AT_ONCE as EVALUATED_AT_ONCE
 from compress.graph import Graph, Site
-from compress.passes import BlockPass, DepthPass, LinearPass, ModelPass, Pass
+from compress.passes import BlockPass, DepthPass, LinearPass, MergePass, ModelPass, Pass
 from compress.passes.prune.selection import pattern
 from compress.pipeline import GATES, GIVEN, Pipeline, walk
 
@@ -29,7 +29,8 @@ LEARNING = 18  # numbers a weight while it is learned: values, gradients, moment
 class PassPlan:
     """One pass on one model: the sites it works on, and each one's expected spec afterwards.
 
-    A pass that takes blocks out has the sites of which it may take some, and no specs.
+    A pass that takes blocks out has the sites of which it may take some, and one that merges those whose weights it
+    merges; both have no specs.
     """
 
     path: str
@@ -82,7 +83,8 @@ def make(pipeline: Pipeline, graph: Graph, dtypes: dict[str, torch.dtype], file:
         if site.name in planner.specs:
             final[site.parameter] = planner.specs[site.name].num_bytes
     total = sum(final.values()) + sum(planner.new_biases.values())
-    disk = total * (len(stages) + 1) + original * len(pipeline.export)
+    merges = sum(isinstance(p, MergePass) for stage in pipeline.passes for p in stage)
+    disk = total * (len(stages) - merges + 1) + original * (len(pipeline.export) + merges)
     return Plan(tuple(tuple(s) for s in stages), original, total, planner.memory(), disk)
 
 
@@ -98,6 +100,7 @@ class _Planner:
         self.new_biases: dict[str, int] = {}  # layer -> bytes of a bias that it is given
         self.sizes = {n: p.numel() * dtypes[n].itemsize for n, p in graph.tensors()}
         self.shorter = False  # without some blocks
+        self.after_merging = ""  # the first pass that is no merge
 
     def problem(self, path: str, message: str) -> None:
         lines, line, place = self.pipeline.lines, None, path
@@ -107,20 +110,19 @@ class _Planner:
         self.problems.append(Problem(path, message, line))
 
     def add(self, path: str, pass_: Pass, fused: bool, first: bool) -> PassPlan:
-        for option, patterns in (
-            ("include", pass_.include),
-            ("exclude", pass_.exclude),
-            ("overrides", [o.match for o in pass_.overrides]),
-        ):
-            for p in patterns:
-                if not any(fnmatchcase(s.name, p) for s in self.graph.sites):
-                    self.problem(
-                        f"{path}.{option}", f"{p!r} matches no layer; layers are named like {self._examples()}"
-                    )
-        if fused and isinstance(pass_, ModelPass | DepthPass):
+        what, names = "layer", [s.name for s in self.graph.sites]
+        if isinstance(pass_, MergePass):
+            what, names = "tensor", [name for name, _ in self.graph.tensors()]
+        for option, p in pass_.patterns():
+            if not any(fnmatchcase(name, p) for name in names):
+                self.problem(f"{path}.{option}", f"{p!r} matches no {what}; {what}s are named like {_some(names, 2)}")
+        if fused and isinstance(pass_, ModelPass | DepthPass | MergePass):
             self.problem(
                 path, f"{pass_.key} needs the whole model at once and cannot be fused with others by `blockwise:`"
             )
+        if isinstance(pass_, MergePass):
+            return self._add_merge(path, pass_)
+        self.after_merging = self.after_merging or path
         if isinstance(pass_, DepthPass):
             return self._add_depth(path, pass_)
         sites = tuple(s for s in self.graph.sites if pass_.selects(s.name, s.block is not None))
@@ -159,6 +161,14 @@ class _Planner:
             if pass_.at(site.name).adds_biases and f"{site.name}.bias" not in self.parameters:
                 self.new_biases[site.name] = site.shape[0] * self.dtypes[site.parameter].itemsize
         return PassPlan(path, pass_, sites, specs)
+
+    def _add_merge(self, path: str, pass_: MergePass) -> PassPlan:
+        if self.after_merging:
+            before = self.after_merging.rpartition(".")[2]
+            self.problem(path, f"{pass_.key} merges whole checkpoints, before anything else; put it before {before}")
+        if not any(pass_.selects(name, in_block=True) for name, _ in self.graph.tensors()):
+            self.problem(path, f"merges no tensor at all; tensors are named like {self._examples()}")
+        return PassPlan(path, pass_, tuple(s for s in self.graph.sites if pass_.selects(s.parameter, True)), {})
 
     def _add_depth(self, path: str, pass_: DepthPass) -> PassPlan:
         """What comes after it is planned as if the first blocks went: those that may go are of one make."""

@@ -50,6 +50,7 @@ class Report:
     fallbacks: list[str] = field(default_factory=list)
     trained: list[dict[str, Any]] = field(default_factory=list)  # pass, numbers it trained, parameters of the model
     dropped: list[dict[str, Any]] = field(default_factory=list)  # pass, blocks it took out, of how many, distances
+    merged: list[dict[str, Any]] = field(default_factory=list)  # pass, models, tensors it merged
     verified: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -134,7 +135,8 @@ def caption(report: Report) -> str:
         for t in report.trained
     ]
     gone = [f"{d['pass']} dropped {_blocks(d['blocks'])} of {d['of']}" for d in report.dropped]
-    return "; ".join([_measured(report), *rounded, *trained, *gone])
+    merged = [f"{m['pass']} merged it with {', '.join(m['models'])}" for m in report.merged]
+    return "; ".join([_measured(report), *merged, *rounded, *trained, *gone])
 
 
 def _blocks(places: Sequence[int]) -> str:

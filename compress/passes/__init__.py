@@ -4,6 +4,7 @@ from compress.passes.base import BlockPass, LinearPass, ModelPass, Override, Pas
 from compress.passes.compensate.eora import Eora
 from compress.passes.depth import DepthPass
 from compress.passes.factorize.low_rank import LowRank
+from compress.passes.merge.base import MergePass
 from compress.passes.prune.bip import Bip
 from compress.passes.prune.global_magnitude import GlobalMagnitude
 from compress.passes.prune.layer_drop import LayerDrop
@@ -66,6 +67,7 @@ __all__ = [
     "LinearPass",
     "LowRank",
     "Magnitude",
+    "MergePass",
     "ModelPass",
     "Nupes",
     "Olive",

@@ -110,6 +110,12 @@ class Pass:
         """Whether it also learns a parameter that is no site's: a vector, such as a bias or a norm's scale."""
         return False
 
+    def patterns(self) -> Iterator[tuple[str, str]]:
+        """(option, pattern of names) of every pattern; each must match something."""
+        for option in ("include", "exclude"):
+            yield from ((option, pattern) for pattern in getattr(self, option))
+        yield from (("overrides", override.match) for override in self.overrides)
+
     def selects(self, name: str, in_block: bool) -> bool:
         """Whether a site is worked on."""
         if any(fnmatchcase(name, p) for p in self.exclude):

@@ -1,0 +1,314 @@
+"""The stage that merges: parents opened and compared, every tensor merged piece by piece, the result the new original.
+
+From then on the artifact's source is the merged checkpoint, so passes that compare with the original compare with it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compress import graph as graphs
+from compress import hub
+from compress.artifact import Artifact, FolderSource, Source, open_folder
+from compress.errors import CheckpointError, ConfigError, NonFiniteError, Problem, UsageError
+from compress.export.files import Entry, write_tensors
+from compress.graph import Graph
+from compress.ledger import key_of
+from compress.passes.merge.base import MergePass, Piece, Pieces
+from compress.pipeline import Pipeline, walk
+from compress.residence import Context, set_value, value_of
+from compress.sweep import generator_for
+
+PIECE = 1 << 20  # elements merged at a time: they stay in the processor's cache
+KEPT = 64 * PIECE  # elements of all models together that are kept from one look at a tensor to the next
+
+
+def check(pipeline: Pipeline, graph: Graph, file: str = "pipeline") -> list[str]:
+    """Open everything that is merged, and refuse what does not fit; reads headers, no weight.
+
+    Returns:
+        What identifies the content of each model, in order.
+
+    Raises:
+        ConfigError: every misfit at once.
+    """
+    found, problems = [], []
+    for path, _, pass_ in walk(pipeline):
+        for i, model in enumerate(pass_.models if isinstance(pass_, MergePass) else ()):
+            assert isinstance(pass_, MergePass)
+            try:
+                found.append(open_parent(model, graph, pass_).source.fingerprint())
+            except UsageError as error:
+                line = pipeline.lines.get(f"{path}.models", pipeline.lines.get(path))
+                problems.append(Problem(f"{path}.models[{i}]", str(error), line))
+    if problems:
+        raise ConfigError(problems, file)
+    return found
+
+
+def open_parent(model: str, graph: Graph, pass_: MergePass) -> Artifact:
+    """A model to merge with, matched with the structure of the base.
+
+    Raises:
+        UsageError: it cannot be read, or is of another make than the base.
+    """
+    folder = hub.resolve(model)
+    if not isinstance(graph.model, PreTrainedModel):  # a module of its own class: its folder has nothing but values
+        parent = Artifact(graph, FolderSource(folder), dict(graph.tied))
+    else:
+        config = graphs.read_config(folder)
+        hub.refuse_quantized(folder, config)
+        found = graphs.find(graphs.build(config))
+        _refuse_other_make(model, graph, found)
+        parent = open_folder(folder, found)
+    _refuse_other_shapes(model, graph, parent, pass_)
+    return parent
+
+
+def _refuse_other_make(model: str, graph: Graph, parent: Graph) -> None:
+    ours, theirs = type(graph.model).__name__, type(parent.model).__name__
+    if ours != theirs:
+        raise UsageError(f"{model} is a {theirs} and the base is a {ours}: only models of one architecture are merged")
+    if len(graph.blocks) != len(parent.blocks):
+        raise UsageError(
+            f"{model} has {len(parent.blocks)} blocks and the base {len(graph.blocks)}: merge fine-tunes of one model"
+        )
+    alone = sorted(graph.tied.keys() - parent.tied.keys())
+    if alone:
+        raise UsageError(
+            f"{model} has a {alone[0]} of its own, which the base ties to {graph.tied[alone[0]]}: it would be lost. "
+            f"Untie it in the base (tie_word_embeddings: false), or tie it in {model}"
+        )
+
+
+def _refuse_other_shapes(model: str, graph: Graph, parent: Artifact, pass_: MergePass) -> None:
+    free = vocabulary_names(graph)
+    there = parent.stored
+    for name, tensor in graph.tensors():
+        if not tensor.is_floating_point() or not pass_.selects(name, in_block=True):
+            continue
+        stored = parent.name_in_source(name)
+        if stored not in there:
+            raise UsageError(f"{model} has no {name}, which the base has: only models of one architecture are merged")
+        ours, theirs = tuple(tensor.shape), parent.source.shape(stored)
+        if ours == theirs:
+            continue
+        if name in free and ours[1:] == theirs[1:]:
+            if pass_.vocabulary == "common":
+                continue
+            raise UsageError(
+                f"{model} has {theirs[0]} rows in {name} and the base {ours[0]}: their vocabularies differ. With "
+                "vocabulary: common the rows that all have are merged, and the further ones of the base stay"
+            )
+        raise UsageError(
+            f"{name} has shape {theirs} in {model} and {ours} in the base: only models of one shape are merged. "
+            "`exclude` it to keep the base's"
+        )
+
+
+def vocabulary_names(graph: Graph) -> set[str]:
+    """Names of the tensors with a row for every token."""
+    if not isinstance(graph.model, PreTrainedModel):
+        return set()
+    tables = [graph.model.get_input_embeddings(), graph.model.get_output_embeddings()]
+    return {
+        graph.tied.get(f"{name}.{leaf}", f"{name}.{leaf}")
+        for name, module in graph.model.named_modules()
+        if any(module is table for table in tables)
+        for leaf, _ in module.named_parameters(recurse=False)
+    }
+
+
+@dataclass(frozen=True)
+class Merger:
+    """One merge of one model with others.
+
+    Attributes:
+        pass_: what is done.
+        base: the model that the pipeline is run on, as it stands.
+        parents: the others, in order.
+    """
+
+    pass_: MergePass
+    base: Artifact
+    parents: Sequence[Artifact]
+    context: Context
+    number: int
+
+    def names(self) -> list[str]:
+        """The tensors that are merged; all others are the base's."""
+        return [
+            name
+            for name, tensor in self.base.graph.tensors()
+            if tensor.is_floating_point() and self.pass_.selects(name, in_block=True)
+        ]
+
+    @cached_property
+    def places(self) -> Mapping[str, tuple[int | None, float]]:
+        """Tensor -> (its block, its depth from 0 to 1)."""
+        blocks, found, inside = self.base.graph.blocks, {}, False
+        for name, _ in self.base.graph.tensors():
+            block = next((i for i, b in enumerate(blocks) if not b or name.startswith(f"{b}.")), None)
+            inside = inside or block is not None
+            depth = float(inside) if block is None or len(blocks) == 1 else block / (len(blocks) - 1)
+            found[name] = (block, depth)
+        return found
+
+    def length(self, name: str) -> int:
+        """How many elements are merged: all, or those of the rows that every model has."""
+        shapes = [a.source.shape(a.name_in_source(name)) for a in (self.base, *self.parents)]
+        whole = torch.Size(shapes[0]).numel()
+        return whole // shapes[0][0] * min(s[0] for s in shapes) if whole and shapes[0] else whole
+
+    def pieces(self, name: str) -> Iterator[Piece]:
+        """A tensor of all models, piece by piece."""
+        total, (block, depth) = self.length(name), self.places[name]
+        models = (self.base, *self.parents)
+        seeded = enumerate(self.parents)
+        generators = tuple(generator_for(self.context.seed, self.number, k, name) for k, _ in seeded)
+        for start in range(0, total, PIECE):
+            stop = min(start + PIECE, total)
+            base, *others = (m.source.piece(m.name_in_source(name), start, stop).float() for m in models)
+            yield Piece(name, base, tuple(others), generators, start, total, block, depth)
+
+    def kept(self, name: str) -> Pieces:
+        """The same, to be gone through several times: of a tensor that is not large, read once."""
+        if self.length(name) * (1 + len(self.parents)) > KEPT:
+            return lambda: self.pieces(name)
+        read = list(self.pieces(name))
+
+        def again() -> Iterator[Piece]:
+            seeded = range(len(self.parents))
+            fresh = tuple(generator_for(self.context.seed, self.number, k, name) for k in seeded)
+            return (replace(piece, generators=fresh) for piece in read)
+
+        return again
+
+    def survey(self) -> Any:
+        """What the pass wants to know of the whole models."""
+        if not self.pass_.surveys:
+            return None
+        names, bars = self.names(), self.context.bars
+        return self.pass_.survey(
+            lambda: (p for n in bars.over(names, len(names), f"{self.pass_.key}: survey") for p in self.pieces(n)),
+            {name: self.length(name) for name in names},
+        )
+
+    def merged(self, name: str, found: Any) -> Tensor:
+        """One tensor, in the type of the base.
+
+        Raises:
+            NonFiniteError: NaN or infinity came out.
+        """
+        source, stored = self.base.source, self.base.name_in_source(name)
+        shape, dtype = source.shape(stored), source.dtype(stored)
+        whole = self.length(name) == torch.Size(shape).numel()
+        value = torch.empty(shape, dtype=dtype) if whole else source.read(stored)
+        flat, pass_ = value.view(-1), self.pass_.at(name)
+        pieces: Pieces = self.kept(name) if pass_.looks else lambda: self.pieces(name)
+        facts = pass_.look(pieces, found) if pass_.looks and self.length(name) else None
+        for piece in pieces():
+            part = flat[piece.start : piece.start + len(piece.base)]
+            part.copy_(pass_.run(piece, facts))
+            if not torch.isfinite(part).all():
+                raise NonFiniteError(f"{name} holds NaN or infinity after {pass_.key}{self._cause(name, dtype)}")
+        return value
+
+    def _cause(self, name: str, dtype: torch.dtype) -> str:
+        for artifact, label in zip((self.base, *self.parents), ("the base", *self.pass_.models), strict=True):
+            if not torch.isfinite(artifact.source.read(artifact.name_in_source(name))).all():
+                return f", as it does in {label}; get a clean checkpoint"
+        return f"; the weights or scales are too large for {str(dtype).removeprefix('torch.')}"
+
+    def write(self, file: Path) -> None:
+        """The merged checkpoint, one tensor in memory at a time."""
+        chosen, found, base = set(self.names()), self.survey(), self.base
+        layout: list[tuple[str, list[Entry]]] = []
+        for name, _ in base.graph.tensors():
+            stored = base.name_in_source(name)
+            layout.append((name, [(name, base.source.shape(stored), base.source.dtype(stored))]))
+
+        def read(name: str) -> dict[str, Tensor]:
+            return {name: self.merged(name, found) if name in chosen else base.tensor(name)}
+
+        write_tensors(layout, read, file, self.context.bars, self.pass_.key)
+
+
+def merge(context: Context, number: int, pass_: MergePass, key: str) -> tuple[str, dict[str, Any]]:
+    """Run one merge: the artifact's source is the merged checkpoint from then on.
+
+    Returns:
+        The key of the stage, and facts for the report.
+    """
+    artifact = context.artifact
+    parents = [open_parent(model, artifact.graph, pass_) for model in pass_.models]
+    key = key_of(key, number, pass_.key, pass_.options(), [p.source.fingerprint() for p in parents])
+    merger = Merger(pass_, artifact, parents, context, number)
+    unit = f"s{number:02d}-merged"
+    file = context.ledger.make_file(unit, key, merger.write)
+    if file is None:
+        found, names = merger.survey(), merger.names()
+        made = {name: merger.merged(name, found) for name in context.bars.over(names, len(names), pass_.key)}
+        values = {artifact.name_in_source(name): value for name, value in made.items()}
+        context.artifact = replace(artifact, source=MergedSource(artifact.source, values))
+    else:
+        try:
+            source = FolderSource(file.parent, file.name)
+        except CheckpointError:  # damaged since it was written
+            file.unlink()
+            file = context.ledger.make_file(unit, key, merger.write)
+            assert file is not None
+            source = FolderSource(file.parent, file.name)
+        context.artifact = replace(artifact, source=source, renamed=dict(artifact.graph.tied))
+    if context.resident:
+        _set(context, merger.names())
+    return key, {"pass": pass_.key, "models": list(pass_.models), "tensors": len(merger.names())}
+
+
+def _set(context: Context, names: Sequence[str]) -> None:
+    """Put what was merged into a model in memory; what is tied stays tied."""
+    model = context.graph.model
+    for name in names:
+        set_value(model, name, value_of(context, name))
+    for alias, name in context.graph.tied.items():
+        owner, _, leaf = alias.rpartition(".")
+        model.get_submodule(owner)._parameters[leaf] = model.get_parameter(name)
+
+
+class MergedSource:
+    """A source with some of its values replaced, in memory."""
+
+    def __init__(self, before: Source, values: Mapping[str, Tensor]):
+        self._before, self._values = before, values
+
+    def names(self) -> Any:
+        """Every tensor's name."""
+        return self._before.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape."""
+        return self._before.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Its stored type."""
+        return self._before.dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        """Its value, as a tensor of its own."""
+        return self._values[name].clone() if name in self._values else self._before.read(name)
+
+    def piece(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements of its value, flattened, as a tensor of its own."""
+        if name in self._values:
+            return self._values[name].view(-1)[start:stop].clone()
+        return self._before.piece(name, start, stop)
+
+    def fingerprint(self) -> str:
+        """Nothing that was merged in memory is resumed."""
+        return "in memory"

@@ -1,0 +1,139 @@
+"""What a merge is: a pass that makes one model of several of one architecture, a piece of a tensor at a time.
+
+The model that the pipeline is run on is the base. A pass sees the same piece of the same tensor of every model, and
+returns the merged piece; which files they come from and where the result goes, it does not know.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from compress.errors import OptionError
+from compress.passes.base import Pass
+from compress.passes.merge.values import PerModel, Value, count_of, numbers_in, patterns_in, value_at, values_at
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The same elements of one tensor in every model.
+
+    Attributes:
+        name: the tensor's full name.
+        base: (n,) float32, of the model that the pipeline is run on. Not to be written to, like the others.
+        others: (n,) float32 each, of the other models in the order of `models`.
+        generators: one for each of them, seeded from (seed, pass, tensor name, number of the model); they go on from
+            piece to piece of a tensor.
+        start: the place of the first element in the whole tensor, flattened.
+        total: elements of the whole tensor.
+        block: number of the block that the tensor is in; None outside.
+        depth: 0 at the first block and before it, 1 at the last one and behind it.
+    """
+
+    name: str
+    base: Tensor
+    others: tuple[Tensor, ...]
+    generators: tuple[torch.Generator, ...] = ()
+    start: int = 0
+    total: int = 0
+    block: int | None = None
+    depth: float = 0.0
+
+    def deltas(self) -> Iterator[Tensor]:
+        """What each of the other models adds to the base, one in memory at a time."""
+        return (other - self.base for other in self.others)
+
+
+Pieces = Callable[[], Iterator[Piece]]  # in order, as often as it is called, with fresh generators every time
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergePass(Pass):
+    """A pass that merges the model with others of the same architecture. Include, exclude: full names of tensors.
+
+    Args:
+        models: the others, each a local folder or a hub id. The model that the pipeline is run on is the base.
+        vocabulary: of different sizes: `refuse` them, or merge the rows that all have in `common`; the further rows of
+            the base stay as they are, so its tokenizer still fits.
+    """
+
+    models: tuple[str, ...] = ()
+    vocabulary: Literal["refuse", "common"] = "refuse"
+
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense"})
+    pairwise: ClassVar[bool] = False  # it merges exactly two
+    with_base: ClassVar[bool] = False  # the base has values of its own in what is given for each model
+    common: ClassVar[frozenset[str]] = frozenset({"models", "vocabulary", "scope"})  # the same for every tensor
+
+    @property
+    def surveys(self) -> bool:
+        """Whether it must see whole models before it merges anything."""
+        return False
+
+    @property
+    def looks(self) -> bool:
+        """Whether it must see a whole tensor before it merges any piece of it."""
+        return False
+
+    def survey(self, everything: Pieces, sizes: Mapping[str, int]) -> Any:
+        """What it must know of the whole models, from the pieces of all tensors; `sizes`: elements of each."""
+
+    def look(self, tensor: Pieces, found: Any) -> Any:
+        """What it must know of a whole tensor. `found` is what `survey` returned."""
+
+    def run(self, piece: Piece, facts: Any) -> Tensor:
+        """The merged piece, (n,) float32. `facts` is what `look` returned."""
+        raise NotImplementedError
+
+    def produces(self, kind: str) -> str:
+        return kind
+
+    def selects(self, name: str, in_block: bool) -> bool:
+        return super().selects(name, in_block=True)
+
+    def patterns(self) -> Iterator[tuple[str, str]]:
+        yield from super().patterns()
+        for f in fields(self):
+            yield from ((f.name, pattern) for pattern in patterns_in(getattr(self, f.name)))
+
+    def mistakes(self) -> Iterator[OptionError]:
+        yield from super().mistakes()
+        for i, override in enumerate(self.overrides):
+            for name in sorted(self.common & set(override.options)):
+                yield OptionError(f"overrides[{i}].{name}", "is the same for every tensor; set it on the pass")
+
+    def check(self) -> Iterator[OptionError]:
+        if self.pairwise and len(self.models) != 1:
+            yield OptionError("models", f"{self.key} merges the model with one other; {len(self.models)} are named")
+        elif not self.models:
+            yield OptionError("models", "no model to merge with; name folders or hub ids, such as [./math, ./code]")
+        count = len(self.models) + self.with_base
+        for f in fields(self):
+            wanted = count_of(getattr(self, f.name)) if f.name in ("weights", "density") else None
+            if wanted is not None and wanted != count:
+                first = ", the model that the pipeline is run on first" if self.with_base else ""
+                yield OptionError(f.name, f"{wanted} values for {count} models: give one for each{first}")
+
+    def of_whole_models(self, option: str) -> Iterator[OptionError]:
+        """An error where an option differs by depth or tensor, and with `scope: model` holds for whole models."""
+        values = getattr(self, option)
+        plain = not isinstance(values, tuple) or all(isinstance(value, float) for value in values)
+        overridden = any(option in override.options for override in self.overrides)
+        if getattr(self, "scope", "tensor") == "model" and not (plain and not overridden):
+            yield OptionError(option, "is for the whole vector with scope: model, one number for each model")
+
+    def within(self, option: str, least: float, most: float) -> Iterator[OptionError]:
+        """An error for each number of an option that is outside its range."""
+        for number in numbers_in(getattr(self, option)):
+            if not least <= number <= most:
+                yield OptionError(option, f"{number} is not between {least:g} and {most:g}")
+
+    def at_piece(self, value: Value, piece: Piece, default: float) -> float:
+        """The number that holds for a tensor."""
+        return value_at(value, piece.name, piece.depth, default)
+
+    def of_each(self, values: PerModel, piece: Piece, default: float) -> list[float]:
+        """The numbers that hold for a tensor, one for each model."""
+        return values_at(values, len(self.models) + self.with_base, piece.name, piece.depth, default)
