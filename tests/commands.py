@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compress import cli
@@ -77,3 +78,18 @@ def write_pipeline(path: Path, text: str) -> Path:
 def files_of(folder: Path) -> dict[str, bytes]:
     """Every file of a folder with its bytes."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def make_changed(folder: Path, source: Path, seed: int, size: float = 1e-3) -> Path:
+    """A model folder like another, a little noise on every tensor: what a short fine-tuning leaves."""
+    shutil.copytree(source, folder)
+    generator = torch.Generator().manual_seed(seed)
+    values = load_file(folder / "model.safetensors")
+    changed = {
+        name: value + (size * torch.randn(value.shape, generator=generator)).to(value.dtype)
+        if value.is_floating_point()
+        else value + 1
+        for name, value in values.items()
+    }
+    save_file(changed, folder / "model.safetensors", {"format": "pt"})
+    return folder

@@ -9,11 +9,12 @@ from conftest import make_llama
 
 from compress import graph, plan
 from compress.errors import ConfigError
-from compress.passes import PASSES, Pass
+from compress.passes import PASSES, MergePass, Pass
 from compress.pipeline import Calibration, Pipeline
 
 PRUNERS = {"magnitude", "global_magnitude", "wanda", "sparsegpt", "bip"}
 QUANTIZERS = {p.key for p in PASSES if p.__module__.startswith("compress.passes.quantize.")} - {"reorder"}
+MERGES = {p.key for p in PASSES if issubclass(p, MergePass)}
 TRAINERS = {"perp", "perp_reconstruct", "sparse_soup"}
 SMALL = {"rank": 4, "groups": 2}  # options that the narrow layers of the test model need
 
@@ -26,7 +27,9 @@ def model() -> graph.Graph:
 def made(key: str, **options: object) -> Pass:
     cls = next(p for p in PASSES if p.key == key)
     numbers = {f.name for f in fields(cls) if f.default is not None}
-    known = {name: value for name, value in SMALL.items() if name in numbers}
+    known: dict[str, object] = {name: value for name, value in SMALL.items() if name in numbers}
+    if issubclass(cls, MergePass):
+        known["models"] = ("demo",)
     return cls(**{**known, **options})
 
 
@@ -94,3 +97,11 @@ def test_nothing_was_lost_in_a_dense_model() -> None:
 def test_the_order_of_neurons_is_changed_first(first: str) -> None:
     assert follows("reorder", first)
     assert not follows(first, "reorder")
+
+
+@pytest.mark.parametrize("merge", sorted(MERGES))
+def test_merging_comes_first_and_may_be_repeated(merge: str) -> None:
+    assert follows(merge, "slerp")
+    assert follows(merge, "wanda")
+    for other in PRUNERS | {"rtn", "layer_drop", "perp"}:
+        assert any(f"put it before {other}" in problem for problem in refused(made(other), made(merge)))

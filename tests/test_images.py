@@ -46,7 +46,7 @@ from compress import (
 from compress import graph as graphs
 from compress.api import open_model
 from compress.encodings import Spec, pack
-from compress.passes import PASSES, DepthPass, Pass
+from compress.passes import PASSES, DepthPass, MergePass, Pass
 from compress.report import caption, headings, markdown
 from compress.runtime.conv import PackedConv2d
 from compress.runtime.packed import PackedModule
@@ -157,7 +157,7 @@ QUANTIZERS = [cls for cls in PASSES if cls().produces("dense").endswith("quantiz
 
 
 @pytest.mark.parametrize(
-    "cls", [c for c in PASSES if not c.preserves and not issubclass(c, DepthPass)], ids=lambda cls: cls.key
+    "cls", [c for c in PASSES if not c.preserves and not issubclass(c, DepthPass | MergePass)], ids=lambda cls: cls.key
 )
 def test_every_pass_works_on_the_network_and_packed_it_computes_the_same(cls: type[Pass], digits: Digits) -> None:
     steps = {"steps": 2} if "steps" in {f.name for f in fields(cls)} and cls().calibrated else {}

@@ -4,31 +4,45 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from commands import make_changed
 
 import compress
 from compress import api, plan
-from compress.passes import Pass
+from compress.demo import MODEL_DIR
+from compress.passes import MergePass, Pass
 from compress.pipeline import dump, load, parse
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "pipelines").glob("*.yaml"))
 
 
-def quick(pass_: Pass) -> Pass:
-    """With fewer steps, if it learns."""
+@pytest.fixture(scope="module")
+def fine_tunes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two models like the demo, a little different: what stands in for the models that a user would name."""
+    folder = tmp_path_factory.mktemp("fine_tunes")
+    return [str(make_changed(folder / str(seed), MODEL_DIR, seed, size=2e-3)) for seed in (1, 2)]
+
+
+def quick(pass_: Pass, fine_tunes: list[str]) -> Pass:
+    """With fewer steps, if it learns; with other models, if it merges."""
+    if isinstance(pass_, MergePass):
+        assert set(pass_.models) == {"demo"}, "no model but the demo is everywhere"
+        return replace(pass_, models=tuple(fine_tunes[: len(pass_.models)]))
     learns = pass_.calibrated and "steps" in {f.name for f in fields(pass_)}
     return replace(pass_, steps=5) if learns else pass_
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-def test_ready_made_pipeline_runs_on_the_demo_model_and_still_predicts(file: Path, tmp_path: Path) -> None:
+def test_ready_made_pipeline_runs_on_the_demo_model_and_still_predicts(
+    file: Path, tmp_path: Path, fine_tunes: list[str]
+) -> None:
     steps = load(file)
     assert parse(dump(steps)) == steps
     opened = api.open_model("demo")
     made = plan.make(steps, opened.artifact.graph, opened.dtypes)
     small = replace(
         steps,
-        passes=tuple(tuple(quick(p) for p in stage) for stage in steps.passes),
+        passes=tuple(tuple(quick(p, fine_tunes) for p in stage) for stage in steps.passes),
         calibration=steps.calibration and replace(steps.calibration, samples=16, length=128),
         evaluate=steps.evaluate and replace(steps.evaluate, samples=4, length=256),
     )
@@ -39,6 +53,11 @@ def test_ready_made_pipeline_runs_on_the_demo_model_and_still_predicts(file: Pat
     assert last.perplexity < 4 * report.rows[0].perplexity
     assert last.bytes == pytest.approx(made.final_bytes, rel=0.02)
     assert report.verified["max_logit_difference"] == 0
+    merges = [p for stage in small.passes for p in stage if isinstance(p, MergePass)]
+    assert [set(m["models"]) <= set(fine_tunes) for m in report.merged] == [True] * len(merges)
+    if merges:
+        assert report.rows[1].kl is not None
+        assert 0 < report.rows[1].kl < 1
 
 
 def test_every_method_has_a_ready_made_pipeline() -> None:

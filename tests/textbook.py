@@ -1,6 +1,7 @@
 """The published algorithms written the slow and plain way, in float64 with an explicit inverse; and inputs for them."""
 
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +12,10 @@ from compress.calibration.training import Kept, Make, ModelData
 from compress.encodings import Uniform, fit
 from compress.passes.base import Block, Target, Whole
 from compress.passes.depth import DepthPass
+from compress.passes.merge.base import MergePass, Piece
 from compress.passes.target import Depth, Distance
+
+Values = dict[str, Tensor]
 
 
 def inputs(width: int, tokens: int = 256, seed: int = 0, dead: tuple[int, ...] = ()) -> Tensor:
@@ -91,6 +95,41 @@ def dropped(pass_: DepthPass, seed: int = 0) -> tuple[list[int], int]:
         gone += [left[i] for i in chosen]
         left = [block for i, block in enumerate(left) if i not in chosen]
     return gone, len(left)
+
+
+def merged(pass_: MergePass, models: Sequence[Mapping[str, Tensor]], piece: int = 1000, seed: int = 0) -> Values:
+    """What a merge makes of models, the base first, whose tensors are cut into pieces of so many elements."""
+    base, blocks = models[0], sorted({n.split(".")[1] for n in models[0] if n.startswith("blocks.")})
+
+    def place(name: str) -> tuple[int | None, float]:
+        if name.startswith("blocks."):
+            block = blocks.index(name.split(".")[1])
+            return block, block / max(1, len(blocks) - 1)
+        return None, float(list(base).index(name) > 0)
+
+    def pieces(names: Sequence[str]) -> Iterator[Piece]:
+        for name in names:
+            seeds = (hash_of(seed, name, k) for k in range(len(models) - 1))
+            generators = tuple(torch.Generator().manual_seed(number) for number in seeds)
+            flat = [model[name].flatten() for model in models]
+            for start in range(0, len(flat[0]), piece):
+                first, *others = (values[start : start + piece].clone() for values in flat)
+                yield Piece(name, first, tuple(others), generators, start, len(flat[0]), *place(name))
+
+    found = None
+    if pass_.surveys:
+        sizes = {name: value.numel() for name, value in base.items()}
+        found = pass_.survey(lambda: pieces(list(base)), sizes)
+    made = {}
+    for name, value in base.items():
+        own = pass_.at(name)
+        facts = own.look(lambda name=name: pieces([name]), found) if own.looks else None
+        made[name] = torch.cat([own.run(each, facts) for each in pieces([name])]).view(value.shape)
+    return made
+
+
+def hash_of(*parts: object) -> int:
+    return zlib.crc32(repr(parts).encode())
 
 
 def output_error(before: Tensor, after: Tensor, x: Tensor) -> float:
@@ -203,3 +242,18 @@ def sparsegpt(
 def rows_that_differ(a: Tensor, b: Tensor) -> int:
     """Rows are solved independently; a tie broken by the last bit can change one row, a wrong formula changes all."""
     return int((a != b).any(dim=1).sum())
+
+
+def fine_tunes(count: int, size: float = 0.1) -> list[Values]:
+    """A model of three blocks, and `count` others that are a little different."""
+    generator = torch.Generator().manual_seed(11)
+    shapes = {"first.weight": (9, 4), "last.weight": (5, 5)}
+    shapes |= {
+        f"blocks.{k}.{name}": shape for k in range(3) for name, shape in (("mlp.weight", (6, 8)), ("bias", (7,)))
+    }
+    names = sorted(shapes, key=lambda n: (n.startswith("last"), not n.startswith("first"), n))
+    base = {name: torch.randn(shapes[name], generator=generator) for name in names}
+    return [
+        base,
+        *({n: v + size * torch.randn(v.shape, generator=generator) for n, v in base.items()} for _ in range(count)),
+    ]

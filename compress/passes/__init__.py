@@ -4,7 +4,14 @@ from compress.passes.base import BlockPass, LinearPass, ModelPass, Override, Pas
 from compress.passes.compensate.eora import Eora
 from compress.passes.depth import DepthPass
 from compress.passes.factorize.low_rank import LowRank
+from compress.passes.merge.average import Average
 from compress.passes.merge.base import MergePass
+from compress.passes.merge.dare import Dare
+from compress.passes.merge.interpolate import Interpolate
+from compress.passes.merge.pcb import Pcb
+from compress.passes.merge.slerp import Slerp
+from compress.passes.merge.task_arithmetic import TaskArithmetic
+from compress.passes.merge.ties import Ties
 from compress.passes.prune.bip import Bip
 from compress.passes.prune.global_magnitude import GlobalMagnitude
 from compress.passes.prune.layer_drop import LayerDrop
@@ -49,19 +56,29 @@ PASSES: tuple[type[Pass], ...] = (
     SparseSoup,
     Eora,
     LowRank,
+    Average,
+    Slerp,
+    Interpolate,
+    TaskArithmetic,
+    Ties,
+    Dare,
+    Pcb,
 )
 
 __all__ = [
     "PASSES",
     "AdaRound",
+    "Average",
     "Bip",
     "BlockPass",
     "Codebook",
+    "Dare",
     "DepthPass",
     "Eora",
     "FlexRound",
     "GlobalMagnitude",
     "Gptq",
+    "Interpolate",
     "Jlcm",
     "LayerDrop",
     "LinearPass",
@@ -73,13 +90,17 @@ __all__ = [
     "Olive",
     "Override",
     "Pass",
+    "Pcb",
     "Perp",
     "PerpReconstruct",
     "PowerQuant",
     "PowerQuantShared",
     "Reorder",
     "Rtn",
+    "Slerp",
     "SparseGpt",
     "SparseSoup",
+    "TaskArithmetic",
+    "Ties",
     "Wanda",
 ]

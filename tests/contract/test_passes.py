@@ -13,8 +13,9 @@ import compress
 from compress.encodings import Weight
 from compress.graph import Site
 from compress.observe import observed
-from compress.passes import PASSES, BlockPass, DepthPass, LinearPass, ModelPass, Override, Pass
+from compress.passes import PASSES, BlockPass, DepthPass, LinearPass, MergePass, ModelPass, Override, Pass
 from compress.passes.base import Edit, Target
+from compress.passes.merge.values import Matched
 from compress.pipeline import Pipeline, dump, parse
 
 SHAPES = {"a": (8, 48), "b": (6, 48), "c": (10, 32)}
@@ -104,18 +105,42 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     ],
     "layer_drop": [{"blocks": 2}, {"blocks": 3, "greedy": False}, {"blocks": 2, "criterion": "angular"}, {"blocks": 0}],
     "sparsegpt": [{"sparsity": "4:8", "damping": 0.1}, {"sparsity": 0.7, "tile": 16}],
+    "average": [
+        {"weights": (0.5, 1.0, 2.0), "normalize": False},
+        {"weights": ((0.0, 1.0, 0.5), 1.0, (Matched("*.mlp.*", 0.25), Matched("*", (0.0, 1.0))))},
+        {"vocabulary": "common"},
+    ],
+    "slerp": [{"t": 0.25}, {"t": (0.0, 0.5, 1.0)}, {"t": (Matched("*.mlp.*", 0.25), Matched("*.bias", (0.0, 1.0)))}],
+    "interpolate": [{"alpha": 1.0}, {"alpha": (0.0, 1.0)}, {"alpha": (Matched("*.mlp.*", 0.25),)}],
+    "task_arithmetic": [{"scale": -1.0, "weights": (Matched("a", 0.5),)}, {"weights": (1.0, -1.0), "combine": "mean"}],
+    "ties": [
+        {"scope": "model", "density": (0.3, 0.9), "combine": "sum"},
+        {"density": ((0.1, 0.9),), "tie": "positive", "scale": (0.5, 1.0)},
+    ],
+    "dare": [
+        {"density": 0.5, "rescale": "l1", "combine": "mean"},
+        {"density": (0.5, 0.9), "merge": "ties", "rescale": "none", "tie": "positive"},
+    ],
+    "pcb": [{"scope": "tensor", "density": (0.2, (0.1, 0.5))}, {"clip": 0.0, "weights": (1.0, 0.5), "scale": 1.2}],
 }
 
 LEARNED = ("flexround", "adaround", "nupes", "jlcm", "low_rank", "perp", "perp_reconstruct", "sparse_soup", "bip")
-QUICK = {key: {"steps": 4} for key in LEARNED}  # keeps a learned method quick
+QUICK: dict[str, dict[str, object]] = {key: {"steps": 4} for key in LEARNED}  # keeps a learned method quick
+NEEDED: dict[str, dict[str, object]] = {  # what a pass cannot do without
+    cls.key: {"models": ("./one",) if cls.pairwise else ("./one", "./two")}
+    for cls in PASSES
+    if issubclass(cls, MergePass)
+}
 
 each_class = pytest.mark.parametrize("cls", PASSES, ids=lambda cls: cls.key)
 CONFIGURED = [
-    cls(**{**QUICK.get(cls.key, {}), **options}) for cls in PASSES for options in [{}, *OPTIONS.get(cls.key, [])]
+    cls(**{**QUICK.get(cls.key, {}), **NEEDED.get(cls.key, {}), **options})
+    for cls in PASSES
+    for options in [{}, *OPTIONS.get(cls.key, [])]
 ]
 each_pass = pytest.mark.parametrize("pass_", CONFIGURED, ids=lambda p: f"{p.key}-{p.options()}")
 each_editor = pytest.mark.parametrize(
-    "pass_", [p for p in CONFIGURED if not isinstance(p, DepthPass)], ids=lambda p: f"{p.key}-{p.options()}"
+    "pass_", [p for p in CONFIGURED if not isinstance(p, DepthPass | MergePass)], ids=lambda p: f"{p.key}-{p.options()}"
 )
 each_solver = pytest.mark.parametrize(
     "pass_", [p for p in CONFIGURED if isinstance(p, LinearPass | BlockPass)], ids=lambda p: f"{p.key}-{p.options()}"
@@ -249,13 +274,16 @@ def test_patterns_and_overrides_survive_the_yaml_file(pass_: Pass) -> None:
         for o in pass_.options()
         if o in ("steps", "inputs", "objective", "granularity") and isinstance(pass_, BlockPass)
     }
+    if isinstance(pass_, MergePass):
+        common = {*pass_.common, "density"}  # with scope: model, of whole models
     options = {name: value for name, value in pass_.options().items() if name not in common}
     overrides = (Override("*.c", options),)
-    full = dataclasses.replace(type(pass_)(), include=("*.mlp.*", "a"), exclude=("*.b",), overrides=overrides)
+    plain = type(pass_)(**NEEDED.get(pass_.key, {}))
+    full = dataclasses.replace(plain, include=("*.mlp.*", "a"), exclude=("*.b",), overrides=overrides)
     back = parse(dump(Pipeline(passes=((full,),)))).passes[0][0]
     assert back == full
-    assert back.at("x.c") == dataclasses.replace(type(pass_)(), **options)
-    assert back.at("x.d") == type(pass_)()
+    assert back.at("x.c") == dataclasses.replace(plain, **options)
+    assert back.at("x.d") == plain
 
 
 @each_editor
@@ -347,3 +375,47 @@ def test_rows_of_a_rowwise_pass_may_be_stacked(pass_: LinearPass) -> None:
     dense = [e.encoding.dequantize() if e.encoding else e.weight for e in made]
     assert textbook.rows_that_differ(dense[0].ne(0), torch.cat(dense[1:]).ne(0)) <= 1
     assert torch.allclose(dense[0], torch.cat(dense[1:]), atol=1e-4)
+
+
+each_merge = pytest.mark.parametrize(
+    "pass_", [p for p in CONFIGURED if isinstance(p, MergePass)], ids=lambda p: f"{p.key}-{p.options()}"
+)
+
+
+def models(pass_: MergePass, size: float = 0.1) -> list[dict[str, Tensor]]:
+    """The base and as many others as a pass merges with it: two blocks, and a tensor before and behind them."""
+    shapes = {"first.weight": (9, 4), "blocks.0.mlp.weight": (6, 8), "blocks.1.bias": (7,), "last.weight": (5, 5)}
+    generator = torch.Generator().manual_seed(5)
+    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    others = range(len(pass_.models))
+    return [base, *({n: v + size * torch.randn(v.shape, generator=generator) for n, v in base.items()} for _ in others)]
+
+
+@each_merge
+def test_a_merge_changes_nothing_that_was_given_and_is_the_same_every_time(pass_: MergePass) -> None:
+    given = models(pass_)
+    first = textbook.merged(pass_, given)
+    torch.manual_seed(12345)  # the global generator must not matter
+    second = textbook.merged(pass_, given)
+    assert all(torch.equal(first[name], second[name]) for name in given[0])
+    for before, after in zip(models(pass_), given, strict=True):
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@each_merge
+def test_how_a_tensor_is_cut_into_pieces_does_not_matter(pass_: MergePass) -> None:
+    given = models(pass_)
+    whole, cut = textbook.merged(pass_, given), textbook.merged(pass_, given, piece=5)
+    for name, value in whole.items():
+        assert value.shape == given[0][name].shape
+        assert value.dtype == torch.float32
+        assert torch.allclose(value, cut[name], rtol=1e-6, atol=1e-7)
+
+
+@each_merge
+def test_merging_a_model_with_itself_leaves_it(pass_: MergePass) -> None:
+    if not getattr(pass_, "normalize", True):
+        pytest.skip("a sum is not a mean")
+    given = models(pass_, size=0)
+    for name, value in textbook.merged(pass_, given).items():
+        assert torch.allclose(value, given[0][name], rtol=1e-6)

@@ -1,0 +1,41 @@
+"""Sums of what models add to their base, with or without an election of signs."""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Combine = Literal["sum", "mean"]
+Tie = Literal["none", "positive"]
+NOTHING = 1e-8  # a sum of weights that nothing is divided by
+
+
+def summed(deltas: Iterable[Tensor], weights: Sequence[float], combine: Combine) -> Tensor:
+    """(n,) the weighted sum of K vectors, or their weighted mean. One of them is in memory at a time."""
+    total = torch.zeros(())
+    for delta, weight in zip(deltas, weights, strict=True):
+        total = total + delta * weight if total.dim() == 0 else total.add_(delta, alpha=weight)
+    divisor = sum(weights)
+    return total / divisor if combine == "mean" and abs(divisor) >= NOTHING else total
+
+
+def elected(deltas: Sequence[Tensor], weights: Sequence[float], combine: Combine, tie: Tie) -> Tensor:
+    """(n,) the weighted sum, or mean, of those of K vectors that have the sign of their weighted sum, place by place.
+
+    Args:
+        deltas: K of (n,); zero where a model has no say. Not to be used afterwards.
+        weights: K.
+        combine: the mean is over the weights of those that are summed.
+        tie: which sign wins where the weighted sum is zero.
+    """
+    votes = torch.zeros_like(deltas[0])
+    for delta, weight in zip(deltas, weights, strict=True):
+        votes.add_(delta.mul_(weight))
+    sign = torch.where(votes >= 0, 1.0, -1.0) if tie == "positive" else votes.sign()
+    total, divisor = torch.zeros_like(votes), torch.zeros_like(votes)
+    for delta, weight in zip(deltas, weights, strict=True):
+        agrees = (delta * sign > 0).float()
+        total.addcmul_(delta, agrees)
+        divisor.add_(agrees, alpha=weight)
+    return total / torch.where(divisor == 0, 1.0, divisor) if combine == "mean" else total

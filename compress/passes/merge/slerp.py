@@ -1,0 +1,78 @@
+"""Spherical interpolation between two models."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from compress.errors import OptionError
+from compress.passes.merge.base import MergePass, Piece, Pieces
+from compress.passes.merge.values import Value
+
+NEARLY_PARALLEL = 0.9995  # |cos| from which on the straight line is taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slerp(MergePass):
+    """Go from one model to another along an arc, tensor by tensor.
+
+    Between tensors of equal length every point has that length; the mean of two that point elsewhere is shorter.
+
+    Source: Shoemake, "Animating rotation with quaternion curves", 1985, SIGGRAPH. Differs from the paper in: the
+    tensors are not normalised, only the angle between them is; where they point the same or opposite ways, the straight
+    line is taken. Both are what users of mergekit know.
+
+    Args:
+        t: 0 is the model that the pipeline is run on, 1 the other.
+        eps: a tensor no longer than this is not divided by its length.
+
+    Example:
+        >>> import torch
+        >>> from compress import Slerp
+        >>> from compress.passes.merge.base import Piece
+        >>> piece = Piece("weight", torch.tensor([1.0, 0.0]), (torch.tensor([0.0, 1.0]),))
+        >>> slerp = Slerp(models=("other",))
+        >>> slerp.run(piece, slerp.look(lambda: iter([piece]), None))
+        tensor([0.7071, 0.7071])
+    """
+
+    t: Value = 0.5
+    eps: float = 1e-8
+
+    key: ClassVar[str] = "slerp"
+    pairwise: ClassVar[bool] = True
+
+    def check(self) -> Iterator[OptionError]:
+        yield from super().check()
+        yield from self.within("t", 0, 1)
+        if self.eps < 0:
+            yield OptionError("eps", f"{self.eps} is negative")
+
+    @property
+    def looks(self) -> bool:
+        return True
+
+    def look(self, tensor: Pieces, found: Any) -> float:
+        """The cosine of the angle between the two."""
+        products = torch.zeros(3, dtype=torch.float64)
+        for piece in tensor():
+            a, b = piece.base, piece.others[0]
+            pairs = ((a, a), (b, b), (a, b))
+            products += torch.stack([torch.dot(x, y).double() for x, y in pairs])
+        lengths = [length if length > self.eps else 1.0 for length in products[:2].sqrt().tolist()]
+        return min(1.0, max(-1.0, float(products[2]) / (lengths[0] * lengths[1])))
+
+    def run(self, piece: Piece, facts: float) -> Tensor:
+        first, second = shares(self.at_piece(self.t, piece, 0.5), facts)
+        return (piece.base * first).add_(piece.others[0], alpha=second)
+
+
+def shares(t: float, cosine: float) -> tuple[float, float]:
+    """What each of two vectors is multiplied with, given the cosine of their angle."""
+    if abs(cosine) > NEARLY_PARALLEL:
+        return 1 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
