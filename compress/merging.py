@@ -125,6 +125,13 @@ def vocabulary_names(graph: Graph) -> set[str]:
     }
 
 
+def depth_of(block: int | None, count: int) -> float:
+    """From 0 at the first block to 1 at the last; outside the blocks 0, and 1 where one is all: as mergekit has it."""
+    if block is None:
+        return 0.0
+    return block / (count - 1) if count > 1 else 1.0
+
+
 @dataclass(frozen=True)
 class Merger:
     """One merge of one model with others.
@@ -152,12 +159,10 @@ class Merger:
     @cached_property
     def places(self) -> Mapping[str, tuple[int | None, float]]:
         """Tensor -> (its block, its depth from 0 to 1)."""
-        blocks, found, inside = self.base.graph.blocks, {}, False
+        blocks, found = self.base.graph.blocks, {}
         for name, _ in self.base.graph.tensors():
             block = next((i for i, b in enumerate(blocks) if not b or name.startswith(f"{b}.")), None)
-            inside = inside or block is not None
-            depth = float(inside) if block is None or len(blocks) == 1 else block / (len(blocks) - 1)
-            found[name] = (block, depth)
+            found[name] = (block, depth_of(block, len(blocks)))
         return found
 
     def length(self, name: str) -> int:

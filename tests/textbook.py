@@ -105,7 +105,7 @@ def merged(pass_: MergePass, models: Sequence[Mapping[str, Tensor]], piece: int 
         if name.startswith("blocks."):
             block = blocks.index(name.split(".")[1])
             return block, block / max(1, len(blocks) - 1)
-        return None, float(list(base).index(name) > 0)
+        return None, 0.0
 
     def pieces(names: Sequence[str]) -> Iterator[Piece]:
         for name in names:

@@ -29,7 +29,7 @@ class Piece:
         start: the place of the first element in the whole tensor, flattened.
         total: elements of the whole tensor.
         block: number of the block that the tensor is in; None outside.
-        depth: 0 at the first block and before it, 1 at the last one and behind it.
+        depth: 0 at the first block and outside the blocks, 1 at the last block.
     """
 
     name: str

@@ -25,7 +25,7 @@ def value_at(value: Value, name: str, depth: float, default: float) -> float:
     Args:
         value: of the option.
         name: the tensor's full name.
-        depth: 0 at the first block and before it, 1 at the last one and behind it.
+        depth: 0 at the first block and outside the blocks, 1 at the last block.
         default: where no pattern matches.
     """
     if isinstance(value, tuple) and value and isinstance(value[-1], Matched):
