@@ -23,7 +23,7 @@ def test_commands_of_the_readme_run(
     small = blocks("yaml")[0].replace("samples: 128", "samples: 8").replace("{source: demo, max", "{samples: 4, max")
     (tmp_path / "pipeline.yaml").write_text(small.replace("10%", "100%"))
     commands = [line.split("#")[0] for line in blocks("console")[1].splitlines()]
-    assert len(commands) == 5
+    assert len(commands) == 7
     for command in commands:
         words = shlex.split(command)[1:]
         if words[0] == "eval":
@@ -55,6 +55,18 @@ def test_results_in_the_readme_come_from_the_recorded_runs() -> None:
     recorded = json.loads((ROOT / "docs" / "results.json").read_text())
     names = sorted(recorded, key=lambda n: recorded[n][-1]["perplexity"])
     assert results.table(recorded, names) in README
+
+
+def test_formats_in_the_readme_come_from_the_recorded_measurement() -> None:
+    import json
+    import sys
+
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        import exports
+    finally:
+        sys.path.pop(0)
+    assert exports.table(json.loads((ROOT / "docs" / "exports.json").read_text())) in README
 
 
 def test_every_relative_link_of_the_documentation_leads_somewhere() -> None:
