@@ -215,14 +215,15 @@ class Merger:
         shape, dtype = source.shape(stored), source.dtype(stored)
         whole = self.length(name) == torch.Size(shape).numel()
         value = torch.empty(shape, dtype=dtype) if whole else source.read(stored)
-        flat, pass_ = value.view(-1), self.pass_.at(name)
+        flat, pass_, largest = value.view(-1), self.pass_.at(name), torch.finfo(dtype).max
         pieces: Pieces = self.kept(name) if pass_.looks else lambda: self.pieces(name)
         facts = pass_.look(pieces, found) if pass_.looks and self.length(name) else None
         for piece in pieces():
-            part = flat[piece.start : piece.start + len(piece.base)]
-            part.copy_(pass_.run(piece, facts))
-            if not torch.isfinite(part).all():
+            made = pass_.run(piece, facts)
+            least, most = torch.aminmax(made)
+            if not (least >= -largest and most <= largest):  # nor where they are NaN
                 raise NonFiniteError(f"{name} holds NaN or infinity after {pass_.key}{self._cause(name, dtype)}")
+            flat[piece.start : piece.start + len(made)] = made
         return value
 
     def _cause(self, name: str, dtype: torch.dtype) -> str:

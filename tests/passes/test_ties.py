@@ -1,5 +1,7 @@
 """The properties of TIES: trim, elect, merge."""
 
+from collections.abc import Iterator
+
 import pytest
 import textbook
 import torch
@@ -7,7 +9,6 @@ from textbook import fine_tunes
 from torch import Tensor
 
 from compress import Ties
-from compress.passes.merge import order
 from compress.passes.merge.order import kth_largest, limits
 
 
@@ -99,21 +100,22 @@ def test_each_model_may_have_a_density_of_its_own_and_by_depth() -> None:
 # --- order statistics -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["normal", "few values", "one value", "sorted", "two scales"])
-def test_the_kth_largest_is_exact_however_the_numbers_lie(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(order, "LEAST_SAMPLE", 64)
+@pytest.mark.parametrize("kind", ["normal", "few values", "one value", "sorted", "two scales", "zeros", "tiny"])
+def test_the_kth_largest_is_exact_however_the_numbers_lie(kind: str) -> None:
     values = torch.randn(5000).abs()
     if kind == "few values":
         values = (values * 2).round()
-    elif kind == "one value":
-        values = torch.ones(5000)
-    elif kind == "sorted":  # a sample of every so many misleads least here, and most where numbers are periodic
+    elif kind in ("one value", "zeros"):
+        values = torch.full((5000,), float(kind == "one value"))
+    elif kind == "sorted":
         values = values.sort().values
     elif kind == "two scales":
         values[::79] *= 1e6
+    elif kind == "tiny":
+        values *= 1e-41
     descending = values.sort(descending=True).values
 
-    def parts() -> object:
+    def parts() -> Iterator[list[Tensor]]:
         return iter([[part] for part in values.split(333)])
 
     for k in (1, 2, 63, 500, 2500, 4999, 5000):
@@ -122,7 +124,16 @@ def test_the_kth_largest_is_exact_however_the_numbers_lie(kind: str, monkeypatch
         assert found.above == int((values > found.value).sum())
         assert found.equal == int((values == found.value).sum())
         (limit,) = limits(parts, 5000, [k])
-        kept = torch.cat([limit.keeps(v, 333 * i) for i, v in enumerate(values.split(333))])
-        expected = torch.zeros(5000, dtype=torch.bool)
-        expected[values.argsort(descending=True, stable=True)[:k]] = True
+        kept = torch.cat([limit.trimmed(v, 333 * i) for i, v in enumerate(values.split(333))])
+        chosen = values.argsort(descending=True, stable=True)[:k]
+        expected = torch.zeros(5000).index_put((chosen,), values[chosen])
         assert torch.equal(kept, expected), "exactly k are kept; of equal ones the first"
+
+
+def test_the_kth_largest_of_negative_numbers_is_exact_too() -> None:
+    values = torch.cat([torch.randn(1000), torch.tensor([-torch.inf, 0.0, -3e38, 3e38, 1e-42, -1e-42])])
+    descending = values.sort(descending=True).values
+    for k in (1, 2, 300, 503, 504, 505, 800, 1005, 1006):
+        (found,) = kth_largest(lambda: iter([[values]]), 1006, [k], signed=True)
+        assert found.value == descending[k - 1]
+        assert found.above == int((values > found.value).sum())

@@ -32,10 +32,12 @@ def elected(deltas: Sequence[Tensor], weights: Sequence[float], combine: Combine
     votes = torch.zeros_like(deltas[0])
     for delta, weight in zip(deltas, weights, strict=True):
         votes.add_(delta.mul_(weight))
-    sign = torch.where(votes >= 0, 1.0, -1.0) if tie == "positive" else votes.sign()
+    sign = torch.copysign(torch.ones(()), votes) if tie == "positive" else votes.sign()
     total, divisor = torch.zeros_like(votes), torch.zeros_like(votes)
     for delta, weight in zip(deltas, weights, strict=True):
-        agrees = (delta * sign > 0).float()
-        total.addcmul_(delta, agrees)
-        divisor.add_(agrees, alpha=weight)
-    return total / torch.where(divisor == 0, 1.0, divisor) if combine == "mean" else total
+        agreeing = delta.mul_(sign).clamp_(min=0)
+        total.add_(agreeing)
+        if combine == "mean":
+            divisor.add_(agreeing.sign_(), alpha=weight)
+    total.mul_(sign)
+    return total.div_(divisor.add_(divisor == 0)) if combine == "mean" else total

@@ -1,7 +1,4 @@
-"""Order statistics of vectors too long for memory, exactly, a piece at a time.
-
-A sample brackets the wanted element; one more sweep counts what lies above the bracket and keeps what lies in it.
-"""
+"""Order statistics of vectors too long for memory, exactly, a piece at a time."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,9 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-
-LEAST_SAMPLE, MOST_SAMPLE = 1 << 16, 1 << 20
-DEVIATIONS = 6.0  # of a rank in a sample, on either side
+from torch.nn.functional import hardshrink
 
 
 @dataclass(frozen=True)
@@ -32,20 +27,20 @@ class Rank:
 
 @dataclass(frozen=True)
 class Limit:
-    """Which elements of a tensor are kept: all above a value, and those equal to it that stand before a place."""
+    """Which magnitudes of a tensor are kept: all above a value, and those equal to it that stand before a place."""
 
     value: float
     before: int
 
-    def keeps(self, values: Tensor, start: int) -> Tensor:
-        """(n,) bool for a piece (n,) that begins at `start`."""
-        if self.before >= start + len(values):
-            return values >= self.value
-        kept = values > self.value
-        if self.before > start:
-            head = self.before - start
-            kept[:head] |= values[:head] == self.value
-        return kept
+    def trimmed(self, values: Tensor, start: int) -> Tensor:
+        """A piece (n,) that begins at `start`, zero where its magnitudes are not kept."""
+        if start < self.before < start + len(values):
+            cut = self.before - start
+            return torch.cat([self.trimmed(values[:cut], start), self.trimmed(values[cut:], self.before)])
+        if self.value <= 0:
+            return values
+        least = torch.nextafter(torch.tensor(self.value), torch.tensor(0.0))
+        return hardshrink(values, float(least) if self.before > start else self.value)
 
 
 @dataclass(frozen=True)
@@ -85,106 +80,73 @@ def limits(parts: Parts, total: int, counts: Sequence[int]) -> list[Limit]:
     found = {i: Limit(-math.inf, total) if k else Limit(math.inf, 0) for i, k in enumerate(counts)}
     if searched:
         chosen: Parts = lambda: ([pieces[i] for i in searched] for pieces in parts())  # noqa: E731
-        for i, rank in zip(searched, kth_largest(chosen, total, [counts[i] for i in searched]), strict=True):
-            found[i] = Limit(rank.value, total)
-            if rank.above + rank.equal > counts[i]:
-                found[i] = Limit(rank.value, _place(parts, i, rank.value, counts[i] - rank.above))
+        ranks = kth_largest(chosen, total, [counts[i] for i in searched])
+        left = {i: counts[i] - rank.above for i, rank in zip(searched, ranks, strict=True)}
+        places = _places(
+            parts, {i: (r.value, left[i]) for i, r in zip(searched, ranks, strict=True) if r.equal > left[i]}
+        )
+        found |= {i: Limit(rank.value, places.get(i, total)) for i, rank in zip(searched, ranks, strict=True)}
     return [found[i] for i in range(len(counts))]
 
 
-def _place(parts: Parts, number: int, value: float, count: int) -> int:
-    """Where the `count`-th element that equals a value stands, counted from 1."""
-    begin = 0
-    for pieces in parts():
-        places = (pieces[number] == value).nonzero()
-        if len(places) >= count:
-            return begin + int(places[count - 1]) + 1
-        count -= len(places)
-        begin += len(pieces[number])
-    return begin
+def _places(parts: Parts, wanted: Mapping[int, tuple[float, int]]) -> dict[int, int]:
+    """Number of a vector, (value, n) -> where the n-th element that equals the value stands, counted from 1."""
+    begin, left = 0, {i: n for i, (_, n) in wanted.items()}
+    found: dict[int, int] = {}
+    for pieces in parts() if wanted else ():
+        for i in left.keys() - found.keys():
+            equal = pieces[i] == wanted[i][0]
+            count = int(torch.count_nonzero(equal))
+            if count >= left[i]:
+                found[i] = begin + int(equal.nonzero()[left[i] - 1]) + 1
+            left[i] -= count
+        begin += len(pieces[0])
+        if len(found) == len(wanted):
+            break
+    return found
 
 
-def kth_largest(parts: Parts, total: int, wanted: Sequence[int]) -> list[Rank]:
+def kth_largest(parts: Parts, total: int, wanted: Sequence[int], signed: bool = False) -> list[Rank]:
     """Of several vectors at once, each its `wanted[i]`-th largest element, counted from 1.
 
+    The bits of a non-negative float32 order as integers do: a histogram of the upper 16 bits finds the bin, one of the
+    lower 16 bits in that bin the element.
+
     Args:
-        parts: gives a piece of every vector; it is called two times, more often where a sample misleads.
+        parts: gives a piece of every vector; it is called twice.
         total: elements of every vector.
         wanted: one for each.
+        signed: there may be negative elements.
     """
-    size = min(max(total // 64, LEAST_SAMPLE), MOST_SAMPLE)
-    searches = [_Search(total, k) for k in wanted]
-    for search, sample in zip(searches, _samples(parts, -(-total // size), len(wanted)), strict=True):
-        search.bracket(sample)
-    while any(search.found is None for search in searches):
-        for pieces in parts():
-            for search, values in zip(searches, pieces, strict=True):
-                search.see(values)
-        for search in searches:
-            search.conclude()
-    return [search.found for search in searches if search.found is not None]
-
-
-def _samples(parts: Parts, step: int, count: int) -> list[Tensor]:
-    """Every `step`-th element of every vector, sorted."""
-    taken: list[list[Tensor]] = [[] for _ in range(count)]
-    begin = 0
+    upper = torch.zeros(len(wanted), 1 << 16, dtype=torch.int64)
     for pieces in parts():
-        for values, kept in zip(pieces, taken, strict=True):
-            kept.append(values[-begin % step :: step].clone())
-        begin += len(pieces[0]) if pieces else 0
-    return [torch.cat(kept).sort().values for kept in taken]
+        for counts, values in zip(upper, pieces, strict=True):
+            counts += torch.bincount((_ordered(values, signed) >> 16) + HALF, minlength=1 << 16)
+    smaller = [total - k for k in wanted]  # the element has at most so many below it
+    highs = [int(torch.searchsorted(u.cumsum(0), n, right=True)) for u, n in zip(upper, smaller, strict=True)]
+    lower = torch.zeros(len(wanted), (1 << 16) + 2, dtype=torch.int64)  # with those below and above the bin
+    for pieces in parts():
+        for counts, values, high in zip(lower, pieces, highs, strict=True):
+            order = _ordered(values, signed)
+            inside = (order.long() if signed else order) - ((high - HALF) << 16)  # which for int32 may be too far
+            inside = inside.clamp_(-1, 1 << 16).add_(1)
+            counts += torch.bincount(inside, minlength=(1 << 16) + 2)
+    found = []
+    for counts, high, n in zip(lower, highs, smaller, strict=True):
+        low = int(torch.searchsorted(counts.cumsum(0), n, right=True))
+        found.append(Rank(_value(((high - HALF) << 16) + low - 1), int(counts[low + 1 :].sum()), int(counts[low])))
+    return found
 
 
-class _Search:
-    """For one element: between which values it lies, and what was seen there."""
+HALF = 1 << 15
 
-    def __init__(self, total: int, k: int):
-        self.total, self.k = total, k
-        self.low, self.high = -math.inf, math.inf
-        self.found: Rank | None = None
-        self._forget()
 
-    def _forget(self) -> None:
-        self.above = self.at_low = self.at_high = 0
-        self.inside: list[Tensor] = []
+def _ordered(values: Tensor, signed: bool) -> Tensor:
+    """float32 as int32 of the same order."""
+    bits = values.view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF) if signed else bits
 
-    def bracket(self, sample: Tensor) -> None:
-        """Guess between which values it is."""
-        share = 1 - (self.k - 0.5) / self.total
-        place, count = share * len(sample), len(sample)
-        margin = 1 if count == self.total else 2 + DEVIATIONS * math.sqrt(count * share * (1 - share))
-        first, last = math.floor(place - margin), math.ceil(place + margin)
-        self.low = float(sample[first]) if first >= 0 else -math.inf
-        self.high = float(sample[last]) if last < count else math.inf
 
-    def see(self, values: Tensor) -> None:
-        """Count a piece."""
-        if self.found is not None:
-            return
-        over, under = values >= self.high, values <= self.low
-        larger = int((values > self.high).sum())
-        self.above += larger
-        self.at_high += int(over.sum()) - larger
-        self.at_low += int((values == self.low).sum())
-        self.inside.append(values[~(over | under)])
-
-    def conclude(self) -> None:
-        """The element, if it was between the values; else where to look next."""
-        if self.found is not None:
-            return
-        inside, k = torch.cat(self.inside), self.k
-        to_high = self.above + self.at_high
-        to_low = to_high + len(inside)
-        if k <= self.above:
-            self.low, self.high = self.high, math.inf
-        elif k <= to_high:
-            self.found = Rank(self.high, self.above, self.at_high)
-        elif k <= to_low:
-            value = inside.kthvalue(len(inside) - (k - to_high) + 1).values
-            self.found = Rank(float(value), to_high + int((inside > value).sum()), int((inside == value).sum()))
-        elif k <= to_low + self.at_low:
-            self.found = Rank(self.low, to_low, self.at_low)
-        else:
-            self.low, self.high = -math.inf, self.low
-        self._forget()
+def _value(order: int) -> float:
+    """The float32 of a place in that order."""
+    return float(torch.tensor(order if order >= 0 else order ^ 0x7FFFFFFF, dtype=torch.int32).view(torch.float32))

@@ -121,7 +121,7 @@ def measured(pieces: Pieces, total: int, shares: Sequence[float], clip: float) -
 
     # The bottom 1 - r of the scores become 0, the highest 1.
     wanted = [k for share in shares for k in (min(kept_of(share, total) + 1, total), 1)]
-    found = [rank.value for rank in kth_largest(scored, total, wanted)]
+    found = [rank.value for rank in kth_largest(scored, total, wanted, signed=True)]
     ends = zip(bounds, found[::2], found[1::2], strict=True)
     return [Measures(m.low, m.high, cut, top) for m, cut, top in ends]
 

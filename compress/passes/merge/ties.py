@@ -79,7 +79,7 @@ class Ties(MergePass):
         return limits(lambda: magnitudes(tensor), first.total, counts)
 
     def run(self, piece: Piece, facts: list[Limit]) -> Tensor:
-        trimmed = [d.mul_(limit.keeps(d.abs(), piece.start)) for d, limit in zip(piece.deltas(), facts, strict=True)]
+        trimmed = [limit.trimmed(d, piece.start) for d, limit in zip(piece.deltas(), facts, strict=True)]
         mixed = elected(trimmed, self.of_each(self.weights, piece, 1.0), self.combine, self.tie)
         return mixed.mul_(self.at_piece(self.scale, piece, 1.0)).add_(piece.base)
 
