@@ -345,14 +345,22 @@ export: [safetensors]
 def init(
     path: Annotated[Path, typer.Argument(help="where to write the pipeline")] = Path("pipeline.yaml"),
     force: Annotated[bool, typer.Option(help="replace an existing file")] = False,
+    from_mergekit: Annotated[Path | None, typer.Option(help="a mergekit configuration to write as a pipeline")] = None,
 ) -> None:
-    """Write a commented pipeline to start from."""
+    """Write a commented pipeline to start from, or one that merges as a mergekit configuration does."""
     if path.exists() and not force:
         raise UsageError(f"{path} exists; give another name, or --force")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"no such folder: {path.parent}")
-    path.write_text(TEMPLATE.format(name=path))
-    print(path)
+    if from_mergekit is None:
+        path.write_text(TEMPLATE.format(name=path))
+        print(path)
+        return
+    from compress.mergekit import convert
+
+    found = convert(from_mergekit)
+    path.write_text(found.text.replace("PIPELINE", str(path), 1))
+    print(f"{path}: compress run {path} {found.model} -o OUT")
 
 
 @app.command()

@@ -1,0 +1,227 @@
+"""A merge that mergekit describes, as a pipeline. What a pipeline cannot express is an error that says so."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compress.errors import ConfigError, Problem, UsageError
+
+# Their method -> ours, and the options that make it the same.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("average", {}),
+    "slerp": ("slerp", {}),
+    "task_arithmetic": ("task_arithmetic", {}),
+    "ties": ("ties", {"scope": "tensor", "tie": "positive"}),
+    "dare_linear": ("dare", {"merge": "linear"}),
+    "dare_ties": ("dare", {"merge": "ties", "tie": "positive"}),
+}
+KNOWN = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source")
+OF_METHOD = {
+    "linear": {"weight", "normalize"},
+    "slerp": {"t"},
+    "task_arithmetic": {"weight", "normalize", "lambda", "int8_mask"},
+    "ties": {"weight", "density", "normalize", "lambda", "int8_mask", "rescale"},
+    "dare_linear": {"weight", "density", "normalize", "lambda", "int8_mask", "rescale"},
+    "dare_ties": {"weight", "density", "normalize", "lambda", "int8_mask", "rescale"},
+}
+SWITCHES = ("normalize", "int8_mask", "rescale")
+MEAN_BY_DEFAULT = ("linear", "ties")
+RESCALED_BY_DEFAULT = ("dare_linear", "dare_ties")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A pipeline file that does the same.
+
+    Attributes:
+        model: to run it on.
+        text: the file.
+    """
+
+    model: str
+    text: str
+
+
+def convert(file: Path) -> Converted:
+    """Read a mergekit configuration.
+
+    Raises:
+        UsageError: no such file.
+        ConfigError: everything that is not mergekit's, or has no place in a pipeline.
+    """
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {file}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError([Problem("", f"not YAML: {error}")], str(file)) from error
+    reader = _Reader(data if isinstance(data, dict) else {})
+    found = reader.converted()
+    if reader.problems or found is None:
+        raise ConfigError(reader.problems, str(file))
+    return found
+
+
+class _Reader:
+    def __init__(self, data: dict[str, Any]):
+        self.data = data
+        self.problems: list[Problem] = []
+        self.method = str(data.get("merge_method"))
+        self.notes: list[str] = []
+
+    def problem(self, path: str, message: str) -> None:
+        self.problems.append(Problem(path, message))
+
+    def converted(self) -> Converted | None:
+        """The pipeline, or None after a problem."""
+        data, method = self.data, self.method
+        for key in sorted(data.keys() - set(KNOWN)):
+            self.problem(str(key), "has no place in a pipeline; leave it out, or merge with mergekit first")
+        if method not in METHODS:
+            known = ", ".join(METHODS)
+            self.problem("merge_method", f"{method} is not one of those that are known here: {known}")
+            return None
+        sources, shared = self._sources()
+        base = _name(data.get("base_model"))
+        names = [_name(source.get("model")) for source in sources]
+        if not names or None in names:
+            self.problem("models", "must be a list of entries with `model:`, a folder or hub id each")
+            return None
+        if method == "linear":
+            first = str(names[0])
+            if base is not None and base not in names:
+                self.problem("base_model", "linear has no base beside its models; leave it out")
+        elif base is None:
+            self.problem("base_model", f"{method} needs one")
+            return None
+        else:
+            first = base
+            sources = [s for s, name in zip(sources, names, strict=True) if name != base]
+        others = [str(_name(s.get("model"))) for s in (sources[1:] if method == "linear" else sources)]
+        if method == "slerp" and len(others) != 1:
+            self.problem("models", f"slerp merges two models; {len(others) + 1} are named")
+        options = {"models": others, **METHODS[method][1], **self._options(sources, shared)}
+        if self.problems:
+            return None
+        text = yaml.dump({"passes": [{METHODS[method][0]: options}]}, sort_keys=False, width=120)
+        head = [f"run it on {first}: compress run PIPELINE {first} -o OUT", *self.notes]
+        return Converted(first, "".join(f"# {line}\n" for line in head) + str(text))
+
+    def _sources(self) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+        """The entries for each model; and what holds for all, the nearest first."""
+        data = self.data
+        shared = [_mapping(data.get("parameters"))]
+        if data.get("dtype") not in (None, "float32"):
+            self.notes.append(f"dtype {data['dtype']}: pipelines merge in float32, and keep the type of the model")
+        if data.get("out_dtype") is not None:
+            self.notes.append(f"out_dtype {data['out_dtype']}: the type of the model is kept; convert it if it differs")
+        if data.get("tokenizer_source") not in (None, "base"):
+            self.problem("tokenizer_source", "pipelines keep the tokenizer of the model they are run on; use base")
+        if "slices" not in data:
+            return [_mapping(entry) for entry in _list(data.get("models"))], shared
+        slices = [_mapping(entry) for entry in _list(data["slices"])]
+        if len(slices) != 1:
+            self.problem("slices", "layers of different models cannot be stacked; pipelines merge whole models")
+            return [], shared
+        sources = [_mapping(entry) for entry in _list(slices[0].get("sources"))]
+        ranges = [source.get("layer_range") for source in sources]
+        if any(r != ranges[0] for r in ranges) or (ranges and ranges[0] and ranges[0][0] != 0):
+            self.problem("slices[0]", f"pipelines merge whole models; layer_range {ranges} is a part of them")
+        elif ranges and ranges[0]:
+            self.notes.append(f"layer_range {ranges[0]} was taken for all blocks of the models")
+        return sources, [_mapping(slices[0].get("parameters")), *shared]
+
+    def _options(self, sources: Sequence[Mapping[str, Any]], shared: list[Mapping[str, Any]]) -> dict[str, Any]:
+        method, allowed = self.method, OF_METHOD[self.method]
+        own = [_mapping(source.get("parameters")) for source in sources]
+        for where in (*own, *shared):
+            for name in sorted(set(map(str, where)) - allowed):
+                self.problem(f"parameters.{name}", f"is not known of {method}; known: {', '.join(sorted(allowed))}")
+        switches = {name: self._switch(name, shared) for name in SWITCHES}
+        options: dict[str, Any] = {}
+        if method == "slerp":
+            options["t"] = self._value("t", [*shared], None)
+            if options["t"] is None:
+                self.problem("parameters.t", "is missing")
+            return options
+        options["weights"] = [self._value("weight", [o, *shared], None) for o in own]
+        if None in options["weights"]:
+            self.problem("parameters.weight", "is missing for a model")
+        if "density" in allowed:
+            options["density"] = [self._value("density", [o, *shared], 1.0) for o in own]
+        mean = switches["normalize"] if switches["normalize"] is not None else method in MEAN_BY_DEFAULT
+        if method == "linear":
+            options["normalize"] = mean
+            return options
+        options["scale"] = self._value("lambda", shared, 1.0)
+        options["combine"] = "mean" if mean else "sum"
+        rescaled = switches["rescale"]
+        if method in RESCALED_BY_DEFAULT:
+            options["rescale"] = "l1" if rescaled in (None, True) else "none"
+        elif rescaled:
+            self.problem("parameters.rescale", f"{method} does not rescale what it keeps; leave it out")
+        return options
+
+    def _switch(self, name: str, where: Sequence[Mapping[str, Any]]) -> bool | None:
+        found = next((w[name] for w in where if name in w), None)
+        if found is None or isinstance(found, bool):
+            return found
+        self.problem(f"parameters.{name}", "must be true or false for the whole model")
+        return None
+
+    def _value(self, name: str, where: Sequence[Mapping[str, Any]], default: float | None) -> Any:
+        """A setting as a number, a list over depth, or a list of {match, value}; None where there is none.
+
+        Theirs are looked up in the model's parameters, then in those for all; the first filter that is part of a
+        tensor's name wins, and a tensor that no filter fits goes on to the next place. Ours: the last match wins.
+        """
+        found: list[dict[str, Any]] = []
+        for settings in where:
+            if name not in settings:
+                continue
+            for pattern, value in self._cases(name, settings[name]):
+                found.append({"match": pattern, "value": value})
+                if pattern == "*":
+                    return value if len(found) == 1 else found[::-1]
+        if not found:
+            return default
+        if default is None:
+            self.problem(f"parameters.{name}", "has filters only; add a last entry without one, for all other tensors")
+            return None
+        return [{"match": "*", "value": default}, *found[::-1]]
+
+    def _cases(self, name: str, setting: Any) -> Iterator[tuple[str, Any]]:
+        """(pattern, value) in their order."""
+        entries = setting if isinstance(setting, list) and any(isinstance(e, dict) for e in setting) else [setting]
+        for entry in entries:
+            case = entry if isinstance(entry, dict) else {"value": entry}
+            value, part = case.get("value"), case.get("filter")
+            numbers = value if isinstance(value, list) else [value]
+            if not numbers or not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
+                self.problem(f"parameters.{name}", f"{value!r} is not a number or a list of numbers")
+                continue
+            value = [float(n) for n in numbers] if isinstance(value, list) else float(numbers[0])
+            yield ("*" if part in (None, "*") else f"*{_literal(str(part))}*"), value
+
+
+def _literal(text: str) -> str:
+    """A part of a name as a shell wildcard that matches nothing else."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
+
+
+def _name(model: Any) -> str | None:
+    """What a model is called: a text, or a mapping as mergekit writes it."""
+    if isinstance(model, dict) and isinstance(model.get("model"), dict):
+        model = model["model"].get("path")
+    return model if isinstance(model, str) else None
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
