@@ -135,6 +135,15 @@ class FolderSource:
         return digest.hexdigest()
 
 
+class WrittenSource(FolderSource):
+    """One file that this run has written: names as in the model, tied ones once, in the order of a result."""
+
+    @property
+    def file(self) -> Path:
+        """Where it is."""
+        return self._files[0]
+
+
 def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and type of every tensor of a safetensors file, after checking that the file is whole.
 

@@ -199,7 +199,7 @@ class _Reader:
         for entry in entries:
             case = entry if isinstance(entry, dict) else {"value": entry}
             value, part = case.get("value"), case.get("filter")
-            numbers = value if isinstance(value, list) else [value]
+            numbers: list[Any] = value if isinstance(value, list) else [value]
             if not numbers or not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
                 self.problem(f"parameters.{name}", f"{value!r} is not a number or a list of numbers")
                 continue

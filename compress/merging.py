@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from compress import graph as graphs
 from compress import hub
-from compress.artifact import Artifact, FolderSource, Source, open_folder
+from compress.artifact import Artifact, FolderSource, Source, WrittenSource, open_folder
 from compress.errors import CheckpointError, ConfigError, NonFiniteError, Problem, UsageError
 from compress.export.files import Entry, write_tensors
 from compress.graph import Graph
@@ -265,12 +265,12 @@ def merge(context: Context, number: int, pass_: MergePass, key: str) -> tuple[st
         context.artifact = replace(artifact, source=MergedSource(artifact.source, values))
     else:
         try:
-            source = FolderSource(file.parent, file.name)
+            source = WrittenSource(file.parent, file.name)
         except CheckpointError:  # damaged since it was written
             file.unlink()
             file = context.ledger.make_file(unit, key, merger.write)
             assert file is not None
-            source = FolderSource(file.parent, file.name)
+            source = WrittenSource(file.parent, file.name)
         context.artifact = replace(artifact, source=source, renamed=dict(artifact.graph.tied))
     if context.resident:
         _set(context, merger.names())

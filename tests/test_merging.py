@@ -346,6 +346,22 @@ def test_the_plan_says_with_what_it_is_merged_and_counts_the_merged_checkpoint(
     assert found["final_bytes"] == alone["final_bytes"]
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_merge_alone_is_written_once_where_the_disk_has_links(
+    links: bool, tmp_path: Path, three: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError("no links here")
+
+    pipeline = {"passes": [{"average": {"models": others(three)}}]}
+    compress.run(pipeline, three[0], tmp_path / "linked")
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", refused)
+    compress.run(pipeline, three[0], tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "linked")
+    assert not (tmp_path / "out.work").exists()
+
+
 # --- streaming, resuming ----------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.artifact import Artifact, Packed
+from compress.artifact import Artifact, Packed, WrittenSource
 from compress.encodings import Spec, pack, spec_of
 from compress.export.files import Entry, compare_tensors, copy_companions, write_json, write_tensors
 from compress.ledger import writing
@@ -67,6 +67,13 @@ def write(
 
 
 def _write_weights(artifact: Artifact, file: Path, bars: Bars) -> None:
+    source = artifact.source
+    if isinstance(source, WrittenSource) and not (artifact.committed or artifact.vectors or artifact.configured):
+        try:  # nothing was changed since: the file gets another name instead of a copy
+            file.hardlink_to(source.file)
+            return
+        except OSError:
+            pass
     write_tensors(list(entries(artifact)), partial(stored_tensors, artifact), file, bars, "weights")
 
 
