@@ -10,6 +10,7 @@ from typing import Any
 
 import generate
 import memory
+import merge
 import quality
 import recovery
 import runner
@@ -71,6 +72,7 @@ def main() -> None:
         ("memory", memory.show),
         ("load", loaded),
         ("generate", generate.show),
+        ("merge", merge.show),
     ):
         file = runner.RESULTS / f"{name}.json"
         if file.exists():
