@@ -103,7 +103,8 @@ class Graph:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Everything a checkpoint holds by name: parameters, tied ones once, then buffers."""
-        yield from self.model.named_parameters()
+        # A model that was brought in piece by piece no longer shares the tensors it ties.
+        yield from ((name, p) for name, p in self.model.named_parameters() if name not in self.tied)
         yield from ((name, self.model.get_buffer(name)) for name in self.buffers)
 
     def vectors(self) -> tuple[str, ...]:

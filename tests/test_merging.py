@@ -13,6 +13,7 @@ import torch
 from children import contents, prepare, run
 from commands import compress_command, make_changed, make_text_model, write_pipeline, write_text
 from conftest import make_llama
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
@@ -449,3 +450,16 @@ def test_a_changed_parent_is_another_run(tmp_path: Path, three: list[Path]) -> N
     save_file({n: v + 1 for n, v in values.items()}, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(compress.UsageError, match="not the result of this run"):
         compress.run(pipeline, three[0], tmp_path / "out")
+
+
+def test_tied_embeddings_stay_one_after_the_model_was_measured(tmp_path: Path) -> None:
+    base = make_llama(tie_word_embeddings=True)
+    for name in ("base", "tuned"):
+        base.save_pretrained(tmp_path / name)
+        base.lm_head.weight.data += 0.01
+    tokens = torch.randint(256, (2, 16))
+    steps = {"passes": [{"dare": {"models": [str(tmp_path / "tuned")], "density": 0.5}}]}
+    report = compress.run(steps, tmp_path / "base", tmp_path / "out", evaluation=tokens)  # measured before it is merged
+    assert report.verified["max_logit_difference"] == 0
+    with safe_open(tmp_path / "out" / "compress.safetensors", "pt") as file:
+        assert len({"lm_head.weight", "model.embed_tokens.weight"} & set(file.keys())) == 1
