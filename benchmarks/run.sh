@@ -20,3 +20,7 @@ fi
 "$python" benchmarks/quality.py --peer-python .venv-peer/bin/python
 "$python" benchmarks/recovery.py --peer-python .venv-peer/bin/python
 "$python" benchmarks/memory.py "$folder" --peer-python .venv-peer/bin/python --layers 6 22
+"$python" benchmarks/generate.py
+"$python" benchmarks/onnx_layers.py
+"$python" benchmarks/onnx_memory.py "$folder"
+"$python" benchmarks/tables.py

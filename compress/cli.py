@@ -216,7 +216,7 @@ def evaluate(
 @app.command()
 def export(
     out: Annotated[Path, typer.Argument(help="a finished folder")],
-    to: Annotated[list[str], typer.Option(help="a format, or one with options: onnx:style=qdq,accuracy_level=1")],
+    to: Annotated[list[str], typer.Option(help="a format, or one with options: onnx:mode=fast,accuracy_level=1")],
     as_json: JsonOption = False,
 ) -> None:
     """Write a finished folder in another format as well, from the same codes."""

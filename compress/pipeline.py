@@ -133,7 +133,7 @@ def parse(text: str, file: str = "pipeline") -> Pipeline:
 
 
 def exporters(texts: Sequence[str]) -> tuple[Exporter, ...]:
-    """Exporters from a command line: `hf`, or with options `onnx:style=qdq,accuracy_level=1`.
+    """Exporters from a command line: `hf`, or with options `onnx:mode=fast,accuracy_level=1`.
 
     Raises:
         ConfigError: every mistake at once.
