@@ -25,6 +25,7 @@ from compress.evaluate import Quality, evaluate
 from compress.export import CompressedTensors, Genai, Gguf, Hf, Onnx, Peft
 from compress.exporting import export_to
 from compress.passes import (
+    AdaMerging,
     AdaRound,
     Average,
     Bip,
@@ -34,6 +35,7 @@ from compress.passes import (
     FlexRound,
     GlobalMagnitude,
     Gptq,
+    GreedySoup,
     Interpolate,
     Jlcm,
     LayerDrop,
@@ -65,6 +67,7 @@ __version__ = version()
 register()
 
 __all__ = [
+    "AdaMerging",
     "AdaRound",
     "Average",
     "Bip",
@@ -82,6 +85,7 @@ __all__ = [
     "Gguf",
     "GlobalMagnitude",
     "Gptq",
+    "GreedySoup",
     "Hf",
     "Interpolate",
     "Jlcm",

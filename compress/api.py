@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress import given, hub, manager, merging, plan, progress, report, resources
+from compress import given, hub, manager, merging, meter, plan, progress, report, resources
 from compress import graph as graphs
 from compress.artifact import Artifact, ModuleSource, open_folder
 from compress.calibration import collect
@@ -61,9 +61,9 @@ class Result:
 def apply(
     model: nn.Module,
     passes: Sequence[Pass | Sequence[Pass]],
-    calibration: Tensor | None = None,
+    calibration: given.Given | None = None,
     *,
-    evaluation: Tensor | given.Labelled | None = None,
+    evaluation: given.Given | None = None,
     max_increase: float | None = None,
     max_drop: float | None = None,
     seed: int = 0,
@@ -76,9 +76,11 @@ def apply(
     Args:
         model: a transformers causal language model or image classifier, or any module with Linear or Conv2d layers.
         passes: in order; a nested list is fused block by block, as `blockwise:` in a pipeline file.
-        calibration: (samples, length) int64 token ids for a language model, else inputs (samples, ...).
+        calibration: (samples, length) int64 token ids for a language model, else inputs (samples, ...), or those and
+            (samples,) integer labels; from several sources, a mapping of their names to such data.
         evaluation: (windows, length) token ids of a language model, to measure perplexity and KL after every pass; of
-            a classifier, its inputs and (samples,) integer labels, to measure accuracy and KL.
+            a classifier, its inputs and (samples,) integer labels, to measure accuracy and KL; from several sources, a
+            mapping of their names to such data.
         max_increase: the gate: largest relative increase of perplexity.
         max_drop: the gate of a classifier: largest fall of accuracy, 0.01 for one point.
         seed: of every random choice.
@@ -108,14 +110,14 @@ def apply(
     model = (model if inplace else copy.deepcopy(model)).eval()
     graph = graphs.find(model)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    inputs, labels = given.labelled(graph, evaluation) if evaluation is not None else (None, None)
-    calibration = given.checked(graph, "calibration", calibration, dtype)
-    inputs = given.checked(graph, "evaluation", inputs, dtype)
+    data = manager.Data(
+        given.dataset(graph, "calibration", calibration, dtype), given.dataset(graph, "evaluation", evaluation, dtype)
+    )
     gates = {"max_increase": max_increase, "max_drop": max_drop}
     pipeline = Pipeline(
         passes=stages,
-        calibration=given.described(Calibration, calibration, {}),
-        evaluate=given.described(Evaluation, inputs, gates),
+        calibration=given.described(Calibration, data.calibration, {}),
+        evaluate=given.described(Evaluation, data.evaluation, gates),
         seed=seed,
         products=products,
     )
@@ -127,8 +129,8 @@ def apply(
     dtypes = {name: tensor.dtype for name, tensor in graph.tensors()}
     made = plan.make(pipeline, graph, dtypes)
     merging.check(pipeline, graph, "apply")
+    merging.check_data(pipeline, data.calibration, graph, "apply")
     context = Context(artifact, MemoryLedger(), seed, dtype, products, resident=True, bars=progress.Bars())
-    data = manager.Data(calibration, inputs, labels)
     measured = manager.execute(pipeline, made, context, data, type(model).__name__)
     weights = {name: w for name, w in context.artifact.committed.items() if isinstance(w, Weight)}
     for name, weight in weights.items():
@@ -153,8 +155,8 @@ def run(
     model: "str | Path",
     out: "str | Path",
     *,
-    calibration: Tensor | None = None,
-    evaluation: Tensor | given.Labelled | None = None,
+    calibration: given.Given | None = None,
+    evaluation: given.Given | None = None,
     overwrite: bool = False,
     fresh: bool = False,
     bars: progress.Bars | None = None,
@@ -193,15 +195,19 @@ def run(
     opened = open_model(model)
     _check_destination(destination, opened.folder, overwrite)
     graph = opened.artifact.graph
-    inputs, labels = given.labelled(graph, evaluation) if evaluation is not None else (None, None)
-    steps = _with_given(steps, calibration, inputs)
+    data = manager.Data(
+        given.dataset(graph, "calibration", calibration, _dtype(steps, opened)),
+        given.dataset(graph, "evaluation", evaluation, _dtype(steps, opened)),
+    )
+    steps = _with_given(steps, data)
     file = str(pipeline) if isinstance(pipeline, str | Path) else "pipeline"
     made = plan.make(steps, graph, opened.dtypes, file)
     merged = merging.check(steps, graph, file)
     resolved = dump(steps)
     with bars.shown():
-        data = _data(steps, opened, manager.Data(calibration, inputs, labels), bars)
-    hashes = [manager.hash_of(each) for each in (data.calibration, data.evaluation, data.labels)]
+        data = _data(steps, opened, data, bars)
+    merging.check_data(steps, data.calibration, graph, file)
+    hashes = [meter.hash_of(each) for each in (data.calibration, data.evaluation)]
     identity = key_of(opened.artifact.source.fingerprint(), resolved, hashes, *merged)
     finished = _finished(destination, identity, steps)
     if finished and not (overwrite or fresh):
@@ -283,27 +289,25 @@ def _dtype(steps: Pipeline, opened: Opened) -> torch.dtype:
     return configured if isinstance(configured, torch.dtype) else torch.float32
 
 
-def _with_given(steps: Pipeline, calibration: Tensor | None, evaluation: Tensor | None) -> Pipeline:
-    given_calibration = given.described(Calibration, calibration, {})
+def _with_given(steps: Pipeline, data: manager.Data) -> Pipeline:
+    calibration = given.described(Calibration, data.calibration, {})
     kept = {name: getattr(steps.evaluate, name) for name in (*GATES, "after")} if steps.evaluate else {}
-    given_evaluation = given.described(Evaluation, evaluation, kept)
-    return replace(
-        steps, calibration=given_calibration or steps.calibration, evaluate=given_evaluation or steps.evaluate
-    )
+    evaluation = given.described(Evaluation, data.evaluation, kept)
+    return replace(steps, calibration=calibration or steps.calibration, evaluate=evaluation or steps.evaluate)
 
 
 def _data(steps: Pipeline, opened: Opened, data: manager.Data, bars: progress.Bars) -> manager.Data:
     """Read what the pipeline names; given data win."""
-    calibration, evaluation, labels = data.calibration, data.evaluation, data.labels
+    calibration, evaluation = data.calibration, data.evaluation
+    graph, dtype = opened.artifact.graph, _dtype(steps, opened)
     needed = any(p.calibrated for stage in steps.passes for p in stage)
     if calibration is None and needed and steps.calibration:
-        calibration, _ = given.read(steps.calibration, opened.folder, "calibration", bars.over)
+        found = given.read(steps.calibration, opened.folder, "calibration", bars.over)
+        calibration = given.checked(graph, "calibration", found, dtype)
     if evaluation is None and steps.evaluate:
-        evaluation, labels = given.read(steps.evaluate, opened.folder, "evaluation", bars.over)
-    graph, dtype = opened.artifact.graph, _dtype(steps, opened)
-    calibration = given.checked(graph, "calibration", calibration, dtype)
-    evaluation = given.checked(graph, "evaluation", evaluation, dtype)
-    return manager.Data(calibration if needed else None, evaluation, labels)
+        found = given.read(steps.evaluate, opened.folder, "evaluation", bars.over)
+        evaluation = given.checked(graph, "evaluation", found, dtype)
+    return manager.Data(calibration if needed else None, evaluation)
 
 
 def _finished(destination: Path, identity: str, steps: Pipeline) -> Report | None:
@@ -338,11 +342,10 @@ def _export(
     compared = safetensors.verify(context.artifact, partial, context.bars)
     measured.verified = {"run": identity, "tensors_equal": compared}
     if data.evaluation is not None:
-        measured.verified["max_logit_difference"] = _logit_difference(context, partial, data.evaluation[:2])
+        measured.verified["max_logit_difference"] = _logit_difference(context, partial, data.evaluation.inputs[:2])
     if steps.export:
         made = open_packed(partial, context.dtype)
-        evaluated = None if data.evaluation is None else (data.evaluation, data.labels)
-        measured.verified |= write_all(made, steps.export, destination, evaluated, context.bars)
+        measured.verified |= write_all(made, steps.export, destination, data.evaluation, context.bars)
     write_text(partial / "pipeline.yaml", resolved)
     write_text(partial / "report.json", measured.to_json())
     write_text(partial / "README.md", report.card(measured, resolved, graphs.loader(opened.config).__name__))

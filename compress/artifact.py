@@ -295,6 +295,11 @@ class Artifact:
         """The same model before every pass."""
         return replace(self, committed={}, vectors={})
 
+    def fits(self) -> bool:
+        """Whether every value has the shape that the model says."""
+        source = self.source
+        return all(source.shape(self.name_in_source(n)) == tuple(t.shape) for n, t in self.graph.tensors())
+
     def added(self, parameter: str) -> bool:
         """Whether a parameter is a bias that a pass gave to a layer without one."""
         site = self.sites.get(parameter.removesuffix(".bias"))

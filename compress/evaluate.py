@@ -1,7 +1,7 @@
 """Perplexity or accuracy, and divergence from the original: what every pass is judged by."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,9 @@ class Quality:
         kl: mean over tokens (samples) of KL(original || this) in nats, on `kl_tokens` of them; None without an
             original.
         accuracy: of a classifier: the share of samples whose largest logit is the label's.
+        negative_flips: share of all tokens (samples) that the original predicts right and this does not: what a user
+            of the original would notice. None without an original.
+        loss: mean negative log-likelihood in nats, of a classifier that of the labels.
     """
 
     perplexity: float | None
@@ -36,20 +39,49 @@ class Quality:
     kl: float | None = None
     kl_tokens: int = 0
     accuracy: float | None = None
+    negative_flips: float | None = None
+    loss: float = math.nan
+
+
+def pooled(parts: Sequence[Quality]) -> Quality:
+    """Of several sources taken together: every token, or sample, counts alike."""
+    tokens, compared = sum(p.tokens for p in parts), sum(p.kl_tokens for p in parts)
+    loss = sum(p.loss * p.tokens for p in parts) / tokens
+    kl = sum((p.kl or 0.0) * p.kl_tokens for p in parts) / compared if compared else None
+    flips = [p.negative_flips * p.tokens for p in parts if p.negative_flips is not None]
+    right = [p.accuracy * p.tokens for p in parts if p.accuracy is not None]
+    return Quality(
+        perplexity=None if right else perplexity_of(loss),
+        tokens=tokens,
+        kl=kl,
+        kl_tokens=compared,
+        accuracy=sum(right) / tokens if right else None,
+        negative_flips=sum(flips) / tokens if flips else None,
+        loss=loss,
+    )
+
+
+def perplexity_of(loss: float) -> float:
+    """Exp of a mean negative log-likelihood, finite."""
+    return math.exp(min(loss, 700))
 
 
 class Reference:
-    """The original model's log-probabilities on the first evaluation windows."""
+    """The original model's log-probabilities on the first evaluation windows, and what it predicts right on all."""
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: int = REFERENCE_NUMBERS) -> None:
         self.parts: list[Tensor] = []
-        self.numbers = 0
+        self.right: list[Tensor] = []
+        self.numbers = numbers
 
-    def keep(self, logits: Tensor) -> None:
-        """Keep a batch, as long as there is room."""
-        if self.numbers + logits.numel() <= REFERENCE_NUMBERS:
+    def keep(self, logits: Tensor, right: Tensor) -> None:
+        """Keep a batch; its log-probabilities only as long as there is room."""
+        self.right.append(right)
+        if logits.numel() <= self.numbers:
             self.parts.append(log_softmax(logits, dim=-1))
-            self.numbers += logits.numel()
+            self.numbers -= logits.numel()
+        else:
+            self.numbers = 0  # those that are kept are the first
 
 
 def measure(
@@ -76,7 +108,7 @@ def measure(
         DataError: labels that the model has no logit for.
     """
     loss = divergence = 0.0
-    count = compared = right = 0
+    count = compared = correct = flipped = 0
     parts = batches(tokens, TOKENS_AT_ONCE)
     with torch.no_grad():
         for number, batch in enumerate(progress(parts, len(parts)) if progress else parts):
@@ -86,23 +118,25 @@ def measure(
             else:
                 out, wanted = out.float(), labels[count : count + len(batch)]
                 _check_labels(out, wanted)
-                right += int((out.argmax(1) == wanted).sum())
+            right = out.argmax(1) == wanted
+            correct += int(right.sum())
             total = cross_entropy(out, wanted, reduction="sum").item()
             if not math.isfinite(total):
                 raise NonFiniteError("the model's logits on the evaluation data are NaN or infinite")
             loss += total
             count += len(wanted)
             if reference is not None and keep:
-                reference.keep(out)
-            elif reference is not None and number < len(reference.parts):
-                original = reference.parts[number]
-                own = log_softmax(out, dim=-1)
-                divergence += kl_div(own, original, reduction="sum", log_target=True).item()
-                compared += len(wanted)
+                reference.keep(out, right)
+            elif reference is not None:
+                flipped += int((reference.right[number] & ~right).sum())
+                if number < len(reference.parts):
+                    own = log_softmax(out, dim=-1)
+                    divergence += kl_div(own, reference.parts[number], reduction="sum", log_target=True).item()
+                    compared += len(wanted)
     kl = max(0.0, divergence / compared) if compared else None
-    if labels is not None:
-        return Quality(None, count, kl, compared, right / count)
-    return Quality(math.exp(min(loss / count, 700)), count, kl, compared)
+    flips = flipped / count if reference is not None and not keep else None
+    perplexity, accuracy = (perplexity_of(loss / count), None) if labels is None else (None, correct / count)
+    return Quality(perplexity, count, kl, compared, accuracy, flips, loss / count)
 
 
 def _check_labels(logits: Tensor, labels: Tensor) -> None:

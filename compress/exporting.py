@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from compress import given
 from compress.activations import give_back
+from compress.calibration.data import Dataset
 from compress.errors import ConfigError, DataError, Problem, UsageError
 from compress.export import Exporter, Made
 from compress.export.compared import Expect, Expected, some_tokens
@@ -22,8 +22,6 @@ from compress.export.packed import added_in, open_packed, specs_in
 from compress.ledger import publish, write_text
 from compress.pipeline import GIVEN, Evaluation
 from compress.progress import Bars
-
-Evaluated = tuple[Tensor, Tensor | None]  # token ids, or images and labels
 
 
 def export_to(
@@ -74,7 +72,7 @@ def export_to(
 
 
 def write_all(
-    made: Made, exporters: Sequence[Exporter], final: Path, evaluated: Evaluated | None, bars: Bars, suffix: str = ""
+    made: Made, exporters: Sequence[Exporter], final: Path, evaluated: Dataset | None, bars: Bars, suffix: str = ""
 ) -> dict[str, dict[str, Any]]:
     """Write, read back and compare each in its folder in `made.folder`; returns what was found of each."""
     expect = _expecting(made, evaluated)
@@ -127,10 +125,10 @@ def refuse(made: Made, exporters: Sequence[Exporter]) -> None:
         raise ConfigError(problems, str(made.folder))
 
 
-def _expecting(made: Made, evaluated: Evaluated | None) -> Expect | None:
+def _expecting(made: Made, evaluated: Dataset | None) -> Expect | None:
     if evaluated is None:
         return None
-    inputs, labels = evaluated
+    inputs, labels = evaluated.inputs, evaluated.labels
 
     @cache
     def expected(dtype: torch.dtype) -> Expected:
@@ -143,7 +141,7 @@ def _expecting(made: Made, evaluated: Evaluated | None) -> Expect | None:
     return expected
 
 
-def _evaluated(made: Made, section: Evaluation | None, bars: Bars) -> Evaluated | None:
+def _evaluated(made: Made, section: Evaluation | None, bars: Bars) -> Dataset | None:
     """What the pipeline was evaluated on; else, of a language model, arbitrary tokens."""
     graph = made.artifact.graph
     if section is not None:
@@ -154,7 +152,7 @@ def _evaluated(made: Made, section: Evaluation | None, bars: Bars) -> Evaluated 
     if not graph.is_language_model:
         return None
     config: Any = graph.model.config
-    return some_tokens(config.vocab_size, getattr(config, "max_position_embeddings", None) or 128), None
+    return Dataset(some_tokens(config.vocab_size, getattr(config, "max_position_embeddings", None) or 128))
 
 
 def _report(folder: Path) -> dict[str, Any]:

@@ -9,49 +9,66 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress.calibration.data import IMAGES, Over, Split, load_images, load_tokens
+from compress.calibration.data import IMAGES, Dataset, Over, Split, load_images, load_tokens
 from compress.errors import DataError
 from compress.graph import Graph
 from compress.pipeline import GIVEN, Calibration
 
 Labelled = tuple[Tensor, Tensor]  # inputs (samples, ...), labels (samples,)
+Given = Tensor | Labelled | Mapping[str, Tensor | Labelled]  # one source, or several by name
 
 
-def labelled(graph: Graph, evaluation: Tensor | Labelled) -> tuple[Tensor, Tensor | None]:
-    """Evaluation data as inputs and labels, which language models have none of.
+def dataset(graph: Graph, name: Split, data: Given | None, dtype: torch.dtype) -> Dataset | None:
+    """Data from Python, of one source or by name of several, as the model takes them.
+
+    Raises:
+        DataError: the model cannot take it, or labels are missing, not wanted, or of the wrong kind.
+    """
+    if data is None:
+        return None
+    if isinstance(data, Mapping):
+        if not data:
+            raise DataError(f"{name} names no source; give at least one, such as {{'maths': tokens}}")
+        return checked(graph, name, Dataset.joined({n: labelled(graph, name, part) for n, part in data.items()}), dtype)
+    return checked(graph, name, labelled(graph, name, data), dtype)
+
+
+def labelled(graph: Graph, name: Split, data: Tensor | Labelled) -> Dataset:
+    """Inputs with labels, which language models have none of, and others need where they are evaluated.
 
     Raises:
         DataError: labels missing, not wanted, or of the wrong kind.
     """
+    inputs, labels = data if isinstance(data, tuple) else (data, None)
     if graph.is_language_model:
-        if isinstance(evaluation, tuple):
-            raise DataError("a language model is evaluated on (windows, length) token ids, without labels")
-        return evaluation, None
-    if not isinstance(evaluation, tuple):
-        raise DataError("a model that takes no tokens is evaluated on (inputs, labels), for its accuracy")
-    inputs, labels = evaluation
+        if isinstance(data, tuple):
+            raise DataError(f"{name} of a language model is (windows, length) token ids, without labels")
+        return Dataset(inputs)
+    if labels is None:
+        if name == "evaluation":
+            raise DataError("a model that takes no tokens is evaluated on (inputs, labels), for its accuracy")
+        return Dataset(inputs)
     if labels.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64) or labels.shape != inputs.shape[:1]:
         raise DataError(
             f"labels must be ({len(inputs)},) integers, one an input; got {labels.dtype} {tuple(labels.shape)}"
         )
-    return inputs, labels.long()
+    return Dataset(inputs, labels.long())
 
 
-def checked(graph: Graph, name: str, data: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def checked(graph: Graph, name: str, data: Dataset, dtype: torch.dtype) -> Dataset:
     """Calibration or evaluation data as the model takes it: token ids as int64, images in the type it computes in.
 
     Raises:
         DataError: the model cannot take it.
     """
-    if data is None:
-        return None
-    if data.numel() == 0:
-        raise DataError(f"{name} is empty: shape {tuple(data.shape)}")
+    inputs = data.inputs
+    if inputs.numel() == 0:
+        raise DataError(f"{name} is empty: shape {tuple(inputs.shape)}")
     if graph.is_language_model:
-        return _tokens(graph, name, data)
-    if data.is_floating_point() and not torch.isfinite(data).all():
+        return data.of(_tokens(graph, name, inputs))
+    if inputs.is_floating_point() and not torch.isfinite(inputs).all():
         raise DataError(f"{name} holds NaN or infinity")
-    return _images(graph, name, data).to(dtype) if graph.is_image_model else data
+    return data.of(_images(graph, name, inputs).to(dtype)) if graph.is_image_model else data
 
 
 def _tokens(graph: Graph, name: str, tokens: Tensor) -> Tensor:
@@ -73,15 +90,17 @@ def _images(graph: Graph, name: str, images: Tensor) -> Tensor:
     return images
 
 
-def described(cls: type[Calibration], data: Tensor | None, options: Mapping[str, Any]) -> Any:
+def described(cls: type[Calibration], data: Dataset | None, options: Mapping[str, Any]) -> Any:
     """Data given from Python, as a pipeline section; the length of an image is the number of its positions."""
     if data is None:
         return None
-    length = math.prod(data.shape[2:]) if data.dim() == 4 else data.shape[1] if data.dim() > 1 else 1
-    return cls(source=GIVEN, samples=len(data), length=length, **options)
+    inputs = data.inputs
+    length = math.prod(inputs.shape[2:]) if inputs.dim() == 4 else inputs.shape[1] if inputs.dim() > 1 else 1
+    source = dict.fromkeys(data.parts, GIVEN) or GIVEN
+    return cls(source=source, samples=max(data.parts.values(), default=len(inputs)), length=length, **options)
 
 
-def read(section: Calibration, folder: Path, split: Split, over: Over | None = None) -> tuple[Tensor, Tensor | None]:
+def read(section: Calibration, folder: Path, split: Split, over: Over | None = None) -> Dataset:
     """The data a `calibration:` or `evaluate:` section describes: images and labels, or tokens by a model's tokenizer.
 
     `over` draws progress, as for `load_tokens`.
@@ -89,11 +108,16 @@ def read(section: Calibration, folder: Path, split: Split, over: Over | None = N
     Raises:
         DataError: nothing that can be read.
     """
-    if section.source.endswith(IMAGES):
-        images, labels = load_images(section.source, section.samples)
+    found = {name: _read(section, source, folder, split, over) for name, source in section.sources.items()}
+    return found[""] if "" in found else Dataset.joined(found)
+
+
+def _read(section: Calibration, source: str, folder: Path, split: Split, over: Over | None) -> Dataset:
+    if source.endswith(IMAGES):
+        images, labels = load_images(source, section.samples)
         if split == "evaluation" and labels is None:
-            raise DataError(f"{section.source} has no tensor `labels` to measure accuracy with")
-        return images, labels
+            raise DataError(f"{source} has no tensor `labels` to measure accuracy with")
+        return Dataset(images, labels)
     from transformers import AutoTokenizer
 
     try:
@@ -103,7 +127,7 @@ def read(section: Calibration, folder: Path, split: Split, over: Over | None = N
             f"{folder} has no tokenizer that transformers can read, and {split} text needs one: {error}"
         ) from error
     tokens = load_tokens(
-        section.source,
+        source,
         tokenizer,
         samples=section.samples,
         length=section.length,
@@ -112,18 +136,18 @@ def read(section: Calibration, folder: Path, split: Split, over: Over | None = N
         subset=section.subset,
         over=over,
     )
-    return tokens, None
+    return Dataset(tokens)
 
 
-def matched(model: PreTrainedModel, inputs: Tensor, labels: Tensor | None) -> Tensor | Labelled:
+def matched(model: PreTrainedModel, data: Dataset) -> Tensor | Labelled:
     """Data as read, for `evaluate` of a loaded model.
 
     Raises:
         DataError: images for a language model, or text for an image model.
     """
-    graph = Graph(model, (), ())
-    inputs, labels = labelled(graph, inputs if labels is None else (inputs, labels))
-    if labels is None:
-        return inputs
-    dtype = getattr(model.config, "dtype", None)
-    return _images(graph, "evaluation", inputs).to(dtype if isinstance(dtype, torch.dtype) else inputs.dtype), labels
+    graph, dtype = Graph(model, (), ()), getattr(model.config, "dtype", None)
+    whole = labelled(graph, "evaluation", data.inputs if data.labels is None else (data.inputs, data.labels))
+    if whole.labels is None:
+        return whole.inputs
+    images = _images(graph, "evaluation", whole.inputs)
+    return images.to(dtype if isinstance(dtype, torch.dtype) else images.dtype), whole.labels

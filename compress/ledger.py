@@ -67,6 +67,9 @@ class MemoryLedger:
         """None: nothing is written."""
         return None
 
+    def forget(self, unit: str) -> None:
+        """Nothing was written."""
+
     def load_row(self, unit: str, key: str) -> dict[str, Any] | None:
         """None: nothing was measured before."""
         return None
@@ -137,13 +140,17 @@ class FolderLedger(MemoryLedger):
         """A large file that `write` writes, unless it is there, whole, under this very key."""
         file = self.folder / f"{unit}-{key[:16]}.safetensors"
         if not file.is_file():
-            for other in self.folder.glob(f"{unit}-*"):  # of a changed pipeline, or not finished
-                other.unlink()
+            self.forget(unit)
             temporary = file.with_suffix(".partial")
             with writing(temporary):
                 write(temporary)
             publish(temporary, file)
         return file
+
+    def forget(self, unit: str) -> None:
+        """Remove large files of a unit: of a changed pipeline, not finished, or not needed any longer."""
+        for other in self.folder.glob(f"{unit}-*"):
+            other.unlink()
 
     def load_row(self, unit: str, key: str) -> dict[str, Any] | None:
         """What was measured under this very key, else None."""

@@ -34,10 +34,10 @@ def measured(
     if runtime == "onnxruntime":
         return _onnx(Path(model), section, against, threads)
     folder = hub.resolve(model)
-    inputs, labels = given.read(section, folder, "evaluation")
+    data = given.read(section, folder, "evaluation")
     loaded = hub.load(folder)
     original = hub.load(hub.resolve(against)) if against else None
-    quality = evaluate(loaded, given.matched(loaded, inputs, labels), against=original)
+    quality = evaluate(loaded, given.matched(loaded, data), against=original)
     weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     return {"model": model, **_facts(quality, section), "bytes": weights}
 
@@ -49,7 +49,8 @@ def _onnx(path: Path, section: Evaluation, against: str | None, threads: int) ->
         raise UsageError(f"no such file or folder: {path}; --runtime onnxruntime takes what `export: [onnx]` wrote")
     folder = path if path.is_dir() else path.parent
     tokenizer = folder if (folder / "tokenizer.json").is_file() else folder.parent
-    inputs, labels = given.read(section, tokenizer, "evaluation")
+    data = given.read(section, tokenizer, "evaluation")
+    inputs, labels = data.inputs, data.labels
     opened = load(path, threads)
     if (labels is None) != ("input_ids" in opened.runner.inputs):
         wanted = "text" if "input_ids" in opened.runner.inputs else "images from a .safetensors file"

@@ -16,14 +16,17 @@ from transformers import PreTrainedModel
 from compress import graph as graphs
 from compress import hub
 from compress.artifact import Artifact, FolderSource, Source, WrittenSource, open_folder
-from compress.errors import CheckpointError, ConfigError, NonFiniteError, Problem, UsageError
+from compress.calibration.data import Dataset
+from compress.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Problem, UsageError
 from compress.export.files import Entry, write_tensors
 from compress.graph import Graph
 from compress.ledger import key_of
 from compress.passes.merge.base import MergePass, Piece, Pieces
+from compress.passes.merge.choose import chosen
 from compress.pipeline import Pipeline, walk
-from compress.residence import Context, set_value, value_of
+from compress.residence import Context, set_value, tie, value_of
 from compress.sweep import generator_for
+from compress.trials import Trials
 
 PIECE = 1 << 20  # elements merged at a time: they stay in the processor's cache
 KEPT = 64 * PIECE  # elements of all models together that are kept from one look at a tensor to the next
@@ -50,6 +53,21 @@ def check(pipeline: Pipeline, graph: Graph, file: str = "pipeline") -> list[str]
     if problems:
         raise ConfigError(problems, file)
     return found
+
+
+def check_data(pipeline: Pipeline, data: Dataset | None, graph: Graph, file: str = "pipeline") -> None:
+    """Refuse calibration data that a merge cannot be judged on.
+
+    Raises:
+        DataError: a classifier's, without labels.
+    """
+    for path, _, pass_ in walk(pipeline):
+        judged = isinstance(pass_, MergePass) and pass_.judged and not graph.is_language_model
+        if judged and data is not None and data.labels is None:
+            raise DataError(
+                f"{file}: {path} goes by accuracy on the calibration data, which has no labels; give a file with a "
+                "tensor `labels`, or (inputs, labels) from Python"
+            )
 
 
 def open_parent(model: str, graph: Graph, pass_: MergePass) -> Artifact:
@@ -217,7 +235,7 @@ class Merger:
         value = torch.empty(shape, dtype=dtype) if whole else source.read(stored)
         flat, pass_, largest = value.view(-1), self.pass_.at(name), torch.finfo(dtype).max
         pieces: Pieces = self.kept(name) if pass_.looks else lambda: self.pieces(name)
-        facts = pass_.look(pieces, found) if pass_.looks and self.length(name) else None
+        facts = pass_.look(pieces, found) if pass_.looks and self.length(name) else found
         for piece in pieces():
             made = pass_.run(piece, facts)
             least, most = torch.aminmax(made)
@@ -232,9 +250,40 @@ class Merger:
                 return f", as it does in {label}; get a clean checkpoint"
         return f"; the weights or scales are too large for {str(dtype).removeprefix('torch.')}"
 
-    def write(self, file: Path) -> None:
+    def made(self, unit: str, key: str, learnt: Any) -> Artifact:
+        """The merged model: a file of the ledger where it keeps files, else values in memory.
+
+        Args:
+            unit: what the file is called, in the place of an earlier one.
+            key: of everything that it depends on.
+            learnt: what `MergePass.learn` returned.
+        """
+        base, ledger = self.base, self.context.ledger
+
+        def write(file: Path) -> None:
+            self.write(file, learnt)
+
+        file = ledger.make_file(unit, key, write)
+        if file is None:
+            found, names = learnt if self.pass_.learns else self.survey(), self.names()
+            made = {
+                name: self.merged(name, found) for name in self.context.bars.over(names, len(names), self.pass_.key)
+            }
+            values = {base.name_in_source(name): value for name, value in made.items()}
+            return replace(base, source=MergedSource(base.source, values))
+        try:
+            source = WrittenSource(file.parent, file.name)
+        except CheckpointError:  # damaged since it was written
+            file.unlink()
+            file = ledger.make_file(unit, key, write)
+            assert file is not None
+            source = WrittenSource(file.parent, file.name)
+        return replace(base, source=source, renamed=dict(base.graph.tied))
+
+    def write(self, file: Path, learnt: Any) -> None:
         """The merged checkpoint, one tensor in memory at a time."""
-        chosen, found, base = set(self.names()), self.survey(), self.base
+        base, chosen = self.base, set(self.names())
+        found = learnt if self.pass_.learns else self.survey()
         layout: list[tuple[str, list[Entry]]] = []
         for name, _ in base.graph.tensors():
             stored = base.name_in_source(name)
@@ -246,45 +295,47 @@ class Merger:
         write_tensors(layout, read, file, self.context.bars, self.pass_.key)
 
 
-def merge(context: Context, number: int, pass_: MergePass, key: str) -> tuple[str, dict[str, Any]]:
+def merge(
+    context: Context, number: int, pass_: MergePass, key: str, data: Dataset | None
+) -> tuple[str, dict[str, Any]]:
     """Run one merge: the artifact's source is the merged checkpoint from then on.
+
+    Args:
+        context: with the base as it stands.
+        number: of the stage.
+        pass_: what is done.
+        key: of everything before.
+        data: the calibration data, for what learns from it.
 
     Returns:
         The key of the stage, and facts for the report.
     """
-    artifact = context.artifact
+    artifact, unit = context.artifact, f"s{number:02d}"
     parents = [open_parent(model, artifact.graph, pass_) for model in pass_.models]
     key = key_of(key, number, pass_.key, pass_.options(), [p.source.fingerprint() for p in parents])
     merger = Merger(pass_, artifact, parents, context, number)
-    unit = f"s{number:02d}-merged"
-    file = context.ledger.make_file(unit, key, merger.write)
-    if file is None:
-        found, names = merger.survey(), merger.names()
-        made = {name: merger.merged(name, found) for name in context.bars.over(names, len(names), pass_.key)}
-        values = {artifact.name_in_source(name): value for name, value in made.items()}
-        context.artifact = replace(artifact, source=MergedSource(artifact.source, values))
-    else:
-        try:
-            source = WrittenSource(file.parent, file.name)
-        except CheckpointError:  # damaged since it was written
-            file.unlink()
-            file = context.ledger.make_file(unit, key, merger.write)
-            assert file is not None
-            source = WrittenSource(file.parent, file.name)
-        context.artifact = replace(artifact, source=source, renamed=dict(artifact.graph.tied))
+
+    def tried(variant: MergePass, found: Any, name: str) -> Artifact:
+        return replace(merger, pass_=variant).made(f"{unit}-trial", name, found)
+
+    generator = generator_for(context.seed, number, 0, "")
+    models = Trials(context, parents, merger.names(), tried, data, unit, key, generator)
+    if pass_.choose:
+        merger = replace(merger, pass_=chosen(pass_, models))
+    learnt = merger.pass_.learn(models) if merger.pass_.learns else None
+    context.artifact = merger.made(f"{unit}-merged", key, learnt)
+    context.ledger.forget(f"{unit}-trial")
     if context.resident:
         _set(context, merger.names())
-    return key, {"pass": pass_.key, "models": list(pass_.models), "tensors": len(merger.names())}
+    facts = {"pass": pass_.key, "models": list(pass_.models), "tensors": len(merger.names())}
+    return key, facts | ({"notes": models.notes} if models.notes else {})
 
 
 def _set(context: Context, names: Sequence[str]) -> None:
     """Put what was merged into a model in memory; what is tied stays tied."""
-    model = context.graph.model
     for name in names:
-        set_value(model, name, value_of(context, name))
-    for alias, name in context.graph.tied.items():
-        owner, _, leaf = alias.rpartition(".")
-        model.get_submodule(owner)._parameters[leaf] = model.get_parameter(name)
+        set_value(context.graph.model, name, value_of(context, name))
+    tie(context.graph)
 
 
 class MergedSource:

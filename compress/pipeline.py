@@ -34,18 +34,23 @@ class Calibration:
 
     Args:
         source: `demo`, a .txt / .jsonl / .parquet file, or the id of a Hugging Face data set; for an image model a
-            .safetensors file.
-        samples: windows of tokens, or images.
+            .safetensors file. Several by name, such as {maths: a.jsonl, code: b.jsonl}: quality is reported of each.
+        samples: windows of tokens, or images, of each source.
         length: tokens a window.
         field: the field or column that holds the text.
         subset: the configuration name of a data set id.
     """
 
-    source: str = "demo"
+    source: str | Mapping[str, str] = "demo"
     samples: int = 128
     length: int = 512
     field: str = "text"
     subset: str | None = None
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """Name -> source; one without a name is called ""."""
+        return {"": self.source} if isinstance(self.source, str) else self.source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,10 +339,13 @@ class _Reader:
             limit = values.get(key)
             if isinstance(limit, float) and limit < 0:
                 self.problem(f"{path}.{key}", f"{limit} is negative")
-        wrong = check_source(values.get("source", "demo")) if isinstance(values.get("source", ""), str) else None
-        if wrong:
-            self.problem(f"{path}.source", wrong)
-        return cls(**{k: v for k, v in values.items() if v is not _WRONG})
+        section = cls(**{k: v for k, v in values.items() if v is not _WRONG})
+        if not section.sources:
+            self.problem(f"{path}.source", "names no source; give one, or several such as {maths: a.jsonl}")
+        for name, source in section.sources.items():
+            if wrong := check_source(source):
+                self.problem(f"{path}.source.{name}" if name else f"{path}.source", wrong)
+        return section
 
     def _export(self, data: Any) -> tuple[Exporter, ...]:
         entries = [data] if isinstance(data, str) else data
@@ -383,7 +391,7 @@ def dump(pipeline: Pipeline) -> str:
     for name in ("calibration", "evaluate"):
         section = getattr(pipeline, name)
         if section is not None:
-            data[name] = {f.name: getattr(section, f.name) for f in fields(section)}
+            data[name] = {f.name: written(getattr(section, f.name)) for f in fields(section)}
     data["passes"] = [
         _entry(stage[0]) if len(stage) == 1 else {"blockwise": [_entry(p) for p in stage]} for stage in pipeline.passes
     ]
@@ -403,7 +411,7 @@ def _entry(pass_: Pass) -> dict[str, Any]:
         if f.name == "overrides":
             if value:
                 options[f.name] = [{"match": o.match, **written(o.options)} for o in value]
-        elif isinstance(value, tuple):
+        elif isinstance(value, tuple | Mapping):
             if value:
                 options[f.name] = written(value)
         else:

@@ -163,6 +163,8 @@ class _Planner:
         return PassPlan(path, pass_, sites, specs)
 
     def _add_merge(self, path: str, pass_: MergePass) -> PassPlan:
+        if pass_.calibrated:
+            self.needy = self.needy or path
         if self.after_merging:
             before = self.after_merging.rpartition(".")[2]
             self.problem(path, f"{pass_.key} merges whole checkpoints, before anything else; put it before {before}")
@@ -284,9 +286,10 @@ class _Planner:
                 self.problem(f"export.{exporter.key}", reason)
         for name in ("calibration", "evaluate"):
             section = getattr(self.pipeline, name)
-            if section and section.source != GIVEN and section.source.endswith(IMAGES) != images:
-                wanted = f"images from a {IMAGES} file" if images else "text"
-                self.problem(f"{name}.source", f"{section.source}: {type(self.graph.model).__name__} takes {wanted}")
+            for source in section.sources.values() if section else ():
+                if source != GIVEN and source.endswith(IMAGES) != images:
+                    wanted = f"images from a {IMAGES} file" if images else "text"
+                    self.problem(f"{name}.source", f"{source}: {type(self.graph.model).__name__} takes {wanted}")
             if section and longest and section.length > longest:
                 self.problem(f"{name}.length", f"{section.length} is more than the model's {longest} positions")
 
@@ -332,9 +335,7 @@ class _Planner:
         calibrated = any(p.calibrated for stage in self.pipeline.passes for p in stage)
         gram = any(p.needs == "gram" for stage in self.pipeline.passes for p in stage)
         hidden = getattr(getattr(graph.model, "config", None), "hidden_size", widest)
-        tokens = (
-            self.pipeline.calibration.samples * self.pipeline.calibration.length if self.pipeline.calibration else 0
-        )
+        tokens = data.samples * len(data.sources) * data.length if (data := self.pipeline.calibration) else 0
         learned = any(isinstance(p, BlockPass) for stage in self.pipeline.passes for p in stage)
         if learned:
             block *= LEARNING

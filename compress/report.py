@@ -25,6 +25,9 @@ class Row:
         seconds: of the stage, without measuring.
         peak_mb: largest resident memory of the process so far.
         accuracy: of a classifier: the share of samples it has right.
+        negative_flips: share of all tokens (samples) that the original predicts right and this does not.
+        sources: of data from several named sources, of each `perplexity` or `accuracy`, `change`, `kl` and
+            `negative_flips`; the row's own are of all of them together.
     """
 
     name: str
@@ -37,6 +40,8 @@ class Row:
     seconds: float
     peak_mb: float
     accuracy: float | None = None
+    negative_flips: float | None = None
+    sources: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
 
 @dataclass
@@ -50,7 +55,7 @@ class Report:
     fallbacks: list[str] = field(default_factory=list)
     trained: list[dict[str, Any]] = field(default_factory=list)  # pass, numbers it trained, parameters of the model
     dropped: list[dict[str, Any]] = field(default_factory=list)  # pass, blocks it took out, of how many, distances
-    merged: list[dict[str, Any]] = field(default_factory=list)  # pass, models, tensors it merged
+    merged: list[dict[str, Any]] = field(default_factory=list)  # pass, models, tensors it merged, change against each
     verified: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -73,28 +78,40 @@ class Report:
 
 
 def headings(report: Report) -> tuple[str, ...]:
-    """Of the columns of the table."""
+    """Of the columns of the table; a column for each named source."""
     quality = "accuracy" if any(row.accuracy is not None for row in report.rows) else "perplexity"
-    return ("after", quality, "change", "KL", "size", "bits/weight", "sparsity", "seconds", "peak")
+    return ("after", quality, "change", "KL", *_sources(report), "size", "bits/weight", "sparsity", "seconds", "peak")
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def _sources(report: Report) -> list[str]:
+    return list(dict.fromkeys(name for row in report.rows for name in row.sources))
+
+
+def cells(row: Row, sources: Sequence[str] = ()) -> tuple[str, ...]:
     """A row as text, in the order of `headings`."""
-    quality = "" if row.perplexity is None else f"{row.perplexity:.3f}"
-    change = "" if row.change is None else f"{row.change:+.2%}"
-    if row.accuracy is not None:
-        quality, change = f"{row.accuracy:.2%}", "" if row.change is None else f"{100 * row.change:+.2f} points"
     return (
         row.name,
-        quality,
-        change,
+        *_quality(row.perplexity, row.accuracy, row.change),
         "" if row.kl is None else f"{row.kl:.4f}",
+        *(" ".join(_of_source(row.sources[name])) if name in row.sources else "" for name in sources),
         size(row.bytes),
         f"{row.bits_per_weight:.3f}",
         f"{row.sparsity:.1%}",
         f"{row.seconds:.1f}",
         f"{row.peak_mb:.0f} MB",
     )
+
+
+def _of_source(facts: dict[str, float | None]) -> list[str]:
+    quality, change = _quality(facts["perplexity"], facts["accuracy"], facts["change"])
+    return [quality, f"({change})"] if change else [quality]
+
+
+def _quality(perplexity: float | None, accuracy: float | None, change: float | None) -> tuple[str, str]:
+    """A figure and its change from the original's, in words."""
+    if accuracy is not None:
+        return f"{accuracy:.2%}", "" if change is None else f"{100 * change:+.2f} points"
+    return "" if perplexity is None else f"{perplexity:.3f}", "" if change is None else f"{change:+.2%}"
 
 
 def size(count: int) -> str:
@@ -104,7 +121,8 @@ def size(count: int) -> str:
 
 def table(report: Report, width: int) -> Group:
     """For a terminal of this width. Columns that do not fit beside the others go into another table below."""
-    columns = list(zip(headings(report), *map(cells, report.rows), strict=True))
+    sources = _sources(report)
+    columns = list(zip(headings(report), *(cells(row, sources) for row in report.rows), strict=True))
     names, rest = columns[0], columns[1:]
     parts: list[list[tuple[str, ...]]] = [[names]]
     for column in rest:
@@ -150,15 +168,16 @@ def _measured(report: Report) -> str:
         return "size only: the pipeline has no `evaluate:`"
     d = report.data
     kl = f"; KL on {d['kl_tokens']} of them" if d.get("kl_tokens") else ""
+    source = d["source"] if isinstance(d["source"], str) else ", ".join(d["source"].values())
     if "samples" in d:
-        return f"accuracy on {d['source']}, {d['samples']} samples{kl}"
-    return f"perplexity on {d['source']}, {d['windows']} windows of {d['length']}, {d['tokens']} tokens{kl}"
+        return f"accuracy on {source}, {d['samples']} samples{kl}"
+    return f"perplexity on {source}, {d['windows']} windows of {d['length']}, {d['tokens']} tokens{kl}"
 
 
-def markdown(report: Report, columns: int = 7) -> str:
-    """The table for a page; the first seven columns do not vary from run to run."""
-    lines = ["| " + " | ".join(headings(report)[:columns]) + " |", "|" + "---|" + "---:|" * (columns - 1)]
-    lines += ["| " + " | ".join(cells(row)[:columns]) + " |" for row in report.rows]
+def markdown(report: Report) -> str:
+    """The table for a page, without the last two columns, which vary from run to run."""
+    lines = ["| " + " | ".join(headings(report)[:-2]) + " |", "|" + "---|" + "---:|" * (len(headings(report)) - 3)]
+    lines += ["| " + " | ".join(cells(row, _sources(report))[:-2]) + " |" for row in report.rows]
     return "\n".join(lines) + "\n"
 
 

@@ -6,7 +6,8 @@ and forgotten again; a model that a caller holds in memory stays there, and resu
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,35 @@ def set_value(model: nn.Module, name: str, value: Tensor) -> None:
         module._buffers[leaf] = value
     else:
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def tie(graph: Graph) -> None:
+    """Parameters that share one tensor share the one that is there now."""
+    for name, kept_under in graph.tied.items():
+        owner, _, leaf = name.rpartition(".")
+        graph.model.get_submodule(owner)._parameters[leaf] = graph.model.get_parameter(kept_under)
+
+
+@contextmanager
+def lent(context: Context, artifact: Artifact) -> Iterator[Context]:
+    """While open, the model is another one of the same structure; where it is in memory, that one is instead."""
+    other, model = replace(context, artifact=artifact), context.graph.model
+    if not context.resident:
+        yield other
+        return
+    before = dict(context.graph.tensors())
+    try:
+        for name in before:
+            set_value(model, name, value_of(other, name))
+        tie(context.graph)
+        yield other
+    finally:
+        for name, tensor in before.items():
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            values: dict[str, Any] = module._buffers if leaf in module._buffers else module._parameters
+            values[leaf] = tensor
+        tie(context.graph)
 
 
 def take(context: Context, records: Iterable[Record], restate: bool = False) -> None:

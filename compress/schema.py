@@ -1,5 +1,6 @@
 """The JSON schema of pipeline files, for completion in editors, from the dataclasses the parser reads."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -75,6 +76,8 @@ def _schema_of(hint: Any) -> dict[str, Any]:
             options.append({"type": "array", "items": item})
             if item == {"type": "string"}:
                 options.append(item)
+        elif get_origin(option) is Mapping:
+            options.append({"type": "object", "additionalProperties": _schema_of(get_args(option)[1])})
         elif option is Override:
             options.append({"type": "object", "required": ["match"]})
         elif option is Matched:

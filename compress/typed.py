@@ -53,6 +53,10 @@ def fits(hint: Any, value: Any) -> tuple[bool, Any]:
             return False, None
         good, number = _as_one_of(get_type_hints(Matched)["value"], value.value)
         return good, Matched(value.match, number)
+    if get_origin(hint) is Mapping:  # names of things to things
+        whole = isinstance(value, Mapping) and all(isinstance(k, str) and k for k in value)
+        found_in = {k: _as_one_of(get_args(hint)[1], v) for k, v in value.items()} if whole else {}
+        return whole and all(good for good, _ in found_in.values()), {k: v for k, (_, v) in found_in.items()}
     if hint is type(None):
         return value is None, None
     if hint is float and isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
@@ -88,6 +92,8 @@ def describe(hint: Any) -> str:
             parts.append("one of " + ", ".join(map(str, get_args(option))))
         elif get_origin(option) is tuple:
             parts.append(_described_list(get_args(option)[0]))
+        elif get_origin(option) is Mapping:
+            parts.append("several by name, such as {first: ..., second: ...}")
         else:
             parts.append(words.get(option, str(option)))
     return " or ".join(parts)

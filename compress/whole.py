@@ -14,7 +14,7 @@ from compress.calibration.training import Kept, Loss, Make, ModelData
 from compress.evaluate import logits_in
 from compress.graph import Graph, forward
 from compress.ledger import MemoryLedger
-from compress.residence import Context, bring_in, evict, grids_of, rounded, set_value, value_of
+from compress.residence import Context, bring_in, evict, grids_of, rounded, set_value, tie, value_of
 
 
 class KeptInLedger(Kept):
@@ -41,21 +41,14 @@ def in_memory(context: Context) -> Iterator[None]:
         for name in context.graph.buffers:
             set_value(model, name, value_of(context, name))
         bring_in(context, "", model)
-        _tie(context.graph)
+        tie(context.graph)
     try:
         with rounded(context, grids_of(context, context.graph.sites), through=True):
             yield
     finally:
         if not context.resident:
             evict(context, "", model)
-            _tie(context.graph)
-
-
-def _tie(graph: Graph) -> None:
-    """Parameters that share one tensor share the one that is there now."""
-    for name, kept_under in graph.tied.items():
-        owner, _, leaf = name.rpartition(".")
-        graph.model.get_submodule(owner)._parameters[leaf] = graph.model.get_parameter(kept_under)
+            tie(context.graph)
 
 
 def model_data(context: Context, samples: Tensor, kind: Loss, checkpointing: bool, kept: Kept) -> ModelData:
@@ -114,15 +107,21 @@ def _some(values: Mapping[str, Tensor], sites: Mapping[str, Any], names: Collect
 
 
 @contextmanager
-def learned(graph: Graph, values: Callable[[Collection[str]], Mapping[str, Tensor]], again: bool) -> Iterator[None]:
+def learned(
+    graph: Graph,
+    values: Callable[[Collection[str]], Mapping[str, Tensor]],
+    again: bool,
+    everything: Sequence[str] | None = None,
+) -> Iterator[None]:
     """While open, parameters have learned values when the model runs.
 
     Args:
         graph: the model.
         values: names of sites and vectors -> values by parameter name, of those that are learned.
         again: compute values and activations of a block anew when its gradients are needed, instead of keeping them.
+        everything: the names of which some are asked for at a time; all sites and vectors by default.
     """
-    everything = [*(s.name for s in graph.sites), *graph.vectors()]
+    everything = everything or [*(s.name for s in graph.sites), *graph.vectors()]
     inside: set[str] = set()
     model, blocks = graph.model, []
     for name in graph.blocks if graph.blocks != ("",) else ():

@@ -151,13 +151,15 @@ def test_the_first_row_and_the_divergence_are_those_of_the_model_the_pipeline_is
     )
     a, b = (AutoModelForCausalLM.from_pretrained(folder) for folder in (base, other))
     found = compress.evaluate(b, tokens, against=a)
-    start, row = report.rows
+    start, parent, row = report.rows
+    assert (parent.name, parent.perplexity, parent.kl) == (str(other), row.perplexity, row.kl)
     assert start.perplexity == pytest.approx(compress.evaluate(a, tokens).perplexity)
     assert row.perplexity == pytest.approx(found.perplexity)
     assert row.kl == pytest.approx(found.kl)
     assert row.kl > 0
     assert (row.bytes, row.bits_per_weight) == (start.bytes, start.bits_per_weight)
-    assert report.merged == [{"pass": "average", "models": [str(other)], "tensors": 21}]
+    against = {str(other): {"": 0.0}}
+    assert report.merged == [{"pass": "average", "models": [str(other)], "tensors": 21, "against": against}]
     assert f"average merged it with {other}" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -1,7 +1,8 @@
 """Where calibration and evaluation data come from: the bundled source, local files, a Hugging Face data set."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,58 @@ Split = Literal["calibration", "evaluation"]
 IMAGES = ".safetensors"
 LOCAL = (".txt", ".jsonl", ".parquet", IMAGES)
 NUMBERS_AT_ONCE = 1 << 21  # of inputs that are no token ids
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Samples from one source, or from several that have names.
+
+    Attributes:
+        inputs: (N, length) int64 token ids, or (N, ...) images or other inputs; those of one source after another.
+        labels: (N,) int64 of a classifier's inputs, where they are known.
+        parts: name of each source -> how many of the samples are its own, in order; empty of one without a name.
+    """
+
+    inputs: Tensor
+    labels: Tensor | None = None
+    parts: Mapping[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def split(self) -> "dict[str, Dataset]":
+        """Name of each source -> its samples; one without a name is called ""."""
+        found, start = {}, 0
+        for name, count in (self.parts or {"": len(self)}).items():
+            rows = slice(start, start + count)
+            found[name] = Dataset(self.inputs[rows], None if self.labels is None else self.labels[rows])
+            start += count
+        return found
+
+    def of(self, inputs: Tensor) -> "Dataset":
+        """The same with other inputs, as many."""
+        return replace(self, inputs=inputs)
+
+    @staticmethod
+    def joined(parts: "Mapping[str, Dataset]") -> "Dataset":
+        """Of several sources.
+
+        Raises:
+            DataError: inputs of different shapes, or labels for some only.
+        """
+        shapes = {name: tuple(part.inputs.shape[1:]) for name, part in parts.items()}
+        if len(set(shapes.values())) > 1:
+            said = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            raise DataError(f"inputs of all sources must have one shape; got {said}")
+        labels = {name: part.labels for name, part in parts.items()}
+        bare = [name for name, found in labels.items() if found is None]
+        if bare and len(bare) < len(labels):
+            raise DataError(f"{bare[0]} has no labels, and other sources have; give all or none")
+        return Dataset(
+            torch.cat([part.inputs for part in parts.values()]),
+            None if bare else torch.cat([found for found in labels.values() if found is not None]),
+            {name: len(part) for name, part in parts.items()},
+        )
 
 
 def check_source(source: str) -> str | None:

@@ -119,8 +119,17 @@ def train(
     schedule: Schedule,
     generator: torch.Generator,
     over: Callable[[Iterable[int], int, Label], Iterator[int]],
+    judge: Callable[[Make], float] | None = None,
 ) -> Trial:
     """Train; afterwards `trained` holds the best iterate.
+
+    Args:
+        trained: what is learned.
+        data: the model to train.
+        schedule: how long, and at which rate.
+        generator: randomness of the order of samples.
+        over: draws progress.
+        judge: what makes an iterate better, less is better; the mean loss on samples held out by default.
 
     Raises:
         SolveError: the loss is not finite at the start.
@@ -133,7 +142,7 @@ def train(
     optimizer = torch.optim.AdamW(rates, weight_decay=0.0, fused=True)
 
     def error() -> float:
-        return held_out(trained.merged, data, held, schedule.batch_size)
+        return judge(trained.merged) if judge else held_out(trained.merged, data, held, schedule.batch_size)
 
     run = _Run(tensors, optimizer)
     state = data.kept.load()

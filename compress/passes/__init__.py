@@ -4,9 +4,11 @@ from compress.passes.base import BlockPass, LinearPass, ModelPass, Override, Pas
 from compress.passes.compensate.eora import Eora
 from compress.passes.depth import DepthPass
 from compress.passes.factorize.low_rank import LowRank
+from compress.passes.merge.adamerging import AdaMerging
 from compress.passes.merge.average import Average
 from compress.passes.merge.base import MergePass
 from compress.passes.merge.dare import Dare
+from compress.passes.merge.greedy_soup import GreedySoup
 from compress.passes.merge.interpolate import Interpolate
 from compress.passes.merge.pcb import Pcb
 from compress.passes.merge.slerp import Slerp
@@ -57,16 +59,19 @@ PASSES: tuple[type[Pass], ...] = (
     Eora,
     LowRank,
     Average,
+    GreedySoup,
     Slerp,
     Interpolate,
     TaskArithmetic,
     Ties,
     Dare,
     Pcb,
+    AdaMerging,
 )
 
 __all__ = [
     "PASSES",
+    "AdaMerging",
     "AdaRound",
     "Average",
     "Bip",
@@ -78,6 +83,7 @@ __all__ = [
     "FlexRound",
     "GlobalMagnitude",
     "Gptq",
+    "GreedySoup",
     "Interpolate",
     "Jlcm",
     "LayerDrop",

@@ -5,7 +5,7 @@ returns the merged piece; which files they come from and where the result goes, 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compress.errors import OptionError
 from compress.passes.base import Pass
+from compress.passes.merge.models import Models
 from compress.passes.merge.values import PerModel, Value, count_of, numbers_in, patterns_in, value_at, values_at
 
 
@@ -46,6 +47,7 @@ class Piece:
         return (other - self.base for other in self.others)
 
 
+Rule = Literal["score", "negative_flips"]
 Pieces = Callable[[], Iterator[Piece]]  # in order, as often as it is called, with fresh generators every time
 
 
@@ -57,25 +59,49 @@ class MergePass(Pass):
         models: the others, each a local folder or a hub id. The model that the pipeline is run on is the base.
         vocabulary: of different sizes: `refuse` them, or merge the rows that all have in `common`; the further rows of
             the base stay as they are, so its tokenizer still fits.
+        choose: options whose values are chosen by trying them on the calibration data, such as {scale: [0.2, 0.4]}; of
+            several options every combination is tried.
+        by: what is chosen: the best `score` (accuracy of a classifier, else loss, mean over the sources of the data);
+            or, of those not worse than the other model itself, the one with the fewest `negative_flips`.
     """
 
     models: tuple[str, ...] = ()
     vocabulary: Literal["refuse", "common"] = "refuse"
+    choose: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    by: Rule = "score"
 
     accepts: ClassVar[frozenset[str]] = frozenset({"dense"})
     pairwise: ClassVar[bool] = False  # it merges exactly two
     with_base: ClassVar[bool] = False  # the base has values of its own in what is given for each model
-    common: ClassVar[frozenset[str]] = frozenset({"models", "vocabulary", "scope"})  # the same for every tensor
+    # The same for every tensor.
+    common: ClassVar[frozenset[str]] = frozenset({"models", "vocabulary", "scope", "choose", "by"})
+
+    @property
+    def judged(self) -> bool:
+        """Whether merges are tried on the calibration data."""
+        return bool(self.choose)
+
+    @property
+    def calibrated(self) -> bool:
+        return self.judged
+
+    @property
+    def learns(self) -> bool:
+        """Whether it tries out whole models, or reads whole tensors of them, before it merges anything."""
+        return False
 
     @property
     def surveys(self) -> bool:
-        """Whether it must see whole models before it merges anything."""
+        """Whether it must see the pieces of all tensors before it merges anything."""
         return False
 
     @property
     def looks(self) -> bool:
         """Whether it must see a whole tensor before it merges any piece of it."""
         return False
+
+    def learn(self, models: Models) -> Any:
+        """What it must know before anything else; then given to `look` and `run` as `survey`'s would be."""
 
     def survey(self, everything: Pieces, sizes: Mapping[str, int]) -> Any:
         """What it must know of the whole models, from the pieces of all tensors; `sizes`: elements of each."""
@@ -84,7 +110,7 @@ class MergePass(Pass):
         """What it must know of a whole tensor. `found` is what `survey` returned."""
 
     def run(self, piece: Piece, facts: Any) -> Tensor:
-        """The merged piece, (n,) float32. `facts` is what `look` returned."""
+        """The merged piece, (n,) float32. `facts` is what `look` returned; else `survey`, or `learn`."""
         raise NotImplementedError
 
     def produces(self, kind: str) -> str:
@@ -109,12 +135,29 @@ class MergePass(Pass):
             yield OptionError("models", f"{self.key} merges the model with one other; {len(self.models)} are named")
         elif not self.models:
             yield OptionError("models", "no model to merge with; name folders or hub ids, such as [./math, ./code]")
+        yield from self._check_choose()
         count = len(self.models) + self.with_base
         for f in fields(self):
             wanted = count_of(getattr(self, f.name)) if f.name in ("weights", "density") else None
             if wanted is not None and wanted != count:
                 first = ", the model that the pipeline is run on first" if self.with_base else ""
                 yield OptionError(f.name, f"{wanted} values for {count} models: give one for each{first}")
+
+    def _check_choose(self) -> Iterator[OptionError]:
+        known = {f.name for f in fields(self)} - self.common - {"include", "exclude", "overrides"}
+        for name, values in self.choose.items():
+            if name not in known:
+                yield OptionError(f"choose.{name}", f"unknown option of {self.key}; known: {', '.join(sorted(known))}")
+            elif not values:
+                yield OptionError(f"choose.{name}", "no value to try; give a list of numbers")
+            else:
+                for value in values:
+                    changed: dict[str, Any] = {name: value}
+                    yield from replace(self, choose={}, by="score", **changed).check()
+        if self.by != "score" and not self.pairwise:
+            yield OptionError("by", f"{self.by} compares with the one other model; {self.key} merges several")
+        if self.by != "score" and not self.choose:
+            yield OptionError("by", "changes nothing without choose, such as {alpha: [0.25, 0.5, 0.75]}")
 
     def of_whole_models(self, option: str) -> Iterator[OptionError]:
         """An error where an option differs by depth or tensor, and with `scope: model` holds for whole models."""

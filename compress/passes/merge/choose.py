@@ -1,0 +1,43 @@
+"""Options of a merge, chosen by trying values on data."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+from compress.passes.merge.base import MergePass
+from compress.passes.merge.models import Models, Tried
+
+
+def chosen(pass_: MergePass, models: Models) -> MergePass:
+    """A merge with the options of `choose` set to the best of the values that were named.
+
+    Of equals the first wins. Everything that was tried is noted.
+    """
+    plain, names = replace(pass_, choose={}, by="score"), list(pass_.choose)
+    grid: list[dict[str, Any]] = [dict(zip(names, values, strict=True)) for values in product(*pass_.choose.values())]
+    tries = [(options, models.tried(replace(plain, **options))) for options in models.over(grid, len(grid), "choose")]
+    fit = tries
+    if pass_.by == "negative_flips":
+        other = score(models.tried_alone(1))
+        fit = [each for each in tries if score(each[1]) >= other] or tries
+        options, _ = min(fit, key=lambda each: flips(each[1]))
+    else:
+        options, _ = max(fit, key=lambda each: score(each[1]))
+    models.notes |= {"tried": [{**each, "found": noted(found)} for each, found in tries], "chosen": options}
+    return replace(plain, **options)
+
+
+def score(found: Mapping[str, Tried]) -> float:
+    """The mean over the sources; more is better."""
+    return sum(each.score for each in found.values()) / len(found)
+
+
+def flips(found: Mapping[str, Tried]) -> float:
+    """The mean share over the sources."""
+    return sum(each.negative_flips or 0.0 for each in found.values()) / len(found)
+
+
+def noted(found: Mapping[str, Tried]) -> dict[str, dict[str, Any]]:
+    """For the report."""
+    return {name: vars(each) for name, each in found.items()}

@@ -1,0 +1,86 @@
+"""Whole models, as a merge may know them before it merges piece by piece."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from compress.calibration.training import Kept, Make
+
+if TYPE_CHECKING:
+    from compress.passes.merge.base import MergePass
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Tried:
+    """How good a merge is on the samples of one source.
+
+    Attributes:
+        loss: mean negative log-likelihood in nats of the tokens, or of the labels.
+        accuracy: of a classifier, the share of samples it has right; of a language model None.
+        negative_flips: share of tokens (samples) that the base predicts right and this does not.
+    """
+
+    loss: float
+    accuracy: float | None = None
+    negative_flips: float | None = None
+
+    @property
+    def score(self) -> float:
+        """Accuracy, or the negative loss: more is better."""
+        return -self.loss if self.accuracy is None else self.accuracy
+
+
+class Models(Protocol):
+    """The models of a merge as wholes. Model 0 is the base, 1, 2, ... are the others.
+
+    Attributes:
+        names: of the tensors that are merged.
+        generator: randomness of this pass.
+        notes: what the report should say of the pass; a pass may add to it.
+    """
+
+    names: Sequence[str]
+    generator: torch.Generator
+    notes: dict[str, Any]
+
+    def over(self, items: Iterable[T], total: int | None, label: str | Callable[[], str]) -> Iterator[T]:
+        """Draw progress over items."""
+
+    def value(self, model: int, name: str) -> Tensor:
+        """A whole tensor of one model, float32."""
+
+    def tried(self, pass_: "MergePass", found: Any = None) -> dict[str, Tried]:
+        """Source -> how good the merge is, on the calibration data, that `pass_` makes, knowing `found`.
+
+        Nothing is trained on; the same merge is not made twice, also when a run goes on after it was interrupted.
+        """
+
+    def tried_alone(self, model: int) -> dict[str, Tried]:
+        """The same of one model, unmerged."""
+
+    def running(self) -> AbstractContextManager["Running"]:
+        """While open, the base is in memory and can be run with other values of its tensors."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """A model in memory.
+
+    Attributes:
+        logits: (values on demand, numbers of samples (B,)) -> logits, differentiable in the values: (B, classes), of a
+            language model (B * (length - 1), vocabulary), float32.
+        count: samples of the calibration data.
+        kept: where the state of an unfinished training is kept.
+        names: of the tensors that may have other values: those that are merged, without buffers.
+    """
+
+    logits: Callable[[Make, Tensor], Tensor]
+    count: int
+    kept: Kept
+    names: tuple[str, ...]

@@ -1,0 +1,122 @@
+"""Whole models of a merge: tried out on data, and run with learned values inside, before anything is merged."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.artifact import Artifact
+from compress.calibration.data import Dataset
+from compress.calibration.precision import learning
+from compress.calibration.training import Make
+from compress.evaluate import Quality, Reference, logits_in, measure
+from compress.graph import forward
+from compress.ledger import key_of
+from compress.meter import hash_of
+from compress.passes.merge.base import MergePass
+from compress.passes.merge.models import Models, Running, T, Tried
+from compress.residence import Context, lent, streamed
+from compress.whole import KeptInLedger, in_memory, learned
+
+
+@dataclass
+class Trials(Models):
+    """What a merge may know of whole models. See `Models`.
+
+    Attributes:
+        context: with the base as it stands.
+        parents: the others.
+        made: pass and what it knows -> the merged model, until the next one is made.
+        data: what merges are tried on.
+        unit, key: name and key of this work in the ledger.
+    """
+
+    context: Context
+    parents: list[Artifact]
+    names: list[str]
+    made: Callable[[MergePass, Any, str], Artifact]
+    data: Dataset | None
+    unit: str
+    key: str
+    generator: torch.Generator
+    notes: dict[str, Any] = field(default_factory=dict)
+    references: dict[str, Reference] = field(default_factory=dict)
+    number: int = 0
+
+    def over(self, items: Iterable[T], total: int | None, label: str | Callable[[], str]) -> Iterator[T]:
+        return self.context.bars.over(items, total, label)
+
+    def value(self, model: int, name: str) -> Tensor:
+        artifact = (self.context.artifact, *self.parents)[model]
+        return artifact.source.read(artifact.name_in_source(name)).float()
+
+    def tried(self, pass_: MergePass, found: Any = None) -> dict[str, Tried]:
+        key = key_of(self.key, pass_.key, pass_.options(), repr(found), hash_of(self.data))
+        return self._tried(key, lambda: self.made(pass_, found, key))
+
+    def tried_alone(self, model: int) -> dict[str, Tried]:
+        artifact = (self.context.artifact, *self.parents)[model]
+        return self._tried(key_of(self.key, model, hash_of(self.data)), lambda: artifact)
+
+    def _tried(self, key: str, make: Callable[[], Artifact]) -> dict[str, Tried]:
+        self.number += 1
+        unit, ledger = f"{self.unit}-try-{self.number:03d}", self.context.ledger
+        row = ledger.load_row(unit, key)
+        if row is None:
+            with lent(self.context, make()) as merged:
+                row = {name: _facts(q) for name, q in self._measured(merged, keep=False).items()}
+            ledger.commit_row(unit, key, row)
+        return {name: Tried(**facts) for name, facts in row.items()}
+
+    def _measured(self, context: Context, keep: bool) -> dict[str, Quality]:
+        assert self.data is not None
+        if not keep and not self.references:
+            self.references = {name: Reference(0) for name in self.data.split()}
+            self._measured(self.context, keep=True)
+        with streamed(context):
+            return {
+                name: measure(
+                    lambda batch: logits_in(forward(context.graph, batch)),
+                    part.inputs,
+                    labels=part.labels,
+                    reference=self.references[name],
+                    keep=keep,
+                    progress=lambda items, total: self.over(items, total, "try: batches"),
+                )
+                for name, part in self.data.split().items()
+            }
+
+    @contextmanager
+    def running(self) -> Iterator[Running]:
+        assert self.data is not None
+        context, graph, inputs = self.context, self.context.graph, self.data.inputs
+        aliases: dict[str, list[str]] = {}
+        for alias, name in graph.tied.items():
+            aliases.setdefault(name, []).append(alias)
+
+        def values(make: Make) -> Callable[[Collection[str]], Mapping[str, Tensor]]:
+            def made(names: Collection[str]) -> dict[str, Tensor]:
+                with torch.autocast("cpu", enabled=False):
+                    found = {n: v.to(context.dtype) for n, v in make(names).items()}
+                return found | {alias: v for n, v in found.items() for alias in aliases.get(n, ())}
+
+            return made
+
+        parameters = [n for n in self.names if n not in graph.buffers]
+
+        def logits(make: Make, numbers: Tensor) -> Tensor:
+            computing = learning(context.products, torch.empty(0, dtype=context.dtype))
+            with computing, learned(graph, values(make), False, parameters):
+                out: Tensor = logits_in(forward(graph, inputs[numbers])).float()
+            return out[:, :-1].flatten(0, 1) if graph.is_language_model else out
+
+        with in_memory(context):
+            kept = KeptInLedger(context.ledger, f"{self.unit}-training", self.key)
+            yield Running(logits, len(inputs), kept, tuple(parameters))
+
+
+def _facts(quality: Quality) -> dict[str, float | None]:
+    return {"loss": quality.loss, "accuracy": quality.accuracy, "negative_flips": quality.negative_flips}
