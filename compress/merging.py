@@ -3,7 +3,7 @@
 From then on the artifact's source is the merged checkpoint, so passes that compare with the original compare with it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -132,8 +132,9 @@ def _refuse_other_shapes(model: str, graph: Graph, parent: Artifact, pass_: Merg
 
 def vocabulary_names(graph: Graph) -> set[str]:
     """Names of the tensors with a row for every token."""
-    if not isinstance(graph.model, PreTrainedModel):
+    if not graph.is_language_model:
         return set()
+    assert isinstance(graph.model, PreTrainedModel)
     tables = [graph.model.get_input_embeddings(), graph.model.get_output_embeddings()]
     return {
         graph.tied.get(f"{name}.{leaf}", f"{name}.{leaf}")
@@ -250,26 +251,26 @@ class Merger:
                 return f", as it does in {label}; get a clean checkpoint"
         return f"; the weights or scales are too large for {str(dtype).removeprefix('torch.')}"
 
-    def made(self, unit: str, key: str, learnt: Any) -> Artifact:
+    def made(self, unit: str, key: str, learn: Callable[[], tuple["Merger", Any]]) -> Artifact:
         """The merged model: a file of the ledger where it keeps files, else values in memory.
 
         Args:
             unit: what the file is called, in the place of an earlier one.
             key: of everything that it depends on.
-            learnt: what `MergePass.learn` returned.
+            learn: this merge as it is done, and what its pass has learned; only asked where the file is not there.
         """
         base, ledger = self.base, self.context.ledger
 
         def write(file: Path) -> None:
-            self.write(file, learnt)
+            merger, learned = learn()
+            merger.write(file, learned)
 
         file = ledger.make_file(unit, key, write)
         if file is None:
-            found, names = learnt if self.pass_.learns else self.survey(), self.names()
-            made = {
-                name: self.merged(name, found) for name in self.context.bars.over(names, len(names), self.pass_.key)
-            }
-            values = {base.name_in_source(name): value for name, value in made.items()}
+            merger, learned = learn()
+            found, names = merger.found(learned), self.names()
+            over = self.context.bars.over(names, len(names), self.pass_.key)
+            values = {base.name_in_source(name): merger.merged(name, found) for name in over}
             return replace(base, source=MergedSource(base.source, values))
         try:
             source = WrittenSource(file.parent, file.name)
@@ -280,10 +281,14 @@ class Merger:
             source = WrittenSource(file.parent, file.name)
         return replace(base, source=source, renamed=dict(base.graph.tied))
 
-    def write(self, file: Path, learnt: Any) -> None:
+    def found(self, learned: Any) -> Any:
+        """What the pass knows before it looks at single tensors."""
+        return learned if self.pass_.learns else self.survey()
+
+    def write(self, file: Path, learned: Any) -> None:
         """The merged checkpoint, one tensor in memory at a time."""
         base, chosen = self.base, set(self.names())
-        found = learnt if self.pass_.learns else self.survey()
+        found = self.found(learned)
         layout: list[tuple[str, list[Entry]]] = []
         for name, _ in base.graph.tensors():
             stored = base.name_in_source(name)
@@ -310,25 +315,31 @@ def merge(
     Returns:
         The key of the stage, and facts for the report.
     """
-    artifact, unit = context.artifact, f"s{number:02d}"
+    artifact, ledger, unit = context.artifact, context.ledger, f"s{number:02d}"
     parents = [open_parent(model, artifact.graph, pass_) for model in pass_.models]
     key = key_of(key, number, pass_.key, pass_.options(), [p.source.fingerprint() for p in parents])
     merger = Merger(pass_, artifact, parents, context, number)
 
     def tried(variant: MergePass, found: Any, name: str) -> Artifact:
-        return replace(merger, pass_=variant).made(f"{unit}-trial", name, found)
+        return merger.made(f"{unit}-trial", name, lambda: (replace(merger, pass_=variant), found))
 
-    generator = generator_for(context.seed, number, 0, "")
-    models = Trials(context, parents, merger.names(), tried, data, unit, key, generator)
-    if pass_.choose:
-        merger = replace(merger, pass_=chosen(pass_, models))
-    learnt = merger.pass_.learn(models) if merger.pass_.learns else None
-    context.artifact = merger.made(f"{unit}-merged", key, learnt)
-    context.ledger.forget(f"{unit}-trial")
+    def learned() -> tuple[Merger, Any]:
+        generator = generator_for(context.seed, number, 0, "")
+        models = Trials(context, parents, merger.names(), tried, data, unit, key, generator)
+        settled = replace(merger, pass_=chosen(pass_, models)) if pass_.choose else merger
+        found = settled.pass_.learn(models) if settled.pass_.learns else None
+        if models.notes:
+            facts["notes"] = models.notes
+        ledger.forget(f"{unit}-trial")
+        return settled, found
+
+    facts: dict[str, Any] = {"pass": pass_.key, "models": list(pass_.models), "tensors": len(merger.names())}
+    facts |= ledger.load_row(f"{unit}-facts", key) or {}
+    context.artifact = merger.made(f"{unit}-merged", key, learned)
+    ledger.commit_row(f"{unit}-facts", key, facts)
     if context.resident:
         _set(context, merger.names())
-    facts = {"pass": pass_.key, "models": list(pass_.models), "tensors": len(merger.names())}
-    return key, facts | ({"notes": models.notes} if models.notes else {})
+    return key, facts
 
 
 def _set(context: Context, names: Sequence[str]) -> None:

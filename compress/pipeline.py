@@ -411,11 +411,11 @@ def _entry(pass_: Pass) -> dict[str, Any]:
         if f.name == "overrides":
             if value:
                 options[f.name] = [{"match": o.match, **written(o.options)} for o in value]
-        elif isinstance(value, tuple | Mapping):
+        elif isinstance(value, tuple):
             if value:
                 options[f.name] = written(value)
         else:
-            options[f.name] = value
+            options[f.name] = written(value)
     return {pass_.key: options}
 
 

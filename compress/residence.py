@@ -87,13 +87,13 @@ def tie(graph: Graph) -> None:
 @contextmanager
 def lent(context: Context, artifact: Artifact) -> Iterator[Context]:
     """While open, the model is another one of the same structure; where it is in memory, that one is instead."""
-    other, model = replace(context, artifact=artifact), context.graph.model
     if not context.resident:
-        yield other
+        yield replace(context, artifact=artifact)
         return
+    other, model = replace(context, artifact=replace(artifact, graph=context.graph)), context.graph.model
     before = dict(context.graph.tensors())
     try:
-        for name in before:
+        for name in before.keys() & {n for n, _ in artifact.graph.tensors()}:
             set_value(model, name, value_of(other, name))
         tie(context.graph)
         yield other

@@ -21,6 +21,8 @@ from compress.passes.merge.models import Models, Running, T, Tried
 from compress.residence import Context, lent, streamed
 from compress.whole import KeptInLedger, in_memory, learned
 
+KEPT = 1 << 26  # numbers of the models that stay in memory once they were read: 256 MB
+
 
 @dataclass
 class Trials(Models):
@@ -45,13 +47,22 @@ class Trials(Models):
     notes: dict[str, Any] = field(default_factory=dict)
     references: dict[str, Reference] = field(default_factory=dict)
     number: int = 0
+    kept: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    room: int = KEPT
 
     def over(self, items: Iterable[T], total: int | None, label: str | Callable[[], str]) -> Iterator[T]:
         return self.context.bars.over(items, total, label)
 
     def value(self, model: int, name: str) -> Tensor:
+        found = self.kept.get((model, name))
+        if found is not None:
+            return found
         artifact = (self.context.artifact, *self.parents)[model]
-        return artifact.source.read(artifact.name_in_source(name)).float()
+        value = artifact.source.read(artifact.name_in_source(name)).float()
+        if self.room >= value.numel():  # a file is not opened a thousand times for a small model
+            self.room -= value.numel()
+            self.kept[model, name] = value
+        return value
 
     def tried(self, pass_: MergePass, found: Any = None) -> dict[str, Tried]:
         key = key_of(self.key, pass_.key, pass_.options(), repr(found), hash_of(self.data))

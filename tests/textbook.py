@@ -1,7 +1,8 @@
 """The published algorithms written the slow and plain way, in float64 with an explicit inverse; and inputs for them."""
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from compress.encodings import Uniform, fit
 from compress.passes.base import Block, Target, Whole
 from compress.passes.depth import DepthPass
 from compress.passes.merge.base import MergePass, Piece
+from compress.passes.merge.models import Models, Running, T, Tried
 from compress.passes.target import Depth, Distance
 
 Values = dict[str, Tensor]
@@ -116,16 +118,57 @@ def merged(pass_: MergePass, models: Sequence[Mapping[str, Tensor]], piece: int 
                 first, *others = (values[start : start + piece].clone() for values in flat)
                 yield Piece(name, first, tuple(others), generators, start, len(flat[0]), *place(name))
 
-    found = None
+    found = pass_.learn(Wholes(models, piece, seed)) if pass_.learns else None
     if pass_.surveys:
         sizes = {name: value.numel() for name, value in base.items()}
         found = pass_.survey(lambda: pieces(list(base)), sizes)
     made = {}
     for name, value in base.items():
         own = pass_.at(name)
-        facts = own.look(lambda name=name: pieces([name]), found) if own.looks else None
+        facts = own.look(lambda name=name: pieces([name]), found) if own.looks else found
         made[name] = torch.cat([own.run(each, facts) for each in pieces([name])]).view(value.shape)
     return made
+
+
+class Wholes(Models):
+    """Models in memory as wholes. The nearer a merge is to a number, the better it is."""
+
+    def __init__(self, models: Sequence[Mapping[str, Tensor]], piece: int = 1000, seed: int = 0, goal: float = 0.1):
+        self.models, self.piece, self.seed, self.goal = models, piece, seed, goal
+        self.names, self.notes, self.tries = list(models[0]), {}, []
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def over(self, items: Iterable[T], total: int | None, label: object) -> Iterator[T]:
+        return iter(items)
+
+    def value(self, model: int, name: str) -> Tensor:
+        return self.models[model][name]
+
+    def tried(self, pass_: MergePass, found: object = None) -> dict[str, Tried]:
+        self.tries.append(pass_)
+        return self.rated(merged(pass_, self.models, self.piece, self.seed))
+
+    def tried_alone(self, model: int) -> dict[str, Tried]:
+        return self.rated(self.models[model])
+
+    def rated(self, values: Mapping[str, Tensor]) -> dict[str, Tried]:
+        flips = sum(float((v - self.models[0][n]).abs().sum()) for n, v in values.items())
+        return {"": Tried(sum(float((v - self.goal).square().sum()) for v in values.values()), None, flips)}
+
+    @contextmanager
+    def running(self) -> Iterator[Running]:
+        """Two layers in a row: the first tensor that is a matrix, and the last."""
+        names = [n for n in self.names if self.value(0, n).dim() == 2]
+        first, last = names[0], names[-1]
+        wide, narrow = self.value(0, first).shape[1], self.value(0, last).shape[1]
+        x = torch.randn(32, wide, generator=torch.Generator().manual_seed(self.seed))
+
+        def logits(make: Make, numbers: Tensor) -> Tensor:
+            values = make([first, last])
+            hidden = torch.tanh(x[numbers] @ values[first].T)[:, :narrow]
+            return hidden @ values[last][:, : hidden.shape[1]].T
+
+        yield Running(logits, len(x), Kept(), (first, last))
 
 
 def hash_of(*parts: object) -> int:

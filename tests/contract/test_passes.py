@@ -121,10 +121,23 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"density": 0.5, "rescale": "l1", "combine": "mean"},
         {"density": (0.5, 0.9), "merge": "ties", "rescale": "none", "tie": "positive"},
     ],
+    "greedy_soup": [{"base": False}],
+    "adamerging": [{"level": "task"}, {"trim": 0.5, "diversity": 0.1}, {"steps": 0}],
     "pcb": [{"scope": "tensor", "density": (0.2, (0.1, 0.5))}, {"clip": 0.0, "weights": (1.0, 0.5), "scale": 1.2}],
 }
 
-LEARNED = ("flexround", "adaround", "nupes", "jlcm", "low_rank", "perp", "perp_reconstruct", "sparse_soup", "bip")
+LEARNED = (
+    "adamerging",
+    "flexround",
+    "adaround",
+    "nupes",
+    "jlcm",
+    "low_rank",
+    "perp",
+    "perp_reconstruct",
+    "sparse_soup",
+    "bip",
+)
 QUICK: dict[str, dict[str, object]] = {key: {"steps": 4} for key in LEARNED}  # keeps a learned method quick
 NEEDED: dict[str, dict[str, object]] = {  # what a pass cannot do without
     cls.key: {"models": ("./one",) if cls.pairwise else ("./one", "./two")}

@@ -5,7 +5,7 @@ returns the merged piece; which files they come from and where the result goes, 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -67,7 +67,7 @@ class MergePass(Pass):
 
     models: tuple[str, ...] = ()
     vocabulary: Literal["refuse", "common"] = "refuse"
-    choose: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    choose: Mapping[str, tuple[float, ...]] | None = None
     by: Rule = "score"
 
     accepts: ClassVar[frozenset[str]] = frozenset({"dense"})
@@ -145,7 +145,7 @@ class MergePass(Pass):
 
     def _check_choose(self) -> Iterator[OptionError]:
         known = {f.name for f in fields(self)} - self.common - {"include", "exclude", "overrides"}
-        for name, values in self.choose.items():
+        for name, values in (self.choose or {}).items():
             if name not in known:
                 yield OptionError(f"choose.{name}", f"unknown option of {self.key}; known: {', '.join(sorted(known))}")
             elif not values:
@@ -153,7 +153,7 @@ class MergePass(Pass):
             else:
                 for value in values:
                     changed: dict[str, Any] = {name: value}
-                    yield from replace(self, choose={}, by="score", **changed).check()
+                    yield from replace(self, choose=None, by="score", **changed).check()
         if self.by != "score" and not self.pairwise:
             yield OptionError("by", f"{self.by} compares with the one other model; {self.key} merges several")
         if self.by != "score" and not self.choose:

@@ -14,7 +14,8 @@ def chosen(pass_: MergePass, models: Models) -> MergePass:
 
     Of equals the first wins. Everything that was tried is noted.
     """
-    plain, names = replace(pass_, choose={}, by="score"), list(pass_.choose)
+    assert pass_.choose
+    plain, names = replace(pass_, choose=None, by="score"), list(pass_.choose)
     grid: list[dict[str, Any]] = [dict(zip(names, values, strict=True)) for values in product(*pass_.choose.values())]
     tries = [(options, models.tried(replace(plain, **options))) for options in models.over(grid, len(grid), "choose")]
     fit = tries

@@ -54,7 +54,8 @@ class _Mixed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, coefficients: Tensor, name: str, parts: Parts) -> Tensor:
         ctx.name, ctx.parts = name, parts
-        total, deltas = parts(name)
+        base, deltas = parts(name)
+        total = base.clone()
         for delta, coefficient in zip(deltas, coefficients.tolist(), strict=True):
             total.add_(delta, alpha=coefficient)
         return total

@@ -53,7 +53,7 @@ class Models(Protocol):
         """Draw progress over items."""
 
     def value(self, model: int, name: str) -> Tensor:
-        """A whole tensor of one model, float32."""
+        """A whole tensor of one model, float32; not to be written to."""
 
     def tried(self, pass_: "MergePass", found: Any = None) -> dict[str, Tried]:
         """Source -> how good the merge is, on the calibration data, that `pass_` makes, knowing `found`.
