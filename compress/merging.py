@@ -328,15 +328,16 @@ def merge(
         models = Trials(context, parents, merger.names(), tried, data, unit, key, generator)
         settled = replace(merger, pass_=chosen(pass_, models)) if pass_.choose else merger
         found = settled.pass_.learn(models) if settled.pass_.learns else None
-        if models.notes:
+        if models.notes and not known:
             facts["notes"] = models.notes
+            ledger.commit_row(f"{unit}-facts", key, facts)  # before the file, whose presence says that all is done
         ledger.forget(f"{unit}-trial")
         return settled, found
 
     facts: dict[str, Any] = {"pass": pass_.key, "models": list(pass_.models), "tensors": len(merger.names())}
-    facts |= ledger.load_row(f"{unit}-facts", key) or {}
+    known = ledger.load_row(f"{unit}-facts", key)
+    facts |= known or {}
     context.artifact = merger.made(f"{unit}-merged", key, learned)
-    ledger.commit_row(f"{unit}-facts", key, facts)
     if context.resident:
         _set(context, merger.names())
     return key, facts
