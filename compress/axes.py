@@ -1,15 +1,17 @@
-"""Channels between two layers of a block whose order is free: rows of the layers that make them, columns of the next.
+"""What of a model may be put in another order without changing what it computes, known by the kind of model.
 
-Neurons of a gated MLP are such channels, and values of attention within their head: put in another order on both sides,
-the model computes what it did before. Only where nothing else sees them, which is known by the kind of model, never
-guessed from names alone; layers with a bias are left out, whose bias would have to move too.
+Neurons of an MLP are such units, heads of attention, and values within a head: rows of the layers that make them, columns
+of the layer that reads them. `Units` has every place that has to move along, biases too; `Axis` is the same as a pass
+sees it that works on the matrices of sites, and leaves out layers with a bias. Only where nothing else sees them, which
+is never guessed from names alone.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 # Decoders whose MLP is down(act(gate(x)) * up(x)), and whose values go from v_proj through attention to o_proj.
 KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo", "olmo2", "smollm3", "granite")
@@ -43,36 +45,182 @@ class Axis:
         return (wide + self.size * torch.arange(len(wide))[:, None]).flatten()
 
 
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where units lie along one axis of a tensor.
+
+    Attributes:
+        tensor: its name.
+        axis: of the tensor.
+        index: (units, width) int64, the entries along the axis that belong to each unit.
+        counts: whether it tells one unit from another; running statistics only move along.
+    """
+
+    tensor: str
+    axis: int
+    index: Tensor
+    counts: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """Parts of a model whose order is free.
+
+    Attributes:
+        places: everywhere they lie.
+        inner: what is free within each unit. Its places count from 0 to the width of the unit.
+    """
+
+    places: tuple[Place, ...]
+    inner: tuple["Units", ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.places[0].index)
+
+    def tensors(self) -> set[str]:
+        """The names of all tensors that move."""
+        return {place.tensor for place in self.places}
+
+    def among(self, names: set[str]) -> "Units | None":
+        """The same of these tensors alone; None where they have no part in it."""
+        places = tuple(place for place in self.places if place.tensor in names)
+        inner = tuple(found for units in self.inner if (found := units.among(names)))
+        return replace(self, places=places, inner=inner) if places else None
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """How a kind of model is put together: names of layers in the module that holds them.
+
+    Attributes:
+        attention: query, key, value and output; or one layer for the first three, and output.
+        mlp: the layers that make its neurons, and last the one that reads them.
+        rotary: positions turn queries and keys, so their order within a head is not free.
+        by_head: of one layer for three: query, key and value of a head stand together.
+    """
+
+    attention: tuple[str, ...]
+    mlp: tuple[str, ...]
+    rotary: bool = False
+    by_head: bool = False
+
+
+LLAMA = Wiring(("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj"), rotary=True)
+BERT = Wiring(("self.query", "self.key", "self.value", "output.dense"), ("intermediate.dense", "output.dense"))
+VIT = Wiring(("q_proj", "k_proj", "v_proj", "o_proj"), ("fc1", "fc2"))
+WIRINGS = {
+    **dict.fromkeys(KNOWN, LLAMA),
+    "gpt2": Wiring(("c_attn", "c_proj"), ("c_fc", "c_proj")),
+    "gpt_neox": Wiring(("query_key_value", "dense"), ("dense_h_to_4h", "dense_4h_to_h"), rotary=True, by_head=True),
+    "opt": Wiring(("q_proj", "k_proj", "v_proj", "out_proj"), ("fc1", "fc2")),
+    "bert": BERT,
+    "roberta": BERT,
+    "vit": VIT,
+}
+
+
+def kind_of(model: nn.Module) -> str | None:
+    """The kind of a transformers model."""
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
 def find_axes(model: nn.Module, sites: Iterable[str]) -> tuple[Axis, ...]:
     """The free orders among a model's sites; none in a model whose wiring is not known."""
-    config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) not in KNOWN:
+    if kind_of(model) not in KNOWN:
         return ()
     names = set(sites)
-    owners = sorted({name.rpartition(".")[0] for name in names})
-    return tuple(axis for owner in owners for axis in (*_neurons(model, owner, names), *_values(model, owner, names)))
+    found = (axis for units in known_units(model) for axis in _axes(units))
+    return tuple(axis for axis in found if {*axis.makers, *axis.readers} <= names)
 
 
-def _neurons(model: nn.Module, owner: str, names: set[str]) -> Iterator[Axis]:
-    gate, up, down = (f"{owner}.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj"))
-    if {gate, up, down} <= names and not (_biased(model, gate) or _biased(model, up)):
-        yield Axis((gate, up), (down,), _shape(model, down)[1])
-
-
-def _values(model: nn.Module, owner: str, names: set[str]) -> Iterator[Axis]:
-    made, read = f"{owner}.v_proj", f"{owner}.o_proj"
-    size = getattr(model.get_submodule(owner), "head_dim", None)
-    if not {made, read} <= names or not size or _biased(model, made):
+def _axes(units: Units) -> Iterator[Axis]:
+    """Of neurons themselves; of heads the values, which are the last that is free within them."""
+    free, heads = (units.inner[-1], units.count) if units.inner else (units, 1)
+    if any(place.tensor.endswith(".bias") for place in free.places):
         return
-    rows, columns = _shape(model, made)[0], _shape(model, read)[1]
-    if rows % size == 0 and columns % rows == 0:
-        yield Axis((made,), (read,), size, rows // size, columns // rows)
+    ends = [tuple(p.tensor.removesuffix(".weight") for p in free.places if p.axis == axis) for axis in (0, 1)]
+    yield Axis(ends[0], ends[1], free.count, heads, free.places[-1].index.shape[1])
 
 
-def _biased(model: nn.Module, name: str) -> bool:
-    return getattr(model.get_submodule(name), "bias", None) is not None
+def known_units(model: nn.Module) -> Iterator[Units]:
+    """The neurons of every MLP of a model of a known kind, and the heads of its attention."""
+    wiring = WIRINGS.get(kind_of(model) or "")
+    if wiring is None:
+        return
+    modules = dict(model.named_modules())
+    for owner in modules:
+        prefix = f"{owner}." if owner else ""
+        mlp, attention = ([f"{prefix}{leaf}" for leaf in leaves] for leaves in (wiring.mlp, wiring.attention))
+        if modules.keys() >= set(mlp):
+            yield _neurons(modules, mlp)
+        if modules.keys() >= set(attention):
+            heads = getattr(model.config, "num_attention_heads", 0)
+            yield from (_fused if len(attention) == 2 else _separate)(modules, attention, heads, wiring)
 
 
-def _shape(model: nn.Module, name: str) -> tuple[int, int]:
-    rows, columns = model.get_parameter(f"{name}.weight").shape
-    return rows, columns
+def _neurons(modules: dict[str, nn.Module], names: list[str]) -> Units:
+    *makers, reader = names
+    index = torch.arange(_width(modules[reader], made=False))[:, None]
+    return Units((*(p for name in makers for p in _made(modules, name, index)), _read(modules, reader, index)))
+
+
+def _separate(modules: dict[str, nn.Module], names: list[str], heads: int, wiring: Wiring) -> Iterator[Units]:
+    """Key-value groups, with the query heads of each group and the values free within."""
+    query, key, value, output = names
+    wide, rows = (_width(modules[name], made=True) for name in (query, value))
+    size = wide // max(heads, 1)
+    if not heads or wide % heads or rows % size or wide % rows:
+        return
+    groups, repeats = rows // size, wide // rows
+    ours, all_ours = torch.arange(rows).view(groups, size), torch.arange(wide).view(groups, repeats * size)
+    queries, keys = list(_made(modules, query, all_ours)), list(_made(modules, key, ours))
+    values = [*_made(modules, value, ours), _read(modules, output, all_ours)]
+    # A norm over all heads has a scale for each of their channels; one over a head has the same for every head.
+    for projection, length, index, places in ((query, wide, all_ours, queries), (key, rows, ours, keys)):
+        norm = f"{projection.removesuffix('proj')}norm"
+        if norm in modules and modules[norm].weight.shape == (length,):
+            places.append(Place(f"{norm}.weight", 0, index))
+    within = torch.arange(repeats * size).view(repeats, size)
+    inner = []
+    if repeats > 1:
+        inner.append(Units(tuple(replace(p, index=within) for p in (*queries, values[-1]))))
+    elif not wiring.rotary:
+        inner.append(Units(tuple(replace(p, index=torch.arange(size)[:, None]) for p in (*queries, *keys))))
+    *made, read = (replace(p, index=torch.arange(size)[:, None]) for p in values)
+    inner.append(Units((*made, replace(read, index=within.T))))
+    yield Units((*queries, *keys, *values), tuple(inner))
+
+
+def _fused(modules: dict[str, nn.Module], names: list[str], heads: int, wiring: Wiring) -> Iterator[Units]:
+    """Heads, with values free within and, where nothing turns them, the channels of queries and keys."""
+    maker, reader = names
+    wide, rows = _width(modules[reader], made=False), _width(modules[maker], made=True)
+    if not heads or wide % heads or rows != 3 * wide:
+        return
+    size, every = wide // heads, torch.arange(rows)
+    index = every.view(heads, -1) if wiring.by_head else every.view(3, heads, size).transpose(0, 1).reshape(heads, -1)
+    made, read = list(_made(modules, maker, index)), _read(modules, reader, torch.arange(wide).view(heads, size))
+    channel = torch.arange(size)[:, None]
+    inner = [Units((*(replace(p, index=2 * size + channel) for p in made), replace(read, index=channel)))]
+    if not wiring.rotary:
+        both = torch.cat([channel, size + channel], 1)
+        inner.insert(0, Units(tuple(replace(p, index=both) for p in made)))
+    yield Units((*made, read), tuple(inner))
+
+
+def _width(module: nn.Module, made: bool) -> int:
+    """How many channels a layer makes, or reads."""
+    shape: torch.Size = module.weight.shape
+    return shape[0] if made != isinstance(module, Conv1D) else shape[1]
+
+
+def _made(modules: dict[str, nn.Module], name: str, index: Tensor) -> Iterator[Place]:
+    yield Place(f"{name}.weight", 1 if isinstance(modules[name], Conv1D) else 0, index)
+    if getattr(modules[name], "bias", None) is not None:
+        yield Place(f"{name}.bias", 0, index)
+
+
+def _read(modules: dict[str, nn.Module], name: str, index: Tensor) -> Place:
+    return Place(f"{name}.weight", 0 if isinstance(modules[name], Conv1D) else 1, index)
