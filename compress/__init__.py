@@ -50,6 +50,7 @@ from compress.passes import (
     PowerQuant,
     PowerQuantShared,
     Reorder,
+    RobustSignature,
     Rtn,
     Slerp,
     SparseGpt,
@@ -57,6 +58,7 @@ from compress.passes import (
     TaskArithmetic,
     Ties,
     Wanda,
+    WeightMatching,
 )
 from compress.pipeline import Pipeline
 from compress.report import Report, Row
@@ -109,6 +111,7 @@ __all__ = [
     "Report",
     "ResourceError",
     "Result",
+    "RobustSignature",
     "Row",
     "Rtn",
     "Slerp",
@@ -120,6 +123,7 @@ __all__ = [
     "UnsupportedModelError",
     "UsageError",
     "Wanda",
+    "WeightMatching",
     "apply",
     "demo",
     "evaluate",

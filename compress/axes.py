@@ -1,9 +1,9 @@
 """What of a model may be put in another order without changing what it computes, known by the kind of model.
 
-Neurons of an MLP are such units, heads of attention, and values within a head: rows of the layers that make them, columns
-of the layer that reads them. `Units` has every place that has to move along, biases too; `Axis` is the same as a pass
-sees it that works on the matrices of sites, and leaves out layers with a bias. Only where nothing else sees them, which
-is never guessed from names alone.
+Neurons of an MLP are such units, heads of attention, and values within a head: rows of the layers that make them,
+columns of the layer that reads them. `Units` has every place that has to move along, biases too; `Axis` is the same for
+passes that work on matrices alone, and leaves out layers with a bias. Only where nothing else sees them, which is never
+guessed from names alone.
 """
 
 from collections.abc import Iterable, Iterator
@@ -212,8 +212,8 @@ def _fused(modules: dict[str, nn.Module], names: list[str], heads: int, wiring: 
 
 def _width(module: nn.Module, made: bool) -> int:
     """How many channels a layer makes, or reads."""
-    shape: torch.Size = module.weight.shape
-    return shape[0] if made != isinstance(module, Conv1D) else shape[1]
+    rows, columns = module.get_parameter("weight").shape
+    return rows if made != isinstance(module, Conv1D) else columns
 
 
 def _made(modules: dict[str, nn.Module], name: str, index: Tensor) -> Iterator[Place]:

@@ -43,6 +43,10 @@ class NonFiniteError(CompressError):
     """NaN or infinity in a weight or an activation."""
 
 
+class MergeError(CompressError):
+    """A merge would make something that no model can have."""
+
+
 class SolveError(CompressError):
     """A layer's linear algebra failed. The sweep retries with more damping, then falls back; users do not see it."""
 

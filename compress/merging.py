@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 from compress import graph as graphs
 from compress import hub
+from compress.aligning import Aligner, names_of
 from compress.artifact import Artifact, FolderSource, Source, WrittenSource, open_folder
 from compress.calibration.data import Dataset
-from compress.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Problem, UsageError
+from compress.errors import CheckpointError, ConfigError, DataError, MergeError, NonFiniteError, Problem, UsageError
 from compress.export.files import Entry, write_tensors
 from compress.graph import Graph
 from compress.ledger import key_of
@@ -151,6 +152,16 @@ def depth_of(block: int | None, count: int) -> float:
     return block / (count - 1) if count > 1 else 1.0
 
 
+def layers_of(graph: Graph) -> dict[str, int]:
+    """Tensor -> how many sites stand before the one that it belongs to, or comes behind; 0 also before the first."""
+    sites, found, number = {site.name for site in graph.sites}, {}, -1
+    for owner, module in graph.model.named_modules():
+        number += owner in sites
+        for leaf, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            found[f"{owner}.{leaf}" if owner else leaf] = max(0, number)
+    return found
+
+
 @dataclass(frozen=True)
 class Merger:
     """One merge of one model with others.
@@ -169,19 +180,16 @@ class Merger:
 
     def names(self) -> list[str]:
         """The tensors that are merged; all others are the base's."""
-        return [
-            name
-            for name, tensor in self.base.graph.tensors()
-            if tensor.is_floating_point() and self.pass_.selects(name, in_block=True)
-        ]
+        return names_of(self.pass_, self.base)
 
     @cached_property
-    def places(self) -> Mapping[str, tuple[int | None, float]]:
-        """Tensor -> (its block, its depth from 0 to 1)."""
-        blocks, found = self.base.graph.blocks, {}
-        for name, _ in self.base.graph.tensors():
-            block = next((i for i, b in enumerate(blocks) if not b or name.startswith(f"{b}.")), None)
-            found[name] = (block, depth_of(block, len(blocks)))
+    def places(self) -> Mapping[str, tuple[int | None, float, int]]:
+        """Tensor -> (its block, its depth from 0 to 1, how many layers stand before its own)."""
+        graph, found = self.base.graph, {}
+        layers = layers_of(graph)
+        for name, _ in graph.tensors():
+            block = next((i for i, b in enumerate(graph.blocks) if not b or name.startswith(f"{b}.")), None)
+            found[name] = (block, depth_of(block, len(graph.blocks)), layers[name])
         return found
 
     def length(self, name: str) -> int:
@@ -192,14 +200,15 @@ class Merger:
 
     def pieces(self, name: str) -> Iterator[Piece]:
         """A tensor of all models, piece by piece."""
-        total, (block, depth) = self.length(name), self.places[name]
+        total, (block, depth, layer) = self.length(name), self.places[name]
+        shape = self.base.source.shape(self.base.name_in_source(name))
         models = (self.base, *self.parents)
         seeded = enumerate(self.parents)
         generators = tuple(generator_for(self.context.seed, self.number, k, name) for k, _ in seeded)
         for start in range(0, total, PIECE):
             stop = min(start + PIECE, total)
             base, *others = (m.source.piece(m.name_in_source(name), start, stop).float() for m in models)
-            yield Piece(name, base, tuple(others), generators, start, total, block, depth)
+            yield Piece(name, base, tuple(others), generators, start, total, block, depth, layer, shape)
 
     def kept(self, name: str) -> Pieces:
         """The same, to be gone through several times: of a tensor that is not large, read once."""
@@ -229,6 +238,7 @@ class Merger:
 
         Raises:
             NonFiniteError: NaN or infinity came out.
+            MergeError: a negative variance came out.
         """
         source, stored = self.base.source, self.base.name_in_source(name)
         shape, dtype = source.shape(stored), source.dtype(stored)
@@ -242,6 +252,12 @@ class Merger:
             least, most = torch.aminmax(made)
             if not (least >= -largest and most <= largest):  # nor where they are NaN
                 raise NonFiniteError(f"{name} holds NaN or infinity after {pass_.key}{self._cause(name, dtype)}")
+            if name.endswith("running_var") and least < 0:
+                raise MergeError(
+                    f"{name} is {float(least):.3g} after {pass_.key}, and there is no negative variance. Statistics of "
+                    "a batch normalisation cannot be added up like weights: `exclude` *.running_* to keep the base's, "
+                    "or set a smaller scale or weight for them"
+                )
             flat[piece.start : piece.start + len(made)] = made
         return value
 
@@ -318,6 +334,8 @@ def merge(
     artifact, ledger, unit = context.artifact, context.ledger, f"s{number:02d}"
     parents = [open_parent(model, artifact.graph, pass_) for model in pass_.models]
     key = key_of(key, number, pass_.key, pass_.options(), [p.source.fingerprint() for p in parents])
+    aligner = Aligner(pass_, context, parents, number) if pass_.aligns else None
+    parents = aligner.aligned() if aligner else parents
     merger = Merger(pass_, artifact, parents, context, number)
 
     def tried(variant: MergePass, found: Any, name: str) -> Artifact:
@@ -328,6 +346,8 @@ def merge(
         models = Trials(context, parents, merger.names(), tried, data, unit, key, generator)
         settled = replace(merger, pass_=chosen(pass_, models)) if pass_.choose else merger
         found = settled.pass_.learn(models) if settled.pass_.learns else None
+        if aligner:
+            models.notes["aligned"] = aligner.facts()
         if models.notes and not known:
             facts["notes"] = models.notes
             ledger.commit_row(f"{unit}-facts", key, facts)  # before the file, whose presence says that all is done

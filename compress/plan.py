@@ -16,8 +16,10 @@ from compress.evaluate import REFERENCE_NUMBERS
 from compress.evaluate import TOKENS_AT_ONCE as EVALUATED_AT_ONCE
 from compress.graph import Graph, Site
 from compress.passes import BlockPass, DepthPass, LinearPass, MergePass, ModelPass, Pass
+from compress.passes.merge.matching import coupled
 from compress.passes.prune.selection import pattern
 from compress.pipeline import GATES, GIVEN, Pipeline, walk
+from compress.traced import find_units
 
 BASELINE = 450 << 20  # Python, torch and transformers, before any work
 FLOAT = 4
@@ -170,6 +172,15 @@ class _Planner:
             self.problem(path, f"{pass_.key} merges whole checkpoints, before anything else; put it before {before}")
         if not any(pass_.selects(name, in_block=True) for name, _ in self.graph.tensors()):
             self.problem(path, f"merges no tensor at all; tensors are named like {self._examples()}")
+        elif pass_.aligns and not any(
+            pass_.selects(name, in_block=True) for units in find_units(self.graph) for name in units.tensors()
+        ):
+            self.problem(
+                path,
+                f"{pass_.key} knows nothing of a {type(self.graph.model).__name__} whose order is free, or it merges "
+                "none of it; use average or slerp. It knows the MLPs and heads of Llama and its like, GPT-2, GPT-NeoX, "
+                "OPT, BERT and ViT, ResNet, and plain networks of convolutions and linear layers that can be traced",
+            )
         return PassPlan(path, pass_, tuple(s for s in self.graph.sites if pass_.selects(s.parameter, True)), {})
 
     def _add_depth(self, path: str, pass_: DepthPass) -> PassPlan:
@@ -351,13 +362,22 @@ class _Planner:
         length = self.pipeline.calibration.length if self.pipeline.calibration else 0
         at_once = max((getattr(p, "batch_size", 1) for p in training), default=0) * length
         weights = sum(p.numel() for p in parameters.values())
+        aligns = any(isinstance(p, MergePass) and p.aligns for stage in self.pipeline.passes for p in stage)
         whole = TRAINING * weights * FLOAT + 6 * at_once * vocabulary * FLOAT if training else 0
         return (
             BASELINE
             + measuring
             + max(outside * 2, (block if calibrated else 0) + statistics + 4 * largest, whole)
+            + (_aligning(graph) if aligns else 0)
             + activations
         )
+
+
+def _aligning(graph: Graph) -> int:
+    """Bytes to match two models: the tensors of one coupled group in both, twice while they move, and its scores."""
+    sizes = {name: tensor.numel() for name, tensor in graph.tensors()}
+    groups = [(set().union(*(u.tensors() for u in g)), max(u.count for u in g)) for g in coupled(find_units(graph))]
+    return max((2 * FLOAT * (4 * sum(sizes[n] for n in names) + 3 * most**2) for names, most in groups), default=0)
 
 
 def _laid(before: Spec | None, n_of_m: tuple[int, int] | None, kept: int, columns: int) -> Pattern | None:

@@ -120,33 +120,28 @@ class _Channels:
             return self._module(target, self.modules[target], arrived, single=len(node.args) == 1 and not node.kwargs)
         if node.op in ("call_function", "call_method"):
             return self._function(node, target, arrived)
-        self._fix(arrived)
-        return None
+        return self._stop(arrived)
 
     def _module(self, name: str, module: nn.Module, arrived: list[_Signal], single: bool) -> _Signal | None:
         signal, kind = arrived[0] if arrived else None, type(module)
         if not single:
-            return self._fix(arrived)
-        if isinstance(module, nn.Conv2d) and kind is nn.Conv2d and module.groups == 1:
+            return self._stop(arrived)
+        if type(module) is nn.Conv2d and module.groups == 1:
             self._read(name, signal, ("images",))
             return self._made(name, module.out_channels, "images")
-        if isinstance(module, nn.Linear) and kind is nn.Linear and (signal is None or signal.layout != "images"):
+        if type(module) is nn.Linear and (signal is None or signal.layout != "images"):
             self._read(name, signal, ("features", "rows"))
             return self._made(name, module.out_features, "features")
         if signal is None:
             return None
-        if isinstance(module, nn.Conv2d) and kind is nn.Conv2d and signal.layout == "images":
-            if module.groups == module.in_channels == module.out_channels:  # each channel by itself
-                return self._along(name, signal)
-        elif kind in NORMS:
+        images = signal.layout == "images"
+        if kind in NORMS or (images and _by_channel(module)) or (not images and _of_last(module)):
             return self._along(name, signal)
-        elif isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1 and signal.layout != "images":
-            return self._along(name, signal)
-        elif kind in BY_CHANNEL or (kind in POOLING and signal.layout == "images"):
+        if kind in BY_CHANNEL or (images and kind in POOLING):
             return signal
-        elif isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
+        if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
             return self._flat(signal)
-        return self._fix(arrived)
+        return self._stop(arrived)
 
     def _function(self, node: fx.Node, target: Any, arrived: list[_Signal]) -> _Signal | None:
         if not arrived or target in ASKING or (target is getattr and node.args[1] in ("shape", "ndim")):
@@ -164,24 +159,24 @@ class _Channels:
             return self._flat(signal)
         if target in ("mean", torch.mean) and signal.layout == "images" and _over_positions(node):
             return replace(signal, layout="rows")
-        return self._fix(arrived)
+        return self._stop(arrived)
 
     def _together(self, arrived: list[_Signal]) -> _Signal | None:
         first, second = arrived
         if first.layout != second.layout or self.sizes[first.group] != self.sizes[second.group]:
-            return self._fix(arrived)
+            return self._stop(arrived)
         self._join(first.group, second.group)
         return first
 
     def _flat(self, signal: _Signal) -> _Signal | None:
         if signal.layout == "features":  # of several positions the features would not stay neighbours
-            return self._fix([signal])
+            return self._stop([signal])
         return replace(signal, layout="rows")
 
     def _read(self, name: str, signal: _Signal | None, layouts: tuple[str, ...]) -> None:
         if signal is not None:
             if signal.layout not in layouts:
-                self._fix([signal])
+                self._stop([signal])
             self._place(f"{name}.weight", 1, signal.group)
 
     def _made(self, name: str, channels: int, layout: str) -> _Signal:
@@ -223,8 +218,10 @@ class _Channels:
         elif a != b:
             self.joined[b] = a
 
-    def _fix(self, signals: list[_Signal]) -> None:
+    def _stop(self, signals: list[_Signal]) -> _Signal | None:
+        """What is not known to let channels through: they keep their order."""
         self.fixed |= {signal.group for signal in signals}
+        return None
 
     def _free(self) -> Iterator[Units]:
         fixed = {self._root(group) for group in self.fixed}
@@ -244,6 +241,16 @@ class _Channels:
                     for (tensor, axis), n in zip(places, lengths, strict=True)
                 )
             )
+
+
+def _by_channel(module: nn.Module) -> bool:
+    """Whether a convolution works on each channel by itself."""
+    return type(module) is nn.Conv2d and module.groups == module.in_channels == module.out_channels
+
+
+def _of_last(module: nn.Module) -> bool:
+    """Whether a norm is over the last dimension alone."""
+    return type(module) is nn.LayerNorm and len(module.normalized_shape) == 1
 
 
 def _keeps_samples(node: fx.Node) -> bool:

@@ -37,6 +37,8 @@ ALLOWED = {
     "progress.py": set(),
     "axes.py": set(),
     "graph.py": {"axes", "errors"},
+    "traced.py": {"axes", "graph"},
+    "aligning.py": {"artifact", "passes", "residence", "sweep", "traced"},
     "artifact.py": {"graph", "encodings", "errors"},
     "ledger.py": {"artifact", "encodings", "errors"},
     "observe.py": {"passes", "graph", "encodings", "errors"},

@@ -103,11 +103,13 @@ def merged(pass_: MergePass, models: Sequence[Mapping[str, Tensor]], piece: int 
     """What a merge makes of models, the base first, whose tensors are cut into pieces of so many elements."""
     base, blocks = models[0], sorted({n.split(".")[1] for n in models[0] if n.startswith("blocks.")})
 
-    def place(name: str) -> tuple[int | None, float]:
+    def place(name: str) -> tuple[int | None, float, int, tuple[int, ...]]:
+        """Every tensor is a layer of its own."""
+        layer, shape = list(base).index(name), tuple(base[name].shape)
         if name.startswith("blocks."):
             block = blocks.index(name.split(".")[1])
-            return block, block / max(1, len(blocks) - 1)
-        return None, 0.0
+            return block, block / max(1, len(blocks) - 1), layer, shape
+        return None, 0.0, layer, shape
 
     def pieces(names: Sequence[str]) -> Iterator[Piece]:
         for name in names:

@@ -11,9 +11,11 @@ from compress.passes.merge.dare import Dare
 from compress.passes.merge.greedy_soup import GreedySoup
 from compress.passes.merge.interpolate import Interpolate
 from compress.passes.merge.pcb import Pcb
+from compress.passes.merge.robust_signature import RobustSignature
 from compress.passes.merge.slerp import Slerp
 from compress.passes.merge.task_arithmetic import TaskArithmetic
 from compress.passes.merge.ties import Ties
+from compress.passes.merge.weight_matching import WeightMatching
 from compress.passes.prune.bip import Bip
 from compress.passes.prune.global_magnitude import GlobalMagnitude
 from compress.passes.prune.layer_drop import LayerDrop
@@ -67,6 +69,8 @@ PASSES: tuple[type[Pass], ...] = (
     Dare,
     Pcb,
     AdaMerging,
+    WeightMatching,
+    RobustSignature,
 )
 
 __all__ = [
@@ -102,6 +106,7 @@ __all__ = [
     "PowerQuant",
     "PowerQuantShared",
     "Reorder",
+    "RobustSignature",
     "Rtn",
     "Slerp",
     "SparseGpt",
@@ -109,4 +114,5 @@ __all__ = [
     "TaskArithmetic",
     "Ties",
     "Wanda",
+    "WeightMatching",
 ]

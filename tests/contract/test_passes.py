@@ -124,6 +124,12 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     "greedy_soup": [{"base": False}],
     "adamerging": [{"level": "task"}, {"trim": 0.5, "diversity": 0.1}, {"steps": 0}],
     "pcb": [{"scope": "tensor", "density": (0.2, (0.1, 0.5))}, {"clip": 0.0, "weights": (1.0, 0.5), "scale": 1.2}],
+    "weight_matching": [{"sweeps": 3, "weights": (0.5, 1.0, 2.0)}, {"weights": ((0.0, 1.0), 1.0, 0.5)}],
+    "robust_signature": [
+        {"alpha": 0.5, "layers": 2, "bits": 4},
+        {"target": "base", "alpha": ((0.0, 1.0),)},
+        {"target": "last", "models": ("./standard", "./robust", "./other"), "alpha": (Matched("*.mlp.*", 0.25),)},
+    ],
 }
 
 LEARNED = (

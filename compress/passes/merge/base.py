@@ -4,15 +4,17 @@ The model that the pipeline is run on is the base. A pass sees the same piece of
 returns the merged piece; which files they come from and where the result goes, it does not know.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from compress.axes import Units
 from compress.errors import OptionError
 from compress.passes.base import Pass
+from compress.passes.merge.matching import Alignment, Read
 from compress.passes.merge.models import Models
 from compress.passes.merge.values import PerModel, Value, count_of, numbers_in, patterns_in, value_at, values_at
 
@@ -31,6 +33,8 @@ class Piece:
         total: elements of the whole tensor.
         block: number of the block that the tensor is in; None outside.
         depth: 0 at the first block and outside the blocks, 1 at the last block.
+        layer: how many layers stand before the one that the tensor belongs to, or comes behind; 0 before the first.
+        shape: of the whole tensor.
     """
 
     name: str
@@ -41,6 +45,8 @@ class Piece:
     total: int = 0
     block: int | None = None
     depth: float = 0.0
+    layer: int = 0
+    shape: tuple[int, ...] = ()
 
     def deltas(self) -> Iterator[Tensor]:
         """What each of the other models adds to the base, one in memory at a time."""
@@ -73,6 +79,7 @@ class MergePass(Pass):
     accepts: ClassVar[frozenset[str]] = frozenset({"dense"})
     pairwise: ClassVar[bool] = False  # it merges exactly two
     with_base: ClassVar[bool] = False  # the base has values of its own in what is given for each model
+    aligns: ClassVar[bool] = False  # it puts the units of the others in the order of the base's before it merges
     # The same for every tensor.
     common: ClassVar[frozenset[str]] = frozenset({"models", "vocabulary", "scope", "choose", "by"})
 
@@ -102,6 +109,10 @@ class MergePass(Pass):
 
     def learn(self, models: Models) -> Any:
         """What it must know before anything else; then given to `look` and `run` as `survey`'s would be."""
+
+    def align(self, units: Sequence[Units], ours: Read, theirs: Read, generator: torch.Generator) -> Alignment:
+        """How the units of another model are put in the order of the base's, before anything is merged."""
+        raise NotImplementedError
 
     def survey(self, everything: Pieces, sizes: Mapping[str, int]) -> Any:
         """What it must know of the whole models, from the pieces of all tensors; `sizes`: elements of each."""

@@ -14,6 +14,7 @@ from compress.axes import Place, Units
 
 Values = Mapping[str, Tensor]
 Moves = Mapping[str, Sequence[tuple[int, Tensor]]]  # tensor -> (axis, which entry comes where), one after the other
+Read = Callable[[str], Tensor]  # a whole tensor of a model
 GAIN = 1e-12  # of the product of both lengths: what is less is rounding
 
 
@@ -41,6 +42,25 @@ class Matched:
 
     orders: tuple[Order, ...]
     agreement: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How another model's entries are put in our order.
+
+    Attributes:
+        moves: tensor -> what is done to it.
+        units: how many there are.
+        moved: how many of them now stand elsewhere.
+        before: the distance of both models in all tensors that have units, as they were.
+        after: the same, as they are now.
+    """
+
+    moves: Moves
+    units: int
+    moved: int
+    before: float
+    after: float
 
 
 def unchanged(units: Units) -> Order:
@@ -169,10 +189,7 @@ def coupled(units: Sequence[Units]) -> list[list[Units]]:
     return [members for _, members in groups]
 
 
-Read = Callable[[str], Tensor]
-
-
-def align(units: Sequence[Units], ours: Read, theirs: Read, generator: torch.Generator, sweeps: int) -> "Alignment":
+def align(units: Sequence[Units], ours: Read, theirs: Read, generator: torch.Generator, sweeps: int) -> Alignment:
     """Match two models, a coupled group of units in memory at a time."""
     found: dict[str, list[tuple[int, Tensor]]] = {}
     before = after = 0.0
@@ -188,22 +205,3 @@ def align(units: Sequence[Units], ours: Read, theirs: Read, generator: torch.Gen
         total += sum(each.count for each in group)
         stayed += sum(int((order.units == torch.arange(each.count)).sum()) for each, order in orders)
     return Alignment(found, total, total - stayed, before**0.5, after**0.5)
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """How another model's entries are put in our order.
-
-    Attributes:
-        moves: tensor -> what is done to it.
-        units: how many there are.
-        moved: how many of them now stand elsewhere.
-        before: the distance of both models in all tensors that have units, as they were.
-        after: as they are now.
-    """
-
-    moves: Moves
-    units: int
-    moved: int
-    before: float
-    after: float

@@ -1,0 +1,110 @@
+"""Models to merge with, read in the order of the base's units: found once, when something is first read."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.artifact import Artifact
+from compress.passes.merge.base import MergePass
+from compress.passes.merge.matching import Alignment, arranged
+from compress.residence import Context
+from compress.sweep import generator_for
+from compress.traced import find_units
+
+
+@dataclass
+class Aligner:
+    """Puts the others in the order of the base's units.
+
+    Attributes:
+        pass_: what is done.
+        context: with the base as it stands.
+        parents: the others as they are.
+        number: of the stage.
+    """
+
+    pass_: MergePass
+    context: Context
+    parents: Sequence[Artifact]
+    number: int
+
+    def __post_init__(self) -> None:
+        self._found: dict[int, Alignment] = {}
+        self._base = self.context.artifact
+
+    def aligned(self) -> list[Artifact]:
+        """The others, read in the order of the base's units."""
+        sources = (AlignedSource(parent, self, k) for k, parent in enumerate(self.parents))
+        return [replace(parent, source=source) for parent, source in zip(self.parents, sources, strict=True)]
+
+    def of(self, k: int) -> Alignment:
+        """How one of the others is put in order."""
+        if k not in self._found:
+            parent = self.parents[k]
+            there = set(names_of(self.pass_, self._base))
+            units = [found for each in find_units(self._base.graph) if (found := each.among(there))]
+            generator = generator_for(self.context.seed, self.number, k, "")
+
+            def ours(name: str) -> Tensor:
+                return self._base.source.read(self._base.name_in_source(name))
+
+            def theirs(name: str) -> Tensor:
+                return parent.source.read(parent.name_in_source(name))
+
+            self._found[k] = self.pass_.align(units, ours, theirs, generator)
+        return self._found[k]
+
+    def facts(self) -> list[dict[str, Any]]:
+        """Of each of the others: its units, how many moved, and its distance from the base before and after."""
+        found = (self.of(k) for k in range(len(self.parents)))
+        return [{n: v for n, v in asdict(each).items() if n != "moves"} for each in found]
+
+
+class AlignedSource:
+    """A source in another order; of what moves, one tensor is in memory."""
+
+    def __init__(self, parent: Artifact, aligner: Aligner, number: int):
+        self._before, self._aligner, self._number = parent.source, aligner, number
+        stored = parent.graph.tensors()
+        self._names = {parent.name_in_source(name): name for name, _ in stored}
+        self._last: tuple[str, Tensor] = ("", torch.empty(0))
+
+    def names(self) -> Iterable[str]:
+        """Every tensor's name."""
+        return self._before.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape."""
+        return self._before.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Its stored type."""
+        return self._before.dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        """Its value, as a tensor of its own."""
+        return arranged(self._before.read(name), self._moves(name))
+
+    def piece(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements of its value, flattened, as a tensor of its own."""
+        if not self._moves(name):
+            return self._before.piece(name, start, stop)
+        if self._last[0] != name:
+            self._last = (name, self.read(name).flatten())
+        return self._last[1][start:stop].clone()
+
+    def fingerprint(self) -> str:
+        """Identifies the content."""
+        return self._before.fingerprint()
+
+    def _moves(self, name: str) -> Sequence[tuple[int, Tensor]]:
+        moves: Mapping[str, Sequence[tuple[int, Tensor]]] = self._aligner.of(self._number).moves
+        return moves.get(self._names.get(name, name), ())
+
+
+def names_of(pass_: MergePass, base: Artifact) -> list[str]:
+    """The tensors that are merged; all others are the base's."""
+    return [n for n, t in base.graph.tensors() if t.is_floating_point() and pass_.selects(n, in_block=True)]
