@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import compress
-from compress import Average, manager, merging
+from compress import Average, TaskArithmetic, manager, merging
 from compress.artifact import FolderSource
-from compress.errors import ConfigError, NonFiniteError
+from compress.errors import ConfigError, MergeError, NonFiniteError
 from compress.pipeline import parse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -161,6 +161,31 @@ def test_the_first_row_and_the_divergence_are_those_of_the_model_the_pipeline_is
     against = {str(other): {"": 0.0}}
     assert report.merged == [{"pass": "average", "models": [str(other)], "tensors": 21, "against": against}]
     assert f"average merged it with {other}" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_negative_variance_is_refused_and_its_statistics_can_be_left_out(tmp_path: Path) -> None:
+    base, other = Normed().eval(), Normed().eval()
+    other.layers[1].running_var.fill_(3.0)
+    (tmp_path / "other").mkdir()
+    save_file(other.state_dict(), tmp_path / "other" / "model.safetensors")
+    models = (str(tmp_path / "other"),)
+    away = {"models": models, "scale": -1.0}
+    with pytest.raises(
+        MergeError, match=r"layers\.1\.running_var is -1 after task_arithmetic.*`exclude` \*\.running_\*"
+    ):
+        compress.apply(base, [TaskArithmetic(**away)])
+    kept = compress.apply(base, [TaskArithmetic(**away, exclude=("*.running_*",))]).model.state_dict()
+    assert torch.equal(kept["layers.1.running_var"], torch.ones(8))
+    mean = compress.apply(base, [Average(models=models)]).model.state_dict()
+    assert torch.equal(mean["layers.1.running_var"], torch.full((8,), 2.0))
+
+
+def test_the_first_layers_are_those_that_the_model_lists_first(tmp_path: Path, three: list[Path]) -> None:
+    found = merged(tmp_path, three[0], {"robust_signature": {"models": others(three), "layers": 7}})
+    standard = weights(three[1])
+    same = {name for name, value in found.items() if torch.equal(value, standard[name])}
+    first = {name for name in found if name == "model.embed_tokens.weight" or name.startswith("model.layers.0.")}
+    assert same == found.keys() - first
 
 
 # --- the checkpoint ---------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from children import contents
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 import compress
-from compress import WeightMatching, graph
+from compress import WeightMatching, graph, manager
 from compress.axes import KNOWN, Place, Units
 from compress.errors import ConfigError
 from compress.passes.merge.matching import Order, align, arranged, assigned, coupled, match, moves
@@ -337,6 +338,24 @@ def test_from_files_the_same_comes_out_and_the_report_says_how_far_they_were(tmp
     (aligned,) = facts["notes"]["aligned"]
     assert aligned["after"] == 0
     assert aligned["before"] > 1
+
+
+def test_an_interrupted_run_does_not_match_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seed in (("base", 3), ("other", 4)):
+        made("llama", seed).save_pretrained(tmp_path / name)
+    steps = {"passes": [{"weight_matching": {"models": [str(tmp_path / "other")]}}, {"rtn": {"bits": 4}}]}
+    whole = compress.run(steps, tmp_path / "base", tmp_path / "whole")
+
+    def stop(*_: Any) -> None:
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(manager, "run_stage", stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            compress.run(steps, tmp_path / "base", tmp_path / "out")
+    monkeypatch.setattr(WeightMatching, "align", stop)
+    assert compress.run(steps, tmp_path / "base", tmp_path / "out").merged == whole.merged
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_of_what_is_not_merged_nothing_counts(tmp_path: Path) -> None:
