@@ -1,7 +1,7 @@
 """Models to merge with, read in the order of the base's units: found once, when something is first read."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class Aligner:
     def facts(self) -> list[dict[str, Any]]:
         """Of each of the others: its units, how many moved, and its distance from the base before and after."""
         found = (self.of(k) for k in range(len(self.parents)))
-        return [{n: v for n, v in asdict(each).items() if n != "moves"} for each in found]
+        return [{name: getattr(each, name) for name in ("units", "moved", "before", "after")} for each in found]
 
 
 class AlignedSource:
