@@ -2,9 +2,9 @@
 
     python benchmarks/specialists.py FOLDER
 
-Writes FOLDER/module, FOLDER/class and FOLDER/def: checkpoints of the bundled model after a short training on docstrings of
-modules, classes, or functions; and for each kind KIND-calibration.jsonl and KIND-evaluation.jsonl, of modules of the standard
-library that the bundled model has, or has not, been trained on.
+Writes FOLDER/module, FOLDER/class and FOLDER/def: checkpoints of the bundled model after a short training on docstrings
+of modules, classes, or functions; and for each kind KIND-calibration.jsonl and KIND-evaluation.jsonl, from those modules
+of the standard library that the bundled model has, or has not, been trained on.
 """
 
 import json
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer
 
 import compress
 from compress.demo import data
@@ -58,15 +57,19 @@ def train(folder: Path, kind: str, seed: int) -> None:
     tokenizer.save_pretrained(folder / kind)
 
 
-def main() -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+def make(folder: Path) -> None:
+    """Texts and specialists."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     write(folder)
     for seed, kind in enumerate(KINDS):
         train(folder, kind, seed)
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    make(parser.parse_args().folder)
 
 
 if __name__ == "__main__":
