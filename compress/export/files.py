@@ -16,7 +16,7 @@ from compress.progress import Bars
 # What travels along from the source folder: never weights, never code.
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json", "*.model",
               "generation_config.json", "chat_template*", "preprocessor_config.json")  # fmt: skip
-_NAMES = {
+NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
@@ -34,7 +34,7 @@ def write_tensors(layout: Layout, read: Read, file: Path, bars: Bars, heading: s
     for _, parts in layout:
         for name, shape, dtype in parts:
             end = position + torch.Size(shape).numel() * dtype.itemsize
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
             position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -44,7 +44,7 @@ def write_tensors(layout: Layout, read: Read, file: Path, bars: Bars, heading: s
         for owner, parts in bars.over(layout, len(layout), f"write: {heading}"):
             tensors = read(owner)
             for name, _, _ in parts:
-                out.write(_bytes(tensors[name]))
+                out.write(bytes_of(tensors[name]))
 
 
 def compare_tensors(layout: Layout, read: Read, file: Path, bars: Bars, heading: str) -> int:
@@ -63,8 +63,8 @@ def compare_tensors(layout: Layout, read: Read, file: Path, bars: Bars, heading:
                 there = header[name]
                 opened.seek(start + there["data_offsets"][0])
                 found = opened.read(there["data_offsets"][1] - there["data_offsets"][0])
-                same = found == bytes(_bytes(meant[name]))
-                if not same or there["shape"] != list(shape) or there["dtype"] != _NAMES[dtype]:
+                same = found == bytes(bytes_of(meant[name]))
+                if not same or there["shape"] != list(shape) or there["dtype"] != NAMES[dtype]:
                     raise CompressError(f"{file}: {name} reads back differently; the disk may be failing")
                 count += 1
     return count
@@ -87,6 +87,7 @@ def _raw(tensor: Tensor) -> Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """As they stand in a file."""
     array: Any = _raw(tensor).numpy()
     return memoryview(array)
