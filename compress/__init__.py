@@ -9,6 +9,7 @@ Importing this package teaches transformers to load what it writes:
 
 from compress import demo
 from compress.api import Result, apply, run, version
+from compress.applying import apply_delta
 from compress.calibration.data import load_tokens
 from compress.errors import (
     CheckpointError,
@@ -29,7 +30,9 @@ from compress.passes import (
     AdaRound,
     Average,
     Bip,
+    BitDelta,
     Codebook,
+    Compeft,
     Dare,
     Eora,
     FlexRound,
@@ -73,8 +76,10 @@ __all__ = [
     "AdaRound",
     "Average",
     "Bip",
+    "BitDelta",
     "CheckpointError",
     "Codebook",
+    "Compeft",
     "CompressError",
     "CompressedTensors",
     "ConfigError",
@@ -125,6 +130,7 @@ __all__ = [
     "Wanda",
     "WeightMatching",
     "apply",
+    "apply_delta",
     "demo",
     "evaluate",
     "export_to",

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -18,18 +19,22 @@ from compress import graph as graphs
 from compress.artifact import Artifact, ModuleSource, open_folder
 from compress.calibration import collect
 from compress.calibration.precision import Products
+from compress.deltas.file import DELTA, Delta
+from compress.deltas.source import with_delta
+from compress.destination import refuse
 from compress.encodings import Weight
 from compress.errors import CompressError, ConfigError, NonFiniteError, UsageError
 from compress.evaluate import logits_in
 from compress.export import safetensors
+from compress.export.files import compare_tensors
 from compress.export.packed import open_packed
 from compress.exporting import write_all
 from compress.graph import forward
-from compress.ledger import FolderLedger, MemoryLedger, key_of, publish, write_text
-from compress.passes import Pass
+from compress.ledger import FolderLedger, MemoryLedger, key_of, publish, write_text, writing
+from compress.passes import DeltaPass, Pass
 from compress.pipeline import GATES, Calibration, Evaluation, Pipeline, dump, load, mistakes
 from compress.report import Report
-from compress.residence import Context, streamed
+from compress.residence import Context, MadeDelta, streamed
 from compress.runtime.register import WEIGHTS
 
 LOGITS_TOLERANCE = 0.0  # packed and in-memory results multiply the same numbers in the same order
@@ -128,7 +133,7 @@ def apply(
     artifact = Artifact(graph, source, dict(graph.tied))
     dtypes = {name: tensor.dtype for name, tensor in graph.tensors()}
     made = plan.make(pipeline, graph, dtypes)
-    merging.check(pipeline, graph, "apply")
+    merging.check(pipeline, artifact, "apply")
     merging.check_data(pipeline, data.calibration, graph, "apply")
     context = Context(artifact, MemoryLedger(), seed, dtype, products, resident=True, bars=progress.Bars())
     measured = manager.execute(pipeline, made, context, data, type(model).__name__)
@@ -193,7 +198,7 @@ def run(
     destination, bars = Path(out).absolute(), bars or progress.Bars()
     work = destination.parent / f"{destination.name}.work"
     opened = open_model(model)
-    _check_destination(destination, opened.folder, overwrite)
+    refuse(destination, opened.folder, overwrite)
     graph = opened.artifact.graph
     data = manager.Data(
         given.dataset(graph, "calibration", calibration, _dtype(steps, opened)),
@@ -202,7 +207,7 @@ def run(
     steps = _with_given(steps, data)
     file = str(pipeline) if isinstance(pipeline, str | Path) else "pipeline"
     made = plan.make(steps, graph, opened.dtypes, file)
-    merged = merging.check(steps, graph, file)
+    merged = merging.check(steps, opened.artifact, file)
     resolved = dump(steps)
     with bars.shown():
         data = _data(steps, opened, data, bars)
@@ -226,25 +231,6 @@ def run(
         _export(context, opened, steps, measured, data, work / "out", destination, identity, resolved)
     shutil.rmtree(work, ignore_errors=True)
     return measured
-
-
-def _check_destination(destination: Path, source: Path, overwrite: bool) -> None:
-    """Refuse what could not be written at the end, or would destroy something.
-
-    Raises:
-        UsageError: says which.
-    """
-    source, target = source.resolve(), destination.resolve()
-    if target == source or target in source.parents or source in target.parents:
-        raise UsageError(f"{destination} is, holds or lies in the model {source}; write somewhere else")
-    if destination.exists() and not destination.is_dir():
-        raise UsageError(f"{destination} is a file; -o names a folder to write")
-    ancestor = next(p for p in destination.parents if p.exists())
-    if not ancestor.is_dir():
-        raise UsageError(f"{ancestor} is a file; {destination} cannot be made in it")
-    ours = (destination / WEIGHTS).exists() or (destination / "report.json").exists()
-    if overwrite and destination.is_dir() and not ours and any(destination.iterdir()):
-        raise UsageError(f"{destination} holds files that no run wrote; --overwrite only replaces results")
 
 
 def _refuse_non_finite(artifact: Artifact) -> None:
@@ -318,6 +304,7 @@ def _finished(destination: Path, identity: str, steps: Pipeline) -> Report | Non
         rows = [report.Row(**row) for row in data.pop("rows")]
         needed = [WEIGHTS, "config.json", "pipeline.yaml"]
         needed += [f"{exporter.key}/{file}" for exporter in steps.export for file in exporter.files]
+        needed += [f"delta/{DELTA}" for stage in steps.passes for pass_ in stage if isinstance(pass_, DeltaPass)]
         whole = all((destination / name).is_file() for name in needed)
         return Report(rows=rows, **data) if same and whole else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -346,6 +333,8 @@ def _export(
     if steps.export:
         made = open_packed(partial, context.dtype)
         measured.verified |= write_all(made, steps.export, destination, data.evaluation, context.bars)
+    if context.delta is not None:
+        measured.verified["delta"] = {"tensors_equal": _put_delta(context.delta, partial / "delta", context)}
     write_text(partial / "pipeline.yaml", resolved)
     write_text(partial / "report.json", measured.to_json())
     write_text(partial / "README.md", report.card(measured, resolved, graphs.loader(opened.config).__name__))
@@ -353,6 +342,22 @@ def _export(
     if destination.exists():
         shutil.rmtree(destination)
     partial.rename(destination)
+
+
+def _put_delta(made: MadeDelta, folder: Path, context: Context) -> int:
+    """Copy the delta into the result, open it there, and compare what it makes of the base with the merged checkpoint.
+
+    Returns:
+        How many tensors were compared.
+    """
+    folder.mkdir()
+    with writing(folder / DELTA):
+        shutil.copyfile(made.file, folder / DELTA)
+    model = with_delta(context.given, Delta.open(folder / DELTA))
+    layout, read = list(safetensors.entries(model)), partial(safetensors.stored_tensors, model)
+    compared = compare_tensors(layout, read, made.merged, context.bars, "delta")
+    publish(folder / DELTA, folder / DELTA)
+    return compared
 
 
 def _logit_difference(context: Context, folder: Path, inputs: Tensor) -> float:

@@ -84,7 +84,7 @@ def check(
     if model is not None:
         opened = api.open_model(model)
         plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline))
-        merging.check(steps, opened.artifact.graph, str(pipeline))
+        merging.check(steps, opened.artifact, str(pipeline))
     print(f"{pipeline}: fine" + (f" for {model}" if model else ""))
 
 
@@ -106,7 +106,7 @@ def show_plan(
     opened = api.open_model(model)
     steps = load(pipeline)
     made = plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline))
-    merging.check(steps, opened.artifact.graph, str(pipeline))
+    merging.check(steps, opened.artifact, str(pipeline))
     allocations, bars = shares.allocations(made), progress.Bars()
     decided: dict[str, dict[str, float]] = {}
     with bars.shown():
@@ -229,6 +229,22 @@ def export(
         return
     for name, facts in found.items():
         _console().print(f"{out}/{name}: {_verified(facts)}", soft_wrap=True)
+
+
+@app.command("apply-delta")
+def apply_delta(
+    base: Annotated[str, typer.Argument(help="the model that the delta was made from")],
+    delta: Annotated[str, typer.Argument(help="a compressed delta: its folder, file or hub id")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="the folder to write")],
+    overwrite: Annotated[bool, typer.Option(help="replace an existing folder")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the model that a base and a compressed delta make, as a plain folder for transformers."""
+    from compress import applying, progress, report
+
+    found = applying.apply_delta(base, delta, out, overwrite=overwrite, bars=progress.Bars())
+    text = f"{out}: {_verified(found)}; {report.said(found['delta'])}"
+    print(json.dumps(found, indent=1) if as_json else text)
 
 
 @app.command()

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 
 from compress.artifact import Packed
 from compress.encodings import Spec, Weight, pack
-from compress.errors import ResourceError
+from compress.errors import CheckpointError, ResourceError
+
+Opened = TypeVar("Opened")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,21 @@ class MemoryLedger:
     def make_file(self, unit: str, key: str, write: Callable[[Path], None]) -> Path | None:
         """None: nothing is written."""
         return None
+
+    def open_file(
+        self, unit: str, key: str, write: Callable[[Path], None], opened: Callable[[Path], Opened]
+    ) -> Opened | None:
+        """A large file, opened; made again where it was damaged since. None where nothing is written."""
+        file = self.make_file(unit, key, write)
+        if file is None:
+            return None
+        try:
+            return opened(file)
+        except CheckpointError:
+            file.unlink()
+            file = self.make_file(unit, key, write)
+            assert file is not None
+            return opened(file)
 
     def forget(self, unit: str) -> None:
         """Nothing was written."""

@@ -84,7 +84,7 @@ def _parents(
     for i, name in enumerate(pass_.models):
         if any(row.name == name for row in known) or name in pass_.models[:i]:
             continue
-        artifact = open_parent(name, context.artifact.graph, pass_)
+        artifact = open_parent(name, context.given, pass_)
         if not artifact.fits():
             continue  # of another vocabulary: the model's tokens are not its own
         with lent(context, artifact) as parent:

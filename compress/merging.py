@@ -5,7 +5,7 @@ From then on the artifact's source is the merged checkpoint, so passes that comp
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,19 @@ from compress import hub
 from compress.aligning import Aligner, names_of
 from compress.artifact import Artifact, FolderSource, Source, WrittenSource, open_folder
 from compress.calibration.data import Dataset
-from compress.errors import CheckpointError, ConfigError, DataError, MergeError, NonFiniteError, Problem, UsageError
-from compress.export.files import Entry, write_tensors
+from compress.deltas.file import Delta, locate
+from compress.deltas.making import make as make_delta
+from compress.deltas.source import with_delta
+from compress.errors import ConfigError, DataError, MergeError, NonFiniteError, Problem, UsageError
+from compress.export.files import write_tensors
+from compress.export.safetensors import entries, stored_tensors
 from compress.graph import Graph
 from compress.ledger import key_of
 from compress.passes.merge.base import MergePass, Piece, Pieces
 from compress.passes.merge.choose import chosen
+from compress.passes.merge.coded import DeltaPass
 from compress.pipeline import Pipeline, walk
-from compress.residence import Context, set_value, tie, value_of
+from compress.residence import Context, MadeDelta, set_value, tie, value_of
 from compress.sweep import generator_for
 from compress.trials import Trials
 
@@ -33,7 +38,7 @@ PIECE = 1 << 20  # elements merged at a time: they stay in the processor's cache
 KEPT = 64 * PIECE  # elements of all models together that are kept from one look at a tensor to the next
 
 
-def check(pipeline: Pipeline, graph: Graph, file: str = "pipeline") -> list[str]:
+def check(pipeline: Pipeline, base: Artifact, file: str = "pipeline") -> list[str]:
     """Open everything that is merged, and refuse what does not fit; reads headers, no weight.
 
     Returns:
@@ -47,7 +52,7 @@ def check(pipeline: Pipeline, graph: Graph, file: str = "pipeline") -> list[str]
         for i, model in enumerate(pass_.models if isinstance(pass_, MergePass) else ()):
             assert isinstance(pass_, MergePass)
             try:
-                found.append(open_parent(model, graph, pass_).source.fingerprint())
+                found.append(open_parent(model, base, pass_).source.fingerprint())
             except UsageError as error:
                 line = pipeline.lines.get(f"{path}.models", pipeline.lines.get(path))
                 problems.append(Problem(f"{path}.models[{i}]", str(error), line))
@@ -71,21 +76,30 @@ def check_data(pipeline: Pipeline, data: Dataset | None, graph: Graph, file: str
             )
 
 
-def open_parent(model: str, graph: Graph, pass_: MergePass) -> Artifact:
-    """A model to merge with, matched with the structure of the base.
+def open_parent(model: str, base: Artifact, pass_: MergePass) -> Artifact:
+    """A model to merge with, or a compressed delta, which with the base makes one; matched with the base's structure.
+
+    Args:
+        model: what the user calls it.
+        base: the model that the pipeline is run on, as it was before every pass: what deltas belong to.
+        pass_: what it is opened for.
 
     Raises:
-        UsageError: it cannot be read, or is of another make than the base.
+        UsageError: it cannot be read, is of another make than the base, or is a delta of another.
     """
-    folder = hub.resolve(model)
-    if not isinstance(graph.model, PreTrainedModel):  # a module of its own class: its folder has nothing but values
-        parent = Artifact(graph, FolderSource(folder), dict(graph.tied))
+    place, graph = locate(model), base.graph
+    if place.is_file():
+        delta = Delta.open(place)
+        delta.refuse_other(base, model)
+        parent = with_delta(base, delta)
+    elif not isinstance(graph.model, PreTrainedModel):  # a module of its own class: its folder has nothing but values
+        parent = Artifact(graph, FolderSource(place), dict(graph.tied))
     else:
-        config = graphs.read_config(folder)
-        hub.refuse_quantized(folder, config)
+        config = graphs.read_config(place)
+        hub.refuse_quantized(place, config)
         found = graphs.find(graphs.build(config))
         _refuse_other_make(model, graph, found)
-        parent = open_folder(folder, found)
+        parent = open_folder(place, found)
     _refuse_other_shapes(model, graph, parent, pass_)
     return parent
 
@@ -178,6 +192,11 @@ class Merger:
     context: Context
     number: int
 
+    @property
+    def piece(self) -> int:
+        """Elements that are merged at a time."""
+        return PIECE
+
     def names(self) -> list[str]:
         """The tensors that are merged; all others are the base's."""
         return names_of(self.pass_, self.base)
@@ -233,7 +252,17 @@ class Merger:
             {name: self.length(name) for name in names},
         )
 
-    def merged(self, name: str, found: Any) -> Tensor:
+    def found(self, learnt: Any) -> Any:
+        """What the pass knows before it looks at any tensor; `learnt` is what `MergePass.learn` returned."""
+        return learnt if self.pass_.learns else self.survey()
+
+    def prepared(self, name: str, found: Any) -> "Prepared":
+        """What merges a tensor, having seen what it must of it."""
+        pass_ = self.pass_.at(name)
+        pieces: Pieces = self.kept(name) if pass_.looks else lambda: self.pieces(name)
+        return Prepared(pass_, pieces, pass_.look(pieces, found) if pass_.looks and self.length(name) else found)
+
+    def merged(self, name: str, by: "Prepared") -> Tensor:
         """One tensor, in the type of the base.
 
         Raises:
@@ -244,17 +273,15 @@ class Merger:
         shape, dtype = source.shape(stored), source.dtype(stored)
         whole = self.length(name) == torch.Size(shape).numel()
         value = torch.empty(shape, dtype=dtype) if whole else source.read(stored)
-        flat, pass_, largest = value.view(-1), self.pass_.at(name), torch.finfo(dtype).max
-        pieces: Pieces = self.kept(name) if pass_.looks else lambda: self.pieces(name)
-        facts = pass_.look(pieces, found) if pass_.looks and self.length(name) else found
-        for piece in pieces():
-            made = pass_.run(piece, facts)
+        flat, largest = value.view(-1), torch.finfo(dtype).max
+        for piece in by.pieces():
+            made = by.pass_.run(piece, by.facts)
             least, most = torch.aminmax(made)
             if not (least >= -largest and most <= largest):  # nor where they are NaN
-                raise NonFiniteError(f"{name} holds NaN or infinity after {pass_.key}{self._cause(name, dtype)}")
+                raise NonFiniteError(f"{name} holds NaN or infinity after {self.pass_.key}{self._cause(name, dtype)}")
             if name.endswith("running_var") and least < 0:
                 raise MergeError(
-                    f"{name} is {float(least):.3g} after {pass_.key}, and there is no negative variance. Statistics of "
+                    f"{name} is {float(least):.3g} after {self.pass_.key}, and there is no negative variance. Statistics of "
                     "a batch normalisation cannot be added up like weights: `exclude` *.running_* to keep the base's, "
                     "or set a smaller scale or weight for them"
                 )
@@ -267,53 +294,62 @@ class Merger:
                 return f", as it does in {label}; get a clean checkpoint"
         return f"; the weights or scales are too large for {str(dtype).removeprefix('torch.')}"
 
-    def made(self, unit: str, key: str, learn: Callable[[], tuple["Merger", Any]]) -> Artifact:
+    def made(self, unit: str, key: str, learn: "Learn", delta: Delta | None = None) -> Artifact:
         """The merged model: a file of the ledger where it keeps files, else values in memory.
 
         Args:
             unit: what the file is called, in the place of an earlier one.
             key: of everything that it depends on.
             learn: this merge as it is done, and what its pass has learned; only asked where the file is not there.
+            delta: what it was made into, which then says all.
         """
-        base, ledger = self.base, self.context.ledger
+        base = self.base
 
         def write(file: Path) -> None:
+            if delta is not None:
+                applied = with_delta(base, delta)
+                read = partial(stored_tensors, applied)
+                write_tensors(list(entries(applied)), read, file, self.context.bars, self.pass_.key)
+                return
             merger, learned = learn()
             merger.write(file, learned)
 
-        file = ledger.make_file(unit, key, write)
-        if file is None:
-            merger, learned = learn()
-            found, names = merger.found(learned), self.names()
-            over = self.context.bars.over(names, len(names), self.pass_.key)
-            values = {base.name_in_source(name): merger.merged(name, found) for name in over}
-            return replace(base, source=MergedSource(base.source, values))
-        try:
-            source = WrittenSource(file.parent, file.name)
-        except CheckpointError:  # damaged since it was written
-            file.unlink()
-            file = ledger.make_file(unit, key, write)
-            assert file is not None
-            source = WrittenSource(file.parent, file.name)
-        return replace(base, source=source, renamed=dict(base.graph.tied))
-
-    def found(self, learned: Any) -> Any:
-        """What the pass knows before it looks at single tensors."""
-        return learned if self.pass_.learns else self.survey()
+        source = self.context.ledger.open_file(unit, key, write, lambda file: WrittenSource(file.parent, file.name))
+        if source is not None:
+            return replace(base, source=source, renamed=dict(base.graph.tied))
+        merger, learned = learn()
+        found, names = merger.found(learned), self.names()
+        over = self.context.bars.over(names, len(names), self.pass_.key)
+        values = {base.name_in_source(name): merger.merged(name, merger.prepared(name, found)) for name in over}
+        return replace(base, source=MergedSource(base.source, values))
 
     def write(self, file: Path, learned: Any) -> None:
         """The merged checkpoint, one tensor in memory at a time."""
         base, chosen = self.base, set(self.names())
         found = self.found(learned)
-        layout: list[tuple[str, list[Entry]]] = []
-        for name, _ in base.graph.tensors():
-            stored = base.name_in_source(name)
-            layout.append((name, [(name, base.source.shape(stored), base.source.dtype(stored))]))
 
         def read(name: str) -> dict[str, Tensor]:
-            return {name: self.merged(name, found) if name in chosen else base.tensor(name)}
+            return {name: self.merged(name, self.prepared(name, found)) if name in chosen else base.tensor(name)}
 
-        write_tensors(layout, read, file, self.context.bars, self.pass_.key)
+        write_tensors(list(entries(base)), read, file, self.context.bars, self.pass_.key)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What merges one tensor.
+
+    Attributes:
+        pass_: with the options that hold for the tensor.
+        pieces: of all models.
+        facts: what it must know of the whole tensor.
+    """
+
+    pass_: MergePass
+    pieces: Pieces
+    facts: Any
+
+
+Learn = Callable[[], tuple[Merger, Any]]
 
 
 def merge(
@@ -332,7 +368,7 @@ def merge(
         The key of the stage, and facts for the report.
     """
     artifact, ledger, unit = context.artifact, context.ledger, f"s{number:02d}"
-    parents = [open_parent(model, artifact.graph, pass_) for model in pass_.models]
+    parents = [open_parent(model, context.given, pass_) for model in pass_.models]
     key = key_of(key, number, pass_.key, pass_.options(), [p.source.fingerprint() for p in parents])
     aligner = Aligner(pass_, context, parents, number) if pass_.aligns else None
     parents = aligner.aligned() if aligner else parents
@@ -343,7 +379,8 @@ def merge(
 
     def learned() -> tuple[Merger, Any]:
         generator = generator_for(context.seed, number, 0, "")
-        models = Trials(context, parents, merger.names(), tried, data, unit, key, generator)
+        blocks = {name: block for name, (block, *_) in merger.places.items()}
+        models = Trials(context, parents, merger.names(), tried, data, unit, key, generator, blocks)
         settled = replace(merger, pass_=chosen(pass_, models)) if pass_.choose else merger
         found = settled.pass_.learn(models) if settled.pass_.learns else None
         if aligner:
@@ -357,9 +394,14 @@ def merge(
     facts: dict[str, Any] = {"pass": pass_.key, "models": list(pass_.models), "tensors": len(merger.names())}
     known = ledger.load_row(f"{unit}-facts", key)
     facts |= known or {}
-    context.artifact = merger.made(f"{unit}-merged", key, learned)
+    delta = make_delta(merger, f"{unit}-delta", key, learned) if isinstance(pass_, DeltaPass) else None
+    context.artifact = merger.made(f"{unit}-merged", key, learned, delta)
     if context.resident:
         _set(context, merger.names())
+    if delta is not None:
+        assert isinstance(context.artifact.source, WrittenSource)
+        context.delta = MadeDelta(delta.file, context.artifact.source.file)
+        facts["delta"] = delta.facts()
     return key, facts
 
 

@@ -15,7 +15,7 @@ from compress.errors import ConfigError, Problem, UnsupportedModelError
 from compress.evaluate import REFERENCE_NUMBERS
 from compress.evaluate import TOKENS_AT_ONCE as EVALUATED_AT_ONCE
 from compress.graph import Graph, Site
-from compress.passes import BlockPass, DepthPass, LinearPass, MergePass, ModelPass, Pass
+from compress.passes import BlockPass, DeltaPass, DepthPass, LinearPass, MergePass, ModelPass, Pass
 from compress.passes.merge.matching import coupled
 from compress.passes.prune.selection import pattern
 from compress.pipeline import GATES, GIVEN, Pipeline, walk
@@ -103,6 +103,7 @@ class _Planner:
         self.sizes = {n: p.numel() * dtypes[n].itemsize for n, p in graph.tensors()}
         self.shorter = False  # without some blocks
         self.after_merging = ""  # the first pass that is no merge
+        self.merges = 0  # so far
 
     def problem(self, path: str, message: str) -> None:
         lines, line, place = self.pipeline.lines, None, path
@@ -170,6 +171,13 @@ class _Planner:
         if self.after_merging:
             before = self.after_merging.rpartition(".")[2]
             self.problem(path, f"{pass_.key} merges whole checkpoints, before anything else; put it before {before}")
+        if isinstance(pass_, DeltaPass) and self.merges:
+            self.problem(
+                path,
+                f"{pass_.key} makes a delta to the model that the pipeline is run on, so it must be the first pass. "
+                "What such a run leaves in OUT/delta may be named in `models` of any merge",
+            )
+        self.merges += 1
         if not any(pass_.selects(name, in_block=True) for name, _ in self.graph.tensors()):
             self.problem(path, f"merges no tensor at all; tensors are named like {self._examples()}")
         elif pass_.aligns and not any(

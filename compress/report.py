@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -55,7 +55,7 @@ class Report:
     fallbacks: list[str] = field(default_factory=list)
     trained: list[dict[str, Any]] = field(default_factory=list)  # pass, numbers it trained, parameters of the model
     dropped: list[dict[str, Any]] = field(default_factory=list)  # pass, blocks it took out, of how many, distances
-    merged: list[dict[str, Any]] = field(default_factory=list)  # pass, models, tensors it merged, change against each
+    merged: list[dict[str, Any]] = field(default_factory=list)  # pass, models, tensors it merged, delta, changes
     verified: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -153,8 +153,17 @@ def caption(report: Report) -> str:
         for t in report.trained
     ]
     gone = [f"{d['pass']} dropped {_blocks(d['blocks'])} of {d['of']}" for d in report.dropped]
-    merged = [f"{m['pass']} merged it with {', '.join(m['models'])}" for m in report.merged]
+    merged = [
+        f"{m['pass']} merged it with {', '.join(m['models'])}" + (f", {said(m['delta'])}" if "delta" in m else "")
+        for m in report.merged
+    ]
     return "; ".join([_measured(report), *merged, *rounded, *trained, *gone])
+
+
+def said(delta: Mapping[str, Any]) -> str:
+    """The size of a compressed delta."""
+    bits, times = delta["bits_per_parameter"], delta["times_smaller"]
+    return f"a delta of {size(delta['bytes'])}: {bits:.3f} bits a parameter, {times:.1f} times smaller than the model"
 
 
 def _blocks(places: Sequence[int]) -> str:

@@ -6,7 +6,8 @@ and forgotten again; a model that a caller holds in memory stays there, and resu
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,19 @@ from compress.ledger import MemoryLedger, Record
 from compress.progress import Bars
 
 
+@dataclass(frozen=True)
+class MadeDelta:
+    """A compressed delta.
+
+    Attributes:
+        file: that holds it.
+        merged: the checkpoint that it makes of the model the pipeline is run on.
+    """
+
+    file: Path
+    merged: Path
+
+
 @dataclass
 class Context:
     """What a stage needs besides its passes.
@@ -30,6 +44,8 @@ class Context:
         resident: the model is in memory already; nothing is brought in or evicted, and results are set in place.
         dtype: the type that calibration and evaluation compute in.
         products: how float32 matrices are multiplied while calibrating.
+        given: the artifact as the pipeline was given it: what compressed deltas belong to.
+        delta: that was made, and belongs into the result.
     """
 
     artifact: Artifact
@@ -39,6 +55,11 @@ class Context:
     products: Products
     resident: bool
     bars: Bars
+    given: Artifact = field(init=False)
+    delta: MadeDelta | None = None
+
+    def __post_init__(self) -> None:
+        self.given = self.artifact
 
     @property
     def graph(self) -> Graph:

@@ -44,6 +44,7 @@ class Trials(Models):
     unit: str
     key: str
     generator: torch.Generator
+    blocks: Mapping[str, int | None] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     references: dict[str, Reference] = field(default_factory=dict)
     number: int = 0

@@ -78,3 +78,8 @@ class DeltaSource:
             except (ValueError, IndexError, RuntimeError) as error:
                 raise CheckpointError(f"{self._delta.file}: {name} cannot be read: {error}; fetch it again") from error
         return self._last[2]
+
+
+def with_delta(base: Artifact, delta: Delta) -> Artifact:
+    """The model that a base and its delta make."""
+    return Artifact(base.graph, DeltaSource(base, delta), dict(base.graph.tied))

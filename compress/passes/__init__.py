@@ -7,6 +7,9 @@ from compress.passes.factorize.low_rank import LowRank
 from compress.passes.merge.adamerging import AdaMerging
 from compress.passes.merge.average import Average
 from compress.passes.merge.base import MergePass
+from compress.passes.merge.bitdelta import BitDelta
+from compress.passes.merge.coded import DeltaPass
+from compress.passes.merge.compeft import Compeft
 from compress.passes.merge.dare import Dare
 from compress.passes.merge.greedy_soup import GreedySoup
 from compress.passes.merge.interpolate import Interpolate
@@ -71,6 +74,8 @@ PASSES: tuple[type[Pass], ...] = (
     AdaMerging,
     WeightMatching,
     RobustSignature,
+    Compeft,
+    BitDelta,
 )
 
 __all__ = [
@@ -79,9 +84,12 @@ __all__ = [
     "AdaRound",
     "Average",
     "Bip",
+    "BitDelta",
     "BlockPass",
     "Codebook",
+    "Compeft",
     "Dare",
+    "DeltaPass",
     "DepthPass",
     "Eora",
     "FlexRound",

@@ -1,6 +1,6 @@
 """Whole models, as a merge may know them before it merges piece by piece."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -41,11 +41,13 @@ class Models(Protocol):
 
     Attributes:
         names: of the tensors that are merged.
+        blocks: tensor -> number of the block that it is in; None outside.
         generator: randomness of this pass.
         notes: what the report should say of the pass; a pass may add to it.
     """
 
     names: Sequence[str]
+    blocks: Mapping[str, int | None]
     generator: torch.Generator
     notes: dict[str, Any]
 

@@ -1,0 +1,113 @@
+"""A fine-tune's delta as one sign an entry.
+
+Shapes: n elements of a piece, k rounds.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+from compress.calibration.training import ModelData, Schedule, train
+from compress.encodings.signs import Signs
+from compress.errors import OptionError
+from compress.passes.merge.base import MergePass, Piece, Pieces
+from compress.passes.merge.coded import DeltaPass
+from compress.passes.merge.models import Models
+from compress.passes.merge.scales import Distilled, Scales, distance, fit, signs_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitDelta(DeltaPass):
+    """The base plus the sign of every change that a fine-tune made, one scale a matrix: a delta of one bit a weight.
+
+    The matrices inside the blocks are coded; everything else (norms, biases, embeddings, the head) is kept as the
+    fine-tune has it. The scales are learned on the calibration data: the result should predict what the fine-tune does.
+    The whole model is in memory while they are, and of the fine-tune a tensor at a time.
+
+    Source: Liu et al., "BitDelta: Your Fine-Tune May Only Be Worth One Bit", 2024, arXiv 2402.10193, sections 3.1 and
+    3.2. Differs from the paper in: no change counts as positive, as in its code; what is learned are factors of the
+    fitted scales, whose rate warms up and decays in straight lines; the best iterate on samples held out is kept.
+
+    Args:
+        bits: rounds; each codes, with a scale of its own, what those before it have left.
+        steps: of Adam on the scales; 0 leaves each the one with the least error, and needs no data.
+        batch_size: calibration samples a step.
+        learning_rate: the largest, of the factors that the scales are multiplied with.
+
+    Example:
+        >>> import torch
+        >>> from compress import BitDelta
+        >>> from compress.passes.merge.base import Piece
+        >>> piece = Piece("weight", torch.zeros(4), (torch.tensor([3.0, -1.0, -2.0, 2.0]),), total=4, block=0, shape=(2, 2))
+        >>> bitdelta = BitDelta(models=("tuned",), steps=0)
+        >>> bitdelta.run(piece, bitdelta.look(lambda: iter([piece]), None))
+        tensor([ 2., -2., -2.,  2.])
+    """
+
+    bits: int = 1
+    steps: int = 200
+    batch_size: int = 4
+    learning_rate: float = 0.02
+
+    key: ClassVar[str] = "bitdelta"
+    coding: ClassVar[Literal["rice", "bits"]] = "bits"
+    common: ClassVar[frozenset[str]] = MergePass.common | {"steps", "batch_size", "learning_rate"}
+
+    @property
+    def calibrated(self) -> bool:
+        return self.judged or self.learns
+
+    @property
+    def learns(self) -> bool:
+        return self.steps > 0
+
+    def check(self) -> Iterator[OptionError]:
+        yield from super().check()
+        if not 1 <= self.bits <= 8:
+            yield OptionError("bits", f"{self.bits} is not between 1 and 8")
+        if self.steps < 0:
+            yield OptionError("steps", f"{self.steps} is negative; 0 leaves the scales as they are fitted")
+        if self.batch_size < 1:
+            yield OptionError("batch_size", f"{self.batch_size} is not a positive number")
+        if not 0 < self.learning_rate < 1:
+            yield OptionError("learning_rate", f"{self.learning_rate} is not between 0 and 1")
+        if self.steps and self.vocabulary == "common":
+            yield OptionError("vocabulary", "models are run as wholes; vocabularies must be of one size, or steps 0")
+
+    def learn(self, models: Models) -> Mapping[str, Scales]:
+        """Tensor -> its scales, of every tensor that is coded."""
+        with models.running() as running:
+            fitted = {}
+            for name in models.over(running.names, len(running.names), "bitdelta: fit"):
+                delta = models.value(1, name) - models.value(0, name)
+                if self._codes(models.blocks[name], delta.dim()):
+                    fitted[name] = fit([delta.flatten()].copy, delta.numel(), self.at(name).bits)
+            distilled = Distilled(models, fitted, self.learning_rate)
+            if fitted:
+                trial = train(
+                    distilled,
+                    ModelData(partial(distance, running, models), running.count, running.kept),
+                    Schedule(self.steps, self.batch_size),
+                    models.generator,
+                    models.over,
+                )
+                models.notes |= trial.notes()
+        return distilled.found()
+
+    def look(self, tensor: Pieces, found: Mapping[str, Scales] | None) -> Scales:
+        first = next(tensor())
+        if found is not None and first.name in found:
+            return found[first.name]
+        rounds = self.bits if self._codes(first.block, len(first.shape)) else 0
+        scales = fit(lambda: (next(piece.deltas()) for piece in tensor()), first.total, rounds)
+        return Scales(scales, scales)
+
+    def code(self, piece: Piece, facts: Scales) -> Signs | None:
+        if not len(facts.used):
+            return None
+        return Signs(facts.used, signs_of(next(piece.deltas()), facts.fitted)[0])
+
+    @staticmethod
+    def _codes(block: int | None, dim: int) -> bool:
+        return block is not None and dim >= 2

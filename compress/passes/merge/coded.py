@@ -1,0 +1,32 @@
+"""A merge with one fine-tune whose delta, what it adds to the base, is also kept in few bits, in a small file.
+
+The pass says what the signs of every piece are. The bytes, the file, and reading it back are others' work.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from compress.encodings.signs import Signs
+from compress.passes.merge.base import MergePass, Piece
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaPass(MergePass):
+    """The base plus what is kept of the delta. It must be a pipeline's first pass: the delta belongs to the base."""
+
+    pairwise: ClassVar[bool] = True
+    coding: ClassVar[Literal["rice", "bits"]]  # of its signs in a file
+
+    @property
+    def looks(self) -> bool:
+        return True
+
+    def code(self, piece: Piece, facts: Any) -> Signs | None:
+        """What is kept of a piece's delta; None for every piece of a tensor that is kept as it is in the fine-tune."""
+        raise NotImplementedError
+
+    def run(self, piece: Piece, facts: Any) -> Tensor:
+        code = self.code(piece, facts)
+        return piece.others[0] if code is None else code.value().add_(piece.base)
