@@ -69,7 +69,7 @@ def run(folder: Path, model: str = "demo", kill_after: int = 0) -> int | None:
 def contents(folder: Path) -> dict[str, str]:
     """Every file of a finished folder; of the report only what does not measure time or memory."""
     found = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         data = path.read_bytes()
         if path.name == "report.json":
             report = json.loads(data)
@@ -79,5 +79,5 @@ def contents(folder: Path) -> dict[str, str]:
                 for notes in layer.values():
                     del notes["seconds"]
             data = json.dumps(report).encode()
-        found[path.name] = hashlib.sha256(data).hexdigest()
+        found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
     return found

@@ -27,7 +27,7 @@ def quick(pass_: Pass, fine_tunes: list[str]) -> Pass:
     """With fewer steps, if it learns; with other models, if it merges."""
     if isinstance(pass_, MergePass):
         assert set(pass_.models) == {"demo"}, "no model but the demo is everywhere"
-        return replace(pass_, models=tuple(fine_tunes[: len(pass_.models)]))
+        pass_ = replace(pass_, models=tuple(fine_tunes[: len(pass_.models)]))
     learns = pass_.calibrated and "steps" in {f.name for f in fields(pass_)}
     return replace(pass_, steps=5) if learns else pass_
 

@@ -118,7 +118,7 @@ def merged(pass_: MergePass, models: Sequence[Mapping[str, Tensor]], piece: int 
             flat = [model[name].flatten() for model in models]
             for start in range(0, len(flat[0]), piece):
                 first, *others = (values[start : start + piece].clone() for values in flat)
-                yield Piece(name, first, tuple(others), generators, start, len(flat[0]), *place(name))
+                yield Piece(name, first, tuple(others), generators, start, len(flat[0]), *place(name), base[name].dim())
 
     found = pass_.learn(Wholes(models, piece, seed)) if pass_.learns else None
     if pass_.surveys:
@@ -132,12 +132,18 @@ def merged(pass_: MergePass, models: Sequence[Mapping[str, Tensor]], piece: int 
     return made
 
 
+def block_of(name: str) -> int | None:
+    """Of a tensor called blocks.3.mlp.weight 3; None where there is no number."""
+    return int(name.split(".")[1]) if name.startswith("blocks.") else None
+
+
 class Wholes(Models):
     """Models in memory as wholes. The nearer a merge is to a number, the better it is."""
 
     def __init__(self, models: Sequence[Mapping[str, Tensor]], piece: int = 1000, seed: int = 0, goal: float = 0.1):
         self.models, self.piece, self.seed, self.goal = models, piece, seed, goal
         self.names, self.notes, self.tries = list(models[0]), {}, []
+        self.blocks = {name: block_of(name) for name in self.names}
         self.generator = torch.Generator().manual_seed(seed)
 
     def over(self, items: Iterable[T], total: int | None, label: object) -> Iterator[T]:

@@ -123,6 +123,11 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     ],
     "greedy_soup": [{"base": False}],
     "adamerging": [{"level": "task"}, {"trim": 0.5, "diversity": 0.1}, {"steps": 0}],
+    "compeft": [
+        {"density": 0.3, "magnitude": "std", "alpha": 2.0},
+        {"scope": "tensor", "density": ((0.1, 0.9),), "magnitude": "mean", "alpha": (Matched("*.mlp.*", 0.5),)},
+    ],
+    "bitdelta": [{"bits": 3}, {"steps": 0}],
     "pcb": [{"scope": "tensor", "density": (0.2, (0.1, 0.5))}, {"clip": 0.0, "weights": (1.0, 0.5), "scale": 1.2}],
     "weight_matching": [{"sweeps": 3, "weights": (0.5, 1.0, 2.0)}, {"weights": ((0.0, 1.0), 1.0, 0.5)}],
     "robust_signature": [
@@ -133,6 +138,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
 }
 
 LEARNED = (
+    "bitdelta",
     "adamerging",
     "flexround",
     "adaround",
