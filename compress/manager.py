@@ -10,9 +10,10 @@ from compress.calibration.data import Dataset, batches
 from compress.dropping import drop
 from compress.errors import GateError
 from compress.ledger import Record, code_fingerprint, key_of
-from compress.merging import merge, open_parent
+from compress.merging import merge
 from compress.meter import Meter, against, hash_of, measured
 from compress.observe import finite, observed, observed_vector
+from compress.parents import open_parent
 from compress.passes.base import BlockPass, Edit, LinearPass, ModelPass, Pass, Target, Whole
 from compress.passes.depth import DepthPass
 from compress.passes.merge.base import MergePass

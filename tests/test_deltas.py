@@ -21,6 +21,7 @@ from compress import BitDelta, Compeft, api, merging
 from compress import graph as graphs
 from compress.artifact import Artifact, ModuleSource
 from compress.deltas.file import Delta
+from compress.deltas.source import with_delta
 from compress.errors import CheckpointError, ConfigError, NonFiniteError, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -211,7 +212,7 @@ def test_scalars_and_empty_and_unchanged_tensors_come_back(pass_: Any, tmp_path:
     options = {"scope": "tensor"} if pass_ is Compeft else {"steps": 0}
     merging.merge(context, 0, pass_(models=(str(tmp_path / "tuned"),), **options), "key", None)
     assert context.delta is not None
-    made = merging.with_delta(artifact, Delta.open(context.delta.file))
+    made = with_delta(artifact, Delta.open(context.delta.file))
     for name, _ in graph.tensors():
         assert torch.equal(made.tensor(name), context.artifact.tensor(name)), name
     assert made.tensor("gain") == 2.5

@@ -118,7 +118,7 @@ def merged(pass_: MergePass, models: Sequence[Mapping[str, Tensor]], piece: int 
             flat = [model[name].flatten() for model in models]
             for start in range(0, len(flat[0]), piece):
                 first, *others = (values[start : start + piece].clone() for values in flat)
-                yield Piece(name, first, tuple(others), generators, start, len(flat[0]), *place(name), base[name].dim())
+                yield Piece(name, first, tuple(others), generators, start, len(flat[0]), *place(name))
 
     found = pass_.learn(Wholes(models, piece, seed)) if pass_.learns else None
     if pass_.surveys:

@@ -144,7 +144,7 @@ def test_what_was_distilled_is_what_is_merged() -> None:
     found = pass_.learn(models)
     name = "blocks.0.weight"
     base, tuned = (values[name].flatten() for values in models.values)
-    piece = Piece(name, base, (tuned,), total=len(base), block=0, dim=2)
+    piece = Piece(name, base, (tuned,), total=len(base), block=0, shape=(8, 6))
     made = pass_.run(piece, pass_.look(lambda: iter([piece]), found))
     used = found[name].used
     signs = signs_of(tuned - base, found[name].fitted)[0]

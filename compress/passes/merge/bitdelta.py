@@ -39,7 +39,8 @@ class BitDelta(DeltaPass):
         >>> import torch
         >>> from compress import BitDelta
         >>> from compress.passes.merge.base import Piece
-        >>> piece = Piece("weight", torch.zeros(4), (torch.tensor([3.0, -1.0, -2.0, 2.0]),), total=4, block=0, shape=(2, 2))
+        >>> tuned = torch.tensor([3.0, -1.0, -2.0, 2.0])
+        >>> piece = Piece("weight", torch.zeros(4), (tuned,), total=4, block=0, shape=(2, 2))
         >>> bitdelta = BitDelta(models=("tuned",), steps=0)
         >>> bitdelta.run(piece, bitdelta.look(lambda: iter([piece]), None))
         tensor([ 2., -2., -2.,  2.])
