@@ -197,9 +197,9 @@ class Merger:
                 raise NonFiniteError(f"{name} holds NaN or infinity after {self.pass_.key}{cause}")
             if name.endswith("running_var") and least < 0:
                 raise MergeError(
-                    f"{name} is {float(least):.3g} after {self.pass_.key}, and there is no negative variance. Statistics "
-                    "of a batch normalisation cannot be added up like weights: `exclude` *.running_* to keep the base's, "
-                    "or set a smaller scale or weight for them"
+                    f"{name} is {float(least):.3g} after {self.pass_.key}, and there is no negative variance. "
+                    "Statistics of a batch normalisation cannot be added up like weights: `exclude` *.running_* to "
+                    "keep the base's, or set a smaller scale or weight for them"
                 )
             flat[piece.start : piece.start + len(made)] = made
         return value
