@@ -3,8 +3,8 @@
     python benchmarks/specialists.py FOLDER
 
 Writes FOLDER/module, FOLDER/class and FOLDER/def: checkpoints of the bundled model after a short training on docstrings
-of modules, classes, or functions; and for each kind KIND-calibration.jsonl and KIND-evaluation.jsonl, from those modules
-of the standard library that the bundled model has, or has not, been trained on.
+of modules, classes, or functions. For each kind also KIND-calibration.jsonl and KIND-evaluation.jsonl, from those
+modules of the standard library that the bundled model has, or has not, been trained on.
 """
 
 import json

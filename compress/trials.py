@@ -127,7 +127,9 @@ class Trials(Models):
 
         with in_memory(context):
             kept = KeptInLedger(context.ledger, f"{self.unit}-training", self.key)
-            yield Running(logits, len(inputs), kept, tuple(parameters))
+            counts = torch.tensor([len(part) for part in self.data.split().values()])
+            sources = torch.arange(len(counts)).repeat_interleave(counts)
+            yield Running(logits, len(inputs), kept, tuple(parameters), sources)
 
 
 def _facts(quality: Quality) -> dict[str, float | None]:

@@ -176,7 +176,7 @@ class Wholes(Models):
             hidden = torch.tanh(x[numbers] @ values[first].T)[:, :narrow]
             return hidden @ values[last][:, : hidden.shape[1]].T
 
-        yield Running(logits, len(x), Kept(), (first, last))
+        yield Running(logits, len(x), Kept(), (first, last), torch.arange(len(x)) % 2)
 
 
 def hash_of(*parts: object) -> int:

@@ -111,7 +111,7 @@ class Wholes(Models):
             values = make(self.names)
             return torch.tanh(x[numbers] @ values["blocks.0.weight"].T) @ values["last.weight"].T
 
-        yield Running(logits, len(x), Kept(), self.names)
+        yield Running(logits, len(x), Kept(), self.names, torch.zeros(len(x)))
 
 
 def wholes() -> Wholes:

@@ -45,8 +45,8 @@ class AdaMerging(MergePass):
     Source: Yang et al., "AdaMerging: Adaptive Model Merging for Multi-Task Learning", 2023, arXiv 2310.02575, sections
     3.2 and 3.3; `trim` is AdaMerging++. Differs from the paper in: one set of heads, which is merged too; a step draws
     its samples from the data of all tasks together; the learning rate warms up and decays; the best iterate on samples
-    held out is kept; an iterate that gives everything the same answer never is; of a language model, the entropy of
-    every next token.
+    held out is kept; `diversity`, and an iterate that gives all of a source the same answer is never kept; of a
+    language model, the entropy of every next token.
 
     Args:
         level: one coefficient for each `task`, or for each tensor (`layer`) of each task.
@@ -56,8 +56,8 @@ class AdaMerging(MergePass):
         steps: of Adam.
         batch_size: calibration samples a step, of all tasks together.
         learning_rate: the largest.
-        diversity: how much of the entropy of the mean prediction is taken off the loss, so that different inputs keep
-            different answers.
+        diversity: how much of the entropy of the mean prediction of each source is taken off the loss, so that
+            different inputs keep different answers; 0 is the paper's.
 
     Example:
         >>> import torch
@@ -75,7 +75,7 @@ class AdaMerging(MergePass):
     steps: int = 500
     batch_size: int = 32
     learning_rate: float = 1e-3
-    diversity: float = 0.0
+    diversity: float = 1.0
 
     key: ClassVar[str] = "adamerging"
     common: ClassVar[frozenset[str]] = MergePass.common | {
@@ -114,17 +114,18 @@ class AdaMerging(MergePass):
             start = {name: found[name] for name in running.names}
             coefficients = Coefficients(start, self.level, self.learning_rate, partial(self._parts, models, trimmed))
             held, _ = split(running.count)
-            entropy, spread = sureness(running, coefficients.merged, held, self.batch_size)
+            begin = sureness(running, coefficients.merged, held, self.batch_size)
+            least = {source: LEAST_SPREAD * float(each.spread) for source, each in begin.items()}
             trial = train(
                 coefficients,
                 ModelData(partial(loss, running, self.diversity), running.count, running.kept),
                 Schedule(self.steps, self.batch_size),
                 models.generator,
                 models.over,
-                partial(judged, running, held, self.batch_size, self.diversity, LEAST_SPREAD * spread),
+                partial(judged, running, held, self.batch_size, self.diversity, least),
             )
             found |= coefficients.found()
-        models.notes |= trial.notes() | {"entropy_start": entropy, "coefficients": self._noted(found)}
+        models.notes |= trial.notes() | {"coefficients": self._noted(found)}
         return Learned(found, trimmed)
 
     def run(self, piece: Piece, facts: Learned) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: K task vectors, T tensors, n predictions of C classes, or of tokens.
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,11 +67,32 @@ class _Mixed(torch.autograd.Function):
         return torch.stack([(gradients[0] * delta).sum() for delta in deltas]), None, None
 
 
-def _entropies(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean entropy of (n, C) predictions in nats, and their mean (C,)."""
-    logs = log_softmax(logits, dim=-1)
-    shares = logs.exp()
-    return -(shares * logs).sum(-1).mean(), shares.mean(0)
+@dataclass(frozen=True)
+class Sureness:
+    """Of the predictions for the samples of one source.
+
+    Attributes:
+        entropy: mean over predictions, in nats.
+        spread: the entropy of their mean, in nats: 0 where all say the same.
+    """
+
+    entropy: Tensor
+    spread: Tensor
+
+
+def sureness(running: Running, make: Make, numbers: Tensor, batch_size: int) -> dict[int, Sureness]:
+    """Of every source that some samples are from; a batch of samples is run at a time."""
+    totals: dict[int, list[Tensor]] = {}
+    for part in torch.split(numbers, batch_size):
+        logs = log_softmax(running.logits(make, part), dim=-1)
+        shares, sources = logs.exp(), running.sources[part].repeat_interleave(len(logs) // len(part))
+        unsure = -(shares * logs).sum(-1)
+        for source in sorted(set(sources.tolist())):
+            rows = sources == source
+            now = [unsure[rows].sum(), shares[rows].sum(0), rows.sum()]
+            before = totals.get(source)
+            totals[source] = [a + b for a, b in zip(before, now, strict=True)] if before else now
+    return {source: Sureness(e / n, _entropy(shares / n)) for source, (e, shares, n) in sorted(totals.items())}
 
 
 def _entropy(shares: Tensor) -> Tensor:
@@ -78,25 +100,21 @@ def _entropy(shares: Tensor) -> Tensor:
     return -each.sum()
 
 
+def unsure(found: Mapping[int, Sureness], diversity: float) -> Tensor:
+    """The mean over the sources: how unsure a model is of single answers, less how different they are."""
+    return torch.stack([each.entropy - diversity * each.spread for each in found.values()]).mean()
+
+
 def loss(running: Running, diversity: float, make: Make, numbers: Tensor) -> Tensor:
-    """How unsure a merged model is, less how different its answers are."""
-    unsure, mean = _entropies(running.logits(make, numbers))
-    return unsure - diversity * _entropy(mean) if diversity else unsure
+    """What is made small."""
+    return unsure(sureness(running, make, numbers, len(numbers)), diversity)
 
 
-def sureness(running: Running, make: Make, numbers: Tensor, batch_size: int) -> tuple[float, float]:
-    """Mean entropy on some samples, and the entropy of their mean prediction."""
-    unsure, means = [], []
-    parts = torch.split(numbers, batch_size)
+def judged(
+    running: Running, held: Tensor, batch_size: int, diversity: float, least: Mapping[int, float], make: Make
+) -> float:
+    """The loss of an iterate on samples held out; infinite where its predictions for a source have collapsed."""
     with torch.no_grad():
-        for part in parts:
-            entropy, mean = _entropies(running.logits(make, part))
-            unsure.append(float(entropy) * len(part) / len(numbers))
-            means.append(mean * (len(part) / len(numbers)))
-    return sum(unsure), float(_entropy(torch.stack(means).sum(0)))
-
-
-def judged(running: Running, held: Tensor, batch_size: int, diversity: float, least: float, make: Make) -> float:
-    """The loss of an iterate on samples held out; infinite where its predictions have collapsed."""
-    unsure, spread = sureness(running, make, held, batch_size)
-    return unsure - diversity * spread if spread >= least else math.inf
+        found = sureness(running, make, held, batch_size)
+    collapsed = any(float(each.spread) < least[source] for source, each in found.items())
+    return math.inf if collapsed else float(unsure(found, diversity))

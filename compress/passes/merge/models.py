@@ -80,9 +80,11 @@ class Running:
         count: samples of the calibration data.
         kept: where the state of an unfinished training is kept.
         names: of the tensors that may have other values: those that are merged, without buffers.
+        sources: (count,) the number of the source that each sample is from.
     """
 
     logits: Callable[[Make, Tensor], Tensor]
     count: int
     kept: Kept
     names: tuple[str, ...]
+    sources: Tensor
