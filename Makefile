@@ -16,8 +16,8 @@ demo: $(STAMP)  ## compress the bundled model to 4 bits and let the result write
 	@$(BIN)/compress run pipelines/gptq-w4.yaml demo -o demo-out --overwrite
 	@$(BIN)/python -m compress.demo.speak demo-out
 
-test: $(STAMP)  ## run the tests; `make test ARGS="-k gptq"` passes arguments to pytest
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)  ## run the tests in two processes; `make test ARGS="-k gptq"` passes arguments to pytest
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 check: $(STAMP)  ## lint, formatting, types
 	@$(BIN)/ruff check .

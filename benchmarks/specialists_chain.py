@@ -94,10 +94,16 @@ def main() -> None:
             process.wait()
             kills += 1
     same = contents(whole) == contents(killed)
-    print(show(rows))
-    print(f"\nkilled {kills} times: {'every file is the same' if same else 'THE RESULTS DIFFER'}")
-    runner.write(FILE, {"machine": runner.machine(), "kills": kills, "same": same, "rows": rows})
+    found = {"machine": runner.machine(), "kills": kills, "same": same, "rows": rows}
+    print(said(found))
+    runner.write(FILE, found)
     sys.exit(not same)
+
+
+def said(found: dict[str, Any]) -> str:
+    """The report as a table, and what killing did."""
+    files = "every file of the result is the same" if found["same"] else "THE RESULTS DIFFER"
+    return f"{show(found['rows'])}\n\nKilled {found['kills']} times: {files}."
 
 
 def show(rows: list[dict[str, Any]]) -> str:

@@ -8,12 +8,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import digits
 import generate
 import memory
 import merge
 import quality
 import recovery
 import runner
+import specialists_chain
+import specialists_deltas
 
 PAGE = Path(__file__).parent / "README.md"
 EXPORTS = Path(__file__).parent.parent / "docs" / "exports.md"
@@ -73,10 +76,15 @@ def main() -> None:
         ("load", loaded),
         ("generate", generate.show),
         ("merge", merge.show),
+        ("digits", digits.show),
+        ("specialists_deltas", specialists_deltas.show),
     ):
         file = runner.RESULTS / f"{name}.json"
         if file.exists():
             put(PAGE, name, show(json.loads(file.read_text())["rows"]))
+    file = runner.RESULTS / specialists_chain.FILE
+    if file.exists():
+        put(PAGE, "chain", specialists_chain.said(json.loads(file.read_text())))
     for name, shown in (("onnx-layers", layers), ("onnx-memory", large)):
         file = runner.RESULTS / f"{name.replace('-', '_')}.json"
         if file.exists():

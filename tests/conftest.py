@@ -1,5 +1,6 @@
 """Fixtures every test may use. Nothing here reads the network or the bundled model."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,8 +15,9 @@ VOCABULARY = 256
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads() -> None:
-    torch.set_num_threads(2)
+def two_cores() -> None:
+    """Two processes share the tests with one thread each; one process alone has two."""
+    torch.set_num_threads(2 // min(2, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 
 @pytest.fixture(scope="module")
