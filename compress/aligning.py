@@ -1,6 +1,6 @@
 """Models to merge with, read in the order of the base's units: found once, when something is first read."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from compress.artifact import Artifact
 from compress.passes.merge.base import MergePass
 from compress.passes.merge.matching import Alignment, arranged
 from compress.residence import Context
+from compress.sources import ChangedSource
 from compress.sweep import generator_for
 from compress.traced import find_units
 
@@ -63,42 +64,24 @@ class Aligner:
         return [{name: getattr(each, name) for name in ("units", "moved", "before", "after")} for each in found]
 
 
-class AlignedSource:
+class AlignedSource(ChangedSource):
     """A source in another order; of what moves, one tensor is in memory."""
 
     def __init__(self, parent: Artifact, aligner: Aligner, number: int):
-        self._before, self._aligner, self._number = parent.source, aligner, number
-        stored = parent.graph.tensors()
-        self._names = {parent.name_in_source(name): name for name, _ in stored}
+        super().__init__(parent.source)
+        self._aligner, self._number = aligner, number
+        self._names = {parent.name_in_source(name): name for name, _ in parent.graph.tensors()}
         self._last: tuple[str, Tensor] = ("", torch.empty(0))
 
-    def names(self) -> Iterable[str]:
-        """Every tensor's name."""
-        return self._before.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Its shape."""
-        return self._before.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Its stored type."""
-        return self._before.dtype(name)
-
     def read(self, name: str) -> Tensor:
-        """Its value, as a tensor of its own."""
-        return arranged(self._before.read(name), self._moves(name))
+        return arranged(super().read(name), self._moves(name))
 
     def piece(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements of its value, flattened, as a tensor of its own."""
         if not self._moves(name):
-            return self._before.piece(name, start, stop)
+            return super().piece(name, start, stop)
         if self._last[0] != name:
             self._last = (name, self.read(name).flatten())
         return self._last[1][start:stop].clone()
-
-    def fingerprint(self) -> str:
-        """Identifies the content."""
-        return self._before.fingerprint()
 
     def _moves(self, name: str) -> Sequence[tuple[int, Tensor]]:
         moves: Mapping[str, Sequence[tuple[int, Tensor]]] = self._aligner.of(self._number).moves

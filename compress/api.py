@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compress import given, hub, manager, merging, meter, plan, progress, report, resources
 from compress import graph as graphs
-from compress.artifact import Artifact, ModuleSource, open_folder
+from compress.artifact import Artifact, open_folder
 from compress.calibration import collect
 from compress.calibration.precision import Products
 from compress.deltas.file import DELTA, Delta
@@ -36,6 +36,7 @@ from compress.pipeline import GATES, Calibration, Evaluation, Pipeline, dump, lo
 from compress.report import Report
 from compress.residence import Context, MadeDelta, streamed
 from compress.runtime.register import WEIGHTS
+from compress.sources import ModuleSource
 
 LOGITS_TOLERANCE = 0.0  # packed and in-memory results multiply the same numbers in the same order
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.api import open_model
-from compress.artifact import SINGLE, Artifact
+from compress.artifact import Artifact
 from compress.deltas.file import Delta, locate
 from compress.deltas.source import with_delta
 from compress.destination import APPLIED, refuse
@@ -18,6 +18,7 @@ from compress.export.files import compare_tensors, copy_companions, write_json, 
 from compress.export.safetensors import entries, stored_tensors
 from compress.ledger import publish, writing
 from compress.progress import Bars
+from compress.sources import SINGLE
 
 
 def apply_delta(

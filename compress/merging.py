@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compress.aligning import Aligner, names_of
-from compress.artifact import Artifact, Source, WrittenSource
+from compress.artifact import Artifact
 from compress.calibration.data import Dataset
 from compress.deltas.file import Delta
 from compress.deltas.making import make as make_delta
@@ -29,6 +29,7 @@ from compress.passes.merge.choose import chosen
 from compress.passes.merge.coded import DeltaPass
 from compress.pipeline import Pipeline, walk
 from compress.residence import Context, MadeDelta, set_value, tie, value_of
+from compress.sources import ChangedSource, Source, WrittenSource
 from compress.sweep import generator_for
 from compress.trials import Trials
 
@@ -328,34 +329,20 @@ def _set(context: Context, names: Sequence[str]) -> None:
     tie(context.graph)
 
 
-class MergedSource:
+class MergedSource(ChangedSource):
     """A source with some of its values replaced, in memory."""
 
     def __init__(self, before: Source, values: Mapping[str, Tensor]):
-        self._before, self._values = before, values
-
-    def names(self) -> Any:
-        """Every tensor's name."""
-        return self._before.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Its shape."""
-        return self._before.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Its stored type."""
-        return self._before.dtype(name)
+        super().__init__(before)
+        self._values = values
 
     def read(self, name: str) -> Tensor:
-        """Its value, as a tensor of its own."""
-        return self._values[name].clone() if name in self._values else self._before.read(name)
+        return self._values[name].clone() if name in self._values else super().read(name)
 
     def piece(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements of its value, flattened, as a tensor of its own."""
         if name in self._values:
             return self._values[name].view(-1)[start:stop].clone()
-        return self._before.piece(name, start, stop)
+        return super().piece(name, start, stop)
 
     def fingerprint(self) -> str:
-        """Nothing that was merged in memory is resumed."""
-        return "in memory"
+        return "in memory"  # and never resumed

@@ -4,12 +4,13 @@ from transformers import PreTrainedModel
 
 from compress import graph as graphs
 from compress import hub
-from compress.artifact import Artifact, FolderSource, open_folder
+from compress.artifact import Artifact, open_folder
 from compress.deltas.file import Delta, locate
 from compress.deltas.source import with_delta
 from compress.errors import UsageError
 from compress.graph import Graph
 from compress.passes.merge.base import MergePass
+from compress.sources import FolderSource
 
 
 def open_parent(model: str, base: Artifact, pass_: MergePass) -> Artifact:

@@ -174,7 +174,7 @@ class _Planner:
         if isinstance(pass_, DeltaPass) and self.merges:
             self.problem(
                 path,
-                f"{pass_.key} makes a delta to the model that the pipeline is run on, so it must be the first pass. "
+                f"{pass_.key} makes a delta to the model that the pipeline is run on; put it first. "
                 "What such a run leaves in OUT/delta may be named in `models` of any merge",
             )
         self.merges += 1

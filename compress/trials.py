@@ -12,13 +12,13 @@ from compress.artifact import Artifact
 from compress.calibration.data import Dataset
 from compress.calibration.precision import learning
 from compress.calibration.training import Make
-from compress.evaluate import Quality, Reference, logits_in, measure
+from compress.evaluate import Quality, logits_in
 from compress.graph import forward
 from compress.ledger import key_of
-from compress.meter import hash_of
+from compress.meter import Meter, hash_of
 from compress.passes.merge.base import MergePass
 from compress.passes.merge.models import Models, Running, T, Tried
-from compress.residence import Context, lent, streamed
+from compress.residence import Context, lent
 from compress.whole import KeptInLedger, in_memory, learned
 
 KEPT = 1 << 26  # numbers of the models that stay in memory once they were read: 256 MB
@@ -46,10 +46,12 @@ class Trials(Models):
     generator: torch.Generator
     blocks: Mapping[str, int | None] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
-    references: dict[str, Reference] = field(default_factory=dict)
     number: int = 0
     kept: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     room: int = KEPT
+
+    def __post_init__(self) -> None:
+        self.meter = Meter(self.context, self.data)
 
     def over(self, items: Iterable[T], total: int | None, label: str | Callable[[], str]) -> Iterator[T]:
         return self.context.bars.over(items, total, label)
@@ -79,27 +81,9 @@ class Trials(Models):
         row = ledger.load_row(unit, key)
         if row is None:
             with lent(self.context, make()) as merged:
-                row = {name: _facts(q) for name, q in self._measured(merged, keep=False).items()}
+                row = {name: _facts(quality) for name, quality in self.meter.of(merged).items()}
             ledger.commit_row(unit, key, row)
         return {name: Tried(**facts) for name, facts in row.items()}
-
-    def _measured(self, context: Context, keep: bool) -> dict[str, Quality]:
-        assert self.data is not None
-        if not keep and not self.references:
-            self.references = {name: Reference(0) for name in self.data.split()}
-            self._measured(self.context, keep=True)
-        with streamed(context):
-            return {
-                name: measure(
-                    lambda batch: logits_in(forward(context.graph, batch)),
-                    part.inputs,
-                    labels=part.labels,
-                    reference=self.references[name],
-                    keep=keep,
-                    progress=lambda items, total: self.over(items, total, "try: batches"),
-                )
-                for name, part in self.data.split().items()
-            }
 
     @contextmanager
     def running(self) -> Iterator[Running]:

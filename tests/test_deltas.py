@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 import compress
 from compress import BitDelta, Compeft, api, merging
 from compress import graph as graphs
-from compress.artifact import Artifact, ModuleSource
+from compress.artifact import Artifact
 from compress.deltas.file import Delta
 from compress.deltas.source import with_delta
 from compress.errors import CheckpointError, ConfigError, NonFiniteError, UsageError
+from compress.sources import ModuleSource
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -341,7 +342,7 @@ def test_a_delta_is_made_by_the_first_pass_only(here: Path, tmp_path: Path) -> N
         [{"average": {"models": [str(here / "b")]}}, entry("compeft", here / "a")],
         [entry("bitdelta", here / "a"), entry("compeft", here / "a")],
     ):
-        with pytest.raises(ConfigError, match=r"passes\[1\].*so it must be the first pass"):
+        with pytest.raises(ConfigError, match=r"passes\[1\].*put it first"):
             compress.run({"passes": passes}, here / "base", tmp_path / "out")
 
 

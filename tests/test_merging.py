@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import compress
 from compress import Average, TaskArithmetic, manager, merging
-from compress.artifact import FolderSource
 from compress.errors import ConfigError, MergeError, NonFiniteError
 from compress.pipeline import parse
+from compress.sources import FolderSource
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

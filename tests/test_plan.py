@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import compress
 from compress import api, graph, plan
-from compress.artifact import FolderSource
 from compress.encodings import Spec
 from compress.errors import ConfigError
 from compress.pipeline import parse
 from compress.plan import Plan
+from compress.sources import FolderSource
 
 CALIBRATION = "calibration: {source: demo, samples: 2, length: 32}\n"
 

@@ -16,7 +16,6 @@ import compress
 from compress import graph as graphs
 from compress import sweep
 from compress.api import open_model
-from compress.artifact import ModuleSource
 from compress.calibration import collect
 from compress.calibration.statistics import Need, Statistics
 from compress.encodings import Uniform
@@ -26,6 +25,7 @@ from compress.passes import Gptq, LinearPass, Rtn, SparseGpt, Wanda
 from compress.passes.base import Edit, Target
 from compress.pipeline import load
 from compress.progress import Bars
+from compress.sources import ModuleSource
 
 # --- the plain way: the whole model, hooks on one block at a time -----------------------------------------------------
 

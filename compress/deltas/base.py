@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from compress.artifact import Artifact, Source
+from compress.artifact import Artifact
 from compress.errors import UsageError
 from compress.export.files import bytes_of
+from compress.sources import Source
 
 SAMPLES, LENGTH = 16, 1024
 

@@ -16,12 +16,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from compress import hub
-from compress.artifact import Artifact, FolderSource
+from compress.artifact import Artifact
 from compress.deltas.base import class_of, described, refuse_other
 from compress.deltas.codings import CODINGS, Chunks
 from compress.errors import CheckpointError
 from compress.export.files import NAMES, bytes_of
 from compress.progress import Bars
+from compress.sources import FolderSource
 
 DELTA = "delta.safetensors"
 FORMAT, VERSION = "compress-delta", "1"

@@ -21,7 +21,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from compress.artifact import SINGLE
 from compress.encodings import Spec, Uniform, UniformForm
 from compress.encodings.bits import pack_bits, row_bytes
 from compress.export.base import Exporter, Logits, Made, refuse_added, refuse_missing
@@ -31,6 +30,7 @@ from compress.export.packed import specs_in
 from compress.graph import Graph
 from compress.ledger import writing
 from compress.progress import Bars
+from compress.sources import SINGLE
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 MOST_BITS = 8

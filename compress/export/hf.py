@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compress import hub
-from compress.artifact import SINGLE, Artifact
+from compress.artifact import Artifact
 from compress.encodings import Spec
 from compress.export.base import Exporter, Logits, Made, refuse_added
 from compress.export.files import Entry, compare_tensors, copy_companions, write_json, write_tensors
@@ -18,6 +18,7 @@ from compress.export.safetensors import spec_at
 from compress.graph import Graph, Site, forward
 from compress.ledger import writing
 from compress.progress import Bars
+from compress.sources import SINGLE
 
 
 @dataclass(frozen=True)

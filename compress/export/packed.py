@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from compress import graph as graphs
-from compress.artifact import Artifact, FolderSource, Packed
+from compress.artifact import Artifact, Packed
 from compress.encodings import Spec
 from compress.errors import UsageError
 from compress.export.base import Made
 from compress.runtime.register import METHOD, WEIGHTS, CompressConfig, add_biases
+from compress.sources import FolderSource
 
 
 def read_quantization(folder: Path) -> dict[str, Any]:

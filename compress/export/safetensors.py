@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.artifact import Artifact, Packed, WrittenSource
+from compress.artifact import Artifact, Packed
 from compress.encodings import Spec, pack, spec_of
 from compress.export.files import Entry, compare_tensors, copy_companions, write_json, write_tensors
 from compress.ledger import writing
 from compress.progress import Bars
 from compress.runtime.register import METHOD, WEIGHTS
+from compress.sources import WrittenSource
 
 
 def entries(artifact: Artifact) -> Iterator[tuple[str, list[Entry]]]:

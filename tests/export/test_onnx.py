@@ -14,6 +14,7 @@ from safetensors import safe_open
 import compress
 from compress import Codebook, Genai, Magnitude, Olive, Onnx, Perp, Pipeline, PowerQuant, Rtn, plan
 from compress import graph as graphs
+from compress.calibration.data import Dataset
 from compress.errors import CompressError, ConfigError
 from compress.export.onnx import build, exporter, trace
 from compress.export.onnx.exporter import DATA, MODEL
@@ -47,7 +48,7 @@ def _traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def exported(out: Path, family: str, to: Onnx) -> dict[str, Any]:
     made, data = open_packed(out), inputs_of(family)
     refuse(made, [to])
-    return write_all(made, [to], out, data, Bars())[to.key]
+    return write_all(made, [to], out, Dataset(*data), Bars())[to.key]
 
 
 def packed(family: str, folder: Path, *passes: Pass) -> Path:
