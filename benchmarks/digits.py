@@ -28,7 +28,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import compress
 
 FILE = "digits.json"
-FEW, TRAINED, TRIED = 150, 1000, 256  # images: the base learns from, specialists learn from, merges learn from
+FEW, TRAINED, TRIED = 200, 1000, 256  # images: the base learns from, specialists learn from, merges learn from
 Images = tuple[Tensor, Tensor]
 
 
@@ -52,7 +52,7 @@ TASKS: dict[str, Callable[[Tensor], Tensor]] = {
     "inverted": within(1, lambda images: 1 - images),
     "noisy": within(2, noisy),
 }
-RATES = {"rotated": 1e-4, "inverted": 8e-4, "noisy": 3e-4}  # of the specialists' training
+RATES = {"rotated": 2e-4, "inverted": 1e-3, "noisy": 4e-4}  # of the specialists' training
 
 
 def digits() -> Images:
@@ -92,7 +92,7 @@ def prepare(folder: Path) -> None:
     """The base, the specialists, and for every task images to learn from and to measure on."""
     images, labels = digits()
     few = [task(images[:FEW]) for task in TASKS.values()]
-    base = trained(transformer(), (torch.cat(few), labels[:FEW].repeat(len(few))), 200, 1e-3, 1)
+    base = trained(transformer(), (torch.cat(few), labels[:FEW].repeat(len(few))), 150, 1e-3, 1)
     base.save_pretrained(folder / "base")
     for seed, (name, task) in enumerate(TASKS.items()):
         learned = trained(copy.deepcopy(base), (task(images[:TRAINED]), labels[:TRAINED]), 300, RATES[name], 10 + seed)
@@ -104,7 +104,8 @@ def prepare(folder: Path) -> None:
 
 
 SCALES = [0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3]
-LEARNED = {"steps": 150, "batch_size": 48, "learning_rate": 1e-2}
+LEARNED = {"steps": 150, "batch_size": 48, "learning_rate": 1e-2, "diversity": 2.0}
+PLAIN = {**LEARNED, "diversity": 0.0}
 MERGES: dict[str, list[dict[str, Any]]] = {  # what is called so -> the variants that the best is taken of
     "average": [{"average": {"weights": [0.0, 1.0, 1.0, 1.0]}}],
     "greedy soup": [{"greedy_soup": {}}],
@@ -117,6 +118,8 @@ MERGES: dict[str, list[dict[str, Any]]] = {  # what is called so -> the variants
     "adamerging, by layer": [{"adamerging": {"level": "layer", **LEARNED}}],
     "adamerging++, by task": [{"adamerging": {"level": "task", "trim": 0.2, **LEARNED}}],
     "adamerging++, by layer": [{"adamerging": {"level": "layer", "trim": 0.2, **LEARNED}}],
+    "adamerging, by task, the entropy alone": [{"adamerging": {"level": "task", **PLAIN}}],
+    "adamerging, by layer, the entropy alone": [{"adamerging": {"level": "layer", **PLAIN}}],
 }
 
 

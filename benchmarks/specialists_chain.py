@@ -35,7 +35,7 @@ def pipeline(folder: Path) -> dict[str, Any]:
         "calibration": data("calibration"),
         "evaluate": data("evaluation"),
         "passes": [
-            {"task_arithmetic": {"models": models, "choose": {"scale": [0.3, 0.4, 0.5, 0.7]}}},
+            {"task_arithmetic": {"models": models, "scale": 0.4}},
             {"wanda": {"sparsity": "2:4", "update": "exact"}},
             {"perp": {"train": ["bias", "norm", "full"], "learning_rate": 1e-3, "steps": 60}},
             {"flexround": {"scheme": "w4g64", "steps": 100}},
