@@ -11,6 +11,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from compress.evaluate import perplexity_of
+
 
 @dataclass(frozen=True)
 class Row:
@@ -137,7 +139,27 @@ def table(report: Report, width: int) -> Group:
         for row in list(zip(*part, strict=True))[1:]:
             drawn.add_row(*row)
         tables.append(drawn)
+    tables += [tried(merge) for merge in report.merged if "tried" in merge.get("notes", {})]
     return Group(Text(report.model, "table.title"), *tables, Text(caption(report), "table.caption"))
+
+
+def tried(merge: dict[str, Any]) -> Table:
+    """What a merge tried on the calibration data: options, quality on each source, and answers that turned wrong."""
+    tries, chosen = merge["notes"]["tried"], merge["notes"]["chosen"]
+    sources = list(tries[0]["found"])
+    drawn = Table(title=f"tried by {merge['pass']}, on the calibration data", title_justify="left")
+    for heading in (*chosen, *(source or "quality" for source in sources), "negative flips"):
+        drawn.add_column(heading, justify="right", overflow="fold")
+    for each in tries:
+        found = [each["found"][source] for source in sources]
+        quality = (_quality(None if f["accuracy"] else perplexity_of(f["loss"]), f["accuracy"], None) for f in found)
+        drawn.add_row(
+            *(f"{each[option]:g}" for option in chosen),
+            *(text for text, _ in quality),
+            f"{sum(f['negative_flips'] for f in found) / len(found):.2%}",
+            style="bold" if all(each[option] == value for option, value in chosen.items()) else "",
+        )
+    return drawn
 
 
 def _drawn_width(columns: Sequence[tuple[str, ...]]) -> int:
@@ -153,11 +175,20 @@ def caption(report: Report) -> str:
         for t in report.trained
     ]
     gone = [f"{d['pass']} dropped {_blocks(d['blocks'])} of {d['of']}" for d in report.dropped]
-    merged = [
-        f"{m['pass']} merged it with {', '.join(m['models'])}" + (f", {said(m['delta'])}" if "delta" in m else "")
-        for m in report.merged
-    ]
+    merged = [_merged(m) for m in report.merged]
     return "; ".join([_measured(report), *merged, *rounded, *trained, *gone])
+
+
+def _merged(merge: dict[str, Any]) -> str:
+    """What was merged, and what was decided."""
+    text, notes = f"{merge['pass']} merged it with {', '.join(merge['models'])}", merge.get("notes", {})
+    if "chosen" in notes:
+        values = ", ".join(f"{name} {value:g}" for name, value in notes["chosen"].items())
+        text += f" ({values}, chosen of {len(notes['tried'])})"
+    if "soup" in notes:
+        kept = [merge["models"][k - 1] if k else "the model itself" for k in notes["soup"]]
+        text += f" (the mean of {', '.join(kept)})"
+    return f"{text}, {said(merge['delta'])}" if "delta" in merge else text
 
 
 def said(delta: Mapping[str, Any]) -> str:

@@ -45,7 +45,7 @@ ALLOWED = {
     "ledger.py": {"artifact", "encodings", "errors"},
     "observe.py": {"passes", "graph", "encodings", "errors"},
     "evaluate.py": {"calibration", "errors"},
-    "report.py": {"errors", "ledger"},
+    "report.py": {"errors", "evaluate", "ledger"},
     "draw.py": {"passes"},
     "shares.py": {"plan", "observe", "passes", "artifact", "graph", "progress"},
     "typed.py": {"passes", "export", "errors"},

@@ -356,6 +356,23 @@ def test_the_table_has_a_column_for_every_source(tmp_path: Path) -> None:
     assert set(rows[2]["sources"]) == {"words", "again"}
 
 
+def test_what_was_tried_is_shown(tmp_path: Path) -> None:
+    base, other, text = trio(tmp_path)
+    pipeline = write_pipeline(
+        tmp_path / "p.yaml",
+        f"calibration: {{source: {{words: {text}}}, samples: 2, length: 32}}\n"
+        f"passes: [{{interpolate: {{models: [{other}], choose: {{alpha: [0, 0.25, 1]}}}}}}]\n",
+    )
+    ended = compress_command("run", pipeline, base, "-o", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    notes = json.loads((tmp_path / "out" / "report.json").read_text())["merged"][0]["notes"]
+    assert "tried by interpolate" in ended.out
+    assert f"(alpha {notes['chosen']['alpha']:g}, chosen of 3)" in " ".join(ended.out.split())
+    first = notes["tried"][0]["found"]["words"]
+    assert first["negative_flips"] == 0, "alpha 0 is the model itself"
+    assert f"{torch.tensor(first['loss'], dtype=torch.float64).exp():.3f}" in ended.out
+
+
 def test_every_wrong_source_is_named(tmp_path: Path) -> None:
     text = write_text(tmp_path / "words.txt")
     with pytest.raises(ConfigError, match=r"evaluate\.source\.b: no such file"):

@@ -21,7 +21,7 @@ class Interpolate(MergePass):
 
     Source: Wortsman et al., "Robust fine-tuning of zero-shot models" (WiSE-FT), 2021, arXiv 2109.01903, eq. 1; between
     versions: Schumann et al. (BCWI), 2023, arXiv 2301.10546. Differs from the papers in: the share may differ by depth
-    and by tensor; no Fisher weights; the share is given, not searched.
+    and by tensor; no Fisher weights; `choose` tries shares on calibration data.
 
     Args:
         alpha: 0 is the model that the pipeline is run on, 1 the other. 0.5 where nothing can be validated.
