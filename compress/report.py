@@ -147,7 +147,7 @@ def tried(merge: dict[str, Any]) -> Table:
     """What a merge tried on the calibration data: options, quality on each source, and answers that turned wrong."""
     tries, chosen = merge["notes"]["tried"], merge["notes"]["chosen"]
     sources = list(tries[0]["found"])
-    drawn = Table(title=f"tried by {merge['pass']}, on the calibration data", title_justify="left")
+    drawn = Table(title=f"tried by {merge['pass']}", title_justify="left")
     for heading in (*chosen, *(source or "quality" for source in sources), "negative flips"):
         drawn.add_column(heading, justify="right", overflow="fold")
     for each in tries:

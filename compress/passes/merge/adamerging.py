@@ -87,6 +87,10 @@ class AdaMerging(MergePass):
         return True
 
     @property
+    def trained(self) -> bool:
+        return True
+
+    @property
     def learns(self) -> bool:
         return True
 

@@ -93,6 +93,11 @@ class MergePass(Pass):
         return self.judged
 
     @property
+    def trained(self) -> bool:
+        """Whether something is trained with the whole base in memory (`Models.running`)."""
+        return False
+
+    @property
     def learns(self) -> bool:
         """Whether it tries out whole models, or reads whole tensors of them, before it merges anything."""
         return False

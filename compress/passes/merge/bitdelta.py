@@ -60,6 +60,10 @@ class BitDelta(DeltaPass):
         return self.judged or self.learns
 
     @property
+    def trained(self) -> bool:
+        return self.learns
+
+    @property
     def learns(self) -> bool:
         return self.steps > 0
 
