@@ -19,6 +19,7 @@ import specialists_chain
 import specialists_deltas
 
 PAGE = Path(__file__).parent / "README.md"
+README = Path(__file__).parent.parent / "README.md"
 EXPORTS = Path(__file__).parent.parent / "docs" / "exports.md"
 
 
@@ -84,7 +85,8 @@ def main() -> None:
             put(PAGE, name, show(json.loads(file.read_text())["rows"]))
     file = runner.RESULTS / specialists_chain.FILE
     if file.exists():
-        put(PAGE, "chain", specialists_chain.said(json.loads(file.read_text())))
+        for page in (PAGE, README):
+            put(page, "chain", specialists_chain.said(json.loads(file.read_text())))
     for name, shown in (("onnx-layers", layers), ("onnx-memory", large)):
         file = runner.RESULTS / f"{name.replace('-', '_')}.json"
         if file.exists():
