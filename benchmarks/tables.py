@@ -1,4 +1,4 @@
-"""Put results/*.json into README.md and docs/exports.md: no number is typed by hand.
+"""Put results/*.json into both README.md and docs/exports.md: no number is typed by hand.
 
 python benchmarks/tables.py
 """

@@ -443,3 +443,33 @@ def test_killed_after_every_file_the_end_is_the_same_and_nothing_is_learned_twic
         done = found
     assert code == 0 or run(killed, "model") == 0
     assert contents(killed / "out") == contents(whole / "out")
+
+
+CHAIN = """\
+calibration: {source: {first: calibration.txt, second: calibration.txt}, samples: 3, length: 32}
+evaluate: {source: {first: calibration.txt, second: calibration.txt}, samples: 2, length: 32}
+passes:
+  - task_arithmetic: {models: [./other, ./third], choose: {scale: [0.3, 0.6]}}
+  - wanda: {sparsity: "2:4", update: exact}
+  - perp: {steps: 5, rank: 2}
+  - flexround: {scheme: w4g32, steps: 5}
+  - eora: {rank: 2}
+"""
+
+
+def test_merged_pruned_retrained_quantized_and_corrected_in_one_file_killed_again_and_again(tmp_path: Path) -> None:
+    whole, killed = prepare(tmp_path, CHAIN)
+    for seed, name in enumerate(("other", "third")):
+        other = make_changed(tmp_path / f"{name}-model", tmp_path / "model", seed, size=2e-2)
+        for folder in (whole, killed):
+            (folder / name).symlink_to(other)
+    assert run(whole, "model") == 0
+    kills = 0
+    while run(killed, "model", kill_after=3) != 0:
+        kills += 1
+        assert kills < 30
+    assert kills > 3
+    assert contents(killed / "out") == contents(whole / "out")
+    rows = json.loads((killed / "out" / "report.json").read_text())["rows"]
+    steps = ["task_arithmetic", "wanda", "perp", "flexround", "eora"]
+    assert [row["name"] for row in rows] == ["original", "./other", "./third", *steps]
