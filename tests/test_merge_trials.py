@@ -140,9 +140,10 @@ def test_negative_flips_are_what_was_right_and_is_wrong_now(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"choose": {"scal": [1.0]}}, "unknown option of task_arithmetic"),
+        ({"choose": {"scal": [1.0]}}, "scal: is no number of task_arithmetic that can be tried; known: scale, weights"),
+        ({"choose": {"combine": [1.0]}}, "combine: is no number of task_arithmetic"),
         ({"choose": {"scale": []}}, "no value to try"),
-        ({"choose": {"models": [1.0]}}, "unknown option"),
+        ({"choose": {"models": [1.0]}}, "models: is no number of task_arithmetic"),
         ({"choose": {"scale": ["much"]}}, "is not several by name"),
         ({"by": "negative_flips", "choose": {"scale": [1.0]}}, "task_arithmetic merges several"),
         ({"by": "often"}, "is not one of score, negative_flips"),
@@ -151,6 +152,14 @@ def test_negative_flips_are_what_was_right_and_is_wrong_now(tmp_path: Path) -> N
 def test_impossible_choices_are_refused(options: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         compress.pipeline.load({"passes": [{"task_arithmetic": {"models": ["a"], **options}}]})
+
+
+@pytest.mark.parametrize(
+    ("merge", "option"), [("greedy_soup", "base"), ("adamerging", "steps"), ("bitdelta", "bits"), ("dare", "merge")]
+)
+def test_only_numbers_that_a_merge_can_be_tried_with_are_chosen(merge: str, option: str) -> None:
+    with pytest.raises(ConfigError, match=rf"choose\.{option}: is no number of {merge} that can be tried"):
+        compress.pipeline.load({"passes": [{merge: {"models": ["a"], "choose": {option: [1, 2]}}}]})
 
 
 def test_an_option_out_of_range_is_found_before_anything_is_tried() -> None:

@@ -6,7 +6,7 @@ returns the merged piece; which files they come from and where the result goes, 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -160,10 +160,13 @@ class MergePass(Pass):
                 yield OptionError(f.name, f"{wanted} values for {count} models: give one for each{first}")
 
     def _check_choose(self) -> Iterator[OptionError]:
-        known = {f.name for f in fields(self)} - self.common - {"include", "exclude", "overrides"}
+        hints = get_type_hints(type(self))
+        own = [f.name for f in fields(self) if f.name not in self.common]
+        numbers = sorted(name for name in own if hints[name] is float or float in get_args(hints[name]))
         for name, values in (self.choose or {}).items():
-            if name not in known:
-                yield OptionError(f"choose.{name}", f"unknown option of {self.key}; known: {', '.join(sorted(known))}")
+            if name not in numbers:
+                known = f"known: {', '.join(numbers)}" if numbers else f"{self.key} has none; leave choose out"
+                yield OptionError(f"choose.{name}", f"is no number of {self.key} that can be tried; {known}")
             elif not values:
                 yield OptionError(f"choose.{name}", "no value to try; give a list of numbers")
             else:
