@@ -21,6 +21,7 @@ import specialists_deltas
 PAGE = Path(__file__).parent / "README.md"
 README = Path(__file__).parent.parent / "README.md"
 EXPORTS = Path(__file__).parent.parent / "docs" / "exports.md"
+METHODS = Path(__file__).parent.parent / "docs" / "methods"
 
 
 def loaded(rows: list[dict[str, float]]) -> str:
@@ -87,6 +88,9 @@ def main() -> None:
     if file.exists():
         for page in (PAGE, README):
             put(page, "chain", specialists_chain.said(json.loads(file.read_text())))
+    file = runner.RESULTS / specialists_deltas.FILE
+    for page in (METHODS / "compeft.md", METHODS / "bitdelta.md") if file.exists() else ():
+        put(page, "specialists_deltas", specialists_deltas.show(json.loads(file.read_text())["rows"]))
     for name, shown in (("onnx-layers", layers), ("onnx-memory", large)):
         file = runner.RESULTS / f"{name.replace('-', '_')}.json"
         if file.exists():
