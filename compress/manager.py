@@ -1,7 +1,7 @@
 """The pass manager: runs a plan stage by stage, measures after each, and holds the gate."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -55,8 +55,11 @@ def execute(pipeline: Pipeline, plan: Plan, context: Context, data: Data, model_
     )
     start = measured(context, meter, "original", "original", key, None, 0.0)
     report.rows.append(start)
+    begin, parents = key, dict[str, Row]()
     for number, stage in enumerate(plan.stages):
-        report.rows += list(_parents(context, meter, number, stage[0].pass_, report.rows, start))
+        for model, row in _parents(context, meter, number, stage[0].pass_, parents, begin, start):
+            parents[model] = row
+            report.rows.append(row)
         started = time.perf_counter()
         key, records = _stage(context, number, stage, data.calibration, key, report)
         seconds = time.perf_counter() - started
@@ -66,8 +69,8 @@ def execute(pipeline: Pipeline, plan: Plan, context: Context, data: Data, model_
         row = measured(context, meter if due else None, f"s{number:02d}", name, key, start, seconds)
         report.rows.append(row)
         if isinstance(stage[0].pass_, MergePass) and meter.data is not None:
-            parents = [r for r in report.rows[:-1] if r.name in stage[0].pass_.models]
-            report.merged[-1]["against"] = against(row, parents)
+            models = dict.fromkeys(stage[0].pass_.models)
+            report.merged[-1]["against"] = against(row, [parents[model] for model in models if model in parents])
         _note(report, context.artifact, records)
         if pipeline.evaluate:
             _gate(pipeline.evaluate, start, row)
@@ -77,20 +80,20 @@ def execute(pipeline: Pipeline, plan: Plan, context: Context, data: Data, model_
 
 
 def _parents(
-    context: Context, meter: Meter, number: int, pass_: Pass, known: Sequence[Row], start: Row
-) -> Iterator[Row]:
-    """How good those are that the model is about to be merged with, once each."""
+    context: Context, meter: Meter, number: int, pass_: Pass, known: Mapping[str, Row], begin: str, start: Row
+) -> Iterator[tuple[str, Row]]:
+    """How good those are that the model is about to be merged with, once each. `begin`: key of the original's row."""
     if not isinstance(pass_, MergePass) or meter.data is None:
         return
     for i, name in enumerate(pass_.models):
-        if any(row.name == name for row in known) or name in pass_.models[:i]:
+        if name in known or name in pass_.models[:i]:
             continue
         artifact = open_parent(name, context.given, pass_)
         if not artifact.fits():
             continue  # of another vocabulary: the model's tokens are not its own
         with lent(context, artifact) as parent:
-            key = key_of(artifact.source.fingerprint(), str(context.dtype), hash_of(meter.data))
-            yield measured(parent, meter, f"s{number:02d}-parent-{i}", name, key, start, 0.0)
+            key = key_of(begin, artifact.source.fingerprint())
+            yield name, measured(parent, meter, f"s{number:02d}-parent-{i}", name, key, start, 0.0)
 
 
 def _gate(section: Evaluation, start: Row, row: Row) -> None:

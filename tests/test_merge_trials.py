@@ -348,6 +348,38 @@ def test_quality_is_that_of_every_source_and_of_all_of_them_together(tmp_path: P
     assert [r.sources for r in given.rows] == [r.sources for r in report.rows]
 
 
+def test_a_model_called_as_a_method_is_has_a_row_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, other, text = trio(tmp_path)
+    other.rename(tmp_path / "average")
+    monkeypatch.chdir(tmp_path)
+    merges = [{"average": {"models": [str(base)]}}, {"average": {"models": ["average"]}}]
+    section = {"source": str(text), "samples": 2, "length": 32}
+    report = compress.run({"passes": merges, "evaluate": section}, base, tmp_path / "out")
+    assert [row.name for row in report.rows] == ["original", str(base), "average", "average", "average"]
+    changes = report.merged[1]["against"]["average"]
+    assert changes[""] == pytest.approx(report.rows[4].perplexity / report.rows[3].perplexity - 1)
+    assert changes[""] != 0
+
+
+def test_a_changed_base_changes_what_is_said_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, other, text = trio(tmp_path)
+    section = {"source": str(text), "samples": 2, "length": 32}
+    pipeline = {"passes": [{"average": {"models": [str(other)]}}, {"rtn": {"bits": 4}}], "evaluate": section}
+
+    def stop(*_: object) -> None:
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(compress.manager, "run_stage", stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            compress.run(pipeline, base, tmp_path / "out")
+    changed = make_changed(tmp_path / "changed", base, 7, size=3e-2)
+    (base / "model.safetensors").write_bytes((changed / "model.safetensors").read_bytes())
+    resumed = compress.run(pipeline, base, tmp_path / "out").rows[1]
+    afresh = compress.run(pipeline, base, tmp_path / "afresh").rows[1]
+    assert (resumed.kl, resumed.change, resumed.negative_flips) == (afresh.kl, afresh.change, afresh.negative_flips)
+
+
 def test_the_table_has_a_column_for_every_source(tmp_path: Path) -> None:
     base, other, text = trio(tmp_path)
     pipeline = write_pipeline(

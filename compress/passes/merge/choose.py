@@ -18,13 +18,12 @@ def chosen(pass_: MergePass, models: Models) -> MergePass:
     plain, names = replace(pass_, choose=None, by="score"), list(pass_.choose)
     grid: list[dict[str, Any]] = [dict(zip(names, values, strict=True)) for values in product(*pass_.choose.values())]
     tries = [(options, models.tried(replace(plain, **options))) for options in models.over(grid, len(grid), "choose")]
-    fit = tries
     if pass_.by == "negative_flips":
         other = score(models.tried_alone(1))
-        fit = [each for each in tries if score(each[1]) >= other] or tries
-        options, _ = min(fit, key=lambda each: flips(each[1]))
+        as_good = [each for each in tries if score(each[1]) >= other] or tries
+        options, _ = min(as_good, key=lambda each: flips(each[1]))
     else:
-        options, _ = max(fit, key=lambda each: score(each[1]))
+        options, _ = max(tries, key=lambda each: score(each[1]))
     models.notes |= {"tried": [{**each, "found": noted(found)} for each, found in tries], "chosen": options}
     return replace(plain, **options)
 
