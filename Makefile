@@ -13,7 +13,7 @@ MAKEFLAGS += --no-print-directory
 .PHONY: demo test check fmt bench clean
 
 demo: $(STAMP)  ## compress the bundled model to 4 bits and let the result write something
-	@$(BIN)/compress run pipelines/gptq-w4.yaml demo -o demo-out --overwrite
+	@$(BIN)/compress run gptq-w4 demo -o demo-out --overwrite
 	@$(BIN)/python -m compress.demo.speak demo-out
 
 test: $(STAMP)  ## run the tests in two processes; `make test ARGS="-k gptq"` passes arguments to pytest

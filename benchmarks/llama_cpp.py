@@ -19,7 +19,7 @@ import torch
 from transformers import AutoTokenizer
 
 import compress
-from compress.hub import load
+from compress.models.loading import load
 
 FILE = "llama_cpp.json"
 PROMPTS, LENGTH = 64, 64

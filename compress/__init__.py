@@ -8,9 +8,14 @@ Importing this package teaches transformers to load what it writes:
 """
 
 from compress import demo
-from compress.api import Result, apply, run, version
-from compress.applying import apply_delta
+from compress.api.apply import Result, apply
+from compress.api.apply_delta import apply_delta
+from compress.api.export import export_to
+from compress.api.run import run
 from compress.calibration.data import load_tokens
+from compress.calibration.metrics import Quality, evaluate
+from compress.config.pipeline import Pipeline
+from compress.encodings.format import version
 from compress.errors import (
     CheckpointError,
     CompressError,
@@ -22,9 +27,7 @@ from compress.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from compress.evaluate import Quality, evaluate
 from compress.export import CompressedTensors, Genai, Gguf, Hf, Onnx, Peft
-from compress.exporting import export_to
 from compress.passes import (
     AdaMerging,
     AdaRound,
@@ -63,8 +66,7 @@ from compress.passes import (
     Wanda,
     WeightMatching,
 )
-from compress.pipeline import Pipeline
-from compress.report import Report, Row
+from compress.report.report import Report, Row
 from compress.runtime.register import register
 from compress.runtime.speed import Speedup, speed_up
 

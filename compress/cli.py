@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from compress.checkpoint import opening
 from compress.errors import CompressError, UsageError
 
 app = typer.Typer(
@@ -37,7 +38,9 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run a pipeline on a model and write the compressed folder. Interrupted, the same command continues."""
-    from compress import api, progress, report
+    from compress import progress
+    from compress.api import run as api
+    from compress.report import report
 
     existed = out.exists()
     result = api.run(pipeline, model, out, overwrite=overwrite, fresh=fresh, bars=progress.Bars())
@@ -77,12 +80,13 @@ def check(
     pipeline: PipelineArg, model: Annotated[str | None, typer.Argument(help="also check against this model")] = None
 ) -> None:
     """Check everything that can be checked without reading weights."""
-    from compress import api, merging, plan
-    from compress.pipeline import load
+    from compress.config.pipeline import load
+    from compress.engine.merge import merging
+    from compress.planning import plan
 
     steps = load(pipeline)
     if model is not None:
-        opened = api.open_model(model)
+        opened = opening.open_model(model)
         plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline))
         merging.check(steps, opened.artifact, str(pipeline))
     print(f"{pipeline}: fine" + (f" for {model}" if model else ""))
@@ -98,12 +102,16 @@ def show_plan(
     as_json: JsonOption = False,
 ) -> None:
     """Show what each pass will touch and cost, before any work. Only --shares reads weights."""
-    from compress import api, draw, merging, plan, progress, shares
+    from compress import progress
+    from compress.config.pipeline import load
+    from compress.engine.merge import merging
     from compress.passes import DepthPass, MergePass
-    from compress.pipeline import load
-    from compress.report import size
+    from compress.planning import allocation_preview as shares
+    from compress.planning import plan
+    from compress.report import bars as draw
+    from compress.report.report import size
 
-    opened = api.open_model(model)
+    opened = opening.open_model(model)
     steps = load(pipeline)
     made = plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline))
     merging.check(steps, opened.artifact, str(pipeline))
@@ -187,8 +195,9 @@ def evaluate(
     """Measure perplexity (of an image model accuracy), divergence from the original, and size."""
     from typing import get_args
 
-    from compress import measuring, report
-    from compress.pipeline import Evaluation
+    from compress.api import evaluate as measuring
+    from compress.config.pipeline import Evaluation
+    from compress.report import report
 
     if samples < 1 or length < 2:
         raise UsageError(f"--samples {samples} --length {length}: at least one window of two tokens is needed")
@@ -220,8 +229,9 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write a finished folder in another format as well, from the same codes."""
-    from compress import exporting, progress
-    from compress.pipeline import exporters
+    from compress import progress
+    from compress.api import export as exporting
+    from compress.config.pipeline import exporters
 
     found = exporting.export_to(out, exporters(to), bars=progress.Bars())
     if as_json:
@@ -240,7 +250,9 @@ def apply_delta(
     as_json: JsonOption = False,
 ) -> None:
     """Write the model that a base and a compressed delta make, as a plain folder for transformers."""
-    from compress import applying, progress, report
+    from compress import progress
+    from compress.api import apply_delta as applying
+    from compress.report import report
 
     found = applying.apply_delta(base, delta, out, overwrite=overwrite, bars=progress.Bars())
     text = f"{out}: {_verified(found)}; {report.said(found['delta'])}"
@@ -250,10 +262,10 @@ def apply_delta(
 @app.command()
 def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as_json: JsonOption = False) -> None:
     """List every stored weight: kind, bits, sparsity, error, bytes, and how its layer rounds its inputs."""
-    from compress import draw
     from compress.encodings import Spec
     from compress.export.packed import read_quantization
-    from compress.report import size
+    from compress.report import bars as draw
+    from compress.report.report import size
 
     config = read_quantization(out)
     try:
@@ -322,9 +334,9 @@ def list_methods() -> None:
     """List methods with their options, formats and ready-made pipelines."""
     from dataclasses import MISSING, fields
 
+    from compress.config.pipeline import FORMATS, PACKED, PRESETS
     from compress.passes import PASSES, Pass
     from compress.passes.quantize.activations import ActivationOptions
-    from compress.pipeline import FORMATS, PACKED
 
     every = [f.name for f in fields(Pass)]
     quantizers = [f.name for f in fields(ActivationOptions) if f.name not in every]
@@ -332,9 +344,7 @@ def list_methods() -> None:
         first = (pass_.__doc__ or "").strip().splitlines()[0]
         own = [f for f in fields(pass_) if f.name not in (*every, *quantizers) and f.default is not MISSING]
         print(f"{pass_.key:18}{first}\n{'':18}{', '.join(f'{f.name}={f.default}' for f in own)}")
-    ready = sorted(p.stem for p in (Path(__file__).parent.parent / "pipelines").glob("*.yaml"))
-    if ready:  # beside the package in a checkout
-        print(f"\npipelines/:       {', '.join(ready)}", end="")
+    print(f"\npipelines:        {', '.join(sorted(p.stem for p in PRESETS.glob('*.yaml')))}", end="")
     print(f"\nevery method:     {', '.join(every)}\nevery quantizer:  {', '.join(quantizers)}")
     print(f"export:           {', '.join((PACKED, *map(_signature, FORMATS.values())))}")
 
@@ -345,16 +355,6 @@ def _signature(exporter: Any) -> str:
 
     options = ", ".join(f"{f.name}={f.default}" for f in fields(exporter))
     return f"{exporter.key} ({options})" if options else str(exporter.key)
-
-
-TEMPLATE = """\
-# Run it:  compress run {name} demo -o out      Check it:  compress check {name} demo
-calibration: {{source: demo, samples: 128, length: 512}}   # or a .txt / .jsonl / .parquet file, or a data set id
-evaluate: {{source: demo, max_increase: 10%}}              # a gate: above it the run fails with exit code 3
-passes:                                                   # a list: order is execution order; see `compress list`
-  - gptq: {{scheme: w4g64}}
-export: [safetensors]
-"""
 
 
 @app.command()
@@ -369,10 +369,12 @@ def init(
     if not path.absolute().parent.is_dir():
         raise UsageError(f"no such folder: {path.parent}")
     if from_mergekit is None:
+        from compress.config.template import TEMPLATE
+
         path.write_text(TEMPLATE.format(name=path))
         print(path)
         return
-    from compress.mergekit import convert
+    from compress.config.mergekit import convert
 
     found = convert(from_mergekit)
     path.write_text(found.text.replace("PIPELINE", str(path), 1))
@@ -382,7 +384,7 @@ def init(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of pipeline files, for editors."""
-    from compress.schema import schema as make
+    from compress.config.schema import schema as make
 
     print(json.dumps(make(), indent=1))
 

@@ -21,7 +21,8 @@ from typing import Any
 from results import ROOT, replace
 
 import compress
-from compress.report import size
+from compress.config import pipeline as pipelines
+from compress.report.report import size
 
 RECORD = ROOT / "docs" / "exports.json"
 EVALUATED = {"source": "demo", "samples": 8, "length": 512, "after": "end"}
@@ -149,7 +150,7 @@ def measure(temporary: Path) -> list[dict[str, Any]]:
         out = made[key]
         difference, shipped = (None if "," in runtime else 0.0), None
         if to:
-            found = next(iter(compress.export_to(out, compress.pipeline.exporters([to])).values()))
+            found = next(iter(compress.export_to(out, pipelines.exporters([to])).values()))
             difference, shipped = found.get("max_logit_difference"), found.get("as_shipped")
         folder = out / to.partition(":")[0]
         kinds = ("*.safetensors", "*.onnx*", "*.gguf")

@@ -14,7 +14,7 @@ from typing import Any
 from results import ROOT, replace
 
 import compress
-from compress.report import size
+from compress.report.report import size
 
 RECORD = ROOT / "docs" / "recovery.json"
 DATA = {"calibration": {"samples": 256, "length": 512}, "evaluate": {"samples": 64, "length": 512}}

@@ -13,15 +13,16 @@ import tempfile
 from pathlib import Path
 
 import compress
-from compress.report import size
+from compress.report.report import size
 
 ROOT = Path(__file__).parent.parent
+PRESETS = ROOT / "compress" / "config" / "presets"
 RESULTS = ROOT / "docs" / "results.json"
 
 
 def run(name: str) -> list[dict[str, object]]:
     with tempfile.TemporaryDirectory() as folder:
-        report = compress.run(ROOT / "pipelines" / f"{name}.yaml", "demo", f"{folder}/out")
+        report = compress.run(name, "demo", f"{folder}/out")
         file = (Path(folder) / "out" / "compress.safetensors").stat().st_size
     return [{**vars(row), "file": file, "data": report.data} for row in report.rows]
 
@@ -33,7 +34,7 @@ def table(results: dict[str, list[dict[str, object]]], names: list[str]) -> str:
     ]
     first = results[names[0]][0]
     lines.append(line("the original", first))
-    lines += [line(f"[{name}](pipelines/{name}.yaml)", results[name][-1]) for name in names]
+    lines += [line(f"[{name}](compress/config/presets/{name}.yaml)", results[name][-1]) for name in names]
     d = first["data"]
     lines.append("")
     lines.append(
@@ -64,7 +65,7 @@ def main() -> None:
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     # A merge of the demo with itself, which stands for a user's models, has nothing to show.
-    names = sorted(p.stem for p in (ROOT / "pipelines").glob("*.yaml") if not p.stem.startswith("merge-"))
+    names = sorted(p.stem for p in PRESETS.glob("*.yaml") if not p.stem.startswith("merge-"))
     for name in args.only or names:
         results[name] = run(name)
         print(line(name, results[name][-1]), flush=True)
@@ -75,7 +76,7 @@ def main() -> None:
         method = page.stem
         rows = [n for n in names if any(method == r["name"] for r in results[n])]
         if rows:
-            replace(page, "measured", table(results, rows).replace("](pipelines/", "](../../pipelines/"))
+            replace(page, "measured", table(results, rows).replace("](compress/", "](../../compress/"))
 
 
 if __name__ == "__main__":

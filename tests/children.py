@@ -12,7 +12,7 @@ from commands import make_text_model, write_text
 
 # Children are forked from a server that has the imports done: real processes, quick to start.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["compress.cli", "compress.api", "transformers.models.llama.modeling_llama"])
+PROCESSES.set_forkserver_preload(["compress.cli", "compress.api.run", "transformers.models.llama.modeling_llama"])
 
 
 def prepare(folder: Path, pipeline: str, **changes: object) -> tuple[Path, Path]:
@@ -31,7 +31,9 @@ def child(folder: Path, model: str, kill_after: int) -> None:
     """The command line, which kills itself right after the n-th file has got its final name."""
     import torch
 
-    from compress import api, cli, ledger
+    from compress import cli
+    from compress.api import run as api
+    from compress.engine import ledger
 
     torch.set_num_threads(1)
     os.chdir(folder)

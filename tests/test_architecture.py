@@ -2,68 +2,52 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 import compress
 
 ROOT = Path(compress.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
+PASS_FILES = [file for file in FILES if "passes" in file.relative_to(ROOT).parts]
 MOST_LINES = 450
 MOST_LINES_OF_A_PASS = 250
 
-# Who may import what of this package: imports point one way. A folder or file that is not named here is not limited.
-ALLOWED = {
-    "encodings": {"encodings", "errors"},
-    "calibration": {"calibration", "encodings", "errors", "demo"},
-    "passes": {"passes", "calibration", "encodings", "axes", "errors"},
-    "runtime": {"runtime", "encodings", "errors"},
-    "export": {
-        "export",
-        "runtime",
-        "artifact",
-        "sources",
-        "graph",
-        "hub",
-        "ledger",
-        "progress",
-        "encodings",
-        "evaluate",
-        "calibration",
-        "errors",
-    },
-    "demo": {"demo", "hub"},
-    "errors.py": set(),
-    "progress.py": set(),
-    "axes.py": set(),
-    "graph.py": {"axes", "errors"},
-    "traced.py": {"axes", "graph"},
-    "aligning.py": {"sources", "artifact", "passes", "residence", "sweep", "traced"},
-    "sources.py": {"errors"},
-    "artifact.py": {"sources", "graph", "encodings", "errors"},
-    "ledger.py": {"artifact", "encodings", "errors"},
-    "observe.py": {"passes", "graph", "encodings", "errors"},
-    "evaluate.py": {"calibration", "errors"},
-    "report.py": {"errors", "evaluate", "ledger"},
-    "draw.py": {"passes"},
-    "shares.py": {"plan", "observe", "passes", "artifact", "graph", "progress"},
-    "typed.py": {"passes", "export", "errors"},
-    "pipeline.py": {"passes", "calibration", "export", "typed", "errors"},
-}
+# The rooms in their order: each may import only those above it. Nothing is exempt.
+ROOMS = (
+    "errors", "progress", "encodings", "io", "models", "checkpoint", "runtime", "demo", "calibration", "passes",
+    "export", "report", "config", "planning", "engine", "api", "cli",
+)  # fmt: skip
 FORBIDDEN_TO_PASSES = {"transformers", "os", "safetensors", "pathlib", "shutil", "random", "numpy"}
+FORBIDDEN_NAMES_IN_PASSES = {"cuda", "manual_seed", "seed", "open", "global"}
+HOOKS = {
+    "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_hook",
+    "register_module_forward_hook", "register_module_forward_pre_hook",
+}  # fmt: skip
+PICKLES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+UNSAFE_YAML = {"load", "unsafe_load", "full_load", "Loader", "UnsafeLoader", "FullLoader"}
 
 
 def name_of(file: Path) -> str:
     return str(file.relative_to(ROOT))
 
 
-each_file = pytest.mark.parametrize("file", FILES, ids=name_of)
-each_pass_file = pytest.mark.parametrize("file", sorted((ROOT / "passes").rglob("*.py")), ids=name_of)
+def room_of(module: str) -> str:
+    """`compress.passes.base` -> `passes`; the package itself, which re-exports, is the room of nothing."""
+    return module.split(".")[1] if "." in module else ""
 
 
+@cache
 def tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def module_of(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("compress", *(parts[:-1] if parts[-1] == "__init__" else parts)))
+
+
+MODULES = {module_of(file) for file in FILES}
 
 
 def imported(file: Path) -> Iterator[str]:
@@ -74,13 +58,11 @@ def imported(file: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name_of(file)}:{node.lineno}: imports are absolute here"
             assert node.module is not None
-            if node.module == "compress":
-                yield from (f"compress.{alias.name}" for alias in node.names)
-            else:
-                yield node.module
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in MODULES else node.module for name in inner)
 
 
-def calls(file: Path) -> Iterator[tuple[str, int]]:
+def names_used(file: Path) -> Iterator[tuple[str, int]]:
     """(attribute or name, line) of everything a file calls or reads."""
     for node in ast.walk(tree(file)):
         if isinstance(node, ast.Attribute):
@@ -89,76 +71,79 @@ def calls(file: Path) -> Iterator[tuple[str, int]]:
             yield node.id, node.lineno
 
 
-@pytest.mark.parametrize("part", ALLOWED)
-def test_imports_point_one_way(part: str) -> None:
-    files = [ROOT / part] if part.endswith(".py") else sorted((ROOT / part).rglob("*.py"))
-    assert files
-    for file in files:
-        if file == ROOT / "demo" / "speak.py":
-            continue  # a program of its own, at the very end of the chain
-        for module in imported(file):
-            if module.split(".")[0] == "compress":
-                used = module.split(".")[1]
-                assert used in ALLOWED[part], f"{name_of(file)} imports {module}"
+def test_every_file_lies_in_a_room() -> None:
+    assert {room_of(module_of(file)) for file in FILES} - {""} == set(ROOMS)
 
 
-@each_pass_file
-def test_a_pass_knows_no_file_and_no_model_library(file: Path) -> None:
-    assert not FORBIDDEN_TO_PASSES & {module.split(".")[0] for module in imported(file)}
+def test_a_room_imports_only_rooms_above_it() -> None:
+    wrong = []
+    for file in FILES:
+        room = room_of(module_of(file))
+        if room:
+            allowed = set(ROOMS[: ROOMS.index(room) + 1])
+            inner = (m for m in imported(file) if m.split(".")[0] == "compress")
+            wrong += [f"{name_of(file)} imports {m}" for m in inner if room_of(m) not in allowed]
+    assert not wrong
 
 
-@each_pass_file
-def test_a_pass_knows_no_device_and_no_global_random_state(file: Path) -> None:
-    forbidden = {"cuda", "manual_seed", "seed", "open", "global"}
-    assert not forbidden & {name for name, _ in calls(file)}
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    needs = {module_of(f): {m for m in imported(f) if m in MODULES and m != module_of(f)} for f in FILES}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path[path.index(module) :], module))
+        if module not in done:
+            for needed in sorted(needs[module]):
+                visit(needed, (*path, module))
+            done.add(module)
+
+    for module in sorted(needs):
+        visit(module, ())
+
+
+def test_a_pass_knows_no_file_no_model_library_no_device_and_no_global_random_state() -> None:
+    for file in PASS_FILES:
+        assert not FORBIDDEN_TO_PASSES & {m.split(".")[0] for m in imported(file)}, name_of(file)
+        found = [
+            f"{name_of(file)}:{line}: {name}" for name, line in names_used(file) if name in FORBIDDEN_NAMES_IN_PASSES
+        ]
+        assert not found
 
 
 def test_hooks_are_registered_in_one_file_only() -> None:
-    hooks = {"register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_hook"}
-    hooks |= {"register_module_forward_hook", "register_module_forward_pre_hook"}
-    found = {name_of(file) for file in FILES for name, _ in calls(file) if name in hooks}
+    found = {name_of(file) for file in FILES for name, _ in names_used(file) if name in HOOKS}
     assert found == {"calibration/collect.py"}
 
 
-@each_file
-def test_no_pickle_is_ever_loaded(file: Path) -> None:
-    assert not {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"} & {
-        module.split(".")[0] for module in imported(file)
-    }
-    for node in ast.walk(tree(file)):
-        if isinstance(node, ast.Attribute) and node.attr == "load" and isinstance(node.value, ast.Name):
-            assert node.value.id != "torch", f"{name_of(file)}:{node.lineno} calls torch.load"
-        if isinstance(node, ast.ImportFrom) and node.module == "torch":
-            assert "load" not in {alias.name for alias in node.names}
+def test_no_pickle_is_ever_loaded() -> None:
+    for file in FILES:
+        assert not PICKLES & {m.split(".")[0] for m in imported(file)}, name_of(file)
+        for node in ast.walk(tree(file)):
+            if isinstance(node, ast.Attribute) and node.attr == "load" and isinstance(node.value, ast.Name):
+                assert node.value.id != "torch", f"{name_of(file)}:{node.lineno} calls torch.load"
+            if isinstance(node, ast.ImportFrom) and node.module == "torch":
+                assert "load" not in {alias.name for alias in node.names}, f"{name_of(file)}:{node.lineno}"
 
 
-@each_file
-def test_code_of_a_model_folder_is_never_run(file: Path) -> None:
-    for node in ast.walk(tree(file)):
-        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
-            assert isinstance(node.value, ast.Constant)
-            assert node.value.value is False
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert node.func.id not in ("eval", "exec", "__import__")
+def test_code_of_a_model_folder_is_never_run() -> None:
+    for file in FILES:
+        for node in ast.walk(tree(file)):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert isinstance(node.value, ast.Constant), f"{name_of(file)}:{node.value.lineno}"
+                assert node.value.value is False, f"{name_of(file)}:{node.value.lineno}"
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("eval", "exec", "__import__"), f"{name_of(file)}:{node.lineno}"
 
 
-@each_file
-def test_yaml_is_read_safely(file: Path) -> None:
-    for node in ast.walk(tree(file)):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "yaml":
-            assert node.attr not in ("load", "unsafe_load", "full_load", "Loader", "UnsafeLoader", "FullLoader")
+def test_yaml_is_read_safely() -> None:
+    for file in FILES:
+        for node in ast.walk(tree(file)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "yaml":
+                assert node.attr not in UNSAFE_YAML, f"{name_of(file)}:{node.lineno}"
 
 
-@each_file
-def test_a_file_can_be_read_at_one_sitting(file: Path) -> None:
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
-
-
-@each_pass_file
-def test_a_pass_is_short(file: Path) -> None:
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= MOST_LINES_OF_A_PASS
-
-
-@each_file
-def test_a_file_says_what_it_is_for(file: Path) -> None:
-    assert ast.get_docstring(tree(file))
+def test_a_file_says_what_it_is_for_and_can_be_read_at_one_sitting() -> None:
+    for file in FILES:
+        assert ast.get_docstring(tree(file)), name_of(file)
+        most = MOST_LINES_OF_A_PASS if file in PASS_FILES else MOST_LINES
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= most, name_of(file)

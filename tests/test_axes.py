@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from compress import graph
-from compress.axes import KNOWN, Axis
+from compress.models import graph
+from compress.models.symmetry import KNOWN, Axis
 
 
 def tiny(kind: str, **options: object) -> PreTrainedModel:

@@ -24,9 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import compress
-from compress import api, ledger, manager, resources
+from compress.api import run as api
+from compress.checkpoint import packed_layout as exporter
+from compress.engine import ledger, manager
 from compress.errors import CompressError, ConfigError, DataError, UnsupportedModelError
-from compress.export import safetensors as exporter
+from compress.planning import resources
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -659,7 +661,8 @@ def test_the_gate_holds_in_python_too(tiny_llama: nn.Module) -> None:
 
 INTERRUPTED = """
 import os, signal, sys
-from compress import cli, ledger
+from compress import cli
+from compress.engine import ledger
 
 commit = ledger.FolderLedger.commit
 

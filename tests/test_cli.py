@@ -15,11 +15,15 @@ from rich.console import Console
 from torch import Tensor
 
 import compress
-from compress import cli, draw, manager, report, schema
+from compress import cli
+from compress.config import schema
+from compress.engine import manager
 from compress.errors import UsageError
 from compress.passes import PASSES
+from compress.report import bars as draw
+from compress.report import report
 
-SHIPPED = sorted((Path(__file__).parent.parent / "pipelines").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parent.parent / "compress" / "config" / "presets").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")

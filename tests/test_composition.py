@@ -7,10 +7,11 @@ from itertools import product
 import pytest
 from conftest import make_llama
 
-from compress import graph, plan
+from compress.config.pipeline import Calibration, Pipeline
 from compress.errors import ConfigError
+from compress.models import graph
 from compress.passes import PASSES, MergePass, Pass
-from compress.pipeline import Calibration, Pipeline
+from compress.planning import plan
 
 PRUNERS = {"magnitude", "global_magnitude", "wanda", "sparsegpt", "bip"}
 QUANTIZERS = {p.key for p in PASSES if p.__module__.startswith("compress.passes.quantize.")} - {"reorder"}

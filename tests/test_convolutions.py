@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import compress
 from compress import ConfigError, FlexRound, GlobalMagnitude, Gptq, Magnitude, Rtn, UnsupportedModelError
-from compress import graph as graphs
 from compress.calibration import collect, windows
 from compress.encodings import Spec, pack
+from compress.models import graph as graphs
 from compress.passes.base import Target
 from compress.passes.quantize.flexround import Division
 from compress.runtime.conv import PackedConv2d

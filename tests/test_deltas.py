@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import compress
-from compress import BitDelta, Compeft, api, merging
-from compress import graph as graphs
-from compress.artifact import Artifact
-from compress.deltas.file import Delta
-from compress.deltas.source import with_delta
+from compress import BitDelta, Compeft
+from compress.api import apply_delta
+from compress.api import run as api
+from compress.checkpoint.artifact import Artifact
+from compress.checkpoint.delta.file import Delta
+from compress.checkpoint.delta.source import with_delta
+from compress.checkpoint.sources import ModuleSource
+from compress.engine.merge import merger, merging
 from compress.errors import CheckpointError, ConfigError, NonFiniteError, UsageError
-from compress.sources import ModuleSource
+from compress.models import graph as graphs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -172,11 +175,11 @@ def test_tied_tensors_stay_tied_and_further_rows_are_the_bases(tmp_path: Path) -
 
 
 def test_cut_into_small_chunks_the_same_is_made(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merging, "PIECE", 1001)
+    monkeypatch.setattr(merger, "PIECE", 1001)
     for method in METHODS:
         compress.run({"passes": [entry(method, here / "a")]}, here / "base", tmp_path / method)
         assert same(loaded(tmp_path / method), loaded(here / method))
-    monkeypatch.setattr(merging, "PIECE", 700)
+    monkeypatch.setattr(merger, "PIECE", 700)
     for method in METHODS:
         pipeline = {"passes": [{"average": {"models": [str(tmp_path / method / "delta")], "weights": [0, 1]}}]}
         compress.run(pipeline, here / "base", tmp_path / f"{method}-read")
@@ -197,9 +200,9 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize("pass_", [Compeft, BitDelta])
 def test_scalars_and_empty_and_unchanged_tensors_come_back(pass_: Any, tmp_path: Path) -> None:
-    from compress.ledger import FolderLedger
+    from compress.engine.ledger import FolderLedger
+    from compress.engine.placement import Context
     from compress.progress import Bars
-    from compress.residence import Context
 
     base, tuned = Odd(), Odd()
     tuned.still.data.copy_(base.still.data)
@@ -327,7 +330,7 @@ def test_its_own_result_is_replaced_when_asked_and_kept_when_it_fails(
     assert compress_command(*arguments).code == 2
     before = files_of(tmp_path / "out")
     with monkeypatch.context() as patched:
-        patched.setattr(compress.applying, "copy_companions", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        patched.setattr(apply_delta, "copy_companions", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
         assert compress_command(*arguments, "--overwrite").code == 4
     assert files_of(tmp_path / "out") == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

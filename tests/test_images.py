@@ -43,11 +43,12 @@ from compress import (
     Row,
     Rtn,
 )
-from compress import graph as graphs
-from compress.api import open_model
+from compress.checkpoint.opening import open_model
+from compress.config import pipeline as pipelines
 from compress.encodings import Spec, pack
+from compress.models import graph as graphs
 from compress.passes import PASSES, DepthPass, MergePass, Pass
-from compress.report import caption, headings, markdown
+from compress.report.report import caption, headings, markdown
 from compress.runtime.conv import PackedConv2d
 from compress.runtime.packed import PackedModule
 from compress.runtime.register import replace_modules
@@ -329,7 +330,7 @@ def test_a_resnet_is_written_packed_and_loads_in_one_line_with_equal_logits(
     assert report.fallbacks == [] or "gptq" in passes[0]  # which says what inputs are always zero
     loaded = load(tmp_path / "out")
     assert sum(isinstance(m, PackedConv2d) for m in loaded.modules()) == (9 if len(passes) == 1 else 10)
-    pipeline = compress.pipeline.load({"passes": passes})
+    pipeline = pipelines.load({"passes": passes})
     result = compress.apply(load(resnet), pipeline.passes, images, evaluation=(images, labels))
     assert torch.equal(logits(loaded, images), logits(result.model, images))
     assert not torch.equal(logits(loaded, images), logits(load(resnet), images))
@@ -427,7 +428,7 @@ def test_residual_blocks_are_the_blocks_and_feed_one_another(resnet: Path) -> No
 def test_a_block_brings_no_more_into_memory_than_itself(
     resnet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from compress import sweep
+    from compress.engine import sweep
 
     most = 0
     graph = None

@@ -20,10 +20,12 @@ from transformers import AutoTokenizer, ResNetConfig, ResNetForImageClassificati
 import compress
 from compress import AdaMerging, Average, GreedySoup, Interpolate, TaskArithmetic, Ties
 from compress.calibration.data import Dataset
+from compress.config import pipeline as pipelines
+from compress.config.pipeline import parse
+from compress.engine import manager
 from compress.errors import ConfigError, DataError
-from compress.passes.merge.coefficients import Coefficients, judged, loss, sureness
+from compress.passes.merge.entropy import Coefficients, judged, loss, sureness
 from compress.passes.merge.models import Running
-from compress.pipeline import parse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,7 +114,7 @@ def test_the_best_of_all_combinations_is_chosen(tmp_path: Path) -> None:
 
 
 def test_by_negative_flips_the_fewest_of_those_that_are_not_worse_than_the_new_model() -> None:
-    from compress.passes.merge.choose import chosen
+    from compress.passes.merge.grid_search import chosen
 
     old, new = some(1)
     new = {name: 0.5 * value for name, value in old.items()}  # nearer to the goal, so better
@@ -151,7 +153,7 @@ def test_negative_flips_are_what_was_right_and_is_wrong_now(tmp_path: Path) -> N
 )
 def test_impossible_choices_are_refused(options: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        compress.pipeline.load({"passes": [{"task_arithmetic": {"models": ["a"], **options}}]})
+        pipelines.load({"passes": [{"task_arithmetic": {"models": ["a"], **options}}]})
 
 
 @pytest.mark.parametrize(
@@ -159,14 +161,14 @@ def test_impossible_choices_are_refused(options: dict[str, object], said: str) -
 )
 def test_only_numbers_that_a_merge_can_be_tried_with_are_chosen(merge: str, option: str) -> None:
     with pytest.raises(ConfigError, match=rf"choose\.{option}: is no number of {merge} that can be tried"):
-        compress.pipeline.load({"passes": [{merge: {"models": ["a"], "choose": {option: [1, 2]}}}]})
+        pipelines.load({"passes": [{merge: {"models": ["a"], "choose": {option: [1, 2]}}}]})
 
 
 def test_an_option_out_of_range_is_found_before_anything_is_tried() -> None:
     with pytest.raises(ConfigError, match=r"1\.5 is not between 0 and 1"):
-        compress.pipeline.load({"passes": [{"interpolate": {"models": ["a"], "choose": {"alpha": [0.5, 1.5]}}}]})
+        pipelines.load({"passes": [{"interpolate": {"models": ["a"], "choose": {"alpha": [0.5, 1.5]}}}]})
     with pytest.raises(ConfigError, match="changes nothing without choose"):
-        compress.pipeline.load({"passes": [{"interpolate": {"models": ["a"], "by": "negative_flips"}}]})
+        pipelines.load({"passes": [{"interpolate": {"models": ["a"], "by": "negative_flips"}}]})
 
 
 def test_choosing_needs_calibration_data(tmp_path: Path) -> None:
@@ -370,7 +372,7 @@ def test_a_changed_base_changes_what_is_said_of_the_others(tmp_path: Path, monke
         raise RuntimeError("stopped")
 
     with monkeypatch.context() as patched:
-        patched.setattr(compress.manager, "run_stage", stop)
+        patched.setattr(manager, "run_stage", stop)
         with pytest.raises(RuntimeError, match="stopped"):
             compress.run(pipeline, base, tmp_path / "out")
     changed = make_changed(tmp_path / "changed", base, 7, size=3e-2)
@@ -387,7 +389,7 @@ def test_the_table_has_a_column_for_every_source(tmp_path: Path) -> None:
         f"evaluate: {{source: {{words: {text}, again: {text}}}, samples: 2, length: 32}}\n"
         f"passes: [{{average: {{models: [{other}]}}}}]\n",
     )
-    assert parse(compress.pipeline.dump(parse(pipeline.read_text()))) == parse(pipeline.read_text())
+    assert parse(pipelines.dump(parse(pipeline.read_text()))) == parse(pipeline.read_text())
     ended = compress_command("run", pipeline, base, "-o", tmp_path / "out")
     assert ended.code == 0, ended.err
     assert "words" in ended.out

@@ -9,11 +9,11 @@ from commands import compress_command, make_changed
 from conftest import make_llama
 
 import compress
+from compress.config.mergekit import Converted, convert
+from compress.config.pipeline import parse
 from compress.errors import ConfigError
-from compress.mergekit import Converted, convert
 from compress.passes import Pass
-from compress.passes.merge.values import Matched
-from compress.pipeline import parse
+from compress.passes.merge.schedules import Matched
 
 
 def converted(tmp_path: Path, text: str) -> tuple[Converted, Pass]:

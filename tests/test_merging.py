@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import compress
-from compress import Average, TaskArithmetic, manager, merging
+from compress import Average, TaskArithmetic
+from compress.checkpoint.sources import FolderSource
+from compress.config.pipeline import parse
+from compress.engine import manager
+from compress.engine.merge import merger
 from compress.errors import ConfigError, MergeError, NonFiniteError
-from compress.pipeline import parse
-from compress.sources import FolderSource
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -395,7 +397,7 @@ def test_a_merge_alone_is_written_once_where_the_disk_has_links(
 def test_a_few_pieces_of_one_tensor_are_in_memory_whatever_the_models_size(
     tmp_path: Path, three: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merging, "PIECE", 1000)
+    monkeypatch.setattr(merger, "PIECE", 1000)
     alive: set[int] = set()
     numbers = itertools.count()
     most = 0

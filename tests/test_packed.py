@@ -23,8 +23,8 @@ from transformers import (
 
 import compress
 from compress import Gptq, Magnitude, Override, Rtn, SparseGpt, Wanda
+from compress.config.pipeline import Pipeline
 from compress.passes import Pass
-from compress.pipeline import Pipeline
 from compress.runtime.linear import PackedLinear
 
 FILE = "compress.safetensors"

@@ -9,12 +9,12 @@ import yaml
 from commands import compress_command, files_of, make_text_model, write_pipeline, write_text
 
 import compress
+from compress.config.pipeline import Calibration, Evaluation, Pipeline, dump, load, parse
+from compress.config.schema import schema
 from compress.errors import ConfigError, UsageError
 from compress.passes import PASSES, GlobalMagnitude, Gptq, Magnitude, Override, Rtn, SparseGpt, Wanda
-from compress.pipeline import Calibration, Evaluation, Pipeline, dump, load, parse
-from compress.schema import schema
 
-SHIPPED = sorted((Path(__file__).parent.parent / "pipelines").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parent.parent / "compress" / "config" / "presets").glob("*.yaml"))
 
 FULL = """\
 description: everything at once

@@ -7,13 +7,14 @@ import pytest
 from commands import make_changed
 
 import compress
-from compress import api, plan
+from compress.checkpoint import opening
+from compress.config.pipeline import dump, load, parse
 from compress.demo import MODEL_DIR
 from compress.passes import MergePass, Pass
-from compress.pipeline import dump, load, parse
+from compress.planning import plan
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted((ROOT / "pipelines").glob("*.yaml"))
+FILES = sorted((ROOT / "compress" / "config" / "presets").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_ready_made_pipeline_runs_on_the_demo_model_and_still_predicts(
 ) -> None:
     steps = load(file)
     assert parse(dump(steps)) == steps
-    opened = api.open_model("demo")
+    opened = opening.open_model("demo")
     made = plan.make(steps, opened.artifact.graph, opened.dtypes)
     small = replace(
         steps,

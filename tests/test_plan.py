@@ -11,12 +11,14 @@ from commands import compress_command, write_pipeline
 from torch import Tensor, nn
 
 import compress
-from compress import api, graph, plan
+from compress.checkpoint import opening
+from compress.checkpoint.sources import FolderSource
+from compress.config.pipeline import parse
 from compress.encodings import Spec
 from compress.errors import ConfigError
-from compress.pipeline import parse
-from compress.plan import Plan
-from compress.sources import FolderSource
+from compress.models import graph
+from compress.planning import plan
+from compress.planning.plan import Plan
 
 CALIBRATION = "calibration: {source: demo, samples: 2, length: 32}\n"
 
@@ -74,7 +76,7 @@ def test_check_and_plan_never_ask_for_a_value(
 
 
 def test_planning_leaves_no_parameter_in_memory(tiny_folder: Path) -> None:
-    assert all(p.is_meta for p in api.open_model(tiny_folder).artifact.graph.model.parameters())
+    assert all(p.is_meta for p in opening.open_model(tiny_folder).artifact.graph.model.parameters())
 
 
 # --- what a plan says -------------------------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ def test_the_size_estimate_is_within_two_percent_of_the_written_size(
     entries: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
     pipeline = parse(f"passes: [{entries}]")
-    opened = api.open_model(tiny_folder)
+    opened = opening.open_model(tiny_folder)
     expected = plan.make(pipeline, opened.artifact.graph, opened.dtypes)
     compress.run(pipeline, tiny_folder, tmp_path / "out")
     data = (tmp_path / "out" / "compress.safetensors").read_bytes()
@@ -151,7 +153,7 @@ Specs = dict[str, Spec]
 
 
 def planned_and_written(entries: str, model: Path, out: Path) -> tuple[Specs, Specs]:
-    pipeline, opened = parse(f"passes: [{entries}]"), api.open_model(model)
+    pipeline, opened = parse(f"passes: [{entries}]"), opening.open_model(model)
     expected = plan.make(pipeline, opened.artifact.graph, opened.dtypes).stages[-1][-1].specs
     compress.run(pipeline, model, out)
     modules = json.loads((out / "config.json").read_text())["quantization_config"]["modules"]

@@ -22,13 +22,15 @@ from transformers import (
 )
 
 import compress
-from compress import FlexRound, Gptq, Olive, Override, Rtn, api
+from compress import FlexRound, Gptq, Olive, Override, Rtn
+from compress.checkpoint import opening
+from compress.config import pipeline as pipelines
+from compress.config.pipeline import Pipeline
 from compress.encodings import InputForm, Inputs, Weight, fit_inputs, pack
 from compress.errors import ConfigError
 from compress.passes import PASSES, ModelPass, Pass
 from compress.passes.base import Block
 from compress.passes.quantize.activations import ActivationOptions
-from compress.pipeline import Pipeline
 from compress.runtime.conv import PackedConv2d
 from compress.runtime.packed import PackedModule
 
@@ -149,7 +151,7 @@ def test_a_run_that_was_cut_short_ends_with_the_same_files(
     ]
     files = ("compress.safetensors", "config.json")
     compress.run(steps(passes), tiny_folder, tmp_path / "whole", calibration=tokens)
-    from compress import ledger
+    from compress.engine import ledger
 
     publish = ledger.publish
     for allowed in (1, 2, 4):
@@ -401,10 +403,10 @@ def test_nothing_is_said_of_inputs_that_are_left_alone(tiny_folder: Path, tmp_pa
 
 
 def test_the_plan_knows_the_size_of_static_grids(tiny_folder: Path, tmp_path: Path, tokens: Tensor) -> None:
-    from compress import plan
+    from compress.planning import plan
 
-    opened = api.open_model(tiny_folder)
-    pipeline = replace(steps([Rtn(bits=8, **TENSOR)]), calibration=compress.pipeline.Calibration())
+    opened = opening.open_model(tiny_folder)
+    pipeline = replace(steps([Rtn(bits=8, **TENSOR)]), calibration=pipelines.Calibration())
     made = plan.make(
         replace(pipeline, calibration=replace(pipeline.calibration, length=32)), opened.artifact.graph, opened.dtypes
     )
@@ -413,8 +415,8 @@ def test_the_plan_knows_the_size_of_static_grids(tiny_folder: Path, tmp_path: Pa
 
 
 def test_a_later_weight_keeps_the_grid_that_an_earlier_pass_gave() -> None:
-    from compress.graph import Site
-    from compress.observe import observed
+    from compress.engine.validate import observed
+    from compress.models.graph import Site
     from compress.passes.base import Edit
 
     grid = Inputs(InputForm(bits=8))

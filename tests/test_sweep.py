@@ -13,19 +13,19 @@ from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, Gemma
 from wirings import WIDTH, Block, Model, SkipInside, SkipOutside
 
 import compress
-from compress import graph as graphs
-from compress import sweep
-from compress.api import open_model
 from compress.calibration import collect
 from compress.calibration.statistics import Need, Statistics
+from compress.checkpoint.opening import open_model
+from compress.checkpoint.sources import ModuleSource
+from compress.config.pipeline import load
 from compress.encodings import Uniform
+from compress.engine import sweep
+from compress.engine.ledger import MemoryLedger
 from compress.errors import NonFiniteError
-from compress.ledger import MemoryLedger
+from compress.models import graph as graphs
 from compress.passes import Gptq, LinearPass, Rtn, SparseGpt, Wanda
 from compress.passes.base import Edit, Target
-from compress.pipeline import load
 from compress.progress import Bars
-from compress.sources import ModuleSource
 
 # --- the plain way: the whole model, hooks on one block at a time -----------------------------------------------------
 
@@ -230,7 +230,7 @@ def test_calibration_in_several_batches_gives_the_numbers_of_one(
     tiny_llama: LlamaForCausalLM, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = compress.apply(tiny_llama, [Wanda()], calibration=tokens)
-    monkeypatch.setattr("compress.manager.TOKENS_AT_ONCE", 96)
+    monkeypatch.setattr("compress.engine.manager.TOKENS_AT_ONCE", 96)
     several = compress.apply(tiny_llama, [Wanda()], calibration=tokens)
     for name, weight in one.weights.items():
         assert float((weight.mask != several.weights[name].mask).float().mean()) < 0.005
@@ -240,7 +240,7 @@ def test_activations_in_a_mapped_file_give_the_numbers_of_those_in_memory(
     tiny_llama: LlamaForCausalLM, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = compress.apply(tiny_llama, [Gptq()], calibration=tokens)
-    monkeypatch.setattr("compress.activations.LARGEST_BUFFER", 0)
+    monkeypatch.setattr("compress.calibration.activation_cache.LARGEST_BUFFER", 0)
     mapped = compress.apply(tiny_llama, [Gptq()], calibration=tokens)
     assert all(torch.equal(w.encoding.codes, mapped.weights[n].encoding.codes) for n, w in one.weights.items())
 

@@ -13,9 +13,9 @@ from compress.calibration.training import Kept, Make, ModelData
 from compress.encodings import Uniform, fit
 from compress.passes.base import Block, Target, Whole
 from compress.passes.depth import DepthPass
+from compress.passes.interface import Depth, Distance
 from compress.passes.merge.base import MergePass, Piece
 from compress.passes.merge.models import Models, Running, T, Tried
-from compress.passes.target import Depth, Distance
 
 Values = dict[str, Tensor]
 

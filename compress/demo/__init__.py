@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from compress import hub
+from compress.models import hub, loading
 
 MODEL_DIR = hub.DEMO
 
@@ -18,4 +18,4 @@ def load() -> tuple[Any, Any]:
         >>> model.config.model_type
         'llama'
     """
-    return hub.load(MODEL_DIR), AutoTokenizer.from_pretrained(MODEL_DIR)
+    return loading.load(MODEL_DIR), AutoTokenizer.from_pretrained(MODEL_DIR)

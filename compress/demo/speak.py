@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from compress import hub
+from compress.models import loading
 
 PROMPTS = ("def read_csv(path, encoding='utf-8')\n\n", "class ConnectionPool\n\n")
 
@@ -14,7 +14,7 @@ PROMPTS = ("def read_csv(path, encoding='utf-8')\n\n", "class ConnectionPool\n\n
 def speak(folder: str, prompt: str, tokens: int = 80) -> str:
     """What a model in a folder, packed or not, writes after a prompt."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = hub.load(Path(folder))
+    model = loading.load(Path(folder))
     ids = tokenizer(tokenizer.eos_token + prompt, return_tensors="pt")["input_ids"]
     torch.manual_seed(0)
     out = model.generate(

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from compress.artifact import Artifact
+from compress.checkpoint.artifact import Artifact
 from compress.encodings import Spec
 from compress.errors import OptionError
-from compress.graph import Graph
+from compress.models.graph import Graph
 from compress.progress import Bars
 
 Logits = Callable[[Tensor], Tensor]  # token ids (rows, length), or images -> logits float32

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from compress.calibration.data import batches
+from compress.calibration.metrics import TOKENS_AT_ONCE, Reference, measure
 from compress.errors import CompressError
-from compress.evaluate import TOKENS_AT_ONCE, Reference, measure
 from compress.export.base import Logits
 
 NUMBERS = 1 << 24  # logits compared at most: 64 MB of each

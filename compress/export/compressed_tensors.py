@@ -21,16 +21,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from compress.checkpoint.sources import SINGLE
 from compress.encodings import Spec, Uniform, UniformForm
 from compress.encodings.bits import pack_bits, row_bytes
 from compress.export.base import Exporter, Logits, Made, refuse_added, refuse_missing
-from compress.export.files import Entry, compare_tensors, copy_companions, write_json, write_tensors
 from compress.export.hf import Dense, loaded, plain_config, refuse_rounded
 from compress.export.packed import specs_in
-from compress.graph import Graph
-from compress.ledger import writing
+from compress.io.atomic import write_json, writing
+from compress.io.safetensors_file import Entry, compare_tensors, write_tensors
+from compress.models.companions import copy_companions
+from compress.models.graph import Graph
 from compress.progress import Bars
-from compress.sources import SINGLE
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 MOST_BITS = 8

@@ -23,8 +23,9 @@ from compress.export.base import Exporter, Logits, Made, refuse_added, refuse_mi
 from compress.export.blocks import Blocks, misfit, to_blocks
 from compress.export.hf import Dense, refuse_rounded
 from compress.export.vocabulary import read_vocabulary
-from compress.graph import Graph, build, forward
-from compress.ledger import writing
+from compress.io.atomic import writing
+from compress.models.graph import Graph, forward
+from compress.models.loading import build
 from compress.progress import Bars
 
 FILE = "model.gguf"

@@ -9,16 +9,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from compress import hub
-from compress.artifact import Artifact
+from compress.checkpoint.artifact import Artifact
+from compress.checkpoint.packed_layout import spec_at
+from compress.checkpoint.sources import SINGLE
 from compress.encodings import Spec
 from compress.export.base import Exporter, Logits, Made, refuse_added
-from compress.export.files import Entry, compare_tensors, copy_companions, write_json, write_tensors
-from compress.export.safetensors import spec_at
-from compress.graph import Graph, Site, forward
-from compress.ledger import writing
+from compress.io.atomic import write_json, writing
+from compress.io.safetensors_file import Entry, compare_tensors, write_tensors
+from compress.models import loading
+from compress.models.companions import copy_companions
+from compress.models.graph import Graph, Site, forward
 from compress.progress import Bars
-from compress.sources import SINGLE
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def refuse_rounded(specs: Mapping[str, Spec]) -> Iterator[str]:
 
 def loaded(made: Made, folder: Path, dtype: torch.dtype | None = None) -> Logits:
     """A folder that transformers can read, in memory, in the type of the pipeline or another."""
-    model = hub.load(folder, dtype or made.dtype)
+    model = loading.load(folder, dtype or made.dtype)
     graph = replace(made.artifact.graph, model=model)
 
     def logits(inputs: Tensor) -> Tensor:

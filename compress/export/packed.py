@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
-from compress import graph as graphs
-from compress.artifact import Artifact, Packed
+from compress.checkpoint.artifact import Artifact, Packed
+from compress.checkpoint.sources import FolderSource
 from compress.encodings import Spec
+from compress.encodings.format import METHOD, WEIGHTS
 from compress.errors import UsageError
 from compress.export.base import Made
-from compress.runtime.register import METHOD, WEIGHTS, CompressConfig, add_biases
-from compress.sources import FolderSource
+from compress.models import graph as graphs
+from compress.models import loading
+from compress.runtime.register import CompressConfig, add_biases
 
 
 def read_quantization(folder: Path) -> dict[str, Any]:
@@ -42,8 +44,8 @@ def open_packed(folder: Path, dtype: torch.dtype | None = None) -> Made:
         CheckpointError: a damaged file.
     """
     section = CompressConfig(**read_quantization(folder))
-    config = graphs.read_config(folder)
-    model = graphs.build(config)
+    config = loading.read_config(folder)
+    model = loading.build(config)
     add_biases(model, section.added_biases)
     graph = graphs.find(model)
     source = FolderSource(folder, WEIGHTS)

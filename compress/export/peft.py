@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from compress.artifact import Artifact
+from compress.checkpoint.artifact import Artifact
 from compress.encodings import LowRankForm, Spec
 from compress.errors import CompressError
 from compress.export.base import Exporter, Made, refuse_added
-from compress.export.files import Entry, compare_tensors, write_json, write_tensors
 from compress.export.hf import Dense, Hf, refuse_rounded, verify_dense, write_dense
-from compress.graph import Graph, Site
-from compress.ledger import writing
+from compress.io.atomic import write_json, writing
+from compress.io.safetensors_file import Entry, compare_tensors, write_tensors
+from compress.models.graph import Graph, Site
 from compress.progress import Bars
 
 ADAPTER, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base"

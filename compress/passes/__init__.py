@@ -8,9 +8,9 @@ from compress.passes.merge.adamerging import AdaMerging
 from compress.passes.merge.average import Average
 from compress.passes.merge.base import MergePass
 from compress.passes.merge.bitdelta import BitDelta
-from compress.passes.merge.coded import DeltaPass
 from compress.passes.merge.compeft import Compeft
 from compress.passes.merge.dare import Dare
+from compress.passes.merge.delta_pass import DeltaPass
 from compress.passes.merge.greedy_soup import GreedySoup
 from compress.passes.merge.interpolate import Interpolate
 from compress.passes.merge.pcb import Pcb

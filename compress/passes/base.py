@@ -13,8 +13,8 @@ from compress.calibration.statistics import Need
 from compress.calibration.training import Loss
 from compress.encodings import FACTORED, Form, InputForm, LowRankForm
 from compress.errors import OptionError
+from compress.passes.interface import Block, Edit, Target, Whole
 from compress.passes.names import Override
-from compress.passes.target import Block, Edit, Target, Whole
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from compress.passes.base import Pass
-from compress.passes.target import Depth
+from compress.passes.interface import Depth
 
 
 @dataclass(frozen=True, kw_only=True)

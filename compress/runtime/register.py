@@ -15,13 +15,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.encodings import Spec
+from compress.encodings.format import METHOD, WEIGHTS
+from compress.io.heap import align
 from compress.runtime.conv import PackedConv2d
 from compress.runtime.linear import PackedLinear
 from compress.runtime.packed import PackedModule
-
-METHOD = "compress"
-WEIGHTS = "compress.safetensors"
-ALIGNMENT = 64  # bytes, of every tensor that torch allocates
 
 
 class CompressConfig(QuantizationConfigMixin):
@@ -100,17 +98,6 @@ def add_biases(model: nn.Module, names: list[str]) -> None:
         rows = weight.shape[0] if isinstance(module, nn.Linear | nn.Conv2d) else weight.shape[1]
         bias = torch.empty(rows, dtype=weight.dtype, device=weight.device)
         module.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
-
-
-def align(model: nn.Module) -> None:
-    """Weights of an image model lie as the file has them; convolutions then sum up in another order.
-
-    A language model's products do not, and its embedding may stay in the mapped file.
-    """
-    if getattr(model, "main_input_name", "") == "pixel_values":
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
-                tensor.data = tensor.data.clone()
 
 
 def replace_modules(model: nn.Module, specs: dict[str, Spec]) -> None:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 import compress
+from compress.config.pipeline import Pipeline, dump, parse
 from compress.encodings import Weight
-from compress.graph import Site
-from compress.observe import observed
+from compress.engine.validate import observed
+from compress.models.graph import Site
 from compress.passes import PASSES, BlockPass, DepthPass, LinearPass, MergePass, ModelPass, Override, Pass
 from compress.passes.base import Edit, Target
-from compress.passes.merge.values import Matched
-from compress.pipeline import Pipeline, dump, parse
+from compress.passes.merge.schedules import Matched
 
 SHAPES = {"a": (8, 48), "b": (6, 48), "c": (10, 32)}
 

@@ -35,11 +35,11 @@ from compress import (
     PowerQuant,
     Rtn,
     Wanda,
-    plan,
 )
-from compress import graph as graphs
+from compress.config.pipeline import GIVEN, Calibration
+from compress.models import graph as graphs
 from compress.passes import Pass
-from compress.pipeline import GIVEN, Calibration
+from compress.planning import plan
 
 SIZES = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 LONGEST = {"max_position_embeddings": 64}

@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from written import data_for, logits, tensors, write
 
-from compress import Codebook, ConfigError, Eora, Gptq, LowRank, Magnitude, Olive, Override, PowerQuant, Rtn, plan
-from compress import graph as graphs
+from compress import Codebook, ConfigError, Eora, Gptq, LowRank, Magnitude, Olive, Override, PowerQuant, Rtn
+from compress.config.pipeline import parse
 from compress.errors import CompressError
 from compress.export import compressed_tensors
-from compress.hub import load
+from compress.models import graph as graphs
+from compress.models.loading import load
 from compress.passes import Pass
-from compress.pipeline import parse
+from compress.planning import plan
 
 library = pytest.importorskip("compressed_tensors")
 pytestmark = pytest.mark.usefixtures("one_thread")

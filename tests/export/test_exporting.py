@@ -10,9 +10,9 @@ from written import data_for, write
 
 import compress
 from compress import ConfigError, Eora, Hf, Onnx, Peft, Rtn, UsageError
+from compress.config.pipeline import dump, exporters, parse
 from compress.errors import CompressError
 from compress.export import EXPORTERS, hf
-from compress.pipeline import dump, exporters, parse
 
 
 @pytest.fixture(scope="module")

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedModel
 from written import data_for, logits, make_gpt2, write
 
-from compress import Codebook, ConfigError, Eora, Gptq, LowRank, Magnitude, Olive, PowerQuant, Rtn, plan
-from compress import graph as graphs
+from compress import Codebook, ConfigError, Eora, Gptq, LowRank, Magnitude, Olive, PowerQuant, Rtn
+from compress.config.pipeline import parse
 from compress.encodings import Codebooks, Uniform
 from compress.errors import CompressError
 from compress.export import gguf as exporter
 from compress.export.blocks import NON_LINEAR, to_blocks
-from compress.hub import load
+from compress.models import graph as graphs
+from compress.models.loading import load
 from compress.passes import Pass
-from compress.pipeline import parse
+from compress.planning import plan
 
 gguf = pytest.importorskip("gguf")
 pytestmark = pytest.mark.usefixtures("one_thread")

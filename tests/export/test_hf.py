@@ -15,7 +15,7 @@ import compress
 from compress import ConfigError, Eora, Gptq, Magnitude, Rtn
 from compress.errors import CompressError
 from compress.export import hf
-from compress.hub import load
+from compress.models.loading import load
 from compress.passes import Pass
 
 PASSES: list[Pass] = [Magnitude(sparsity=0.5), Rtn(bits=3), Eora(rank=2)]

@@ -12,18 +12,19 @@ from families import DECODERS, FAMILIES, RECIPES, ROUNDED, compressed, inputs_of
 from safetensors import safe_open
 
 import compress
-from compress import Codebook, Genai, Magnitude, Olive, Onnx, Perp, Pipeline, PowerQuant, Rtn, plan
-from compress import graph as graphs
+from compress import Codebook, Genai, Magnitude, Olive, Onnx, Perp, Pipeline, PowerQuant, Rtn
+from compress.api.export import refuse, write_all
 from compress.calibration.data import Dataset
+from compress.config.pipeline import parse
 from compress.errors import CompressError, ConfigError
 from compress.export.onnx import build, exporter, trace
 from compress.export.onnx.exporter import DATA, MODEL
 from compress.export.onnx.session import Runner, at_level, open_session
 from compress.export.packed import open_packed
-from compress.exporting import refuse, write_all
-from compress.hub import load
+from compress.models import graph as graphs
+from compress.models.loading import load
 from compress.passes import Pass
-from compress.pipeline import parse
+from compress.planning import plan
 from compress.progress import Bars
 
 TRACED: dict[tuple[object, ...], ir.Model] = {}

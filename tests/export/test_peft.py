@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from written import MODELS, data_for, logits, tensors, write
 
-from compress import ConfigError, Eora, Gptq, Magnitude, Override, Rtn, plan
-from compress import graph as graphs
+from compress import ConfigError, Eora, Gptq, Magnitude, Override, Rtn
+from compress.config.pipeline import parse
 from compress.errors import CompressError
-from compress.hub import load
+from compress.models import graph as graphs
+from compress.models.loading import load
 from compress.passes import Pass
 from compress.passes.compensate import eora
-from compress.pipeline import parse
+from compress.planning import plan
 
 BY_LAYER = Override("*.1.*", {"rank": 5})  # the second block of each
 PASSES: list[Pass] = [Magnitude(sparsity=0.5), Rtn(bits=3), Eora(rank=2, overrides=(BY_LAYER,))]

@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, ResNetCon
 
 import compress
 from compress import Pipeline, Report
+from compress.config.pipeline import FORMATS
 from compress.passes import Pass
-from compress.pipeline import FORMATS
 
 GPT2 = {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
 

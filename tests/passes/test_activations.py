@@ -10,11 +10,11 @@ import compress
 from compress.calibration import ranges
 from compress.calibration.ranges import Range
 from compress.calibration.statistics import Statistics
+from compress.config.pipeline import parse
 from compress.encodings import InputForm, Weight
 from compress.errors import ConfigError
 from compress.passes import PASSES, ModelPass, Override, Pass, Rtn
 from compress.passes.quantize.activations import ActivationOptions, attached
-from compress.pipeline import parse
 
 QUANTIZERS = [cls for cls in PASSES if cls().form((8, 8)) is not None]
 each_quantizer = pytest.mark.parametrize("cls", QUANTIZERS, ids=lambda cls: cls.key)

@@ -16,7 +16,7 @@ from compress import BitDelta
 from compress.calibration.training import Kept, Make
 from compress.passes.merge.base import Piece
 from compress.passes.merge.models import Models, Running
-from compress.passes.merge.scales import Distilled, distance, fit, signs_of
+from compress.passes.merge.sign_scales import Distilled, distance, fit, signs_of
 
 MATRICES = [f"blocks.{k}.mlp.weight" for k in range(3)]
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import compress
+from compress.config.pipeline import Pipeline
 from compress.encodings import LowRank
 from compress.errors import ConfigError
 from compress.passes import Eora, FlexRound, Gptq, Magnitude, Override, Pass, Rtn, SparseGpt, Wanda
 from compress.passes.base import Target
 from compress.passes.compensate.ranks import by_budget, by_energy, too_little
-from compress.pipeline import Pipeline
 
 ROWS, COLUMNS = 24, 40
 
@@ -64,7 +64,7 @@ def test_the_error_is_that_of_the_dropped_directions(rank: int, masked: bool) ->
 
 
 def test_with_factors_that_are_not_rounded_it_is_so_to_four_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compress.passes.whitening.stored", lambda t: t)
+    monkeypatch.setattr("compress.passes.solvers.whitening.stored", lambda t: t)
     target, x = problem()
     for rank in (1, 4, 12):
         found = output_error(target, correction(Eora(rank=rank, floor=1e-12), target), x)

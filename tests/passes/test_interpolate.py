@@ -6,7 +6,7 @@ import torch
 from textbook import fine_tunes
 
 from compress import Interpolate
-from compress.passes.merge.values import Matched
+from compress.passes.merge.schedules import Matched
 
 
 def test_the_ends_are_exactly_the_two_models() -> None:

@@ -32,11 +32,13 @@ from transformers import (
 )
 
 import compress
-from compress import Eora, FlexRound, Gptq, LayerDrop, Magnitude, Perp, Rtn, Wanda, api, plan
+from compress import Eora, FlexRound, Gptq, LayerDrop, Magnitude, Perp, Rtn, Wanda
+from compress.checkpoint import opening
+from compress.config.pipeline import parse
 from compress.errors import ConfigError, NonFiniteError, UnsupportedModelError
+from compress.passes.interface import Depth
 from compress.passes.prune.layer_drop import angular, influence
-from compress.passes.target import Depth
-from compress.pipeline import parse
+from compress.planning import plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -454,7 +456,7 @@ def test_the_plan_is_that_of_the_shorter_model(
 ) -> None:
     folder = saved(llama_maker(num_hidden_layers=4), tmp_path / "model")
     pipeline = parse(f"{CALIBRATION}passes: [{entries}]")
-    opened = api.open_model(folder)
+    opened = opening.open_model(folder)
     expected = plan.make(pipeline, opened.artifact.graph, opened.dtypes)
     assert sites in (0, len(expected.stages[-1][0].sites))
     compress.run(pipeline, folder, tmp_path / "out", calibration=tokens)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import compress
+from compress.config.pipeline import Pipeline
 from compress.encodings import LowRank as Factors
 from compress.errors import ConfigError
 from compress.passes import Eora, Gptq, LowRank, Magnitude, Override, Pass, Perp, PerpReconstruct, Rtn
 from compress.passes.base import Target
-from compress.passes.whitening import Seen
-from compress.pipeline import Pipeline
+from compress.passes.solvers.whitening import Seen
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS, COLUMNS = 24, 40

@@ -5,7 +5,7 @@ import torch
 from textbook import inputs, inverse_factor, sweep_columns, weight
 
 from compress.errors import SolveError
-from compress.passes.obs import Factor, compensate
+from compress.passes.solvers.obs import Factor, compensate
 
 COLUMNS = 72
 TILES = [(1, 1), (5, 1), (72, 1), (12, 4), (72, 4), (1, 4), (72, 72), (128, 72), (7, 72), (36, 12), (13, 12), (64, 24)]

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import compress
 from compress.calibration.training import Schedule
+from compress.engine.ledger import FolderLedger
 from compress.errors import ConfigError
-from compress.ledger import FolderLedger
 from compress.passes import Eora, Magnitude, Perp, PerpReconstruct, Rtn, Wanda
 from compress.passes.base import Target
 from compress.passes.retrain.adapters import Matrix

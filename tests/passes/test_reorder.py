@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import compress
-from compress.axes import Axis
+from compress.config.pipeline import Pipeline
 from compress.encodings import Codebooks, Weight, pack, spec_of, unpack
 from compress.errors import ConfigError
+from compress.models.symmetry import Axis
 from compress.passes import Codebook, Gptq, Jlcm, Magnitude, Override, Reorder, Rtn
 from compress.passes.base import Whole
 from compress.passes.quantize.grouping import even_runs, run_tables
 from compress.passes.quantize.reorder import sorted_by_group
-from compress.pipeline import Pipeline
 
 NEURONS = ("*.gate_proj", "*.up_proj", "*.down_proj")
 RUNS = tuple(Override(p, {"grouping": "runs"}) for p in ("*.gate_proj", "*.up_proj", "*.v_proj"))

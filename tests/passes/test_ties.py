@@ -9,7 +9,7 @@ from textbook import fine_tunes
 from torch import Tensor
 
 from compress import Ties
-from compress.passes.merge.order import kth_largest, limits
+from compress.passes.merge.trimming import kth_largest, limits
 
 
 def ties(models: list[dict[str, Tensor]], **options: object) -> dict[str, Tensor]:

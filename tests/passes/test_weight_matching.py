@@ -23,11 +23,13 @@ from transformers import (
 )
 
 import compress
-from compress import WeightMatching, graph, manager
-from compress.axes import KNOWN, Place, Units
+from compress import WeightMatching
+from compress.engine import manager
 from compress.errors import ConfigError
-from compress.passes.merge.matching import Order, align, arranged, assigned, coupled, match, moves
-from compress.traced import find_units
+from compress.models import graph
+from compress.models.symmetry import KNOWN, Place, Units
+from compress.models.tracing import find_units
+from compress.passes.merge.permutation import Order, align, arranged, assigned, coupled, match, moves
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

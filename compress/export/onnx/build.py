@@ -7,7 +7,7 @@ from functools import partial
 import onnx_ir as ir
 from onnxscript import optimizer
 
-from compress.artifact import Artifact, Packed
+from compress.checkpoint.artifact import Artifact, Packed
 from compress.encodings import Spec
 from compress.export.base import Made
 from compress.export.onnx import weights

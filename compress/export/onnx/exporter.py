@@ -10,13 +10,13 @@ import torch
 from compress.encodings import Spec
 from compress.errors import OptionError
 from compress.export.base import Exporter, Logits, Made, refuse_missing
-from compress.graph import Graph
+from compress.export.onnx.names import DATA, EXACT, MODEL
+from compress.models.graph import Graph
 from compress.progress import Bars
 
 if TYPE_CHECKING:
     from compress.export.onnx.products import Style
 
-MODEL, DATA, EXACT = "model.onnx", "model.onnx.data", "exact.onnx"
 TIGHT, LOOSE = 1e-4, 0.05
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 

@@ -7,9 +7,9 @@ import onnx_ir as ir
 from compress.errors import CompressError
 from compress.export.base import Made
 from compress.export.onnx.build import build, constants, parameters
-from compress.export.onnx.exporter import DATA, MODEL
+from compress.export.onnx.names import DATA, MODEL
 from compress.export.onnx.products import Style
-from compress.ledger import writing
+from compress.io.atomic import writing
 from compress.progress import Bars
 
 INLINE = 1024  # bytes of a constant that stands in the graph itself

@@ -10,13 +10,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from compress import hub
 from compress.encodings import Spec
 from compress.errors import CompressError
 from compress.export.base import Made, refuse_missing
-from compress.export.files import copy_companions, write_json
-from compress.export.onnx.exporter import DATA, MODEL, TIGHT, Onnx
-from compress.graph import Graph
+from compress.export.onnx.exporter import TIGHT, Onnx
+from compress.export.onnx.names import DATA, MODEL
+from compress.io.atomic import write_json
+from compress.models import loading
+from compress.models.companions import copy_companions
+from compress.models.graph import Graph
 from compress.progress import Bars
 
 CONFIG = "genai_config.json"
@@ -139,7 +141,7 @@ def same_tokens(made: Made, folder: Path, kernels: bool) -> int:
 def alike(made: Made, tokens: Tensor, one: int, other: int) -> bool:
     """Whether two tokens are so equally likely that rounding decides."""
     with torch.no_grad():
-        logits = hub.load(made.folder, torch.float32)(tokens.long()[None]).logits[0, -1]
+        logits = loading.load(made.folder, torch.float32)(tokens.long()[None]).logits[0, -1]
     return bool((logits[one] - logits[other]).abs() <= TIGHT * max(1.0, float(logits.abs().max())))
 
 
@@ -171,7 +173,7 @@ def generated(folder: Path, prompt: Tensor, count: int) -> list[int]:
 
 def expected(made: Made, prompt: Tensor, count: int) -> list[int]:
     """Tokens that transformers goes on with, from the packed folder."""
-    model = hub.load(made.folder, torch.float32)
+    model = loading.load(made.folder, torch.float32)
     with torch.no_grad():
         found = model.generate(
             prompt[None], attention_mask=torch.ones_like(prompt[None]), max_new_tokens=count, do_sample=False

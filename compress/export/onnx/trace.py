@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from compress.encodings import Spec
 from compress.errors import CompressError
-from compress.graph import Graph
+from compress.models.graph import Graph
 
 DOMAIN = "compress"  # of the placeholders; none is left in what is written
 LINEAR, WEIGHT, INPUT = "Linear", "Weight", "Input"

@@ -18,7 +18,7 @@ from compress.passes.base import Edit, LinearPass, OptionError, Override, Target
 from compress.passes.compensate.ranks import by_budget, by_energy, too_little
 from compress.passes.quantize.gptq import Gptq
 from compress.passes.quantize.gptq import solve as gptq
-from compress.passes.whitening import Seen
+from compress.passes.solvers.whitening import Seen
 
 A_GROUP = 64  # columns of a quantized A that share a scale, where that divides
 ADAPTER_BITS = (4, 8)

@@ -16,7 +16,7 @@ from compress.encodings import FACTORED, LowRankForm
 from compress.encodings import LowRank as Factors
 from compress.errors import SolveError
 from compress.passes.base import Block, BlockPass, Edit, LinearPass, OptionError, Pass, Target
-from compress.passes.whitening import Seen, stored
+from compress.passes.solvers.whitening import Seen, stored
 
 NEAR = 1e-3  # how far a product may be from its matrix, in the largest sum of a row, before it costs anything
 

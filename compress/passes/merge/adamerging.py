@@ -14,9 +14,9 @@ from torch import Tensor
 from compress.calibration.training import ModelData, Schedule, split, train
 from compress.errors import OptionError
 from compress.passes.merge.base import MergePass, Piece
-from compress.passes.merge.coefficients import Coefficients, judged, loss, sureness
+from compress.passes.merge.entropy import Coefficients, judged, loss, sureness
 from compress.passes.merge.models import Models
-from compress.passes.merge.order import Limit, Surveyed, kept_of, limits
+from compress.passes.merge.trimming import Limit, Surveyed, kept_of, limits
 
 LEAST_SPREAD = 0.5  # of the entropy of the mean prediction at the start: below it, predictions have collapsed
 

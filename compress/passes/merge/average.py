@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compress.errors import OptionError
 from compress.passes.merge.base import MergePass, Piece
-from compress.passes.merge.values import PerModel, numbers_in
+from compress.passes.merge.schedules import PerModel, numbers_in
 
 
 @dataclass(frozen=True, kw_only=True)

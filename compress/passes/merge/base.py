@@ -11,12 +11,12 @@ from typing import Any, ClassVar, Literal, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from compress.axes import Units
 from compress.errors import OptionError
+from compress.models.symmetry import Units
 from compress.passes.base import Pass
-from compress.passes.merge.matching import Alignment, Read
 from compress.passes.merge.models import Models
-from compress.passes.merge.values import PerModel, Value, count_of, numbers_in, patterns_in, value_at, values_at
+from compress.passes.merge.permutation import Alignment, Read
+from compress.passes.merge.schedules import PerModel, Value, count_of, numbers_in, patterns_in, value_at, values_at
 
 
 @dataclass(frozen=True)

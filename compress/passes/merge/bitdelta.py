@@ -12,9 +12,9 @@ from compress.calibration.training import ModelData, Schedule, train
 from compress.encodings.signs import Signs
 from compress.errors import OptionError
 from compress.passes.merge.base import MergePass, Piece, Pieces
-from compress.passes.merge.coded import DeltaPass
+from compress.passes.merge.delta_pass import DeltaPass
 from compress.passes.merge.models import Models
-from compress.passes.merge.scales import Distilled, Scales, distance, fit, signs_of
+from compress.passes.merge.sign_scales import Distilled, Scales, distance, fit, signs_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,10 @@ from torch import Tensor
 from compress.encodings.signs import Signs
 from compress.errors import NonFiniteError, OptionError
 from compress.passes.merge.base import Piece, Pieces
-from compress.passes.merge.coded import DeltaPass
-from compress.passes.merge.order import Limit, Scope, Surveyed, kept_of, limits
+from compress.passes.merge.delta_pass import DeltaPass
+from compress.passes.merge.schedules import PerModel, Value, values_at
 from compress.passes.merge.ties import magnitudes
-from compress.passes.merge.values import PerModel, Value, values_at
+from compress.passes.merge.trimming import Limit, Scope, Surveyed, kept_of, limits
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from compress.errors import OptionError
 from compress.passes.merge.base import MergePass, Piece, Pieces
-from compress.passes.merge.deltas import Combine, Tie, elected, summed
-from compress.passes.merge.values import PerModel, Value
+from compress.passes.merge.schedules import PerModel, Value
+from compress.passes.merge.task_vectors import Combine, Tie, elected, summed
 
 SMALL = 1e-7  # sums of magnitudes below it are not divided by
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compress.passes.merge.average import Average, mean
 from compress.passes.merge.base import MergePass, Piece
-from compress.passes.merge.choose import noted, score
+from compress.passes.merge.grid_search import noted, score
 from compress.passes.merge.models import Models
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compress.errors import OptionError
 from compress.passes.merge.base import MergePass, Piece
-from compress.passes.merge.values import Value
+from compress.passes.merge.schedules import Value
 
 
 @dataclass(frozen=True, kw_only=True)

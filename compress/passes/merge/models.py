@@ -3,15 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from compress.calibration.training import Kept, Make
-
-if TYPE_CHECKING:
-    from compress.passes.merge.base import MergePass
+from compress.passes.base import Pass
 
 T = TypeVar("T")
 
@@ -57,7 +55,7 @@ class Models(Protocol):
     def value(self, model: int, name: str) -> Tensor:
         """A whole tensor of one model, float32; not to be written to."""
 
-    def tried(self, pass_: "MergePass", found: Any = None) -> dict[str, Tried]:
+    def tried(self, pass_: Pass, found: Any = None) -> dict[str, Tried]:
         """Source -> how good the merge is, on the calibration data, that `pass_` makes, knowing `found`.
 
         Nothing is trained on; the same merge is not made twice, also when a run goes on after it was interrupted.

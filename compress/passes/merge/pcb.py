@@ -12,8 +12,8 @@ from torch import Tensor
 
 from compress.errors import OptionError
 from compress.passes.merge.base import MergePass, Piece, Pieces
-from compress.passes.merge.order import Scope, kept_of, kth_largest
-from compress.passes.merge.values import PerModel, Value, values_at
+from compress.passes.merge.schedules import PerModel, Value, values_at
+from compress.passes.merge.trimming import Scope, kept_of, kth_largest
 
 NOTHING = 1e-12  # a sum of scores that nothing is divided by
 

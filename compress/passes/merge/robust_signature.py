@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compress.errors import OptionError
 from compress.passes.merge.base import MergePass, Piece, Pieces
-from compress.passes.merge.values import PerModel, count_of, values_at
+from compress.passes.merge.schedules import PerModel, count_of, values_at
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compress.errors import OptionError
 from compress.passes.merge.base import MergePass, Piece, Pieces
-from compress.passes.merge.values import Value
+from compress.passes.merge.schedules import Value
 
 NEARLY_PARALLEL = 0.9995  # |cos| from which on the straight line is taken
 

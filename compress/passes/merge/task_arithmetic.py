@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from compress.passes.merge.base import MergePass, Piece
-from compress.passes.merge.deltas import Combine, summed
-from compress.passes.merge.values import PerModel, Value
+from compress.passes.merge.schedules import PerModel, Value
+from compress.passes.merge.task_vectors import Combine, summed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from compress.errors import OptionError
 from compress.passes.merge.base import MergePass, Piece, Pieces
-from compress.passes.merge.deltas import Combine, Tie, elected
-from compress.passes.merge.order import Limit, Scope, Surveyed, kept_of, limits
-from compress.passes.merge.values import PerModel, Value, values_at
+from compress.passes.merge.schedules import PerModel, Value, values_at
+from compress.passes.merge.task_vectors import Combine, Tie, elected
+from compress.passes.merge.trimming import Limit, Scope, Surveyed, kept_of, limits
 
 
 @dataclass(frozen=True, kw_only=True)

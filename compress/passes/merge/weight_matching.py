@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import torch
 
-from compress.axes import Units
 from compress.errors import OptionError
+from compress.models.symmetry import Units
 from compress.passes.merge.average import Average
-from compress.passes.merge.matching import Alignment, Read, align
+from compress.passes.merge.permutation import Alignment, Read, align
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class WeightMatching(Average):
     Example:
         >>> import torch
         >>> from compress import WeightMatching
-        >>> from compress.axes import Place, Units
+        >>> from compress.models.symmetry import Place, Units
         >>> ours = {"up": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "down": torch.tensor([[5.0, 6.0]])}
         >>> theirs = {"up": ours["up"].flip(0), "down": ours["down"].flip(1)}
         >>> both = torch.tensor([[0], [1]])

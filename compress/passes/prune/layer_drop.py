@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compress.passes.base import OptionError
 from compress.passes.depth import DepthPass
-from compress.passes.target import Depth
+from compress.passes.interface import Depth
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compress.calibration.precision import products
 from compress.errors import SolveError
-from compress.passes.obs import Factor, compensate
+from compress.passes.solvers.obs import Factor, compensate
 
 Update = Literal["none", "obs", "exact"]
 TILE = 128  # columns swept at once

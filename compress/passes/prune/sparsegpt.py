@@ -13,9 +13,9 @@ from torch import Tensor
 from compress.calibration.statistics import Need
 from compress.errors import SolveError
 from compress.passes.base import Edit, OptionError, Target
-from compress.passes.obs import Factor, compensate
 from compress.passes.prune.magnitude import Pruner
 from compress.passes.prune.selection import Sparsity, keep_pattern, keep_share, masked_out, pattern
+from compress.passes.solvers.obs import Factor, compensate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ from compress.encodings import Uniform, fit
 from compress.encodings.uniform import narrowest
 from compress.errors import SolveError
 from compress.passes.base import Edit, OptionError, Target
-from compress.passes.obs import Factor, compensate
 from compress.passes.quantize.grid import UniformPass
 from compress.passes.quantize.rtn import Rtn
+from compress.passes.solvers.obs import Factor, compensate
 
 
 @dataclass(frozen=True, kw_only=True)

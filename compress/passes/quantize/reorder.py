@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compress.axes import Axis
+from compress.models.symmetry import Axis
 from compress.passes.base import Edit, ModelPass, OptionError, Whole
 from compress.passes.quantize.grouping import group, quantiles
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compress.encodings import LowRank
 from compress.encodings.uniform import narrowest, rounded
-from compress.passes.target import Edit, Target
+from compress.passes.interface import Edit, Target
 
 NOISE = 0.02  # of the components of scale_lora that start out as nothing: what is alike stays alike for ever
 

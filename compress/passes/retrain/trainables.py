@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from compress.passes.interface import Edit
 from compress.passes.retrain.adapters import Matrix
-from compress.passes.target import Edit
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The functions of the package, one file each."""

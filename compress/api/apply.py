@@ -1,0 +1,133 @@
+"""Passes over a module in memory."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from compress import progress
+from compress.api import data as given
+from compress.calibration import collect
+from compress.calibration.precision import Products
+from compress.checkpoint.artifact import Artifact
+from compress.checkpoint.sources import ModuleSource
+from compress.config.pipeline import Calibration, Evaluation, Pipeline, mistakes
+from compress.encodings import Weight
+from compress.engine import manager
+from compress.engine.ledger import MemoryLedger
+from compress.engine.merge import merging
+from compress.engine.placement import Context
+from compress.errors import ConfigError
+from compress.models import graph as graphs
+from compress.passes import Pass
+from compress.planning import plan
+from compress.report.report import Report
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `apply` made.
+
+    Attributes:
+        model: the compressed module; its weights are the dequantized ones, and it rounds inputs that are quantized.
+        weights: site name -> what is stored: codes, mask, values.
+        report: sizes, errors and, with evaluation data, perplexity or accuracy after every pass.
+    """
+
+    model: nn.Module
+    weights: dict[str, Weight]
+    report: Report
+
+
+def apply(
+    model: nn.Module,
+    passes: Sequence[Pass | Sequence[Pass]],
+    calibration: given.Given | None = None,
+    *,
+    evaluation: given.Given | None = None,
+    max_increase: float | None = None,
+    max_drop: float | None = None,
+    seed: int = 0,
+    inplace: bool = False,
+    store_dtype: torch.dtype | None = None,
+    products: Products = "bfloat16",
+) -> Result:
+    """Run passes over a module in memory.
+
+    Args:
+        model: a transformers causal language model or image classifier, or any module with Linear or Conv2d layers.
+        passes: in order; a nested list is fused block by block, as `blockwise:` in a pipeline file.
+        calibration: (samples, length) int64 token ids for a language model, else inputs (samples, ...), or those and
+            (samples,) integer labels; from several sources, a mapping of their names to such data.
+        evaluation: (windows, length) token ids of a language model, to measure perplexity and KL after every pass; of
+            a classifier, its inputs and (samples,) integer labels, to measure accuracy and KL; from several sources, a
+            mapping of their names to such data.
+        max_increase: the gate: largest relative increase of perplexity.
+        max_drop: the gate of a classifier: largest fall of accuracy, 0.01 for one point.
+        seed: of every random choice.
+        inplace: change `model` itself instead of a copy.
+        store_dtype: the type that changed dense weights are kept in; None keeps each parameter's own. A model loaded in
+            float32 from a bfloat16 file gives the command line's numbers with torch.bfloat16.
+        products: how float32 matrices are multiplied while calibrating: `bfloat16` rounds the factors, `float32` does
+            not and is several times slower on processors that have both.
+
+    Returns:
+        The compressed module and what is stored of every weight.
+
+    Raises:
+        ConfigError: impossible options or orders.
+        DataError: calibration missing or of the wrong kind.
+        GateError: the gate was not met.
+
+    Example:
+        >>> import compress
+        >>> model, tokenizer = compress.demo.load()
+        >>> tokens = compress.load_tokens("demo", tokenizer, samples=8, length=128)
+        >>> result = compress.apply(model, [compress.Wanda(sparsity="2:4"), compress.Gptq(bits=4)], calibration=tokens)
+        >>> round(result.report.rows[-1].sparsity, 2)
+        0.5
+    """
+    stages = tuple(tuple(p) if isinstance(p, Sequence) else (p,) for p in passes)
+    model = (model if inplace else copy.deepcopy(model)).eval()
+    graph = graphs.find(model)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    data = manager.Data(
+        given.dataset(graph, "calibration", calibration, dtype), given.dataset(graph, "evaluation", evaluation, dtype)
+    )
+    gates = {"max_increase": max_increase, "max_drop": max_drop}
+    pipeline = Pipeline(
+        passes=stages,
+        calibration=given.described(Calibration, data.calibration, {}),
+        evaluate=given.described(Evaluation, data.evaluation, gates),
+        seed=seed,
+        products=products,
+    )
+    problems = mistakes(pipeline)
+    if problems:
+        raise ConfigError(problems, "apply")
+    source = _Stored(model, store_dtype)
+    artifact = Artifact(graph, source, dict(graph.tied))
+    dtypes = {name: tensor.dtype for name, tensor in graph.tensors()}
+    made = plan.make(pipeline, graph, dtypes)
+    merging.check(pipeline, artifact, "apply")
+    merging.check_data(pipeline, data.calibration, graph, "apply")
+    context = Context(artifact, MemoryLedger(), seed, dtype, products, resident=True, bars=progress.Bars())
+    measured = manager.execute(pipeline, made, context, data, type(model).__name__)
+    weights = {name: w for name, w in context.artifact.committed.items() if isinstance(w, Weight)}
+    for name, weight in weights.items():
+        if weight.inputs is not None:
+            collect.quantize_inputs(model.get_submodule(name), weight.inputs.apply)
+    return Result(model, weights, measured)
+
+
+class _Stored(ModuleSource):
+    """A module's values, with changed ones kept in a type of choice."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None):
+        super().__init__(module)
+        self._dtype = dtype
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtype or super().dtype(name)

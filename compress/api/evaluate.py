@@ -1,0 +1,87 @@
+"""`compress eval`: a finished model, whatever runs it, measured on data that is read by its tokenizer."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from compress.api import data as given
+from compress.calibration.metrics import Quality, Reference, evaluate, logits_in, measure
+from compress.config.pipeline import Evaluation
+from compress.errors import DataError, UsageError
+from compress.models import hub, loading
+
+Runtime = Literal["transformers", "onnxruntime"]
+
+
+def measured(
+    model: str, section: Evaluation, *, against: str | None = None, runtime: Runtime = "transformers", threads: int = 0
+) -> dict[str, Any]:
+    """Quality and size; of an ONNX file also its speed and the memory that loading it takes.
+
+    Args:
+        model: `demo`, a folder or a hub id; for onnxruntime a folder with one .onnx file, or that file.
+        section: the data.
+        against: the original, for the divergence.
+        runtime: what runs the model.
+        threads: of onnxruntime; 0 for its own choice.
+
+    Raises:
+        UsageError: no such model, or a runtime that is not installed.
+        DataError: nothing that can be read.
+    """
+    if runtime == "onnxruntime":
+        return _onnx(Path(model), section, against, threads)
+    folder = hub.resolve(model)
+    data = given.read(section, folder, "evaluation")
+    loaded = loading.load(folder)
+    original = loading.load(hub.resolve(against)) if against else None
+    quality = evaluate(loaded, given.matched(loaded, data), against=original)
+    weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    return {"model": model, **_facts(quality, section), "bytes": weights}
+
+
+def _onnx(path: Path, section: Evaluation, against: str | None, threads: int) -> dict[str, Any]:
+    from compress.export.onnx.measure import load
+
+    if not path.exists():
+        raise UsageError(f"no such file or folder: {path}; --runtime onnxruntime takes what `export: [onnx]` wrote")
+    folder = path if path.is_dir() else path.parent
+    tokenizer = folder if (folder / "tokenizer.json").is_file() else folder.parent
+    data = given.read(section, tokenizer, "evaluation")
+    inputs, labels = data.inputs, data.labels
+    opened = load(path, threads)
+    if (labels is None) != ("input_ids" in opened.runner.inputs):
+        wanted = "text" if "input_ids" in opened.runner.inputs else "images from a .safetensors file"
+        raise DataError(f"{section.source}: {path} takes {wanted}")
+    reference = None
+    if against is not None:
+        reference = Reference()
+        original = _logits(loading.load(hub.resolve(against), torch.float32), labels is None)
+        measure(original, inputs, labels=labels, reference=reference, keep=True)
+    quality = measure(opened.runner, inputs, labels=labels, reference=reference)
+    found = {"model": str(path), **_facts(quality, section), "bytes": opened.bytes, "load_memory": opened.memory}
+    if labels is None:
+        found["tokens_per_second"] = opened.tokens_per_second(int(inputs.max()) + 1)
+    return found
+
+
+def _logits(model: Any, tokens: bool) -> Callable[[Tensor], Tensor]:
+    if tokens:
+        return lambda batch: logits_in(model(input_ids=batch, use_cache=False)).float()
+    return lambda batch: logits_in(model(batch.float())).float()
+
+
+def _facts(quality: Quality, section: Evaluation) -> dict[str, Any]:
+    found: dict[str, Any] = {"kl": quality.kl, "kl_tokens": quality.kl_tokens, "source": section.source}
+    if quality.accuracy is not None:
+        return {"accuracy": quality.accuracy, "samples": quality.tokens, **found}
+    return {
+        "perplexity": quality.perplexity,
+        "tokens": quality.tokens,
+        "windows": section.samples,
+        "length": section.length,
+        **found,
+    }

@@ -1,0 +1,188 @@
+"""Exporters at work on a finished folder: each writes, reads back, and is run beside the packed model."""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from compress.api import data as given
+from compress.calibration.data import Dataset
+from compress.config.pipeline import GIVEN, Evaluation
+from compress.errors import ConfigError, DataError, Problem, UsageError
+from compress.export import Exporter, Made
+from compress.export.compared import Expect, Expected, some_tokens
+from compress.export.hf import loaded
+from compress.export.packed import added_in, open_packed, specs_in
+from compress.io.atomic import publish, write_text
+from compress.io.heap import give_back
+from compress.progress import Bars
+
+
+def export_to(
+    out: "str | Path", exporters: Sequence[Exporter], *, bars: Bars | None = None
+) -> dict[str, dict[str, Any]]:
+    """Write a finished folder's model in other containers, from the same codes; nothing is calibrated again.
+
+    Each is written beside its final name OUT/<key>, read back, run beside the packed model where it can be run here,
+    and renamed at the end; one that is there already is replaced. The result is also noted in OUT/report.json.
+
+    Args:
+        out: a folder that `run` wrote.
+        exporters: in order.
+        bars: progress; silent by default.
+
+    Returns:
+        For each exporter what was compared.
+
+    Raises:
+        ConfigError: a container that cannot hold this model; nothing is written.
+        UsageError: not a finished folder.
+        CompressError: what was written is not what was meant.
+
+    Example:
+        >>> import compress, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = compress.run({"passes": [{"rtn": {"bits": 4, "group_size": 64}}]}, "demo", f"{folder}/out")
+        ...     found = compress.export_to(f"{folder}/out", [compress.Hf()])
+        >>> found["hf"]["max_logit_difference"]
+        0.0
+    """
+    folder, bars = Path(out).absolute(), bars or Bars()
+    noted = _report(folder)
+    dtype, section = _pipeline(folder)
+    made = open_packed(folder, dtype)
+    refuse(made, exporters)
+    evaluated = _evaluated(made, section, bars)
+    found: dict[str, dict[str, Any]] = {}
+    for exporter in exporters:
+        final, partial = folder / exporter.key, folder / f"{exporter.key}.partial"
+        with _whole(partial), bars.shown():
+            found |= write_all(made, [exporter], folder, evaluated, bars, suffix=".partial")
+            if final.exists():
+                shutil.rmtree(final)
+            partial.rename(final)
+    write_text(folder / "report.json", json.dumps({**noted, "verified": noted["verified"] | found}, indent=1) + "\n")
+    return found
+
+
+def write_all(
+    made: Made, exporters: Sequence[Exporter], final: Path, evaluated: Dataset | None, bars: Bars, suffix: str = ""
+) -> dict[str, dict[str, Any]]:
+    """Write, read back and compare each in its folder in `made.folder`; returns what was found of each."""
+    expect = _expecting(made, evaluated)
+    found: dict[str, dict[str, Any]] = {}
+    for exporter in exporters:
+        folder = made.folder / f"{exporter.key}{suffix}"
+        exporter.write(made, folder, final / exporter.key, bars)
+        facts = exporter.verify(made, folder, bars)
+        tolerance = exporter.tolerance(specs_in(made))
+        if tolerance is not None and expect is not None:
+            facts |= compared(exporter, made, folder, expect, tolerance)
+        for written in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".onnx", ".data", ".gguf")):
+            publish(written, written)
+        found[exporter.key] = facts
+    return found
+
+
+def compared(exporter: Exporter, made: Made, folder: Path, expect: Expect, tolerance: float) -> dict[str, Any]:
+    """What an exported model computes, beside what the packed one does.
+
+    Raises:
+        CompressError: too far from it.
+    """
+    expected = expect(exporter.computes or made.dtype)
+    facts: dict[str, Any] = {}
+    runner = exporter.runner(made, folder)
+    if runner is not None:
+        facts = expected.compare(runner)
+        del runner  # before the same file is opened once more
+        give_back()
+        expected.hold(facts, tolerance, exporter.key)
+    shipped = exporter.shipped(made, folder)
+    if shipped is not None:
+        facts["as_shipped"] = expected.compare(shipped)
+    return facts
+
+
+def refuse(made: Made, exporters: Sequence[Exporter]) -> None:
+    """Refuse what cannot be exported, before anything is written.
+
+    Raises:
+        ConfigError: every reason at once.
+    """
+    specs, added = specs_in(made), added_in(made)
+    problems = [Problem(f"export.{e.key}.{m.option}", m.message) for e in exporters for m in e.mistakes()]
+    for exporter in exporters:
+        reasons = exporter.refusals(made.artifact.graph, specs, added)
+        problems += [Problem(f"export.{exporter.key}", reason) for reason in reasons]
+    if problems:
+        raise ConfigError(problems, str(made.folder))
+
+
+def _expecting(made: Made, evaluated: Dataset | None) -> Expect | None:
+    if evaluated is None:
+        return None
+    inputs, labels = evaluated.inputs, evaluated.labels
+
+    @cache
+    def expected(dtype: torch.dtype) -> Expected:
+        ready = inputs.to(dtype) if inputs.is_floating_point() else inputs
+        try:
+            return Expected.of(loaded(made, made.folder, dtype), ready, labels)
+        finally:
+            give_back()
+
+    return expected
+
+
+def _evaluated(made: Made, section: Evaluation | None, bars: Bars) -> Dataset | None:
+    """What the pipeline was evaluated on; else, of a language model, arbitrary tokens."""
+    graph = made.artifact.graph
+    if section is not None:
+        try:
+            return given.read(section, made.folder, "evaluation", bars.over)
+        except DataError:
+            pass  # a file that is no longer there, or data that was given from Python
+    if not graph.is_language_model:
+        return None
+    config: Any = graph.model.config
+    return Dataset(some_tokens(config.vocab_size, getattr(config, "max_position_embeddings", None) or 128))
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UsageError(f"no such folder: {folder}")
+    try:
+        noted: dict[str, Any] = json.loads((folder / "report.json").read_text())
+        noted["verified"]["tensors_equal"]
+        return noted
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{folder} is not a finished folder that compress wrote: {error}") from error
+
+
+def _pipeline(folder: Path) -> tuple[torch.dtype | None, Evaluation | None]:
+    """The type it computed in, and what it was evaluated on, if that can be read again."""
+    try:
+        written = yaml.safe_load((folder / "pipeline.yaml").read_text())
+        section = written.get("evaluate")
+        again = section is not None and section["source"] != GIVEN
+        dtype = None if written["dtype"] == "auto" else getattr(torch, written["dtype"])
+        return dtype, Evaluation(**section) if again else None
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{folder}/pipeline.yaml is not what a run wrote: {error}") from error
+
+
+@contextmanager
+def _whole(partial: Path) -> Iterator[None]:
+    """A half-written folder is removed."""
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,237 @@
+"""The two entry points: `run` for a pipeline file and a model on disk, `apply` for passes and a module in memory."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress import progress
+from compress.api import data as given
+from compress.api.export import write_all
+from compress.api.output_folder import refuse
+from compress.calibration.metrics import logits_in
+from compress.checkpoint import packed_layout
+from compress.checkpoint.artifact import Artifact
+from compress.checkpoint.delta.file import DELTA, Delta
+from compress.checkpoint.delta.source import with_delta
+from compress.checkpoint.opening import Opened, open_model
+from compress.config.pipeline import GATES, Calibration, Evaluation, Pipeline, dump, load
+from compress.encodings.format import WEIGHTS, version
+from compress.engine import manager
+from compress.engine import measure as meter
+from compress.engine.ledger import FolderLedger
+from compress.engine.merge import merging
+from compress.engine.placement import Context, MadeDelta, streamed
+from compress.errors import CompressError, NonFiniteError, UsageError
+from compress.export.packed import open_packed
+from compress.io.atomic import publish, write_text, writing
+from compress.io.keys import key_of
+from compress.io.safetensors_file import compare_tensors
+from compress.models import loading
+from compress.models.graph import forward
+from compress.passes import DeltaPass
+from compress.planning import plan, resources
+from compress.report import report
+from compress.report.report import Report
+
+LOGITS_TOLERANCE = 0.0  # packed and in-memory results multiply the same numbers in the same order
+
+
+def run(
+    pipeline: "str | Path | Mapping[str, Any] | Pipeline",
+    model: "str | Path",
+    out: "str | Path",
+    *,
+    calibration: given.Given | None = None,
+    evaluation: given.Given | None = None,
+    overwrite: bool = False,
+    fresh: bool = False,
+    bars: progress.Bars | None = None,
+) -> Report:
+    """Run a pipeline on a model on disk and write the compressed folder.
+
+    Killed at any moment, the same call continues and ends bit-identical. The unfinished state is kept in `OUT.work`.
+
+    Args:
+        pipeline: a YAML file, or a mapping of the same shape.
+        model: `demo`, a local folder or a hub id.
+        out: the folder to write; must not exist unless it is this very run's result.
+        calibration: (samples, length) token ids, or images, instead of the pipeline's source.
+        evaluation: the same, for measuring; of an image model, (images, labels).
+        overwrite: replace an existing `out`.
+        fresh: forget what an interrupted run had finished.
+        bars: progress; silent by default.
+
+    Returns:
+        The report, also written as OUT/report.json.
+
+    Raises:
+        UsageError: before any work, for everything that can be known then.
+        GateError, ResourceError, CompressError: while running.
+
+    Example:
+        >>> import compress, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = compress.run({"passes": [{"rtn": {"bits": 4, "group_size": 64}}]}, "demo", f"{folder}/out")
+        >>> report.rows[-1].name
+        'rtn'
+    """
+    steps = load(pipeline)
+    destination, bars = Path(out).absolute(), bars or progress.Bars()
+    work = destination.parent / f"{destination.name}.work"
+    opened = open_model(model)
+    refuse(destination, opened.folder, overwrite)
+    graph = opened.artifact.graph
+    data = manager.Data(
+        given.dataset(graph, "calibration", calibration, _dtype(steps, opened)),
+        given.dataset(graph, "evaluation", evaluation, _dtype(steps, opened)),
+    )
+    steps = _with_given(steps, data)
+    file = str(pipeline) if isinstance(pipeline, str | Path) else "pipeline"
+    made = plan.make(steps, graph, opened.dtypes, file)
+    merged = merging.check(steps, opened.artifact, file)
+    resolved = dump(steps)
+    with bars.shown():
+        data = _data(steps, opened, data, bars)
+    merging.check_data(steps, data.calibration, graph, file)
+    hashes = [meter.hash_of(each) for each in (data.calibration, data.evaluation)]
+    identity = key_of(opened.artifact.source.fingerprint(), resolved, hashes, *merged)
+    finished = _finished(destination, identity, steps)
+    if finished and not (overwrite or fresh):
+        shutil.rmtree(work, ignore_errors=True)
+        return finished
+    if destination.exists() and not overwrite:
+        raise UsageError(f"{out} exists and is not the result of this run; choose another -o, or give --overwrite")
+    if fresh:
+        shutil.rmtree(work, ignore_errors=True)
+    resources.check(made, destination)
+    _refuse_non_finite(opened.artifact)
+    dtype = _dtype(steps, opened)
+    context = Context(opened.artifact, FolderLedger(work), steps.seed, dtype, steps.products, resident=False, bars=bars)
+    with bars.shown():
+        measured = manager.execute(steps, made, context, data, str(model))
+        _export(context, opened, steps, measured, data, work / "out", destination, identity, resolved)
+    shutil.rmtree(work, ignore_errors=True)
+    return measured
+
+
+def _refuse_non_finite(artifact: Artifact) -> None:
+    """NaN or infinity in a tensor that no pass looks at: embeddings, norms, biases."""
+    sites = {s.parameter for s in artifact.graph.sites if s.block is not None}
+    for name, _ in artifact.graph.tensors():
+        if name not in sites:
+            value = artifact.source.read(artifact.name_in_source(name))
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise NonFiniteError(f"{name} holds NaN or infinity in the source; get a clean checkpoint")
+
+
+def _dtype(steps: Pipeline, opened: Opened) -> torch.dtype:
+    if steps.dtype != "auto":
+        chosen: torch.dtype = getattr(torch, steps.dtype)
+        return chosen
+    configured = getattr(opened.config, "dtype", None)
+    return configured if isinstance(configured, torch.dtype) else torch.float32
+
+
+def _with_given(steps: Pipeline, data: manager.Data) -> Pipeline:
+    calibration = given.described(Calibration, data.calibration, {})
+    kept = {name: getattr(steps.evaluate, name) for name in (*GATES, "after")} if steps.evaluate else {}
+    evaluation = given.described(Evaluation, data.evaluation, kept)
+    return replace(steps, calibration=calibration or steps.calibration, evaluate=evaluation or steps.evaluate)
+
+
+def _data(steps: Pipeline, opened: Opened, data: manager.Data, bars: progress.Bars) -> manager.Data:
+    """Read what the pipeline names; given data win."""
+    calibration, evaluation = data.calibration, data.evaluation
+    graph, dtype = opened.artifact.graph, _dtype(steps, opened)
+    needed = any(p.calibrated for stage in steps.passes for p in stage)
+    if calibration is None and needed and steps.calibration:
+        found = given.read(steps.calibration, opened.folder, "calibration", bars.over)
+        calibration = given.checked(graph, "calibration", found, dtype)
+    if evaluation is None and steps.evaluate:
+        found = given.read(steps.evaluate, opened.folder, "evaluation", bars.over)
+        evaluation = given.checked(graph, "evaluation", found, dtype)
+    return manager.Data(calibration if needed else None, evaluation)
+
+
+def _finished(destination: Path, identity: str, steps: Pipeline) -> Report | None:
+    """The report of a whole folder that this very run wrote earlier."""
+    try:
+        data = json.loads((destination / "report.json").read_text())
+        same = data["verified"]["run"] == identity
+        rows = [report.Row(**row) for row in data.pop("rows")]
+        needed = [WEIGHTS, "config.json", "pipeline.yaml"]
+        needed += [f"{exporter.key}/{file}" for exporter in steps.export for file in exporter.files]
+        needed += [f"delta/{DELTA}" for stage in steps.passes for pass_ in stage if isinstance(pass_, DeltaPass)]
+        whole = all((destination / name).is_file() for name in needed)
+        return Report(rows=rows, **data) if same and whole else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _export(
+    context: Context,
+    opened: Opened,
+    steps: Pipeline,
+    measured: Report,
+    data: manager.Data,
+    partial: Path,
+    destination: Path,
+    identity: str,
+    resolved: str,
+) -> None:
+    """Write beside the final name, read back, compare, then rename."""
+    shutil.rmtree(partial, ignore_errors=True)
+    config = json.loads((opened.folder / "config.json").read_text())
+    packed_layout.write(context.artifact, partial, config, opened.folder, version(), context.bars)
+    compared = packed_layout.verify(context.artifact, partial, context.bars)
+    measured.verified = {"run": identity, "tensors_equal": compared}
+    if data.evaluation is not None:
+        measured.verified["max_logit_difference"] = _logit_difference(context, partial, data.evaluation.inputs[:2])
+    if steps.export:
+        made = open_packed(partial, context.dtype)
+        measured.verified |= write_all(made, steps.export, destination, data.evaluation, context.bars)
+    if context.delta is not None:
+        measured.verified["delta"] = {"tensors_equal": _put_delta(context.delta, partial / "delta", context)}
+    write_text(partial / "pipeline.yaml", resolved)
+    write_text(partial / "report.json", measured.to_json())
+    write_text(partial / "README.md", report.card(measured, resolved, loading.loader(opened.config).__name__))
+    publish(partial / WEIGHTS, partial / WEIGHTS)
+    if destination.exists():
+        shutil.rmtree(destination)
+    partial.rename(destination)
+
+
+def _put_delta(made: MadeDelta, folder: Path, context: Context) -> int:
+    """Copy the delta into the result, open it there, and compare what it makes of the base with the merged checkpoint.
+
+    Returns:
+        How many tensors were compared.
+    """
+    folder.mkdir()
+    with writing(folder / DELTA):
+        shutil.copyfile(made.file, folder / DELTA)
+    model = with_delta(context.given, Delta.open(folder / DELTA))
+    layout, read = list(packed_layout.entries(model)), partial(packed_layout.stored_tensors, model)
+    compared = compare_tensors(layout, read, made.merged, context.bars, "delta")
+    publish(folder / DELTA, folder / DELTA)
+    return compared
+
+
+def _logit_difference(context: Context, folder: Path, inputs: Tensor) -> float:
+    """Largest difference of the packed model's logits from the in-memory result's; more than none is an error."""
+    loaded = loading.load(folder, context.dtype)
+    with torch.no_grad():
+        there = logits_in(forward(replace(context.graph, model=loaded), inputs))
+        with streamed(context):
+            here = logits_in(forward(context.graph, inputs))
+    difference = float((there - here).abs().max())
+    if not difference <= LOGITS_TOLERANCE:
+        raise CompressError(f"the written model's logits differ by {difference:.3g} from the in-memory result's")
+    return difference

@@ -1,0 +1,97 @@
+"""What calibration data looks like inside the model: the hidden states in front of the block that comes next."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from compress.calibration.collect import Call, alike
+from compress.calibration.reconstruct import Samples, Weights
+from compress.errors import UnsupportedModelError
+from compress.io.heap import give_back
+
+LARGEST_BUFFER = 1 << 30  # bytes of activations kept in memory; more is memory-mapped to a temporary file
+
+
+class Activations:
+    """The hidden states every calibration batch arrives with at the block that comes next, and how it is called."""
+
+    def __init__(self, arrivals: Iterable[tuple[Tensor, Call]], trim: bool):
+        """`trim`: give freed memory back after every batch."""
+        self.trim = trim
+        self.calls: list[Call] = []
+        self.hidden: list[Tensor] = []
+        self._mapped: set[int] = set()  # batches beyond LARGEST_BUFFER
+        self._own: dict[int, Tensor] = {}  # their buffers
+        self._calls_for: dict[int, Call] = {}
+        size = 0
+        for hidden, call in arrivals:
+            self.calls.append(call)
+            self.hidden.append(hidden)
+            size += hidden.nbytes
+            if size > LARGEST_BUFFER:
+                self._mapped.add(len(self.hidden) - 1)
+                self.keep(len(self.hidden) - 1, hidden)
+
+    def copy(self) -> "Activations":
+        """The same hidden states now, a chain of its own from here on."""
+        other = Activations((), self.trim)
+        other.calls, other.hidden, other._mapped = self.calls, list(self.hidden), self._mapped
+        for number in self._own:  # the other chain's buffer will be written to
+            other.keep(number, self.hidden[number])
+        return other
+
+    def forwards(self, block: nn.Module, weights: Weights | None = None) -> Iterator[Callable[[], Tensor]]:
+        """One call a batch that runs a block on what arrives; `weights` replace parameters of the block by name."""
+        for number, call in enumerate(self.calls):
+            yield partial(call.run, block, self.hidden[number], weights)
+            if self.trim:
+                give_back()
+
+    def keep(self, number: int, output: Tensor) -> None:
+        """Put a batch's hidden states in the place of what was there."""
+        # Only memory of our own is written to: what arrived may be the caller's tensor, or another block's argument.
+        buffer = self._own.get(number)
+        if buffer is not None and buffer.shape == output.shape and buffer.dtype == output.dtype:
+            buffer.copy_(output)
+        elif number in self._mapped:
+            self.hidden[number] = self._own[number] = _mapped(output)
+        else:
+            self.hidden[number] = output
+
+    def samples(self) -> Samples:
+        """All samples, whatever batch they are in."""
+        return Samples(self.hidden)
+
+    def call_for(self, count: int) -> Call:
+        """How the block is called with any `count` samples. Looked up once: every visit is called alike."""
+        if count not in self._calls_for:
+            self._calls_for[count] = self._call_for(count)
+        return self._calls_for[count]
+
+    def _call_for(self, count: int) -> Call:
+        """As `call_for`, compared with all calls.
+
+        Raises:
+            UnsupportedModelError: batches are called differently, so samples cannot be mixed.
+        """
+        first, size = self.calls[0], len(self.hidden[0])
+        for call, hidden in zip(self.calls, self.hidden, strict=True):
+            if not alike(first.resized(size, len(hidden)), call):  # the first too: its samples must be called alike
+                raise UnsupportedModelError(
+                    "the blocks get other arguments from batch to batch, so samples cannot be mixed to learn from "
+                    "them; use a method that does not learn by reconstruction, such as gptq"
+                )
+        return first.resized(size, count)
+
+
+def _mapped(hidden: Tensor) -> Tensor:
+    """The same values in an unnamed temporary file that the system may page out."""
+    with tempfile.NamedTemporaryFile() as file:
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a fault later
+            os.posix_fallocate(file.fileno(), 0, hidden.nbytes)
+        mapped = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
+    return mapped.view(hidden.shape).copy_(hidden)

@@ -1,0 +1,1 @@
+"""A fine-tuned model as the difference from its base."""

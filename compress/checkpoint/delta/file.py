@@ -1,0 +1,173 @@
+"""The file of a delta: safetensors, written one tensor at a time, opened only if it is whole and for this base.
+
+A tensor that is coded stands there as bytes, uint8; any other as it is in the fine-tune; one that is not there is the
+base's. The metadata say how it was coded, what base it belongs to, and the SHA-256 of everything behind the header.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from compress.checkpoint.artifact import Artifact
+from compress.checkpoint.delta.base import class_of, described, refuse_other
+from compress.checkpoint.delta.codings import CODINGS, Chunks
+from compress.checkpoint.sources import FolderSource
+from compress.errors import CheckpointError
+from compress.io.safetensors_file import NAMES, bytes_of
+from compress.models import hub
+from compress.progress import Bars
+
+DELTA = "delta.safetensors"
+FORMAT, VERSION = "compress-delta", "1"
+DIGEST = "0" * 64  # stands in for the digest until it is known
+OFFSET = 10**15  # no offset takes more digits
+
+
+def locate(model: str) -> Path:
+    """From what the user calls a model to the file of a delta (itself, in a folder or of a hub id), or to a folder.
+
+    Raises:
+        UsageError: there is nothing of that name.
+    """
+    path = Path(model)
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    folder = hub.resolve(model)
+    return folder / DELTA if (folder / DELTA).is_file() else folder
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A file that was found whole.
+
+    Attributes:
+        file: where it is.
+        source: its tensors as they are stored.
+        about: its metadata.
+    """
+
+    file: Path
+    source: FolderSource
+    about: Mapping[str, str]
+
+    @classmethod
+    def open(cls, file: Path) -> "Delta":
+        """Open a file, after reading it once.
+
+        Raises:
+            CheckpointError: truncated, damaged, or no delta.
+        """
+        source = FolderSource(file.parent, file.name)
+        with safe_open(file, "pt") as opened:
+            about = opened.metadata() or {}
+        if about.get("format") != FORMAT:
+            raise CheckpointError(f"{file} is no compressed delta; a merge with compeft or bitdelta writes one")
+        if about.get("version") != VERSION or about.get("coding") not in CODINGS:
+            raise CheckpointError(f"{file} was written by a newer version of compress; update to read it")
+        if about.get("sha256") != _digest(file):
+            raise CheckpointError(f"{file} is damaged: its content is not what was written; fetch it again")
+        return cls(file, source, about)
+
+    def refuse_other(self, base: Artifact, called: str) -> None:
+        """Refuse a base that it was not made for.
+
+        Raises:
+            UsageError: names what differs.
+        """
+        refuse_other(base, self.about["model"], json.loads(self.about["tensors"]), called)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.source.names()
+
+    def is_coded(self, name: str) -> bool:
+        """Whether a tensor stands there as signs, not as it is."""
+        return self.source.dtype(name) == torch.uint8
+
+    @property
+    def chunk_size(self) -> int:
+        """Elements."""
+        return int(self.about["chunk"])
+
+    def chunks(self, name: str) -> Chunks:
+        """A coded tensor's."""
+        coding = CODINGS[self.about["coding"]]
+        return coding(lambda start, stop: self.source.piece(name, start, stop), self.chunk_size)
+
+    def facts(self) -> dict[str, Any]:
+        """Its size, for a report."""
+        size, parameters = self.file.stat().st_size, int(self.about["parameters"])
+        return {
+            "bytes": size,
+            "bits_per_parameter": 8 * size / parameters,
+            "times_smaller": int(self.about["bytes"]) / size,
+        }
+
+
+def write(
+    file: Path,
+    base: Artifact,
+    names: Sequence[str],
+    payload: Callable[[str], Tensor],
+    *,
+    method: str,
+    coding: str,
+    chunk: int,
+    bars: Bars,
+) -> None:
+    """Write a delta.
+
+    Args:
+        file: to write.
+        base: what it belongs to.
+        names: the tensors it holds.
+        payload: of each what is stored: (B,) uint8 where it is coded, else its value; one in memory at a time.
+        method: that it was made by.
+        coding: a key of `CODINGS`.
+        chunk: elements of a chunk.
+        bars: progress.
+    """
+    sizes = [(base.source.shape(n), base.source.dtype(n)) for n in map(base.name_in_source, names)]
+    about = {
+        "format": FORMAT, "version": VERSION, "method": method, "coding": coding, "chunk": str(chunk),
+        "parameters": str(sum(torch.Size(shape).numel() for shape, _ in sizes)),
+        "bytes": str(sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in sizes)),
+        "model": class_of(base), "tensors": json.dumps(described(base), separators=(",", ":")), "sha256": DIGEST,
+    }  # fmt: skip
+    widest = {"dtype": "BF16", "shape": [OFFSET] * 4, "data_offsets": [OFFSET, OFFSET]}
+    room = len(_header(about, dict.fromkeys(names, widest)))  # how long what is stored will be is not known yet
+    room += -room % 8
+    entries: dict[str, Any] = {}
+    digest, position = hashlib.sha256(), 0
+    with file.open("wb") as out:
+        out.write(bytes(8 + room))
+        for name in bars.over(names, len(names), f"{method}: delta"):
+            value = payload(name)
+            data = bytes_of(value)
+            end = position + len(data)
+            entries[name] = {
+                "dtype": NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [position, end]
+            }  # fmt: skip
+            digest.update(data)
+            out.write(data)
+            position = end
+        out.seek(0)
+        out.write(room.to_bytes(8, "little"))
+        out.write(_header(about | {"sha256": digest.hexdigest()}, entries).ljust(room))
+
+
+def _header(about: Mapping[str, str], entries: Mapping[str, Any]) -> bytes:
+    return json.dumps({"__metadata__": about, **entries}, separators=(",", ":")).encode()
+
+
+def _digest(file: Path) -> str:
+    """Of everything behind the header."""
+    with file.open("rb") as opened:
+        opened.seek(8 + int.from_bytes(opened.read(8), "little"))
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,35 @@
+"""A model folder, matched with its structure."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.checkpoint.artifact import Artifact, open_folder
+from compress.models import graph as graphs
+from compress.models import hub, loading
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model folder, matched with its structure."""
+
+    folder: Path
+    config: Any
+    artifact: Artifact
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Parameter or buffer name -> stored type."""
+        a = self.artifact
+        return {n: a.source.dtype(a.name_in_source(n)) for n, _ in a.graph.tensors()}
+
+
+def open_model(model: "str | Path") -> Opened:
+    """Resolve, check and match a model; reads headers, no weight."""
+    folder = hub.resolve(model)
+    config = loading.read_config(folder)
+    hub.refuse_quantized(folder, config)
+    graph = graphs.find(loading.build(config))
+    return Opened(folder, config, open_folder(folder, graph))

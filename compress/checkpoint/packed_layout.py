@@ -1,0 +1,100 @@
+"""The Hugging Face folder: packed weights in one safetensors file, written and checked tensor by tensor."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.checkpoint.artifact import Artifact, Packed
+from compress.checkpoint.sources import WrittenSource
+from compress.encodings import Spec, pack, spec_of
+from compress.encodings.format import METHOD, WEIGHTS
+from compress.io.atomic import write_json, writing
+from compress.io.safetensors_file import Entry, compare_tensors, write_tensors
+from compress.models.companions import copy_companions
+from compress.progress import Bars
+
+
+def entries(artifact: Artifact) -> Iterator[tuple[str, list[Entry]]]:
+    """(tensor or site name, its stored tensors): parameters in the model's order, tied ones once, then buffers."""
+    for name, _ in artifact.graph.tensors():
+        site = artifact.made_site(name)
+        if name in artifact.graph.tied or (artifact.added(name) and name not in artifact.vectors):
+            continue
+        if site is not None:
+            spec = spec_at(artifact, site.name)
+            yield site.name, [(f"{site.name}.{leaf}", shape, dtype) for leaf, (shape, dtype) in spec.tensors().items()]
+        elif name in artifact.vectors:
+            size = spec_at(artifact, name).shape[1]
+            yield name, [(name, (size,), artifact.vector_dtype(name))]
+        else:
+            stored = artifact.name_in_source(name)
+            yield name, [(name, artifact.source.shape(stored), artifact.source.dtype(stored))]
+
+
+def spec_at(artifact: Artifact, name: str) -> Spec:
+    """The spec of a committed site or vector."""
+    done = artifact.committed.get(name) or artifact.vectors[name]
+    return done.spec if isinstance(done, Packed) else spec_of(done)
+
+
+def stored_bytes(artifact: Artifact) -> int:
+    """Bytes of all weights as they would be written now."""
+    return sum(
+        torch.Size(shape).numel() * dtype.itemsize for _, parts in entries(artifact) for _, shape, dtype in parts
+    )
+
+
+def write(
+    artifact: Artifact, folder: Path, config: dict[str, Any], source: Path | None, version: str, bars: Bars
+) -> None:
+    """Write weights, configuration and the source's tokenizer files into `folder`.
+
+    `config` is the source's; entries that passes changed take their place.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder / WEIGHTS):
+        _write_weights(artifact, folder / WEIGHTS, bars)
+    modules = {name: spec_at(artifact, name).to_json() for name in sorted(artifact.committed)}
+    section: dict[str, Any] = {"quant_method": METHOD, "version": version, "modules": modules}
+    added = sorted(name.removesuffix(".bias") for name in artifact.vectors if artifact.added(name))
+    if added:
+        section["added_biases"] = added
+    write_json({**config, **artifact.configured, "quantization_config": section}, folder / "config.json")
+    if source:
+        copy_companions(source, folder)
+
+
+def _write_weights(artifact: Artifact, file: Path, bars: Bars) -> None:
+    source = artifact.source
+    if isinstance(source, WrittenSource) and not (artifact.committed or artifact.vectors or artifact.configured):
+        try:  # nothing was changed since: the file gets another name instead of a copy
+            file.hardlink_to(source.file)
+            return
+        except OSError:
+            pass
+    write_tensors(list(entries(artifact)), partial(stored_tensors, artifact), file, bars, "weights")
+
+
+def stored_tensors(artifact: Artifact, owner: str) -> dict[str, Tensor]:
+    """The tensors of one entry, by full name."""
+    done = artifact.committed.get(owner)
+    if owner in artifact.vectors:
+        return {owner: artifact.tensor(owner)}
+    if done is None:
+        return {owner: artifact.source.read(artifact.name_in_source(owner))}
+    packed = done.tensors() if isinstance(done, Packed) else pack(done)[1]
+    return {f"{owner}.{leaf}": value for leaf, value in packed.items()}
+
+
+def verify(artifact: Artifact, folder: Path, bars: Bars) -> int:
+    """Re-open the written file and compare every tensor with what was meant; returns how many were compared.
+
+    Raises:
+        CompressError: a tensor differs.
+    """
+    layout = list(entries(artifact))
+    return compare_tensors(layout, partial(stored_tensors, artifact), folder / WEIGHTS, bars, "weights")

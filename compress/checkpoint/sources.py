@@ -1,0 +1,190 @@
+"""Where uncompressed values come from, never changed: a folder of safetensors, one file, or a module in memory."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from compress.errors import CheckpointError
+from compress.io.safetensors_file import data_offsets, read_header
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Source(Protocol):
+    """Where the uncompressed values come from."""
+
+    def names(self) -> Iterable[str]:
+        """Every tensor's name."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Its stored type."""
+
+    def read(self, name: str) -> Tensor:
+        """Its value, as a tensor of its own."""
+
+    def piece(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements of its value, flattened, as a tensor of its own."""
+
+    def fingerprint(self) -> str:
+        """Identifies the content."""
+
+
+class FolderSource:
+    """A folder as `save_pretrained` writes it, or one file of a folder, read one tensor at a time.
+
+    Raises:
+        CheckpointError: nothing to read, a truncated or corrupt file, an index that points outside its folder.
+    """
+
+    def __init__(self, folder: Path, name: str | None = None):
+        self.folder = folder
+        self._where: dict[str, Path] = {}
+        self._meta: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._begins: dict[Path, dict[str, int]] = {}
+        self._files = self._find_files() if name is None else [folder / name]
+        for file in self._files:
+            for tensor, meta in read_header(file).items():
+                if tensor in self._where:
+                    raise CheckpointError(f"{file}: tensor {tensor} also stands in {self._where[tensor].name}")
+                self._where[tensor] = file
+                self._meta[tensor] = meta
+
+    def _find_files(self) -> list[Path]:
+        index = self.folder / INDEX
+        if not index.is_file():
+            single = self.folder / SINGLE
+            if single.is_file():
+                return [single]
+            pickled = sorted(self.folder.glob("*.bin")) + sorted(self.folder.glob("*.pt"))
+            hint = f"; {pickled[0].name} is a pickle, which is never loaded: convert it first" if pickled else ""
+            raise CheckpointError(f"{self.folder}: no {SINGLE} and no {INDEX}{hint}")
+        try:
+            named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if not named or not all(isinstance(name, str) for name in named):
+                raise ValueError("weight_map must map tensor names to file names")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{index}: not a safetensors index: {error}") from error
+        for name in named:
+            if Path(name).name != name:
+                raise CheckpointError(f"{index}: names {name!r}, which is outside its folder; refused")
+            if not (self.folder / name).is_file():
+                raise CheckpointError(f"{index}: names {name}, which does not exist; download or copy it")
+        return [self.folder / name for name in named]
+
+    def names(self) -> Iterable[str]:
+        return self._where
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._meta[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._meta[name][1]
+
+    def read(self, name: str) -> Tensor:
+        # Opened for one tensor and closed: pages of the mapped file do not pile up in memory.
+        with safe_open(self._where[name], "pt") as file:
+            value: Tensor = file.get_tensor(name)
+            return value.clone()
+
+    def piece(self, name: str, start: int, stop: int) -> Tensor:
+        dtype, file = self._meta[name][1], self._where[name]
+        if file not in self._begins:
+            self._begins[file] = data_offsets(file)
+        found = torch.empty(stop - start, dtype=dtype)
+        # Read, not mapped: of a tensor of any size only the piece is in memory.
+        with file.open("rb") as opened:
+            opened.seek(self._begins[file][name] + start * dtype.itemsize)
+            raw: Any = found.view(torch.uint8).numpy()
+            if opened.readinto(memoryview(raw)) != raw.nbytes:
+                raise CheckpointError(f"{file} ended while it was read; fetch it again")
+        return found
+
+    def fingerprint(self) -> str:
+        """Of names, sizes, change times, headers and samples of the data: cheap, and different for a changed file."""
+        digest = hashlib.sha256()
+        for path in self._files:
+            stat = path.stat()
+            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            with path.open("rb") as file:
+                for start in range(0, stat.st_size, max(1, stat.st_size // 64)):
+                    file.seek(start)
+                    digest.update(file.read(4096))
+        config = self.folder / "config.json"
+        if config.is_file():  # the values of a module of its own class stand alone
+            digest.update(config.read_bytes())
+        return digest.hexdigest()
+
+
+class WrittenSource(FolderSource):
+    """One file that this run has written: names as in the model, tied ones once, in the order of a result."""
+
+    @property
+    def file(self) -> Path:
+        """Where it is."""
+        return self._files[0]
+
+
+class ModuleSource:
+    """The parameters and buffers of a module in memory."""
+
+    def __init__(self, module: nn.Module):
+        self._values = {**dict(module.named_buffers()), **dict(module.named_parameters())}
+
+    def names(self) -> Iterable[str]:
+        return self._values
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._values[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._values[name].dtype
+
+    def read(self, name: str) -> Tensor:
+        return self._values[name].detach().clone()
+
+    def piece(self, name: str, start: int, stop: int) -> Tensor:
+        return self._values[name].detach().flatten()[start:stop].clone()
+
+    def fingerprint(self) -> str:
+        return "in memory"
+
+
+class ChangedSource:
+    """Another source, some of whose values are others."""
+
+    def __init__(self, before: Source):
+        self.before = before
+
+    def names(self) -> Iterable[str]:
+        """Every tensor's name."""
+        return self.before.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape."""
+        return self.before.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Its stored type."""
+        return self.before.dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        """Its value, as a tensor of its own."""
+        return self.before.read(name)
+
+    def piece(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements of its value, flattened, as a tensor of its own."""
+        return self.before.piece(name, start, stop)
+
+    def fingerprint(self) -> str:
+        """Identifies the content."""
+        return self.before.fingerprint()

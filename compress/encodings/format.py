@@ -1,0 +1,15 @@
+"""Names and versions of what this package writes."""
+
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+
+METHOD = "compress"
+WEIGHTS = "compress.safetensors"
+
+
+def version() -> str:
+    """Of this package."""
+    try:
+        return installed_version("compress-pipeline")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,114 @@
+"""A block as a BlockPass may run it: with other weights, whole or in parts, on what arrives at it."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from compress.calibration import collect
+from compress.calibration.activation_cache import Activations
+from compress.calibration.precision import learning
+from compress.calibration.reconstruct import BlockData, Weights
+from compress.encodings import Weight
+from compress.engine.placement import Context, grids_of, present
+
+
+@dataclass(frozen=True)
+class View:
+    """A block of the model.
+
+    Attributes:
+        index: of the block.
+        chain: what arrives at it in the compressed model.
+        original: what arrives at it in the original model.
+        outputs: what the original block makes of that.
+    """
+
+    context: Context
+    index: int
+    chain: Activations
+    original: Activations
+    outputs: Activations
+
+    @property
+    def prefix(self) -> str:
+        """Of the names of everything in the block."""
+        name = self.context.graph.blocks[self.index]
+        return f"{name}." if name else ""
+
+    @property
+    def block(self) -> nn.Module:
+        """The module."""
+        return self.context.graph.model.get_submodule(self.context.graph.blocks[self.index])
+
+    def vectors(self) -> list[str]:
+        """Names of the block's biases and scales of norms."""
+        return [name for name in self.context.graph.vectors() if name.startswith(self.prefix)]
+
+    def original_values(self) -> dict[str, Tensor]:
+        """What the block's parameters were where passes may have changed them, by name in the block."""
+        artifact, dtype = self.context.artifact, self.context.dtype
+        plain = artifact.plain()
+        values = {s.parameter: s.value(artifact.original(s)) for s in self.context.graph.in_block(self.index)}
+        values |= {name: plain.tensor(name) for name in self.vectors() if name in artifact.vectors}
+        return {name.removeprefix(self.prefix): value.to(dtype) for name, value in values.items()}
+
+    def ready(self, learned: Collection[str], weights: Mapping[str, Weight]) -> AbstractContextManager[None]:
+        """While open, the block may be run to learn some of its sites; others are as in `weights`, or committed."""
+        # A weight is learned on inputs that are not rounded for it, and on those rounded for the layers before it.
+        others = (s for s in self.context.graph.in_block(self.index) if s.name not in learned)
+        return present(self.context, self.index, grids_of(self.context, others, weights))
+
+    def data(self, fixed: Weights) -> BlockData:
+        """`fixed`: weights of sites, and vectors, that other passes of the stage have changed already."""
+
+        def call(weights: Weights, hidden: Tensor, numbers: Tensor) -> Tensor:
+            with learning(self.context.products, hidden):
+                return self.chain.call_for(len(numbers)).run(self.block, hidden, self._values({**fixed, **weights}))
+
+        return BlockData(call, self.chain.samples(), self.original.samples(), self.outputs.samples())
+
+    def parts(self, learned: Callable[[], Weights], fixed: Weights) -> Iterator[tuple[tuple[str, ...], BlockData]]:
+        """The children of the block that hold sites: names of their sites and vectors, and how to run each.
+
+        A child is given what arrives at it in the block as it is by then; what should come out is what the original
+        child makes of that.
+        """
+        everything = (*(s.name for s in self.context.graph.in_block(self.index)), *self.vectors())
+        for child, module in self.block.named_children():
+            names = tuple(n for n in everything if f"{n}.".startswith(f"{self.prefix}{child}."))
+            if any(n in self.context.artifact.sites for n in names):
+                yield names, self._part(child, module, learned(), fixed)
+
+    def _part(self, child: str, module: nn.Module, learned: Weights, fixed: Weights) -> BlockData:
+        now = self._values({**fixed, **learned})
+        runs = self.chain.forwards(self.block, now)
+        inputs = Activations((collect.arrival(run, module) for run in runs), trim=not self.context.resident)
+        outputs = inputs.copy()
+        original = _under(child, self.original_values())
+        for number, made in enumerate(outputs.forwards(module, original)):
+            outputs.keep(number, made())
+
+        def call(weights: Weights, hidden: Tensor, numbers: Tensor) -> Tensor:
+            with learning(self.context.products, hidden):
+                own = _under(child, self._values({**fixed, **weights}))
+                return inputs.call_for(len(numbers)).run(module, hidden, own)
+
+        return BlockData(call, inputs.samples(), inputs.samples(), outputs.samples())
+
+    def _values(self, weights: Weights) -> dict[str, Tensor]:
+        """Values of sites and vectors by name in the block, as its modules take them."""
+        sites, made = self.context.artifact.sites, {}
+        for name, value in weights.items():
+            site = sites.get(name)
+            parameter = name if site is None else site.parameter
+            made[parameter.removeprefix(self.prefix)] = (value if site is None else site.value(value)).to(
+                self.context.dtype
+            )
+        return made
+
+
+def _under(child: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a child, by name in the child."""
+    return {n.removeprefix(f"{child}."): v for n, v in values.items() if n.startswith(f"{child}.")}

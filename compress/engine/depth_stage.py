@@ -1,0 +1,195 @@
+"""The stage that takes blocks out: how alike hidden states are before and behind them, and the model without them."""
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from compress.calibration import collect
+from compress.calibration.precision import products
+from compress.engine.placement import Context, make_room, present, streamed
+from compress.engine.sweep import chain_of
+from compress.errors import NonFiniteError, UnsupportedModelError
+from compress.io.keys import key_of
+from compress.models.graph import forward
+from compress.models.shorten import Shorter, without
+from compress.passes.depth import DepthPass
+from compress.passes.interface import Depth, Distance
+from compress.planning.depth import candidates
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What a stage took out.
+
+    Attributes:
+        key: of the stage.
+        blocks: that went, numbered as before the stage.
+        of: how many blocks there were.
+        distances: the measured ones by the name of the first block, one mapping a time they were asked for.
+        steps: the models on the way.
+    """
+
+    key: str
+    blocks: list[int]
+    of: int
+    distances: list[dict[str, float]]
+    steps: list[Shorter]
+
+    def name(self, old: str) -> str | None:
+        """What a module is called now; None when it is gone."""
+        now: str | None = old
+        for step in self.steps:
+            now = step.name(now) if now is not None else None
+        return now
+
+
+def drop(context: Context, number: int, pass_: DepthPass, batches: Sequence[Tensor], key: str) -> Dropped:
+    """Run one pass that takes blocks out of the model.
+
+    Raises:
+        UnsupportedModelError: too few blocks put out what they are given the shape of; or as `depth.without`.
+    """
+    graph = context.graph
+    may = set(candidates(graph, pass_))
+    places = list(range(len(graph.blocks)))  # of the blocks that are left, as they were numbered before the stage
+    key = key_of(key, number, pass_.key, pass_.options(), sorted(may))
+    found: list[dict[str, float]] = []
+    steps: list[Shorter] = []
+
+    def distances(count: int, distance: Distance, last: bool) -> dict[int, float]:
+        unit, keyed = f"s{number:02d}-distances-{len(found)}", key_of(key, places)
+        row = context.ledger.load_row(unit, keyed)
+        if row is None:
+            measured = _distances(context, batches, count, distance, last)
+            row = {str(i): d for i, d in measured.items() if may.issuperset(places[i : i + count])}
+            context.ledger.commit_row(unit, keyed, row)
+        if not row:
+            raise UnsupportedModelError(
+                f"no {count} block(s) of {type(graph.model).__name__} put out hidden states of the shape they are "
+                f"given, so {pass_.key} cannot take any out"
+            )
+        asked = {int(i): d for i, d in row.items()}
+        found.append({graph.blocks[places[i]]: d for i, d in asked.items()})
+        return asked
+
+    gone: list[int] = []
+    for chosen in pass_.run(Depth(distances)):
+        steps.append(_take_out(context, chosen))
+        gone += [places[i] for i in chosen]
+        places = [place for i, place in enumerate(places) if i not in chosen]
+    if len(gone) < pass_.blocks:
+        raise UnsupportedModelError(
+            f"only {len(gone)} blocks of {type(graph.model).__name__} put out hidden states of the shape they are "
+            f"given, and {pass_.key} should take out {pass_.blocks}"
+        )
+    return Dropped(key_of(key, gone), sorted(gone), len(graph.blocks), found, steps)
+
+
+def _take_out(context: Context, gone: Sequence[int]) -> Shorter:
+    """From now on the model is without these blocks; what was done to others goes by their new names."""
+    artifact = context.artifact
+    old = [name for name, _ in artifact.graph.model.named_parameters(remove_duplicate=False)]
+    made = without(artifact.graph, gone, in_place=context.resident)
+    names = made.moved({name: artifact.name_in_source(name) for name in (*old, *artifact.graph.buffers)})
+    context.artifact = replace(
+        artifact,
+        graph=made.graph,
+        renamed={name: stored for name, stored in names.items() if name != stored},
+        committed=made.moved(artifact.committed),
+        restated=made.moved(artifact.restated),
+        vectors=made.moved(artifact.vectors),
+        configured={**artifact.configured, **made.configured},
+    )
+    for name in context.artifact.vectors:
+        if context.artifact.added(name):
+            make_room(context, name)
+    return made
+
+
+def _distances(
+    context: Context, batches: Sequence[Tensor], count: int, distance: Distance, last: bool
+) -> dict[int, float]:
+    """Mean distance by the first block of each run of `count`; runs that put out another shape are left out."""
+    graph, bars = context.graph, context.bars
+    blocks = [graph.model.get_submodule(name) for name in graph.blocks]
+    columns = any(s.stored for s in graph.sites if s.block is not None)
+    last = last and graph.is_language_model
+    means = _Means(count, distance)
+
+    def states(hidden: Tensor) -> Tensor:
+        """(samples, positions, width), as they are now: a block may work in place."""
+        wide = hidden.movedim(1, -1) if columns and hidden.dim() == 4 else hidden
+        wide = wide.reshape(len(wide), -1, wide.shape[-1])
+        return (wide[:, -1:] if last else wide).double()
+
+    with torch.no_grad():
+        chain = chain_of(context, blocks, batches)
+        if chain is None:
+            with streamed(context), products(context.products):
+                for number, batch in enumerate(bars.over(batches, len(batches), "distances: batches")):
+                    run = partial(forward, graph, batch)
+                    enter = partial(means.enter, number, states)
+                    ran = collect.visits(run, blocks, enter, partial(means.leave, number, states))
+                    if ran != list(range(len(blocks))):
+                        raise UnsupportedModelError(
+                            f"the blocks of {type(graph.model).__name__} do not run once each and in order, so none "
+                            "can be taken out"
+                        )
+            return means.found()
+        for index in bars.over(range(len(blocks)), len(blocks), "distances: blocks"):
+            with products(context.products), present(context, index):
+                forwards = bars.over(chain.forwards(blocks[index]), len(batches), "distances: batches")
+                for number, made in enumerate(forwards):
+                    means.enter(number, states, index, chain.hidden[number])
+                    output = made()
+                    means.leave(number, states, index, output)
+                    chain.keep(number, output)
+    return means.found()
+
+
+States = Callable[[Tensor], Tensor]
+
+
+class _Means:
+    """Sums up distances; holds what the last `count - 1` blocks were given, of each batch."""
+
+    def __init__(self, count: int, distance: Distance):
+        self.count, self.distance = count, distance
+        self.sums: dict[int, float] = {}
+        self.positions: dict[int, int] = {}
+        self.given: dict[int, deque[Tensor]] = defaultdict(deque)
+
+    def enter(self, batch: int, states: States, index: int, hidden: Tensor) -> None:
+        """A block is given hidden states."""
+        self.given[batch].append(states(hidden))
+
+    def leave(self, batch: int, states: States, index: int, hidden: Tensor) -> None:
+        """A block puts out hidden states."""
+        first = index + 1 - self.count
+        if first < 0:
+            return
+        before, after = self.given[batch].popleft(), states(hidden)
+        if before.shape != after.shape:
+            return
+        found = self.distance(before, after)
+        self.sums[first] = self.sums.get(first, 0.0) + float(found.sum())
+        self.positions[first] = self.positions.get(first, 0) + found.numel()
+
+    def found(self) -> dict[int, float]:
+        """The means.
+
+        Raises:
+            NonFiniteError: hidden states are NaN or infinite.
+        """
+        bad = [first for first, total in self.sums.items() if not math.isfinite(total)]
+        if bad:
+            raise NonFiniteError(
+                f"the hidden states around block {bad[0]} are not finite on the calibration data; look for NaN "
+                "weights before it, or run with dtype: float32"
+            )
+        return {first: total / self.positions[first] for first, total in sorted(self.sums.items())}

@@ -1,0 +1,150 @@
+"""What every row of a report says: quality on every source, size, memory."""
+
+import hashlib
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.calibration.data import Dataset
+from compress.calibration.metrics import REFERENCE_NUMBERS, Quality, Reference, logits_in, measure, pooled
+from compress.checkpoint.artifact import Artifact
+from compress.checkpoint.packed_layout import spec_at, stored_bytes
+from compress.encodings import Spec
+from compress.engine.placement import Context, streamed
+from compress.io.keys import key_of
+from compress.models.graph import forward
+from compress.report.report import Row
+
+
+class Meter:
+    """Measures a model on every source of the evaluation data; knows the original for comparison."""
+
+    def __init__(self, context: Context, data: Dataset | None):
+        self.data = data
+        self.parts = data.split() if data else {}
+        self.plain = replace(context, artifact=context.artifact.plain())  # before any block is taken out
+        self.references: dict[str, Reference] = {}
+        self.kl_tokens = 0
+
+    def described(self, data: Dataset) -> dict[str, int]:
+        """What is measured on."""
+        if data.labels is not None:
+            return {"samples": len(data), "kl_tokens": self.kl_tokens}
+        windows, length = data.inputs.shape
+        return {"windows": windows, "length": length, "tokens": windows * (length - 1), "kl_tokens": self.kl_tokens}
+
+    def original(self) -> dict[str, Quality]:
+        """The original's quality on every source; remembers its predictions."""
+        self.references = {name: Reference(REFERENCE_NUMBERS // len(self.parts)) for name in self.parts}
+        return self._measure(self.plain, "evaluate original: batches", keep=True)
+
+    def of(self, context: Context) -> dict[str, Quality]:
+        """A model as it stands now, on every source."""
+        if not self.references:
+            self.original()
+        return self._measure(context, "evaluate: batches", keep=False)
+
+    def _measure(self, context: Context, label: str, keep: bool) -> dict[str, Quality]:
+        with streamed(context):
+            return {
+                name: measure(
+                    lambda batch: logits_in(forward(context.graph, batch)),
+                    part.inputs,
+                    labels=part.labels,
+                    reference=self.references[name],
+                    keep=keep,
+                    progress=lambda items, total: context.bars.over(items, total, label),
+                )
+                for name, part in self.parts.items()
+            }
+
+
+def measured(
+    context: Context, meter: Meter | None, unit: str, name: str, key: str, start: Row | None, seconds: float
+) -> Row:
+    """A row of the report: measured now, or found measured. Without `meter`, of its size only."""
+    key = key_of(key, "row", hash_of(meter.data) if meter else None)
+    found = context.ledger.load_row(unit, key)
+    if found is not None:
+        if meter:
+            meter.kl_tokens = found.pop("kl_tokens")
+        return Row(**found)
+    parts: Mapping[str, Quality] = {}
+    if meter and meter.parts:
+        parts = meter.original() if unit == "original" else meter.of(context)
+    whole = pooled(list(parts.values())) if parts else None
+    if meter:
+        meter.kl_tokens = whole.kl_tokens if whole else 0
+    bits, sparsity = density(context.artifact)
+    row = Row(
+        name=name,
+        **_facts(whole, asdict(start) if start else None),
+        bytes=stored_bytes(context.artifact), bits_per_weight=bits, sparsity=sparsity,
+        seconds=round(seconds, 2), peak_mb=round(peak_memory() / 1e6, 1),
+        sources={n: _facts(q, start.sources[n] if start else None) for n, q in parts.items() if n},
+    )  # fmt: skip
+    context.ledger.commit_row(unit, key, {**asdict(row), "kl_tokens": whole.kl_tokens if whole else 0})
+    return row
+
+
+def _facts(quality: Quality | None, start: Mapping[str, Any] | None) -> dict[str, float | None]:
+    names = ("perplexity", "accuracy", "kl", "negative_flips")
+    found = {name: getattr(quality, name) if quality else None for name in names}
+    return {**found, "change": change(start, found)}
+
+
+def change(start: Mapping[str, Any] | None, now: Mapping[str, Any]) -> float | None:
+    """Of accuracy the difference, of perplexity the relative one."""
+    if start is None:
+        return None
+    if start["accuracy"] is not None and now["accuracy"] is not None:
+        return float(now["accuracy"] - start["accuracy"])
+    return float(now["perplexity"] / start["perplexity"] - 1) if start["perplexity"] and now["perplexity"] else None
+
+
+def against(row: Row, parents: Sequence[Row]) -> dict[str, dict[str, float | None]]:
+    """Parent -> source -> change of a row from it; the source "" is all of them together."""
+
+    def of(each: Row) -> dict[str, Mapping[str, Any]]:
+        return {"": asdict(each), **each.sources}
+
+    now = of(row)
+    return {parent.name: {n: change(before, now[n]) for n, before in of(parent).items()} for parent in parents}
+
+
+def density(artifact: Artifact) -> tuple[float, float]:
+    """(stored bits a weight, share of zeros) over the matrices inside the blocks."""
+    bits = zeros = weights = 0
+    for site in artifact.graph.sites:
+        if site.block is None:
+            continue
+        count = site.shape[0] * site.shape[1]
+        spec: Spec | None = spec_at(artifact, site.name) if site.name in artifact.committed else None
+        weights += count
+        bits += 8 * spec.num_bytes if spec else 8 * count * artifact.store_dtype(site).itemsize
+        zeros += count - spec.kept if spec and spec.kept is not None else 0
+    return (bits / weights, zeros / weights) if weights else (0.0, 0.0)
+
+
+def hash_of(data: Dataset | None) -> str | None:
+    """SHA-256 of what is in a data set, and of what its sources are called."""
+    if data is None:
+        return None
+    tensors = [data.inputs] if data.labels is None else [data.inputs, data.labels]
+    return key_of(dict(data.parts), *((list(t.shape), _digest(t)) for t in tensors))
+
+
+def _digest(tensor: Tensor) -> str:
+    raw: Any = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(memoryview(raw)).hexdigest()
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,58 @@
+"""A delta from the codes of a merge, opened again and compared before it has its name."""
+
+import hashlib
+from itertools import chain, repeat
+from pathlib import Path
+
+from torch import Tensor
+
+from compress.checkpoint.delta.codings import CODINGS
+from compress.checkpoint.delta.file import Delta, write
+from compress.checkpoint.delta.source import with_delta
+from compress.engine.merge.merger import Learn, Merger
+from compress.errors import CompressError
+from compress.io.safetensors_file import bytes_of
+from compress.passes.merge.delta_pass import DeltaPass
+
+
+def make(merger: Merger, unit: str, key: str, learn: Learn) -> Delta | None:
+    """The delta of a merge, a file of the ledger; None where it keeps none.
+
+    Args:
+        merger: of a `DeltaPass`.
+        unit: what the file is called.
+        key: of everything that it depends on.
+        learn: the merge as it is done, and what its pass has learned; only asked where the file is not there.
+
+    Raises:
+        CompressError: what was written does not make the very bits that were merged.
+    """
+    pass_, names, bars = merger.pass_, merger.names(), merger.context.bars
+    assert isinstance(pass_, DeltaPass)
+    coding = CODINGS[pass_.coding]
+
+    def make_file(file: Path) -> None:
+        settled, learned = learn()
+        found = settled.found(learned)
+        meant: dict[str, bytes] = {}
+
+        def payload(name: str) -> Tensor:
+            by = settled.prepared(name, found)
+            assert isinstance(by.pass_, DeltaPass)
+            value = settled.merged(name, by)
+            meant[name] = _digest(value)
+            codes = map(by.pass_.code, by.pieces(), repeat(by.facts))
+            first = next(codes, None)
+            return value if first is None else coding.pack(code for code in chain([first], codes) if code is not None)
+
+        write(file, merger.base, names, payload, method=pass_.key, coding=pass_.coding, chunk=merger.piece, bars=bars)
+        made = with_delta(merger.base, Delta.open(file))
+        for name in bars.over(names, len(names), f"{pass_.key}: compare the delta"):
+            if _digest(made.tensor(name)) != meant[name]:
+                raise CompressError(f"{name} of the compressed delta reads back differently; the disk may be failing")
+
+    return merger.context.ledger.open_file(unit, key, make_file, Delta.open)
+
+
+def _digest(value: Tensor) -> bytes:
+    return hashlib.sha256(bytes_of(value)).digest()

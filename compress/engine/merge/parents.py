@@ -1,0 +1,96 @@
+"""The models that are merged with the one a pipeline is run on: opened, and compared with it before any work."""
+
+from transformers import PreTrainedModel
+
+from compress.checkpoint.artifact import Artifact, open_folder
+from compress.checkpoint.delta.file import Delta, locate
+from compress.checkpoint.delta.source import with_delta
+from compress.checkpoint.sources import FolderSource
+from compress.errors import UsageError
+from compress.models import graph as graphs
+from compress.models import hub, loading
+from compress.models.graph import Graph
+from compress.passes.merge.base import MergePass
+
+
+def open_parent(model: str, base: Artifact, pass_: MergePass) -> Artifact:
+    """A model to merge with, or a compressed delta, which with the base makes one; matched with the base's structure.
+
+    Args:
+        model: what the user calls it.
+        base: the model that the pipeline is run on, as it was before every pass: what deltas belong to.
+        pass_: what it is opened for.
+
+    Raises:
+        UsageError: it cannot be read, is of another make than the base, or is a delta of another.
+    """
+    place, graph = locate(model), base.graph
+    if place.is_file():
+        delta = Delta.open(place)
+        delta.refuse_other(base, model)
+        parent = with_delta(base, delta)
+    elif not isinstance(graph.model, PreTrainedModel):  # a module of its own class: its folder has nothing but values
+        parent = Artifact(graph, FolderSource(place), dict(graph.tied))
+    else:
+        config = loading.read_config(place)
+        hub.refuse_quantized(place, config)
+        found = graphs.find(loading.build(config))
+        _refuse_other_make(model, graph, found)
+        parent = open_folder(place, found)
+    _refuse_other_shapes(model, graph, parent, pass_)
+    return parent
+
+
+def _refuse_other_make(model: str, graph: Graph, parent: Graph) -> None:
+    ours, theirs = type(graph.model).__name__, type(parent.model).__name__
+    if ours != theirs:
+        raise UsageError(f"{model} is a {theirs} and the base is a {ours}: only models of one architecture are merged")
+    if len(graph.blocks) != len(parent.blocks):
+        raise UsageError(
+            f"{model} has {len(parent.blocks)} blocks and the base {len(graph.blocks)}: merge fine-tunes of one model"
+        )
+    alone = sorted(graph.tied.keys() - parent.tied.keys())
+    if alone:
+        raise UsageError(
+            f"{model} has a {alone[0]} of its own, which the base ties to {graph.tied[alone[0]]}: it would be lost. "
+            f"Untie it in the base (tie_word_embeddings: false), or tie it in {model}"
+        )
+
+
+def _refuse_other_shapes(model: str, graph: Graph, parent: Artifact, pass_: MergePass) -> None:
+    free = vocabulary_names(graph)
+    there = parent.stored
+    for name, tensor in graph.tensors():
+        if not tensor.is_floating_point() or not pass_.selects(name, in_block=True):
+            continue
+        stored = parent.name_in_source(name)
+        if stored not in there:
+            raise UsageError(f"{model} has no {name}, which the base has: only models of one architecture are merged")
+        ours, theirs = tuple(tensor.shape), parent.source.shape(stored)
+        if ours == theirs:
+            continue
+        if name in free and ours[1:] == theirs[1:]:
+            if pass_.vocabulary == "common":
+                continue
+            raise UsageError(
+                f"{model} has {theirs[0]} rows in {name} and the base {ours[0]}: their vocabularies differ. With "
+                "vocabulary: common the rows that all have are merged, and the further ones of the base stay"
+            )
+        raise UsageError(
+            f"{name} has shape {theirs} in {model} and {ours} in the base: only models of one shape are merged. "
+            "`exclude` it to keep the base's"
+        )
+
+
+def vocabulary_names(graph: Graph) -> set[str]:
+    """Names of the tensors with a row for every token."""
+    if not graph.is_language_model:
+        return set()
+    assert isinstance(graph.model, PreTrainedModel)
+    tables = [graph.model.get_input_embeddings(), graph.model.get_output_embeddings()]
+    return {
+        graph.tied.get(f"{name}.{leaf}", f"{name}.{leaf}")
+        for name, module in graph.model.named_modules()
+        if any(module is table for table in tables)
+        for leaf, _ in module.named_parameters(recurse=False)
+    }

@@ -1,0 +1,214 @@
+"""Which weights are in memory: the only file that knows.
+
+A model too large for memory has its parameters on the meta device. They are brought in for as long as they are needed
+and forgotten again; a model that a caller holds in memory stays there, and results are set in place.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.calibration import collect
+from compress.calibration.precision import Products, products
+from compress.checkpoint.artifact import Artifact
+from compress.encodings import Inputs, Weight
+from compress.engine.ledger import MemoryLedger, Record
+from compress.io.heap import give_back
+from compress.models.graph import Graph, Site
+from compress.progress import Bars
+
+
+@dataclass(frozen=True)
+class MadeDelta:
+    """A compressed delta.
+
+    Attributes:
+        file: that holds it.
+        merged: the checkpoint that it makes of the model the pipeline is run on.
+    """
+
+    file: Path
+    merged: Path
+
+
+@dataclass
+class Context:
+    """What a stage needs besides its passes.
+
+    Attributes:
+        resident: the model is in memory already; nothing is brought in or evicted, and results are set in place.
+        dtype: the type that calibration and evaluation compute in.
+        products: how float32 matrices are multiplied while calibrating.
+        given: the artifact as the pipeline was given it: what compressed deltas belong to.
+        delta: that was made, and belongs into the result.
+    """
+
+    artifact: Artifact
+    ledger: MemoryLedger
+    seed: int
+    dtype: torch.dtype
+    products: Products
+    resident: bool
+    bars: Bars
+    given: Artifact = field(init=False)
+    delta: MadeDelta | None = None
+
+    def __post_init__(self) -> None:
+        self.given = self.artifact
+
+    @property
+    def graph(self) -> Graph:
+        """The model's structure."""
+        return self.artifact.graph
+
+
+def bring_in(context: Context, prefix: str, module: nn.Module) -> None:
+    """Give every parameter of `module` its value as it stands now."""
+    for name, parameter in list(module.named_parameters(prefix=prefix)):
+        if parameter.is_meta:
+            set_value(context.graph.model, name, value_of(context, name))
+
+
+def value_of(context: Context, name: str) -> Tensor:
+    """A parameter or buffer as it stands now, in the type the model computes in."""
+    with products("float32"):  # a correction is the same, wherever it is multiplied out
+        value = context.artifact.tensor(name)
+    return value.to(context.dtype) if value.is_floating_point() else value
+
+
+def evict(context: Context, prefix: str, module: nn.Module) -> None:
+    """Forget the parameters of `module` again."""
+    for name, parameter in list(module.named_parameters(prefix=prefix)):
+        set_value(context.graph.model, name, parameter.to("meta"))
+    give_back()
+
+
+def set_value(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a value in the place of a parameter or buffer."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._buffers:
+        module._buffers[leaf] = value
+    else:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def tie(graph: Graph) -> None:
+    """Parameters that share one tensor share the one that is there now."""
+    for name, kept_under in graph.tied.items():
+        owner, _, leaf = name.rpartition(".")
+        graph.model.get_submodule(owner)._parameters[leaf] = graph.model.get_parameter(kept_under)
+
+
+@contextmanager
+def lent(context: Context, artifact: Artifact) -> Iterator[Context]:
+    """While open, the model is another one of the same structure; where it is in memory, that one is instead."""
+    if not context.resident:
+        yield replace(context, artifact=artifact)
+        return
+    other, model = replace(context, artifact=replace(artifact, graph=context.graph)), context.graph.model
+    before = dict(context.graph.tensors())
+    try:
+        for name in before.keys() & {n for n, _ in artifact.graph.tensors()}:
+            set_value(model, name, value_of(other, name))
+        tie(context.graph)
+        yield other
+    finally:
+        for name, tensor in before.items():
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            values: dict[str, Any] = module._buffers if leaf in module._buffers else module._parameters
+            values[leaf] = tensor
+        tie(context.graph)
+
+
+def take(context: Context, records: Iterable[Record], restate: bool = False) -> None:
+    """From now on sites and vectors are as they were committed. `restate`: this is the original from now on."""
+    artifact = context.artifact
+    for record in records:
+        site = artifact.sites.get(record.site)
+        if site is None:
+            artifact.vectors[record.site] = record.weight
+            if artifact.added(record.site):
+                make_room(context, record.site)
+        else:
+            artifact.committed[record.site] = record.weight
+            if restate:
+                artifact.restated[record.site] = record.weight
+        if context.resident:
+            name = site.parameter if site else record.site
+            set_value(context.graph.model, name, value_of(context, name))
+
+
+def make_room(context: Context, name: str) -> None:
+    """Give a layer a bias of zeros, if it has none."""
+    module = context.graph.model.get_submodule(name.removesuffix(".bias"))
+    if module._parameters.get("bias") is None:
+        zeros = value_of(context, name)
+        module._parameters["bias"] = nn.Parameter(zeros if context.resident else zeros.to("meta"), requires_grad=False)
+
+
+@contextmanager
+def streamed(context: Context) -> Iterator[None]:
+    """While open, the model can be called: every part is brought in when it runs and evicted when it is done."""
+    with rounded(context, grids_of(context, context.graph.sites)), _streamed(context):
+        yield
+
+
+@contextmanager
+def _streamed(context: Context) -> Iterator[None]:
+    if context.resident:
+        yield
+        return
+    model = context.graph.model
+    for name in context.graph.buffers:  # small: they stay
+        set_value(model, name, value_of(context, name))
+    parts = {name: model.get_submodule(name) for name in context.graph.blocks}
+    inside = tuple(f"{name}." for name in context.graph.blocks)
+    for name, module in model.named_modules():
+        if module._parameters and name not in parts and not name.startswith(inside):
+            parts[name] = module
+    with collect.around(
+        parts, lambda name: bring_in(context, name, parts[name]), lambda name: evict(context, name, parts[name])
+    ):
+        yield
+
+
+def grids_of(context: Context, sites: Iterable[Site], now: Mapping[str, Weight] | None = None) -> dict[str, Inputs]:
+    """The grids of the sites' inputs, as `now` has them where it does, else as committed."""
+    found = {s.name: now[s.name].inputs if now and s.name in now else context.artifact.inputs(s.name) for s in sites}
+    return {name: inputs for name, inputs in found.items() if inputs is not None}
+
+
+def rounded(context: Context, grids: Mapping[str, Inputs], through: bool = False) -> AbstractContextManager[None]:
+    """While open, inputs of these sites are rounded. `through`: gradients pass as if they were not."""
+    applied = {n: passed_through(i.apply) if through else i.apply for n, i in grids.items()}
+    return collect.quantized_inputs({context.graph.model.get_submodule(n): apply for n, apply in applied.items()})
+
+
+def passed_through(grid: collect.Grid) -> collect.Grid:
+    """The same rounding, which gradients pass as if it were not there."""
+    return lambda x: x + (grid(x.detach()) - x.detach())
+
+
+@contextmanager
+def present(context: Context, index: int, grids: Mapping[str, Inputs] | None = None) -> Iterator[None]:
+    """While open, a block's parameters are in memory. They are not while its matrices are being solved.
+
+    Inputs are rounded to `grids`, by default to those that are committed.
+    """
+    name = context.graph.blocks[index]
+    block = context.graph.model.get_submodule(name)
+    if not context.resident:
+        bring_in(context, name, block)
+    try:
+        with rounded(context, grids_of(context, context.graph.in_block(index)) if grids is None else grids):
+            yield
+    finally:
+        if not context.resident:
+            evict(context, name, block)

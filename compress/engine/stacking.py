@@ -1,0 +1,54 @@
+"""Stacking: rows are independent, so matrices fed by the same input are solved as one."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from compress.calibration.statistics import Statistics
+from compress.models.graph import Site
+from compress.passes.base import Edit, LinearPass
+
+
+def stacks(
+    pass_: LinearPass, sites: list[Site], found: dict[str, Statistics], masked: Callable[[Site], bool]
+) -> list[list[Site]]:
+    """The sites in groups that may be solved as one: fed alike, all or none masked, with the same options."""
+
+    def fits(a: Site, b: Site) -> bool:
+        fed_alike = found.get(a.name) is not None and found.get(a.name) is found.get(b.name)
+        return (
+            fed_alike and masked(a) == masked(b) and pass_.at(a.name).rowwise and pass_.at(a.name) == pass_.at(b.name)
+        )
+
+    grouped: list[list[Site]] = []
+    for site in sites:
+        for group in grouped:
+            if fits(group[0], site):
+                group.append(site)
+                break
+        else:
+            grouped.append([site])
+    return grouped
+
+
+def stack(parts: list[Tensor]) -> Tensor:
+    """Rows under rows."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def split_rows(edit: Edit, group: list[Site]) -> list[Edit]:
+    """The edit of a stack as the edits of its sites."""
+    if len(group) == 1:
+        return [edit]
+    parts, start = [], 0
+    for site in group:
+        rows = slice(start, start + site.shape[0])
+        start = rows.stop
+        e = None if edit.encoding is None else edit.encoding.rows(rows)
+        weight = None if edit.weight is None else edit.weight[rows]
+        mask = None if edit.mask is None else edit.mask[rows]
+        shift = None if edit.shift is None else edit.shift[rows]
+        parts.append(replace(edit, weight=weight, mask=mask, encoding=e, shift=shift))
+    return parts

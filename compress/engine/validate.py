@@ -1,0 +1,103 @@
+"""What the manager checks about every edit before it counts. It observes; it does not ask the pass."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from compress.encodings import Weight
+from compress.encodings.uniform import CHUNK
+from compress.errors import CompressError
+from compress.models.graph import Site
+from compress.passes.base import Edit, Pass
+from compress.passes.prune.selection import pattern
+
+Refuse = Callable[[str], CompressError]
+
+
+def observed(
+    site: Site, pass_: Pass, before: Weight, old: Tensor, edit: Edit, store: torch.dtype
+) -> tuple[Weight, float]:
+    """The weight an edit makes, in its stored type, and its relative error ||new - old|| / ||old||.
+
+    `old` is what to compare with, (out, in) float32: `before`, or the original for a pass that compares with that.
+
+    Raises:
+        CompressError: the edit has the wrong shape, is not finite, has codes out of range, revives a zero, or breaks
+            the pattern it promised. This is a defect of the pass, never of the user's input.
+    """
+
+    def refuse(what: str) -> CompressError:
+        return CompressError(f"{pass_.key} on {site.name}: {what}; this is a defect, please report it")
+
+    if edit.mask is not None and tuple(edit.mask.shape) != site.shape:
+        raise refuse(f"a mask of shape {tuple(edit.mask.shape)}, not {site.shape}")
+    if before.mask is not None and (edit.mask is None or bool((edit.mask & ~before.mask).any())):
+        raise refuse("zeros that were already there have come back")
+    low_rank = edit.low_rank or before.low_rank
+    if edit.low_rank is not None:
+        defect = edit.low_rank.defect(site.shape)
+        if defect:
+            raise refuse(defect)
+        if edit.weight is None and edit.encoding is None:
+            kept = Weight(inputs=before.inputs) if edit.replaces else before
+            corrected = replace(kept, low_rank=low_rank)
+            return corrected, _relative_error(corrected, old)
+    weight = _from_codes(edit, refuse, site) if edit.encoding else _from_values(edit, refuse, site, store)
+    wanted = pattern(getattr(pass_.at(site.name), "sparsity", 0.0))
+    if wanted and edit.mask is not None and int(edit.mask.view(-1, wanted[1]).sum(1).max()) > wanted[0]:
+        raise refuse(f"more than {wanted[0]} of {wanted[1]} neighbouring weights kept")
+    weight = replace(weight, inputs=before.inputs, low_rank=low_rank)
+    return weight, _relative_error(weight, old)
+
+
+def _relative_error(weight: Weight, old: Tensor) -> float:
+    """||new - old|| / ||old||, a few rows at a time: temporaries stay in the cache."""
+    lost = size = 0.0
+    step = max(1, CHUNK // old.shape[1])
+    for start in range(0, len(old), step):
+        rows = slice(start, start + step)
+        was = old[rows]
+        lost += float((weight.rows(rows).dequantize() - was).square_().sum())
+        size += float(was.square().sum())
+    return math.sqrt(lost / size) if size else math.sqrt(lost)
+
+
+def observed_vector(name: str, pass_: Pass, before: Tensor, edit: Edit, store: torch.dtype) -> Weight:
+    """A vector as a pass made it, (1, N) in its stored type.
+
+    Raises:
+        CompressError: as `observed`.
+    """
+    values = edit.weight
+    if values is None or values.shape != before.shape:
+        raise CompressError(f"{pass_.key} on {name}: not {before.numel()} values; this is a defect, please report it")
+    stored = values.detach().to(store).view(1, -1)
+    if not torch.isfinite(stored).all():
+        raise CompressError(f"{pass_.key} on {name}: not finite in {store}; this is a defect, please report it")
+    return Weight(stored)
+
+
+def _from_values(edit: Edit, refuse: Refuse, site: Site, store: torch.dtype) -> Weight:
+    values = edit.weight
+    if values is None or tuple(values.shape) != site.shape:
+        raise refuse(f"new values of shape {None if values is None else tuple(values.shape)}, not {site.shape}")
+    stored: Tensor = values.to(store)
+    if edit.mask is not None:
+        stored = stored.masked_fill(~edit.mask, 0)
+    if not torch.isfinite(stored).all():
+        raise refuse(f"values that are not finite in {store}")
+    return Weight(stored, edit.mask)
+
+
+def _from_codes(edit: Edit, refuse: Refuse, site: Site) -> Weight:
+    e = edit.encoding
+    assert e is not None
+    if tuple(e.codes.shape) != site.shape:
+        raise refuse(f"codes of shape {tuple(e.codes.shape)}, not {site.shape}")
+    defect = e.defect()
+    if defect:
+        raise refuse(defect)
+    return Weight(mask=edit.mask, encoding=e)

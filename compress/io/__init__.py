@@ -1,0 +1,1 @@
+"""Files and names: safetensors, atomic writes, keys, freed memory."""

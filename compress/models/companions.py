@@ -1,0 +1,17 @@
+"""What travels along with a model besides its weights."""
+
+import shutil
+from pathlib import Path
+
+from compress.io.atomic import writing
+
+# What travels along from the source folder: never weights, never code.
+COMPANIONS = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json", "*.model",
+              "generation_config.json", "chat_template*", "preprocessor_config.json")  # fmt: skip
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy the tokenizer's files and their like."""
+    for found in sorted({p for pattern in COMPANIONS for p in source.glob(pattern) if p.is_file()}):
+        with writing(folder / found.name):
+            shutil.copyfile(found, folder / found.name)

@@ -1,0 +1,122 @@
+"""What passes are given, and what they return."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from compress.calibration.reconstruct import BlockData, Weights
+from compress.calibration.statistics import Statistics
+from compress.calibration.training import Label, ModelData
+from compress.encodings import Encoding, LowRank, Weight
+from compress.models.symmetry import Axis
+
+Over = Callable[[Iterable[int], int, Label], Iterator[int]]
+Distance = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a LinearPass works on: one matrix, or several fed by the same input stacked row upon row.
+
+    Attributes:
+        weight: (out, in) float32, zero where masked. Not to be written to.
+        mask: (out, in) bool, True = kept; None when dense.
+        statistics: of the inputs; None when the pass needs none, or nothing ever reached the site.
+        generator: seeded from (seed, pass, site name).
+        kernel: neighbouring columns that belong to one input channel; more than 1 for a convolution.
+        rows, columns: the channels that they are, where their order is free; columns only for a ModelPass.
+        original: (out, in) as it was before every pass; None unless the pass compares with it.
+        stored: how it is kept: values or codes, and a correction beside them. None for a stack.
+    """
+
+    weight: Tensor
+    mask: Tensor | None = None
+    statistics: Statistics | None = None
+    generator: torch.Generator | None = None
+    kernel: int = 1
+    rows: Axis | None = None
+    columns: Axis | None = None
+    original: Tensor | None = None
+    stored: Weight | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a BlockPass works on.
+
+    Attributes:
+        targets: site name -> its weight, mask and statistics, for the sites of this pass.
+        data: how to run the block, on what, and what should come out; None for a pass that does not run it.
+        generator: seeded from (seed, pass, block).
+        over: iterates with a progress bar: (items, number of them, label).
+        vectors: parameter name -> the vectors of the block that the pass trains.
+        parts: the children of the block that hold sites, one after the other: the names of sites and vectors in it, and
+            how to run it. Takes what was learned so far, and is asked for the next part only when one is done.
+    """
+
+    targets: Mapping[str, Target]
+    data: BlockData | None
+    generator: torch.Generator
+    over: Over
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
+    parts: Callable[[Callable[[], Weights]], Iterator[tuple[tuple[str, ...], BlockData]]] | None = None
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a ModelPass works on.
+
+    Attributes:
+        names: of the sites of this pass.
+        load: reads a site; nothing is kept by the caller.
+        vectors: parameter name -> the vectors that the pass trains.
+        data: how to run the model and on what; None for a pass that does not run it.
+        generator: seeded from (seed, pass).
+        over: iterates with a progress bar: (items, number of them, label).
+    """
+
+    names: tuple[str, ...]
+    load: Callable[[str], Target]
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
+    data: ModelData | None = None
+    generator: torch.Generator = field(default_factory=torch.Generator)
+    over: Over = lambda items, total, label: iter(items)
+
+
+@dataclass(frozen=True)
+class Depth:
+    """What a DepthPass works on: the blocks of a model, numbered as they stand by then.
+
+    Attributes:
+        distances: (blocks, distance, last) -> the first block of every run of so many neighbours that may go, and how
+            far what the run puts out is from what it is given: the mean of `distance(before, after)` over calibration
+            data. Both are (samples, positions, width) float64; `last` leaves only the last position of each sample,
+            where the model reads from left to right.
+    """
+
+    distances: Callable[[int, Distance, bool], Mapping[int, float]]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What a pass did to one weight: new dense values, or codes; and the mask, where there is one.
+
+    Attributes:
+        weight: (out, in) float32 new values, or None when `encoding` is given. Of a vector: its new values.
+        mask: (out, in) bool, True = kept; None when dense.
+        encoding: integer codes.
+        low_rank: a correction to keep beside the weight; alone it leaves the weight as it is, unless it `replaces` it.
+        replaces: whether nothing is kept but `low_rank`.
+        shift: (out,) to be added to the bias of the layer, which gets one if it has none.
+        notes: facts for the report, such as dead inputs.
+    """
+
+    weight: Tensor | None = None
+    mask: Tensor | None = None
+    encoding: Encoding | None = None
+    low_rank: LowRank | None = None
+    replaces: bool = False
+    shift: Tensor | None = None
+    notes: Mapping[str, float] = field(default_factory=dict)

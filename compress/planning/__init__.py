@@ -1,0 +1,1 @@
+"""What a pipeline will do and cost, before it runs."""

@@ -1,0 +1,66 @@
+"""Which blocks of a model may go. Reads no weight."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from compress.errors import UnsupportedModelError
+from compress.models.graph import Graph
+from compress.models.shorten import count_name, list_of
+from compress.passes.depth import DepthPass
+
+
+def candidates(graph: Graph, pass_: DepthPass) -> tuple[int, ...]:
+    """The blocks that a pass may drop: those of which it selects every site."""
+    every = range(len(graph.blocks)) if graph.blocks != ("",) else ()
+    sites = {i: graph.in_block(i) for i in every}
+    return tuple(i for i in every if sites[i] and all(pass_.selects(s.name, in_block=True) for s in sites[i]))
+
+
+def check(graph: Graph, pass_: DepthPass) -> None:
+    """Refuse a model that a pass cannot take blocks out of.
+
+    Raises:
+        UnsupportedModelError: says why, and what to do.
+    """
+    kind, count, model = type(graph.model).__name__, len(graph.blocks), graph.model
+    if graph.blocks == ("",) or not isinstance(list_of(graph), nn.ModuleList | nn.Sequential):
+        raise UnsupportedModelError(f"the blocks of a {kind} are not the entries of one numbered list: none can go")
+    may = candidates(graph, pass_)
+    if pass_.blocks >= count:
+        raise UnsupportedModelError(f"{pass_.blocks} of {count} blocks cannot go: at least one must stay")
+    if pass_.blocks > (_longest_run(may) if pass_.neighbours else len(may)):
+        together = " in a row" if pass_.neighbours else ""
+        raise UnsupportedModelError(
+            f"{pass_.blocks} blocks{together} should go, and of {count} only {len(may)} may: those of which include "
+            "and exclude leave every layer"
+        )
+    first, *others = (_structure(model.get_submodule(graph.blocks[i])) for i in range(may[0], may[-1] + 1))
+    odd = next((i for i, other in enumerate(others, may[0] + 1) if other != first), None)
+    if odd is not None:
+        raise UnsupportedModelError(
+            f"{graph.blocks[odd]} is made otherwise than {graph.blocks[may[0]]}, so what is left would depend on which "
+            "one goes; `exclude` the layers of other blocks at the beginning and the end"
+        )
+    inside = tuple(f"{name}." for name in graph.blocks)
+    shared = next((name for pair in graph.tied.items() for name in pair if name.startswith(inside)), None)
+    if shared:
+        raise UnsupportedModelError(f"{shared} is shared with another part of the model, so its block cannot go alone")
+    if isinstance(model, PreTrainedModel):
+        counter = count_name(model.config)
+        if getattr(model.config, counter, None) != count:
+            raise UnsupportedModelError(f"the configuration of a {kind} has no {counter} that counts its blocks")
+
+
+def _longest_run(places: Sequence[int]) -> int:
+    starts = [i for i in places if i - 1 not in places]
+    return max((next(n for n in range(1, len(places) + 1) if i + n not in places) for i in starts), default=0)
+
+
+def _structure(block: nn.Module) -> list[Any]:
+    """Equal for two blocks that take each other's parameters."""
+    modules = [(name, type(module)) for name, module in block.named_modules()]
+    values = [*block.named_parameters(remove_duplicate=False), *block.named_buffers()]
+    return [*modules, *((name, tuple(value.shape)) for name, value in values)]
