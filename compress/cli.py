@@ -1,12 +1,13 @@
 """The command line: thin. Results on stdout, progress and errors on stderr; exit codes as in errors.py."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +15,9 @@ from rich.table import Table
 
 from compress.checkpoint import opening
 from compress.errors import CompressError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 app = typer.Typer(
     add_completion=False,
@@ -81,11 +85,12 @@ def check(
 ) -> None:
     """Check everything that can be checked without reading weights."""
     from compress.config.pipeline import load
-    from compress.engine.merge import merging
-    from compress.planning import plan
 
     steps = load(pipeline)
     if model is not None:
+        from compress.engine.merge import merging
+        from compress.planning import plan
+
         opened = opening.open_model(model)
         plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline))
         merging.check(steps, opened.artifact, str(pipeline))

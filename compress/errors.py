@@ -1,5 +1,7 @@
 """Every error a user can meet, in one tree. `exit_code` is what the command line ends with."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 

@@ -10,12 +10,12 @@ import compress
 ROOT = Path(compress.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 PASS_FILES = [file for file in FILES if "passes" in file.relative_to(ROOT).parts]
-MOST_LINES = 450
+MOST_LINES = 460
 MOST_LINES_OF_A_PASS = 250
 
 # The rooms in their order: each may import only those above it. Nothing is exempt.
 ROOMS = (
-    "errors", "progress", "encodings", "io", "models", "checkpoint", "runtime", "demo", "calibration", "passes",
+    "errors", "lazy", "progress", "encodings", "io", "models", "checkpoint", "runtime", "demo", "calibration", "passes",
     "export", "report", "config", "planning", "engine", "api", "cli",
 )  # fmt: skip
 FORBIDDEN_TO_PASSES = {"transformers", "os", "safetensors", "pathlib", "shutil", "random", "numpy"}

@@ -1,16 +1,15 @@
 """Passes over a module in memory."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from compress import progress
 from compress.api import data as given
 from compress.calibration import collect
-from compress.calibration.precision import Products
 from compress.checkpoint.artifact import Artifact
 from compress.checkpoint.sources import ModuleSource
 from compress.config.pipeline import Calibration, Evaluation, Pipeline, mistakes
@@ -21,9 +20,15 @@ from compress.engine.merge import merging
 from compress.engine.placement import Context
 from compress.errors import ConfigError
 from compress.models import graph as graphs
-from compress.passes import Pass
 from compress.planning import plan
-from compress.report.report import Report
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from compress.calibration.precision import Products
+    from compress.passes import Pass
+    from compress.report.report import Report
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,15 @@
 """A base and a compressed delta, put together and written as a plain folder."""
 
+from __future__ import annotations
+
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from compress.api.output_folder import APPLIED, refuse
-from compress.checkpoint.artifact import Artifact
 from compress.checkpoint.delta.file import Delta, locate
 from compress.checkpoint.delta.source import with_delta
 from compress.checkpoint.opening import open_model
@@ -21,9 +21,14 @@ from compress.io.safetensors_file import compare_tensors, write_tensors
 from compress.models.companions import copy_companions
 from compress.progress import Bars
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.checkpoint.artifact import Artifact
+
 
 def apply_delta(
-    base: "str | Path", delta: "str | Path", out: "str | Path", *, overwrite: bool = False, bars: Bars | None = None
+    base: str | Path, delta: str | Path, out: str | Path, *, overwrite: bool = False, bars: Bars | None = None
 ) -> dict[str, Any]:
     """Write the model that a base and a compressed delta make, as a plain folder that transformers loads.
 

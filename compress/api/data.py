@@ -1,18 +1,26 @@
 """Data that a pipeline names or a caller gives, checked against the model that will see it."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from compress.calibration.data import IMAGES, Dataset, Over, Split, load_images, load_tokens
-from compress.config.pipeline import GIVEN, Calibration
+from compress.calibration.data import IMAGES, Dataset, load_images, load_tokens
+from compress.config.pipeline import GIVEN
 from compress.errors import DataError
 from compress.models.graph import Graph
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from compress.calibration.data import Over, Split
+    from compress.config.pipeline import Calibration
 
 Labelled = tuple[Tensor, Tensor]  # inputs (samples, ...), labels (samples,)
 Given = Tensor | Labelled | Mapping[str, Tensor | Labelled]  # one source, or several by name

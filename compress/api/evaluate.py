@@ -1,17 +1,24 @@
 """`compress eval`: a finished model, whatever runs it, measured on data that is read by its tokenizer."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
 from compress.api import data as given
-from compress.calibration.metrics import Quality, Reference, evaluate, logits_in, measure
-from compress.config.pipeline import Evaluation
+from compress.calibration.metrics import Reference, evaluate, logits_in, measure
 from compress.errors import DataError, UsageError
 from compress.models import hub, loading
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from compress.calibration.metrics import Quality
+    from compress.config.pipeline import Evaluation
 
 Runtime = Literal["transformers", "onnxruntime"]
 

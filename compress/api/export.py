@@ -1,12 +1,13 @@
 """Exporters at work on a finished folder: each writes, reads back, and is run beside the packed model."""
 
+from __future__ import annotations
+
 import json
 import shutil
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -15,18 +16,21 @@ from compress.api import data as given
 from compress.calibration.data import Dataset
 from compress.config.pipeline import GIVEN, Evaluation
 from compress.errors import ConfigError, DataError, Problem, UsageError
-from compress.export import Exporter, Made
-from compress.export.compared import Expect, Expected, some_tokens
+from compress.export.compared import Expected, some_tokens
 from compress.export.hf import loaded
 from compress.export.packed import added_in, open_packed, specs_in
 from compress.io.atomic import publish, write_text
 from compress.io.heap import give_back
 from compress.progress import Bars
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
-def export_to(
-    out: "str | Path", exporters: Sequence[Exporter], *, bars: Bars | None = None
-) -> dict[str, dict[str, Any]]:
+    from compress.export import Exporter, Made
+    from compress.export.compared import Expect
+
+
+def export_to(out: str | Path, exporters: Sequence[Exporter], *, bars: Bars | None = None) -> dict[str, dict[str, Any]]:
     """Write a finished folder's model in other containers, from the same codes; nothing is calibrated again.
 
     Each is written beside its final name OUT/<key>, read back, run beside the packed model where it can be run here,
@@ -96,7 +100,7 @@ def compared(exporter: Exporter, made: Made, folder: Path, expect: Expect, toler
     Raises:
         CompressError: too far from it.
     """
-    expected = expect(exporter.computes or made.dtype)
+    expected = expect(getattr(torch, exporter.computes) if exporter.computes else made.dtype)
     facts: dict[str, Any] = {}
     runner = exporter.runner(made, folder)
     if runner is not None:

@@ -1,9 +1,14 @@
 """Where a result may be written."""
 
-from pathlib import Path
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from compress.encodings.format import WEIGHTS
 from compress.errors import UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 APPLIED = "delta.json"  # says what a base and a delta were put together from
 OURS = (WEIGHTS, "report.json", APPLIED)

@@ -1,15 +1,15 @@
 """The two entry points: `run` for a pipeline file and a model on disk, `apply` for passes and a module in memory."""
 
+from __future__ import annotations
+
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from compress import progress
 from compress.api import data as given
@@ -17,17 +17,16 @@ from compress.api.export import write_all
 from compress.api.output_folder import refuse
 from compress.calibration.metrics import logits_in
 from compress.checkpoint import packed_layout
-from compress.checkpoint.artifact import Artifact
 from compress.checkpoint.delta.file import DELTA, Delta
 from compress.checkpoint.delta.source import with_delta
-from compress.checkpoint.opening import Opened, open_model
-from compress.config.pipeline import GATES, Calibration, Evaluation, Pipeline, dump, load
+from compress.checkpoint.opening import open_model
+from compress.config.pipeline import GATES, Calibration, Evaluation, dump, load
 from compress.encodings.format import WEIGHTS, version
 from compress.engine import manager
 from compress.engine import measure as meter
 from compress.engine.ledger import FolderLedger
 from compress.engine.merge import merging
-from compress.engine.placement import Context, MadeDelta, streamed
+from compress.engine.placement import Context, streamed
 from compress.errors import CompressError, NonFiniteError, UsageError
 from compress.export.packed import open_packed
 from compress.io.atomic import publish, write_text, writing
@@ -40,13 +39,23 @@ from compress.planning import plan, resources
 from compress.report import report
 from compress.report.report import Report
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from compress.checkpoint.artifact import Artifact
+    from compress.checkpoint.opening import Opened
+    from compress.config.pipeline import Pipeline
+    from compress.engine.placement import MadeDelta
+
 LOGITS_TOLERANCE = 0.0  # packed and in-memory results multiply the same numbers in the same order
 
 
 def run(
-    pipeline: "str | Path | Mapping[str, Any] | Pipeline",
-    model: "str | Path",
-    out: "str | Path",
+    pipeline: str | Path | Mapping[str, Any] | Pipeline,
+    model: str | Path,
+    out: str | Path,
     *,
     calibration: given.Given | None = None,
     evaluation: given.Given | None = None,

@@ -1,17 +1,25 @@
 """What calibration data looks like inside the model: the hidden states in front of the block that comes next."""
 
+from __future__ import annotations
+
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-
-from compress.calibration.collect import Call, alike
-from compress.calibration.reconstruct import Samples, Weights
+from compress.calibration.collect import alike
+from compress.calibration.reconstruct import Samples
 from compress.errors import UnsupportedModelError
 from compress.io.heap import give_back
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from torch import Tensor, nn
+
+    from compress.calibration.collect import Call
+    from compress.calibration.reconstruct import Weights
 
 LARGEST_BUFFER = 1 << 30  # bytes of activations kept in memory; more is memory-mapped to a temporary file
 
@@ -36,7 +44,7 @@ class Activations:
                 self._mapped.add(len(self.hidden) - 1)
                 self.keep(len(self.hidden) - 1, hidden)
 
-    def copy(self) -> "Activations":
+    def copy(self) -> Activations:
         """The same hidden states now, a chain of its own from here on."""
         other = Activations((), self.trim)
         other.calls, other.hidden, other._mapped = self.calls, list(self.hidden), self._mapped

@@ -3,22 +3,28 @@
 Every hook is removed again, but for those of `quantize_inputs`, which are part of a compressed model.
 """
 
+from __future__ import annotations
+
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.hooks import RemovableHandle
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from compress.calibration.ranges import Range
-from compress.calibration.statistics import Need, Statistics
+from compress.calibration.statistics import Statistics
 from compress.calibration.windows import Windows
 from compress.errors import CompressError, NonFiniteError
+from compress.lazy import nn, torch
 
-Grid = Callable[[Tensor], Tensor]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+
+    from torch import Tensor
+    from torch.utils.hooks import RemovableHandle
+
+    from compress.calibration.statistics import Need
+
+Grid: TypeAlias = "Callable[[Tensor], Tensor]"
 
 
 class _Stop(Exception):
@@ -37,16 +43,16 @@ class Call:
         hidden = hidden.clone()  # a block may begin with a layer that works in place
         if weights is None:
             return hidden_of(block(hidden, *self.args, **self.kwargs))
-        return hidden_of(functional_call(block, dict(weights), (hidden, *self.args), self.kwargs))
+        return hidden_of(torch.func.functional_call(block, dict(weights), (hidden, *self.args), self.kwargs))
 
-    def resized(self, size: int, count: int) -> "Call":
+    def resized(self, size: int, count: int) -> Call:
         """The same call for `count` samples instead of `size`: tensors with an entry a sample repeat their first."""
         args = tuple(_resized(a, size, count) for a in self.args)
         return Call(args, {k: _resized(v, size, count) for k, v in self.kwargs.items()})
 
 
 def _resized(value: Any, size: int, count: int) -> Any:
-    if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size > 1:
+    if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == size > 1:
         return value[:1].expand(count, *value.shape[1:])
     if isinstance(value, tuple):
         return tuple(_resized(v, size, count) for v in value)
@@ -56,7 +62,7 @@ def _resized(value: Any, size: int, count: int) -> Any:
 def hidden_of(output: Any) -> Tensor:
     """The hidden states in a block's output: the output itself, or the first of a tuple."""
     first = output[0] if isinstance(output, tuple | list) else output
-    assert isinstance(first, Tensor)
+    assert isinstance(first, torch.Tensor)
     return first
 
 
@@ -106,7 +112,7 @@ def is_chain(forward: Callable[[], Any], blocks: list[nn.Module]) -> bool:
         outputs.append((hidden, getattr(hidden, "_version", None)))
 
     _watched(forward, blocks, enter, leave)
-    if [i for i, *_ in visits] != list(range(len(blocks))) or not isinstance(visits[0][1], Tensor):
+    if [i for i, *_ in visits] != list(range(len(blocks))) or not isinstance(visits[0][1], torch.Tensor):
         return False
     fed = all(
         hidden is output and version == then
@@ -174,7 +180,7 @@ def alike(a: Call, b: Call) -> bool:
 
 
 def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a is b or (a.shape == b.shape and a.dtype == b.dtype and bool((a == b).all()))
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))

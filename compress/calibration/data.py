@@ -1,17 +1,23 @@
 """Where calibration and evaluation data come from: the bundled source, local files, a Hugging Face data set."""
 
+from __future__ import annotations
+
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from compress.demo import data as demo
 from compress.errors import DataError
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
 
 Split = Literal["calibration", "evaluation"]
 IMAGES = ".safetensors"
@@ -36,7 +42,7 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def split(self) -> "dict[str, Dataset]":
+    def split(self) -> dict[str, Dataset]:
         """Name of each source -> its samples; one without a name is called ""."""
         found, start = {}, 0
         for name, count in (self.parts or {"": len(self)}).items():
@@ -45,12 +51,12 @@ class Dataset:
             start += count
         return found
 
-    def of(self, inputs: Tensor) -> "Dataset":
+    def of(self, inputs: Tensor) -> Dataset:
         """The same with other inputs, as many."""
         return replace(self, inputs=inputs)
 
     @staticmethod
-    def joined(parts: "Mapping[str, Dataset]") -> "Dataset":
+    def joined(parts: Mapping[str, Dataset]) -> Dataset:
         """Of several sources.
 
         Raises:

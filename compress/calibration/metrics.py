@@ -1,16 +1,19 @@
 """Perplexity or accuracy, and divergence from the original: what every pass is judged by."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from compress.calibration.data import batches
 from compress.errors import DataError, NonFiniteError
+from compress.lazy import functional, torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from torch import Tensor, nn
 
 TOKENS_AT_ONCE = 8192
 REFERENCE_NUMBERS = (
@@ -78,7 +81,7 @@ class Reference:
         """Keep a batch; its log-probabilities only as long as there is room."""
         self.right.append(right)
         if logits.numel() <= self.numbers:
-            self.parts.append(log_softmax(logits, dim=-1))
+            self.parts.append(functional.log_softmax(logits, dim=-1))
             self.numbers -= logits.numel()
         else:
             self.numbers = 0  # those that are kept are the first
@@ -120,7 +123,7 @@ def measure(
                 _check_labels(out, wanted)
             right = out.argmax(1) == wanted
             correct += int(right.sum())
-            total = cross_entropy(out, wanted, reduction="sum").item()
+            total = functional.cross_entropy(out, wanted, reduction="sum").item()
             if not math.isfinite(total):
                 raise NonFiniteError("the model's logits on the evaluation data are NaN or infinite")
             loss += total
@@ -130,8 +133,10 @@ def measure(
             elif reference is not None:
                 flipped += int((reference.right[number] & ~right).sum())
                 if number < len(reference.parts):
-                    own = log_softmax(out, dim=-1)
-                    divergence += kl_div(own, reference.parts[number], reduction="sum", log_target=True).item()
+                    own = functional.log_softmax(out, dim=-1)
+                    divergence += functional.kl_div(
+                        own, reference.parts[number], reduction="sum", log_target=True
+                    ).item()
                     compared += len(wanted)
     kl = max(0.0, divergence / compared) if compared else None
     flips = flipped / count if reference is not None and not keep else None

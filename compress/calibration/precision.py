@@ -1,11 +1,16 @@
 """How exactly float32 matrices are multiplied."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
 
 Products = Literal["bfloat16", "float32"]
 

@@ -3,10 +3,17 @@
 Shapes: C channels, the last dimension; T tokens (of a convolution: rows of its maps).
 """
 
-import torch
-from torch import Tensor
+from __future__ import annotations
 
-from compress.encodings import InputForm, Inputs, fit_inputs
+from typing import TYPE_CHECKING
+
+from compress.encodings import fit_inputs
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.encodings import InputForm, Inputs
 
 MOST_NUMBERS = 1 << 18  # of the sample
 

@@ -11,18 +11,22 @@ Source of the scheme: Li et al., "BRECQ", 2021, arXiv 2102.05426; the element-wi
 Shapes: N samples, B samples a step; hidden states are (N, ...).
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from compress.errors import SolveError
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
 
 Inputs = Literal["compressed", "original", "mix"]
-Weights = Mapping[str, Tensor]  # site -> (out, in)
+Weights: TypeAlias = "Mapping[str, Tensor]"  # site -> (out, in)
 
 LOOKS = 10  # times the held-out error is measured while learning
 HELD_OUT = 8  # one in so many samples is not trained on

@@ -3,14 +3,18 @@
 Shapes: T tokens, I input features.
 """
 
-from typing import Literal
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from compress.calibration.precision import products
-from compress.calibration.ranges import Range
 from compress.errors import NonFiniteError
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.calibration.ranges import Range
 
 Need = Literal["none", "norm", "gram"]
 

@@ -7,20 +7,25 @@ trained on. The start counts as an iterate.
 Shapes: N samples, B samples a step.
 """
 
+from __future__ import annotations
+
 import hashlib
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from compress.errors import SolveError
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from torch import Tensor
 
 Loss = Literal["next_token", "distill"]
 Label = str | Callable[[], str]  # of a progress bar; a function is asked again at every step
-Values = Mapping[str, Tensor]  # site or vector -> value
+Values: TypeAlias = "Mapping[str, Tensor]"  # site or vector -> value
 Make = Callable[[Collection[str]], Values]
 
 LOOKS = 5  # times the held-out loss is measured while training
@@ -44,7 +49,7 @@ class Trained(Protocol):
 class Kept:
     """Where the state of an unfinished training is kept, so that it can go on. This one keeps nothing."""
 
-    def part(self, name: str) -> "Kept":
+    def part(self, name: str) -> Kept:
         """The place of one training of several."""
         return self
 
@@ -70,7 +75,7 @@ class ModelData:
     count: int
     kept: Kept
 
-    def part(self, name: str) -> "ModelData":
+    def part(self, name: str) -> ModelData:
         """The same for one training of several."""
         return replace(self, kept=self.kept.part(name))
 

@@ -3,11 +3,17 @@
 Shapes: N samples, C channels, H x W positions, K = kernel height * kernel width, T places of the output in all samples.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from compress.lazy import nn, torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
 
 NUMBERS_AT_ONCE = 1 << 23  # of unfolded inputs: every input is repeated up to K times
 
@@ -19,7 +25,7 @@ class Windows:
     Attributes:
         kernel, stride, dilation: (height, width).
         padding: (left, right, top, bottom).
-        mode: what the padding is filled with, as `torch.nn.functional.pad` calls it.
+        mode: what the padding is filled with, as `functional.pad` calls it.
     """
 
     kernel: tuple[int, ...]
@@ -29,7 +35,7 @@ class Windows:
     mode: str
 
     @classmethod
-    def of(cls, module: nn.Conv2d) -> "Windows":
+    def of(cls, module: nn.Conv2d) -> Windows:
         """The windows of a module, whose padding may be a word."""
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         padding = tuple(module._reversed_padding_repeated_twice)

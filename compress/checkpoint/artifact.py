@@ -4,22 +4,27 @@ A source (a folder of safetensors, or a module in memory) is never changed. What
 Passes read through the artifact; only the manager writes to it.
 """
 
-from collections.abc import Iterable
+from __future__ import annotations
+
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
-from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
 
-from compress.checkpoint.sources import FolderSource, Source
-from compress.encodings import Inputs, LowRank, Spec, Weight, unpack
+from compress.checkpoint.sources import FolderSource
+from compress.encodings import Weight, unpack
 from compress.errors import CheckpointError, NonFiniteError
-from compress.models.graph import Graph, Site
+from compress.lazy import torch, transformers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from compress.checkpoint.sources import Source
+    from compress.encodings import Inputs, LowRank, Spec
+    from compress.models.graph import Graph, Site
 
 RUNNING = ("running_mean", "running_var")  # without them a batch normalisation is another one
 
@@ -102,7 +107,7 @@ class Artifact:
             return values
         return site.matrix(self.source.read(self.name_in_source(site.parameter)))
 
-    def plain(self) -> "Artifact":
+    def plain(self) -> Artifact:
         """The same model before every pass."""
         return replace(self, committed={}, vectors={})
 
@@ -164,10 +169,13 @@ def open_folder(folder: Path, graph: Graph) -> Artifact:
     Raises:
         CheckpointError: names or shapes do not fit the model.
     """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+
     source = FolderSource(folder)
     there = set(source.names())
     model = graph.model
-    assert isinstance(model, PreTrainedModel)
+    assert isinstance(model, transformers.PreTrainedModel)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     # Old spellings that transformers renames while loading, such as GPT-NeoX's embed_out for lm_head.
     renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]

@@ -1,14 +1,20 @@
 """A model folder, matched with its structure."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from compress.checkpoint.artifact import Artifact, open_folder
+from compress.checkpoint.artifact import open_folder
 from compress.models import graph as graphs
 from compress.models import hub, loading
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from compress.checkpoint.artifact import Artifact
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Opened:
         return {n: a.source.dtype(a.name_in_source(n)) for n, _ in a.graph.tensors()}
 
 
-def open_model(model: "str | Path") -> Opened:
+def open_model(model: str | Path) -> Opened:
     """Resolve, check and match a model; reads headers, no weight."""
     folder = hub.resolve(model)
     config = loading.read_config(folder)

@@ -1,21 +1,29 @@
 """The Hugging Face folder: packed weights in one safetensors file, written and checked tensor by tensor."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from compress.checkpoint.artifact import Artifact, Packed
+from compress.checkpoint.artifact import Packed
 from compress.checkpoint.sources import WrittenSource
-from compress.encodings import Spec, pack, spec_of
+from compress.encodings import pack, spec_of
 from compress.encodings.format import METHOD, WEIGHTS
 from compress.io.atomic import write_json, writing
-from compress.io.safetensors_file import Entry, compare_tensors, write_tensors
+from compress.io.safetensors_file import compare_tensors, write_tensors
+from compress.lazy import torch
 from compress.models.companions import copy_companions
-from compress.progress import Bars
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from compress.checkpoint.artifact import Artifact
+    from compress.encodings import Spec
+    from compress.io.safetensors_file import Entry
+    from compress.progress import Bars
 
 
 def entries(artifact: Artifact) -> Iterator[tuple[str, list[Entry]]]:

@@ -1,17 +1,22 @@
 """Where uncompressed values come from, never changed: a folder of safetensors, one file, or a module in memory."""
 
+from __future__ import annotations
+
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from safetensors import safe_open
-from torch import Tensor, nn
 
 from compress.errors import CheckpointError
 from compress.io.safetensors_file import data_offsets, read_header
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor, nn
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -1,13 +1,17 @@
 """A merge that mergekit describes, as a pipeline. What a pipeline cannot express is an error that says so."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from __future__ import annotations
+
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from compress.errors import ConfigError, Problem, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
 # Their method -> ours, and the options that make it the same.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {

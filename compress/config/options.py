@@ -1,16 +1,22 @@
 """Values of options against the types their dataclasses declare."""
 
+from __future__ import annotations
+
 import math
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from compress.errors import OptionError
-from compress.export import Exporter
-from compress.passes import Pass
 from compress.passes.merge.schedules import Matched
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from compress.export import Exporter
+    from compress.passes import Pass
 
 
 def mistyped(pass_: Pass | Exporter) -> Iterator[OptionError]:

@@ -4,21 +4,27 @@ A mistake never hides another: the whole file is read, every problem is collecte
 line, path, what is allowed and, for a misspelt word, the nearest known one.
 """
 
+from __future__ import annotations
+
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
 import yaml
 
 from compress.calibration.data import check_source
-from compress.calibration.precision import Products
+from compress.calibration.precision import Products  # noqa: TC001  (the type of an option)
 from compress.config.options import choices, describe, fits, mistyped, written
 from compress.errors import ConfigError, Problem, UsageError
 from compress.export import EXPORTERS, Exporter
 from compress.passes import PASSES, Override, Pass
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
 
 METHODS: dict[str, type[Pass]] = {p.key: p for p in PASSES}
 FORMATS: dict[str, type[Exporter]] = {e.key: e for e in EXPORTERS}
@@ -99,7 +105,7 @@ class Pipeline:
     lines: Mapping[str, int] = field(default_factory=dict, compare=False)
 
 
-def load(source: "str | Path | Mapping[str, Any] | Pipeline") -> Pipeline:
+def load(source: str | Path | Mapping[str, Any] | Pipeline) -> Pipeline:
     """A pipeline from a file, by the name of a ready-made one, from a mapping of the same shape, or one already built.
 
     Raises:
@@ -376,7 +382,7 @@ class _Reader:
         return _WRONG
 
 
-def _allowed(word: Any, known: "Mapping[str, Any] | set[str] | tuple[str, ...]") -> str:
+def _allowed(word: Any, known: Mapping[str, Any] | set[str] | tuple[str, ...]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(str(word), names, n=1)
     hint = f"did you mean {close[0]}? " if close else ""

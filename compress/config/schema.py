@@ -1,5 +1,7 @@
 """The JSON schema of pipeline files, for completion in editors, from the dataclasses the parser reads."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints

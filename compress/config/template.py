@@ -1,5 +1,7 @@
 """The pipeline that `compress init` writes."""
 
+from __future__ import annotations
+
 TEMPLATE = """\
 # Run it:  compress run {name} demo -o out      Check it:  compress check {name} demo
 calibration: {{source: demo, samples: 128, length: 512}}   # or a .txt / .jsonl / .parquet file, or a data set id

@@ -1,12 +1,11 @@
 """The bundled model: a small Llama that writes Python documentation, and the text it is measured on."""
 
+from __future__ import annotations
+
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
-from compress.models import hub, loading
-
-MODEL_DIR = hub.DEMO
+MODEL_DIR = Path(__file__).parent / "model"
 
 
 def load() -> tuple[Any, Any]:
@@ -18,4 +17,8 @@ def load() -> tuple[Any, Any]:
         >>> model.config.model_type
         'llama'
     """
+    from transformers import AutoTokenizer
+
+    from compress.models import loading
+
     return loading.load(MODEL_DIR), AutoTokenizer.from_pretrained(MODEL_DIR)

@@ -11,13 +11,17 @@ Top-level modules are split by a hash of their name into calibration and evaluat
 trained on an evaluation module. For one Python version the texts are the same on every machine.
 """
 
+from __future__ import annotations
+
 import ast
 import hashlib
 import sysconfig
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 Split = Literal["calibration", "evaluation"]
 

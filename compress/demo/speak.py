@@ -1,5 +1,7 @@
 """Let a model write: `python -m compress.demo.speak FOLDER [PROMPT ...]`."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """What stored numbers mean, and how they lie in bytes. Imports nothing else of the package."""
 
+from __future__ import annotations
+
 from compress.encodings.base import Encoding, Form
 from compress.encodings.codebook import CodebookForm, Codebooks
 from compress.encodings.inputs import InputForm, Inputs, fit_inputs

@@ -1,14 +1,19 @@
 """What every family of encodings promises."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self, TypeAlias
 
-import torch
-from torch import Tensor
+from compress.lazy import torch
 
-Stored = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name of a stored tensor -> its shape and type
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+Stored: TypeAlias = "dict[str, tuple[tuple[int, ...], torch.dtype]]"  # name of a stored tensor -> its shape and type
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +35,7 @@ class Form(ABC):
         """What is stored beside the codes of an (out, in) weight."""
 
     @abstractmethod
-    def encoding(self, codes: Tensor, tables: Mapping[str, Tensor]) -> "Encoding":
+    def encoding(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Encoding:
         """(out, in) uint8 codes and the stored tables -> the encoding, on whatever device they are."""
 
 

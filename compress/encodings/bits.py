@@ -6,10 +6,15 @@ byte `k // 8`. A row is padded with zero bits to a whole byte, never further: 3-
 Shapes: R rows, N codes a row, B = ceil(N * bits / 8) bytes a row.
 """
 
-from functools import lru_cache
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from compress.lazy import functional, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def row_bytes(num_codes: int, bits: int) -> int:
@@ -56,14 +61,14 @@ def unpack_bits(packed: Tensor, bits: int, num_codes: int) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-@torch.inference_mode(False)
 def _lanes(bits: int, device: str) -> Tensor:
     """(256,): the codes in a byte, each a byte of a wider integer."""
-    byte = torch.arange(256, device=device)
-    codes = torch.stack([byte >> (bits * i) & (1 << bits) - 1 for i in range(8 // bits)], -1).to(torch.uint8)
-    return codes.view({1: torch.int64, 2: torch.int32, 4: torch.int16}[bits])[:, 0]
+    with torch.inference_mode(False):
+        byte = torch.arange(256, device=device)
+        codes = torch.stack([byte >> (bits * i) & (1 << bits) - 1 for i in range(8 // bits)], -1).to(torch.uint8)
+        return codes.view({1: torch.int64, 2: torch.int32, 4: torch.int16}[bits])[:, 0]
 
 
 def _padded(values: Tensor, multiple: int) -> Tensor:
     missing = -values.shape[1] % multiple
-    return torch.nn.functional.pad(values, (0, missing)) if missing else values.contiguous()
+    return functional.pad(values, (0, missing)) if missing else values.contiguous()

@@ -3,16 +3,22 @@
 Shapes: O = out features, I = in features, K = entries of a table, G = tables.
 """
 
-from collections.abc import Mapping
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
-import torch
-from torch import Tensor
-
-from compress.encodings.base import Encoding, Form, Stored
+from compress.encodings.base import Encoding, Form
 from compress.encodings.bits import pack_bits, row_bytes, unpack_bits
 from compress.encodings.uniform import CHUNK, narrowest
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from compress.encodings.base import Stored
 
 MOST_ENTRIES = 256
 MOST_TABLES = 256
@@ -53,7 +59,7 @@ class CodebookForm(Form):
             found["scale"] = ((shape[0], 1), getattr(torch, self.scale_dtype))
         return found
 
-    def encoding(self, codes: Tensor, tables: Mapping[str, Tensor]) -> "Codebooks":
+    def encoding(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Codebooks:
         row_group = self.row_groups(len(codes), tables)
         return Codebooks(codes, tables["table"], row_group, tables.get("scale"), self.period or None)
 

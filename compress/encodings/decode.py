@@ -15,20 +15,28 @@ operations as in the families' own `dequantize`, bit for bit.
 Shapes: O = out features, I = in features, G = groups of columns, T = tables, K = 2**bits.
 """
 
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from compress.encodings.bits import unpack_bits
 from compress.encodings.codebook import CodebookForm
 from compress.encodings.outlier_victim import TYPES, OutlierVictimForm
-from compress.encodings.power import Levels, PowerForm, level_values
+from compress.encodings.power import PowerForm, level_values
 from compress.encodings.uniform import CHUNK, UniformForm
-from compress.encodings.weight import Spec, spread, unpack
+from compress.encodings.weight import spread, unpack
+from compress.lazy import functional, torch
 
-WIDE = {1: torch.float32, 2: torch.int64, 4: torch.complex128}  # a type as wide as so many float32
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+    from compress.encodings.power import Levels
+    from compress.encodings.weight import Spec
+
+WIDE = {1: "float32", 2: "int64", 4: "complex128"}  # a type as wide as so many float32
 
 
 class Decoder:
@@ -152,22 +160,22 @@ def indices(packed: Tensor, bits: int, count: int) -> Tensor:
 def wide(table: Tensor, bits: int) -> Tensor:
     """(T, up to K) float32 -> (T * K**count,), each element the values of `count` codes, the first in the low bits."""
     count = codes_an_index(bits)
-    table = torch.nn.functional.pad(table, (0, 2**bits - table.shape[1]))
+    table = functional.pad(table, (0, 2**bits - table.shape[1]))
     entries = torch.arange(2 ** (bits * count), device=table.device)
     codes = torch.stack([entries >> (bits * i) & (2**bits - 1) for i in range(count)], -1)
-    return table[:, codes].view(WIDE[count]).flatten()
+    return table[:, codes].view(getattr(torch, WIDE[count])).flatten()
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)
 def _steps(bits: int, symmetric: bool, device: str) -> Tensor:
-    return wide(torch.arange(2**bits, device=device).float()[None] - (2 ** (bits - 1) if symmetric else 0), bits)
+    with torch.inference_mode(False):
+        return wide(torch.arange(2**bits, device=device).float()[None] - (2 ** (bits - 1) if symmetric else 0), bits)
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)
 def _levels(bits: int, levels: Levels, exponent: float, device: str) -> Tensor:
-    return wide(level_values(bits, levels, torch.tensor([exponent], device=device))[None], bits)
+    with torch.inference_mode(False):
+        return wide(level_values(bits, levels, torch.tensor([exponent], device=device))[None], bits)
 
 
 def _scattered(spec: Spec) -> bool:
@@ -178,7 +186,7 @@ def _scattered(spec: Spec) -> bool:
 
 def _padded(packed: Tensor, multiple: int) -> Tensor:
     missing = -packed.shape[1] % multiple
-    return torch.nn.functional.pad(packed, (0, missing)) if missing else packed.contiguous()
+    return functional.pad(packed, (0, missing)) if missing else packed.contiguous()
 
 
 __all__ = ["Decoder", "codes_an_index", "indices", "wide"]

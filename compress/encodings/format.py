@@ -1,5 +1,7 @@
 """Names and versions of what this package writes."""
 
+from __future__ import annotations
+
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 

@@ -17,15 +17,21 @@ unsigned types for inputs without negative values are left out.
 Shapes: C channels, the last dimension; an input is (..., C). T tokens.
 """
 
-from collections.abc import Mapping
+from __future__ import annotations
+
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
-import torch
-from torch import Tensor
+from compress.encodings.outlier_victim import quantize_dequantize, search
+from compress.lazy import function, torch
 
-from compress.encodings.base import Stored
-from compress.encodings.outlier_victim import Normal, quantize_dequantize, search
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from compress.encodings.base import Stored
+    from compress.encodings.outlier_victim import Normal
 
 Grid = Literal["int", "olive"]
 Scale = Literal["token", "tensor"]
@@ -66,7 +72,7 @@ class InputForm:
         scale: Stored = {"input_scale": ((1,), torch.float32)}
         return scale if self.grid == "olive" else scale | {"input_zero_point": ((1,), torch.uint8)}
 
-    def inputs(self, tensors: Mapping[str, Tensor]) -> "Inputs":
+    def inputs(self, tensors: Mapping[str, Tensor]) -> Inputs:
         """The inverse of `Inputs.tensors`; others among the tensors are left alone."""
         return Inputs(self, tensors.get("input_scale"), tensors.get("input_zero_point"))
 
@@ -115,7 +121,7 @@ class Inputs:
     def apply(self, x: Tensor) -> Tensor:
         """An input (..., C) of any float type, rounded: same shape and type. Gradients pass as if it had not been."""
         if torch.is_grad_enabled() and x.requires_grad:
-            passed: Tensor = _Straight.apply(x, self)  # type: ignore[no-untyped-call]
+            passed: Tensor = function(_Straight).apply(x, self)
             return passed
         wide = x.float()
         if self.scale is None:
@@ -129,7 +135,7 @@ class Inputs:
         return quantize_dequantize(rows, scale[:, None], self.form.normal).view(x.shape).to(x.dtype)
 
 
-class _Straight(torch.autograd.Function):
+class _Straight:
     @staticmethod
     def forward(ctx: Any, x: Tensor, inputs: Inputs) -> Tensor:
         return inputs.apply(x.detach())

@@ -8,16 +8,21 @@ Shapes: O = out features, I = in features, r = rank.
 | `lora_a_codes`, `lora_a_scale`, and of b  | quantized        | codes and scales of a symmetric `uniform`         |
 """
 
-from collections.abc import Mapping
+from __future__ import annotations
+
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
-from torch import Tensor
-
-from compress.encodings.base import Stored
 from compress.encodings.bits import pack_bits, row_bytes, unpack_bits
 from compress.encodings.uniform import Uniform, UniformForm
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from compress.encodings.base import Stored
 
 SIDES = ("a", "b")
 
@@ -56,7 +61,7 @@ class LowRankForm:
             found.update({f"lora_{side}_{leaf}": entry for leaf, entry in tables.items()})
         return found
 
-    def low_rank(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> "LowRank":
+    def low_rank(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> LowRank:
         """The inverse of `LowRank.tensors`; others among the tensors are left alone."""
         made: dict[str, Tensor | Uniform] = {}
         for side, (_, columns) in self.shapes(shape).items():
@@ -141,7 +146,7 @@ class LowRank:
         a, b = self.factors()
         return b @ a
 
-    def rows(self, part: slice) -> "LowRank":
+    def rows(self, part: slice) -> LowRank:
         """For some rows of the weight, sharing memory."""
         return LowRank(self.a, self.b.rows(part) if isinstance(self.b, Uniform) else self.b[part])
 
@@ -161,7 +166,7 @@ class LowRank:
         """What is impossible about it beside an (out, in) weight, or None."""
         for side, wanted in self.form.shapes(shape).items():
             factor: Tensor | Uniform = getattr(self, side)
-            values = factor if isinstance(factor, Tensor) else factor.codes
+            values = factor if isinstance(factor, torch.Tensor) else factor.codes
             if tuple(values.shape) != wanted:
                 return f"a factor {side} of shape {tuple(values.shape)}, not {wanted}"
             if isinstance(factor, Uniform):

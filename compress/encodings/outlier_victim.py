@@ -23,16 +23,23 @@ Neural Network Quantization", MICRO 2022, arXiv 2208.14286.
 Shapes: O = out features, I = in features, R rows of any tensor, C its columns, S = R (a scale a row) or 1.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-import torch
-from torch import Tensor
-
-from compress.encodings.base import Encoding, Form, Stored
+from compress.encodings.base import Encoding, Form
 from compress.encodings.uniform import CHUNK, narrowest, rounded, scale_defect
+from compress.lazy import functional, torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+    from compress.encodings.base import Stored
 
 Normal = Literal["int4", "flint4", "int8"]
 DoubleOutlier = Literal["larger", "even"]
@@ -53,9 +60,6 @@ class PairType:
         identifier: code of a victim.
         largest: largest normal magnitude.
         border: magnitudes from here on are outliers: half-way between the largest normal and the smallest abfloat one.
-        outliers: (2**(bits - 1),) abfloat magnitude of each code without sign; 0 for the one not used.
-        codes: (2 * largest + 1,) uint8, code of each whole number from -largest; 0 for those that are no value.
-        pairs: (2**(2 * bits),) int64, the two float32 values of every pair of codes, even column in the low bits.
     """
 
     def __init__(
@@ -69,26 +73,41 @@ class PairType:
         last: int,
     ):
         self.ones, self.ramps, self.mantissa_bits, self.bias, self.last = ones, ramps, mantissa_bits, bias, last
+        self.values = values
         self.bits = (len(values) - 1).bit_length()
         self.identifier = len(values) // 2
         self.largest = max(values)
         unit = 1 << mantissa_bits
-        magnitudes = [0.0] + [math.ldexp(unit + k % unit, k // unit + bias) for k in range(1, self.identifier)]
-        self.border = (self.largest + magnitudes[1]) / 2
-        self.outliers = torch.tensor(magnitudes, dtype=torch.float32, device="cpu")
-        codes = torch.zeros(2 * self.largest + 1, dtype=torch.uint8, device="cpu")
-        for code, value in enumerate(values):
-            if code != self.identifier:
-                codes[value + self.largest] = code
-        self.codes = codes
-        normal = torch.tensor(values, dtype=torch.float32, device="cpu")
-        abfloat = torch.cat([self.outliers, -self.outliers])
-        pairs = torch.stack(  # [high, low, (low, high)]
-            [normal.expand(len(values), -1), normal[:, None].expand(-1, len(values))], dim=-1
-        ).clone()
-        pairs[self.identifier, :, 0], pairs[self.identifier, :, 1] = abfloat, 0
-        pairs[:, self.identifier, 0], pairs[:, self.identifier, 1] = 0, abfloat
-        self.pairs = pairs.view(-1, 2).view(torch.int64)[:, 0].contiguous()
+        self.magnitudes = [0.0] + [math.ldexp(unit + k % unit, k // unit + bias) for k in range(1, self.identifier)]
+        self.border = (self.largest + self.magnitudes[1]) / 2
+
+    @cached_property
+    def outliers(self) -> Tensor:
+        """(2**(bits - 1),) abfloat magnitude of each code without sign; 0 for the one not used."""
+        with torch.inference_mode(False):
+            return torch.tensor(self.magnitudes, dtype=torch.float32, device="cpu")
+
+    @cached_property
+    def codes(self) -> Tensor:
+        """(2 * largest + 1,) uint8, code of each whole number from -largest; 0 for those that are no value."""
+        with torch.inference_mode(False):
+            codes = torch.zeros(2 * self.largest + 1, dtype=torch.uint8, device="cpu")
+            for code, value in enumerate(self.values):
+                if code != self.identifier:
+                    codes[value + self.largest] = code
+            return codes
+
+    @cached_property
+    def pairs(self) -> Tensor:
+        """(2**(2 * bits),) int64, the two float32 values of every pair of codes, even column in the low bits."""
+        with torch.inference_mode(False):
+            normal, count = torch.tensor(self.values, dtype=torch.float32, device="cpu"), len(self.values)
+            abfloat = torch.cat([self.outliers, -self.outliers])
+            # [high, low, (low, high)]
+            pairs = torch.stack([normal.expand(count, -1), normal[:, None].expand(-1, count)], dim=-1).clone()
+            pairs[self.identifier, :, 0], pairs[self.identifier, :, 1] = abfloat, 0
+            pairs[:, self.identifier, 0], pairs[:, self.identifier, 1] = 0, abfloat
+            return pairs.view(-1, 2).view(torch.int64)[:, 0].contiguous()
 
     def nearest(self, magnitude: Tensor) -> Tensor:
         """Magnitudes in units -> the nearest normal ones; what is too large becomes the largest."""
@@ -131,7 +150,7 @@ class OutlierVictimForm(Form):
     def tables(self, shape: tuple[int, int]) -> Stored:
         return {"scale": ((shape[0], 1), getattr(torch, self.scale_dtype))}
 
-    def encoding(self, codes: Tensor, tables: Mapping[str, Tensor]) -> "OutlierVictim":
+    def encoding(self, codes: Tensor, tables: Mapping[str, Tensor]) -> OutlierVictim:
         return OutlierVictim(codes, tables["scale"], self.normal)
 
 
@@ -333,7 +352,7 @@ def _scale(scale: Tensor, rows: slice) -> Tensor:
 
 def _even(x: Tensor) -> Tensor:
     """With a column of zeros more where their number is odd; contiguous."""
-    return (torch.nn.functional.pad(x, (0, 1)) if x.shape[1] % 2 else x).contiguous()
+    return (functional.pad(x, (0, 1)) if x.shape[1] % 2 else x).contiguous()
 
 
 __all__ = [

@@ -19,16 +19,20 @@ The last word of a row is filled up with ranks of zero, which are cut off again.
 Shapes: O rows, I columns, which M divides; W words a row.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Self
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Self
 
 from compress.encodings.bits import pack_bits, row_bytes, unpack_bits
+from compress.lazy import functional, torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
 
 WIDTHS = (4, 8)  # the runs that are looked for
 
@@ -92,7 +96,7 @@ class Pattern:
         rank_of[self._numbers()] = torch.arange(self.combinations, dtype=torch.uint8)
         ranks = rank_of.to(mask.device).index_select(0, numbers.flatten().int()).view(rows, -1)
         missing = self.words(columns) * self.ranks - ranks.shape[1]
-        digits = torch.nn.functional.pad(ranks, (0, missing)).view(rows, -1, self.ranks)
+        digits = functional.pad(ranks, (0, missing)).view(rows, -1, self.ranks)
         word = digits[..., 0].clone()
         for i in range(1, self.ranks):
             word += digits[..., i] * self.combinations**i
@@ -117,9 +121,9 @@ class Pattern:
 
 
 @lru_cache(maxsize=32)
-@torch.inference_mode(False)
 def _table(pattern: Pattern, device: str) -> Tensor:
-    return pattern.table().to(device)
+    with torch.inference_mode(False):
+        return pattern.table().to(device)
 
 
 def find(mask: Tensor, kept: int) -> Pattern | None:

@@ -7,17 +7,24 @@ Shapes: O = out features, I = in features, R = O (per channel, per group) or 1 (
 L = levels, N = occupied bins of a histogram, S = ranges tried.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-import torch
-from torch import Tensor
+from compress.encodings.base import Encoding, Form
+from compress.encodings.uniform import CHUNK, SEARCH_NORM, narrowest, rounded, scale_defect
+from compress.lazy import torch
 
-from compress.encodings.base import Encoding, Form, Stored
-from compress.encodings.uniform import CHUNK, SEARCH_NORM, Search, narrowest, rounded, scale_defect
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
+
+    from compress.encodings.base import Stored
+    from compress.encodings.uniform import Search
 
 Levels = Literal["zero", "half"]
 
@@ -50,7 +57,7 @@ class PowerForm(Form):
             "exponent": ((1,), torch.float32),
         }
 
-    def encoding(self, codes: Tensor, tables: Mapping[str, Tensor]) -> "Power":
+    def encoding(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Power:
         return Power(codes, tables["scale"], tables["exponent"], self.bits, self.levels)
 
 

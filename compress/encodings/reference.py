@@ -1,6 +1,11 @@
 """Slow and plainly right: the oracle that tests hold the fast paths against. Python integers and floats only."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def pack_row(codes: Sequence[int], bits: int) -> bytes:

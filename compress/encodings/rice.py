@@ -10,12 +10,15 @@ and a one; the sign of a positive entry is 1.
 Shapes: n elements, c of them not zero.
 """
 
-import math
-from typing import Any
+from __future__ import annotations
 
-import numpy as np
-import torch
-from torch import Tensor
+import math
+from typing import TYPE_CHECKING, Any
+
+from compress.lazy import np, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GOLDEN = (1 + math.sqrt(5)) / 2
 

@@ -4,15 +4,21 @@ Shapes: O = out features, I = in features, R = O (per channel, per group) or 1 (
 each of the G groups covers I / G neighbouring columns.
 """
 
-from collections.abc import Mapping
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-import torch
-from torch import Tensor
-
-from compress.encodings.base import Encoding, Form, Stored
+from compress.encodings.base import Encoding, Form
 from compress.encodings.bits import pack_bits, row_bytes, unpack_bits
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from compress.encodings.base import Stored
 
 Search = Literal["minmax", "mse"]
 
@@ -39,7 +45,7 @@ class UniformForm(Form):
             found["zero_point"] = ((rows, row_bytes(self.groups, self.bits)), torch.uint8)
         return found
 
-    def encoding(self, codes: Tensor, tables: Mapping[str, Tensor]) -> "Uniform":
+    def encoding(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Uniform:
         scale = tables["scale"]
         if self.symmetric:
             zero = torch.full(scale.shape, 2 ** (self.bits - 1), dtype=torch.uint8, device=scale.device)

@@ -17,22 +17,29 @@ Streams are those of `bits.py`. The mask is stored, never inferred: a kept weigh
 mask itself, whoever made it. A bitmap of such a mask is read too.
 """
 
-from collections.abc import Mapping
+from __future__ import annotations
+
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
-from torch import Tensor
-
-from compress.encodings.base import Encoding, Form, Stored
 from compress.encodings.bits import pack_bits, row_bytes, unpack_bits
 from compress.encodings.codebook import CodebookForm
-from compress.encodings.inputs import InputForm, Inputs
-from compress.encodings.low_rank import LowRank, LowRankForm
+from compress.encodings.inputs import InputForm
+from compress.encodings.low_rank import LowRankForm
 from compress.encodings.outlier_victim import OutlierVictimForm
 from compress.encodings.pattern import Pattern, find
 from compress.encodings.power import PowerForm
 from compress.encodings.uniform import UniformForm
+from compress.lazy import functional, torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from compress.encodings.base import Encoding, Form, Stored
+    from compress.encodings.inputs import Inputs
+    from compress.encodings.low_rank import LowRank
 
 LAYOUT = "compress-1"
 FACTORED = "low-rank"  # the kind of a weight that is nothing but its factors
@@ -74,7 +81,7 @@ class Weight:
         dense = self.encoding.dequantize()
         return dense if self.mask is None else dense.masked_fill_(~self.mask, 0.0)
 
-    def rows(self, part: slice) -> "Weight":
+    def rows(self, part: slice) -> Weight:
         """Some of its rows, sharing memory."""
         return Weight(
             None if self.values is None else self.values[part],
@@ -274,7 +281,7 @@ def spread(values: Tensor, mask: Tensor) -> Tensor:
     """(K,) kept values, row after row, and an (O, I) mask that keeps K -> (O, I), zero where masked."""
     counted = mask.flatten().cumsum(0, dtype=torch.int32)
     counted *= mask.flatten()  # the zeroth is a zero put in front
-    return torch.nn.functional.pad(values, (1, 0)).index_select(0, counted).view(mask.shape)
+    return functional.pad(values, (1, 0)).index_select(0, counted).view(mask.shape)
 
 
 def _shape(values: Tensor) -> tuple[int, int]:

@@ -1,17 +1,25 @@
 """A block as a BlockPass may run it: with other weights, whole or in parts, on what arrives at it."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from __future__ import annotations
 
-from torch import Tensor, nn
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from compress.calibration import collect
 from compress.calibration.activation_cache import Activations
 from compress.calibration.precision import learning
-from compress.calibration.reconstruct import BlockData, Weights
-from compress.encodings import Weight
-from compress.engine.placement import Context, grids_of, present
+from compress.calibration.reconstruct import BlockData
+from compress.engine.placement import grids_of, present
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor, nn
+
+    from compress.calibration.reconstruct import Weights
+    from compress.encodings import Weight
+    from compress.engine.placement import Context
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,35 @@
 """The stage that takes blocks out: how alike hidden states are before and behind them, and the model without them."""
 
+from __future__ import annotations
+
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from compress.calibration import collect
 from compress.calibration.precision import products
-from compress.engine.placement import Context, make_room, present, streamed
+from compress.engine.placement import make_room, present, streamed
 from compress.engine.sweep import chain_of
 from compress.errors import NonFiniteError, UnsupportedModelError
 from compress.io.keys import key_of
 from compress.models.graph import forward
-from compress.models.shorten import Shorter, without
-from compress.passes.depth import DepthPass
-from compress.passes.interface import Depth, Distance
+from compress.models.shorten import without
+from compress.passes.interface import Depth
 from compress.planning.depth import candidates
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from compress.engine.placement import Context
+    from compress.models.shorten import Shorter
+    from compress.passes.depth import DepthPass
+    from compress.passes.interface import Distance
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,12 @@ pipeline keeps the work before the change and redoes the rest. A file is written
 renamed: it is whole or it is not there. Failures are never recorded.
 """
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from __future__ import annotations
 
-import torch
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -19,6 +18,12 @@ from compress.checkpoint.artifact import Packed
 from compress.encodings import Spec, Weight, pack
 from compress.errors import CheckpointError
 from compress.io.atomic import publish, write_text, writing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    import torch
 
 Opened = TypeVar("Opened")
 

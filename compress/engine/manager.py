@@ -1,31 +1,41 @@
 """The pass manager: runs a plan stage by stage, measures after each, and holds the gate."""
 
+from __future__ import annotations
+
 import time
-from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from compress.calibration.data import Dataset, batches
-from compress.checkpoint.artifact import Artifact, finite
-from compress.config.pipeline import Evaluation, Pipeline
+from compress.calibration.data import batches
+from compress.checkpoint.artifact import finite
 from compress.engine.depth_stage import drop
 from compress.engine.ledger import Record
 from compress.engine.measure import Meter, against, hash_of, measured
 from compress.engine.merge.merging import merge
 from compress.engine.merge.parents import open_parent
 from compress.engine.model_training import KeptInLedger, in_memory, model_data
-from compress.engine.placement import Context, lent, make_room, take
+from compress.engine.placement import lent, make_room, take
 from compress.engine.sweep import TOKENS_AT_ONCE, generator_for, run_stage
 from compress.engine.validate import observed, observed_vector
 from compress.errors import GateError
 from compress.io.keys import code_fingerprint, key_of
-from compress.passes.base import BlockPass, Edit, LinearPass, ModelPass, Pass, Target, Whole
+from compress.passes.base import BlockPass, LinearPass, ModelPass, Target, Whole
 from compress.passes.depth import DepthPass
 from compress.passes.merge.base import MergePass
 from compress.passes.quantize.activations import attached
 from compress.passes.retrain.options import EndToEnd
-from compress.planning.plan import PassPlan, Plan
 from compress.report.report import Report, Row
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from compress.calibration.data import Dataset
+    from compress.checkpoint.artifact import Artifact
+    from compress.config.pipeline import Evaluation, Pipeline
+    from compress.engine.placement import Context
+    from compress.passes.base import Edit, Pass
+    from compress.planning.plan import PassPlan, Plan
 
 ROUNDING = 1e-9  # a fall of exactly one point is within a gate of one point
 

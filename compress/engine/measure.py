@@ -1,24 +1,32 @@
 """What every row of a report says: quality on every source, size, memory."""
 
+from __future__ import annotations
+
 import hashlib
 import resource
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from compress.calibration.data import Dataset
-from compress.calibration.metrics import REFERENCE_NUMBERS, Quality, Reference, logits_in, measure, pooled
-from compress.checkpoint.artifact import Artifact
+from compress.calibration.metrics import REFERENCE_NUMBERS, Reference, logits_in, measure, pooled
 from compress.checkpoint.packed_layout import spec_at, stored_bytes
-from compress.encodings import Spec
-from compress.engine.placement import Context, streamed
+from compress.engine.placement import streamed
 from compress.io.keys import key_of
 from compress.models.graph import forward
 from compress.report.report import Row
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from compress.calibration.data import Dataset
+    from compress.calibration.metrics import Quality
+    from compress.checkpoint.artifact import Artifact
+    from compress.encodings import Spec
+    from compress.engine.placement import Context
 
 
 class Meter:

@@ -1,20 +1,30 @@
 """A whole model as a ModelPass may see it and train it: the only file that runs a model with learned values inside."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from __future__ import annotations
+
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss
 from torch.utils.checkpoint import checkpoint
 
 from compress.calibration.metrics import logits_in
 from compress.calibration.precision import learning
-from compress.calibration.training import Kept, Loss, Make, ModelData
-from compress.engine.ledger import MemoryLedger
-from compress.engine.placement import Context, bring_in, evict, grids_of, rounded, set_value, tie, value_of
-from compress.models.graph import Graph, forward
+from compress.calibration.training import Kept, ModelData
+from compress.engine.placement import bring_in, evict, grids_of, rounded, set_value, tie, value_of
+from compress.models.graph import forward
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+    from torch import nn
+
+    from compress.calibration.training import Loss, Make
+    from compress.engine.ledger import MemoryLedger
+    from compress.engine.placement import Context
+    from compress.models.graph import Graph
 
 
 class KeptInLedger(Kept):

@@ -4,23 +4,32 @@ A model too large for memory has its parameters on the meta device. They are bro
 and forgotten again; a model that a caller holds in memory stays there, and results are set in place.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from compress.calibration import collect
-from compress.calibration.precision import Products, products
-from compress.checkpoint.artifact import Artifact
-from compress.encodings import Inputs, Weight
-from compress.engine.ledger import MemoryLedger, Record
+from compress.calibration.precision import products
 from compress.io.heap import give_back
-from compress.models.graph import Graph, Site
-from compress.progress import Bars
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor
+
+    from compress.calibration.precision import Products
+    from compress.checkpoint.artifact import Artifact
+    from compress.encodings import Inputs, Weight
+    from compress.engine.ledger import MemoryLedger, Record
+    from compress.models.graph import Graph, Site
+    from compress.progress import Bars
 
 
 @dataclass(frozen=True)

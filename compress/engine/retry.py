@@ -1,10 +1,14 @@
 """A pass that fails on one layer never stops a run: more damping, then its fallback, and the report says so."""
 
+from __future__ import annotations
+
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import SolveError
-from compress.passes.base import Edit, LinearPass, Target
+
+if TYPE_CHECKING:
+    from compress.passes.base import Edit, LinearPass, Target
 
 MORE_DAMPING = (1.0, 10.0, 100.0)
 

@@ -1,14 +1,20 @@
 """Stacking: rows are independent, so matrices fed by the same input are solved as one."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from compress.calibration.statistics import Statistics
-from compress.models.graph import Site
-from compress.passes.base import Edit, LinearPass
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from compress.calibration.statistics import Statistics
+    from compress.models.graph import Site
+    from compress.passes.base import Edit, LinearPass
 
 
 def stacks(

@@ -5,36 +5,44 @@ committed, and the outputs of the *compressed* block become the inputs of the ne
 statistics and the activations of the calibration data, whatever the number of blocks.
 """
 
+from __future__ import annotations
+
 import time
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress.calibration import collect
 from compress.calibration.activation_cache import Activations
 from compress.calibration.precision import products
-from compress.calibration.reconstruct import Weights
-from compress.calibration.statistics import Need, Statistics
 from compress.checkpoint.artifact import Packed, finite
-from compress.encodings import Weight
 from compress.engine.block_view import View
 from compress.engine.ledger import Record
-from compress.engine.placement import Context, make_room, present, set_value, streamed, take, value_of
+from compress.engine.placement import make_room, present, set_value, streamed, take, value_of
 from compress.engine.retry import solved
 from compress.engine.stacking import split_rows, stack, stacks
 from compress.engine.validate import observed, observed_vector
 from compress.errors import SolveError, UnsupportedModelError
 from compress.io.heap import bound_heap, give_back
 from compress.io.keys import key_of
-from compress.models.graph import Site, forward
+from compress.models.graph import forward
 from compress.passes.base import Block, BlockPass, Edit, LinearPass, Target
 from compress.passes.quantize.activations import attached
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor, nn
+
+    from compress.calibration.reconstruct import Weights
+    from compress.calibration.statistics import Need, Statistics
+    from compress.encodings import Weight
+    from compress.engine.placement import Context
+    from compress.models.graph import Site
 
 TOKENS_AT_ONCE = 2048
 
@@ -52,7 +60,7 @@ def run_stage(
     return run.key, run.records
 
 
-def _sweep(context: Context, run: "_Stage", batches: Sequence[Tensor]) -> None:
+def _sweep(context: Context, run: _Stage, batches: Sequence[Tensor]) -> None:
     graph, passes = context.graph, run.passes
     selected = {
         index: [s for s in graph.in_block(index) if any(p.selects(s.name, in_block=True) for p in passes)]
@@ -69,7 +77,7 @@ def _sweep(context: Context, run: "_Stage", batches: Sequence[Tensor]) -> None:
         run.unit(f"b{index:04d}" if index >= 0 else "outside", sites, dict)
 
 
-def _calibrated(context: Context, run: "_Stage", selected: dict[int, list[Site]], batches: Sequence[Tensor]) -> None:
+def _calibrated(context: Context, run: _Stage, selected: dict[int, list[Site]], batches: Sequence[Tensor]) -> None:
     graph, bars = context.graph, context.bars
     blocks = [graph.model.get_submodule(name) for name in graph.blocks]
     if not context.resident:

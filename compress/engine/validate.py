@@ -1,18 +1,24 @@
 """What the manager checks about every edit before it counts. It observes; it does not ask the pass."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from compress.encodings import Weight
 from compress.encodings.uniform import CHUNK
 from compress.errors import CompressError
-from compress.models.graph import Site
-from compress.passes.base import Edit, Pass
 from compress.passes.prune.selection import pattern
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.models.graph import Site
+    from compress.passes.base import Edit, Pass
 
 Refuse = Callable[[str], CompressError]
 

@@ -1,5 +1,7 @@
 """Containers for finished weights. An exporter chooses bytes; it neither rounds nor rescales."""
 
+from __future__ import annotations
+
 from compress.export.base import Exporter, Made
 from compress.export.compressed_tensors import CompressedTensors
 from compress.export.gguf import Gguf

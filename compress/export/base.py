@@ -4,23 +4,27 @@ An exporter reads a finished packed folder. It neither rounds nor fits anything:
 refuses, before a run.
 """
 
+from __future__ import annotations
+
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping
+    from pathlib import Path
 
-from compress.checkpoint.artifact import Artifact
-from compress.encodings import Spec
-from compress.errors import OptionError
-from compress.models.graph import Graph
-from compress.progress import Bars
+    import torch
+    from torch import Tensor
 
-Logits = Callable[[Tensor], Tensor]  # token ids (rows, length), or images -> logits float32
+    from compress.checkpoint.artifact import Artifact
+    from compress.encodings import Spec
+    from compress.errors import OptionError
+    from compress.models.graph import Graph
+    from compress.progress import Bars
+
+Logits: TypeAlias = "Callable[[Tensor], Tensor]"  # token ids (rows, length), or images -> logits float32
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Exporter(ABC):
 
     key: ClassVar[str]
     files: ClassVar[tuple[str, ...]]
-    computes: ClassVar[torch.dtype | None] = None
+    computes: ClassVar[str | None] = None
 
     def check(self) -> Iterator[OptionError]:
         """Every impossible option."""

@@ -15,13 +15,19 @@ is float16 too, and the minimum of a grid seldom is one: then the levels are kep
 Shapes: O = out features, I = in features, B = blocks a row, W = columns of a block.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from compress.encodings import CodebookForm, Codebooks, Encoding, Spec, Uniform, UniformForm
+from compress.encodings import CodebookForm, Codebooks, Uniform, UniformForm
 from compress.encodings.bits import pack_bits
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.encodings import Encoding, Spec
 
 NON_LINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # of IQ4_NL, in units of d
 SMALLEST = 32  # columns of the narrowest block

@@ -1,16 +1,21 @@
 """Whether an exported model computes what the packed one does."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from compress.calibration.data import batches
 from compress.calibration.metrics import TOKENS_AT_ONCE, Reference, measure
 from compress.errors import CompressError
-from compress.export.base import Logits
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from compress.export.base import Logits
 
 NUMBERS = 1 << 24  # logits compared at most: 64 MB of each
 
@@ -30,7 +35,7 @@ class Expected:
     logits: list[Tensor]
 
     @classmethod
-    def of(cls, logits: Logits, inputs: Tensor, labels: Tensor | None) -> "Expected":
+    def of(cls, logits: Logits, inputs: Tensor, labels: Tensor | None) -> Expected:
         """Run the packed model on as many of the inputs as are compared."""
         first = logits(inputs[:1])
         count = min(len(inputs), max(1, NUMBERS // first.numel()))
@@ -80,4 +85,4 @@ def some_tokens(vocabulary: int, longest: int) -> Tensor:
     return (torch.arange(2 * length).view(2, length) * 7919 + 13) % vocabulary
 
 
-Expect = Callable[[torch.dtype], Expected]  # by the type that the packed model computes in
+Expect: TypeAlias = "Callable[[torch.dtype], Expected]"  # by the type that the packed model computes in

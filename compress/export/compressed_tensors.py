@@ -8,30 +8,38 @@ type of the model; told to, it takes them as they are stored. But then it also t
 layers; and otherwise it cannot read zero points. So zero points are kept only where all layers are alike.
 """
 
+from __future__ import annotations
+
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
 from io import StringIO
-from pathlib import Path
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.checkpoint.sources import SINGLE
-from compress.encodings import Spec, Uniform, UniformForm
+from compress.encodings import Uniform, UniformForm
 from compress.encodings.bits import pack_bits, row_bytes
-from compress.export.base import Exporter, Logits, Made, refuse_added, refuse_missing
+from compress.export.base import Exporter, refuse_added, refuse_missing
 from compress.export.hf import Dense, loaded, plain_config, refuse_rounded
 from compress.export.packed import specs_in
 from compress.io.atomic import write_json, writing
-from compress.io.safetensors_file import Entry, compare_tensors, write_tensors
+from compress.io.safetensors_file import compare_tensors, write_tensors
+from compress.lazy import nn, torch
 from compress.models.companions import copy_companions
-from compress.models.graph import Graph
-from compress.progress import Bars
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from compress.encodings import Spec
+    from compress.export.base import Logits, Made
+    from compress.io.safetensors_file import Entry
+    from compress.models.graph import Graph
+    from compress.progress import Bars
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 MOST_BITS = 8
@@ -178,7 +186,7 @@ class CompressedTensors(Exporter):
 
     key: ClassVar[str] = METHOD
     files: ClassVar[tuple[str, ...]] = (SINGLE, "config.json")
-    computes: ClassVar[torch.dtype | None] = torch.float32
+    computes: ClassVar[str | None] = "float32"
 
     def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:
         yield from refuse_missing("compressed_tensors", METHOD)

@@ -4,33 +4,39 @@ llama.cpp rotates pairs of a head's channels that are next to each other, transf
 rows of query and key layers change their order.
 """
 
+from __future__ import annotations
+
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, redirect_stderr
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-import torch
-from torch import Tensor
-from transformers import AutoConfig
-
-from compress.encodings import Spec
 from compress.errors import CompressError, UsageError
-from compress.export.base import Exporter, Logits, Made, refuse_added, refuse_missing
+from compress.export.base import Exporter, refuse_added, refuse_missing
 from compress.export.blocks import Blocks, misfit, to_blocks
 from compress.export.hf import Dense, refuse_rounded
 from compress.export.vocabulary import read_vocabulary
 from compress.io.atomic import writing
-from compress.models.graph import Graph, forward
+from compress.io.safetensors_file import type_name
+from compress.lazy import np, torch, transformers
+from compress.models.graph import forward
 from compress.models.loading import build
-from compress.progress import Bars
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+    from torch import Tensor
+
+    from compress.encodings import Spec
+    from compress.export.base import Logits, Made
+    from compress.models.graph import Graph
+    from compress.progress import Bars
 
 FILE = "model.gguf"
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")  # what a file of architecture `llama` can describe
-PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+PLAIN = ("F32", "F16", "BF16")
 
 
 def unfit(config: Any) -> Iterator[str]:
@@ -84,8 +90,8 @@ class Contents:
         encoding = None if site is None else artifact.weight(site).encoding
         if encoding is None:
             values = Dense(artifact, None).read(parameter)[parameter]
-            values = values if values.dim() == 2 and values.dtype in PLAIN else values.float()  # norms
-            blocks = Blocks(PLAIN[values.dtype], values.contiguous().view(torch.uint8))
+            values = values if values.dim() == 2 and type_name(values.dtype) in PLAIN else values.float()  # norms
+            blocks = Blocks(type_name(values.dtype), values.contiguous().view(torch.uint8))
         else:
             found = to_blocks(encoding)
             if isinstance(found, str):
@@ -110,7 +116,7 @@ class Gguf(Exporter):
 
     key: ClassVar[str] = "gguf"
     files: ClassVar[tuple[str, ...]] = (FILE,)
-    computes: ClassVar[torch.dtype | None] = torch.float32
+    computes: ClassVar[str | None] = "float32"
 
     def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:
         yield from refuse_missing("gguf", self.key)
@@ -235,7 +241,7 @@ def read_back(folder: Path) -> Any:
     # from_pretrained(folder, gguf_file=...) does the same, but wants the accelerate package installed.
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    model = build(AutoConfig.from_pretrained(folder, gguf_file=FILE))
+    model = build(transformers.AutoConfig.from_pretrained(folder, gguf_file=FILE))
     with redirect_stderr(StringIO()):  # a progress bar
         tensors = load_gguf_checkpoint(str(folder / FILE), return_tensors=True, model_to_load=model)["tensors"]
     missing = model.load_state_dict(tensors, strict=False, assign=True).missing_keys

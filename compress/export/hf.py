@@ -1,25 +1,33 @@
 """OUT/hf: the compressed model's values in a plain folder, which transformers loads without this package."""
 
+from __future__ import annotations
+
 import json
-from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
-
-from compress.checkpoint.artifact import Artifact
 from compress.checkpoint.packed_layout import spec_at
 from compress.checkpoint.sources import SINGLE
-from compress.encodings import Spec
-from compress.export.base import Exporter, Logits, Made, refuse_added
+from compress.export.base import Exporter, refuse_added
 from compress.io.atomic import write_json, writing
-from compress.io.safetensors_file import Entry, compare_tensors, write_tensors
+from compress.io.safetensors_file import compare_tensors, write_tensors
+from compress.lazy import torch
 from compress.models import loading
 from compress.models.companions import copy_companions
-from compress.models.graph import Graph, Site, forward
-from compress.progress import Bars
+from compress.models.graph import forward
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from compress.checkpoint.artifact import Artifact
+    from compress.encodings import Spec
+    from compress.export.base import Logits, Made
+    from compress.io.safetensors_file import Entry
+    from compress.models.graph import Graph, Site
+    from compress.progress import Bars
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,23 @@
 """A finished packed folder, opened again: what every other container is made from."""
 
-import json
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-import torch
+import json
+from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.artifact import Artifact, Packed
 from compress.checkpoint.sources import FolderSource
-from compress.encodings import Spec
 from compress.encodings.format import METHOD, WEIGHTS
 from compress.errors import UsageError
 from compress.export.base import Made
+from compress.lazy import torch
 from compress.models import graph as graphs
 from compress.models import loading
-from compress.runtime.register import CompressConfig, add_biases
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from compress.encodings import Spec
 
 
 def read_quantization(folder: Path) -> dict[str, Any]:
@@ -43,6 +46,8 @@ def open_packed(folder: Path, dtype: torch.dtype | None = None) -> Made:
         UsageError: not a folder that this package wrote.
         CheckpointError: a damaged file.
     """
+    from compress.runtime.register import CompressConfig, add_biases
+
     section = CompressConfig(**read_quantization(folder))
     config = loading.read_config(folder)
     model = loading.build(config)

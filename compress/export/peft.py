@@ -3,24 +3,31 @@
 PEFT computes W x + B (A x), so its sums round elsewhere than those of a layer that multiplies with W + B A.
 """
 
+from __future__ import annotations
+
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-
-from compress.checkpoint.artifact import Artifact
-from compress.encodings import LowRankForm, Spec
 from compress.errors import CompressError
-from compress.export.base import Exporter, Made, refuse_added
+from compress.export.base import Exporter, refuse_added
 from compress.export.hf import Dense, Hf, refuse_rounded, verify_dense, write_dense
 from compress.io.atomic import write_json, writing
-from compress.io.safetensors_file import Entry, compare_tensors, write_tensors
-from compress.models.graph import Graph, Site
-from compress.progress import Bars
+from compress.io.safetensors_file import compare_tensors, write_tensors
+from compress.lazy import nn, torch
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from compress.checkpoint.artifact import Artifact
+    from compress.encodings import LowRankForm, Spec
+    from compress.export.base import Made
+    from compress.io.safetensors_file import Entry
+    from compress.models.graph import Graph, Site
+    from compress.progress import Bars
 
 ADAPTER, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base"
 
@@ -61,7 +68,7 @@ class Adapter:
         correction = self.artifact.committed[name].low_rank
         assert correction is not None
         shapes = shapes_of(self.artifact.sites[name], correction.form)
-        dtypes = [f.dtype if isinstance(f, Tensor) else torch.float32 for f in (correction.a, correction.b)]
+        dtypes = [f.dtype if isinstance(f, torch.Tensor) else torch.float32 for f in (correction.a, correction.b)]
         made = zip(names_of(name), correction.factors(), shapes, dtypes, strict=True)
         return {key: factor.reshape(shape).to(dtype) for key, factor, shape, dtype in made}
 

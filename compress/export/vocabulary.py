@@ -1,12 +1,16 @@
 """tokenizer.json as GGUF files keep it: byte-level BPE, its tokens and merges, and the name of how text is cut up."""
 
+from __future__ import annotations
+
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of tokens
 # The expressions that readers know by a name, as tokenizer.json has them.

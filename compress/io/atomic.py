@@ -1,14 +1,18 @@
 """Files that are written whole or not at all."""
 
+from __future__ import annotations
+
 import json
 import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from compress.errors import ResourceError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
 
 
 def write_text(file: Path, text: str) -> None:

@@ -1,9 +1,13 @@
 """Memory of this process: given back to the system, and aligned."""
 
+from __future__ import annotations
+
 import ctypes
 import os
+from typing import TYPE_CHECKING
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
 LARGE = 16 << 20  # bytes; smaller pieces are worth keeping, as new pages cost time

@@ -1,11 +1,13 @@
 """Keys: hashes over everything that a result depends on."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
+from compress.lazy import torch
 
 
 def key_of(*parts: Any) -> str:

@@ -1,27 +1,39 @@
 """What every exporter does: tensors written and read back one at a time, and the source's other files taken along."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-import torch
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from compress.errors import CheckpointError, CompressError
-from compress.progress import Bars
+from compress.lazy import torch
 
-NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from compress.progress import Bars
+
+# What a header calls each type, and what torch does.
+TYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 
-_BY_NAME = {name: dtype for dtype, name in NAMES.items()}
-
-Entry = tuple[str, tuple[int, ...], torch.dtype]
+Entry: TypeAlias = "tuple[str, tuple[int, ...], torch.dtype]"
 Layout = Sequence[tuple[str, list[Entry]]]  # (owner, its tensors as they stand in the file), in the file's order
-Read = Callable[[str], Mapping[str, Tensor]]  # owner -> its tensors by name
+Read: TypeAlias = "Callable[[str], Mapping[str, Tensor]]"  # owner -> its tensors by name
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """What a header calls a type."""
+    name = str(dtype).removeprefix("torch.")
+    return next(header for header, ours in TYPES.items() if ours == name)
 
 
 def write_tensors(layout: Layout, read: Read, file: Path, bars: Bars, heading: str) -> None:
@@ -32,7 +44,7 @@ def write_tensors(layout: Layout, read: Read, file: Path, bars: Bars, heading: s
     for _, parts in layout:
         for name, shape, dtype in parts:
             end = position + torch.Size(shape).numel() * dtype.itemsize
-            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+            header[name] = {"dtype": type_name(dtype), "shape": list(shape), "data_offsets": [position, end]}
             position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -62,7 +74,7 @@ def compare_tensors(layout: Layout, read: Read, file: Path, bars: Bars, heading:
                 opened.seek(start + there["data_offsets"][0])
                 found = opened.read(there["data_offsets"][1] - there["data_offsets"][0])
                 same = found == bytes(bytes_of(meant[name]))
-                if not same or there["shape"] != list(shape) or there["dtype"] != NAMES[dtype]:
+                if not same or there["shape"] != list(shape) or there["dtype"] != type_name(dtype):
                     raise CompressError(f"{file}: {name} reads back differently; the disk may be failing")
                 count += 1
     return count
@@ -89,7 +101,7 @@ def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
             found = {}
             for name in opened.keys():  # noqa: SIM118  (not a mapping)
                 part = opened.get_slice(name)
-                found[name] = (tuple(part.get_shape()), _BY_NAME[part.get_dtype()])
+                found[name] = (tuple(part.get_shape()), getattr(torch, TYPES[part.get_dtype()]))
             return found
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} does not exist; write or copy the folder again") from error

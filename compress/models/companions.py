@@ -1,9 +1,14 @@
 """What travels along with a model besides its weights."""
 
+from __future__ import annotations
+
 import shutil
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compress.io.atomic import writing
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # What travels along from the source folder: never weights, never code.
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json", "*.model",

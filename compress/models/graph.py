@@ -6,19 +6,22 @@ or of a transformers `Conv1D` (stored transposed). Nothing is traced: which bloc
 running (`calibration/collect.py`).
 """
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from __future__ import annotations
 
-from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-)
-from transformers.pytorch_utils import Conv1D
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import UnsupportedModelError
-from compress.models.symmetry import Axis, find_axes
+from compress.lazy import nn, torch, transformers
+from compress.models.symmetry import find_axes, is_transposed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from compress.models.symmetry import Axis
 
 # Above this share of block weights out of every pass's reach, running would be pretending.
 MOST_UNREACHABLE = 0.01
@@ -114,12 +117,12 @@ class Graph:
     @property
     def is_language_model(self) -> bool:
         """Whether it is called with token ids."""
-        return isinstance(self.model, PreTrainedModel) and not self.is_image_model
+        return isinstance(self.model, transformers.PreTrainedModel) and not self.is_image_model
 
     @property
     def is_image_model(self) -> bool:
         """Whether it is a transformers model called with images."""
-        return isinstance(self.model, PreTrainedModel) and self.model.main_input_name == "pixel_values"
+        return isinstance(self.model, transformers.PreTrainedModel) and self.model.main_input_name == "pixel_values"
 
 
 def find(model: nn.Module) -> Graph:
@@ -144,9 +147,11 @@ def find(model: nn.Module) -> Graph:
 
 
 def _site(name: str, module: nn.Module, block: int | None) -> Site | None:
-    if isinstance(module, nn.Linear | Conv1D):
-        rows, columns = module.weight.shape
-        transposed = isinstance(module, Conv1D)
+    transposed = is_transposed(module)
+    if transposed or isinstance(module, nn.Linear):
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        rows, columns = weight.shape
         return Site(name, (columns, rows) if transposed else (rows, columns), transposed, block)
     # A subclass with a forward of its own does something else with its weight.
     if isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward:

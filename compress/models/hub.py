@@ -1,5 +1,7 @@
 """From what the user calls a model to a folder on disk."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 from compress.errors import CheckpointError, UsageError
@@ -8,7 +10,7 @@ DEMO = Path(__file__).parent.parent / "demo" / "model"
 FILES = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt")
 
 
-def resolve(model: "str | Path") -> Path:
+def resolve(model: str | Path) -> Path:
     """`demo`, a local folder, or a Hugging Face hub id -> a local folder.
 
     Raises:

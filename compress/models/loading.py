@@ -1,48 +1,44 @@
 """The model that a configuration describes, built without weights; and a folder loaded."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-import torch
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
 from safetensors import SafetensorError
-from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.initialization import no_init_weights
-from transformers.utils import logging
 
 from compress.errors import CheckpointError
 from compress.io.heap import align
+from compress.lazy import nn, transformers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    import torch
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
+def read_config(folder: Path) -> transformers.PreTrainedConfig:
     """config.json of a folder; custom code is never run."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json; a model is a folder as save_pretrained writes it")
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        read = transformers.AutoConfig.from_pretrained
+        config: transformers.PreTrainedConfig = read(folder, trust_remote_code=False, local_files_only=True)
         return config
     except Exception as error:  # each model's configuration class refuses in its own way
         raise CheckpointError(f"{folder}/config.json cannot be used: {error}") from error
 
 
-def loader(config: PreTrainedConfig) -> Any:
+def loader(config: transformers.PreTrainedConfig) -> Any:
     """The class of transformers that loads a model of this configuration."""
     known = type(config)
-    image = known in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and known not in MODEL_FOR_CAUSAL_LM_MAPPING
-    return AutoModelForImageClassification if image else AutoModelForCausalLM
+    images, texts = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    image = known in images and known not in texts
+    return transformers.AutoModelForImageClassification if image else transformers.AutoModelForCausalLM
 
 
-def build(config: PreTrainedConfig) -> PreTrainedModel:
+def build(config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
     """The language model or image classifier a configuration describes, parameters on the meta device, buffers real.
 
     Raises:
@@ -57,8 +53,10 @@ def build(config: PreTrainedConfig) -> PreTrainedModel:
         ) from error
 
 
-def built(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+def built(make: Callable[[], transformers.PreTrainedModel]) -> transformers.PreTrainedModel:
     """What `make` makes, parameters on the meta device, buffers real."""
+    from transformers.initialization import no_init_weights
+
     with no_init_weights(), _parameters_on_meta():
         model = make()
     model.tie_weights()
@@ -89,6 +87,8 @@ def load(folder: Path, dtype: torch.dtype | None = None) -> Any:
     Raises:
         CheckpointError: it cannot be loaded.
     """
+    from transformers.utils import logging
+
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,16 +1,19 @@
 """Which blocks of a model may go, and what the model is without them. Reads no weight."""
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from __future__ import annotations
 
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+import copy
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from compress.errors import UnsupportedModelError
-from compress.models.graph import Graph
+from compress.lazy import nn, transformers
 from compress.models.loading import built
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from compress.models.graph import Graph
 
 Value = TypeVar("Value")
 COUNT = "num_hidden_layers"  # or what `attribute_map` of the configuration says instead
@@ -59,7 +62,7 @@ def without(graph: Graph, gone: Sequence[int], in_place: bool = False) -> Shorte
     model = graph.model
     kept = tuple(i for i in range(len(graph.blocks)) if i not in gone)
     configured: dict[str, Any] = {}
-    if isinstance(model, PreTrainedModel):
+    if isinstance(model, transformers.PreTrainedModel):
         configured = _changes(model.config, len(graph.blocks), kept)
         fresh = _built(model, configured)
         _number(graph, kept, fresh, in_place)
@@ -118,12 +121,12 @@ def list_of(graph: Graph) -> nn.Module | None:
     return found if graph.blocks == every and len(list(found.named_children())) == len(every) else None
 
 
-def count_name(config: PreTrainedConfig) -> str:
+def count_name(config: transformers.PreTrainedConfig) -> str:
     """The entry of a configuration that counts its blocks."""
     return str(config.attribute_map.get(COUNT, COUNT))
 
 
-def _changes(config: PreTrainedConfig, count: int, kept: Sequence[int]) -> dict[str, Any]:
+def _changes(config: transformers.PreTrainedConfig, count: int, kept: Sequence[int]) -> dict[str, Any]:
     """Entries of a configuration that are others without some blocks."""
     changes: dict[str, Any] = {count_name(config): len(kept)}
     for name, value in config.to_dict().items():
@@ -132,7 +135,7 @@ def _changes(config: PreTrainedConfig, count: int, kept: Sequence[int]) -> dict[
     return changes
 
 
-def _built(model: PreTrainedModel, configured: dict[str, Any]) -> PreTrainedModel:
+def _built(model: transformers.PreTrainedModel, configured: dict[str, Any]) -> transformers.PreTrainedModel:
     try:  # from entries, as a written config.json is read: some lists are made of others then
         config = type(model.config).from_dict({**copy.deepcopy(model.config).to_dict(), **configured})
         return built(lambda: type(model)._from_config(config))
@@ -142,7 +145,7 @@ def _built(model: PreTrainedModel, configured: dict[str, Any]) -> PreTrainedMode
         ) from error
 
 
-def _number(graph: Graph, kept: Sequence[int], fresh: PreTrainedModel, in_place: bool) -> None:
+def _number(graph: Graph, kept: Sequence[int], fresh: transformers.PreTrainedModel, in_place: bool) -> None:
     """Check that the blocks of the shorter model are those that are left, but for their numbers.
 
     Their kind may come from their place: attention over a window in every other block, say. `in_place`: the old blocks

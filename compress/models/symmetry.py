@@ -6,12 +6,17 @@ passes that work on matrices alone, and leaves out layers with a bias. Only wher
 guessed from names alone.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from torch import Tensor, nn
 
 # Decoders whose MLP is down(act(gate(x)) * up(x)), and whose values go from v_proj through attention to o_proj.
 KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo", "olmo2", "smollm3", "granite")
@@ -72,7 +77,7 @@ class Units:
     """
 
     places: tuple[Place, ...]
-    inner: tuple["Units", ...] = ()
+    inner: tuple[Units, ...] = ()
 
     @property
     def count(self) -> int:
@@ -83,7 +88,7 @@ class Units:
         """The names of all tensors that move."""
         return {place.tensor for place in self.places}
 
-    def among(self, names: set[str]) -> "Units | None":
+    def among(self, names: set[str]) -> Units | None:
         """The same of these tensors alone; None where they have no part in it."""
         places = tuple(place for place in self.places if place.tensor in names)
         inner = tuple(found for units in self.inner if (found := units.among(names)))
@@ -213,14 +218,21 @@ def _fused(modules: dict[str, nn.Module], names: list[str], heads: int, wiring: 
 def _width(module: nn.Module, made: bool) -> int:
     """How many channels a layer makes, or reads."""
     rows, columns = module.get_parameter("weight").shape
-    return rows if made != isinstance(module, Conv1D) else columns
+    return rows if made != is_transposed(module) else columns
 
 
 def _made(modules: dict[str, nn.Module], name: str, index: Tensor) -> Iterator[Place]:
-    yield Place(f"{name}.weight", 1 if isinstance(modules[name], Conv1D) else 0, index)
+    yield Place(f"{name}.weight", 1 if is_transposed(modules[name]) else 0, index)
     if getattr(modules[name], "bias", None) is not None:
         yield Place(f"{name}.bias", 0, index)
 
 
 def _read(modules: dict[str, nn.Module], name: str, index: Tensor) -> Place:
-    return Place(f"{name}.weight", 0 if isinstance(modules[name], Conv1D) else 1, index)
+    return Place(f"{name}.weight", 0 if is_transposed(modules[name]) else 1, index)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a layer keeps its matrix as (in, out), as the `Conv1D` of transformers does."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)

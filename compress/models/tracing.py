@@ -5,19 +5,25 @@ activations, pooling. Where two are added they share one order, as in a residual
 them through, and what goes out, keeps its order.
 """
 
+from __future__ import annotations
+
 import inspect
 import operator
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 
-from compress.models.graph import Graph
+from compress.lazy import torch, transformers
 from compress.models.symmetry import Place, Units, kind_of, known_units
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from compress.models.graph import Graph
 
 TRACED = ("resnet",)  # transformers whose blocks are plain networks of convolutions
 BY_CHANNEL: tuple[type[nn.Module], ...] = (
@@ -52,7 +58,7 @@ ASKING = {"size", "dim"}  # of shapes, which the order of channels does not chan
 def find_units(graph: Graph) -> tuple[Units, ...]:
     """What of a model may be put in another order; nothing in a model whose wiring is neither known nor traced."""
     model = graph.model
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, transformers.PreTrainedModel):
         return tuple(_trace(graph, ""))
     if kind_of(model) in TRACED:
         return tuple(units for block in graph.blocks for units in _trace(graph, block))

@@ -1,5 +1,7 @@
 """The passes, listed by hand. A new method is one file, one line here and one test file."""
 
+from __future__ import annotations
+
 from compress.passes.base import BlockPass, LinearPass, ModelPass, Override, Pass
 from compress.passes.compensate.eora import Eora
 from compress.passes.depth import DepthPass

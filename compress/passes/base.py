@@ -4,17 +4,23 @@ A pass is given a site's weight as (out, in) float32, its mask and its statistic
 device, no file, no other site, and keeps nothing between calls.
 """
 
-from collections.abc import Iterator, Mapping
+from __future__ import annotations
+
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from compress.calibration.statistics import Need
 from compress.calibration.training import Loss
-from compress.encodings import FACTORED, Form, InputForm, LowRankForm
+from compress.encodings import FACTORED
 from compress.errors import OptionError
 from compress.passes.interface import Block, Edit, Target, Whole
 from compress.passes.names import Override
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from compress.calibration.statistics import Need
+    from compress.encodings import Form, InputForm, LowRankForm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +178,7 @@ class LinearPass(Pass):
         """
         raise NotImplementedError
 
-    def fallback(self) -> "LinearPass":
+    def fallback(self) -> LinearPass:
         """A pass that cannot fail and makes the same kind of weight."""
         raise NotImplementedError
 

@@ -1,10 +1,16 @@
 """A pass that takes whole blocks out of the model."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from compress.passes.base import Pass
-from compress.passes.interface import Depth
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from compress.passes.interface import Depth
 
 
 @dataclass(frozen=True, kw_only=True)

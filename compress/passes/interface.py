@@ -1,19 +1,27 @@
 """What passes are given, and what they return."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from torch import Tensor
+from compress.calibration.training import Label
+from compress.lazy import torch
 
-from compress.calibration.reconstruct import BlockData, Weights
-from compress.calibration.statistics import Statistics
-from compress.calibration.training import Label, ModelData
-from compress.encodings import Encoding, LowRank, Weight
-from compress.models.symmetry import Axis
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from compress.calibration.reconstruct import BlockData, Weights
+    from compress.calibration.statistics import Statistics
+    from compress.calibration.training import ModelData
+    from compress.encodings import Encoding, LowRank, Weight
+    from compress.models.symmetry import Axis
 
 Over = Callable[[Iterable[int], int, Label], Iterator[int]]
-Distance = Callable[[Tensor, Tensor], Tensor]
+Distance: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ class Whole:
     load: Callable[[str], Target]
     vectors: Mapping[str, Tensor] = field(default_factory=dict)
     data: ModelData | None = None
-    generator: torch.Generator = field(default_factory=torch.Generator)
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator())
     over: Over = lambda items, total, label: iter(items)
 
 

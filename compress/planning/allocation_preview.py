@@ -1,16 +1,23 @@
 """Which layers lose how much, before a run: in words, and in numbers where the weights alone decide."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from __future__ import annotations
 
-from compress.checkpoint.artifact import Artifact, finite
-from compress.models.graph import Site
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from compress.checkpoint.artifact import finite
 from compress.passes import GlobalMagnitude
 from compress.passes.base import Target
 from compress.passes.prune.global_magnitude import count_below, layer_counts
 from compress.passes.prune.magnitude import Pruner
-from compress.planning.plan import Plan
-from compress.progress import Bars
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from compress.checkpoint.artifact import Artifact
+    from compress.models.graph import Site
+    from compress.planning.plan import Plan
+    from compress.progress import Bars
 
 MORE = {
     "global": "whose scores are small beside the others'",

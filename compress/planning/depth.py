@@ -1,15 +1,20 @@
 """Which blocks of a model may go. Reads no weight."""
 
-from collections.abc import Sequence
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from compress.errors import UnsupportedModelError
-from compress.models.graph import Graph
 from compress.models.shorten import count_name, list_of
-from compress.passes.depth import DepthPass
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from compress.models.graph import Graph
+    from compress.passes.depth import DepthPass
 
 
 def candidates(graph: Graph, pass_: DepthPass) -> tuple[int, ...]:

@@ -1,26 +1,35 @@
 """Pipeline and model structure to stages: what each pass will touch, what it will cost. Reads no weight."""
 
+from __future__ import annotations
+
 import re
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 import torch
 
 from compress.calibration.data import IMAGES
 from compress.calibration.metrics import REFERENCE_NUMBERS
 from compress.calibration.metrics import TOKENS_AT_ONCE as EVALUATED_AT_ONCE
-from compress.config.pipeline import GATES, GIVEN, Pipeline, walk
+from compress.config.pipeline import GATES, GIVEN, walk
 from compress.encodings import FACTORED, Spec
-from compress.encodings.pattern import Pattern, promised
+from compress.encodings.pattern import promised
 from compress.errors import ConfigError, Problem, UnsupportedModelError
-from compress.models.graph import Graph, Site
 from compress.models.shorten import without
 from compress.models.tracing import find_units
-from compress.passes import BlockPass, DeltaPass, DepthPass, LinearPass, MergePass, ModelPass, Pass
+from compress.passes import BlockPass, DeltaPass, DepthPass, LinearPass, MergePass, ModelPass
 from compress.passes.merge.permutation import coupled
 from compress.passes.prune.selection import pattern
 from compress.planning.depth import candidates, check
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from compress.config.pipeline import Pipeline
+    from compress.encodings.pattern import Pattern
+    from compress.models.graph import Graph, Site
+    from compress.passes import Pass
 
 BASELINE = 450 << 20  # Python, torch and transformers, before any work
 FLOAT = 4

@@ -1,11 +1,17 @@
 """Whether the machine has what a plan needs."""
 
+from __future__ import annotations
+
 import os
 import shutil
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compress.errors import ResourceError
-from compress.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from compress.planning.plan import Plan
 
 
 def check(plan: Plan, destination: Path) -> None:

@@ -1,9 +1,14 @@
 """Bars for the terminal: how much of every block is zero."""
 
+from __future__ import annotations
+
 import re
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from compress.passes.names import block_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 ALIKE = 0.01  # shares no further apart differ by the rounding to whole columns
 LONGEST, SHORTEST = 40, 4  # characters of a bar that is full

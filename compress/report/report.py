@@ -1,10 +1,11 @@
 """What a run did: rows on screen, report.json, and the model card."""
 
+from __future__ import annotations
+
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Group
@@ -12,6 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from compress.calibration.metrics import perplexity_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,18 @@
 """A two-dimensional convolution whose weight stays packed in memory."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from compress.encodings import Spec
 from compress.runtime.packed import PackedModule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.encodings import Spec
 
 
 class PackedConv2d(PackedModule):

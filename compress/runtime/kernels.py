@@ -15,20 +15,26 @@ never written.
 Shapes: O = out features, I = in features, M = rows of an input, G = groups of columns.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from compress.encodings import Codebooks, OutlierVictim, Power, Spec, Uniform, Weight, pack
+from compress.encodings import Codebooks, OutlierVictim, Power, Uniform, pack
 from compress.encodings.bits import pack_bits
 from compress.encodings.decode import Decoder, wide
 from compress.encodings.power import level_values
 from compress.encodings.uniform import CHUNK
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from compress.encodings import Spec, Weight
 
 
 class Kernel(ABC):

@@ -1,14 +1,21 @@
 """A linear layer whose weight stays packed in memory."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from compress.encodings import Spec
 from compress.runtime.packed import PackedModule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from compress.encodings import Spec
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,21 @@
 """The kernel for graphics processors: every encoding is a lookup, or a step, times a scale."""
 
-from typing import Self
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
 
 import torch
-from torch import Tensor
 
-from compress.encodings import OutlierVictim, Spec, Uniform, Weight
+from compress.encodings import OutlierVictim, Uniform
 from compress.encodings.bits import pack_bits
 from compress.encodings.outlier_victim import TYPES
 from compress.runtime import triton_kernels
 from compress.runtime.kernels import Kernel, numbered
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.encodings import Spec, Weight
 
 
 class Lookup(Kernel):

@@ -9,14 +9,20 @@
 Shapes: O = out features, I = in features, M = rows of an input.
 """
 
-from typing import Any, Self
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor
 
-from compress.encodings import Codebooks, Spec, Uniform, Weight
+from compress.encodings import Codebooks, Uniform
 from compress.encodings.decode import Decoder
 from compress.runtime.kernels import Codes, Kernel, scale_of, scaled, units_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.encodings import Spec, Weight
 
 INT4_GROUPS = (256, 128, 64, 32)
 INT4_ROWS = 64  # packed at once, a multiple of every block the layout has

@@ -1,13 +1,20 @@
 """What a layer whose weight stays packed in memory, and is unpacked for the length of a call, always has."""
 
-from collections.abc import Callable
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from compress.encodings import Spec
 from compress.encodings.decode import Decoder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from compress.encodings import Spec
 
 
 class PackedModule(nn.Module):

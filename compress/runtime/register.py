@@ -4,8 +4,10 @@ The weight file has a name of its own. A loader that does not know this plug-in 
 model and run on random weights; so it finds no weights and stops.
 """
 
+from __future__ import annotations
+
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +21,9 @@ from compress.encodings.format import METHOD, WEIGHTS
 from compress.io.heap import align
 from compress.runtime.conv import PackedConv2d
 from compress.runtime.linear import PackedLinear
-from compress.runtime.packed import PackedModule
+
+if TYPE_CHECKING:
+    from compress.runtime.packed import PackedModule
 
 
 class CompressConfig(QuantizationConfigMixin):

@@ -1,17 +1,25 @@
 """`speed_up`: gives the packed layers of a loaded model kernels of their own."""
 
-from collections.abc import Iterable
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from compress.encodings import unpack
 from compress.errors import UsageError
-from compress.runtime.kernels import Bytes, Codes, Factors, Kernel, Tiles, without_extras
+from compress.runtime.kernels import Bytes, Codes, Factors, Tiles, without_extras
 from compress.runtime.linear import PackedLinear, Quick
 from compress.runtime.lookup import Lookup
 from compress.runtime.low_bit import Halves, Int4, Int8
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import nn
+
+    from compress.runtime.kernels import Kernel
 
 EXACT: tuple[type[Kernel], ...] = (Halves, Codes, Bytes)  # the quickest first; `Tiles` takes what is left
 ROUNDED: tuple[type[Kernel], ...] = (Int4, Int8)

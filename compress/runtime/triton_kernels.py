@@ -15,10 +15,14 @@ Sums are float32. Imported where Triton is installed or not; without it only `AV
 Shapes: M rows of the input, N = out features, K = in features, B bytes a row of codes, R = N or 1, G = groups.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 try:
     import triton

@@ -4,16 +4,22 @@ A tensor of up to `SAMPLES * LENGTH` elements is read whole. Of a larger one, sa
 element to its last: another fine-tune differs all over its tensors, and is found without reading them.
 """
 
+from __future__ import annotations
+
 import hashlib
-from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from compress.checkpoint.artifact import Artifact
-from compress.checkpoint.sources import Source
 from compress.errors import UsageError
 from compress.io.safetensors_file import bytes_of
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+    from compress.checkpoint.artifact import Artifact
+    from compress.checkpoint.sources import Source
 
 SAMPLES, LENGTH = 16, 1024
 

@@ -4,21 +4,24 @@ A chunk is the same number of elements in a whole file; the last one of a tensor
 endian. What lies behind the last chunk of a tensor that was only partly merged is zero.
 """
 
-from collections.abc import Callable, Iterable
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from compress.encodings import rice
 from compress.encodings.bits import pack_bits, row_bytes, unpack_bits
 from compress.encodings.signs import Signs
 from compress.io.safetensors_file import bytes_of
+from compress.lazy import np, torch
 
-Read = Callable[[int, int], Tensor]  # (start, stop) -> those bytes of a tensor's payload, uint8
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import Tensor
+
+Read: TypeAlias = "Callable[[int, int], Tensor]"  # (start, stop) -> those bytes of a tensor's payload, uint8
 
 
 class Chunks(Protocol):

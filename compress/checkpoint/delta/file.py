@@ -4,25 +4,32 @@ A tensor that is coded stands there as bytes, uint8; any other as it is in the f
 base's. The metadata say how it was coded, what base it belongs to, and the SHA-256 of everything behind the header.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
-from torch import Tensor
 
-from compress.checkpoint.artifact import Artifact
 from compress.checkpoint.delta.base import class_of, described, refuse_other
-from compress.checkpoint.delta.codings import CODINGS, Chunks
+from compress.checkpoint.delta.codings import CODINGS
 from compress.checkpoint.sources import FolderSource
 from compress.errors import CheckpointError
-from compress.io.safetensors_file import NAMES, bytes_of
+from compress.io.safetensors_file import bytes_of, type_name
+from compress.lazy import torch
 from compress.models import hub
-from compress.progress import Bars
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
+
+    from compress.checkpoint.artifact import Artifact
+    from compress.checkpoint.delta.codings import Chunks
+    from compress.progress import Bars
 
 DELTA = "delta.safetensors"
 FORMAT, VERSION = "compress-delta", "1"
@@ -58,7 +65,7 @@ class Delta:
     about: Mapping[str, str]
 
     @classmethod
-    def open(cls, file: Path) -> "Delta":
+    def open(cls, file: Path) -> Delta:
         """Open a file, after reading it once.
 
         Raises:
@@ -152,7 +159,7 @@ def write(
             data = bytes_of(value)
             end = position + len(data)
             entries[name] = {
-                "dtype": NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [position, end]
+                "dtype": type_name(value.dtype), "shape": list(value.shape), "data_offsets": [position, end]
             }  # fmt: skip
             digest.update(data)
             out.write(data)

@@ -3,17 +3,23 @@
 An element of a coded tensor is the base's in float32, plus the delta's, rounded to the base's type.
 """
 
-from collections.abc import Iterable, Iterator
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from compress.checkpoint.artifact import Artifact
-from compress.checkpoint.delta.codings import Chunks
-from compress.checkpoint.delta.file import Delta
 from compress.encodings.signs import Signs
 from compress.errors import CheckpointError
 from compress.io.keys import key_of
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from torch import Tensor
+
+    from compress.checkpoint.delta.codings import Chunks
+    from compress.checkpoint.delta.file import Delta
 
 
 class DeltaSource:

@@ -1,19 +1,26 @@
 """Models to merge with, read in the order of the base's units: found once, when something is first read."""
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from compress.checkpoint.artifact import Artifact
 from compress.checkpoint.sources import ChangedSource
-from compress.engine.placement import Context
 from compress.engine.sweep import generator_for
 from compress.models.tracing import find_units
-from compress.passes.merge.base import MergePass
-from compress.passes.merge.permutation import Alignment, arranged
+from compress.passes.merge.permutation import arranged
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from compress.checkpoint.artifact import Artifact
+    from compress.engine.placement import Context
+    from compress.passes.merge.base import MergePass
+    from compress.passes.merge.permutation import Alignment
 
 
 @dataclass

@@ -1,18 +1,24 @@
 """A delta from the codes of a merge, opened again and compared before it has its name."""
 
+from __future__ import annotations
+
 import hashlib
 from itertools import chain, repeat
-from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from compress.checkpoint.delta.codings import CODINGS
 from compress.checkpoint.delta.file import Delta, write
 from compress.checkpoint.delta.source import with_delta
-from compress.engine.merge.merger import Learn, Merger
 from compress.errors import CompressError
 from compress.io.safetensors_file import bytes_of
 from compress.passes.merge.delta_pass import DeltaPass
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from compress.engine.merge.merger import Learn, Merger
 
 
 def make(merger: Merger, unit: str, key: str, learn: Learn) -> Delta | None:

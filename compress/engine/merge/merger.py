@@ -1,26 +1,35 @@
 """One merge of one model with others: every tensor, piece by piece."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from compress.checkpoint.artifact import Artifact
-from compress.checkpoint.delta.file import Delta
 from compress.checkpoint.delta.source import with_delta
 from compress.checkpoint.packed_layout import entries, stored_tensors
-from compress.checkpoint.sources import ChangedSource, Source, WrittenSource
+from compress.checkpoint.sources import ChangedSource, WrittenSource
 from compress.engine.merge.aligning import names_of
-from compress.engine.placement import Context
 from compress.engine.sweep import generator_for
 from compress.errors import MergeError, NonFiniteError
 from compress.io.safetensors_file import write_tensors
-from compress.models.graph import Graph
-from compress.passes.merge.base import MergePass, Piece, Pieces
+from compress.passes.merge.base import Piece
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from compress.checkpoint.artifact import Artifact
+    from compress.checkpoint.delta.file import Delta
+    from compress.checkpoint.sources import Source
+    from compress.engine.placement import Context
+    from compress.models.graph import Graph
+    from compress.passes.merge.base import MergePass, Pieces
 
 PIECE = 1 << 20  # elements merged at a time: they stay in the processor's cache
 KEPT = 64 * PIECE  # elements of all models together that are kept from one look at a tensor to the next
@@ -123,13 +132,13 @@ class Merger:
         """What the pass knows before it looks at any tensor; `learnt` is what `MergePass.learn` returned."""
         return learnt if self.pass_.learns else self.survey()
 
-    def prepared(self, name: str, found: Any) -> "Prepared":
+    def prepared(self, name: str, found: Any) -> Prepared:
         """What merges a tensor, having seen what it must of it."""
         pass_ = self.pass_.at(name)
         pieces: Pieces = self.kept(name) if pass_.looks else lambda: self.pieces(name)
         return Prepared(pass_, pieces, pass_.look(pieces, found) if pass_.looks and self.length(name) else found)
 
-    def merged(self, name: str, by: "Prepared") -> Tensor:
+    def merged(self, name: str, by: Prepared) -> Tensor:
         """One tensor, in the type of the base.
 
         Raises:
@@ -162,7 +171,7 @@ class Merger:
                 return f", as it does in {label}; get a clean checkpoint"
         return f"; the weights or scales are too large for {str(dtype).removeprefix('torch.')}"
 
-    def made(self, unit: str, key: str, learn: "Learn", delta: Delta | None = None) -> Artifact:
+    def made(self, unit: str, key: str, learn: Learn, delta: Delta | None = None) -> Artifact:
         """The merged model: a file of the ledger where it keeps files, else values in memory.
 
         Args:

@@ -3,27 +3,34 @@
 From then on the artifact's source is the merged checkpoint, so passes that compare with the original compare with it.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from __future__ import annotations
 
-from compress.calibration.data import Dataset
-from compress.checkpoint.artifact import Artifact
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
 from compress.checkpoint.sources import WrittenSource
-from compress.config.pipeline import Pipeline, walk
+from compress.config.pipeline import walk
 from compress.engine.merge.aligning import Aligner
 from compress.engine.merge.making import make as make_delta
 from compress.engine.merge.merger import Merger
 from compress.engine.merge.parents import open_parent
 from compress.engine.merge.trials import Trials
-from compress.engine.placement import Context, MadeDelta, set_value, tie, value_of
+from compress.engine.placement import MadeDelta, set_value, tie, value_of
 from compress.engine.sweep import generator_for
 from compress.errors import ConfigError, DataError, Problem, UsageError
 from compress.io.keys import key_of
-from compress.models.graph import Graph
 from compress.passes.merge.base import MergePass
 from compress.passes.merge.delta_pass import DeltaPass
 from compress.passes.merge.grid_search import chosen
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from compress.calibration.data import Dataset
+    from compress.checkpoint.artifact import Artifact
+    from compress.config.pipeline import Pipeline
+    from compress.engine.placement import Context
+    from compress.models.graph import Graph
 
 
 def check(pipeline: Pipeline, base: Artifact, file: str = "pipeline") -> list[str]:

@@ -1,5 +1,9 @@
 """The models that are merged with the one a pipeline is run on: opened, and compared with it before any work."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from transformers import PreTrainedModel
 
 from compress.checkpoint.artifact import Artifact, open_folder
@@ -9,8 +13,10 @@ from compress.checkpoint.sources import FolderSource
 from compress.errors import UsageError
 from compress.models import graph as graphs
 from compress.models import hub, loading
-from compress.models.graph import Graph
-from compress.passes.merge.base import MergePass
+
+if TYPE_CHECKING:
+    from compress.models.graph import Graph
+    from compress.passes.merge.base import MergePass
 
 
 def open_parent(model: str, base: Artifact, pass_: MergePass) -> Artifact:

@@ -1,26 +1,35 @@
 """Whole models of a merge: tried out on data, and run with learned values inside, before anything is merged."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from __future__ import annotations
+
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from compress.calibration.data import Dataset
-from compress.calibration.metrics import Quality, logits_in
+from compress.calibration.metrics import logits_in
 from compress.calibration.precision import learning
-from compress.calibration.training import Make
-from compress.checkpoint.artifact import Artifact
 from compress.engine.measure import Meter, hash_of
 from compress.engine.model_training import KeptInLedger, in_memory, learned
-from compress.engine.placement import Context, lent
+from compress.engine.placement import lent
 from compress.io.keys import key_of
 from compress.models.graph import forward
-from compress.passes.base import Pass
 from compress.passes.merge.base import MergePass
-from compress.passes.merge.models import Models, Running, T, Tried
+from compress.passes.merge.models import Models, Running, Tried
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+
+    from torch import Tensor
+
+    from compress.calibration.data import Dataset
+    from compress.calibration.metrics import Quality
+    from compress.calibration.training import Make
+    from compress.checkpoint.artifact import Artifact
+    from compress.engine.placement import Context
+    from compress.passes.base import Pass
+    from compress.passes.merge.models import T
 
 KEPT = 1 << 26  # numbers of the models that stay in memory once they were read: 256 MB
 

@@ -1,23 +1,31 @@
 """The whole ONNX graph of a finished folder: traced, placeholders filled in, constants as the folder has them."""
 
+from __future__ import annotations
+
 import itertools
-from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 from onnxscript import optimizer
 
-from compress.checkpoint.artifact import Artifact, Packed
-from compress.encodings import Spec
-from compress.export.base import Made
+from compress.checkpoint.artifact import Packed
 from compress.export.onnx import weights
 from compress.export.onnx.functions import DOMAIN as LAYERS
 from compress.export.onnx.functions import Functions
 from compress.export.onnx.inputs import rounded
 from compress.export.onnx.ops import MICROSOFT, Ops, constant
-from compress.export.onnx.products import Style, linear
+from compress.export.onnx.products import linear
 from compress.export.onnx.trace import DOMAIN, INPUT, LINEAR, WEIGHT, quiet, traced
 from compress.export.packed import open_packed, specs_in
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from compress.checkpoint.artifact import Artifact
+    from compress.encodings import Spec
+    from compress.export.base import Made
+    from compress.export.onnx.products import Style
 
 PREFIX = "model."  # of the wrapper around the model
 OPSET, OPSET_OF_TWO_BITS = 21, 25

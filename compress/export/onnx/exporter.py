@@ -1,21 +1,23 @@
 """OUT/onnx: one graph with packed weights, for onnxruntime and whatever else reads ONNX."""
 
-from collections.abc import Collection, Iterator, Mapping
+from __future__ import annotations
+
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-
-from compress.encodings import Spec
 from compress.errors import OptionError
-from compress.export.base import Exporter, Logits, Made, refuse_missing
+from compress.export.base import Exporter, refuse_missing
 from compress.export.onnx.names import DATA, EXACT, MODEL
-from compress.models.graph import Graph
-from compress.progress import Bars
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+    from pathlib import Path
+
+    from compress.encodings import Spec
+    from compress.export.base import Logits, Made
     from compress.export.onnx.products import Style
+    from compress.models.graph import Graph
+    from compress.progress import Bars
 
 TIGHT, LOOSE = 1e-4, 0.05
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -43,10 +45,10 @@ class Onnx(Exporter):
 
     key: ClassVar[str] = "onnx"
     files: ClassVar[tuple[str, ...]] = (MODEL, DATA)
-    computes: ClassVar[torch.dtype | None] = torch.float32
+    computes: ClassVar[str | None] = "float32"
 
     @property
-    def written_as(self) -> "Style":
+    def written_as(self) -> Style:
         """What the graph is made with."""
         from compress.export.onnx.products import Style
 

@@ -1,16 +1,22 @@
 """An ONNX graph to disk, its constants in one file beside it, and back."""
 
-from pathlib import Path
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from compress.errors import CompressError
-from compress.export.base import Made
 from compress.export.onnx.build import build, constants, parameters
 from compress.export.onnx.names import DATA, MODEL
-from compress.export.onnx.products import Style
 from compress.io.atomic import writing
-from compress.progress import Bars
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from compress.export.base import Made
+    from compress.export.onnx.products import Style
+    from compress.progress import Bars
 
 INLINE = 1024  # bytes of a constant that stands in the graph itself
 PAGE, LARGE, ALIGNMENT = 4096, 1 << 20, 64  # large constants begin a page, so that they can be mapped

@@ -1,8 +1,15 @@
 """Layers that are written down in the same operators share one function of the graph, so that each is a single node."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import onnx_ir as ir
 
-from compress.export.onnx.ops import MICROSOFT, Ops
+from compress.export.onnx.ops import MICROSOFT
+
+if TYPE_CHECKING:
+    from compress.export.onnx.ops import Ops
 
 DOMAIN = "compress.layers"
 SHORT = 4  # nodes that rather stand in the graph themselves

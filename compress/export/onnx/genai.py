@@ -1,25 +1,31 @@
 """OUT/genai: the folder that onnxruntime-genai loads and generates with."""
 
+from __future__ import annotations
+
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
-
-from compress.encodings import Spec
 from compress.errors import CompressError
-from compress.export.base import Made, refuse_missing
+from compress.export.base import refuse_missing
 from compress.export.onnx.exporter import TIGHT, Onnx
 from compress.export.onnx.names import DATA, MODEL
 from compress.io.atomic import write_json
+from compress.lazy import torch
 from compress.models import loading
 from compress.models.companions import copy_companions
-from compress.models.graph import Graph
-from compress.progress import Bars
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from compress.encodings import Spec
+    from compress.export.base import Made
+    from compress.models.graph import Graph
+    from compress.progress import Bars
 
 CONFIG = "genai_config.json"
 PROMPT, NEW = 8, 24  # tokens of the check

@@ -1,14 +1,21 @@
 """Rounding of a layer's input to its grid, in standard operators."""
 
-from collections.abc import Callable
+from __future__ import annotations
 
-import onnx_ir as ir
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from compress.encodings.inputs import InputForm
-from compress.encodings.outlier_victim import TYPES, PairType
-from compress.export.onnx.ops import Ops
+from compress.encodings.outlier_victim import TYPES
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import onnx_ir as ir
+    from torch import Tensor
+
+    from compress.encodings.inputs import InputForm
+    from compress.encodings.outlier_victim import PairType
+    from compress.export.onnx.ops import Ops
 
 
 def rounded(ops: Ops, x: ir.Value, form: InputForm, read: Callable[[str], Tensor], columns: int) -> ir.Value:

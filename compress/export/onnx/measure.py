@@ -1,13 +1,14 @@
 """What an exported ONNX file needs and does: memory, speed, logits."""
 
+from __future__ import annotations
+
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from compress.errors import UsageError
 from compress.export.onnx.session import Runner, open_session
+from compress.lazy import torch
 
 STEPS, WARM = 48, 8  # tokens generated, and of these not counted
 PROMPT = 16

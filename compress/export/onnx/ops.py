@@ -4,16 +4,22 @@ A constant is known by its shape and type; its numbers are asked for when the fi
 back, so that no more than one of them is in memory.
 """
 
+from __future__ import annotations
+
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
-import torch
 from onnx_ir.tensor_adapters import TorchTensor
-from torch import Tensor
 
 from compress.encodings.bits import row_bytes
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
 
 MICROSOFT = "com.microsoft"  # the domain of onnxruntime's own operators
 TYPES = {

@@ -7,22 +7,28 @@ holds the packed folder's own tensors.
 Shapes: O = out features, I = in features, G = groups of columns, R = O or 1, K = blocks.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import onnx_ir as ir
-import torch
-from torch import Tensor
-
-from compress.encodings import FACTORED, LowRankForm, Spec
+from compress.encodings import FACTORED
 from compress.encodings.codebook import CodebookForm
 from compress.encodings.outlier_victim import OutlierVictimForm
 from compress.encodings.power import PowerForm, level_values
 from compress.encodings.uniform import UniformForm
 from compress.export.onnx import qdq, weights
 from compress.export.onnx.inputs import rounded
-from compress.export.onnx.ops import MICROSOFT, Ops, padded, repacked, unpacked
-from compress.export.onnx.weights import Source
+from compress.export.onnx.ops import MICROSOFT, padded, repacked, unpacked
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from torch import Tensor
+
+    from compress.encodings import LowRankForm, Spec
+    from compress.export.onnx.ops import Ops
+    from compress.export.onnx.weights import Source
 
 WIDTHS = (2, 4, 8)
 BLOCKS = (128, 64, 32)  # quick in every width; longer ones round inputs more coarsely

@@ -5,13 +5,20 @@ The codes lie as (I, O), the way the operator wants them, so the file does not h
 Shapes: O = out features, I = in features, G = groups of columns, K = blocks.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import onnx_ir as ir
-import torch
-from torch import Tensor
 
 from compress.encodings.bits import pack_bits, unpack_bits
 from compress.encodings.uniform import UniformForm
-from compress.export.onnx.weights import Source
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.export.onnx.weights import Source
 
 KINDS = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
 BLOCKS = (256, 128, 64, 32, 16)  # onnxruntime turns these into its own operator

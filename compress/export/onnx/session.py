@@ -1,11 +1,17 @@
 """A written ONNX file in onnxruntime on this machine's processor."""
 
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
-import torch
-from torch import Tensor
+
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
 
 EXACT = 1  # the accuracy level at which `MatMulNBits` leaves its inputs as they are
 

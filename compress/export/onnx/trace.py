@@ -5,22 +5,29 @@ Nothing is read for it: parameters are memory that is never touched, so models l
 Shapes: B rows of a batch, T positions, P positions before them; of a cache (B, heads, P, width).
 """
 
+from __future__ import annotations
+
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import DynamicCache
 
-from compress.encodings import Spec
 from compress.errors import CompressError
-from compress.models.graph import Graph
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import onnx_ir as ir
+    from torch import Tensor
+
+    from compress.encodings import Spec
+    from compress.models.graph import Graph
 
 DOMAIN = "compress"  # of the placeholders; none is left in what is written
 LINEAR, WEIGHT, INPUT = "Linear", "Weight", "Input"

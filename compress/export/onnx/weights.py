@@ -5,23 +5,31 @@ Nothing here depends on an input, so a runtime computes it once, while it loads.
 Shapes: O = out features, I = in features, G = groups of columns, R = O or 1.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
 
-import onnx_ir as ir
-import torch
-from torch import Tensor
-
-from compress.encodings import FACTORED, Form, LowRankForm, Spec
-from compress.encodings.base import Stored
+from compress.encodings import FACTORED
 from compress.encodings.bits import row_bytes
 from compress.encodings.codebook import CodebookForm, index_bits
 from compress.encodings.outlier_victim import TYPES, OutlierVictimForm
 from compress.encodings.power import PowerForm, level_values
 from compress.encodings.uniform import UniformForm
-from compress.export.onnx.ops import Ops, cut, lanes, unpacked
+from compress.export.onnx.ops import cut, lanes, unpacked
+from compress.lazy import torch
 
-Read = Callable[[str], Tensor]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import onnx_ir as ir
+    from torch import Tensor
+
+    from compress.encodings import Form, LowRankForm, Spec
+    from compress.encodings.base import Stored
+    from compress.export.onnx.ops import Ops
+
+Read: TypeAlias = "Callable[[str], Tensor]"
 
 
 @dataclass(frozen=True)

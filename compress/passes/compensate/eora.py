@@ -3,22 +3,28 @@
 Shapes: O rows, I columns, r rank.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-import torch
-from torch import Tensor
-
-from compress.calibration.statistics import Need
 from compress.encodings import LowRank, LowRankForm, Uniform
 from compress.errors import SolveError
-from compress.passes.base import Edit, LinearPass, OptionError, Override, Target
+from compress.lazy import torch
+from compress.passes.base import Edit, LinearPass, OptionError, Override
 from compress.passes.compensate.ranks import by_budget, by_energy, too_little
 from compress.passes.quantize.gptq import Gptq
 from compress.passes.quantize.gptq import solve as gptq
 from compress.passes.solvers.whitening import Seen
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from compress.calibration.statistics import Need
+    from compress.passes.base import Target
 
 A_GROUP = 64  # columns of a quantized A that share a scale, where that divides
 ADAPTER_BITS = (4, 8)
@@ -179,7 +185,7 @@ class Eora(LinearPass):
         mean = None if target.statistics is None else target.statistics.mean
         return None if mean is None else (left @ mean).float()
 
-    def fallback(self) -> "Eora":
+    def fallback(self) -> Eora:
         return replace(self, method="svd", bias=False, overrides=())
 
 

@@ -1,8 +1,13 @@
 """How many directions a correction gets."""
 
+from __future__ import annotations
+
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 
 def by_energy(energies: Sequence[float], share: float) -> int:

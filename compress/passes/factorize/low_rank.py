@@ -3,20 +3,26 @@
 Shapes: O rows, I columns, r rank.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compress.calibration.reconstruct import Inputs, Recipe, by_block
-from compress.calibration.statistics import Need
 from compress.encodings import FACTORED, LowRankForm
 from compress.encodings import LowRank as Factors
 from compress.errors import SolveError
-from compress.passes.base import Block, BlockPass, Edit, LinearPass, OptionError, Pass, Target
+from compress.lazy import torch
+from compress.passes.base import BlockPass, Edit, LinearPass, OptionError, Pass
 from compress.passes.solvers.whitening import Seen, stored
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+    from compress.calibration.statistics import Need
+    from compress.passes.base import Block, Target
 
 NEAR = 1e-3  # how far a product may be from its matrix, in the largest sum of a row, before it costs anything
 
@@ -153,7 +159,7 @@ class LowRank(Budget, BlockPass):
         for name, matrix in learned.matrices.items():
             yield name, Edit(low_rank=matrix.factors(), replaces=True, notes={**matrix.notes, **notes})
 
-    def start(self, target: Target) -> "_Matrix":
+    def start(self, target: Target) -> _Matrix:
         """One matrix as it is before anything is learned."""
         need: Need = "gram" if self.method == "whitened" else "none"
         weight, notes = target.weight.double(), {}
@@ -166,7 +172,7 @@ class LowRank(Budget, BlockPass):
         notes["output_error_start"] = seen.size(weight - made.product().double()) / (seen.size(weight) or 1.0)
         return _Matrix(target.weight, made, self.learning_rate, self.perturbation, notes)
 
-    def fallback(self) -> "Svd":
+    def fallback(self) -> Svd:
         return Svd(ratio=self.ratio)
 
 

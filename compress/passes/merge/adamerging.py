@@ -3,20 +3,27 @@
 Shapes: K task vectors, n elements of a piece, T tensors, C classes, or tokens of a vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compress.calibration.training import ModelData, Schedule, split, train
 from compress.errors import OptionError
-from compress.passes.merge.base import MergePass, Piece
+from compress.lazy import torch
+from compress.passes.merge.base import MergePass
 from compress.passes.merge.entropy import Coefficients, judged, loss, sureness
-from compress.passes.merge.models import Models
-from compress.passes.merge.trimming import Limit, Surveyed, kept_of, limits
+from compress.passes.merge.trimming import Surveyed, kept_of, limits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from compress.passes.merge.base import Piece
+    from compress.passes.merge.models import Models
+    from compress.passes.merge.trimming import Limit
 
 LEAST_SPREAD = 0.5  # of the entropy of the mean prediction at the start: below it, predictions have collapsed
 

@@ -1,14 +1,20 @@
 """The weighted mean of models."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.errors import OptionError
-from compress.passes.merge.base import MergePass, Piece
+from compress.passes.merge.base import MergePass
 from compress.passes.merge.schedules import PerModel, numbers_in
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from compress.passes.merge.base import Piece
 
 
 @dataclass(frozen=True, kw_only=True)

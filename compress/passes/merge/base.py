@@ -4,19 +4,26 @@ The model that the pipeline is run on is the base. A pass sees the same piece of
 returns the merged piece; which files they come from and where the result goes, it does not know.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_type_hints
 
 from compress.errors import OptionError
-from compress.models.symmetry import Units
 from compress.passes.base import Pass
-from compress.passes.merge.models import Models
-from compress.passes.merge.permutation import Alignment, Read
-from compress.passes.merge.schedules import PerModel, Value, count_of, numbers_in, patterns_in, value_at, values_at
+from compress.passes.merge.schedules import count_of, numbers_in, patterns_in, value_at, values_at
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import Tensor
+
+    from compress.models.symmetry import Units
+    from compress.passes.merge.models import Models
+    from compress.passes.merge.permutation import Alignment, Read
+    from compress.passes.merge.schedules import PerModel, Value
 
 
 @dataclass(frozen=True)

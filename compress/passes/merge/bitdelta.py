@@ -3,18 +3,24 @@
 Shapes: n elements of a piece, k rounds.
 """
 
-from collections.abc import Iterator, Mapping
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compress.calibration.training import ModelData, Schedule, train
 from compress.encodings.signs import Signs
 from compress.errors import OptionError
-from compress.passes.merge.base import MergePass, Piece, Pieces
+from compress.passes.merge.base import MergePass
 from compress.passes.merge.delta_pass import DeltaPass
-from compress.passes.merge.models import Models
 from compress.passes.merge.sign_scales import Distilled, Scales, distance, fit, signs_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from compress.passes.merge.base import Piece, Pieces
+    from compress.passes.merge.models import Models
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,21 +3,28 @@
 Shapes: n elements of a piece, N of a tensor, or of the whole model with `scope: model`.
 """
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compress.encodings.signs import Signs
-from compress.errors import NonFiniteError, OptionError
-from compress.passes.merge.base import Piece, Pieces
+from compress.errors import NonFiniteError
+from compress.lazy import torch
 from compress.passes.merge.delta_pass import DeltaPass
 from compress.passes.merge.schedules import PerModel, Value, values_at
 from compress.passes.merge.ties import magnitudes
-from compress.passes.merge.trimming import Limit, Scope, Surveyed, kept_of, limits
+from compress.passes.merge.trimming import Scope, Surveyed, kept_of, limits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+    from compress.errors import OptionError
+    from compress.passes.merge.base import Piece, Pieces
+    from compress.passes.merge.trimming import Limit
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,7 @@ class Sums:
     squares: float = 0.0
 
     @classmethod
-    def of(cls, pieces: Pieces) -> "Sums":
+    def of(cls, pieces: Pieces) -> Sums:
         """Add everything up.
 
         Raises:

@@ -1,16 +1,22 @@
 """Task vectors of which most entries are dropped at random, then merged."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compress.errors import OptionError
-from compress.passes.merge.base import MergePass, Piece, Pieces
+from compress.lazy import torch
+from compress.passes.merge.base import MergePass
 from compress.passes.merge.schedules import PerModel, Value
 from compress.passes.merge.task_vectors import Combine, Tie, elected, summed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from compress.passes.merge.base import Piece, Pieces
 
 SMALL = 1e-7  # sums of magnitudes below it are not divided by
 

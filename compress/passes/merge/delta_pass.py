@@ -3,13 +3,18 @@
 The pass says what the signs of every piece are. The bytes, the file, and reading it back are others' work.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import Tensor
+from compress.passes.merge.base import MergePass
 
-from compress.encodings.signs import Signs
-from compress.passes.merge.base import MergePass, Piece
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.encodings.signs import Signs
+    from compress.passes.merge.base import Piece
 
 
 @dataclass(frozen=True, kw_only=True)

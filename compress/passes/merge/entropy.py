@@ -3,19 +3,25 @@
 Shapes: K task vectors, T tensors, n predictions of C classes, or of tokens.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-from torch import Tensor
-from torch.nn.functional import log_softmax
+from compress.lazy import function, functional, torch
 
-from compress.calibration.training import Make, Values
-from compress.passes.merge.models import Running
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
 
-Parts = Callable[[str], tuple[Tensor, list[Tensor]]]  # tensor -> the base's value, and what each task adds to it
+    from torch import Tensor
+
+    from compress.calibration.training import Make, Values
+    from compress.passes.merge.models import Running
+
+Parts: TypeAlias = (
+    "Callable[[str], tuple[Tensor, list[Tensor]]]"  # tensor -> the base's value, and what each task adds to it
+)
 
 
 class Coefficients:
@@ -37,7 +43,9 @@ class Coefficients:
         return [([self.values], self.rate)]
 
     def make(self, names: Collection[str]) -> Values:
-        return {name: _Mixed.apply(self.values[self.row[name]].clamp(0, 1), name, self.parts) for name in names}  # type: ignore[no-untyped-call]
+        return {
+            name: function(_Mixed).apply(self.values[self.row[name]].clamp(0, 1), name, self.parts) for name in names
+        }
 
     def merged(self, names: Collection[str]) -> Values:
         with torch.no_grad():
@@ -49,7 +57,7 @@ class Coefficients:
         return {name: tuple(values[row]) for name, row in self.row.items()}
 
 
-class _Mixed(torch.autograd.Function):
+class _Mixed:
     """base + sum of coefficients times deltas; nothing of a tensor's size is kept for the gradient."""
 
     @staticmethod
@@ -84,7 +92,7 @@ def sureness(running: Running, make: Make, numbers: Tensor, batch_size: int) -> 
     """Of every source that some samples are from; a batch of samples is run at a time."""
     totals: dict[int, list[Tensor]] = {}
     for part in torch.split(numbers, batch_size):
-        logs = log_softmax(running.logits(make, part), dim=-1)
+        logs = functional.log_softmax(running.logits(make, part), dim=-1)
         shares, sources = logs.exp(), running.sources[part].repeat_interleave(len(logs) // len(part))
         unsure = -(shares * logs).sum(-1)
         for source in sorted(set(sources.tolist())):

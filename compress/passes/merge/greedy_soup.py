@@ -1,15 +1,21 @@
 """A soup of those models only that make it better."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from compress.passes.merge.average import Average, mean
-from compress.passes.merge.base import MergePass, Piece
+from compress.passes.merge.base import MergePass
 from compress.passes.merge.grid_search import noted, score
-from compress.passes.merge.models import Models
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from compress.passes.merge.base import Piece
+    from compress.passes.merge.models import Models
 
 
 @dataclass(frozen=True, kw_only=True)

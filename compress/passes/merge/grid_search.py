@@ -1,12 +1,16 @@
 """Options of a merge, chosen by trying values on data."""
 
-from collections.abc import Mapping
+from __future__ import annotations
+
 from dataclasses import replace
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from compress.passes.merge.base import MergePass
-from compress.passes.merge.models import Models, Tried
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from compress.passes.merge.base import MergePass
+    from compress.passes.merge.models import Models, Tried
 
 
 def chosen(pass_: MergePass, models: Models) -> MergePass:

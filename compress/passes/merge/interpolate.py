@@ -1,15 +1,21 @@
 """The straight line between two models."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
-
-from compress.errors import OptionError
-from compress.passes.merge.base import MergePass, Piece
+from compress.lazy import torch
+from compress.passes.merge.base import MergePass
 from compress.passes.merge.schedules import Value
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from compress.errors import OptionError
+    from compress.passes.merge.base import Piece
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,19 @@
 """Whole models, as a merge may know them before it merges piece by piece."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
-from compress.calibration.training import Kept, Make
-from compress.passes.base import Pass
+    import torch
+    from torch import Tensor
+
+    from compress.calibration.training import Kept, Make
+    from compress.passes.base import Pass
 
 T = TypeVar("T")
 
@@ -64,7 +68,7 @@ class Models(Protocol):
     def tried_alone(self, model: int) -> dict[str, Tried]:
         """The same of one model, unmerged."""
 
-    def running(self) -> AbstractContextManager["Running"]:
+    def running(self) -> AbstractContextManager[Running]:
         """While open, the base is in memory and can be run with other values of its tensors."""
 
 

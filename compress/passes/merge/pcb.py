@@ -3,17 +3,23 @@
 Shapes: K models, n elements of a piece, N of the whole model, or of a tensor with `scope: tensor`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from compress.errors import OptionError
-from compress.passes.merge.base import MergePass, Piece, Pieces
+from compress.lazy import torch
+from compress.passes.merge.base import MergePass
 from compress.passes.merge.schedules import PerModel, Value, values_at
 from compress.passes.merge.trimming import Scope, kept_of, kth_largest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from compress.passes.merge.base import Piece, Pieces
 
 NOTHING = 1e-12  # a sum of scores that nothing is divided by
 

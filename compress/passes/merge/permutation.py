@@ -3,18 +3,25 @@
 Shapes: U units of some width; a tensor's units as rows, (U, width * everything else of the tensor).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from scipy.optimize import linear_sum_assignment
-from torch import Tensor
+from compress.lazy import torch
 
-from compress.models.symmetry import Place, Units
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-Values = Mapping[str, Tensor]
-Moves = Mapping[str, Sequence[tuple[int, Tensor]]]  # tensor -> (axis, which entry comes where), one after the other
-Read = Callable[[str], Tensor]  # a whole tensor of a model
+    from torch import Tensor
+
+    from compress.models.symmetry import Place, Units
+
+Values: TypeAlias = "Mapping[str, Tensor]"
+Moves: TypeAlias = (
+    "Mapping[str, Sequence[tuple[int, Tensor]]]"  # tensor -> (axis, which entry comes where), one after the other
+)
+Read: TypeAlias = "Callable[[str], Tensor]"  # a whole tensor of a model
 GAIN = 1e-12  # of the product of both lengths: what is less is rounding
 
 
@@ -28,7 +35,7 @@ class Order:
     """
 
     units: Tensor
-    inner: tuple[tuple["Order", ...], ...] = ()
+    inner: tuple[tuple[Order, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,8 @@ def assigned(units: Units, ours: Values, theirs: Values, generator: torch.Genera
         a, b = (blocks(units, model, within) for model in (ours, theirs))
         pairs = [[match(units.inner, mine, other, generator, sweeps) for other in b] for mine in a]
         scores += torch.tensor([[pair.agreement[-1] for pair in line] for line in pairs], dtype=torch.float64)
+    from scipy.optimize import linear_sum_assignment
+
     chosen = torch.from_numpy(linear_sum_assignment(scores.numpy(), maximize=True)[1]).long()
     return Order(chosen, tuple(line[j].orders for line, j in zip(pairs, chosen.tolist(), strict=False)))
 

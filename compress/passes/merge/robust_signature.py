@@ -3,16 +3,22 @@
 Shapes: C robust models, n elements of a piece.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compress.errors import OptionError
-from compress.passes.merge.base import MergePass, Piece, Pieces
+from compress.lazy import torch
+from compress.passes.merge.base import MergePass
 from compress.passes.merge.schedules import PerModel, count_of, values_at
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from compress.passes.merge.base import Piece, Pieces
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,13 @@
 """Values of options that may differ by depth and by name: a number, a list over depth, or a list of {match, value}."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def over_depth(numbers: list[float], depth: float) -> float:
     return (1 - share) * numbers[before] + share * numbers[after]
 
 
-def numbers_in(value: "PerModel | Value") -> Iterator[float]:
+def numbers_in(value: PerModel | Value) -> Iterator[float]:
     """Every number of a value."""
     if not isinstance(value, tuple):
         yield value

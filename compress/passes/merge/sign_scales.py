@@ -3,16 +3,21 @@
 Shapes: n elements of a delta, k rounds, B samples, C classes, or tokens of a vocabulary.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from compress.calibration.training import Make, Values
 from compress.encodings.signs import Signs
-from compress.passes.merge.models import Models, Running
+from compress.lazy import function, torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Mapping
+
+    from torch import Tensor
+
+    from compress.calibration.training import Make, Values
+    from compress.passes.merge.models import Models, Running
 
 
 @dataclass(frozen=True)
@@ -80,11 +85,11 @@ class Distilled:
     def _value(self, name: str) -> Tensor:
         if name not in self.fitted:
             return self.models.value(1, name)
-        value: Tensor = _Signed.apply(self._used(name), self.fitted[name], name, self.models)  # type: ignore[no-untyped-call]
+        value: Tensor = function(_Signed).apply(self._used(name), self.fitted[name], name, self.models)
         return value
 
 
-class _Signed(torch.autograd.Function):
+class _Signed:
     """base + sum of scales times signs; the signs are found anew for the gradient, so nothing large is kept."""
 
     @staticmethod

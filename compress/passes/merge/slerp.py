@@ -1,16 +1,22 @@
 """Spherical interpolation between two models."""
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.errors import OptionError
-from compress.passes.merge.base import MergePass, Piece, Pieces
+from compress.lazy import torch
+from compress.passes.merge.base import MergePass
 from compress.passes.merge.schedules import Value
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from compress.passes.merge.base import Piece, Pieces
 
 NEARLY_PARALLEL = 0.9995  # |cos| from which on the straight line is taken
 

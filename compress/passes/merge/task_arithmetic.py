@@ -1,13 +1,18 @@
 """Adding and subtracting what fine-tuning changed."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
-
-from compress.passes.merge.base import MergePass, Piece
+from compress.passes.merge.base import MergePass
 from compress.passes.merge.schedules import PerModel, Value
 from compress.passes.merge.task_vectors import Combine, summed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.passes.merge.base import Piece
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,15 @@
 """Sums of what models add to their base, with or without an election of signs."""
 
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
+
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
 
 Combine = Literal["sum", "mean"]
 Tie = Literal["none", "positive"]

@@ -3,17 +3,24 @@
 Shapes: K models, n elements of a piece, N of a tensor, or of the whole model with `scope: model`.
 """
 
-from collections.abc import Iterator, Mapping
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-
-from compress.errors import OptionError
-from compress.passes.merge.base import MergePass, Piece, Pieces
+from compress.passes.merge.base import MergePass
 from compress.passes.merge.schedules import PerModel, Value, values_at
 from compress.passes.merge.task_vectors import Combine, Tie, elected
-from compress.passes.merge.trimming import Limit, Scope, Surveyed, kept_of, limits
+from compress.passes.merge.trimming import Scope, Surveyed, kept_of, limits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+    from compress.errors import OptionError
+    from compress.passes.merge.base import Piece, Pieces
+    from compress.passes.merge.trimming import Limit
 
 
 @dataclass(frozen=True, kw_only=True)

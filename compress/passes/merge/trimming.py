@@ -1,13 +1,17 @@
 """Order statistics of vectors too long for memory, exactly, a piece at a time."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn.functional import hardshrink
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from compress.lazy import functional, torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Limit:
         if self.value <= 0:
             return values
         least = torch.nextafter(torch.tensor(self.value), torch.tensor(0.0))
-        return hardshrink(values, float(least) if self.before > start else self.value)
+        return functional.hardshrink(values, float(least) if self.before > start else self.value)
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Surveyed:
 
 
 Scope = Literal["tensor", "model"]  # what is ranked together
-Parts = Callable[[], Iterator[Sequence[Tensor]]]  # a piece of every vector at a time, in order
+Parts: TypeAlias = "Callable[[], Iterator[Sequence[Tensor]]]"  # a piece of every vector at a time, in order
 
 
 def kept_of(share: float, total: int) -> int:

@@ -1,15 +1,21 @@
 """The mean of models whose units were put in one order first."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from compress.errors import OptionError
-from compress.models.symmetry import Units
 from compress.passes.merge.average import Average
-from compress.passes.merge.permutation import Alignment, Read, align
+from compress.passes.merge.permutation import align
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import torch
+
+    from compress.models.symmetry import Units
+    from compress.passes.merge.permutation import Alignment, Read
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,15 +3,19 @@
 Shapes: L layers or blocks.
 """
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
-
+from compress.lazy import torch
 from compress.passes.names import block_of
 from compress.passes.prune.spectra import alpha, farms_alpha
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
 
 Allocate = Literal["uniform", "global", "owl", "alphapruning", "farms"]
 SPREAD = {"owl": 0.08, "alphapruning": 0.2, "farms": 0.2}
@@ -34,7 +38,7 @@ class Scores:
     total: float
 
     @classmethod
-    def of(cls, scores: Tensor) -> "Scores":
+    def of(cls, scores: Tensor) -> Scores:
         """Count scores, not negative; zeros are with the smallest."""
         classes = (scores.float().clamp(min=2.0**LOWEST).log2() - LOWEST).mul(FINE).long()
         counts = torch.bincount(classes.clamp(0, (HIGHEST - LOWEST) * FINE - 1).flatten())

@@ -1,17 +1,24 @@
 """BiP: which weights to keep, refined together with the weights by a short bi-level optimisation."""
 
-from collections.abc import Iterator, Mapping
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from compress.calibration.training import ModelData, Schedule, batch, held_out, split
+from compress.calibration.training import Schedule, batch, held_out, split
 from compress.errors import SolveError
-from compress.passes.base import Edit, OptionError, Target, Whole
+from compress.lazy import torch
+from compress.passes.base import Edit, OptionError
 from compress.passes.prune.global_magnitude import cut
 from compress.passes.retrain.options import EndToEnd
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+    from compress.calibration.training import ModelData
+    from compress.passes.base import Target, Whole
 
 LOOKS = 5
 

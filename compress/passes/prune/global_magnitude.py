@@ -3,17 +3,23 @@
 Shapes: N weights in all, n_l of layer l.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, ClassVar
 
 from compress.calibration.training import Loss, train
-from compress.passes.base import Edit, ModelPass, OptionError, Pass, Target, Whole
+from compress.lazy import torch
+from compress.passes.base import Edit, ModelPass, OptionError, Pass
 from compress.passes.prune.selection import count_of, keep_all_but, masked_out
 from compress.passes.retrain.options import TrainingOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from compress.passes.base import Target, Whole
 
 
 @dataclass(frozen=True, kw_only=True)

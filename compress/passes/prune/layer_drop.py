@@ -3,16 +3,21 @@
 Shapes: N samples, T positions, C channels of the hidden states.
 """
 
-from collections.abc import Iterator, Mapping
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
+from compress.lazy import torch
 from compress.passes.base import OptionError
 from compress.passes.depth import DepthPass
-from compress.passes.interface import Depth
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+    from compress.passes.interface import Depth
 
 
 @dataclass(frozen=True, kw_only=True)

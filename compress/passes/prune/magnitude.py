@@ -1,11 +1,11 @@
 """Magnitude pruning, one matrix at a time."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from __future__ import annotations
 
-from compress.calibration.statistics import Need
-from compress.passes.base import Edit, LinearPass, OptionError, Override, Target
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from compress.passes.base import Edit, LinearPass, OptionError, Override
 from compress.passes.prune.allocation import SPREAD, Allocate, shares, survey
 from compress.passes.prune.selection import (
     Sparsity,
@@ -16,6 +16,12 @@ from compress.passes.prune.selection import (
     pattern,
     pattern_misfit,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from compress.calibration.statistics import Need
+    from compress.passes.base import Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +91,7 @@ class Pruner(LinearPass):
     def produces(self, kind: str) -> str:
         return "sparse"
 
-    def fallback(self) -> "LinearPass":
+    def fallback(self) -> LinearPass:
         return Magnitude(sparsity=self.sparsity)
 
 

@@ -7,14 +7,17 @@ Minimise ||(W - V) X||^2 where V is zero outside the mask. For row i, with kept 
 Shapes: O rows, I columns.
 """
 
-from typing import Literal
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from compress.calibration.precision import products
 from compress.errors import SolveError
+from compress.lazy import torch
 from compress.passes.solvers.obs import Factor, compensate
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Update = Literal["none", "obs", "exact"]
 TILE = 128  # columns swept at once

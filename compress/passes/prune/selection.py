@@ -1,14 +1,18 @@
 """Which weights go: the shared selection rules of the pruners. Ties are broken by position, so results repeat."""
 
+from __future__ import annotations
+
 import math
 import re
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from compress.lazy import torch
 from compress.passes.base import OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
 
 Sparsity = float | str  # share of zeros, or "keep:of" such as "2:4"
 

@@ -3,19 +3,26 @@
 Shapes: O rows, I columns.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from compress.calibration.statistics import Need
 from compress.errors import SolveError
-from compress.passes.base import Edit, OptionError, Target
+from compress.lazy import torch
+from compress.passes.base import Edit, OptionError
 from compress.passes.prune.magnitude import Pruner
-from compress.passes.prune.selection import Sparsity, keep_pattern, keep_share, masked_out, pattern
+from compress.passes.prune.selection import keep_pattern, keep_share, masked_out, pattern
 from compress.passes.solvers.obs import Factor, compensate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from compress.calibration.statistics import Need
+    from compress.passes.base import Target
+    from compress.passes.prune.selection import Sparsity
 
 
 @dataclass(frozen=True, kw_only=True)

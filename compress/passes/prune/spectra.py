@@ -3,8 +3,14 @@
 Shapes: O rows, I columns, N eigenvalues.
 """
 
-import torch
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WINDOW = 256  # largest side of a window
 POSITIONS = 5  # windows along a side, or as many as cover it

@@ -3,19 +3,25 @@
 Shapes: O rows, I columns.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from compress.calibration.statistics import Need
 from compress.errors import SolveError
-from compress.passes.base import Edit, OptionError, Target
+from compress.lazy import torch
+from compress.passes.base import Edit, OptionError
 from compress.passes.prune.magnitude import Pruner
 from compress.passes.prune.refit import Update, refit
 from compress.passes.prune.selection import keep_pattern, keep_rows, masked_out, pattern
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from compress.calibration.statistics import Need
+    from compress.passes.base import Target
 
 TOLERANCE = 0.001  # of the bisection, in share of zeros, as in the public code
 

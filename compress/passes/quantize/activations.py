@@ -4,14 +4,20 @@ A quantizer's own algorithm knows nothing of them: the grid is fitted to what ca
 each token as it comes, and kept beside the weight (`encodings/inputs.py`).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from __future__ import annotations
 
-from compress.calibration.statistics import Statistics
-from compress.encodings import InputForm, Inputs, Weight
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from compress.encodings import InputForm, Inputs
 from compress.encodings.inputs import OLIVE, Grid, Scale
 from compress.passes.base import ModelPass, OptionError, Pass
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from compress.calibration.statistics import Statistics
+    from compress.encodings import Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +72,7 @@ class ActivationOptions(Pass):
                 if option in self.options():
                     yield OptionError(option, "changes nothing without activation_bits")
 
-    def _changed(self, options: Any) -> "ActivationOptions":
+    def _changed(self, options: Any) -> ActivationOptions:
         return replace(self, overrides=(), **options)
 
 

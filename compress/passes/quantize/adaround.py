@@ -3,20 +3,26 @@
 Shapes: O rows, I columns, G groups of C = I / G columns; grids are (R, G), R = O, or 1 for one scale a matrix.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from compress.encodings import Uniform
 from compress.encodings.uniform import Search
-from compress.passes.base import OptionError, Target
+from compress.lazy import no_grad, torch
+from compress.passes.base import OptionError
 from compress.passes.quantize.flexround import rtn_like
 from compress.passes.quantize.grid import UniformOptions
 from compress.passes.quantize.learned import LearnedPass, Rounding
-from compress.passes.quantize.rtn import Rtn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from compress.passes.base import Target
+    from compress.passes.quantize.rtn import Rtn
 
 ZETA, GAMMA = 1.1, -0.1  # the stretched sigmoid reaches 0 and 1 at finite arguments
 WARM = 0.2  # share of the steps before weights are pulled towards 0 or 1
@@ -57,7 +63,7 @@ class AdaRound(UniformOptions, LearnedPass):
         if self.regularization < 0:
             yield OptionError("regularization", f"{self.regularization} is negative")
 
-    def start(self, target: Target) -> "UpOrDown":
+    def start(self, target: Target) -> UpOrDown:
         scale, zero = self.grid(target.weight)
         return UpOrDown(target.weight, scale, zero, self)
 
@@ -105,7 +111,7 @@ class UpOrDown(Rounding):
         undecided = 1 - (2 * self.share() - 1).abs().pow(beta)
         return self.options.regularization * undecided.mean()
 
-    @torch.no_grad()
+    @no_grad
     def encoding(self) -> Uniform:
         codes = (self.floor + (self.share() >= 0.5) + self.point).clamp(0, 2**self.options.bits - 1)
         stored = codes.to(torch.uint8).view(len(codes), -1)

@@ -3,21 +3,28 @@
 Shapes: O rows, I columns, K entries of a table, G tables.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-import torch
-from torch import Tensor
-
-from compress.calibration.statistics import Need
-from compress.encodings import CodebookForm, Codebooks
+from compress.encodings import CodebookForm
 from compress.encodings.codebook import MOST_ENTRIES, MOST_TABLES, index_bits, unscaled
 from compress.errors import SolveError
-from compress.passes.base import Edit, LinearPass, OptionError, Target
+from compress.lazy import torch
+from compress.passes.base import Edit, LinearPass, OptionError
 from compress.passes.quantize.activations import ActivationOptions
 from compress.passes.quantize.grouping import even_runs, group, quantiles
 from compress.passes.quantize.tables import root_mean_square, solve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from compress.calibration.statistics import Need
+    from compress.encodings import Codebooks
+    from compress.passes.base import Target
 
 FLOOR = 0.01  # of the mean importance: a column that calibration hardly used still counts a little
 

@@ -3,19 +3,25 @@
 Shapes: O rows, I columns, G groups of C = I / G columns; R = O, or 1 for one scale a matrix. Grids are (R, G).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.encodings import Uniform
 from compress.encodings.uniform import Search, narrowest, rounded
-from compress.passes.base import OptionError, Target
+from compress.lazy import function, no_grad, torch
+from compress.passes.base import OptionError
 from compress.passes.quantize.grid import UniformOptions
 from compress.passes.quantize.learned import LearnedPass, Rounding
 from compress.passes.quantize.rtn import Rtn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from compress.passes.base import Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +64,7 @@ class FlexRound(UniformOptions, LearnedPass):
         if self.rank is not None and self.rank < 1:
             yield OptionError("rank", f"{self.rank} is not a positive rank")
 
-    def start(self, target: Target) -> "Division":
+    def start(self, target: Target) -> Division:
         scale, zero = self.grid(target.weight)
         return Division(target.weight, scale, zero, self, target.generator, target.kernel)
 
@@ -125,10 +131,12 @@ class Division(Rounding):
         return s2 + self.log_s3 + self.log_s4.expand(-1, self.kernel).reshape(s2.shape[1:])
 
     def soft(self, progress: float) -> Tensor:
-        made: Tensor = Divide.apply(self.weight, self.first_scale, self.log_s1, self.logarithm(), self.low, self.high)  # type: ignore[no-untyped-call]
+        made: Tensor = function(Divide).apply(
+            self.weight, self.first_scale, self.log_s1, self.logarithm(), self.low, self.high
+        )
         return made.reshape(self.weight.shape[0], -1)
 
-    @torch.no_grad()
+    @no_grad
     def encoding(self) -> Uniform:
         s1 = self.first_scale * self.log_s1.exp()
         codes = (self.weight / (s1 * self.logarithm().exp())).round_()
@@ -139,7 +147,7 @@ class Division(Rounding):
         return Uniform(codes.to(torch.uint8).view(rows, -1), scale, self.zero, bits, symmetric)
 
 
-class Divide(torch.autograd.Function):
+class Divide:
     """s1 * clip(round(u)), u = W / (s1 * exp(log)), s1 = first * exp(log_s1); rounding passes gradients through."""
 
     @staticmethod

@@ -3,22 +3,28 @@
 Shapes: O rows, I columns, G groups of columns.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from compress.calibration.statistics import Need
 from compress.encodings import Uniform, fit
 from compress.encodings.uniform import narrowest
 from compress.errors import SolveError
-from compress.passes.base import Edit, OptionError, Target
+from compress.lazy import torch
+from compress.passes.base import Edit, OptionError
 from compress.passes.quantize.grid import UniformPass
 from compress.passes.quantize.rtn import Rtn
 from compress.passes.solvers.obs import Factor, compensate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from compress.calibration.statistics import Need
+    from compress.passes.base import Target
 
 
 @dataclass(frozen=True, kw_only=True)

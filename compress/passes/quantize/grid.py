@@ -1,15 +1,20 @@
 """Options that every pass onto a grid shares."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from compress.encodings import Uniform, UniformForm, fit, quantize
 from compress.encodings.uniform import Search
 from compress.passes.base import LinearPass, OptionError
 from compress.passes.quantize.activations import ActivationOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
 
 Granularity = Literal["tensor", "channel", "group"]
 

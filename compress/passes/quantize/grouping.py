@@ -3,11 +3,15 @@
 Shapes: O rows, I columns, M quantiles, G groups and tables, K entries of a table.
 """
 
-import warnings
+from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
+import warnings
+from typing import TYPE_CHECKING
+
+from compress.lazy import functional, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 QUANTILES = 16
 CHUNK = 1 << 20  # weights sorted at once
@@ -79,8 +83,13 @@ def table_losses(values: Tensor, importance: Tensor, table: Tensor) -> Tensor:
         ascending, order = some.sort(1)
         each = weights.gather(1, order).double()
         cuts = torch.searchsorted(ascending, borders.expand(len(some), -1).contiguous(), right=True)
-        cuts = pad(pad(cuts.view(-1, tables, entries - 1), (1, 0)), (0, 1), value=values.shape[1]).flatten(1)
-        mass, moment = pad(each.cumsum(1), (1, 0)), pad((each * ascending).cumsum(1), (1, 0))
+        cuts = functional.pad(
+            functional.pad(cuts.view(-1, tables, entries - 1), (1, 0)), (0, 1), value=values.shape[1]
+        ).flatten(1)
+        mass, moment = (
+            functional.pad(each.cumsum(1), (1, 0)),
+            functional.pad((each * ascending).cumsum(1), (1, 0)),
+        )
         inside, sums = (t.gather(1, cuts).view(-1, tables, entries + 1).diff() for t in (mass, moment))
         found.append((table * (table * inside - 2 * sums)).sum(2))
     return torch.cat(found)
@@ -97,7 +106,7 @@ def run_tables(losses: Tensor, period: int) -> Tensor:
         (O,) int64, below G: not falling within a period, and the same in every one. Some tables may be left out.
     """
     at_place = losses.view(-1, period, losses.shape[1]).sum(0)
-    upto = pad(at_place.cumsum(0), (0, 0, 1, 0))  # (period + 1, G), of all rows before each border
+    upto = functional.pad(at_place.cumsum(0), (0, 0, 1, 0))  # (period + 1, G), of all rows before each border
     # total[p]: the least that the rows before border p can lose with the tables so far; start[g][p]: where g begins.
     total, starts = upto[:, 0], []
     for g in range(1, losses.shape[1]):

@@ -3,21 +3,27 @@
 Shapes: O rows, I columns, K entries of a table, G tables.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
+
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from compress.calibration.statistics import Need
 from compress.encodings import Codebooks
 from compress.encodings.codebook import nearest, rounded, unscaled
 from compress.encodings.uniform import narrowest
 from compress.encodings.uniform import rounded as rounded_scale
-from compress.passes.base import OptionError, Target
+from compress.lazy import no_grad, torch
+from compress.passes.base import OptionError
 from compress.passes.quantize.codebook import Codebook, CodebookOptions
 from compress.passes.quantize.learned import LearnedPass, Rounding, look_up
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from compress.calibration.statistics import Need
+    from compress.passes.base import Target
 
 FROZEN = 0.8  # share of the steps after which choices stay as they are and only tables learn
 NEAREST = 0.25  # candidates nearer than this share of the mean gap count as this far
@@ -67,7 +73,7 @@ class Jlcm(CodebookOptions, LearnedPass):
         if not 0 < self.mapping_rate < 1:
             yield OptionError("mapping_rate", f"{self.mapping_rate} is not between 0 and 1")
 
-    def start(self, target: Target) -> "Choice":
+    def start(self, target: Target) -> Choice:
         return Choice(target.weight, self.by_kmeans(target), self)
 
     def fallback(self) -> Codebook:
@@ -119,7 +125,7 @@ class Choice(Rounding):
         scale = self.scale()
         return made if scale is None else made * scale
 
-    @torch.no_grad()
+    @no_grad
     def encoding(self) -> Codebooks:
         table = rounded(self.table())
         scale = self.scale()

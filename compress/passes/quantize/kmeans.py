@@ -6,11 +6,15 @@ weights there are. scikit-learn's, for points in space, would visit every weight
 Shapes: P = points, K = centres.
 """
 
-import math
+from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
+import math
+from typing import TYPE_CHECKING
+
+from compress.lazy import functional, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK = 1 << 20  # values worked on at once
 CELLS = 1 << 16  # float16 numbers
@@ -76,13 +80,18 @@ def kmeans(
     if len(places) <= count:
         known = places if len(places) else places.new_zeros(1)
         return torch.cat([known, known[-1:].expand(count - len(known))])
-    mass, moment = pad(masses.cumsum(0), (1, 0)), pad((masses * places).cumsum(0), (1, 0))
+    mass, moment = (
+        functional.pad(masses.cumsum(0), (1, 0)),
+        functional.pad((masses * places).cumsum(0), (1, 0)),
+    )
     energy = float((masses * places.square()).sum())
     centres = _quantiles(places, masses, count) if start is None else start.double()
     before = math.inf
     for _ in range(iterations):
         borders = (centres[1:] + centres[:-1]) / 2
-        cuts = pad(pad(torch.searchsorted(places, borders, right=True), (1, 0)), (0, 1), value=len(places))
+        cuts = functional.pad(
+            functional.pad(torch.searchsorted(places, borders, right=True), (1, 0)), (0, 1), value=len(places)
+        )
         inside, sums = mass[cuts].diff(), moment[cuts].diff()
         empty = inside <= 0
         centres = torch.where(empty, centres, sums / inside)

@@ -1,18 +1,24 @@
 """What every quantizer that learns from the outputs of a block shares."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from compress.calibration.reconstruct import Inputs, Recipe, by_block, by_layer
-from compress.calibration.statistics import Need
-from compress.encodings import Encoding
 from compress.errors import SolveError
-from compress.passes.base import Block, BlockPass, Edit, OptionError, Target
+from compress.lazy import function, torch
+from compress.passes.base import BlockPass, Edit, OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+    from compress.calibration.statistics import Need
+    from compress.encodings import Encoding
+    from compress.passes.base import Block, Target
 
 
 class Rounding(ABC):
@@ -136,11 +142,11 @@ def _gram(target: Target) -> Tensor | None:
 
 def look_up(values: Tensor, index: Tensor) -> Tensor:
     """values[index] for a small table (L,) and many int64 indices of any shape; differentiable in the table."""
-    found: Tensor = _LookUp.apply(values, index)  # type: ignore[no-untyped-call]
+    found: Tensor = function(_LookUp).apply(values, index)
     return found
 
 
-class _LookUp(torch.autograd.Function):
+class _LookUp:
     # Indexing's own backward adds up one weight after the other in no fixed order of rounding; this one is quick, and
     # the same every time.
     @staticmethod

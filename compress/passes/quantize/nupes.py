@@ -3,19 +3,26 @@
 Shapes: O rows, I columns, G groups of C = I / G columns; R = O, or 1 for one scale a matrix; L levels.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, ClassVar
 
 from compress.encodings import Power
-from compress.encodings.power import Levels, level_values
+from compress.encodings.power import level_values
 from compress.encodings.uniform import narrowest, rounded
-from compress.passes.base import OptionError, Target
+from compress.lazy import no_grad, torch
+from compress.passes.base import OptionError
 from compress.passes.quantize.learned import LearnedPass, Rounding, look_up
 from compress.passes.quantize.powerquant import PowerOptions, PowerQuant
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from compress.encodings.power import Levels
+    from compress.passes.base import Target
 
 EXPONENTS = (0.1, 1.5)  # the smallest and the largest
 FROZEN = 0.8  # share of the steps after which the exponent stays as it is
@@ -62,7 +69,7 @@ class Nupes(PowerOptions, LearnedPass):
             if not 0 < getattr(self, option) < 1:
                 yield OptionError(option, f"{getattr(self, option)} is not between 0 and 1")
 
-    def start(self, target: Target) -> "Position":
+    def start(self, target: Target) -> Position:
         start = self.nearest(target, self.grid([self.profile(target)])).encoding
         assert isinstance(start, Power)
         return Position(target.weight, start, self)
@@ -115,7 +122,7 @@ class Position(Rounding):
         made = look_up(values, code) + (unit - unit.detach()) * inside
         return (made * (self.first_scale * scale)).reshape(len(made), -1)
 
-    @torch.no_grad()
+    @no_grad
     def encoding(self) -> Power:
         scale, exponent = self.log_scale.exp(), self.exponent().float()
         stored = narrowest(rounded((self.first_scale * scale)[..., 0]))

@@ -3,18 +3,25 @@
 Shapes: O rows, I columns.
 """
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from compress.encodings import OutlierVictim, OutlierVictimForm
-from compress.encodings.outlier_victim import TYPES, DoubleOutlier, Normal, encode, search
-from compress.passes.base import Edit, LinearPass, OptionError, Target
+from compress.encodings.outlier_victim import TYPES, DoubleOutlier, encode, search
+from compress.lazy import torch
+from compress.passes.base import Edit, LinearPass, OptionError
 from compress.passes.quantize.activations import ActivationOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from compress.encodings.outlier_victim import Normal
+    from compress.passes.base import Target
 
 
 @dataclass(frozen=True, kw_only=True)

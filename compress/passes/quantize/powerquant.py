@@ -3,15 +3,22 @@
 Shapes: O rows, I columns.
 """
 
-from collections.abc import Iterator, Sequence
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from compress.encodings import PowerForm
-from compress.encodings.power import EXPONENTS, Grid, Levels, Profile, fit_exponent, fit_scale, nearest, profile
+from compress.encodings.power import EXPONENTS, Grid, fit_exponent, fit_scale, nearest, profile
 from compress.encodings.uniform import SEARCH_NORM, Search
-from compress.passes.base import Edit, LinearPass, OptionError, Target
+from compress.passes.base import Edit, LinearPass, OptionError
 from compress.passes.quantize.grid import GridOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from compress.encodings.power import Levels, Profile
+    from compress.passes.base import Target
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,19 @@
 """PowerQuant with one exponent for many matrices."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from __future__ import annotations
 
-from compress.encodings.power import Grid
-from compress.passes.base import Edit, ModelPass, OptionError, Whole
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from compress.passes.base import ModelPass, OptionError
 from compress.passes.names import block_of
 from compress.passes.quantize.powerquant import PowerOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from compress.encodings.power import Grid
+    from compress.passes.base import Edit, Whole
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,16 +3,22 @@
 Shapes: O rows, I columns, M quantiles; H heads of S channels.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from compress.models.symmetry import Axis
-from compress.passes.base import Edit, ModelPass, OptionError, Whole
+from compress.lazy import torch
+from compress.passes.base import Edit, ModelPass, OptionError
 from compress.passes.quantize.grouping import group, quantiles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from compress.models.symmetry import Axis
+    from compress.passes.base import Whole
 
 MOST_GROUPS = 256
 

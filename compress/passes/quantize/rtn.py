@@ -1,10 +1,15 @@
 """Round to nearest: no data, no compensation."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Self
+from __future__ import annotations
 
-from compress.passes.base import Edit, Target
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from compress.passes.base import Edit
 from compress.passes.quantize.grid import UniformPass
+
+if TYPE_CHECKING:
+    from compress.passes.base import Target
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,17 +3,21 @@
 Shapes: O rows, I columns, K entries of a table, G tables.
 """
 
-import math
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
+from typing import TYPE_CHECKING
 
 from compress.encodings import Codebooks
 from compress.encodings.codebook import dequantize, nearest, rounded, unscaled
 from compress.encodings.uniform import narrowest
 from compress.encodings.uniform import rounded as rounded_scale
+from compress.lazy import torch
 from compress.passes.quantize.grouping import run_tables, table_losses
 from compress.passes.quantize.kmeans import kmeans, points
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def solve(

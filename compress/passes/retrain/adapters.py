@@ -3,15 +3,22 @@
 Shapes: O rows, I columns, r rank; scales are (R, G), R = O or 1, of G groups of I / G columns.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from compress.encodings import LowRank
 from compress.encodings.uniform import narrowest, rounded
-from compress.passes.interface import Edit, Target
+from compress.lazy import no_grad, torch
+from compress.passes.interface import Edit
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from compress.passes.interface import Target
 
 NOISE = 0.02  # of the components of scale_lora that start out as nothing: what is alike stays alike for ever
 
@@ -60,7 +67,7 @@ class Matrix:
             made = adapter.soft(made, self.mask)
         return self._corrected(made)
 
-    @torch.no_grad()
+    @no_grad
     def merged(self) -> Tensor:
         """(O, I), as it will be stored, but for rounding."""
         return self._corrected(self._merged_base())
@@ -84,7 +91,7 @@ class Matrix:
         grouped = self.base.view(rows, -1, groups, self.base.shape[1] // groups)
         return (grouped * self.factor.exp().view(rows, 1, groups, 1)).view(self.base.shape)
 
-    @torch.no_grad()
+    @no_grad
     def edit(self, notes: Mapping[str, float]) -> Edit:
         """What is stored now."""
         low_rank = None if self.beside is None else self.beside.low_rank()

@@ -1,16 +1,22 @@
 """Options of every pass that trains, and what they choose of a model."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compress.calibration.training import Loss, Schedule
 from compress.encodings import FACTORED, LowRankForm
-from compress.passes.base import ModelPass, OptionError, Pass, Target
+from compress.passes.base import ModelPass, OptionError, Pass
 from compress.passes.retrain.adapters import Matrix
 from compress.passes.retrain.trainables import Trainables
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+    from compress.passes.base import Target
 
 Train = Literal["bias", "norm", "head", "mask_lora", "scale_lora", "lora_prune", "lora", "full", "scale"]
 HEADS = ("lm_head", "embed_out", "classifier", "score", "head", "fc")  # what models call the layer that puts out logits

@@ -1,12 +1,17 @@
 """PERP: recover what pruning lost by training a small part of the parameters."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from compress.calibration.training import train
-from compress.passes.base import Edit, Whole
 from compress.passes.retrain.options import EndToEnd, Retraining
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from compress.passes.base import Edit, Whole
 
 
 @dataclass(frozen=True, kw_only=True)

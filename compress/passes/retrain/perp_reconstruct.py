@@ -1,15 +1,22 @@
 """PERP by reconstruction: recover what pruning lost block by block, from the outputs of the original blocks."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from __future__ import annotations
 
-from compress.calibration.reconstruct import Outcome, Recipe, by_block, by_layer
-from compress.calibration.statistics import Need
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from compress.calibration.reconstruct import Recipe, by_block, by_layer
 from compress.errors import SolveError
-from compress.passes.base import Block, BlockPass, Edit, LinearPass, OptionError, Target
+from compress.passes.base import BlockPass, Edit, LinearPass, OptionError
 from compress.passes.retrain.options import Retraining
-from compress.passes.retrain.trainables import Trainables
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from compress.calibration.reconstruct import Outcome
+    from compress.calibration.statistics import Need
+    from compress.passes.base import Block, Target
+    from compress.passes.retrain.trainables import Trainables
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,23 @@
 """Sparse model soups: train several copies of a pruned model a little, and average them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from compress.calibration.training import ModelData, forked, held_out, split, train
-from compress.passes.base import Edit, OptionError, Target, Whole
+from compress.calibration.training import forked, held_out, split, train
+from compress.lazy import torch
+from compress.passes.base import Edit, OptionError
 from compress.passes.prune.global_magnitude import cut
 from compress.passes.retrain.options import EndToEnd, TrainingOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from torch import Tensor
+
+    from compress.calibration.training import ModelData
+    from compress.passes.base import Target, Whole
 
 RATIO = 2.0  # between the learning rates of two copies
 
@@ -94,7 +101,7 @@ class SparseSoup(EndToEnd, TrainingOptions):
 
     def _member(
         self, number: int, phase: int, model: Whole, targets: Mapping[str, Target], vectors: Mapping[str, Tensor]
-    ) -> "Member":
+    ) -> Member:
         assert model.data is not None
         rate = self.learning_rate * (RATIO ** (number - (self.models - 1) / 2) if self.vary == "learning_rate" else 1.0)
         own = {n: replace(t, generator=forked(model.generator, phase, number, n)) for n, t in targets.items()}
@@ -103,7 +110,7 @@ class SparseSoup(EndToEnd, TrainingOptions):
         trial = train(trained, model.data.part(f"{phase}-{number}"), self.schedule, generator, model.over)
         return Member({n: v.detach().clone() for n, v in trained.merged(trained.names()).items()}, trial.best)
 
-    def _average(self, members: list["Member"], data: ModelData) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def _average(self, members: list[Member], data: ModelData) -> tuple[dict[str, Tensor], dict[str, float]]:
         """The soup, and for the report its loss beside its members'."""
         held, _ = split(data.count)
 

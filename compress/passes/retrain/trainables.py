@@ -1,12 +1,18 @@
 """Matrices and vectors that are trained together."""
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from compress.passes.interface import Edit
-from compress.passes.retrain.adapters import Matrix
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+    from torch import Tensor
+
+    from compress.passes.retrain.adapters import Matrix
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Trainables:
         """Numbers that are trained."""
         return sum(t.numel() for ts, _ in self.groups() for t in ts)
 
-    def part(self, names: Collection[str]) -> "Trainables":
+    def part(self, names: Collection[str]) -> Trainables:
         """Some of them."""
         matrices = {n: m for n, m in self.matrices.items() if n in names}
         return Trainables(matrices, {n: v for n, v in self.vectors.items() if n in names}, self.learning_rate)

@@ -15,21 +15,26 @@ Alistarh, "GPTQ", 2022, arXiv 2210.17323.
 Shapes: O rows, I columns, t columns in a tile.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from compress.calibration.precision import products
 from compress.errors import SolveError
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
 
 GATHERED = 4  # tiles read at once: every reading touches the whole matrix
 REACH = 1024  # columns whose errors are applied to a tile at once
 PIECE = 1 << 18  # numbers reversed at once
 CHUNK = 16  # columns whose errors are applied one by one; those before it in the tile are applied together
 
-Begin = Callable[[int, Tensor], None]  # (first column, current columns (O, width)): decide scales or masks
-Project = Callable[[int, Tensor], Tensor]  # (column, its current values (O,)) -> the values to keep (O,)
+Begin: TypeAlias = "Callable[[int, Tensor], None]"  # (first column, current columns (O, width)): decide scales or masks
+Project: TypeAlias = "Callable[[int, Tensor], Tensor]"  # (column, its current values (O,)) -> the values to keep (O,)
 
 
 class Factor:

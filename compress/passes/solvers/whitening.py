@@ -6,16 +6,20 @@ of M S are its largest singular directions; times S^-1 they are the best ones of
 Shapes: O rows, I columns, r rank.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-import torch
-from torch import Tensor
-
-from compress.calibration.statistics import Need, Statistics
 from compress.encodings import LowRank
 from compress.errors import SolveError
+from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.calibration.statistics import Need, Statistics
 
 SMALLEST, LARGEST = 1e-3, 6e4  # largest numbers of a factor that float16 holds with all its digits
 

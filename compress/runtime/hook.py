@@ -1,0 +1,48 @@
+"""Registers with transformers when it is imported, which may be later than this package, or never."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+QUANTIZERS = "transformers.quantizers.auto"  # the module whose tables `register` adds to
+
+
+def install() -> None:
+    """Register now if transformers' quantizers are imported, else as soon as they are."""
+    if QUANTIZERS in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _register() -> None:
+    from compress.runtime.register import register
+
+    register()
+
+
+class _Finder(MetaPathFinder):
+    """Finds that one module as it would be found without it, and registers once the module has run."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != QUANTIZERS:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _register()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
