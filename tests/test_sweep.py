@@ -21,6 +21,7 @@ from compress.config.pipeline import load
 from compress.encodings import Uniform
 from compress.engine import sweep
 from compress.engine.ledger import MemoryLedger
+from compress.engine.placement import Context
 from compress.errors import NonFiniteError
 from compress.models import graph as graphs
 from compress.passes import Gptq, LinearPass, Rtn, SparseGpt, Wanda
@@ -185,7 +186,7 @@ def test_a_sweep_over_llama_equals_a_plain_whole_model_run(
     tiny_llama: LlamaForCausalLM, llama_maker: Callable[..., LlamaForCausalLM], tokens: Tensor, pass_: LinearPass
 ) -> None:
     assert is_chain(tiny_llama, tokens)
-    result = compress.apply(tiny_llama, [pass_], calibration=tokens)
+    result = compress.apply(tiny_llama, [pass_], calibration=tokens, products="float32")
     whole = llama_maker()
     expected = plain(whole, ["model.layers.0", "model.layers.1"], pass_, lambda: whole(tokens))
     assert len(expected) == 14
@@ -196,7 +197,7 @@ def test_a_sweep_over_llama_equals_a_plain_whole_model_run(
 @pytest.mark.parametrize("wiring", WIRINGS, ids=lambda c: c.__name__)
 def test_a_sweep_equals_a_plain_whole_model_run_however_blocks_are_wired(wiring: type[Model], samples: Tensor) -> None:
     model = wiring()
-    result = compress.apply(model, [Gptq(bits=3)], calibration=samples)
+    result = compress.apply(model, [Gptq(bits=3)], calibration=samples, products="float32")
     expected = plain(model, ["blocks.0", "blocks.1", "blocks.2"], Gptq(bits=3), lambda: model(samples))
     assert_same_as_plain(result, expected)
 
@@ -558,10 +559,10 @@ def test_streaming_is_right_too_where_blocks_cannot_be_chained(tmp_path: Path, t
     model = Gemma2ForCausalLM(config).eval()
     assert not is_chain(model, tokens)  # every other block attends through a window and is given another mask
     model.save_pretrained(tmp_path / "model")
-    pipeline = {"calibration": {"source": "demo"}, "passes": [{"gptq": {"bits": 3}}]}
+    pipeline = {"calibration": {"source": "demo"}, "passes": [{"gptq": {"bits": 3}}], "products": "float32"}
     compress.run(pipeline, tmp_path / "model", tmp_path / "out", calibration=tokens)
     streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    resident = compress.apply(model, [Gptq(bits=3)], calibration=tokens)
+    resident = compress.apply(model, [Gptq(bits=3)], calibration=tokens, products="float32")
     for name, weight in resident.weights.items():
         assert torch.equal(streamed.get_submodule(name).dequantize(), weight.dequantize()), name
     blocks = ["model.layers.0", "model.layers.1"]
@@ -570,7 +571,7 @@ def test_streaming_is_right_too_where_blocks_cannot_be_chained(tmp_path: Path, t
 
 def test_a_streamed_model_is_out_of_memory_again_afterwards(tiny_folder: Path, tokens: Tensor) -> None:
     opened = open_model(tiny_folder)
-    context = sweep.Context(opened.artifact, MemoryLedger(), 0, torch.float32, "float32", resident=False, bars=Bars())
+    context = Context(opened.artifact, MemoryLedger(), 0, torch.float32, "float32", resident=False, bars=Bars())
     _, records = sweep.run_stage(context, 0, [Gptq()], [tokens], "key")
     assert len(records) == 14
     assert all(p.is_meta for p in context.graph.model.parameters())

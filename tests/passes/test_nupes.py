@@ -83,7 +83,7 @@ def test_exact_zeros_make_no_nan() -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_learning_lowers_the_blocks_error_and_never_ends_above_powerquant(bits: int) -> None:
-    _, notes = learn(Nupes(bits=bits, steps=120), target())
+    _, notes = learn(Nupes(bits=bits, steps=240), target())
     assert notes["block_error"] < 0.97 * notes["block_error_start"]
     _, none = learn(Nupes(bits=bits, steps=1, learning_rate=0.9, scale_rate=0.9), target())
     assert none["block_error"] <= none["block_error_start"]
