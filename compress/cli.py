@@ -84,7 +84,7 @@ def check(
     pipeline: PipelineArg, model: Annotated[str | None, typer.Argument(help="also check against this model")] = None
 ) -> None:
     """Check everything that can be checked without reading weights."""
-    from compress.config.pipeline import load
+    from compress.config.reading import load
 
     steps = load(pipeline)
     if model is not None:
@@ -108,7 +108,7 @@ def show_plan(
 ) -> None:
     """Show what each pass will touch and cost, before any work. Only --shares reads weights."""
     from compress import progress
-    from compress.config.pipeline import load
+    from compress.config.reading import load
     from compress.engine.merge import merging
     from compress.passes import DepthPass, MergePass
     from compress.planning import allocation_preview as shares
@@ -236,7 +236,7 @@ def export(
     """Write a finished folder in another format as well, from the same codes."""
     from compress import progress
     from compress.api import export as exporting
-    from compress.config.pipeline import exporters
+    from compress.config.reading import exporters
 
     found = exporting.export_to(out, exporters(to), bars=progress.Bars())
     if as_json:

@@ -21,7 +21,7 @@ from typing import Any
 from results import ROOT, replace
 
 import compress
-from compress.config import pipeline as pipelines
+from compress.config.reading import exporters
 from compress.report.report import size
 
 RECORD = ROOT / "docs" / "exports.json"
@@ -150,7 +150,7 @@ def measure(temporary: Path) -> list[dict[str, Any]]:
         out = made[key]
         difference, shipped = (None if "," in runtime else 0.0), None
         if to:
-            found = next(iter(compress.export_to(out, pipelines.exporters([to])).values()))
+            found = next(iter(compress.export_to(out, exporters([to])).values()))
             difference, shipped = found.get("max_logit_difference"), found.get("as_shipped")
         folder = out / to.partition(":")[0]
         kinds = ("*.safetensors", "*.onnx*", "*.gguf")

@@ -44,7 +44,7 @@ from compress import (
     Rtn,
 )
 from compress.checkpoint.opening import open_model
-from compress.config import pipeline as pipelines
+from compress.config.reading import load as load_pipeline
 from compress.encodings import Spec, pack
 from compress.models import graph as graphs
 from compress.passes import PASSES, DepthPass, MergePass, Pass
@@ -330,7 +330,7 @@ def test_a_resnet_is_written_packed_and_loads_in_one_line_with_equal_logits(
     assert report.fallbacks == [] or "gptq" in passes[0]  # which says what inputs are always zero
     loaded = load(tmp_path / "out")
     assert sum(isinstance(m, PackedConv2d) for m in loaded.modules()) == (9 if len(passes) == 1 else 10)
-    pipeline = pipelines.load({"passes": passes})
+    pipeline = load_pipeline({"passes": passes})
     result = compress.apply(load(resnet), pipeline.passes, images, evaluation=(images, labels))
     assert torch.equal(logits(loaded, images), logits(result.model, images))
     assert not torch.equal(logits(loaded, images), logits(load(resnet), images))

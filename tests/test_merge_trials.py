@@ -20,8 +20,8 @@ from transformers import AutoTokenizer, ResNetConfig, ResNetForImageClassificati
 import compress
 from compress import AdaMerging, Average, GreedySoup, Interpolate, TaskArithmetic, Ties
 from compress.calibration.data import Dataset
-from compress.config import pipeline as pipelines
-from compress.config.pipeline import parse
+from compress.config.reading import load, parse
+from compress.config.writing import dump
 from compress.engine import manager
 from compress.errors import ConfigError, DataError
 from compress.passes.merge.entropy import Coefficients, judged, loss, sureness
@@ -153,7 +153,7 @@ def test_negative_flips_are_what_was_right_and_is_wrong_now(tmp_path: Path) -> N
 )
 def test_impossible_choices_are_refused(options: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        pipelines.load({"passes": [{"task_arithmetic": {"models": ["a"], **options}}]})
+        load({"passes": [{"task_arithmetic": {"models": ["a"], **options}}]})
 
 
 @pytest.mark.parametrize(
@@ -161,14 +161,14 @@ def test_impossible_choices_are_refused(options: dict[str, object], said: str) -
 )
 def test_only_numbers_that_a_merge_can_be_tried_with_are_chosen(merge: str, option: str) -> None:
     with pytest.raises(ConfigError, match=rf"choose\.{option}: is no number of {merge} that can be tried"):
-        pipelines.load({"passes": [{merge: {"models": ["a"], "choose": {option: [1, 2]}}}]})
+        load({"passes": [{merge: {"models": ["a"], "choose": {option: [1, 2]}}}]})
 
 
 def test_an_option_out_of_range_is_found_before_anything_is_tried() -> None:
     with pytest.raises(ConfigError, match=r"1\.5 is not between 0 and 1"):
-        pipelines.load({"passes": [{"interpolate": {"models": ["a"], "choose": {"alpha": [0.5, 1.5]}}}]})
+        load({"passes": [{"interpolate": {"models": ["a"], "choose": {"alpha": [0.5, 1.5]}}}]})
     with pytest.raises(ConfigError, match="changes nothing without choose"):
-        pipelines.load({"passes": [{"interpolate": {"models": ["a"], "by": "negative_flips"}}]})
+        load({"passes": [{"interpolate": {"models": ["a"], "by": "negative_flips"}}]})
 
 
 def test_choosing_needs_calibration_data(tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ def test_the_table_has_a_column_for_every_source(tmp_path: Path) -> None:
         f"evaluate: {{source: {{words: {text}, again: {text}}}, samples: 2, length: 32}}\n"
         f"passes: [{{average: {{models: [{other}]}}}}]\n",
     )
-    assert parse(pipelines.dump(parse(pipeline.read_text()))) == parse(pipeline.read_text())
+    assert parse(dump(parse(pipeline.read_text()))) == parse(pipeline.read_text())
     ended = compress_command("run", pipeline, base, "-o", tmp_path / "out")
     assert ended.code == 0, ended.err
     assert "words" in ended.out

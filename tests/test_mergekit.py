@@ -10,7 +10,7 @@ from conftest import make_llama
 
 import compress
 from compress.config.mergekit import Converted, convert
-from compress.config.pipeline import parse
+from compress.config.reading import parse
 from compress.errors import ConfigError
 from compress.passes import Pass
 from compress.passes.merge.schedules import Matched

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import compress
 from compress import Average, TaskArithmetic
 from compress.checkpoint.sources import FolderSource
-from compress.config.pipeline import parse
+from compress.config.reading import parse
 from compress.engine import manager
 from compress.engine.merge import merger
 from compress.errors import ConfigError, MergeError, NonFiniteError

@@ -1,6 +1,12 @@
 """The pipeline file: YAML to a typed pipeline and back, and every mistake with its place."""
 
+import dataclasses
+import math
 import re
+import subprocess
+import sys
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +15,18 @@ import yaml
 from commands import compress_command, files_of, make_text_model, write_pipeline, write_text
 
 import compress
-from compress.config.pipeline import Calibration, Evaluation, Pipeline, dump, load, parse
+from compress.config.lines import document, line_of
+from compress.config.options import check_options, errors_in
+from compress.config.pipeline import FORMATS, METHODS, Calibration, Evaluation, Pipeline
+from compress.config.reading import load, parse
 from compress.config.schema import schema
+from compress.config.writing import dump
 from compress.errors import ConfigError, UsageError
-from compress.passes import PASSES, GlobalMagnitude, Gptq, Magnitude, Override, Rtn, SparseGpt, Wanda
+from compress.passes import PASSES, GlobalMagnitude, Gptq, Magnitude, Override, Pass, Pcb, Rtn, SparseGpt, Ties, Wanda
+from compress.passes.merge.schedules import Matched
 
+SCHEMA = schema()
+CLASSES: dict[str, type[Any]] = {**METHODS, **FORMATS}
 SHIPPED = sorted((Path(__file__).parent.parent / "compress" / "config" / "presets").glob("*.yaml"))
 
 FULL = """\
@@ -50,6 +63,7 @@ VALID = {
     "one wildcard instead of a list": "passes: [{rtn: {exclude: '*.o_proj'}}]",
     "a text that looks like a number": "description: '0123'\npasses: [rtn]",
     "a text with everything YAML minds": "description: \"yes: 'no' # {x} [y] \\n\\t é 2:4\"\npasses: [rtn]",
+    "a text that another reader takes for a number": "description: '1e5'\npasses: [rtn]",
     "a fused stage of one": "passes: [{blockwise: [rtn]}]",
     "the same pass twice by reference": "passes: [&p {magnitude: {sparsity: 0.1}}, *p]",
 }
@@ -463,6 +477,72 @@ def test_strange_yaml_is_refused_in_words(text: str) -> None:
     assert refused(text).problems
 
 
+HOSTILE = {
+    "a name that ends with a dot": ("passes:\n  - gptq.\n", "passes[0].gptq.", 2),
+    "a name with an index": ("passes:\n  - wanda[2:4]\n", "passes[0].wanda[2:4]", 2),
+    "a name of dots and brackets": ("passes:\n  - '[..].[[0]'\n", "passes[0].[..].[[0]", 2),
+    "an option that ends with a dot": ("passes:\n  - rtn: {bits.: 4}\n", "passes[0].rtn.bits.", 2),
+    "an empty key": ("'': 1\npasses: [rtn]\n", "", 1),
+    "aliases of aliases": (
+        "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"{n}: &{n} [{', '.join([f'*{m}'] * 10)}]\n" for m, n in pairwise("abcdefg"))
+        + "passes: [rtn]\n",
+        "",
+        5,
+    ),
+    "mappings of aliases": (
+        "a: &a {x: 1, y: 2}\n"
+        + "".join(f"{n}: &{n} {{x: *{m}, y: *{m}}}\n" for m, n in pairwise("abcdefghijklmnopqrstu"))
+        + "passes: [rtn]\n",
+        "",
+        15,
+    ),
+    "ten thousand brackets": ("passes: " + "[" * 10_000 + "]" * 10_000, "", None),
+    "a number of many digits": ("passes:\n  - rtn: {bits: 0x" + "f" * 9_000 + "}\n", "passes[0].rtn.bits", 2),
+    "an anchor inside itself": ("passes: &a\n  - *a\n", "", 1),
+}
+
+
+@pytest.mark.parametrize(("text", "path", "line"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_files_are_answered_at_once(text: str, path: str, line: int | None) -> None:
+    began = time.process_time()
+    error = refused(text)
+    assert time.process_time() - began < 5
+    assert (path, line) in {(p.path, p.line) for p in error.problems}
+    assert len(str(error)) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("passes[0].rtn.bits", 3),
+        ("passes[0].rtn.bits.deeper[4]", 3),
+        ("passes[0].rtn.group_size", 2),
+        ("passes[1].wanda", 1),
+        ("passes[0].rtn.", 2),
+        ("passes[0].rtn[2:4]", 2),
+        ("seed", 1),
+        ("...[[", 1),
+        ("", 1),
+    ],
+)
+def test_the_line_of_a_path_is_that_of_its_nearest_known_parent(path: str, line: int) -> None:
+    lines = {"": 1, "passes": 1, "passes[0]": 2, "passes[0].rtn": 2, "passes[0].rtn.bits": 3}
+    assert line_of(lines, path) == line
+    assert line_of({}, path) is None
+
+
+def test_problems_stand_in_the_order_of_the_file() -> None:
+    lines = [p.line for p in refused("passes:\n  - rtn: {bits: 9}\n  - gpqt\nseed: x\nsed: 1\n").problems]
+    assert lines == [2, 3, 4, 5]
+
+
+def test_a_long_value_is_shortened() -> None:
+    (problem,) = refused(f"passes: [{{rtn: {{bits: {'x' * 5000}}}}}]").problems
+    assert len(problem.message) < 500
+    assert problem.message.endswith("is not a whole number between 2 and 8")
+
+
 def test_no_text_of_a_file_is_ever_run(tmp_path: Path) -> None:
     victim = tmp_path / "ran"
     text = f"passes: !!python/object/apply:os.mkdir ['{victim}']\n"
@@ -473,36 +553,70 @@ def test_no_text_of_a_file_is_ever_run(tmp_path: Path) -> None:
 # --- schema -----------------------------------------------------------------------------------------------------------
 
 
-def fits(value: Any, rule: dict[str, Any]) -> bool:
+ANNOTATIONS = {"$schema", "$defs", "title", "description", "default"}
+
+
+def fits(value: Any, rule: dict[str, Any], whole: dict[str, Any]) -> bool:
     """As much of JSON Schema as the schema uses."""
-    unknown = set(rule) - {
-        "$schema", "title", "anyOf", "enum", "type", "pattern", "properties", "required", "additionalProperties",
-        "items", "minItems",
+    unknown = set(rule) - ANNOTATIONS - {
+        "$ref", "anyOf", "enum", "type", "pattern", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
+        "properties", "required", "additionalProperties", "propertyNames", "items", "minItems", "minLength",
     }  # fmt: skip
     assert not unknown, f"this check does not know {unknown}"
-    if "anyOf" in rule and not any(fits(value, option) for option in rule["anyOf"]):
+    if "$ref" in rule:
+        return fits(value, resolved(rule, whole), whole)
+    if "anyOf" in rule and not any(fits(value, option, whole) for option in rule["anyOf"]):
         return False
-    if "enum" in rule and value not in rule["enum"]:
+    if "enum" in rule and not any(value == option and type(value) is type(option) for option in rule["enum"]):
         return False
     kinds = rule.get("type", [])
     if kinds and not any(_is(value, kind) for kind in ([kinds] if isinstance(kinds, str) else kinds)):
         return False
-    if isinstance(value, str) and "pattern" in rule and not re.search(rule["pattern"], value):
-        return False
+    if isinstance(value, str):
+        matches = "pattern" not in rule or re.search(rule["pattern"], value) is not None
+        return matches and len(value) >= rule.get("minLength", 0)
     if isinstance(value, dict):
-        known = rule.get("properties", {})
-        if any(key not in value for key in rule.get("required", [])):
-            return False
-        if rule.get("additionalProperties") is False and not value.keys() <= known.keys():
-            return False
-        return all(fits(value[key], part) for key, part in known.items() if key in value)
+        return _fits_mapping(value, rule, whole)
     if isinstance(value, list):
-        return len(value) >= rule.get("minItems", 0) and all(fits(item, rule.get("items", {})) for item in value)
-    return True
+        return len(value) >= rule.get("minItems", 0) and all(fits(v, rule.get("items", {}), whole) for v in value)
+    return not isinstance(value, int | float) or _within(value, rule)
+
+
+def _fits_mapping(value: dict[str, Any], rule: dict[str, Any], whole: dict[str, Any]) -> bool:
+    known, other = rule.get("properties", {}), rule.get("additionalProperties", {})
+    if any(key not in value for key in rule.get("required", [])):
+        return False
+    if not all(fits(key, rule.get("propertyNames", {}), whole) for key in value):
+        return False
+    further = [part for key, part in value.items() if key not in known]
+    if further and other is False:
+        return False
+    return all(fits(value[key], known[key], whole) for key in known if key in value) and all(
+        fits(part, other, whole) for part in further
+    )
+
+
+def _within(value: float, rule: dict[str, Any]) -> bool:
+    least, most = rule.get("minimum", -math.inf), rule.get("maximum", math.inf)
+    above, below = rule.get("exclusiveMinimum", -math.inf), rule.get("exclusiveMaximum", math.inf)
+    return bool(least <= value <= most and above < value < below)
+
+
+def resolved(rule: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+    """What a `$ref` refers to."""
+    found: Any = whole
+    for part in rule["$ref"].removeprefix("#/").split("/"):
+        found = found[part]
+    assert isinstance(found, dict)
+    return found
+
+
+def accepted(text: str) -> bool:
+    return fits(document(text, "p.yaml").values, SCHEMA, SCHEMA)
 
 
 def _is(value: Any, kind: str) -> bool:
-    kinds = {"integer": int, "number": (int, float), "string": str, "boolean": bool, "null": type(None),
+    kinds: dict[str, Any] = {"integer": int, "number": (int, float), "string": str, "boolean": bool, "null": type(None),
              "array": list, "object": dict}  # fmt: skip
     if isinstance(value, bool):
         return kind == "boolean"
@@ -511,19 +625,17 @@ def _is(value: Any, kind: str) -> bool:
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda f: f.name)
 def test_the_schema_accepts_the_shipped_pipelines(file: Path) -> None:
-    assert fits(yaml.safe_load(file.read_text()), schema())
+    assert accepted(file.read_text())
 
 
-@pytest.mark.parametrize(
-    "text", [t for n, t in VALID.items() if n not in ("a pattern without quotes", "one wildcard instead of a list")]
-)
+@pytest.mark.parametrize("text", VALID.values(), ids=VALID.keys())
 def test_the_schema_accepts_what_the_reader_accepts(text: str) -> None:
-    assert fits(yaml.safe_load(text), schema())
+    assert accepted(text)
 
 
 @pytest.mark.parametrize("text", VALID.values(), ids=VALID.keys())
 def test_the_schema_accepts_the_resolved_file(text: str) -> None:
-    assert fits(yaml.safe_load(dump(parse(text))), schema())
+    assert accepted(dump(parse(text)))
 
 
 @pytest.mark.parametrize(
@@ -541,20 +653,127 @@ def test_the_schema_accepts_the_resolved_file(text: str) -> None:
         "passes: [rtn]\ncalibration: {sample: 3}",
         "passes: [rtn]\nexport: [gif]",
         "passes: [rtn]\nlines: {}",
+        "passes: [{rtn: {bits: 9}}]",
+        "passes: [{rtn: {bits: 1}}]",
+        "passes: [{rtn: {scheme: w9g128}}]",
+        "passes: [{rtn: {scheme: w4g0}}]",
+        "passes: [{olive: {bits: 5}}]",
+        "passes: [{gptq: {damping: 0}}]",
+        "passes: [{gptq: {include: [3]}}]",
+        "passes: [{wanda: {sparsity: 1.0}}]",
+        "passes: [{rtn: {overrides: [{bits: 4}]}}]",
+        "passes: [{rtn: {overrides: [{match: a, bits: 9}]}}]",
+        "passes: [{rtn: {overrides: [{match: a, include: b}]}}]",
+        "passes: [{perp: {train: [nothing]}}]",
+        "passes: [{ties: {models: [a], density: [{match: a, vale: 1}]}}]",
+        "passes: [rtn]\nevaluate: {max_drop: -1}",
+        "passes: [rtn]\nevaluate: {max_drop: 1.2.3%}",
+        "passes: [rtn]\ncalibration: {source: {'': demo}}",
+        "passes: [rtn]\ncalibration: {length: 1}",
+        "passes: [rtn]\nexport: []",
+        "passes: [rtn]\nexport: [{onnx: {accuracy_level: 2}}]",
     ],
 )
 def test_the_schema_refuses_what_the_reader_refuses(text: str) -> None:
-    assert not fits(yaml.safe_load(text), schema())
+    assert not accepted(text)
     refused(text)
 
 
-def test_the_schema_knows_every_method_and_every_option() -> None:
-    from dataclasses import fields
+METHODS_OF_SCHEMA = [name for option in SCHEMA["$defs"]["method"]["anyOf"] for name in option.get("properties", {})]
 
-    methods: dict[str, Any] = {}
-    for option in schema()["properties"]["passes"]["items"]["anyOf"]:
-        methods |= option.get("properties", {})
+
+def options_of(name: str) -> dict[str, Any]:
+    """The rules for the options of a method or format."""
+    rules = SCHEMA["$defs"][name]["properties"]
+    assert isinstance(rules, dict)
+    return rules
+
+
+def test_the_schema_knows_every_method_and_every_option() -> None:
+    assert [pass_.key for pass_ in PASSES] == METHODS_OF_SCHEMA
     for pass_ in PASSES:
-        names = {f.name for f in fields(pass_)}
+        names = {f.name for f in dataclasses.fields(pass_)}
         names |= {"scheme"} if "bits" in names else set()
-        assert set(methods[pass_.key]["properties"]) == names
+        assert set(options_of(pass_.key)) == names
+
+
+def test_the_schema_says_of_every_option_what_it_is_and_what_it_is_by_default() -> None:
+    for name, cls in CLASSES.items():
+        rules = options_of(name)
+        for f in dataclasses.fields(cls):
+            assert rules[f.name]["description"], f"{name}.{f.name}"
+            if f.name != "overrides":
+                default = list(f.default) if isinstance(f.default, tuple) else f.default
+                assert rules[f.name]["default"] == default, f"{name}.{f.name}"
+    for name, section in SCHEMA["properties"].items():
+        assert section["description"], name
+        for option, rule in section.get("properties", {}).items():
+            assert rule["description"], f"{name}.{option}"
+            assert "default" in rule, f"{name}.{option}"
+
+
+def test_the_schema_states_ranges_and_allowed_values() -> None:
+    gptq, eora = options_of("gptq"), options_of("eora")
+    assert (gptq["bits"]["minimum"], gptq["bits"]["maximum"]) == (2, 8)
+    assert gptq["damping"]["exclusiveMinimum"] == 0
+    assert gptq["scale_search"]["enum"] == ["minmax", "mse"]
+    assert {"exclusiveMinimum": 0, "maximum": 1, "type": "number"} in eora["energy"]["anyOf"]
+    assert {"enum": [4, 8], "type": "integer"} in eora["adapter_bits"]["anyOf"]
+
+
+@pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES.keys())
+def test_no_default_is_out_of_its_range(cls: type[Any]) -> None:
+    made = cls()
+    checked = check_options(cls, {f.name: getattr(made, f.name) for f in dataclasses.fields(made)})
+    assert not checked.mistyped
+    assert not checked.outside
+
+
+# --- quick to read ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "modules"),
+    [
+        ("import compress, compress.cli", {"pydantic", "torch", "transformers", "numpy"}),
+        ("from compress.config.reading import load; load('gptq-w4')", {"torch", "transformers", "numpy"}),
+        ("from compress.config.schema import schema; schema()", {"torch", "transformers", "numpy"}),
+    ],
+    ids=["the package", "a pipeline", "the schema"],
+)
+def test_what_only_reads_imports_nothing_heavy(code: str, modules: set[str]) -> None:
+    asked = f"{code}; import sys; print(sorted({modules} & sys.modules.keys()))"
+    ended = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert ended.stdout == "[]\n"
+
+
+# --- made in Python ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("made", "option", "said"),
+    [
+        (Gptq(bits=9), "bits", "9 is not between 2 and 8"),
+        (Gptq(bits="4"), "bits", "'4' is not a whole number between 2 and 8"),  # type: ignore[arg-type]
+        (Gptq(damping="1e-2"), "damping", "'1e-2' is not a number above 0"),  # type: ignore[arg-type]
+        (Gptq(damping=math.nan), "damping", "nan is not a number above 0"),
+        (Gptq(include="*.q_proj"), "include", "'*.q_proj' is not a list"),  # type: ignore[arg-type]
+        (Gptq(overrides=(Override("*", {"bits": 1}),)), "overrides[0].bits", "1 is not between 2 and 8"),
+        (Gptq(overrides=(Override("*", {"bist": 3}),)), "overrides[0].bist", "did you mean bits?"),
+        (Gptq(overrides=(Override("*", {"include": ()}),)), "overrides[0].include", "unknown option of gptq"),
+        (Gptq(overrides=("*",)), "overrides", "is not a list"),  # type: ignore[arg-type]
+        (Ties(models=("a",), scale=(Matched("*", "x"),)), "scale", "is not a number or"),  # type: ignore[arg-type]
+        (Pcb(models=("a",), choose={"clip": (0.1, 0.7)}), "clip", "0.7 is not from 0 to below 0.5"),
+    ],
+)
+def test_a_pass_made_in_python_is_answered_as_a_file_is(made: Pass, option: str, said: str) -> None:
+    (error,) = errors_in(made)
+    assert error.option == option
+    assert said in error.message
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load(Pipeline(passes=((made,),)))
+
+
+def test_lists_and_whole_numbers_may_stand_for_tuples_and_numbers_in_python() -> None:
+    assert not errors_in(Gptq(include=["*.q_proj"], damping=1))  # type: ignore[arg-type]
+    assert not errors_in(Ties(models=["a"], scale=[1, 2]))  # type: ignore[arg-type]

@@ -8,7 +8,8 @@ from commands import make_changed
 
 import compress
 from compress.checkpoint import opening
-from compress.config.pipeline import dump, load, parse
+from compress.config.reading import load, parse
+from compress.config.writing import dump
 from compress.demo import MODEL_DIR
 from compress.passes import MergePass, Pass
 from compress.planning import plan

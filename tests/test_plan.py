@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import compress
 from compress.checkpoint import opening
 from compress.checkpoint.sources import FolderSource
-from compress.config.pipeline import parse
+from compress.config.reading import parse
 from compress.encodings import Spec
 from compress.errors import ConfigError
 from compress.models import graph

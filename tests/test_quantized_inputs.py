@@ -24,8 +24,7 @@ from transformers import (
 import compress
 from compress import FlexRound, Gptq, Olive, Override, Rtn
 from compress.checkpoint import opening
-from compress.config import pipeline as pipelines
-from compress.config.pipeline import Pipeline
+from compress.config.pipeline import Calibration, Pipeline
 from compress.encodings import InputForm, Inputs, Weight, fit_inputs, pack
 from compress.errors import ConfigError
 from compress.passes import PASSES, ModelPass, Pass
@@ -406,7 +405,7 @@ def test_the_plan_knows_the_size_of_static_grids(tiny_folder: Path, tmp_path: Pa
     from compress.planning import plan
 
     opened = opening.open_model(tiny_folder)
-    pipeline = replace(steps([Rtn(bits=8, **TENSOR)]), calibration=pipelines.Calibration())
+    pipeline = replace(steps([Rtn(bits=8, **TENSOR)]), calibration=Calibration())
     made = plan.make(
         replace(pipeline, calibration=replace(pipeline.calibration, length=32)), opened.artifact.graph, opened.dtypes
     )

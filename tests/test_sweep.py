@@ -17,7 +17,7 @@ from compress.calibration import collect
 from compress.calibration.statistics import Need, Statistics
 from compress.checkpoint.opening import open_model
 from compress.checkpoint.sources import ModuleSource
-from compress.config.pipeline import load
+from compress.config.reading import load
 from compress.encodings import Uniform
 from compress.engine import sweep
 from compress.engine.ledger import MemoryLedger

@@ -12,7 +12,8 @@ from compress.api import data as given
 from compress.calibration import collect
 from compress.checkpoint.artifact import Artifact
 from compress.checkpoint.sources import ModuleSource
-from compress.config.pipeline import Calibration, Evaluation, Pipeline, mistakes
+from compress.config.pipeline import Calibration, Evaluation, Pipeline
+from compress.config.reading import mistakes
 from compress.encodings import Weight
 from compress.engine import manager
 from compress.engine.ledger import MemoryLedger

@@ -14,6 +14,7 @@ import yaml
 
 from compress.api import data as given
 from compress.calibration.data import Dataset
+from compress.config.options import errors_in
 from compress.config.pipeline import GIVEN, Evaluation
 from compress.errors import ConfigError, DataError, Problem, UsageError
 from compress.export.compared import Expected, some_tokens
@@ -121,7 +122,7 @@ def refuse(made: Made, exporters: Sequence[Exporter]) -> None:
         ConfigError: every reason at once.
     """
     specs, added = specs_in(made), added_in(made)
-    problems = [Problem(f"export.{e.key}.{m.option}", m.message) for e in exporters for m in e.mistakes()]
+    problems = [Problem(f"export.{e.key}.{m.option}", m.message) for e in exporters for m in errors_in(e)]
     for exporter in exporters:
         reasons = exporter.refusals(made.artifact.graph, specs, added)
         problems += [Problem(f"export.{exporter.key}", reason) for reason in reasons]

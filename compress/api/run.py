@@ -20,7 +20,9 @@ from compress.checkpoint import packed_layout
 from compress.checkpoint.delta.file import DELTA, Delta
 from compress.checkpoint.delta.source import with_delta
 from compress.checkpoint.opening import open_model
-from compress.config.pipeline import GATES, Calibration, Evaluation, dump, load
+from compress.config.pipeline import GATES, Calibration, Evaluation
+from compress.config.reading import load
+from compress.config.writing import dump
 from compress.encodings.format import WEIGHTS, version
 from compress.engine import manager
 from compress.engine import measure as meter

@@ -1,113 +1,142 @@
-"""Values of options against the types their dataclasses declare."""
+"""Options of passes, exporters and sections, checked against what their dataclasses declare.
+
+A dataclass says of each option its type, its range and the values it may have. Pydantic reads that; what it finds wrong
+is said in our words. One adapter is made for each class, when it is first needed.
+"""
 
 from __future__ import annotations
 
-import math
-import re
-import types
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic.json_schema import GenerateJsonSchema
+
+from compress.config.words import described, known, out_of_range, shown
 from compress.errors import OptionError
+from compress.passes import Override, Pass
 from compress.passes.merge.schedules import Matched
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     from compress.export import Exporter
-    from compress.passes import Pass
+
+# Instances are checked as well: a pass that was made in Python, a `Matched` inside its options.
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, revalidate_instances="always")
+OUTSIDE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}
+PATTERNS = {"include", "exclude", "overrides"}  # options of the whole pass, which no override changes
 
 
-def mistyped(pass_: Pass | Exporter) -> Iterator[OptionError]:
-    """Options of a pass or exporter made in Python, and of its overrides, that are of the wrong type."""
-    hints = get_type_hints(type(pass_))
-    own = {f.name: getattr(pass_, f.name) for f in fields(pass_) if f.name != "overrides"}
-    yield from _wrong(hints, own, "")
-    for i, override in enumerate(getattr(pass_, "overrides", ())):
-        yield from _wrong(hints, override.options, f"overrides[{i}].")
+for part in (Matched, Override):  # they stand inside options
+    with_config(STRICT)(part)
 
 
-def _wrong(hints: Mapping[str, Any], options: Mapping[str, Any], prefix: str) -> Iterator[OptionError]:
-    for name, value in options.items():
-        if name not in hints:
-            continue  # unknown ones are named elsewhere
-        text_for_list = isinstance(value, str) and any(get_origin(o) is tuple for o in choices(hints[name]))
-        if text_for_list or not any(fits(option, value)[0] for option in choices(hints[name])):
-            yield OptionError(f"{prefix}{name}", f"{value!r} is not {describe(hints[name])}")
+@dataclass(frozen=True)
+class Checked:
+    """Options, looked at one by one.
+
+    Attributes:
+        values: those of the declared type, as that type.
+        mistyped: those of another type; nothing can be made of them.
+        outside: those that are out of range, which are among the values as they were given.
+    """
+
+    values: dict[str, Any]
+    mistyped: tuple[OptionError, ...] = ()
+    outside: tuple[OptionError, ...] = ()
 
 
-def choices(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the one type."""
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+class _Untitled(GenerateJsonSchema):
+    """Leaves out titles, which repeat the names of the options."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
 
 
-def fits(hint: Any, value: Any) -> tuple[bool, Any]:
-    """Whether a value read from a file is of an annotated type, and the value as that type."""
-    if get_origin(hint) is Literal:
-        return value in get_args(hint), value
-    if get_origin(hint) is tuple:
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, list | tuple):
-            return False, None
-        found = [_as_one_of(get_args(hint)[0], item) for item in items]
-        return all(good for good, _ in found), tuple(item for _, item in found)
-    if hint is Matched:
-        if isinstance(value, Mapping) and value.keys() == {"match", "value"}:
-            value = Matched(value["match"], value["value"])
-        if not isinstance(value, Matched) or not isinstance(value.match, str):
-            return False, None
-        good, number = _as_one_of(get_type_hints(Matched)["value"], value.value)
-        return good, Matched(value.match, number)
-    if get_origin(hint) is Mapping:  # names of things to things
-        whole = isinstance(value, Mapping) and all(isinstance(k, str) and k for k in value)
-        found_in = {k: _as_one_of(get_args(hint)[1], v) for k, v in value.items()} if whole else {}
-        return whole and all(good for good, _ in found_in.values()), {k: v for k, (_, v) in found_in.items()}
-    if hint is type(None):
-        return value is None, None
-    if hint is float and isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        value = float(value)  # YAML 1.1 takes 1e-2, without a point, for a text
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return math.isfinite(value), float(value)
-    if hint in (int, float, str, bool):
-        return type(value) is hint, value
-    raise TypeError(f"options of type {hint} are not readable from YAML")
+@cache
+def adapter(cls: type) -> TypeAdapter[Any]:
+    """What checks the options of a dataclass."""
+    return TypeAdapter(with_config(STRICT)(cls))
 
 
-def written(value: Any) -> Any:
-    """A value of an option as YAML has it."""
-    if isinstance(value, tuple):
-        return [written(item) for item in value]
-    if isinstance(value, Matched):
-        return {"match": value.match, "value": written(value.value)}
-    return {name: written(item) for name, item in value.items()} if isinstance(value, Mapping) else value
+@cache
+def rules(cls: type) -> dict[str, Any]:
+    """The JSON schema of a dataclass: types, ranges, allowed values and defaults."""
+    return adapter(cls).json_schema(schema_generator=_Untitled)
 
 
-def _as_one_of(hint: Any, value: Any) -> tuple[bool, Any]:
-    """The same of a type that may be a union: the first member that fits."""
-    found = (fits(option, value) for option in choices(hint))
-    return next((each for each in found if each[0]), (False, None))
+@cache
+def lists_in(cls: type) -> frozenset[str]:
+    """The options of a dataclass that are lists, in the place of which a file may have a single text."""
+    return frozenset(name for name, hint in get_type_hints(cls).items() if get_origin(hint) is tuple)
 
 
-def describe(hint: Any) -> str:
-    """An annotated type in words."""
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
-    parts = []
-    for option in choices(hint):
-        if get_origin(option) is Literal:
-            parts.append("one of " + ", ".join(map(str, get_args(option))))
-        elif get_origin(option) is tuple:
-            parts.append(_described_list(get_args(option)[0]))
-        elif get_origin(option) is Mapping:
-            parts.append("several by name, such as {first: ..., second: ...}")
+def names_in(cls: type) -> list[str]:
+    """The options of a dataclass."""
+    return [f.name for f in fields(cls)]
+
+
+def check_options(cls: type, options: Mapping[str, Any]) -> Checked:
+    """Options against the types and ranges that a dataclass declares. Unknown ones are left out."""
+    given = {name: _typed(value) for name, value in options.items() if name in names_in(cls)}
+    try:
+        made = adapter(cls).validate_python(cls(**given))
+        return Checked({name: getattr(made, name) for name in given})
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+    mistyped, outside = [], []
+    for name in dict.fromkeys(str(each["loc"][0]) for each in found):
+        rule = rules(cls)["properties"][name]
+        out = [e["input"] for e in found if e["loc"][0] == name and e["type"] in OUTSIDE]
+        if out:
+            outside.append(OptionError(name, out_of_range(out[0], rule)))
         else:
-            parts.append(words.get(option, str(option)))
-    return " or ".join(parts)
+            mistyped.append(OptionError(name, f"{shown(given[name])} is not {described(rule)}"))
+    wrong = {error.option for error in (*mistyped, *outside)}
+    right = check_options(cls, {name: value for name, value in given.items() if name not in wrong}).values
+    kept = {error.option: given[error.option] for error in outside}
+    return Checked(right | kept, tuple(mistyped), tuple(outside))
 
 
-def _described_list(item: Any) -> str:
-    if item is Matched:
-        return "a list of {match: pattern, value: number or list over depth}"
-    if item is float:
-        return "a list of numbers over depth"
-    return "a list of such values, one for each model" if len(choices(item)) > 1 else "a list"
+def _typed(value: Any, inside: bool = False) -> Any:
+    """Lists as tuples, and what stands in them for single tensors as such."""
+    if isinstance(value, list | tuple):
+        return tuple(_typed(item, inside=True) for item in value)
+    if inside and isinstance(value, Mapping) and value.keys() == {"match", "value"}:
+        return Matched(value["match"], _typed(value["value"]))
+    if isinstance(value, Mapping):
+        return {name: _typed(item) for name, item in value.items()}
+    if isinstance(value, Matched):
+        return Matched(value.match, _typed(value.value))
+    return value
+
+
+def unknown(cls: type, options: Mapping[str, Any], names: Collection[str]) -> Iterator[OptionError]:
+    """An error for each option that is none of `names`."""
+    for name in options:
+        if name not in names:
+            what = f"unknown option of {cls.key}" if hasattr(cls, "key") else "unknown key"
+            yield OptionError(str(name), f"{what}; {known(name, names)}")
+
+
+def errors_in(made: Pass | Exporter) -> list[OptionError]:
+    """Every impossible option of a pass or exporter, wherever it was made: `bits`, or `overrides[0].bits`."""
+    cls = type(made)
+    own = check_options(cls, {name: getattr(made, name) for name in names_in(cls)})
+    mistyped, outside = [*own.mistyped], [*own.outside]
+    readable = not {"overrides", "choose"} & {error.option for error in mistyped}
+    for prefix, options in made.alternatives() if isinstance(made, Pass) and readable else ():
+        other = check_options(cls, options)
+        mistyped += _within(prefix, [*unknown(cls, options, {*names_in(cls)} - PATTERNS), *other.mistyped])
+        outside += _within(prefix, other.outside)
+    if mistyped:  # nothing more can be said of what is no option, or of another type
+        return [*mistyped, *outside]
+    named = {error.option for error in outside}
+    return [*outside, *(error for error in made.mistakes() if error.option not in named)]
+
+
+def _within(prefix: str, errors: Iterable[OptionError]) -> Iterator[OptionError]:
+    return (OptionError(prefix + error.option, error.message) for error in errors)

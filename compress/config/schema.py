@@ -1,96 +1,140 @@
-"""The JSON schema of pipeline files, for completion in editors, from the dataclasses the parser reads."""
+"""The JSON schema of pipeline files, for completion and help in editors, from the dataclasses that files are read into.
+
+Types, ranges, allowed values and defaults are those that files are checked against; descriptions are the docstrings'.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+import inspect
+import re
+from typing import TYPE_CHECKING, Any
 
-from compress.config.options import choices
-from compress.config.pipeline import FORMATS, GATES, METHODS, PACKED, Calibration, Evaluation, Pipeline
-from compress.passes import Override
+from compress.config.options import PATTERNS, lists_in, names_in, rules
+from compress.config.pipeline import FORMATS, GATES, METHODS, PACKED, Pipeline, Settings
+from compress.config.reading import PERCENTAGE, SECTIONS
+from compress.config.words import bounded
 from compress.passes.merge.schedules import Matched
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from compress.export import Exporter
+    from compress.passes import Pass
 
 
 def schema() -> dict[str, Any]:
-    """A JSON schema of pipeline files, for completion in editors."""
-    methods: list[dict[str, Any]] = [{"enum": list(METHODS)}]
-    for name, cls in METHODS.items():
-        properties = _properties(cls)
-        if "bits" in properties:
-            properties["scheme"] = {"type": "string", "pattern": "^w[2-8](g[0-9]+)?$"}
-        methods.append(_entry(name, properties))
-    fused = {"type": "array", "items": {"anyOf": methods}, "minItems": 1}
-    top = _properties(Pipeline)
-    top["passes"] = {
-        "type": "array",
-        "items": {
-            "anyOf": [
-                *methods,
-                {
-                    "type": "object",
-                    "properties": {"blockwise": fused},
-                    "required": ["blockwise"],
-                    "additionalProperties": False,
-                },
-            ]
-        },
+    """A JSON schema of pipeline files."""
+    method, format_ = {"$ref": "#/$defs/method"}, {"$ref": "#/$defs/format"}
+    parts: dict[str, dict[str, Any]] = {
+        "passes": {"type": "array", "items": {"anyOf": [method, _blockwise(method)]}},
+        "export": {"anyOf": [{"type": "array", "items": format_, "minItems": 1}, {"enum": [PACKED, *FORMATS]}]},
+        **{name: _section(cls) for name, cls in SECTIONS.items()},
     }
-    evaluate = _properties(Evaluation)
-    for gate in GATES:
-        evaluate[gate] = {"type": ["number", "string", "null"]}
-    for name, properties in (("calibration", _properties(Calibration)), ("evaluate", evaluate)):
-        top[name] = {"type": ["object", "null"], "properties": properties, "additionalProperties": False}
-    names = [PACKED, *FORMATS]
-    formats: list[dict[str, Any]] = [{"enum": names}]
-    formats += [_entry(name, _properties(cls)) for name, cls in FORMATS.items()]
-    top["export"] = {"anyOf": [{"type": "array", "items": {"anyOf": formats}}, {"enum": names}]}
-    del top["lines"]
+    described = descriptions(Pipeline)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "compress pipeline",
         "type": "object",
-        "properties": top,
+        "properties": {
+            **{name: {"description": described[name], **part} for name, part in parts.items()},
+            **_properties(Settings),
+        },
         "required": ["passes"],
         "additionalProperties": False,
+        "$defs": {
+            "method": _one_of(METHODS, [*METHODS]),
+            "format": _one_of(FORMATS, [PACKED, *FORMATS]),
+            **{name: _method(cls) for name, cls in METHODS.items()},
+            **{name: _options(cls) for name, cls in FORMATS.items()},
+            Matched.__name__: rules(Matched),
+        },
     }
 
 
-def _entry(name: str, properties: dict[str, Any]) -> dict[str, Any]:
-    """One method or format with its options."""
-    inner = {"type": ["object", "null"], "properties": properties, "additionalProperties": False}
-    return {"type": "object", "properties": {name: inner}, "required": [name], "additionalProperties": False}
+def descriptions(cls: type) -> dict[str, str]:
+    """What a class and those that it inherits from say of their options under `Args:`."""
+    found: dict[str, str] = {}
+    for each in reversed(cls.__mro__):
+        _, _, text = inspect.cleandoc(each.__dict__.get("__doc__") or "").partition("\nArgs:\n")
+        for names, said in re.findall(r"^    (\w[\w, ]*): (.*(?:\n {5,}.*)*)", text.split("\n\n")[0], re.MULTILINE):
+            found |= dict.fromkeys(names.split(", "), " ".join(said.split()))
+    return found
 
 
-def _properties(cls: type[Any]) -> dict[str, Any]:
-    hints = get_type_hints(cls)
-    return {f.name: _schema_of(hints[f.name]) for f in fields(cls)}
+def _one_of(classes: Mapping[str, type[Pass | Exporter]], names: list[str]) -> dict[str, Any]:
+    """A name alone, or one of the classes with its options."""
+    return {"anyOf": [{"enum": names}, *(_single(name, _summary(cls)) for name, cls in classes.items())]}
 
 
-def _schema_of(hint: Any) -> dict[str, Any]:
-    names = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
-    options: list[dict[str, Any]] = []
-    for option in choices(hint):
-        if get_origin(option) is Literal:
-            options.append({"enum": list(get_args(option))})
-        elif get_origin(option) is tuple:
-            item = _schema_of(get_args(option)[0])
-            options.append({"type": "array", "items": item})
-            if item == {"type": "string"}:
-                options.append(item)
-        elif get_origin(option) is Mapping:
-            options.append({"type": "object", "additionalProperties": _schema_of(get_args(option)[1])})
-        elif option is Override:
-            options.append({"type": "object", "required": ["match"]})
-        elif option is Matched:
-            options.append({
-                "type": "object",
-                "properties": {"match": {"type": "string"}, "value": _schema_of(get_type_hints(Matched)["value"])},
-                "required": ["match", "value"],
-                "additionalProperties": False,
-            })  # fmt: skip
-        elif option in names:
-            options.append({"type": names[option]})
-        else:
-            options.append({})
-    return options[0] if len(options) == 1 else {"anyOf": options}
+def _single(name: str, description: str) -> dict[str, Any]:
+    """A mapping of one name to its options."""
+    return {"description": description, **_closed({name: {"$ref": f"#/$defs/{name}"}}, required=[name])}
+
+
+def _closed(properties: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A mapping that has no other keys."""
+    return {"type": "object", "properties": properties, "additionalProperties": False, **more}
+
+
+def _blockwise(method: dict[str, Any]) -> dict[str, Any]:
+    description = "Methods that run together on each block, before the next."
+    inner = {"type": "array", "items": method, "minItems": 1, "description": description}
+    return {"description": description, **_closed({"blockwise": inner}, required=["blockwise"])}
+
+
+def _options(cls: type) -> dict[str, Any]:
+    """The options of a class, or nothing for its defaults."""
+    return {**_closed(_properties(cls)), "type": ["object", "null"], "description": _summary(cls)}
+
+
+def _section(cls: type) -> dict[str, Any]:
+    section = _options(cls)
+    for gate in {*GATES} & section["properties"].keys():
+        share = section["properties"][gate]
+        percentage = {"type": "string", "pattern": f"^{PERCENTAGE}$"}
+        section["properties"][gate] = {**share, "anyOf": [*share["anyOf"], percentage]}
+    return section
+
+
+def _method(cls: type[Pass]) -> dict[str, Any]:
+    """The options of a pass, with the short form for two of them, and overrides as files have them."""
+    options = _options(cls)
+    properties = options["properties"]
+    if "bits" in properties:
+        properties["scheme"] = {
+            "type": "string",
+            "pattern": f"^w({'|'.join(map(str, _bits(properties['bits'])))})(g[1-9][0-9]*)?$",
+            "description": "Short for bits and group_size: w4g128, or w4 for one scale per row.",
+        }
+    here = {name: {"$ref": f"#/$defs/{cls.key}/properties/{name}"} for name in properties if name not in PATTERNS}
+    match = {"type": "string", "description": "A shell wildcard on full names; the last override that matches wins."}
+    inner = _closed({"match": match, **here}, required=["match"])
+    properties["overrides"] = {
+        "type": "array",
+        "items": inner,
+        "description": "Other options for the layers that match.",
+    }
+    return options
+
+
+def _bits(rule: dict[str, Any]) -> Iterable[int]:
+    """The numbers of bits that an option may have."""
+    within = bounded(rule)
+    return rule["enum"] if "enum" in rule else range(within["minimum"], within["maximum"] + 1)
+
+
+def _properties(cls: type) -> dict[str, Any]:
+    said = descriptions(cls)
+    found = {}
+    for name in names_in(cls):
+        rule = {**rules(cls)["properties"][name], "description": said[name]}
+        if name in lists_in(cls) and name != "overrides":  # one text may stand for a list of one
+            listed = {"type": rule.pop("type"), "items": rule.pop("items")}
+            rule["anyOf"] = [listed, listed["items"]]
+        found[name] = rule
+    return found
+
+
+def _summary(cls: type) -> str:
+    """The first paragraph of a docstring."""
+    return " ".join(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].split())

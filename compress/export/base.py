@@ -56,7 +56,7 @@ class Exporter(ABC):
     computes: ClassVar[str | None] = None
 
     def check(self) -> Iterator[OptionError]:
-        """Every impossible option."""
+        """Every option that the others make impossible; types and ranges are declared on the fields."""
         return iter(())
 
     def mistakes(self) -> Iterator[OptionError]:

@@ -54,20 +54,19 @@ class Pass:
         return self.needs != "none"
 
     def check(self) -> Iterator[OptionError]:
-        """Every impossible option."""
+        """Every option that the others make impossible; types and ranges are declared on the fields."""
         return iter(())
 
     def mistakes(self) -> Iterator[OptionError]:
-        """Every impossible option, in the overrides too."""
+        """Every impossible option, in the overrides too; all are of their declared types."""
         yield from self.check()
-        known = {f.name for f in fields(self)} - {"include", "exclude", "overrides"}
         for i, override in enumerate(self.overrides):
-            unknown = sorted(set(override.options) - known)
-            for name in unknown:
-                yield OptionError(f"overrides[{i}].{name}", f"unknown option of {self.key}; known: {sorted(known)}")
-            if not unknown:
-                for error in replace(self, overrides=(), **override.options).check():
-                    yield OptionError(f"overrides[{i}].{error.option}", error.message)
+            for error in replace(self, overrides=(), **override.options).check():
+                yield OptionError(f"overrides[{i}].{error.option}", error.message)
+
+    def alternatives(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """(what stands before their names in messages, options) that may hold in the place of its own."""
+        yield from ((f"overrides[{i}].", override.options) for i, override in enumerate(self.overrides))
 
     def check_shape(self, shape: tuple[int, int]) -> str | None:
         """Why this pass cannot work on an (out, in) matrix, or None."""

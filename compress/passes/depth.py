@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Ge
 
 from compress.passes.base import Pass
 
@@ -21,7 +23,7 @@ class DepthPass(Pass):
         blocks: how many of them.
     """
 
-    blocks: int = 1
+    blocks: Annotated[int, Ge(0)] = 1
 
     @property
     def calibrated(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ import torch
 from compress.calibration.data import IMAGES
 from compress.calibration.metrics import REFERENCE_NUMBERS
 from compress.calibration.metrics import TOKENS_AT_ONCE as EVALUATED_AT_ONCE
+from compress.config.lines import line_of
 from compress.config.pipeline import GATES, GIVEN, walk
 from compress.encodings import FACTORED, Spec
 from compress.encodings.pattern import promised
@@ -117,11 +117,7 @@ class _Planner:
         self.merges = 0  # so far
 
     def problem(self, path: str, message: str) -> None:
-        lines, line, place = self.pipeline.lines, None, path
-        while line is None and place:
-            line = lines.get(place)
-            place = re.sub(r"(\.[^.\[\]]+|\[\d+\]|^[^.\[\]]+)$", "", place)
-        self.problems.append(Problem(path, message, line))
+        self.problems.append(Problem(path, message, line_of(self.pipeline.lines, path)))
 
     def add(self, path: str, pass_: Pass, fused: bool, first: bool) -> PassPlan:
         what, names = "layer", [s.name for s in self.graph.sites]

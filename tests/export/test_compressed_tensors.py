@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from written import data_for, logits, tensors, write
 
 from compress import Codebook, ConfigError, Eora, Gptq, LowRank, Magnitude, Olive, Override, PowerQuant, Rtn
-from compress.config.pipeline import parse
+from compress.config.reading import parse
 from compress.errors import CompressError
 from compress.export import compressed_tensors
 from compress.models import graph as graphs

@@ -10,7 +10,8 @@ from written import data_for, write
 
 import compress
 from compress import ConfigError, Eora, Hf, Onnx, Peft, Rtn, UsageError
-from compress.config.pipeline import dump, exporters, parse
+from compress.config.reading import exporters, parse
+from compress.config.writing import dump
 from compress.errors import CompressError
 from compress.export import EXPORTERS, hf
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, PreTr
 from written import data_for, logits, make_gpt2, write
 
 from compress import Codebook, ConfigError, Eora, Gptq, LowRank, Magnitude, Olive, PowerQuant, Rtn
-from compress.config.pipeline import parse
+from compress.config.reading import parse
 from compress.encodings import Codebooks, Uniform
 from compress.errors import CompressError
 from compress.export import gguf as exporter

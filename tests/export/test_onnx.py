@@ -15,7 +15,7 @@ import compress
 from compress import Codebook, Genai, Magnitude, Olive, Onnx, Perp, Pipeline, PowerQuant, Rtn
 from compress.api.export import refuse, write_all
 from compress.calibration.data import Dataset
-from compress.config.pipeline import parse
+from compress.config.reading import parse
 from compress.errors import CompressError, ConfigError
 from compress.export.onnx import build, exporter, trace
 from compress.export.onnx.exporter import DATA, MODEL

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from written import MODELS, data_for, logits, tensors, write
 
 from compress import ConfigError, Eora, Gptq, Magnitude, Override, Rtn
-from compress.config.pipeline import parse
+from compress.config.reading import parse
 from compress.errors import CompressError
 from compress.models import graph as graphs
 from compress.models.loading import load

@@ -10,7 +10,8 @@ import compress
 from compress.calibration import ranges
 from compress.calibration.ranges import Range
 from compress.calibration.statistics import Statistics
-from compress.config.pipeline import parse
+from compress.config.options import errors_in
+from compress.config.reading import parse
 from compress.encodings import InputForm, Weight
 from compress.errors import ConfigError
 from compress.passes import PASSES, ModelPass, Override, Pass, Rtn
@@ -22,7 +23,7 @@ STATIC = {"activation_bits": 8, "activation_scale": "tensor"}
 
 
 def problems(pass_: Pass) -> list[str]:
-    return [e.option for e in pass_.mistakes()]
+    return [e.option for e in errors_in(pass_)]
 
 
 # --- options ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 from textbook import mask, target, weight
 from torch import Tensor
 
+from compress.config.options import errors_in
 from compress.encodings import Uniform
 from compress.errors import SolveError
 from compress.passes import AdaRound, Override, Rtn
@@ -289,4 +290,4 @@ def test_a_start_that_is_not_finite_is_a_solve_error_and_the_fallback_has_the_sa
     ],
 )
 def test_impossible_options_are_named(options: dict[str, object], option: str) -> None:
-    assert [e.option for e in AdaRound(**options).check()] == [option]
+    assert [e.option for e in errors_in(AdaRound(**options))] == [option]

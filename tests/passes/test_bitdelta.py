@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compress import BitDelta
 from compress.calibration.training import Kept, Make
+from compress.config.options import errors_in
 from compress.passes.merge.base import Piece
 from compress.passes.merge.models import Models, Running
 from compress.passes.merge.sign_scales import Distilled, distance, fit, signs_of
@@ -76,10 +77,10 @@ def test_a_change_of_nothing_counts_as_positive() -> None:
 
 
 def test_what_is_impossible_is_said() -> None:
-    assert [e.option for e in BitDelta(models=("a", "b"), bits=9).mistakes()] == ["models", "bits"]
+    assert [e.option for e in errors_in(BitDelta(models=("a", "b"), bits=9))] == ["bits", "models"]
     wrong = BitDelta(models=("a",), batch_size=0, learning_rate=2.0, vocabulary="common")
-    assert [e.option for e in wrong.mistakes()] == ["batch_size", "learning_rate", "vocabulary"]
-    assert not list(BitDelta(models=("a",), steps=0, vocabulary="common").mistakes())
+    assert [e.option for e in errors_in(wrong)] == ["batch_size", "learning_rate", "vocabulary"]
+    assert not errors_in(BitDelta(models=("a",), steps=0, vocabulary="common"))
     assert BitDelta(models=("a",)).calibrated
     assert not BitDelta(models=("a",), steps=0).calibrated
 

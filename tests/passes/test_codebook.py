@@ -11,6 +11,7 @@ from textbook import inputs, mask, statistics, target, weight
 from torch import Tensor
 
 import compress
+from compress.config.options import errors_in
 from compress.encodings import Codebooks, Encoding, Weight, pack, spec_of
 from compress.errors import SolveError
 from compress.passes import Codebook, Override, Rtn
@@ -465,7 +466,7 @@ def test_entries_overrule_bits() -> None:
     ],
 )
 def test_impossible_options_are_named(options: dict[str, object], option: str) -> None:
-    assert [e.option for e in Codebook(**options).check()] == [option]
+    assert [e.option for e in errors_in(Codebook(**options))] == [option]
 
 
 def test_more_tables_than_rows_are_refused() -> None:

@@ -7,6 +7,7 @@ from textbook import fine_tunes
 from torch import Tensor
 
 from compress import Compeft
+from compress.config.options import errors_in
 
 
 def compeft(base: dict[str, Tensor], tuned: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
@@ -102,6 +103,6 @@ def test_an_empty_delta_and_a_density_of_zero_leave_the_base() -> None:
 
 
 def test_what_is_impossible_is_said() -> None:
-    wrong = [e.option for e in Compeft(models=("a", "b"), density=1.5).mistakes()]
+    wrong = [e.option for e in errors_in(Compeft(models=("a", "b"), density=1.5))]
     assert wrong == ["models", "density"]
-    assert [e.option for e in Compeft(models=("a",), scope="model", density=((0.1, 0.5),)).mistakes()] == ["density"]
+    assert [e.option for e in errors_in(Compeft(models=("a",), scope="model", density=((0.1, 0.5),)))] == ["density"]

@@ -272,7 +272,7 @@ def test_a_layer_that_nothing_reaches_is_corrected_without_its_inputs() -> None:
         ([Rtn(bits=2), Eora(rank=0)], "0 is not a positive number"),
         ([Rtn(bits=2), Eora(rank=4, adapter_bits=3)], "3 is not 4 or 8"),
         ([Rtn(bits=2), Eora(rank=4, floor=0.0)], "0.0 is not between 0 and 1"),
-        ([Rtn(bits=2), Eora(rank=None, budget=-1.0)], "not a positive number of bits"),
+        ([Rtn(bits=2), Eora(rank=None, budget=-1.0)], "is not positive"),
         ([[Rtn(bits=2), Eora(rank=None, budget=1.0)]], "must be the first of `blockwise:`"),
         ([Rtn(bits=2), Eora(rank=None, budget=1.0, overrides=(Override("*", {"budget": 2.0}),))], "spent over all"),
     ],

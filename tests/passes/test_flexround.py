@@ -8,6 +8,7 @@ import torch
 from textbook import mask, target, weight
 from torch import Tensor
 
+from compress.config.options import errors_in
 from compress.encodings import Uniform
 from compress.errors import SolveError
 from compress.lazy import function
@@ -445,7 +446,7 @@ def test_no_statistics_are_a_solve_error_by_layer() -> None:
     ],
 )
 def test_impossible_options_are_named(options: dict[str, object], option: str) -> None:
-    assert [e.option for e in FlexRound(**options).check()] == [option]
+    assert [e.option for e in errors_in(FlexRound(**options))] == [option]
 
 
 def test_only_learning_by_layer_needs_statistics_and_both_need_data() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from compress.config.options import errors_in
 from compress.passes import GlobalMagnitude
 from compress.passes.base import Edit, Target, Whole
 from compress.passes.prune.global_magnitude import count_below, layer_counts, max_sparsity
@@ -231,4 +232,4 @@ def test_water_filling_shares_what_held_layers_could_not_give_in_proportion() ->
     ("option", "value"), [("sparsity", 1.0), ("sparsity", -0.1), ("min_keep", 1.0), ("min_keep", -1)]
 )
 def test_impossible_options_are_named(option: str, value: float) -> None:
-    assert [e.option for e in GlobalMagnitude(**{option: value}).check()] == [option]
+    assert [e.option for e in errors_in(GlobalMagnitude(**{option: value}))] == [option]

@@ -15,6 +15,7 @@ from textbook import (
 from torch import Tensor
 
 from compress.calibration.statistics import Statistics
+from compress.config.options import errors_in
 from compress.encodings import Uniform
 from compress.errors import SolveError
 from compress.passes import Gptq, Rtn
@@ -195,4 +196,4 @@ def test_no_statistics_are_a_solve_error_and_the_fallback_has_the_same_grid() ->
 
 @pytest.mark.parametrize("option", ["damping", "tile"])
 def test_impossible_options_are_named(option: str) -> None:
-    assert [e.option for e in Gptq(**{option: 0}).check()] == [option]
+    assert [e.option for e in errors_in(Gptq(**{option: 0}))] == [option]

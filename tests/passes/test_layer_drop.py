@@ -34,7 +34,7 @@ from transformers import (
 import compress
 from compress import Eora, FlexRound, Gptq, LayerDrop, Magnitude, Perp, Rtn, Wanda
 from compress.checkpoint import opening
-from compress.config.pipeline import parse
+from compress.config.reading import parse
 from compress.errors import ConfigError, NonFiniteError, UnsupportedModelError
 from compress.passes.interface import Depth
 from compress.passes.prune.layer_drop import angular, influence
@@ -512,7 +512,7 @@ def test_killed_after_every_file_the_run_ends_bit_identical(tmp_path: Path) -> N
     [
         ([LayerDrop(blocks=4)], "4 of 4 blocks cannot go: at least one must stay"),
         ([LayerDrop(blocks=2), LayerDrop(blocks=2)], "2 of 2 blocks cannot go"),
-        ([LayerDrop(blocks=-1)], "-1 is not a number of blocks"),
+        ([LayerDrop(blocks=-1)], "-1 is negative"),
         ([LayerDrop(greedy=False, criterion="angular")], "changes nothing with criterion angular"),
         ([LayerDrop(overrides=(compress.Override("*", {"blocks": 1}),))], "goes or stays whole"),
         (

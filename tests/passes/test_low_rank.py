@@ -247,7 +247,7 @@ def test_norms_biases_and_the_factors_themselves_may_be_trained_afterwards(
         ([LowRank(), Magnitude()], "nothing but two thin factors"),
         ([LowRank(), Eora(rank=2)], "nothing but two thin factors"),
         ([LowRank(), Perp()], "which mask_lora cannot change. Train lora, which can"),
-        ([LowRank(ratio=1.0)], "1.0 is not a share between 0 and 1"),
+        ([LowRank(ratio=1.0)], "1.0 is not between 0 and 1"),
         ([LowRank(ratio=0.01)], r"ratio 0.01 of a 64 x 64 matrix pays for no rank; rank 1 takes 0\.0312"),
         ([LowRank(steps=-1)], "-1 is negative"),
         ([LowRank(batch_size=0)], "0 is not a positive number"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from textbook import mask, target, weight
 
+from compress.config.options import errors_in
 from compress.passes import Magnitude
 from compress.passes.prune.selection import keep_rows, keep_share
 
@@ -73,7 +74,7 @@ def test_what_is_gone_stays_gone_and_counts(sparsity: float | str, share: float)
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, "4:2", "0:4", "4:4", "half", "2:4:8"])
 def test_impossible_sparsities_are_named(sparsity: float | str) -> None:
-    assert [e.option for e in Magnitude(sparsity=sparsity).check()] == ["sparsity"]
+    assert [e.option for e in errors_in(Magnitude(sparsity=sparsity))] == ["sparsity"]
 
 
 def test_a_pattern_that_does_not_fit_the_columns_is_said() -> None:

@@ -6,6 +6,7 @@ from textbook import mask, target, weight
 from torch import Tensor, nn
 
 import compress
+from compress.config.options import errors_in
 from compress.encodings.outlier_victim import TYPES, encode, quantize_dequantize, search
 from compress.passes import Olive, Override, Rtn
 from compress.passes.base import Edit
@@ -176,7 +177,7 @@ def test_olive_needs_no_data_and_is_its_own_fallback() -> None:
     ],
 )
 def test_impossible_options_are_named(options: dict[str, object], option: str) -> None:
-    assert [e.option for e in Olive(**options).check()] == [option]
+    assert [e.option for e in errors_in(Olive(**options))] == [option]
 
 
 def test_the_demo_model_loses_less_than_with_rounding_at_no_more_bits() -> None:

@@ -6,6 +6,7 @@ from textbook import mask, target, weight
 from torch import Tensor
 
 import compress
+from compress.config.options import errors_in
 from compress.encodings import Power, Weight
 from compress.encodings.power import Grid, fit_exponent, fit_scale, nearest, profile
 from compress.passes import Override, PowerQuant, Rtn
@@ -168,7 +169,7 @@ def test_the_demo_model_with_its_last_block_rounded_stays_nearer_to_the_original
     ],
 )
 def test_impossible_options_are_named(options: dict[str, object], option: str) -> None:
-    assert [e.option for e in PowerQuant(**options).check()] == [option]
+    assert [e.option for e in errors_in(PowerQuant(**options))] == [option]
 
 
 def test_a_layer_of_zeros_is_rounded_to_zeros() -> None:

@@ -9,6 +9,7 @@ from textbook import mask, target, weight
 from torch import Tensor
 
 import compress
+from compress.config.options import errors_in
 from compress.encodings import Power
 from compress.passes import Override, PowerQuant, PowerQuantShared
 from compress.passes.base import Target, Whole
@@ -91,7 +92,7 @@ def test_every_layer_is_read_twice_and_one_at_a_time(share: str) -> None:
 
 def test_options_of_single_layers_are_refused() -> None:
     pass_ = PowerQuantShared(overrides=(Override("*.q", {"bits": 3}),))
-    assert [e.option for e in pass_.check()] == ["overrides"]
+    assert [e.option for e in errors_in(pass_)] == ["overrides"]
 
 
 def test_a_model_in_memory_is_compressed_with_one_exponent() -> None:

@@ -7,6 +7,7 @@ from textbook import fine_tunes
 from torch import Tensor
 
 from compress import RobustSignature
+from compress.config.options import errors_in
 
 
 def patched(models: list[dict[str, Tensor]], **options: object) -> dict[str, Tensor]:
@@ -104,9 +105,9 @@ def test_rounded_signatures_have_few_values_and_keep_their_ends() -> None:
         ({"models": ("a",)}, "name the standard fine-tune first, then at least one robust one"),
         ({"models": ("a", "b"), "target": "last"}, "and the one that is patched"),
         ({"models": ("a", "b"), "alpha": (1.0, 2.0)}, "2 values for 1 robust models"),
-        ({"models": ("a", "b"), "layers": 0}, "0 patches nothing"),
+        ({"models": ("a", "b"), "layers": 0}, "0 is not a positive number"),
         ({"models": ("a", "b"), "bits": 20}, "20 is not between 1 and 16"),
     ],
 )
 def test_what_cannot_be_done_is_refused(options: dict[str, object], said: str) -> None:
-    assert any(said in error.message for error in RobustSignature(**options).check())
+    assert any(said in error.message for error in errors_in(RobustSignature(**options)))

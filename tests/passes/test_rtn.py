@@ -4,6 +4,7 @@ import pytest
 import torch
 from textbook import mask, target, weight
 
+from compress.config.options import errors_in
 from compress.encodings import fit, quantize
 from compress.passes import Rtn
 
@@ -64,7 +65,7 @@ def test_rounding_again_changes_nothing() -> None:
     ],
 )
 def test_impossible_options_are_named(options: dict[str, object], option: str) -> None:
-    assert [e.option for e in Rtn(**options).check()] == [option]
+    assert [e.option for e in errors_in(Rtn(**options))] == [option]
 
 
 def test_a_group_size_that_does_not_divide_says_which_would() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import compress
+from compress.config.options import errors_in
 from compress.errors import ConfigError
 from compress.passes import Eora, GlobalMagnitude, Magnitude, Perp, Rtn, SparseSoup
 from compress.passes.base import Pass, Target
@@ -112,7 +113,7 @@ def test_what_is_packed_or_corrected_is_refused(
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, object], said: str) -> None:
-    assert any(said in str(error) for error in SparseSoup(**options).check())
+    assert any(said in str(error) for error in errors_in(SparseSoup(**options)))
 
 
 # --- gradual pruning --------------------------------------------------------------------------------------------------
@@ -152,5 +153,5 @@ def test_what_is_gone_comes_back_only_where_asked_for(regrow: bool, monkeypatch:
 
 
 def test_training_options_without_training_are_refused() -> None:
-    assert [e.option for e in GlobalMagnitude(steps=5).check()] == ["steps"]
-    assert list(GlobalMagnitude(steps=5, cuts=2).check()) == []
+    assert [e.option for e in errors_in(GlobalMagnitude(steps=5))] == ["steps"]
+    assert errors_in(GlobalMagnitude(steps=5, cuts=2)) == []

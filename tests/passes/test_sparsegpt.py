@@ -18,6 +18,7 @@ from textbook import (
 from torch import Tensor
 
 from compress.calibration.statistics import Statistics
+from compress.config.options import errors_in
 from compress.errors import SolveError
 from compress.passes import Magnitude, SparseGpt
 from compress.passes.base import Edit, Target
@@ -172,4 +173,4 @@ def test_no_statistics_are_a_solve_error_and_the_fallback_makes_the_same_pattern
 
 @pytest.mark.parametrize("option", ["damping", "tile"])
 def test_impossible_options_are_named(option: str) -> None:
-    assert [e.option for e in SparseGpt(**{option: 0}).check()] == [option]
+    assert [e.option for e in errors_in(SparseGpt(**{option: 0}))] == [option]

@@ -9,6 +9,7 @@ from textbook import fine_tunes
 from torch import Tensor
 
 from compress import Ties
+from compress.config.options import errors_in
 from compress.passes.merge.trimming import kth_largest, limits
 
 
@@ -93,7 +94,7 @@ def test_each_model_may_have_a_density_of_its_own_and_by_depth() -> None:
     found = ties([base, a, b], density=(0.0, (0.0, 1.0)))
     assert torch.equal(found["blocks.0.mlp.weight"], base["blocks.0.mlp.weight"])
     assert torch.allclose(found["blocks.2.mlp.weight"], b["blocks.2.mlp.weight"], atol=1e-6)
-    wrong = [e.option for e in Ties(models=("a", "b"), scope="model", density=(0.5, (0.0, 1.0))).mistakes()]
+    wrong = [e.option for e in errors_in(Ties(models=("a", "b"), scope="model", density=(0.5, (0.0, 1.0))))]
     assert wrong == ["density"]
 
 

@@ -24,6 +24,7 @@ from transformers import (
 
 import compress
 from compress import WeightMatching
+from compress.config.options import errors_in
 from compress.engine import manager
 from compress.errors import ConfigError
 from compress.models import graph
@@ -387,7 +388,7 @@ def test_a_model_with_nothing_free_is_refused_with_what_is_known(tmp_path: Path)
 
 
 def test_no_sweep_is_refused() -> None:
-    assert [e.option for e in WeightMatching(models=("m",), sweeps=0).check()] == ["sweeps"]
+    assert [e.option for e in errors_in(WeightMatching(models=("m",), sweeps=0))] == ["sweeps"]
 
 
 # --- the barrier ------------------------------------------------------------------------------------------------------

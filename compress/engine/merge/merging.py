@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.sources import WrittenSource
+from compress.config.lines import line_of
 from compress.config.pipeline import walk
 from compress.engine.merge.aligning import Aligner
 from compress.engine.merge.making import make as make_delta
@@ -49,8 +50,8 @@ def check(pipeline: Pipeline, base: Artifact, file: str = "pipeline") -> list[st
             try:
                 found.append(open_parent(model, base, pass_).source.fingerprint())
             except UsageError as error:
-                line = pipeline.lines.get(f"{path}.models", pipeline.lines.get(path))
-                problems.append(Problem(f"{path}.models[{i}]", str(error), line))
+                place = f"{path}.models[{i}]"
+                problems.append(Problem(place, str(error), line_of(pipeline.lines, place)))
     if problems:
         raise ConfigError(problems, file)
     return found

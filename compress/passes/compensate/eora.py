@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from annotated_types import Ge, Gt, Le, Lt
 
 from compress.encodings import LowRank, LowRankForm, Uniform
 from compress.errors import SolveError
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from compress.passes.base import Target
 
 A_GROUP = 64  # columns of a quantized A that share a scale, where that divides
-ADAPTER_BITS = (4, 8)
 VALUE_BITS = 16
 SEEN: dict[str, Need] = {"eora": "gram", "activation": "norm", "svd": "none"}  # what a method looks at
 
@@ -62,12 +63,12 @@ class Eora(LinearPass):
         4
     """
 
-    rank: int | None = 16
-    energy: float | None = None
-    budget: float | None = None
+    rank: Annotated[int, Ge(1)] | None = 16
+    energy: Annotated[float, Gt(0), Le(1)] | None = None
+    budget: Annotated[float, Gt(0)] | None = None
     method: Literal["eora", "activation", "svd"] = "eora"
-    adapter_bits: int | None = None
-    floor: float = 1e-6
+    adapter_bits: Literal[4, 8] | None = None
+    floor: Annotated[float, Gt(0), Lt(1)] = 1e-6
     bias: bool = False
 
     key: ClassVar[str] = "eora"
@@ -90,19 +91,9 @@ class Eora(LinearPass):
     def check(self) -> Iterator[OptionError]:
         yield from super().check()
         ways = [name for name in ("rank", "energy", "budget") if getattr(self, name) is not None]
-        if self.rank is not None and self.rank < 1:
-            yield OptionError("rank", f"{self.rank} is not a positive number")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            yield OptionError("energy", f"{self.energy} is not a share above 0 up to 1")
-        if self.budget is not None and self.budget <= 0:
-            yield OptionError("budget", f"{self.budget} is not a positive number of bits a weight")
         if len(ways) != 1:
             named = " and ".join(ways) or "none"
             yield OptionError(ways[-1] if ways else "rank", f"set one of rank, energy, budget, not {named}")
-        if self.adapter_bits is not None and self.adapter_bits not in ADAPTER_BITS:
-            yield OptionError("adapter_bits", f"{self.adapter_bits} is not 4 or 8")
-        if not 0 < self.floor < 1:
-            yield OptionError("floor", f"{self.floor} is not between 0 and 1")
 
     def mistakes(self) -> Iterator[OptionError]:
         yield from super().mistakes()

@@ -6,7 +6,9 @@ Shapes: O rows, I columns, r rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Lt
 
 from compress.calibration.reconstruct import Inputs, Recipe, by_block
 from compress.encodings import FACTORED, LowRankForm
@@ -35,12 +37,7 @@ class Budget(Pass):
         ratio: numbers in the two factors, as a share of those in the matrix.
     """
 
-    ratio: float = 0.5
-
-    def check(self) -> Iterator[OptionError]:
-        yield from super().check()
-        if not 0 < self.ratio < 1:
-            yield OptionError("ratio", f"{self.ratio} is not a share between 0 and 1")
+    ratio: Annotated[float, Gt(0), Lt(1)] = 0.5
 
     def check_shape(self, shape: tuple[int, int]) -> str | None:
         if self.rank(shape) >= 1:
@@ -108,12 +105,12 @@ class LowRank(Budget, BlockPass):
     """
 
     method: Literal["whitened", "svd"] = "whitened"
-    steps: int = 200
-    batch_size: int = 8
-    learning_rate: float = 0.01
+    steps: Annotated[int, Ge(0)] = 200
+    batch_size: Annotated[int, Ge(1)] = 8
+    learning_rate: Annotated[float, Gt(0), Lt(1)] = 0.01
     inputs: Inputs = "compressed"
-    perturbation: float = 0.0
-    floor: float = 1e-6
+    perturbation: Annotated[float, Ge(0)] = 0.0
+    floor: Annotated[float, Gt(0), Lt(1)] = 1e-6
 
     key: ClassVar[str] = "low_rank"
     accepts: ClassVar[frozenset[str]] = frozenset({"dense"})
@@ -130,18 +127,6 @@ class LowRank(Budget, BlockPass):
     @property
     def calibrated(self) -> bool:
         return self.runs_block or self.needs != "none"
-
-    def check(self) -> Iterator[OptionError]:
-        yield from super().check()
-        if self.steps < 0:
-            yield OptionError("steps", f"{self.steps} is negative")
-        if self.batch_size < 1:
-            yield OptionError("batch_size", f"{self.batch_size} is not a positive number")
-        for option in ("learning_rate", "floor"):
-            if not 0 < getattr(self, option) < 1:
-                yield OptionError(option, f"{getattr(self, option)} is not between 0 and 1")
-        if self.perturbation < 0:
-            yield OptionError("perturbation", f"{self.perturbation} is negative")
 
     def mistakes(self) -> Iterator[OptionError]:
         yield from super().mistakes()

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
 
 from compress.calibration.training import ModelData, Schedule, split, train
 from compress.errors import OptionError
@@ -60,7 +62,7 @@ class AdaMerging(MergePass):
         initial: what every coefficient starts as; tensors that no gradient reaches, such as running means, keep it.
         trim: the share of entries that each task vector keeps, its largest, of which those with the elected sign are
             added; None adds all.
-        steps: of Adam.
+        steps: of Adam; 0 merges with the coefficients as they start.
         batch_size: calibration samples a step, of all tasks together.
         learning_rate: the largest.
         diversity: how much of the entropy of the mean prediction of each source is taken off the loss, so that
@@ -77,12 +79,12 @@ class AdaMerging(MergePass):
     """
 
     level: Literal["task", "layer"] = "layer"
-    initial: float = 0.3
-    trim: float | None = None
-    steps: int = 500
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    diversity: float = 1.0
+    initial: Annotated[float, Ge(0), Le(1)] = 0.3
+    trim: Annotated[float, Ge(0), Le(1)] | None = None
+    steps: Annotated[int, Ge(0)] = 500
+    batch_size: Annotated[int, Ge(1)] = 32
+    learning_rate: Annotated[float, Gt(0), Lt(1)] = 1e-3
+    diversity: Annotated[float, Ge(0)] = 1.0
 
     key: ClassVar[str] = "adamerging"
     common: ClassVar[frozenset[str]] = MergePass.common | {
@@ -103,18 +105,6 @@ class AdaMerging(MergePass):
 
     def check(self) -> Iterator[OptionError]:
         yield from super().check()
-        yield from self.within("initial", 0, 1)
-        if self.trim is not None:
-            yield from self.within("trim", 0, 1)
-        if self.steps < 0:
-            yield OptionError("steps", f"{self.steps} is negative; 0 merges with the coefficients as they start")
-        if self.batch_size < 1:
-            yield OptionError("batch_size", f"{self.batch_size} is not a positive number")
-        if not 0 < self.learning_rate < 1:
-            yield OptionError("learning_rate", f"{self.learning_rate} is not between 0 and 1")
-        if self.diversity < 0:
-            yield OptionError("diversity", f"{self.diversity} is negative")
-
         if self.vocabulary == "common":
             yield OptionError("vocabulary", "the merged model is run as a whole; vocabularies must be of one size")
 

@@ -153,6 +153,11 @@ class MergePass(Pass):
             for name in sorted(self.common & set(override.options)):
                 yield OptionError(f"overrides[{i}].{name}", "is the same for every tensor; set it on the pass")
 
+    def alternatives(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        yield from super().alternatives()
+        tried = ((name, values) for name, values in (self.choose or {}).items() if name in self._numbers())
+        yield from (("", {name: value}) for name, values in tried for value in values)
+
     def check(self) -> Iterator[OptionError]:
         if self.pairwise and len(self.models) != 1:
             yield OptionError("models", f"{self.key} merges the model with one other; {len(self.models)} are named")
@@ -166,10 +171,14 @@ class MergePass(Pass):
                 first = ", the model that the pipeline is run on first" if self.with_base else ""
                 yield OptionError(f.name, f"{wanted} values for {count} models: give one for each{first}")
 
-    def _check_choose(self) -> Iterator[OptionError]:
+    def _numbers(self) -> list[str]:
+        """The options that a number may be chosen for."""
         hints = get_type_hints(type(self))
         own = [f.name for f in fields(self) if f.name not in self.common]
-        numbers = sorted(name for name in own if hints[name] is float or float in get_args(hints[name]))
+        return sorted(name for name in own if hints[name] is float or float in get_args(hints[name]))
+
+    def _check_choose(self) -> Iterator[OptionError]:
+        numbers = self._numbers()
         for name, values in (self.choose or {}).items():
             if name not in numbers:
                 known = f"known: {', '.join(numbers)}" if numbers else f"{self.key} has none; leave choose out"

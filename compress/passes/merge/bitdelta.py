@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
 
 from compress.calibration.training import ModelData, Schedule, train
 from compress.encodings.signs import Signs
@@ -52,10 +54,10 @@ class BitDelta(DeltaPass):
         tensor([ 2., -2., -2.,  2.])
     """
 
-    bits: int = 1
-    steps: int = 200
-    batch_size: int = 4
-    learning_rate: float = 0.02
+    bits: Annotated[int, Ge(1), Le(8)] = 1
+    steps: Annotated[int, Ge(0)] = 200
+    batch_size: Annotated[int, Ge(1)] = 4
+    learning_rate: Annotated[float, Gt(0), Lt(1)] = 0.02
 
     key: ClassVar[str] = "bitdelta"
     coding: ClassVar[Literal["rice", "bits"]] = "bits"
@@ -75,14 +77,6 @@ class BitDelta(DeltaPass):
 
     def check(self) -> Iterator[OptionError]:
         yield from super().check()
-        if not 1 <= self.bits <= 8:
-            yield OptionError("bits", f"{self.bits} is not between 1 and 8")
-        if self.steps < 0:
-            yield OptionError("steps", f"{self.steps} is negative; 0 leaves the scales as they are fitted")
-        if self.batch_size < 1:
-            yield OptionError("batch_size", f"{self.batch_size} is not a positive number")
-        if not 0 < self.learning_rate < 1:
-            yield OptionError("learning_rate", f"{self.learning_rate} is not between 0 and 1")
         if self.steps and self.vocabulary == "common":
             yield OptionError("vocabulary", "models are run as wholes; vocabularies must be of one size, or steps 0")
 

@@ -6,9 +6,10 @@ Shapes: K models, n elements of a piece, N of the whole model, or of a tensor wi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from compress.errors import OptionError
+from annotated_types import Ge, Lt
+
 from compress.lazy import torch
 from compress.passes.merge.base import MergePass
 from compress.passes.merge.schedules import PerModel, Value, values_at
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from compress.errors import OptionError
     from compress.passes.merge.base import Piece, Pieces
 
 NOTHING = 1e-12  # a sum of scores that nothing is divided by
@@ -69,7 +71,7 @@ class Pcb(MergePass):
     density: PerModel = 0.1
     weights: PerModel = 1.0
     scale: Value = 1.0
-    clip: float = 0.01
+    clip: Annotated[float, Ge(0), Lt(0.5)] = 0.01
     scope: Scope = "model"
 
     key: ClassVar[str] = "pcb"
@@ -78,8 +80,6 @@ class Pcb(MergePass):
         yield from super().check()
         yield from self.within("density", 0, 1)
         yield from self.of_whole_models("density")
-        if not 0 <= self.clip < 0.5:
-            yield OptionError("clip", f"{self.clip} is not a share from 0 to below 0.5")
 
     @property
     def surveys(self) -> bool:

@@ -6,7 +6,9 @@ Shapes: C robust models, n elements of a piece.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Le
 
 from compress.errors import OptionError
 from compress.lazy import torch
@@ -74,9 +76,9 @@ class RobustSignature(MergePass):
     """
 
     alpha: PerModel = 1.0
-    layers: int = 7
+    layers: Annotated[int, Ge(1)] = 7
     target: Literal["standard", "base", "last"] = "standard"
-    bits: int | None = None
+    bits: Annotated[int, Ge(1), Le(16)] | None = None
 
     key: ClassVar[str] = "robust_signature"
     common: ClassVar[frozenset[str]] = MergePass.common | {"target"}
@@ -93,10 +95,6 @@ class RobustSignature(MergePass):
             yield OptionError("models", f"name the standard fine-tune first, then at least one robust one{last}")
         elif self.models and count_of(self.alpha) not in (None, self.count):
             yield OptionError("alpha", f"{count_of(self.alpha)} values for {self.count} robust models: one for each")
-        if self.layers < 1:
-            yield OptionError("layers", f"{self.layers} patches nothing; at least 1")
-        if self.bits is not None and not 1 <= self.bits <= 16:
-            yield OptionError("bits", f"{self.bits} is not between 1 and 16")
 
     @property
     def looks(self) -> bool:

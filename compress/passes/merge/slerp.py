@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from compress.errors import OptionError
+from annotated_types import Ge
+
 from compress.lazy import torch
 from compress.passes.merge.base import MergePass
 from compress.passes.merge.schedules import Value
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from compress.errors import OptionError
     from compress.passes.merge.base import Piece, Pieces
 
 NEARLY_PARALLEL = 0.9995  # |cos| from which on the straight line is taken
@@ -46,7 +48,7 @@ class Slerp(MergePass):
     """
 
     t: Value = 0.5
-    eps: float = 1e-8
+    eps: Annotated[float, Ge(0)] = 1e-8
 
     key: ClassVar[str] = "slerp"
     pairwise: ClassVar[bool] = True
@@ -54,8 +56,6 @@ class Slerp(MergePass):
     def check(self) -> Iterator[OptionError]:
         yield from super().check()
         yield from self.within("t", 0, 1)
-        if self.eps < 0:
-            yield OptionError("eps", f"{self.eps} is negative")
 
     @property
     def looks(self) -> bool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from compress.errors import OptionError
+from annotated_types import Ge
+
 from compress.passes.merge.average import Average
 from compress.passes.merge.permutation import align
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     import torch
 
@@ -48,16 +49,11 @@ class WeightMatching(Average):
         (2, 0.0)
     """
 
-    sweeps: int = 100
+    sweeps: Annotated[int, Ge(1)] = 100
 
     key: ClassVar[str] = "weight_matching"
     common: ClassVar[frozenset[str]] = Average.common | {"sweeps"}
     aligns: ClassVar[bool] = True
-
-    def check(self) -> Iterator[OptionError]:
-        yield from super().check()
-        if self.sweeps < 1:
-            yield OptionError("sweeps", f"{self.sweeps} leaves every order as it is; at least 1")
 
     def align(self, units: Sequence[Units], ours: Read, theirs: Read, generator: torch.Generator) -> Alignment:
         return align(units, ours, theirs, generator, self.sweeps)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from annotated_types import Ge, Gt, Lt
 
 from compress.calibration.training import Schedule, batch, held_out, split
 from compress.errors import SolveError
 from compress.lazy import torch
-from compress.passes.base import Edit, OptionError
+from compress.passes.base import Edit
 from compress.passes.prune.global_magnitude import cut
 from compress.passes.retrain.options import EndToEnd
 
@@ -52,25 +54,14 @@ class Bip(EndToEnd):
         ['0', '1']
     """
 
-    sparsity: float = 0.5
-    steps: int = 100
-    batch_size: int = 4
-    learning_rate: float = 1e-4
-    mask_rate: float = 0.02
-    gamma: float = 1e4
+    sparsity: Annotated[float, Ge(0), Lt(1)] = 0.5
+    steps: Annotated[int, Ge(1)] = 100
+    batch_size: Annotated[int, Ge(1)] = 4
+    learning_rate: Annotated[float, Ge(0), Lt(1)] = 1e-4
+    mask_rate: Annotated[float, Ge(0), Lt(1)] = 0.02
+    gamma: Annotated[float, Gt(0)] = 1e4
 
     key: ClassVar[str] = "bip"
-
-    def check(self) -> Iterator[OptionError]:
-        yield from super().check()
-        if not 0 <= self.sparsity < 1:
-            yield OptionError("sparsity", f"{self.sparsity} is not a share of zeros from 0 to below 1")
-        for option in ("steps", "batch_size", "gamma"):
-            if getattr(self, option) <= 0:
-                yield OptionError(option, f"{getattr(self, option)} is not a positive number")
-        for option in ("learning_rate", "mask_rate"):
-            if not 0 <= getattr(self, option) < 1:
-                yield OptionError(option, f"{getattr(self, option)} is not from 0 to below 1")
 
     def produces(self, kind: str) -> str:
         return "sparse"

@@ -6,7 +6,9 @@ Shapes: N weights in all, n_l of layer l.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from annotated_types import Ge, Lt
 
 from compress.calibration.training import Loss, train
 from compress.lazy import torch
@@ -51,9 +53,9 @@ class GlobalMagnitude(TrainingOptions, ModelPass):
         ['0', '1']
     """
 
-    sparsity: float = 0.5
-    min_keep: float = 0.0005
-    cuts: int = 1
+    sparsity: Annotated[float, Ge(0), Lt(1)] = 0.5
+    min_keep: Annotated[float, Ge(0), Lt(1)] = 0.0005
+    cuts: Annotated[int, Ge(1)] = 1
     regrow: bool = False
     objective: Loss = "distill"
 
@@ -72,8 +74,6 @@ class GlobalMagnitude(TrainingOptions, ModelPass):
 
     def check(self) -> Iterator[OptionError]:
         yield from super().check()
-        if self.cuts < 1:
-            yield OptionError("cuts", f"{self.cuts} is not a positive number")
         if self.cuts == 1:
             of_training = {f.name for f in fields(TrainingOptions)} - {f.name for f in fields(Pass)}
             for option in sorted({*of_training, "regrow", "objective"} & set(self.options())):
@@ -81,12 +81,8 @@ class GlobalMagnitude(TrainingOptions, ModelPass):
         beside = [name for name in self.train if name in ("head", "lora", "scale")]
         if beside:
             yield OptionError("train", f"{beside[0]} has no zeros to keep; name mask_lora, scale_lora or full")
-        if not 0 <= self.sparsity < 1:
-            yield OptionError("sparsity", f"{self.sparsity} is not a share of zeros from 0 to below 1")
         if self.overrides:
             yield OptionError("overrides", "one ranking over all layers has no options for single layers; use exclude")
-        if not 0 <= self.min_keep < 1:
-            yield OptionError("min_keep", f"{self.min_keep} is not a share of all weights from 0 to below 1")
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> OptionError | None:
         """Why this pass cannot work on all these matrices together, or None."""

@@ -57,8 +57,6 @@ class LayerDrop(DepthPass):
         return self.criterion == "angular"
 
     def check(self) -> Iterator[OptionError]:
-        if self.blocks < 0:
-            yield OptionError("blocks", f"{self.blocks} is not a number of blocks")
         if self.criterion == "angular" and not self.greedy:
             yield OptionError("greedy", "changes nothing with criterion angular, whose blocks go together")
         if self.overrides:

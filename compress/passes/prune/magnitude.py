@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from annotated_types import Ge, Lt
 
 from compress.passes.base import Edit, LinearPass, OptionError, Override
 from compress.passes.prune.allocation import SPREAD, Allocate, shares, survey
@@ -40,7 +42,7 @@ class Pruner(LinearPass):
     sparsity: Sparsity = 0.5
     allocate: Allocate = "uniform"
     allocate_by: Literal["block", "site"] = "block"
-    spread: float | None = None
+    spread: Annotated[float, Ge(0), Lt(1)] | None = None
 
     by_inputs: ClassVar[bool] = True  # ranks weights by the size of their inputs too
 
@@ -49,11 +51,8 @@ class Pruner(LinearPass):
         yield from check_sparsity(self.sparsity)
         if self.allocate != "uniform" and isinstance(self.sparsity, str):
             yield OptionError("allocate", f"cannot be combined with {self.sparsity}, which is the same everywhere")
-        if self.spread is not None:
-            if self.allocate not in SPREAD:
-                yield OptionError("spread", f"changes nothing with allocate: {self.allocate}")
-            elif not 0 <= self.spread < 1:
-                yield OptionError("spread", f"{self.spread} is not from 0 to below 1")
+        if self.spread is not None and self.allocate not in SPREAD:
+            yield OptionError("spread", f"changes nothing with allocate: {self.allocate}")
 
     def mistakes(self) -> Iterator[OptionError]:
         yield from super().mistakes()

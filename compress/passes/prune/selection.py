@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Ge, Lt
 
 from compress.lazy import torch
 from compress.passes.base import OptionError
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-Sparsity = float | str  # share of zeros, or "keep:of" such as "2:4"
+Sparsity = Annotated[float, Ge(0), Lt(1)] | str  # share of zeros, or "keep:of" such as "2:4"
 
 
 def pattern(sparsity: Sparsity) -> tuple[int, int] | None:
@@ -25,7 +27,7 @@ def pattern(sparsity: Sparsity) -> tuple[int, int] | None:
     return None
 
 
-def check_sparsity(sparsity: Any) -> Iterator[OptionError]:
+def check_sparsity(sparsity: Sparsity) -> Iterator[OptionError]:
     """What is wrong with a `sparsity` option."""
     if isinstance(sparsity, str):
         match = re.fullmatch(r"(\d+):(\d+)", sparsity)
@@ -33,8 +35,6 @@ def check_sparsity(sparsity: Any) -> Iterator[OptionError]:
             yield OptionError("sparsity", f"{sparsity!r} is neither a share such as 0.5 nor keep:of such as '2:4'")
         elif not 0 < int(match[1]) < int(match[2]):
             yield OptionError("sparsity", f"{sparsity!r} keeps {match[1]} of {match[2]}; keep must be from 1 to of - 1")
-    elif not 0 <= sparsity < 1:
-        yield OptionError("sparsity", f"{sparsity} is not a share of zeros from 0 to below 1")
 
 
 def pattern_misfit(sparsity: Sparsity, shape: tuple[int, int]) -> str | None:

@@ -6,18 +6,18 @@ Shapes: O rows, I columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from annotated_types import Ge, Gt
 
 from compress.errors import SolveError
 from compress.lazy import torch
-from compress.passes.base import Edit, OptionError
+from compress.passes.base import Edit
 from compress.passes.prune.magnitude import Pruner
 from compress.passes.prune.selection import keep_pattern, keep_share, masked_out, pattern
 from compress.passes.solvers.obs import Factor, compensate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
     from compress.calibration.statistics import Need
@@ -46,21 +46,14 @@ class SparseGpt(Pruner):
         'sparse'
     """
 
-    damping: float = 0.01
-    tile: int = 128
+    damping: Annotated[float, Gt(0)] = 0.01
+    tile: Annotated[int, Ge(1)] = 128
 
     key: ClassVar[str] = "sparsegpt"
 
     @property
     def needs(self) -> Need:
         return "gram"
-
-    def check(self) -> Iterator[OptionError]:
-        yield from super().check()
-        if self.damping <= 0:
-            yield OptionError("damping", f"{self.damping} is not positive")
-        if self.tile < 1:
-            yield OptionError("tile", f"{self.tile} is not a positive number of columns")
 
     @property
     def rowwise(self) -> bool:

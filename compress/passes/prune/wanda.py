@@ -6,7 +6,9 @@ Shapes: O rows, I columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from annotated_types import Gt
 
 from compress.errors import SolveError
 from compress.lazy import torch
@@ -51,7 +53,7 @@ class Wanda(Pruner):
 
     free_rows: bool = False
     update: Update = "none"
-    damping: float = 0.01
+    damping: Annotated[float, Gt(0)] = 0.01
 
     key: ClassVar[str] = "wanda"
 
@@ -64,8 +66,6 @@ class Wanda(Pruner):
         yield from super().check()
         if self.free_rows and isinstance(self.sparsity, str):
             yield OptionError("free_rows", f"cannot be combined with the fixed pattern {self.sparsity}")
-        if self.damping <= 0:
-            yield OptionError("damping", f"{self.damping} is not positive")
 
     def mistakes(self) -> Iterator[OptionError]:
         yield from super().mistakes()

@@ -7,7 +7,9 @@ each token as it comes, and kept beside the weight (`encodings/inputs.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge, Le
 
 from compress.encodings import InputForm, Inputs
 from compress.encodings.inputs import OLIVE, Grid, Scale
@@ -31,7 +33,7 @@ class ActivationOptions(Pass):
             for the tensor.
     """
 
-    activation_bits: int | None = None
+    activation_bits: Annotated[int, Ge(2), Le(8)] | None = None
     activation_scale: Scale = "token"
     activation_grid: Grid = "int"
 
@@ -57,8 +59,6 @@ class ActivationOptions(Pass):
             return
         if olive and bits not in OLIVE:
             yield OptionError("activation_bits", f"{bits} is not 4 or 8, which the olive grid has")
-        elif not 2 <= bits <= 8:
-            yield OptionError("activation_bits", f"{bits} is not between 2 and 8")
         if olive and self.activation_scale == "token":
             yield OptionError("activation_scale", "the olive grid has one scale for the tensor; set it to tensor")
         elif self.activation_scale == "tensor" and isinstance(self, ModelPass):

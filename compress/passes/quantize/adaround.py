@@ -6,19 +6,18 @@ Shapes: O rows, I columns, G groups of C = I / G columns; grids are (R, G), R = 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from annotated_types import Ge, Gt, Lt
 
 from compress.encodings import Uniform
 from compress.encodings.uniform import Search
 from compress.lazy import no_grad, torch
-from compress.passes.base import OptionError
 from compress.passes.quantize.flexround import rtn_like
 from compress.passes.quantize.grid import UniformOptions
 from compress.passes.quantize.learned import LearnedPass, Rounding
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
     from compress.passes.base import Target
@@ -53,15 +52,10 @@ class AdaRound(UniformOptions, LearnedPass):
     """
 
     scale_search: Search = "mse"
-    learning_rate: float = 0.1
-    regularization: float = 1.0
+    learning_rate: Annotated[float, Gt(0), Lt(1)] = 0.1
+    regularization: Annotated[float, Ge(0)] = 1.0
 
     key: ClassVar[str] = "adaround"
-
-    def check(self) -> Iterator[OptionError]:
-        yield from super().check()
-        if self.regularization < 0:
-            yield OptionError("regularization", f"{self.regularization} is negative")
 
     def start(self, target: Target) -> UpOrDown:
         scale, zero = self.grid(target.weight)

@@ -6,20 +6,20 @@ Shapes: O rows, I columns, K entries of a table, G tables.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+
+from annotated_types import Ge, Le
 
 from compress.encodings import CodebookForm
 from compress.encodings.codebook import MOST_ENTRIES, MOST_TABLES, index_bits, unscaled
 from compress.errors import SolveError
 from compress.lazy import torch
-from compress.passes.base import Edit, LinearPass, OptionError
+from compress.passes.base import Edit, LinearPass
 from compress.passes.quantize.activations import ActivationOptions
 from compress.passes.quantize.grouping import even_runs, group, quantiles
 from compress.passes.quantize.tables import root_mean_square, solve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
     from compress.calibration.statistics import Need
@@ -47,33 +47,20 @@ class CodebookOptions(ActivationOptions):
         tolerance: a round that lowers the squared error by a smaller share is the last.
     """
 
-    bits: int = 4
-    entries: int | None = None
-    tables: int | None = None
+    bits: Annotated[int, Ge(2), Le(8)] = 4
+    entries: Annotated[int, Ge(2), Le(MOST_ENTRIES)] | None = None
+    tables: Annotated[int, Ge(1), Le(MOST_TABLES)] | None = None
     scale: Literal["none", "row"] = "none"
     grouping: Literal["any", "runs"] = "any"
     weighting: Literal["none", "hessian"] = "hessian"
-    iterations: int = 50
-    tolerance: float = 0.005
+    iterations: Annotated[int, Ge(1)] = 50
+    tolerance: Annotated[float, Ge(0)] = 0.005
 
     @property
     def needs(self) -> Need:
         asked = {self.weighting, *(o.options.get("weighting") for o in self.overrides)}
         others = super().needs
         return "norm" if others == "none" and "hessian" in asked else others
-
-    def check(self) -> Iterator[OptionError]:
-        yield from super().check()
-        if not 2 <= self.bits <= 8:
-            yield OptionError("bits", f"{self.bits} is not between 2 and 8")
-        if self.entries is not None and not 2 <= self.entries <= MOST_ENTRIES:
-            yield OptionError("entries", f"{self.entries} is not between 2 and {MOST_ENTRIES}")
-        if self.tables is not None and not 1 <= self.tables <= MOST_TABLES:
-            yield OptionError("tables", f"{self.tables} is not between 1 and {MOST_TABLES}")
-        if self.iterations < 1:
-            yield OptionError("iterations", f"{self.iterations} is not a positive number")
-        if self.tolerance < 0:
-            yield OptionError("tolerance", f"{self.tolerance} is negative")
 
     def check_shape(self, shape: tuple[int, int]) -> str | None:
         if self.tables is not None and self.tables > shape[0]:

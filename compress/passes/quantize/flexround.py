@@ -6,19 +6,18 @@ Shapes: O rows, I columns, G groups of C = I / G columns; R = O, or 1 for one sc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from annotated_types import Ge, Gt, Lt
 
 from compress.encodings import Uniform
 from compress.encodings.uniform import Search, narrowest, rounded
 from compress.lazy import function, no_grad, torch
-from compress.passes.base import OptionError
 from compress.passes.quantize.grid import UniformOptions
 from compress.passes.quantize.learned import LearnedPass, Rounding
 from compress.passes.quantize.rtn import Rtn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
     from compress.passes.base import Target
@@ -52,17 +51,12 @@ class FlexRound(UniformOptions, LearnedPass):
     """
 
     scale_search: Search = "mse"
-    learning_rate: float = 0.01
-    rank: int | None = None
+    learning_rate: Annotated[float, Gt(0), Lt(1)] = 0.01
+    rank: Annotated[int, Ge(1)] | None = None
     learn_scale: bool = True
     row_factor: bool = True
 
     key: ClassVar[str] = "flexround"
-
-    def check(self) -> Iterator[OptionError]:
-        yield from super().check()
-        if self.rank is not None and self.rank < 1:
-            yield OptionError("rank", f"{self.rank} is not a positive rank")
 
     def start(self, target: Target) -> Division:
         scale, zero = self.grid(target.weight)

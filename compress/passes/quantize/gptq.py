@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from annotated_types import Ge, Gt
 
 from compress.encodings import Uniform, fit
 from compress.encodings.uniform import narrowest
 from compress.errors import SolveError
 from compress.lazy import torch
-from compress.passes.base import Edit, OptionError
+from compress.passes.base import Edit
 from compress.passes.quantize.grid import UniformPass
 from compress.passes.quantize.rtn import Rtn
 from compress.passes.solvers.obs import Factor, compensate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
     from compress.calibration.statistics import Need
@@ -53,22 +53,15 @@ class Gptq(UniformPass):
         3
     """
 
-    damping: float = 0.01
+    damping: Annotated[float, Gt(0)] = 0.01
     act_order: bool = True
-    tile: int = 128
+    tile: Annotated[int, Ge(1)] = 128
 
     key: ClassVar[str] = "gptq"
 
     @property
     def needs(self) -> Need:
         return "gram"
-
-    def check(self) -> Iterator[OptionError]:
-        yield from super().check()
-        if self.damping <= 0:
-            yield OptionError("damping", f"{self.damping} is not positive")
-        if self.tile < 1:
-            yield OptionError("tile", f"{self.tile} is not a positive number of columns")
 
     def run(self, target: Target) -> Edit:
         statistics = target.statistics

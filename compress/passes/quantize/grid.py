@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from annotated_types import Ge, Le
 
 from compress.encodings import Uniform, UniformForm, fit, quantize
 from compress.encodings.uniform import Search
@@ -30,17 +32,13 @@ class GridOptions(ActivationOptions):
         scale_search: `minmax` covers the range; `mse` searches the range with the least error**2.4.
     """
 
-    bits: int = 4
-    group_size: int | None = None
+    bits: Annotated[int, Ge(2), Le(8)] = 4
+    group_size: Annotated[int, Ge(1)] | None = None
     granularity: Granularity | None = None
     scale_search: Search = "minmax"
 
     def check(self) -> Iterator[OptionError]:
         yield from super().check()
-        if not 2 <= self.bits <= 8:
-            yield OptionError("bits", f"{self.bits} is not between 2 and 8")
-        if self.group_size is not None and self.group_size < 1:
-            yield OptionError("group_size", f"{self.group_size} is not a positive number of columns")
         if self.granularity == "group" and self.group_size is None:
             yield OptionError("granularity", "group needs a group_size")
         if self.granularity in ("tensor", "channel") and self.group_size is not None:

@@ -6,20 +6,19 @@ Shapes: O rows, I columns, K entries of a table, G tables.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from annotated_types import Gt, Lt
 
 from compress.encodings import Codebooks
 from compress.encodings.codebook import nearest, rounded, unscaled
 from compress.encodings.uniform import narrowest
 from compress.encodings.uniform import rounded as rounded_scale
 from compress.lazy import no_grad, torch
-from compress.passes.base import OptionError
 from compress.passes.quantize.codebook import Codebook, CodebookOptions
 from compress.passes.quantize.learned import LearnedPass, Rounding, look_up
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
     from compress.calibration.statistics import Need
@@ -57,8 +56,8 @@ class Jlcm(CodebookOptions, LearnedPass):
         torch.Size([1, 8])
     """
 
-    learning_rate: float = 0.01
-    mapping_rate: float = 0.015
+    learning_rate: Annotated[float, Gt(0), Lt(1)] = 0.01
+    mapping_rate: Annotated[float, Gt(0), Lt(1)] = 0.015
     mapping_gradient: Literal["proximal", "distance"] = "proximal"
     learn_mapping: bool = True
 
@@ -67,11 +66,6 @@ class Jlcm(CodebookOptions, LearnedPass):
     @property
     def needs(self) -> Need:
         return "gram" if self.objective == "layer" else super().needs
-
-    def check(self) -> Iterator[OptionError]:
-        yield from super().check()
-        if not 0 < self.mapping_rate < 1:
-            yield OptionError("mapping_rate", f"{self.mapping_rate} is not between 0 and 1")
 
     def start(self, target: Target) -> Choice:
         return Choice(target.weight, self.by_kmeans(target), self)

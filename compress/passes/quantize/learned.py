@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Lt
 
 from compress.calibration.reconstruct import Inputs, Recipe, by_block, by_layer
 from compress.errors import SolveError
@@ -59,9 +61,9 @@ class LearnedPass(BlockPass):
             inputs, which is quicker and learns less.
     """
 
-    steps: int = 200
-    batch_size: int = 8
-    learning_rate: float = 0.005
+    steps: Annotated[int, Ge(1)] = 200
+    batch_size: Annotated[int, Ge(1)] = 8
+    learning_rate: Annotated[float, Gt(0), Lt(1)] = 0.005
     inputs: Inputs = "compressed"
     objective: Literal["block", "layer"] = "block"
 
@@ -79,14 +81,6 @@ class LearnedPass(BlockPass):
             for option in ("steps", "batch_size", "inputs", "objective"):
                 if option in override.options:
                     yield OptionError(f"overrides[{i}].{option}", "is the same for all layers, which learn together")
-
-    def check(self) -> Iterator[OptionError]:
-        yield from super().check()
-        for option in ("steps", "batch_size"):
-            if getattr(self, option) < 1:
-                yield OptionError(option, f"{getattr(self, option)} is not a positive number")
-        if not 0 < self.learning_rate < 1:
-            yield OptionError("learning_rate", f"{self.learning_rate} is not between 0 and 1")
 
     def start(self, target: Target) -> Rounding:
         """One matrix as it is before anything is learned."""

@@ -6,19 +6,18 @@ Shapes: O rows, I columns, G groups of C = I / G columns; R = O, or 1 for one sc
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from annotated_types import Gt, Lt
 
 from compress.encodings import Power
 from compress.encodings.power import level_values
 from compress.encodings.uniform import narrowest, rounded
 from compress.lazy import no_grad, torch
-from compress.passes.base import OptionError
 from compress.passes.quantize.learned import LearnedPass, Rounding, look_up
 from compress.passes.quantize.powerquant import PowerOptions, PowerQuant
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
     from compress.encodings.power import Levels
@@ -55,19 +54,13 @@ class Nupes(PowerOptions, LearnedPass):
         'power'
     """
 
-    learning_rate: float = 0.02
-    exponent_rate: float = 0.005
-    scale_rate: float = 0.015
+    learning_rate: Annotated[float, Gt(0), Lt(1)] = 0.02
+    exponent_rate: Annotated[float, Gt(0), Lt(1)] = 0.005
+    scale_rate: Annotated[float, Gt(0), Lt(1)] = 0.015
     learn_exponent: bool = True
     learn_scale: bool = True
 
     key: ClassVar[str] = "nupes"
-
-    def check(self) -> Iterator[OptionError]:
-        yield from super().check()
-        for option in ("exponent_rate", "scale_rate"):
-            if not 0 < getattr(self, option) < 1:
-                yield OptionError(option, f"{getattr(self, option)} is not between 0 and 1")
 
     def start(self, target: Target) -> Position:
         start = self.nearest(target, self.grid([self.profile(target)])).encoding

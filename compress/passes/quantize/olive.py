@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+
+from annotated_types import Gt
 
 from compress.encodings import OutlierVictim, OutlierVictimForm
 from compress.encodings.outlier_victim import TYPES, DoubleOutlier, encode, search
@@ -59,28 +61,20 @@ class Olive(ActivationOptions, LinearPass):
         OutlierVictimForm(bits=4, normal='int4', scale_dtype='float16')
     """
 
-    bits: int = 4
+    bits: Literal[4, 8] = 4
     normal: Literal["auto", "int4", "flint4"] = "auto"
     double_outlier: DoubleOutlier = "larger"
-    lower: float = 0.75
+    lower: Annotated[float, Gt(0)] = 0.75
     upper: float = 2.5
-    step: float = 0.02
-    rescue_error: float | None = None
+    step: Annotated[float, Gt(0)] = 0.02
+    rescue_error: Annotated[float, Gt(0)] | None = None
 
     key: ClassVar[str] = "olive"
 
     def check(self) -> Iterator[OptionError]:
         yield from super().check()
-        if self.bits not in (4, 8):
-            yield OptionError("bits", f"{self.bits} is not 4 or 8")
-        if self.lower <= 0:
-            yield OptionError("lower", f"{self.lower} is not positive")
         if self.upper <= self.lower:
             yield OptionError("upper", f"{self.upper} is not above lower, {self.lower}")
-        if self.step <= 0:
-            yield OptionError("step", f"{self.step} is not positive")
-        if self.rescue_error is not None and self.rescue_error <= 0:
-            yield OptionError("rescue_error", f"{self.rescue_error} is not positive")
 
     def produces(self, kind: str) -> str:
         return "quantized" if kind == "dense" else "sparse-quantized"

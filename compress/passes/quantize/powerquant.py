@@ -6,16 +6,18 @@ Shapes: O rows, I columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+
+from annotated_types import Ge, Gt, Le
 
 from compress.encodings import PowerForm
 from compress.encodings.power import EXPONENTS, Grid, fit_exponent, fit_scale, nearest, profile
 from compress.encodings.uniform import SEARCH_NORM, Search
-from compress.passes.base import Edit, LinearPass, OptionError
+from compress.passes.base import Edit, LinearPass
 from compress.passes.quantize.grid import GridOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from compress.encodings.power import Levels, Profile
     from compress.passes.base import Target
@@ -35,12 +37,7 @@ class PowerOptions(GridOptions):
 
     levels: Literal["auto", "zero", "half"] = "auto"
     scale_search: Search = "mse"
-    norm: float = SEARCH_NORM
-
-    def check(self) -> Iterator[OptionError]:
-        yield from super().check()
-        if self.norm <= 0:
-            yield OptionError("norm", f"{self.norm} is not positive")
+    norm: Annotated[float, Gt(0)] = SEARCH_NORM
 
     def form(self, shape: tuple[int, int]) -> PowerForm:
         # Both layouts have the same size; which one it is, only the weights can say.
@@ -103,15 +100,9 @@ class PowerQuant(PowerOptions, LinearPass):
         PowerForm(bits=3, groups=1, per_tensor=False, levels='half', scale_dtype='float16')
     """
 
-    exponent: float | None = None
+    exponent: Annotated[float, Ge(EXPONENTS[0]), Le(EXPONENTS[-1])] | None = None
 
     key: ClassVar[str] = "powerquant"
-
-    def check(self) -> Iterator[OptionError]:
-        yield from super().check()
-        low, high = EXPONENTS[0], EXPONENTS[-1]
-        if self.exponent is not None and not low <= self.exponent <= high:
-            yield OptionError("exponent", f"{self.exponent} is not between {low} and {high}")
 
     def run(self, target: Target) -> Edit:
         return self.nearest(target, self.grid([self.profile(target)], self.exponent))

@@ -6,7 +6,9 @@ Shapes: O rows, I columns, M quantiles; H heads of S channels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from annotated_types import Ge, Le
 
 from compress.lazy import torch
 from compress.passes.base import Edit, ModelPass, OptionError
@@ -47,7 +49,7 @@ class Reorder(ModelPass):
         ['down_proj', 'gate_proj', 'o_proj', 'up_proj', 'v_proj']
     """
 
-    groups: int = 16
+    groups: Annotated[int, Ge(2), Le(MOST_GROUPS)] = 16
 
     key: ClassVar[str] = "reorder"
     accepts: ClassVar[frozenset[str]] = frozenset({"dense"})
@@ -55,8 +57,6 @@ class Reorder(ModelPass):
 
     def check(self) -> Iterator[OptionError]:
         yield from super().check()
-        if not 2 <= self.groups <= MOST_GROUPS:
-            yield OptionError("groups", f"{self.groups} is not between 2 and {MOST_GROUPS}")
         if self.overrides:
             yield OptionError("overrides", "layers that share neurons share all options")
 

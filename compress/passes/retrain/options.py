@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Lt
 
 from compress.calibration.training import Loss, Schedule
 from compress.encodings import FACTORED, LowRankForm
@@ -45,11 +47,11 @@ class TrainingOptions(Pass):
     """
 
     train: tuple[Train, ...] = ("bias", "norm", "mask_lora")
-    rank: int = 16
-    alpha: float = 32.0
-    steps: int = 200
-    batch_size: int = 4
-    learning_rate: float = 5e-4
+    rank: Annotated[int, Ge(1)] = 16
+    alpha: Annotated[float, Gt(0)] = 32.0
+    steps: Annotated[int, Ge(1)] = 200
+    batch_size: Annotated[int, Ge(1)] = 4
+    learning_rate: Annotated[float, Gt(0), Lt(1)] = 5e-4
 
     @property
     def of_matrices(self) -> tuple[str, ...]:
@@ -67,13 +69,6 @@ class TrainingOptions(Pass):
             yield OptionError("train", "nothing is trained; name at least one set, such as bias, norm or mask_lora")
         if len(set(self.train)) < len(self.train):
             yield OptionError("train", "names a set twice")
-        for option in ("rank", "steps", "batch_size"):
-            if getattr(self, option) < 1:
-                yield OptionError(option, f"{getattr(self, option)} is not a positive number")
-        if self.alpha <= 0:
-            yield OptionError("alpha", f"{self.alpha} is not positive")
-        if not 0 < self.learning_rate < 1:
-            yield OptionError("learning_rate", f"{self.learning_rate} is not between 0 and 1")
 
     def trains(self, parameter: str) -> bool:
         leaf = parameter.rpartition(".")[2]

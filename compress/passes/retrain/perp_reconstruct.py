@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from annotated_types import Ge
 
 from compress.calibration.reconstruct import Recipe, by_block, by_layer
 from compress.errors import SolveError
@@ -44,7 +46,7 @@ class PerpReconstruct(Retraining, BlockPass):
         0.5
     """
 
-    batch_size: int = 8
+    batch_size: Annotated[int, Ge(1)] = 8
     granularity: Literal["block", "half_block", "matrix"] = "block"
 
     key: ClassVar[str] = "perp_reconstruct"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Lt
 
 from compress.calibration.training import forked, held_out, split, train
 from compress.lazy import torch
@@ -50,23 +52,18 @@ class SparseSoup(EndToEnd, TrainingOptions):
         0.5
     """
 
-    models: int = 3
+    models: Annotated[int, Ge(1)] = 3
     vary: Literal["seed", "learning_rate"] = "seed"
     soup: Literal["uniform", "greedy"] = "uniform"
-    phases: int = 1
-    sparsity: float | None = None
+    phases: Annotated[int, Ge(1)] = 1
+    sparsity: Annotated[float, Ge(0), Lt(1)] | None = None
 
     key: ClassVar[str] = "sparse_soup"
 
     def check(self) -> Iterator[OptionError]:
         yield from super().check()
-        for option in ("models", "phases"):
-            if getattr(self, option) < 1:
-                yield OptionError(option, f"{getattr(self, option)} is not a positive number")
         if self.sparsity is None and self.phases > 1:
             yield OptionError("phases", "each prunes a part: set sparsity too, or leave phases at 1")
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            yield OptionError("sparsity", f"{self.sparsity} is not a share of zeros from 0 to below 1")
         for name in ("head", "lora", "scale"):
             if name in self.train:
                 yield OptionError("train", f"{name} cannot be averaged here; name sets such as mask_lora, full or norm")

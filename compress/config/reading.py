@@ -1,0 +1,280 @@
+"""The pipeline file to a typed pipeline, every mistake with its place.
+
+A mistake never hides another: the whole file is read, every problem is collected and all are raised at once, each with
+line, path, what is allowed and, for a misspelt word, the nearest known one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import yaml
+
+from compress.calibration.data import check_source
+from compress.config.lines import document, line_of
+from compress.config.options import PATTERNS, check_options, errors_in, lists_in, names_in, unknown
+from compress.config.pipeline import (
+    FORMATS,
+    GATES,
+    METHODS,
+    PACKED,
+    PRESETS,
+    Calibration,
+    Evaluation,
+    Pipeline,
+    Settings,
+    walk,
+)
+from compress.config.words import known, shown
+from compress.errors import ConfigError, Problem, UsageError
+from compress.passes import Override
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Sequence
+
+    from compress.errors import OptionError
+    from compress.export import Exporter
+    from compress.passes import Pass
+
+    Named = TypeVar("Named", Pass, Exporter)
+SECTIONS: dict[str, type[Calibration]] = {"calibration": Calibration, "evaluate": Evaluation}
+PERCENTAGE = r"\d+(\.\d+)? *%"
+SCHEME = r"w(\d+)(?:g(\d+))?"
+
+
+def load(source: str | Path | Mapping[str, Any] | Pipeline) -> Pipeline:
+    """A pipeline from a file, by the name of a ready-made one, from a mapping of the same shape, or one already built.
+
+    Raises:
+        ConfigError: every mistake at once.
+        UsageError: no such file.
+    """
+    if isinstance(source, Pipeline):
+        problems = mistakes(source)
+        if problems:
+            raise ConfigError(problems, "pipeline")
+        return source
+    if isinstance(source, Mapping):
+        return _pipeline(dict(source), _Findings("pipeline"))
+    path = Path(source)
+    if not path.exists() and (PRESETS / f"{source}.yaml").is_file():
+        path = PRESETS / f"{source}.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the pipeline {path}: {error}") from error
+    return parse(text, str(path))
+
+
+def parse(text: str, file: str = "pipeline") -> Pipeline:
+    """A pipeline from YAML text.
+
+    Raises:
+        ConfigError: every mistake at once.
+    """
+    read = document(text, file)
+    return _pipeline(read.values, _Findings(file, read.lines, read.problems))
+
+
+def exporters(texts: Sequence[str]) -> tuple[Exporter, ...]:
+    """Exporters from a command line: `hf`, or with options `onnx:mode=fast,accuracy_level=1`.
+
+    Raises:
+        ConfigError: every mistake at once.
+    """
+    entries: list[Any] = []
+    for text in texts:
+        name, _, options = text.partition(":")
+        pairs = [o.partition("=") for o in options.split(",") if o]
+        entries.append({name: {key.strip(): yaml.safe_load(value) for key, _, value in pairs}} if pairs else name)
+    findings = _Findings("--to")
+    made = _export(entries, findings)
+    findings.raise_all()
+    if not made:
+        raise UsageError(f"--to {PACKED}: the folder is that already; give one of {', '.join(FORMATS)}")
+    return made
+
+
+def mistakes(pipeline: Pipeline) -> list[Problem]:
+    """Every impossible option of passes and exporters that were made in Python."""
+    made: list[tuple[str, Pass | Exporter]] = [(path, pass_) for path, _, pass_ in walk(pipeline)]
+    made += [(f"export.{exporter.key}", exporter) for exporter in pipeline.export]
+    return [Problem(f"{path}.{e.option}", e.message) for path, each in made for e in errors_in(each)]
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What is wrong with a file, so far."""
+
+    file: str
+    lines: Mapping[str, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def add(self, path: str, message: str) -> None:
+        self.problems.append(Problem(path, message, line_of(self.lines, path)))
+
+    def add_options(self, path: str, errors: Iterable[OptionError]) -> None:
+        """Errors of options that stand under a path."""
+        for error in errors:
+            self.add(f"{path}.{error.option}" if path else error.option, error.message)
+
+    def raise_all(self) -> None:
+        if self.problems:
+            raise ConfigError(sorted(self.problems, key=lambda problem: problem.line or 0), self.file)
+
+
+def _pipeline(data: Any, findings: _Findings) -> Pipeline:
+    if not isinstance(data, dict):
+        raise ConfigError([Problem("", "a pipeline is a mapping with at least `passes:`")], findings.file)
+    settings = names_in(Settings)
+    findings.add_options("", unknown(Settings, data, {"passes", "export", *SECTIONS, *settings}))
+    if "passes" not in data:
+        findings.add("", "`passes:` is missing: a list of methods, in order")
+    parts: dict[str, Any] = {"passes": _passes(data.get("passes", []), findings)}
+    for name, cls in SECTIONS.items():
+        if data.get(name) is not None:
+            parts[name] = _section(cls, data[name], name, findings)
+    if "export" in data:
+        parts["export"] = _export(data["export"], findings)
+    parts |= _values(Settings, {name: data[name] for name in settings if name in data}, "", findings)
+    findings.raise_all()
+    return Pipeline(**parts, lines=findings.lines)
+
+
+def _passes(data: Any, findings: _Findings) -> tuple[tuple[Pass, ...], ...]:
+    if not isinstance(data, list):
+        findings.add("passes", "must be a list of methods")
+        return ()
+    stages = []
+    for i, entry in enumerate(data):
+        path, entries = f"passes[{i}]", [entry]
+        places = [path]
+        if isinstance(entry, dict) and list(entry) == ["blockwise"]:
+            entries = entry["blockwise"]
+            if not isinstance(entries, list) or not entries:
+                findings.add(f"{path}.blockwise", "must be a list of methods to run together on each block")
+                continue
+            places = [f"{path}.blockwise[{j}]" for j in range(len(entries))]
+        made = (_entry(e, p, METHODS, (), findings) for e, p in zip(entries, places, strict=True))
+        stages.append(tuple(pass_ for pass_ in made if pass_))
+    return tuple(stages)
+
+
+def _export(data: Any, findings: _Findings) -> tuple[Exporter, ...]:
+    entries = [data] if isinstance(data, str) else data
+    if not isinstance(entries, list) or not entries:
+        findings.add("export", f"must be a list of {', '.join((PACKED, *FORMATS))}")
+        return ()
+    made: list[Exporter] = []
+    for i, entry in enumerate(entries):
+        exporter = None if entry == PACKED else _entry(entry, f"export[{i}]", FORMATS, (PACKED,), findings)
+        if exporter is not None and any(exporter.key == other.key for other in made):
+            findings.add(f"export[{i}]", f"{exporter.key} stands twice")
+        elif exporter is not None:
+            made.append(exporter)
+    return tuple(made)
+
+
+def _entry(
+    entry: Any, path: str, classes: Mapping[str, type[Named]], others: Collection[str], findings: _Findings
+) -> Named | None:
+    """A method or format with its options; `others` are names that may stand in its place, without options."""
+    what, example = ("format", "onnx: {accuracy_level: 4}") if others else ("method", "gptq: {bits: 4}")
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, dict) or len(entry) != 1:
+        findings.add(path, f"must be one {what} with its options, such as `{example}`")
+        return None
+    name, options = next(iter(entry.items()))
+    here = f"{path}.{name}"
+    if name not in classes:
+        findings.add(here, f"unknown {what}; {known(name, {*classes, *others})}")
+        return None
+    if options is not None and not isinstance(options, dict):
+        findings.add(here, "options must be a mapping, such as {bits: 4}")
+        return None
+    return _made(classes[name], dict(options or {}), here, findings)
+
+
+def _made(cls: type[Named], options: dict[str, Any], path: str, findings: _Findings) -> Named:
+    """A pass or exporter of the options that are right; the others are reported."""
+    overrides = options.pop("overrides", None) if "overrides" in names_in(cls) else None
+    values = _options(cls, options, path, names_in(cls), findings)
+    if overrides is not None:
+        values["overrides"] = _overrides(cls, overrides, f"{path}.overrides", findings)
+    made = cls(**values)
+    findings.add_options(path, errors_in(made))
+    return made
+
+
+def _overrides(cls: type, data: Any, path: str, findings: _Findings) -> tuple[Override, ...]:
+    if not isinstance(data, list):
+        findings.add(path, "must be a list such as [{match: '*.down_proj', bits: 8}]")
+        return ()
+    names = [name for name in names_in(cls) if name not in PATTERNS]
+    made = []
+    for i, entry in enumerate(data):
+        here, fine = f"{path}[{i}]", isinstance(entry, dict) and isinstance(entry.get("match"), str)
+        if not fine:
+            findings.add(here, "must be a mapping with `match:` and the options to change")
+        options = {name: value for name, value in entry.items() if name != "match"} if fine else {}
+        made.append(Override(entry["match"] if fine else "", _options(cls, options, here, names, findings)))
+    return tuple(made)
+
+
+def _options(
+    cls: type, options: Mapping[str, Any], path: str, names: Collection[str], findings: _Findings
+) -> dict[str, Any]:
+    """Values of options, those out of range among them; `scheme` is short for two of them."""
+    schemed = {"scheme"} if "bits" in names else set()
+    findings.add_options(path, unknown(cls, options, {*names, *schemed}))
+    short = _scheme(options["scheme"], path, names, findings) if schemed & options.keys() else {}
+    return _values(cls, short | {name: options[name] for name in names if name in options}, path, findings)
+
+
+def _scheme(scheme: Any, path: str, names: Collection[str], findings: _Findings) -> dict[str, Any]:
+    match = re.fullmatch(SCHEME, str(scheme))
+    if not match:
+        said = f"{shown(scheme)} is not bits and group size such as w4g128, or w4 for one scale per row"
+        findings.add(f"{path}.scheme", said)
+        return {}
+    if not match[2] and "group_size" not in names:
+        return {"bits": int(match[1])}
+    return {"bits": int(match[1]), "group_size": int(match[2]) if match[2] else None}
+
+
+def _values(cls: type, options: Mapping[str, Any], path: str, findings: _Findings) -> dict[str, Any]:
+    """The options of declared types, as those types; one text may stand for a list of one."""
+    lists = lists_in(cls)
+    given = {name: [v] if name in lists and isinstance(v, str) else v for name, v in options.items()}
+    checked = check_options(cls, given)
+    findings.add_options(path, checked.mistyped)
+    return checked.values
+
+
+def _section(cls: type[Calibration], data: Any, path: str, findings: _Findings) -> Calibration | None:
+    if not isinstance(data, dict):
+        findings.add(path, "must be a mapping such as {source: demo, samples: 128, length: 512}")
+        return None
+    names = names_in(cls)
+    findings.add_options(path, unknown(cls, data, names))
+    given = {name: _share(data[name]) if name in GATES else data[name] for name in names if name in data}
+    section = cls(**_values(cls, given, path, findings))
+    findings.add_options(path, check_options(cls, vars(section)).outside)
+    if not section.sources:
+        findings.add(f"{path}.source", "names no source; give one, or several such as {maths: a.jsonl}")
+    for name, source in section.sources.items():
+        if wrong := check_source(source):
+            findings.add(f"{path}.source.{name}" if name else f"{path}.source", wrong)
+    return section
+
+
+def _share(value: Any) -> Any:
+    """A percentage as a share."""
+    if isinstance(value, str) and re.fullmatch(PERCENTAGE, value):
+        return float(value.rstrip(" %")) / 100
+    return value

@@ -1,0 +1,63 @@
+"""A pipeline back to YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from compress.config.lines import Dumper
+from compress.config.pipeline import PACKED
+from compress.passes.merge.schedules import Matched
+
+if TYPE_CHECKING:
+    from compress.config.pipeline import Pipeline
+    from compress.export import Exporter
+    from compress.passes import Pass
+
+
+def dump(pipeline: Pipeline) -> str:
+    """The resolved pipeline as YAML: parsing it again gives an equal pipeline."""
+    data: dict[str, Any] = {}
+    if pipeline.description:
+        data["description"] = pipeline.description
+    for name in ("calibration", "evaluate"):
+        section = getattr(pipeline, name)
+        if section is not None:
+            data[name] = {f.name: written(getattr(section, f.name)) for f in fields(section)}
+    data["passes"] = [
+        _entry(stage[0]) if len(stage) == 1 else {"blockwise": [_entry(p) for p in stage]} for stage in pipeline.passes
+    ]
+    data["export"] = [PACKED, *map(_exporter, pipeline.export)]
+    data |= {"seed": pipeline.seed, "dtype": pipeline.dtype, "products": pipeline.products}
+    return str(yaml.dump(data, Dumper=Dumper, sort_keys=False, width=120))
+
+
+def written(value: Any) -> Any:
+    """A value of an option as YAML has it."""
+    if isinstance(value, tuple):
+        return [written(item) for item in value]
+    if isinstance(value, Matched):
+        return {"match": value.match, "value": written(value.value)}
+    return {name: written(item) for name, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _entry(pass_: Pass) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for f in fields(pass_):
+        value = getattr(pass_, f.name)
+        if f.name == "overrides":
+            if value:
+                options[f.name] = [{"match": o.match, **written(o.options)} for o in value]
+        elif isinstance(value, tuple):
+            if value:
+                options[f.name] = written(value)
+        else:
+            options[f.name] = written(value)
+    return {pass_.key: options}
+
+
+def _exporter(exporter: Exporter) -> str | dict[str, Any]:
+    return {exporter.key: options} if (options := asdict(exporter)) else exporter.key
