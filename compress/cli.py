@@ -368,21 +368,24 @@ def init(
     force: Annotated[bool, typer.Option(help="replace an existing file")] = False,
     from_mergekit: Annotated[Path | None, typer.Option(help="a mergekit configuration to write as a pipeline")] = None,
 ) -> None:
-    """Write a commented pipeline to start from, or one that merges as a mergekit configuration does."""
+    """Write a commented pipeline to start from, or one that merges as a mergekit configuration does.
+
+    Editors that know YAML complete and explain its options by the schema that is written beside it.
+    """
     if path.exists() and not force:
         raise UsageError(f"{path} exists; give another name, or --force")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"no such folder: {path.parent}")
-    if from_mergekit is None:
-        from compress.config.template import TEMPLATE
+    from compress.config import template
 
-        path.write_text(TEMPLATE.format(name=path))
+    if from_mergekit is None:
+        template.write(path, template.TEMPLATE.format(name=path))
         print(path)
         return
     from compress.config.mergekit import convert
 
     found = convert(from_mergekit)
-    path.write_text(found.text.replace("PIPELINE", str(path), 1))
+    template.write(path, found.text.replace("PIPELINE", str(path), 1))
     print(f"{path}: compress run {path} {found.model} -o OUT")
 
 

@@ -391,6 +391,15 @@ def test_what_init_writes_passes_check(tmp_path: Path, monkeypatch: pytest.Monke
     assert yaml.safe_load(text)["passes"]
 
 
+def test_what_init_writes_names_the_schema_beside_it(tmp_path: Path) -> None:
+    assert compress_command("init", tmp_path / "p.yaml").code == 0
+    first, *_ = (tmp_path / "p.yaml").read_text().splitlines()
+    assert first == "# yaml-language-server: $schema=compress.schema.json"
+    written = json.loads((tmp_path / "compress.schema.json").read_text())
+    assert written == json.loads(compress_command("schema").out)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["compress.schema.json", "p.yaml"]
+
+
 def test_init_does_not_replace_a_file_unless_told_to(tmp_path: Path) -> None:
     path = tmp_path / "p.yaml"
     path.write_text("mine")

@@ -137,6 +137,7 @@ def test_init_writes_a_pipeline_that_runs(tmp_path: Path) -> None:
     (tmp_path / "merge.yaml").write_text(text)
     ended = compress_command("init", tmp_path / "p.yaml", "--from-mergekit", tmp_path / "merge.yaml")
     assert ended.code == 0, ended.err
+    assert (tmp_path / "p.yaml").read_text().startswith("# yaml-language-server: $schema=compress.schema.json\n")
     assert f"compress run {tmp_path / 'p.yaml'} {tmp_path / 'base'} -o OUT" in ended.out
     ended = compress_command("run", tmp_path / "p.yaml", tmp_path / "base", "-o", tmp_path / "out")
     assert ended.code == 0, ended.err
