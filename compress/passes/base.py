@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from compress.calibration.training import Loss
 from compress.encodings import FACTORED
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from compress.calibration.statistics import Need
     from compress.encodings import Form, InputForm, LowRankForm
+
+# What a pass must see at once: a matrix, a block, the model; all models of a merge; or which blocks there are.
+Reach = Literal["matrix", "block", "model", "merge", "depth"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,7 @@ class Pass:
     overrides: tuple[Override, ...] = ()
 
     key: ClassVar[str]
+    reach: ClassVar[Reach]
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
     compares: ClassVar[bool] = False  # wants `Target.original`
     preserves: ClassVar[bool] = False  # the model computes what it did: this is the original from then on
@@ -52,6 +56,26 @@ class Pass:
     def calibrated(self) -> bool:
         """Whether it learns from data."""
         return self.needs != "none"
+
+    @property
+    def ranged(self) -> bool:
+        """Whether the inputs of some layer are rounded to a grid that calibration fixes."""
+        return False
+
+    @property
+    def surveys(self) -> bool:
+        """Whether it must see everything that it works on before it decides about any of it."""
+        return False
+
+    @property
+    def loss(self) -> Loss | None:
+        """What it trains the whole model for; None when it does not run the model."""
+        return None
+
+    @property
+    def trains_whole(self) -> bool:
+        """Whether it trains something with the whole model in memory."""
+        return self.loss is not None
 
     def check(self) -> Iterator[OptionError]:
         """Every option that the others make impossible; types and ranges are declared on the fields."""
@@ -147,14 +171,11 @@ class Pass:
 class LinearPass(Pass):
     """A pass that sees one matrix at a time."""
 
+    reach: ClassVar[Reach] = "matrix"
+
     @property
     def rowwise(self) -> bool:
         """Rows are independent given the statistics, so matrices fed by one input may be stacked and solved once."""
-        return False
-
-    @property
-    def surveys(self) -> bool:
-        """Whether it must see all its matrices before it knows its options for any of them."""
         return False
 
     @property
@@ -186,6 +207,8 @@ class LinearPass(Pass):
 class BlockPass(Pass):
     """A pass that learns the matrices of a block together, from the block's outputs."""
 
+    reach: ClassVar[Reach] = "block"
+
     @property
     def calibrated(self) -> bool:
         return True
@@ -212,10 +235,7 @@ class BlockPass(Pass):
 class ModelPass(Pass):
     """A pass that must see all its matrices before it can decide about any."""
 
-    @property
-    def loss(self) -> Loss | None:
-        """What it trains the whole model for; None when it does not run the model."""
-        return None
+    reach: ClassVar[Reach] = "model"
 
     def run(self, model: Whole) -> Iterator[tuple[str, Edit]]:
         """Edits, one site at a time, in the order of `model.names`; then those of vectors, by parameter name."""
@@ -232,6 +252,7 @@ __all__ = [
     "OptionError",
     "Override",
     "Pass",
+    "Reach",
     "Target",
     "Whole",
 ]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from annotated_types import Ge
 
-from compress.passes.base import Pass
+from compress.passes.base import Pass, Reach
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +24,8 @@ class DepthPass(Pass):
     """
 
     blocks: Annotated[int, Ge(0)] = 1
+
+    reach: ClassVar[Reach] = "depth"
 
     @property
     def calibrated(self) -> bool:

@@ -346,10 +346,6 @@ class _Planner:
             return replace(before, inputs=inputs)
         return Spec(site.shape, kept=kept, value_dtype=stored, inputs=inputs, pattern=laid)
 
-    def _trains(self, pass_: Pass) -> bool:
-        """Whether the whole model is in memory, with gradients."""
-        return pass_.trained if isinstance(pass_, MergePass) else isinstance(pass_, ModelPass) and bool(pass_.loss)
-
     def memory(self) -> int:
         """Interpreter + one block + its statistics and workspace + the activations + the largest outside tensor."""
         graph = self.graph
@@ -377,7 +373,7 @@ class _Planner:
         logits = 5 * EVALUATED_AT_ONCE * vocabulary * FLOAT + REFERENCE_NUMBERS * FLOAT
         measuring = logits if self.pipeline.evaluate else 0
         # Training holds the model, what its matrices start as and become, and a batch's logits and their gradients.
-        training = [p for stage in self.pipeline.passes for p in stage if self._trains(p)]
+        training = [p for stage in self.pipeline.passes for p in stage if p.trains_whole]
         length = self.pipeline.calibration.length if self.pipeline.calibration else 0
         at_once = max((getattr(p, "batch_size", 1) for p in training), default=0) * length
         weights = sum(p.numel() for p in parameters.values())

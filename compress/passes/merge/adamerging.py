@@ -96,7 +96,7 @@ class AdaMerging(MergePass):
         return True
 
     @property
-    def trained(self) -> bool:
+    def trains_whole(self) -> bool:
         return True
 
     @property

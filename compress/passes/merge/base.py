@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_type_hints
 
 from compress.errors import OptionError
-from compress.passes.base import Pass
+from compress.passes.base import Pass, Reach
 from compress.passes.merge.schedules import count_of, numbers_in, patterns_in, value_at, values_at
 
 if TYPE_CHECKING:
@@ -83,7 +83,9 @@ class MergePass(Pass):
     choose: Mapping[str, tuple[float, ...]] | None = None
     by: Rule = "score"
 
+    reach: ClassVar[Reach] = "merge"
     accepts: ClassVar[frozenset[str]] = frozenset({"dense"})
+    makes_delta: ClassVar[bool] = False  # it keeps what it adds to the base in a small file too
     pairwise: ClassVar[bool] = False  # it merges exactly two
     with_base: ClassVar[bool] = False  # the base has values of its own in what is given for each model
     aligns: ClassVar[bool] = False  # it puts the units of the others in the order of the base's before it merges
@@ -100,18 +102,8 @@ class MergePass(Pass):
         return self.judged
 
     @property
-    def trained(self) -> bool:
-        """Whether something is trained with the whole base in memory (`Models.running`)."""
-        return False
-
-    @property
     def learns(self) -> bool:
         """Whether it tries out whole models, or reads whole tensors of them, before it merges anything."""
-        return False
-
-    @property
-    def surveys(self) -> bool:
-        """Whether it must see the pieces of all tensors before it merges anything."""
         return False
 
     @property

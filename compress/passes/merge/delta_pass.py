@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 class DeltaPass(MergePass):
     """The base plus what is kept of the delta. It must be a pipeline's first pass: the delta belongs to the base."""
 
+    makes_delta: ClassVar[bool] = True
     pairwise: ClassVar[bool] = True
     coding: ClassVar[Literal["rice", "bits"]]  # of its signs in a file
 
