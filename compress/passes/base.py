@@ -11,9 +11,9 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from compress.calibration.training import Loss
-from compress.encodings import FACTORED
 from compress.errors import OptionError
 from compress.passes.interface import Block, Edit, Target, Whole
+from compress.passes.kinds import why_refused
 from compress.passes.names import Override
 
 if TYPE_CHECKING:
@@ -118,17 +118,7 @@ class Pass:
 
     def refusal(self, kind: str) -> str | None:
         """Why it cannot work on a kind of weight, and what to do; None where it can."""
-        if kind in self.accepts:
-            return None
-        if kind == FACTORED:
-            return "they are nothing but two thin factors. `exclude` them"
-        if kind == "dense":
-            return f"nothing was lost there. Put {self.key} after a pruner or quantizer, or `exclude` them"
-        if kind.endswith("-compensated"):
-            return f"their correction makes up for what was lost before it. Put {self.key} before eora"
-        if "quantized" in kind:
-            return f"they are packed. Put {self.key} before the quantizer"
-        return f"they were worked on before. Put {self.key} first"
+        return None if kind in self.accepts else why_refused(self.key, kind)
 
     @property
     def adds_biases(self) -> bool:

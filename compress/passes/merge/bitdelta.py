@@ -68,7 +68,7 @@ class BitDelta(DeltaPass):
         return self.judged or self.learns
 
     @property
-    def trained(self) -> bool:
+    def trains_whole(self) -> bool:
         return self.learns
 
     @property
