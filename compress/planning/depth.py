@@ -1,20 +1,56 @@
-"""Which blocks of a model may go. Reads no weight."""
+"""Plans a pass that takes blocks out of the model: which may go, and what is left. Reads no weight."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-from transformers import PreTrainedModel
-
-from compress.errors import UnsupportedModelError
-from compress.models.shorten import count_name, list_of
+from compress.errors import Problem, UnsupportedModelError
+from compress.lazy import nn, transformers
+from compress.models.shorten import count_name, list_of, without
+from compress.passes.depth import DepthPass
+from compress.planning import checks
+from compress.planning.state import PassPlan, Planned
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from compress.models.graph import Graph
-    from compress.passes.depth import DepthPass
+    from compress.passes import Pass
+    from compress.planning.state import PlanState
+
+
+def plan(state: PlanState, path: str, pass_: Pass, *, fused: bool, first: bool) -> Planned:
+    """The blocks that may go; see `Planner`.
+
+    What comes after it is planned as if the first of them went: those that may go are of one make.
+    """
+    assert isinstance(pass_, DepthPass)
+    graph, after = state.graph, state.entered(path, pass_)
+    may = candidates(graph, pass_) if pass_.blocks else ()
+    part = PassPlan(path, pass_, tuple(s for s in graph.sites if s.block in may), {})
+    problems = [
+        *checks.unmatched_patterns(path, pass_, [s.name for s in graph.sites], "layer"),
+        *checks.fused_whole(path, pass_, fused),
+    ]
+    if not pass_.blocks:
+        return Planned(part, after, tuple(problems))
+    try:
+        check(graph, pass_)
+        shorter = without(graph, range(may[0], may[0] + pass_.blocks))
+    except UnsupportedModelError as error:
+        return Planned(part, after, (*problems, Problem(path, str(error))))
+    problems += _different_kinds(state, path, pass_, range(may[0], may[-1] + 1))
+    return Planned(part, after.without_blocks(shorter), tuple(problems))
+
+
+def _different_kinds(state: PlanState, path: str, pass_: DepthPass, between: range) -> Iterator[Problem]:
+    """Blocks of which it would matter which go: passes before made something else of each."""
+    if len({tuple(state.kinds[s.name] for s in state.graph.in_block(i)) for i in between}) > 1:
+        yield Problem(
+            path,
+            "passes before it made weights of different kinds in different blocks, so what may follow would depend on "
+            f"which block goes; put {pass_.key} before them",
+        )
 
 
 def candidates(graph: Graph, pass_: DepthPass) -> tuple[int, ...]:
@@ -53,7 +89,7 @@ def check(graph: Graph, pass_: DepthPass) -> None:
     shared = next((name for pair in graph.tied.items() for name in pair if name.startswith(inside)), None)
     if shared:
         raise UnsupportedModelError(f"{shared} is shared with another part of the model, so its block cannot go alone")
-    if isinstance(model, PreTrainedModel):
+    if isinstance(model, transformers.PreTrainedModel):
         counter = count_name(model.config)
         if getattr(model.config, counter, None) != count:
             raise UnsupportedModelError(f"the configuration of a {kind} has no {counter} that counts its blocks")

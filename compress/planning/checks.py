@@ -1,0 +1,240 @@
+"""What is refused before any work: each impossible thing a function, which yields what is wrong and what to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from compress.calibration.data import IMAGES
+from compress.config.pipeline import GATES, GIVEN
+from compress.errors import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from compress.config.pipeline import Pipeline
+    from compress.models.graph import Graph, Site
+    from compress.passes import Pass
+    from compress.planning.state import PlanState
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """Some names, and how many more there are."""
+    every = list(names)
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(every[:most]) + more
+
+
+def examples(graph: Graph) -> str:
+    """What the layers of a model are called."""
+    return listed([s.name for s in graph.sites], 2)
+
+
+# --- of any pass -----------------------------------------------------------------------------------------------------
+
+
+def unmatched_patterns(path: str, pass_: Pass, names: Sequence[str], what: str) -> Iterator[Problem]:
+    """Patterns that match none of the names; `what` has a name: `layer` or `tensor`."""
+    for option, p in pass_.patterns():
+        if not any(fnmatchcase(name, p) for name in names):
+            yield Problem(f"{path}.{option}", f"{p!r} matches no {what}; {what}s are named like {listed(names, 2)}")
+
+
+def fused_whole(path: str, pass_: Pass, fused: bool) -> Iterator[Problem]:
+    """A pass over the whole model among others that run block by block."""
+    if fused and pass_.reach not in ("matrix", "block"):
+        yield Problem(
+            path, f"{pass_.key} needs the whole model at once and cannot be fused with others by `blockwise:`"
+        )
+
+
+# --- of a pass over layers -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pass over layers, and what it is to work on.
+
+    Attributes:
+        state: the model as the passes before leave it.
+        path: of the pass in the pipeline.
+        pass_: with its options.
+        sites: that it works on.
+    """
+
+    state: PlanState
+    path: str
+    pass_: Pass
+    sites: tuple[Site, ...]
+
+    def refused(self, message: str, option: str = "") -> Problem:
+        """A problem of this pass, or of one of its options."""
+        return Problem(f"{self.path}.{option}" if option else self.path, message)
+
+    @property
+    def model(self) -> str:
+        """What the model's class is called."""
+        return type(self.state.graph.model).__name__
+
+
+def no_layer(case: Case) -> Iterator[Problem]:
+    """Nothing to work on, matrix or vector."""
+    graph = case.state.graph
+    if not case.sites and not any(case.pass_.trains(name) for name in graph.vectors()):
+        yield case.refused(f"works on no layer at all; layers are named like {examples(graph)}")
+
+
+def channel_order(case: Case, free: Sequence[Site]) -> Iterator[Problem]:
+    """Channels that cannot be put in another order. `free`: the sites of the case whose channels can."""
+    axes, chosen = case.state.graph.axes, {s.name for s in case.sites}
+    for axis in axes:
+        both = {*axis.makers, *axis.readers}
+        if both & chosen and not both <= chosen:
+            missing, there = listed(sorted(both - chosen)), listed(sorted(both & chosen))
+            yield case.refused(f"{there} share their channels with {missing}: include or exclude them together")
+    if not free and not any({*a.makers, *a.readers} & chosen for a in axes):
+        yield case.refused(
+            f"{case.pass_.key} knows no channels of a {case.model} whose order is free; leave it out. It knows the "
+            "MLPs and values of Llama and its like, in layers without a bias"
+        )
+    changed = sorted(s.name for s in free if s.name in case.state.specs)
+    if changed:
+        yield case.refused(f"{listed(changed)} were worked on before; put {case.pass_.key} before every other pass")
+
+
+def survey_behind_others(case: Case, first: bool) -> Iterator[Problem]:
+    """A pass that must see all layers, behind passes that change one block after the other."""
+    if not first and case.pass_.surveys:
+        yield case.refused(
+            f"{case.pass_.key} looks at all layers before it begins, so it must be the first of `blockwise:`"
+        )
+
+
+def kinds(case: Case) -> Iterator[Problem]:
+    """Weights of a kind that the pass cannot work on."""
+    refused = [s for s in case.sites if case.pass_.refusal(case.state.kinds[s.name])]
+    if refused:
+        kind = case.state.kinds[refused[0].name]
+        names, reason = listed(s.name for s in refused), case.pass_.refusal(kind)
+        yield case.refused(f"{case.pass_.key} cannot work on {kind} weights ({names}): {reason}")
+
+
+def shapes(case: Case) -> Iterator[Problem]:
+    """Matrices whose shape does not fit the options, and inputs whose grid does not fit the layer."""
+    misfits: dict[str, list[str]] = {}
+    for site in case.sites:
+        own = case.pass_.at(site.name)
+        reason, inputs = own.check_shape(site.shape), own.input_form()
+        if reason:
+            misfits.setdefault(reason, []).append(site.name)
+        if inputs and not inputs.static and site.stored:
+            reason = "a convolution has no tokens, each with a scale of its own; use activation_scale: tensor"
+            misfits.setdefault(reason, []).append(site.name)
+    for reason, names in misfits.items():
+        yield case.refused(f"{listed(names)}: {reason}; change it for them in `overrides`, or `exclude` them")
+
+
+def grouped_convolutions(case: Case) -> Iterator[Problem]:
+    """Convolutions in groups, for a pass that learns from inputs."""
+    grouped = [s for s in case.sites if s.groups > 1 and case.pass_.needs != "none"]
+    if grouped:
+        yield case.refused(
+            f"{listed(s.name for s in grouped)}: a convolution in {grouped[0].groups} groups, whose rows have "
+            f"different inputs; {case.pass_.key} learns from inputs that all rows share. `exclude` them; a pass that "
+            "needs no statistics, such as rtn, can work on them"
+        )
+
+
+def tied_or_outside(case: Case) -> Iterator[Problem]:
+    """Matrices that share their values with another, and those where no statistics are collected."""
+    tied, pass_ = case.state.graph.tied, case.pass_
+    for site in case.sites:
+        if site.parameter in tied:
+            other = tied[site.parameter].removesuffix(".weight")
+            yield case.refused(f"{site.name} is tied to {other}; compressing one would change the other. Exclude it")
+        if site.block is None and pass_.calibrated and pass_.reach != "model":
+            yield case.refused(
+                f"{site.name} is outside the blocks, where no statistics are collected; {pass_.key} cannot work on "
+                "it. Use rtn for it, in a pass of its own with `include`"
+                + (" and without activation_scale: tensor" if pass_.ranged else "")
+            )
+
+
+def training_objective(case: Case) -> Iterator[Problem]:
+    """A loss that the model cannot be trained for."""
+    state, pass_, language = case.state, case.pass_, case.state.graph.is_language_model
+    if pass_.loss == "next_token" and not language:
+        yield case.refused(
+            f"a {case.model} predicts no next token; set it to distill, which trains towards the original's "
+            "predictions",
+            "objective",
+        )
+    if state.shorter and pass_.loss == "distill" and not state.specs:
+        more = ", or set it to next_token, which learns from the text" if language else ""
+        yield case.refused(
+            "the original to learn from is without the blocks that went before, and nothing else is lost; put "
+            f"{pass_.key} behind a pruner or quantizer{more}",
+            "objective",
+        )
+
+
+def shapes_together(case: Case) -> Iterator[Problem]:
+    """Options that do not fit all the matrices together."""
+    error = case.pass_.check_shapes({s.name: s.shape for s in case.sites}) if case.sites else None
+    if error:
+        yield case.refused(error.message, error.option)
+
+
+# --- of the pipeline as a whole --------------------------------------------------------------------------------------
+
+
+def missing_calibration(pipeline: Pipeline, state: PlanState) -> Iterator[Problem]:
+    """No data for a pass that learns from them."""
+    path = state.first_learner
+    if path and pipeline.calibration is None:
+        images = "{source: images.safetensors, samples: 128}"
+        text = "{source: demo, samples: 128, length: 512}"
+        example = images if state.graph.is_image_model else text
+        yield Problem(
+            path,
+            f"{path.rpartition('.')[2]} learns from data, and `calibration:` is missing; for example calibration: "
+            f"{example}",
+        )
+
+
+def gates(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
+    """A quality gate on what is not measured of this model."""
+    if pipeline.evaluate:
+        gate, other = GATES if graph.is_language_model else reversed(GATES)
+        measured = "perplexity" if graph.is_language_model else "accuracy"
+        if getattr(pipeline.evaluate, other) is not None:
+            yield Problem(f"evaluate.{other}", f"this model is judged by its {measured}; its gate is {gate}")
+
+
+def exports(pipeline: Pipeline, state: PlanState) -> Iterator[Problem]:
+    """What a format cannot hold."""
+    for exporter in pipeline.export:
+        for reason in exporter.refusals(state.graph, state.specs, state.new_biases):
+            yield Problem(f"export.{exporter.key}", reason)
+
+
+def data_sections(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
+    """Data of another kind than the model takes, or longer."""
+    longest = getattr(getattr(graph.model, "config", None), "max_position_embeddings", None)
+    images, model = graph.is_image_model, type(graph.model).__name__
+    for name, section in (("calibration", pipeline.calibration), ("evaluate", pipeline.evaluate)):
+        for source in section.sources.values() if section else ():
+            if source != GIVEN and source.endswith(IMAGES) != images:
+                wanted = f"images from a {IMAGES} file" if images else "text"
+                yield Problem(f"{name}.source", f"{source}: {model} takes {wanted}")
+        if section and longest and section.length > longest:
+            yield Problem(f"{name}.length", f"{section.length} is more than the model's {longest} positions")
+
+
+def whole_pipeline(pipeline: Pipeline, state: PlanState) -> Iterator[Problem]:
+    """Everything that no single pass is to blame for. `state`: after the last pass."""
+    yield from missing_calibration(pipeline, state)
+    yield from gates(pipeline, state.graph)
+    yield from exports(pipeline, state)
+    yield from data_sections(pipeline, state.graph)

@@ -1,0 +1,135 @@
+"""What is known of a model while a pipeline is planned on it, and what planning one more pass adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from compress.encodings import Spec
+    from compress.errors import Problem
+    from compress.models.graph import Graph, Site
+    from compress.models.shorten import Shorter
+    from compress.passes import Pass
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """One pass on one model: the sites it works on, and each one's expected spec afterwards.
+
+    A pass that takes blocks out has the sites of which it may take some, and one that merges those whose weights it
+    merges; both have no specs.
+    """
+
+    path: str
+    pass_: Pass
+    sites: tuple[Site, ...]
+    specs: dict[str, Spec]
+
+
+@dataclass(frozen=True)
+class PlanState:
+    """The model as the passes planned so far leave it.
+
+    Attributes:
+        graph: its blocks and sites.
+        dtypes: parameter name -> type it is stored in.
+        sizes: tensor name -> bytes in the source.
+        parameters: names of all parameters, tied ones too.
+        kinds: site -> kind of its weight, such as `dense` or `sparse-quantized`.
+        specs: site -> how its weight is stored; only of sites that a pass worked on.
+        new_biases: site -> bytes of a bias that a pass gives it.
+        shorter: whether a pass took blocks out.
+        merges: how many passes merged.
+        first_change: path of the first pass that is not a merge; empty before it.
+        first_learner: path of the first pass that learns from data; empty before it.
+    """
+
+    graph: Graph
+    dtypes: Mapping[str, torch.dtype]
+    sizes: Mapping[str, int]
+    parameters: frozenset[str]
+    kinds: Mapping[str, str]
+    specs: Mapping[str, Spec] = field(default_factory=dict)
+    new_biases: Mapping[str, int] = field(default_factory=dict)
+    shorter: bool = False
+    merges: int = 0
+    first_change: str = ""
+    first_learner: str = ""
+
+    def entered(self, path: str, pass_: Pass) -> PlanState:
+        """The state with a pass counted, before what it does to the model."""
+        merges = pass_.reach == "merge"
+        return replace(
+            self,
+            merges=self.merges + merges,
+            first_change=self.first_change or ("" if merges else path),
+            first_learner=self.first_learner or (path if pass_.calibrated else ""),
+        )
+
+    def without_blocks(self, shorter: Shorter) -> PlanState:
+        """The state of the model without the blocks that a pass takes out."""
+        return replace(
+            self,
+            graph=shorter.graph,
+            dtypes=shorter.moved(self.dtypes),
+            sizes=shorter.moved(self.sizes),
+            parameters=frozenset(shorter.moved(dict.fromkeys(self.parameters))),
+            kinds=shorter.moved(self.kinds),
+            specs=shorter.moved(self.specs),
+            new_biases=shorter.moved(self.new_biases),
+            shorter=True,
+        )
+
+    def final_bytes(self) -> int:
+        """Expected size of all weights."""
+        sizes = dict(self.sizes)
+        for site in self.graph.sites:
+            if site.name in self.specs:
+                sizes[site.parameter] = self.specs[site.name].num_bytes
+        return sum(sizes.values()) + sum(self.new_biases.values())
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What planning one pass gives.
+
+    Attributes:
+        part: the pass's part of the plan.
+        state: the model afterwards.
+        problems: what is impossible about it, without line numbers.
+    """
+
+    part: PassPlan
+    state: PlanState
+    problems: tuple[Problem, ...]
+
+
+class Planner(Protocol):
+    """Plans one pass of a certain reach."""
+
+    def __call__(self, state: PlanState, path: str, pass_: Pass, *, fused: bool, first: bool) -> Planned:
+        """Plan a pass.
+
+        Args:
+            state: the model as the passes before leave it.
+            path: of the pass in the pipeline, such as passes[1].wanda.
+            pass_: with its options.
+            fused: whether other passes run in the same stage.
+            first: whether it is the first of its stage.
+        """
+
+
+def initial(graph: Graph, dtypes: Mapping[str, torch.dtype]) -> PlanState:
+    """The state before every pass."""
+    return PlanState(
+        graph,
+        dtypes,
+        sizes={name: tensor.numel() * dtypes[name].itemsize for name, tensor in graph.tensors()},
+        parameters=frozenset(name for name, _ in graph.model.named_parameters(remove_duplicate=False)),
+        kinds={site.name: "dense" for site in graph.sites},
+    )
