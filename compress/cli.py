@@ -110,74 +110,24 @@ def show_plan(
     from compress import progress
     from compress.config.reading import load
     from compress.engine.merge import merging
-    from compress.passes import DepthPass, MergePass
-    from compress.planning import allocation_preview as shares
-    from compress.planning import plan
-    from compress.report import bars as draw
-    from compress.report.report import size
+    from compress.planning import allocation_preview, plan
+    from compress.report import plan as report
 
     opened = opening.open_model(model)
     steps = load(pipeline)
     made = plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline))
     merging.check(steps, opened.artifact, str(pipeline))
-    allocations, bars = shares.allocations(made), progress.Bars()
-    decided: dict[str, dict[str, float]] = {}
+    allocations, bars = allocation_preview.allocations(made), progress.Bars()
     with bars.shown():
-        for path, each in allocations.items() if with_shares else ():
-            if each.known:
-                decided[path] = each.shares(opened.artifact, bars)
-    rows = []
-    for stage in made.stages:
-        for part in stage:
-            weights = sum(s.shape[0] * s.shape[1] for s in part.sites)
-            if isinstance(part.pass_, DepthPass):
-                becomes = f"{part.pass_.blocks} of {len({s.block for s in part.sites})} blocks gone"
-                rows.append({"pass": part.path, "layers": len(part.sites), "weights": weights, "becomes": becomes,
-                             "bits_per_weight": None})  # fmt: skip
-                continue
-            if isinstance(part.pass_, MergePass):
-                becomes = f"merged with {', '.join(part.pass_.models)}"
-                rows.append({"pass": part.path, "layers": len(part.sites), "weights": weights, "becomes": becomes,
-                             "bits_per_weight": None})  # fmt: skip
-                continue
-            bits = sum(spec.num_bytes for spec in part.specs.values()) * 8 / weights
-            kinds = {spec.kind + (f", inputs {spec.inputs}" if spec.inputs else "") for spec in part.specs.values()}
-            kind = ", ".join(sorted(kinds))
-            rows.append({"pass": part.path, "layers": len(part.sites), "weights": weights, "becomes": kind,
-                         "bits_per_weight": round(bits, 3)})  # fmt: skip
-            if part.path in allocations:
-                rows[-1] |= {
-                    "allocation": allocations[part.path].said(part.path in decided),
-                    "shares": decided.get(part.path),
-                }
-    totals = {"original_bytes": made.original_bytes, "final_bytes": made.final_bytes, "peak_memory": made.peak_memory,
-              "disk": made.disk}  # fmt: skip
+        shares = allocation_preview.known_shares(allocations, opened.artifact, bars) if with_shares else {}
+    shown = report.Shown(made, allocations, shares, f"{pipeline} on {model}")
     if as_json:
-        print(json.dumps({"passes": rows, **totals}, indent=1))
+        print(report.as_json(shown))
         return
-    table = Table(title=f"{pipeline} on {model}", title_justify="left")
-    for i, name in enumerate(("pass", "layers", "weights", "becomes", "bits/weight")):
-        table.add_column(name, justify="left" if i in (0, 3) else "right", overflow="fold")
-    for row in rows:
-        table.add_row(
-            str(row["pass"]),
-            str(row["layers"]),
-            f"{row['weights']:,}",
-            str(row["becomes"]),
-            "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.3f}",
-        )
     console = _console()
-    console.print(table)
-    console.print(
-        f"weights {size(made.original_bytes)} -> about {size(made.final_bytes)}; peak memory about "
-        f"{size(made.peak_memory)}; disk while running about {size(made.disk)}",
-        soft_wrap=True,
-    )
-    for path, each in allocations.items():
-        console.print(f"{path}: {each.said(path in decided)}", soft_wrap=True, markup=False)
-        if path in decided:
-            found = {s.name: (s.shape[0] * s.shape[1], decided[path][s.name]) for s in each.sites}
-            console.print(draw.zeros(found, console.width, console.options.ascii_only), soft_wrap=True)
+    console.print(report.table(shown))
+    for line in report.lines(shown, console.width, console.options.ascii_only):
+        console.print(line, soft_wrap=True)
     if with_shares and not allocations:
         console.print("--shares: no pass gives layers different shares of zeros", soft_wrap=True)
 

@@ -3,11 +3,14 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from commands import compress_command, write_pipeline
+from rich.console import Console
 from torch import Tensor, nn
 
 import compress
@@ -17,8 +20,12 @@ from compress.config.reading import parse
 from compress.encodings import Spec
 from compress.errors import ConfigError
 from compress.models import graph
+from compress.passes import PASSES, Average, LayerDrop, MergePass, Pass, Perp, Rtn
+from compress.passes.base import Reach
 from compress.planning import plan
-from compress.planning.plan import Plan
+from compress.planning.plan import PLANNERS, Plan, line_of
+from compress.planning.state import initial
+from compress.report import plan as plan_report
 
 CALIBRATION = "calibration: {source: demo, samples: 2, length: 32}\n"
 
@@ -447,3 +454,60 @@ def test_everything_impossible_is_shown_at_once(tiny_llama: nn.Module) -> None:
 def test_a_model_without_language_is_planned_too() -> None:
     model: Any = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
     assert {s.name for s in planned(model, "passes: [rtn]").stages[0][0].sites} == {"0", "2"}
+
+
+# --- how it plans -----------------------------------------------------------------------------------------------------
+
+
+def test_every_reach_has_a_planner_and_every_pass_a_reach() -> None:
+    assert PLANNERS.keys() == set(get_args(Reach))
+    assert {p.reach for p in PASSES} == PLANNERS.keys()
+
+
+@pytest.mark.parametrize(
+    "pass_", [Rtn(bits=4), Perp(), LayerDrop(blocks=1), Average(models=("other",))], ids=lambda p: p.key
+)
+def test_planning_a_pass_leaves_the_state_before_it_as_it_was(pass_: Pass, tiny_llama: nn.Module) -> None:
+    dtypes = {name: p.dtype for name, p in tiny_llama.named_parameters(remove_duplicate=False)}
+    before, same = initial(graph.find(tiny_llama), dtypes), initial(graph.find(tiny_llama), dtypes)
+    planned = PLANNERS[pass_.reach](before, "passes[0].x", pass_, fused=False, first=True)
+    assert replace(before, graph=same.graph) == same
+    assert planned.state.merges == isinstance(pass_, MergePass)
+    assert planned.state.shorter == isinstance(pass_, LayerDrop)
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("passes[0].rtn.bits", 3),
+        ("passes[0].rtn.group_size", 2),
+        ("passes[0].rtn.overrides[1].bits", 2),
+        ("passes[1].gptq", 1),
+        ("passes[1].gptq.", 1),
+        ("passes[2:4].wanda[", 1),
+        ("..[[].", None),
+        ("export.gguf", None),
+        ("", None),
+    ],
+)
+def test_a_problem_has_the_line_of_the_nearest_thing_around_it(path: str, line: int | None) -> None:
+    lines = {"": 1, "passes": 1, "passes[0]": 2, "passes[0].rtn": 2, "passes[0].rtn.bits": 3}
+    assert line_of(lines, path) == line
+
+
+# --- how it is shown --------------------------------------------------------------------------------------------------
+
+
+def test_a_pass_that_trains_vectors_only_is_shown_without_bits_per_weight(tiny_llama: nn.Module) -> None:
+    text = CALIBRATION + "passes: [{magnitude: {sparsity: 0.5}}, {perp: {exclude: ['*_proj']}}]"
+    (_, row) = plan_report.rows(plan_report.Shown(planned(tiny_llama, text)))
+    assert (row["layers"], row["weights"], row["bits_per_weight"]) == (0, 0, None)
+
+
+def test_what_looks_like_markup_in_a_name_is_shown_as_it_is(tiny_llama: nn.Module) -> None:
+    made = planned(tiny_llama, "passes: [{average: {models: ['a[/x]']}}]")
+    console = Console(width=160, file=StringIO())
+    console.print(plan_report.table(plan_report.Shown(made, title="[/y] on [z]")))
+    assert isinstance(console.file, StringIO)
+    assert "merged with a[/x]" in console.file.getvalue()
+    assert "[/y] on [z]" in console.file.getvalue()

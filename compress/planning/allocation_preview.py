@@ -12,7 +12,7 @@ from compress.passes.prune.global_magnitude import count_below, layer_counts
 from compress.passes.prune.magnitude import Pruner
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from compress.checkpoint.artifact import Artifact
     from compress.models.graph import Site
@@ -92,3 +92,8 @@ def allocations(plan: Plan) -> dict[str, Allocation]:
             found[part.path] = Allocation(p, part.sites, not worked_on.isdisjoint(names))
         worked_on |= names
     return found
+
+
+def known_shares(allocations: Mapping[str, Allocation], artifact: Artifact, bars: Bars) -> dict[str, dict[str, float]]:
+    """Path of a pass -> layer -> share of zeros, where the weights alone decide. Reads the weights."""
+    return {path: each.shares(artifact, bars) for path, each in allocations.items() if each.known}

@@ -1,0 +1,125 @@
+"""What `compress plan` shows: what each pass will touch and cost, and where sparsity goes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from compress.passes import DepthPass, MergePass
+from compress.report.bars import zeros
+from compress.report.report import size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from rich.console import RenderableType
+
+    from compress.planning.allocation_preview import Allocation
+    from compress.planning.plan import Plan
+    from compress.planning.state import PassPlan
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A plan, and what is known of passes that give layers different shares of zeros.
+
+    Attributes:
+        plan: of a pipeline on a model.
+        allocations: path of a pass -> what decides its shares.
+        shares: path of a pass -> layer -> share of zeros; of those passes whose shares were found.
+        title: what was planned, and on which model.
+    """
+
+    plan: Plan
+    allocations: Mapping[str, Allocation] = field(default_factory=dict)
+    shares: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    title: str = ""
+
+    def said(self, path: str) -> str:
+        """What decides the shares of a pass, in words."""
+        return self.allocations[path].said(shown=path in self.shares)
+
+
+def rows(shown: Shown) -> list[dict[str, Any]]:
+    """An entry for each pass, JSON-able."""
+    found = []
+    for part in (part for stage in shown.plan.stages for part in stage):
+        row = {
+            "pass": part.path,
+            "layers": len(part.sites),
+            "weights": _weights(part),
+            "becomes": becomes(part),
+            "bits_per_weight": _bits_per_weight(part),
+        }
+        if part.path in shown.allocations:
+            row |= {"allocation": shown.said(part.path), "shares": shown.shares.get(part.path)}
+        found.append(row)
+    return found
+
+
+def becomes(part: PassPlan) -> str:
+    """What a pass makes of the layers, in words."""
+    if isinstance(part.pass_, DepthPass):
+        return f"{part.pass_.blocks} of {len({s.block for s in part.sites})} blocks gone"
+    if isinstance(part.pass_, MergePass):
+        return f"merged with {', '.join(part.pass_.models)}"
+    kinds = {spec.kind + (f", inputs {spec.inputs}" if spec.inputs else "") for spec in part.specs.values()}
+    return ", ".join(sorted(kinds))
+
+
+def as_json(shown: Shown) -> str:
+    """Everything, for machines."""
+    plan = shown.plan
+    totals = {
+        "original_bytes": plan.original_bytes,
+        "final_bytes": plan.final_bytes,
+        "peak_memory": plan.peak_memory,
+        "disk": plan.disk,
+    }
+    return json.dumps({"passes": rows(shown), **totals}, indent=1)
+
+
+def table(shown: Shown) -> Table:
+    """A line for each pass."""
+    drawn = Table(title=Text(shown.title, "table.title"), title_justify="left")
+    for i, heading in enumerate(("pass", "layers", "weights", "becomes", "bits/weight")):
+        drawn.add_column(heading, justify="left" if i in (0, 3) else "right", overflow="fold")
+    for row in rows(shown):
+        bits = row["bits_per_weight"]
+        drawn.add_row(
+            Text(row["pass"]),
+            str(row["layers"]),
+            f"{row['weights']:,}",
+            Text(row["becomes"]),
+            "" if bits is None else f"{bits:.3f}",
+        )
+    return drawn
+
+
+def lines(shown: Shown, width: int, ascii_only: bool) -> Iterator[RenderableType]:
+    """What stands below the table: the totals, and where sparsity goes, with bars where that was found."""
+    plan = shown.plan
+    yield Text(
+        f"weights {size(plan.original_bytes)} -> about {size(plan.final_bytes)}; peak memory about "
+        f"{size(plan.peak_memory)}; disk while running about {size(plan.disk)}"
+    )
+    for path, allocation in shown.allocations.items():
+        yield Text(f"{path}: {shown.said(path)}")
+        if path in shown.shares:
+            shares = {s.name: (s.shape[0] * s.shape[1], shown.shares[path][s.name]) for s in allocation.sites}
+            yield Text(zeros(shares, width, ascii_only))
+
+
+def _weights(part: PassPlan) -> int:
+    return sum(s.shape[0] * s.shape[1] for s in part.sites)
+
+
+def _bits_per_weight(part: PassPlan) -> float | None:
+    """Over the layers of a pass; None where it leaves open how they are stored."""
+    if not part.specs:
+        return None
+    return round(sum(spec.num_bytes for spec in part.specs.values()) * 8 / _weights(part), 3)
