@@ -23,7 +23,7 @@ from compress.models import graph
 from compress.passes import PASSES, Average, LayerDrop, MergePass, Pass, Perp, Rtn
 from compress.passes.base import Reach
 from compress.planning import plan
-from compress.planning.plan import PLANNERS, Plan, line_of
+from compress.planning.plan import PLANNERS, Plan
 from compress.planning.state import initial
 from compress.report import plan as plan_report
 
@@ -474,25 +474,6 @@ def test_planning_a_pass_leaves_the_state_before_it_as_it_was(pass_: Pass, tiny_
     assert replace(before, graph=same.graph) == same
     assert planned.state.merges == isinstance(pass_, MergePass)
     assert planned.state.shorter == isinstance(pass_, LayerDrop)
-
-
-@pytest.mark.parametrize(
-    ("path", "line"),
-    [
-        ("passes[0].rtn.bits", 3),
-        ("passes[0].rtn.group_size", 2),
-        ("passes[0].rtn.overrides[1].bits", 2),
-        ("passes[1].gptq", 1),
-        ("passes[1].gptq.", 1),
-        ("passes[2:4].wanda[", 1),
-        ("..[[].", None),
-        ("export.gguf", None),
-        ("", None),
-    ],
-)
-def test_a_problem_has_the_line_of_the_nearest_thing_around_it(path: str, line: int | None) -> None:
-    lines = {"": 1, "passes": 1, "passes[0]": 2, "passes[0].rtn": 2, "passes[0].rtn.bits": 3}
-    assert line_of(lines, path) == line
 
 
 # --- how it is shown --------------------------------------------------------------------------------------------------
