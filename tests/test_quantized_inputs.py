@@ -25,7 +25,8 @@ import compress
 from compress import FlexRound, Gptq, Olive, Override, Rtn
 from compress.checkpoint import opening
 from compress.config.pipeline import Calibration, Pipeline
-from compress.encodings import InputForm, Inputs, Weight, fit_inputs, pack
+from compress.encodings import InputForm, Weight, fit_inputs, pack
+from compress.encodings.inputs import TensorSteps
 from compress.errors import ConfigError
 from compress.passes import PASSES, ModelPass, Pass
 from compress.passes.base import Block
@@ -247,9 +248,10 @@ def test_the_range_of_a_static_grid_is_that_of_the_inputs_that_arrive(
             InputForm(**dict.fromkeys(("bits",), 8), scale="tensor"), float(x.min()), float(x.max()), x
         )
         inputs = result.weights[name].inputs
-        assert inputs is not None
-        assert torch.allclose(inputs.scale, expected.scale, rtol=1e-4)  # type: ignore[arg-type]
-        assert int(inputs.zero_point) == int(expected.zero_point)  # type: ignore[arg-type]
+        assert isinstance(inputs, TensorSteps)
+        assert isinstance(expected, TensorSteps)
+        assert torch.allclose(inputs.scale, expected.scale, rtol=1e-4)
+        assert int(inputs.zero_point) == int(expected.zero_point)
     q, k = (result.weights[f"model.layers.0.self_attn.{leaf}"].inputs for leaf in ("q_proj", "k_proj"))
     assert q is k, "fed by one tensor: one range, one grid"
 
@@ -418,7 +420,7 @@ def test_a_later_weight_keeps_the_grid_that_an_earlier_pass_gave() -> None:
     from compress.models.graph import Site
     from compress.passes.base import Edit
 
-    grid = Inputs(InputForm(bits=8))
+    grid = InputForm(bits=8).input_grid({})
     w = torch.randn(4, 8)
     after, _ = observed(Site("a", (4, 8), False, 0), Rtn(), Weight(w, inputs=grid), w, Edit(weight=w), torch.float32)
     assert after.inputs is grid

@@ -13,7 +13,7 @@ from compress.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.encodings import InputForm, Inputs
+    from compress.encodings import InputForm, InputGrid
 
 MOST_NUMBERS = 1 << 18  # of the sample
 
@@ -33,7 +33,7 @@ class Range:
         self.low = self.high = 0.0
         self._seen, self._stride = 0, 1
         self._kept: list[Tensor] = []
-        self._fitted: dict[InputForm, Inputs] = {}
+        self._fitted: dict[InputForm, InputGrid] = {}
 
     def update(self, inputs: Tensor) -> None:
         """Add (..., C) inputs, all finite."""
@@ -52,7 +52,7 @@ class Range:
         """(T, C) float32."""
         return torch.cat(self._kept)
 
-    def grid(self, form: InputForm) -> Inputs:
+    def grid(self, form: InputForm) -> InputGrid:
         """The grid of this form that suits what was seen; found once for all layers that share a range."""
         if form not in self._fitted:
             self._fitted[form] = fit_inputs(form, self.low, self.high, self.sample)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.checkpoint.sources import Source
-    from compress.encodings import Inputs, LowRank, Spec
+    from compress.encodings import InputGrid, LowRank, Spec
     from compress.models.graph import Graph, Site
 
 RUNNING = ("running_mean", "running_var")  # without them a batch normalisation is another one
@@ -46,10 +46,10 @@ class Packed:
         return unpack(self.spec, self.tensors())
 
     @property
-    def inputs(self) -> Inputs | None:
+    def inputs(self) -> InputGrid | None:
         """The grid of its inputs; the weight is not read for it."""
         form = self.spec.inputs
-        return None if form is None else form.inputs(self._read(form.tensors()))
+        return None if form is None else form.input_grid(self._read(form.tensors()))
 
     @property
     def low_rank(self) -> LowRank | None:
@@ -138,7 +138,7 @@ class Artifact:
             return done.load() if isinstance(done, Packed) else done
         return Weight(self.original(site))
 
-    def inputs(self, site: str) -> Inputs | None:
+    def inputs(self, site: str) -> InputGrid | None:
         """The grid that a site's inputs are rounded to, as it stands now; its weight is not read."""
         done = self.committed.get(site)
         return None if done is None else done.inputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from compress.encodings.base import Encoding, Form
 from compress.encodings.codebook import CodebookForm, Codebooks
-from compress.encodings.inputs import InputForm, Inputs, fit_inputs
+from compress.encodings.inputs import InputForm, InputGrid, fit_inputs
 from compress.encodings.low_rank import LowRank, LowRankForm
 from compress.encodings.outlier_victim import OutlierVictim, OutlierVictimForm
 from compress.encodings.power import Power, PowerForm
@@ -18,7 +18,7 @@ __all__ = [
     "Encoding",
     "Form",
     "InputForm",
-    "Inputs",
+    "InputGrid",
     "LowRank",
     "LowRankForm",
     "OutlierVictim",

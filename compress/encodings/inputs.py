@@ -19,8 +19,9 @@ Shapes: C channels, the last dimension; an input is (..., C). T tokens.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from compress.encodings.outlier_victim import quantize_dequantize, search
 from compress.lazy import function, torch
@@ -62,19 +63,20 @@ class InputForm:
 
     def __str__(self) -> str:
         """In words, for reports."""
-        kind = f"int{self.bits}" if self.grid == "int" else f"olive {self.normal or f'{self.bits} bits'}"
-        return f"{kind} per {self.scale}"
+        return f"{self.kind.words(self)} per {self.scale}"
+
+    @property
+    def kind(self) -> type[InputGrid]:
+        """What rounds."""
+        return KINDS[self.grid, self.scale]
 
     def tensors(self) -> Stored:
         """Shape and type of what is stored."""
-        if not self.static:
-            return {}
-        scale: Stored = {"input_scale": ((1,), torch.float32)}
-        return scale if self.grid == "olive" else scale | {"input_zero_point": ((1,), torch.uint8)}
+        return self.kind.stored()
 
-    def inputs(self, tensors: Mapping[str, Tensor]) -> Inputs:
-        """The inverse of `Inputs.tensors`; others among the tensors are left alone."""
-        return Inputs(self, tensors.get("input_scale"), tensors.get("input_zero_point"))
+    def input_grid(self, tensors: Mapping[str, Tensor]) -> InputGrid:
+        """The inverse of `InputGrid.tensors`; others among the tensors are left alone."""
+        return self.kind(self, *(tensors[name] for name in self.tensors()))
 
     def to_json(self) -> dict[str, Any]:
         """Only what differs from the defaults."""
@@ -93,52 +95,150 @@ class InputForm:
         if {f.name for f in fields(cls) if f.default is MISSING} - set(data):
             raise ValueError("the bits of an input's grid are missing")
         form = cls(**data)
-        olive = form.grid == "olive" and form.static and form.normal in OLIVE.get(form.bits, ())
-        if not (olive or (form.grid == "int" and form.scale in get_args(Scale) and form.normal is None)):
+        if (form.grid, form.scale) not in KINDS or form.normal not in form.kind.normals(form.bits):
             raise ValueError(f"the grid {dict(data)} of an input is not known to this version")
         return form
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """The grid of a layer's input.
+class InputGrid(ABC):
+    """How a layer rounds its input. The fields after the form are stored, as `input_` and their name.
 
     Attributes:
         form: what the tensors do not say.
-        scale: (1,) float32, positive; None when dynamic.
-        zero_point: (1,) uint8; None when dynamic or on the olive grid.
+        paired: neighbouring channels are rounded together.
     """
 
     form: InputForm
-    scale: Tensor | None = None
-    zero_point: Tensor | None = None
+    paired: ClassVar[bool] = False
+
+    @property
+    def static(self) -> bool:
+        """Whether it is fixed by calibration."""
+        return self.form.static
+
+    @classmethod
+    @abstractmethod
+    def fit(cls, form: InputForm, low: float, high: float, sample: Tensor) -> Self:
+        """As `fit_inputs`, of a form of this kind."""
+
+    @classmethod
+    @abstractmethod
+    def stored(cls) -> Stored:
+        """Shape and type of what is stored."""
+
+    @classmethod
+    def normals(cls, bits: int) -> tuple[Normal | None, ...]:
+        """The normal types that a form of so many bits may have."""
+        return (None,)
+
+    @classmethod
+    def words(cls, form: InputForm) -> str:
+        """What a form is, without its scale."""
+        return f"int{form.bits}"
+
+    @abstractmethod
+    def rounded(self, x: Tensor) -> Tensor:
+        """An input (..., C) float32 -> the same, rounded."""
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored, as tensors of their own: layers fed alike may share a grid, files share nothing."""
-        found = {"input_scale": self.scale, "input_zero_point": self.zero_point}
-        return {name: value.clone() for name, value in found.items() if value is not None}
+        return {name: getattr(self, name.removeprefix("input_")).clone() for name in self.stored()}
 
     def apply(self, x: Tensor) -> Tensor:
         """An input (..., C) of any float type, rounded: same shape and type. Gradients pass as if it had not been."""
         if torch.is_grad_enabled() and x.requires_grad:
             passed: Tensor = function(_Straight).apply(x, self)
             return passed
-        wide = x.float()
-        if self.scale is None:
-            return per_token(wide, self.form.bits).to(x.dtype)
-        scale = self.scale.to(x.device)
-        if self.form.grid == "int":
-            assert self.zero_point is not None
-            return on_steps(wide, scale, self.zero_point.to(x.device), self.form.bits).to(x.dtype)
+        return self.rounded(x.float()).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class TokenSteps(InputGrid):
+    """Even steps over the range of each token, found when it comes."""
+
+    @classmethod
+    def fit(cls, form: InputForm, low: float, high: float, sample: Tensor) -> Self:
+        return cls(form)
+
+    @classmethod
+    def stored(cls) -> Stored:
+        return {}
+
+    def rounded(self, x: Tensor) -> Tensor:
+        return per_token(x, self.form.bits)
+
+
+@dataclass(frozen=True)
+class TensorSteps(InputGrid):
+    """Even steps over the range that calibration saw; what lies outside is cut.
+
+    Attributes:
+        scale: (1,) float32, positive.
+        zero_point: (1,) uint8.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    @classmethod
+    def fit(cls, form: InputForm, low: float, high: float, sample: Tensor) -> Self:
+        return cls(form, *steps(torch.tensor([low]), torch.tensor([high]), form.bits))
+
+    @classmethod
+    def stored(cls) -> Stored:
+        return {"input_scale": ((1,), torch.float32), "input_zero_point": ((1,), torch.uint8)}
+
+    def rounded(self, x: Tensor) -> Tensor:
+        return on_steps(x, self.scale.to(x.device), self.zero_point.to(x.device), self.form.bits)
+
+
+@dataclass(frozen=True)
+class TensorPairs(InputGrid):
+    """Outlier-victim pairs along the last dimension.
+
+    Attributes:
+        scale: (1,) float32, positive.
+    """
+
+    scale: Tensor
+    paired: ClassVar[bool] = True
+
+    @classmethod
+    def fit(cls, form: InputForm, low: float, high: float, sample: Tensor) -> Self:
+        found = [(normal, *search(sample, normal, per="tensor")) for normal in OLIVE[form.bits]]
+        normal, scale, _ = min(found, key=lambda f: float(f[2]))
+        return cls(replace(form, normal=normal), scale.float().view(1))
+
+    @classmethod
+    def stored(cls) -> Stored:
+        return {"input_scale": ((1,), torch.float32)}
+
+    @classmethod
+    def normals(cls, bits: int) -> tuple[Normal | None, ...]:
+        return OLIVE.get(bits, ())
+
+    @classmethod
+    def words(cls, form: InputForm) -> str:
+        return f"olive {form.normal or f'{form.bits} bits'}"
+
+    def rounded(self, x: Tensor) -> Tensor:
         assert self.form.normal is not None
-        rows = wide.reshape(-1, x.shape[-1])
-        return quantize_dequantize(rows, scale[:, None], self.form.normal).view(x.shape).to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        return quantize_dequantize(rows, self.scale.to(x.device)[:, None], self.form.normal).view(x.shape)
+
+
+KINDS: dict[tuple[Grid, Scale], type[InputGrid]] = {
+    ("int", "token"): TokenSteps,
+    ("int", "tensor"): TensorSteps,
+    ("olive", "tensor"): TensorPairs,
+}
 
 
 class _Straight:
     @staticmethod
-    def forward(ctx: Any, x: Tensor, inputs: Inputs) -> Tensor:
-        return inputs.apply(x.detach())
+    def forward(ctx: Any, x: Tensor, grid: InputGrid) -> Tensor:
+        return grid.apply(x.detach())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -165,7 +265,7 @@ def on_steps(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     return (x / scale).round_().add_(zero).clamp_(0, 2**bits - 1).sub_(zero).mul_(scale)
 
 
-def fit_inputs(form: InputForm, low: float, high: float, sample: Tensor) -> Inputs:
+def fit_inputs(form: InputForm, low: float, high: float, sample: Tensor) -> InputGrid:
     """The grid that calibration fixes.
 
     Args:
@@ -175,10 +275,4 @@ def fit_inputs(form: InputForm, low: float, high: float, sample: Tensor) -> Inpu
         sample: (T, C) float32, some of the inputs: the olive grid takes the type and scale with the least squared error
             on them.
     """
-    if not form.static:
-        return Inputs(form)
-    if form.grid == "int":
-        return Inputs(form, *steps(torch.tensor([low]), torch.tensor([high]), form.bits))
-    found = [(normal, *search(sample, normal, per="tensor")) for normal in OLIVE[form.bits]]
-    normal, scale, _ = min(found, key=lambda f: float(f[2]))
-    return Inputs(replace(form, normal=normal), scale.float().view(1))
+    return form.kind.fit(form, low, high, sample)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.encodings.base import Encoding, Form, Stored
-    from compress.encodings.inputs import Inputs
+    from compress.encodings.inputs import InputGrid
     from compress.encodings.low_rank import LowRank
 
 LAYOUT = "compress-1"
@@ -61,7 +61,7 @@ class Weight:
     values: Tensor | None = None
     mask: Tensor | None = None
     encoding: Encoding | None = None
-    inputs: Inputs | None = None
+    inputs: InputGrid | None = None
     low_rank: LowRank | None = None
 
     def dequantize(self) -> Tensor:
@@ -256,7 +256,7 @@ def pack(weight: Weight) -> tuple[Spec, dict[str, Tensor]]:
 def unpack(spec: Spec, tensors: Mapping[str, Tensor]) -> Weight:
     """The inverse of `pack`, on whatever device the tensors are."""
     columns = spec.shape[1]
-    inputs = None if spec.inputs is None else spec.inputs.inputs(tensors)
+    inputs = None if spec.inputs is None else spec.inputs.input_grid(tensors)
     low_rank = None if spec.low_rank is None else spec.low_rank.low_rank(tensors, spec.shape)
     mask = spec.mask(tensors)
     if spec.kind == FACTORED:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from compress.calibration.precision import Products
     from compress.checkpoint.artifact import Artifact
-    from compress.encodings import Inputs, Weight
+    from compress.encodings import InputGrid, Weight
     from compress.engine.ledger import MemoryLedger, Record
     from compress.models.graph import Graph, Site
     from compress.progress import Bars
@@ -188,13 +188,13 @@ def _streamed(context: Context) -> Iterator[None]:
         yield
 
 
-def grids_of(context: Context, sites: Iterable[Site], now: Mapping[str, Weight] | None = None) -> dict[str, Inputs]:
+def grids_of(context: Context, sites: Iterable[Site], now: Mapping[str, Weight] | None = None) -> dict[str, InputGrid]:
     """The grids of the sites' inputs, as `now` has them where it does, else as committed."""
     found = {s.name: now[s.name].inputs if now and s.name in now else context.artifact.inputs(s.name) for s in sites}
     return {name: inputs for name, inputs in found.items() if inputs is not None}
 
 
-def rounded(context: Context, grids: Mapping[str, Inputs], through: bool = False) -> AbstractContextManager[None]:
+def rounded(context: Context, grids: Mapping[str, InputGrid], through: bool = False) -> AbstractContextManager[None]:
     """While open, inputs of these sites are rounded. `through`: gradients pass as if they were not."""
     applied = {n: passed_through(i.apply) if through else i.apply for n, i in grids.items()}
     return collect.quantized_inputs({context.graph.model.get_submodule(n): apply for n, apply in applied.items()})
@@ -206,10 +206,10 @@ def passed_through(grid: collect.Grid) -> collect.Grid:
 
 
 @contextmanager
-def present(context: Context, index: int, grids: Mapping[str, Inputs] | None = None) -> Iterator[None]:
+def present(context: Context, index: int, grids: Mapping[str, InputGrid] | None = None) -> Iterator[None]:
     """While open, a block's parameters are in memory. They are not while its matrices are being solved.
 
-    Inputs are rounded to `grids`, by default to those that are committed.
+    InputGrid are rounded to `grids`, by default to those that are committed.
     """
     name = context.graph.blocks[index]
     block = context.graph.model.get_submodule(name)

@@ -45,7 +45,9 @@ class PackedModule(nn.Module):
     def rounded(self, x: Tensor) -> Tensor:
         """An input as the weight is multiplied with it: on its grid, if it has one."""
         form = self.spec.inputs
-        return x if form is None else form.inputs({name: getattr(self, name) for name in form.tensors()}).apply(x)
+        if form is None:
+            return x
+        return form.input_grid({name: getattr(self, name) for name in form.tensors()}).apply(x)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves between devices, but keeps the stored types: `model.half()` must not round the scales."""

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.encodings import InputForm, Inputs, Spec, Uniform, Weight, fit, fit_inputs, pack, quantize, unpack
+from compress.encodings import InputForm, InputGrid, Spec, Uniform, Weight, fit, fit_inputs, pack, quantize, unpack
+from compress.encodings.inputs import TensorPairs, TensorSteps
 from compress.encodings.outlier_victim import quantize_dequantize
 
 BITS = range(2, 9)
@@ -21,11 +22,11 @@ def tokens(count: int = 40, channels: int = 48, seed: int = 0) -> Tensor:
     return x * torch.rand(count, 1, generator=generator).mul(6).exp()
 
 
-def dynamic(bits: int) -> Inputs:
-    return Inputs(InputForm(bits=bits))
+def dynamic(bits: int) -> InputGrid:
+    return InputForm(bits=bits).input_grid({})
 
 
-def static(x: Tensor, bits: int = 8, grid: str = "int") -> Inputs:
+def static(x: Tensor, bits: int = 8, grid: str = "int") -> InputGrid:
     form = InputForm(bits=bits, grid=grid, scale="tensor")  # type: ignore[arg-type]
     return fit_inputs(form, float(x.min()), float(x.max()), x.reshape(-1, x.shape[-1]))
 
@@ -94,8 +95,7 @@ def test_a_scale_a_token_loses_less_than_one_for_tokens_of_all_sizes(bits: int) 
 def test_a_static_grid_rounds_what_calibration_saw_to_half_a_step_and_cuts_the_rest(bits: int) -> None:
     x = tokens()
     inputs = static(x, bits)
-    assert inputs.scale is not None
-    assert inputs.zero_point is not None
+    assert isinstance(inputs, TensorSteps)
     scale, zero = float(inputs.scale), int(inputs.zero_point)
     assert scale == pytest.approx(float(x.max() - x.min()) / (2**bits - 1))
     assert float((inputs.apply(x) - x).abs().max()) <= scale * (0.5 + 1e-4)
@@ -105,7 +105,7 @@ def test_a_static_grid_rounds_what_calibration_saw_to_half_a_step_and_cuts_the_r
 
 def test_a_static_grid_of_inputs_without_negative_values_uses_every_code_above_zero() -> None:
     inputs = static(tokens().abs(), 8)
-    assert inputs.zero_point is not None
+    assert isinstance(inputs, TensorSteps)
     assert int(inputs.zero_point) == 0
 
 
@@ -114,7 +114,7 @@ def test_a_static_grid_of_inputs_without_negative_values_uses_every_code_above_z
 def test_the_olive_grid_is_that_of_the_weights_in_pairs_along_the_channels(bits: int, channels: int) -> None:
     x = tokens(channels=channels)
     inputs = static(x, bits, "olive")
-    assert inputs.scale is not None
+    assert isinstance(inputs, TensorPairs)
     assert inputs.form.normal is not None
     expected = quantize_dequantize(x, inputs.scale[:, None], inputs.form.normal)
     assert torch.equal(inputs.apply(x), expected)
@@ -147,7 +147,7 @@ def test_outliers_survive_the_olive_grid_where_even_steps_lose_everything_else()
 
 
 @each_grid
-def test_zero_stays_exactly_zero(inputs: Inputs) -> None:
+def test_zero_stays_exactly_zero(inputs: InputGrid) -> None:
     for x in (tokens(), tokens().abs(), -tokens().abs(), tokens() * 0):
         x[:, ::5] = 0
         made = inputs.apply(x)
@@ -157,7 +157,7 @@ def test_zero_stays_exactly_zero(inputs: Inputs) -> None:
 
 @each_grid
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_an_input_keeps_its_shape_and_type_and_is_rounded_in_float32(inputs: Inputs, dtype: torch.dtype) -> None:
+def test_an_input_keeps_its_shape_and_type_and_is_rounded_in_float32(inputs: InputGrid, dtype: torch.dtype) -> None:
     x = tokens().clamp(-1000, 1000).to(dtype).view(2, 20, 48)
     before = x.clone()
     made = inputs.apply(x)
@@ -167,7 +167,7 @@ def test_an_input_keeps_its_shape_and_type_and_is_rounded_in_float32(inputs: Inp
 
 
 @each_grid
-def test_gradients_pass_as_if_nothing_had_been_rounded(inputs: Inputs) -> None:
+def test_gradients_pass_as_if_nothing_had_been_rounded(inputs: InputGrid) -> None:
     x = tokens().requires_grad_()
     made = inputs.apply(x)
     assert torch.equal(made, inputs.apply(x.detach()))
@@ -187,7 +187,7 @@ def test_more_bits_do_not_round_worse(scale: str) -> None:
 # --- kept beside a weight ---------------------------------------------------------------------------------------------
 
 
-def weight(inputs: Inputs | None, masked: bool, dense: bool) -> Weight:
+def weight(inputs: InputGrid | None, masked: bool, dense: bool) -> Weight:
     w = torch.randn(6, 48, generator=torch.Generator().manual_seed(1))
     mask = w > -0.5 if masked else None
     if dense:
@@ -203,7 +203,7 @@ def weight(inputs: Inputs | None, masked: bool, dense: bool) -> Weight:
 @each_grid
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dense", [False, True])
-def test_a_weight_is_packed_with_the_grid_of_its_inputs(inputs: Inputs, masked: bool, dense: bool) -> None:
+def test_a_weight_is_packed_with_the_grid_of_its_inputs(inputs: InputGrid, masked: bool, dense: bool) -> None:
     with_grid, without = weight(inputs, masked, dense), weight(None, masked, dense)
     spec, tensors = pack(with_grid)
     spec = Spec.from_json(json.loads(json.dumps(spec.to_json())))
@@ -211,9 +211,7 @@ def test_a_weight_is_packed_with_the_grid_of_its_inputs(inputs: Inputs, masked: 
     more = {"input_scale": 4, "input_zero_point": 1}
     found = {name: t.numel() * t.element_size() for name, t in tensors.items() if name in more}
     assert found == {n: more[n] for n in found}
-    assert set(found) == (
-        set() if inputs.scale is None else set(more) if inputs.form.grid == "int" else {"input_scale"}
-    )
+    assert set(found) == (set() if not inputs.static else set(more) if inputs.form.grid == "int" else {"input_scale"})
     assert spec.num_bytes == pack(without)[0].num_bytes + sum(found.values())
     back = unpack(spec, tensors)
     assert torch.equal(back.dequantize(), without.dequantize())

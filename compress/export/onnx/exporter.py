@@ -108,4 +108,4 @@ class Onnx(Exporter):
 
 
 def _pairs_inputs(spec: Spec) -> bool:
-    return spec.inputs is not None and spec.inputs.grid == "olive"
+    return spec.inputs is not None and spec.inputs.kind.paired

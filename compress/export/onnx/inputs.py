@@ -23,7 +23,7 @@ def rounded(ops: Ops, x: ir.Value, form: InputForm, read: Callable[[str], Tensor
     if not form.static:
         return _per_token(ops, x, form.bits)
     scale = read("input_scale")[0]
-    if form.grid == "olive":
+    if form.kind.paired:
         assert form.normal is not None
         return _pairs(ops, x, ops.stored("input_scale", (), torch.float32, lambda: scale), TYPES[form.normal], columns)
     zero = read("input_zero_point")[0]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Le
 
-from compress.encodings import InputForm, Inputs
+from compress.encodings import InputForm
 from compress.encodings.inputs import OLIVE, Grid, Scale
 from compress.passes.base import ModelPass, OptionError, Pass
 
@@ -88,7 +88,7 @@ def attached(pass_: Pass, weight: Weight, seen: Statistics | None) -> tuple[Weig
     if form is None:
         return weight, {}
     if not form.static:
-        inputs = Inputs(form)
+        inputs = form.input_grid({})
     elif seen is not None and seen.range is not None:
         inputs = seen.range.grid(form)
     else:
