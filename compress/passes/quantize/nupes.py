@@ -63,9 +63,7 @@ class Nupes(PowerOptions, LearnedPass):
     key: ClassVar[str] = "nupes"
 
     def start(self, target: Target) -> Position:
-        start = self.nearest(target, self.grid([self.profile(target)])).encoding
-        assert isinstance(start, Power)
-        return Position(target.weight, start, self)
+        return Position(target.weight, self.encoded(target, self.grid([self.profile(target)])), self)
 
     def fallback(self) -> PowerQuant:
         shared = {f.name: getattr(self, f.name) for f in fields(PowerOptions)}

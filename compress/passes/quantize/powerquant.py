@@ -19,6 +19,7 @@ from compress.passes.quantize.grid import GridOptions
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from compress.encodings import Power
     from compress.encodings.power import Levels, Profile
     from compress.passes.base import Target
 
@@ -62,7 +63,7 @@ class PowerOptions(GridOptions):
             norm=self.norm,
         )
 
-    def nearest(self, target: Target, grid: Grid) -> Edit:
+    def encoded(self, target: Target, grid: Grid) -> Power:
         """The whole matrix rounded to nearest on a grid, with scales fitted to it."""
         weight, mask = target.weight, target.mask
         scale = fit_scale(
@@ -74,7 +75,11 @@ class PowerOptions(GridOptions):
             search=self.scale_search,
             norm=self.norm,
         )
-        return Edit(encoding=nearest(weight, scale, grid, mask), mask=mask, notes={"exponent": grid.exponent})
+        return nearest(weight, scale, grid, mask)
+
+    def nearest(self, target: Target, grid: Grid) -> Edit:
+        """That, as an edit."""
+        return Edit(encoding=self.encoded(target, grid), mask=target.mask, notes={"exponent": grid.exponent})
 
 
 @dataclass(frozen=True, kw_only=True)
