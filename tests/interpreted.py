@@ -7,7 +7,7 @@ from runtime_layers import ENCODINGS, layer, off, weight
 
 from compress.encodings import unpack
 from compress.runtime import triton_kernels
-from compress.runtime.lookup import Lookup
+from compress.runtime.lookup import GpuLookup
 
 CASES = {
     **{f"{name}, {mask or 'dense'}": (name, 40, 64, mask) for name in ENCODINGS for mask in ("", "2:4")},
@@ -23,7 +23,7 @@ def main() -> None:
     found: dict[str, dict[str, float | None]] = {}
     for case, (name, rows, columns, mask) in CASES.items():
         made = layer(weight(name, rows, columns, mask=mask))
-        kernel = Lookup.prepare(made.spec, unpack(made.spec, made.stored()), made.stored())
+        kernel = GpuLookup.prepare(made.spec, unpack(made.spec, made.stored()), made.stored())
         if kernel is None:
             found[case] = {}
             continue

@@ -1,4 +1,17 @@
-"""What every family of encodings promises."""
+"""What every family of encodings promises.
+
+Tensors that lie beside the codes have the same names in every family, so that everybody finds them:
+
+| name          | type, shape                           | what                                                 |
+|---------------|---------------------------------------|------------------------------------------------------|
+| `scale`       | float (R, G)                          | one for each block of O / R rows and I / G columns   |
+| `outer_scale` | float (1,)                            | a scale of the scales                                |
+| `zero_point`  | uint8 (R, bytes), packed as codes are | what steps are counted from, one for each scale      |
+| `table`       | float (T, E)                          | what codes mean, in units of the scale               |
+| `row_group`   | uint8 (1, bytes), packed as codes are | the table of each row, where there are several       |
+
+Shapes: O = out features, I = in features, R = rows of scales, G = groups of columns, T = tables, E = their entries.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +19,16 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self, TypeAlias
 
+from compress.encodings.bits import unpack_bits
+from compress.encodings.lookup import BlockScale, Lookup
 from compress.lazy import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
+
+    from compress.encodings.lookup import Table
 
 Stored: TypeAlias = "dict[str, tuple[tuple[int, ...], torch.dtype]]"  # name of a stored tensor -> its shape and type
 
@@ -24,11 +41,16 @@ class Form(ABC):
         bits: width of a code in the packed stream.
         family: what this is called in files.
         stores_idle: codes under a mask are stored too, because others depend on them.
+        whole: codes mean whole numbers of their scale.
+        steps: codes count steps of their scale from their zero point, or from the middle code where none is stored;
+            other forms have no zero points.
     """
 
     bits: int
     family: ClassVar[str]
     stores_idle: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
+    steps: ClassVar[bool] = False
 
     @abstractmethod
     def tables(self, shape: tuple[int, int]) -> Stored:
@@ -37,6 +59,24 @@ class Form(ABC):
     @abstractmethod
     def encoding(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Encoding:
         """(out, in) uint8 codes and the stored tables -> the encoding, on whatever device they are."""
+
+    @abstractmethod
+    def table(self, tensors: Mapping[str, Tensor], device: torch.device) -> Table:
+        """What codes mean in units of their scale, from the stored tensors."""
+
+    def row_table(self, rows: int, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """(out,) uint8, the table of each row; None where there is one table."""
+        return None
+
+    def lookup(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Lookup:
+        """What the codes of an (out, in) weight mean, from its stored tensors, on whatever device they are."""
+        scale, zero = tensors.get("scale"), tensors.get("zero_point")
+        device = next(iter(tensors.values())).device
+        block = None
+        if scale is not None:
+            block = BlockScale(scale, shape[0] // len(scale), shape[1] // scale.shape[1], tensors.get("outer_scale"))
+            zero = None if zero is None else unpack_bits(zero, self.bits, scale.shape[1])
+        return Lookup(self.table(tensors, device), self.row_table(shape[0], tensors), zero, block)
 
 
 class Encoding(ABC):
@@ -72,6 +112,11 @@ class Encoding(ABC):
     @abstractmethod
     def defect(self) -> str | None:
         """What is impossible about codes or tables, or None."""
+
+    def lookup(self) -> Lookup:
+        """What its codes mean, as everybody but the family itself reads it."""
+        rows, columns = self.codes.shape
+        return self.form.lookup((rows, columns), self.tables())
 
     @property
     def bits_per_weight(self) -> float:

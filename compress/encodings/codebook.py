@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from compress.encodings.base import Encoding, Form
 from compress.encodings.bits import pack_bits, row_bytes, unpack_bits
+from compress.encodings.lookup import Table
 from compress.encodings.uniform import CHUNK, narrowest
 from compress.lazy import torch
 
@@ -60,19 +61,22 @@ class CodebookForm(Form):
         return found
 
     def encoding(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Codebooks:
-        row_group = self.row_groups(len(codes), tables)
+        row_group = self.row_table(len(codes), tables)
+        if row_group is None:
+            row_group = torch.zeros(len(codes), dtype=torch.uint8, device=codes.device)
         return Codebooks(codes, tables["table"], row_group, tables.get("scale"), self.period or None)
 
-    def row_groups(self, rows: int, tables: Mapping[str, Tensor]) -> Tensor:
-        """(O,) uint8, the table of each row."""
-        device = tables["table"].device
-        if self.num_tables > 1 and self.period:
-            places = torch.arange(self.period, device=device)
-            of_first = torch.searchsorted(tables["run_ends"], places, right=True)
-            return of_first.to(torch.uint8).repeat(rows // self.period)
-        if self.num_tables > 1:
-            return unpack_bits(tables["row_group"], index_bits(self.num_tables), rows)[0]
-        return torch.zeros(rows, dtype=torch.uint8, device=device)
+    def table(self, tensors: Mapping[str, Tensor], device: torch.device) -> Table:
+        return Table(tensors["table"].float()[..., None], self.bits)
+
+    def row_table(self, rows: int, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        if self.num_tables == 1:
+            return None
+        if not self.period:
+            return unpack_bits(tensors["row_group"], index_bits(self.num_tables), rows)[0]
+        places = torch.arange(self.period, device=tensors["run_ends"].device)
+        of_first = torch.searchsorted(tensors["run_ends"], places, right=True)
+        return of_first.to(torch.uint8).repeat(rows // self.period)
 
 
 @dataclass(frozen=True)

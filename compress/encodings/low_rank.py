@@ -14,7 +14,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
 from compress.encodings.bits import pack_bits, row_bytes, unpack_bits
-from compress.encodings.uniform import Uniform, UniformForm
+from compress.encodings.uniform import UniformForm
 from compress.lazy import torch
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.encodings.base import Stored
+    from compress.encodings.uniform import Uniform
 
 SIDES = ("a", "b")
 
@@ -52,7 +53,7 @@ class LowRankForm:
         """Shape and type of what is stored for an (out, in) weight."""
         found: Stored = {}
         for side, (rows, columns) in self.shapes(shape).items():
-            form = self._form(side)
+            form = self.factor_form(side)
             if form is None:
                 found[f"lora_{side}"] = ((rows, columns), getattr(torch, getattr(self, f"{side}_dtype")))
                 continue
@@ -65,7 +66,7 @@ class LowRankForm:
         """The inverse of `LowRank.tensors`; others among the tensors are left alone."""
         made: dict[str, Tensor | Uniform] = {}
         for side, (_, columns) in self.shapes(shape).items():
-            form = self._form(side)
+            form = self.factor_form(side)
             if form is None:
                 made[side] = tensors[f"lora_{side}"]
                 continue
@@ -74,7 +75,8 @@ class LowRankForm:
             made[side] = form.encoding(unpack_bits(tables.pop("codes"), form.bits, columns), tables)
         return LowRank(**made)
 
-    def _form(self, side: str) -> UniformForm | None:
+    def factor_form(self, side: str) -> UniformForm | None:
+        """What codes of one factor mean; None where values are stored."""
         if self.bits is None:
             return None
         groups = self.a_groups if side == "a" else 1
@@ -114,31 +116,31 @@ class LowRank:
     @property
     def form(self) -> LowRankForm:
         """What the tensors do not say."""
-        bits = self.a.bits if isinstance(self.a, Uniform) else None
-        groups = self.a.form.groups if isinstance(self.a, Uniform) else 1
-        kept_in = ((f.scale if isinstance(f, Uniform) else f).dtype for f in (self.a, self.b))
+        bits = None if isinstance(self.a, torch.Tensor) else self.a.bits
+        groups = 1 if isinstance(self.a, torch.Tensor) else self.a.form.groups
+        kept_in = ((f if isinstance(f, torch.Tensor) else f.scale).dtype for f in (self.a, self.b))
         a_dtype, b_dtype = (str(dtype).removeprefix("torch.") for dtype in kept_in)
         return LowRankForm(rank=self.rank, bits=bits, a_groups=groups, a_dtype=a_dtype, b_dtype=b_dtype)
 
     @property
     def rank(self) -> int:
         """Columns of B and rows of A."""
-        return len(self.a.codes if isinstance(self.a, Uniform) else self.a)
+        return len(_numbers(self.a))
 
     @property
     def shape(self) -> tuple[int, int]:
         """(O, I), of the product."""
-        a, b = (f.codes if isinstance(f, Uniform) else f for f in (self.a, self.b))
+        a, b = _numbers(self.a), _numbers(self.b)
         return len(b), a.shape[1]
 
     @property
     def device(self) -> torch.device:
         """Where it is."""
-        return (self.b.codes if isinstance(self.b, Uniform) else self.b).device
+        return _numbers(self.b).device
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (r, I) and B (O, r), float32."""
-        a, b = (f.dequantize() if isinstance(f, Uniform) else f.float() for f in (self.a, self.b))
+        a, b = (f.float() if isinstance(f, torch.Tensor) else f.dequantize() for f in (self.a, self.b))
         return a, b
 
     def product(self) -> Tensor:
@@ -148,30 +150,35 @@ class LowRank:
 
     def rows(self, part: slice) -> LowRank:
         """For some rows of the weight, sharing memory."""
-        return LowRank(self.a, self.b.rows(part) if isinstance(self.b, Uniform) else self.b[part])
+        return LowRank(self.a, self.b[part] if isinstance(self.b, torch.Tensor) else self.b.rows(part))
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored."""
         found: dict[str, Tensor] = {}
         for side in SIDES:
             factor: Tensor | Uniform = getattr(self, side)
-            if isinstance(factor, Uniform):
+            if isinstance(factor, torch.Tensor):
+                found[f"lora_{side}"] = factor.contiguous()
+            else:
                 found[f"lora_{side}_codes"] = pack_bits(factor.codes, factor.bits)
                 found.update({f"lora_{side}_{leaf}": t for leaf, t in factor.tables().items()})
-            else:
-                found[f"lora_{side}"] = factor.contiguous()
         return found
 
     def defect(self, shape: tuple[int, int]) -> str | None:
         """What is impossible about it beside an (out, in) weight, or None."""
         for side, wanted in self.form.shapes(shape).items():
             factor: Tensor | Uniform = getattr(self, side)
-            values = factor if isinstance(factor, torch.Tensor) else factor.codes
-            if tuple(values.shape) != wanted:
-                return f"a factor {side} of shape {tuple(values.shape)}, not {wanted}"
-            if isinstance(factor, Uniform):
-                if factor.defect():
-                    return f"a factor {side} with {factor.defect()}"
-            elif not torch.isfinite(factor).all():
-                return f"a factor {side} that is not finite"
+            found = tuple(_numbers(factor).shape)
+            if found != wanted:
+                return f"a factor {side} of shape {found}, not {wanted}"
+            if isinstance(factor, torch.Tensor):
+                if not torch.isfinite(factor).all():
+                    return f"a factor {side} that is not finite"
+            elif factor.defect():
+                return f"a factor {side} with {factor.defect()}"
         return None
+
+
+def _numbers(factor: Tensor | Uniform) -> Tensor:
+    """The values of a factor, or its codes."""
+    return factor if isinstance(factor, torch.Tensor) else factor.codes

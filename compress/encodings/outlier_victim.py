@@ -27,10 +27,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from compress.encodings.base import Encoding, Form
+from compress.encodings.lookup import Table
 from compress.encodings.uniform import CHUNK, narrowest, rounded, scale_defect
 from compress.lazy import functional, torch
 
@@ -146,12 +147,16 @@ class OutlierVictimForm(Form):
     scale_dtype: str = "float16"
     family: ClassVar[str] = "outlier_victim"
     stores_idle: ClassVar[bool] = True  # a victim's identifier is what makes its partner an outlier
+    whole: ClassVar[bool] = True
 
     def tables(self, shape: tuple[int, int]) -> Stored:
         return {"scale": ((shape[0], 1), getattr(torch, self.scale_dtype))}
 
     def encoding(self, codes: Tensor, tables: Mapping[str, Tensor]) -> OutlierVictim:
         return OutlierVictim(codes, tables["scale"], self.normal)
+
+    def table(self, tensors: Mapping[str, Tensor], device: torch.device) -> Table:
+        return _pairs(self.normal, device)
 
 
 @dataclass(frozen=True)
@@ -192,6 +197,12 @@ class OutlierVictim(Encoding):
         if bool(((first & (second | (odd == 0))) | (second & (even == 0))).any()):
             return "pairs with a victim and no outlier"
         return self._codes_defect() or scale_defect(self.scale)
+
+
+@lru_cache(maxsize=64)
+def _pairs(normal: Normal, device: torch.device) -> Table:
+    with torch.inference_mode(False):
+        return Table(TYPES[normal].pairs.view(torch.float32).view(1, -1, 2).to(device), TYPES[normal].bits)
 
 
 def encode(x: Tensor, scale: Tensor, normal: Normal, double_outlier: DoubleOutlier = "larger") -> Tensor:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from compress.encodings.base import Encoding, Form
+from compress.encodings.lookup import Table
 from compress.encodings.uniform import CHUNK, SEARCH_NORM, narrowest, rounded, scale_defect
 from compress.lazy import torch
 
@@ -59,6 +60,9 @@ class PowerForm(Form):
 
     def encoding(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Power:
         return Power(codes, tables["scale"], tables["exponent"], self.bits, self.levels)
+
+    def table(self, tensors: Mapping[str, Tensor], device: torch.device) -> Table:
+        return _levels(self.bits, self.levels, float(tensors["exponent"]), device)
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,13 @@ class Power(Encoding):
 def level_values(bits: int, levels: Levels, exponent: Tensor) -> Tensor:
     """(1,) float32 exponent -> (L,) float32 ascending from -1 to 1, odd-symmetric: levels in units of the scale."""
     return _exact_values(bits, levels, exponent).float().to(exponent.device)
+
+
+@lru_cache(maxsize=64)
+def _levels(bits: int, levels: Levels, exponent: float, device: torch.device) -> Table:
+    with torch.inference_mode(False):
+        values = level_values(bits, levels, torch.tensor([exponent], device=device))
+        return Table(values.view(1, -1, 1), bits)
 
 
 def _exact_values(bits: int, levels: Levels, exponent: Tensor) -> Tensor:

@@ -7,10 +7,12 @@ each of the G groups covers I / G neighbouring columns.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from compress.encodings.base import Encoding, Form
 from compress.encodings.bits import pack_bits, row_bytes, unpack_bits
+from compress.encodings.lookup import Table
 from compress.lazy import torch
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ class UniformForm(Form):
     symmetric: bool = False
     scale_dtype: str = "float16"
     family: ClassVar[str] = "uniform"
+    whole: ClassVar[bool] = True
+    steps: ClassVar[bool] = True
 
     def tables(self, shape: tuple[int, int]) -> Stored:
         rows = 1 if self.per_tensor else shape[0]
@@ -52,6 +56,9 @@ class UniformForm(Form):
         else:
             zero = unpack_bits(tables["zero_point"], self.bits, self.groups)
         return Uniform(codes, scale, zero, self.bits, self.symmetric)
+
+    def table(self, tensors: Mapping[str, Tensor], device: torch.device) -> Table:
+        return _steps(self.bits, self.symmetric, device)
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,13 @@ class Uniform(Encoding):
         if int(self.zero_point.max()) >= 2**self.bits:
             return f"zero points that do not fit {self.bits} bits"
         return self._codes_defect() or scale_defect(self.scale)
+
+
+@lru_cache(maxsize=64)
+def _steps(bits: int, symmetric: bool, device: torch.device) -> Table:
+    with torch.inference_mode(False):
+        steps = torch.arange(2**bits, device=device).float() - (2 ** (bits - 1) if symmetric else 0)
+        return Table(steps.view(1, -1, 1), bits)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compress.encodings import CodebookForm, Codebooks, Uniform, UniformForm
 from compress.encodings.bits import pack_bits
 from compress.lazy import torch
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.encodings import Encoding, Spec
+    from compress.encodings.lookup import Lookup
 
 NON_LINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # of IQ4_NL, in units of d
 SMALLEST = 32  # columns of the narrowest block
@@ -51,47 +51,49 @@ def misfit(spec: Spec) -> str | None:
     form, columns = spec.form, spec.shape[1]
     if columns % SMALLEST:
         return f"rows of {columns} weights, which are no whole blocks of {SMALLEST}; `exclude` it in the quantizer"
-    if isinstance(form, CodebookForm):
-        if (form.entries, form.num_tables, form.scaled, spec.kept) == (16, 1, True, None):
+    assert form is not None
+    tables = form.tables(spec.shape)
+    if "table" in tables:
+        if tables["table"][0] == (1, len(NON_LINEAR)) and "scale" in tables and spec.kept is None:
             return None
         return "a codebook, and only that of IQ4_NL is known; use a uniform quantizer such as rtn or gptq"
-    if not isinstance(form, UniformForm):
-        assert form is not None
+    if not form.steps:
         return f"{form.family} codes; use a uniform quantizer such as rtn or gptq"
-    if columns // form.groups % SMALLEST:
-        return f"groups of {columns // form.groups} weights; group_size: {SMALLEST} would fit, and every multiple of it"
-    if form.bits == 8 and not form.symmetric:
+    (_, groups), scale_dtype = tables["scale"]
+    if columns // groups % SMALLEST:
+        return f"groups of {columns // groups} weights; group_size: {SMALLEST} would fit, and every multiple of it"
+    if form.bits == 8 and "zero_point" in tables:
         return "asymmetric codes of 8 bits; with symmetric: true they fit Q8_0"
-    if form.scale_dtype != "float16":
+    if scale_dtype != torch.float16:
         return "scales outside of float16's range, and those of blocks are float16; export compressed-tensors"
     return None
 
 
 def to_blocks(encoding: Encoding) -> Blocks | str:
     """A weight in the smallest type whose values are exactly its own; else why there is none."""
-    if isinstance(encoding, Uniform):
-        return _from_uniform(encoding)
-    assert isinstance(encoding, Codebooks)
-    return _from_codebook(encoding)
+    lookup = encoding.lookup()
+    return _from_steps(encoding.codes, lookup) if encoding.form.steps else _from_table(encoding.codes, lookup)
 
 
-def _from_uniform(encoding: Uniform) -> Blocks | str:
-    scale = _exact(encoding.scale.float())
+def _from_steps(codes: Tensor, lookup: Lookup) -> Blocks | str:
+    assert lookup.scale is not None
+    of_groups = lookup.scale.of()
+    scale = _exact(of_groups)
     if scale is None:
         return "scales that are not float16"
-    levels = encoding.codes.short() - encoding.idle().short()
+    levels = lookup.units(codes).short()
     low, high = int(levels.min()), int(levels.max())
-    rows, repeats = len(levels), encoding.group_size // SMALLEST
+    rows, repeats = len(levels), lookup.scale.columns // SMALLEST
     d = scale.expand(rows, -1).repeat_interleave(repeats, dim=1)
     if low >= -1 and high <= 1 and repeats % 8 == 0:
         return Blocks("TQ2_0", _joined(_quarters(levels + 1), _halves(d[:, ::8])))
     if low >= -8 and high <= 7:
         return Blocks("Q4_0", _joined(_halves(d), _nibbles(levels + 8)))
-    if encoding.bits == 4:
-        least = _exact(encoding.scale.float() * -encoding.zero_point.float())
+    if lookup.table.bits == 4:
+        least = _exact(of_groups * -lookup.steps_from().float())
         if least is not None:
             m = least.expand(rows, -1).repeat_interleave(repeats, dim=1)
-            return Blocks("Q4_1", _joined(_halves(d), _halves(m), _nibbles(encoding.codes)))
+            return Blocks("Q4_1", _joined(_halves(d), _halves(m), _nibbles(codes)))
     if low >= -16 and high <= 15:
         return Blocks("Q5_0", _joined(_halves(d), *_fifths(levels + 16)))
     if low >= -128 and high <= 127:
@@ -99,14 +101,14 @@ def _from_uniform(encoding: Uniform) -> Blocks | str:
     return f"codes up to {max(high, -low)} from their zero point"
 
 
-def _from_codebook(encoding: Codebooks) -> Blocks | str:
-    assert encoding.scale is not None
-    table, scale = encoding.table[0].float(), encoding.scale.float()
+def _from_table(codes: Tensor, lookup: Lookup) -> Blocks | str:
+    assert lookup.scale is not None
+    table, scale = lookup.table.values[0, :, 0], lookup.scale.of()
     d = _exact(scale * table[NON_LINEAR.index(1)])
-    if d is None or not torch.equal(scale * table, d.float() * torch.tensor(NON_LINEAR)):
+    if d is None or not torch.equal(scale[..., None] * table, d.float()[..., None] * torch.tensor(NON_LINEAR)):
         return "a codebook that is not IQ4_NL's times a float16"
-    blocks = encoding.codes.shape[1] // SMALLEST
-    return Blocks("IQ4_NL", _joined(_halves(d.expand(-1, blocks)), _nibbles(encoding.codes)))
+    blocks = d.expand(len(codes), -1).repeat_interleave(lookup.scale.columns // SMALLEST, dim=1)
+    return Blocks("IQ4_NL", _joined(_halves(blocks), _nibbles(codes)))
 
 
 def _exact(values: Tensor) -> Tensor | None:

@@ -19,7 +19,6 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.checkpoint.sources import SINGLE
-from compress.encodings import Uniform, UniformForm
 from compress.encodings.bits import pack_bits, row_bytes
 from compress.export.base import Exporter, refuse_added, refuse_missing
 from compress.export.hf import Dense, loaded, plain_config, refuse_rounded
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from compress.encodings import Spec
+    from compress.encodings import Form, Spec
     from compress.export.base import Logits, Made
     from compress.io.safetensors_file import Entry
     from compress.models.graph import Graph
@@ -67,18 +66,20 @@ class Scheme:
 
 
 def schemes(specs: Mapping[str, Spec]) -> dict[str, Scheme]:
-    """How every layer with uniform codes is kept.
+    """How every layer whose codes count steps is kept.
 
     Among layers of several settings, distances from the zero point are kept in the place of codes, in one more bit.
     """
-    found = {name: _own(spec, spec.form) for name, spec in specs.items() if isinstance(spec.form, UniformForm)}
+    found = {name: _own(spec, spec.form) for name, spec in specs.items() if spec.form is not None and spec.form.steps}
     if len(set(found.values())) <= 1:
         return found
     return {n: s if s.symmetric else Scheme(s.bits + 1, True, s.group_size) for n, s in found.items()}
 
 
-def _own(spec: Spec, form: UniformForm) -> Scheme:
-    return Scheme(form.bits, form.symmetric, spec.shape[1] // form.groups if form.groups > 1 else None)
+def _own(spec: Spec, form: Form) -> Scheme:
+    tables = form.tables(spec.shape)
+    groups = tables["scale"][0][1]
+    return Scheme(form.bits, "zero_point" not in tables, spec.shape[1] // groups if groups > 1 else None)
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,9 @@ class Packing:
 
     def _entries(self, name: str) -> list[Entry]:
         scheme, spec = self.schemes[name], specs_in(self.made)[name]
-        assert isinstance(spec.form, UniformForm)
-        (rows, columns), groups = spec.shape, spec.form.groups
-        scale_dtype = torch.float32 if self.dequantized else getattr(torch, spec.form.scale_dtype)
+        rows, columns = spec.shape
+        (_, groups), stored = spec.tensors()["scale"]
+        scale_dtype = torch.float32 if self.dequantized else stored
         found: list[Entry] = [
             (f"{name}.weight_packed", (rows, _words(columns, scheme.bits)), torch.int32),
             (f"{name}.weight_scale", (rows, groups), scale_dtype),
@@ -129,11 +130,12 @@ class Packing:
         if owner not in self.schemes:
             return self.dense.read(owner)
         encoding = self.made.artifact.weight(self.made.artifact.sites[owner]).encoding
-        assert isinstance(encoding, Uniform)
-        scheme, codes, rows = self.schemes[owner], encoding.codes, len(encoding.codes)
-        scale, zero = encoding.scale.expand(rows, -1), encoding.zero_point.expand(rows, -1)
-        if scheme.bits > encoding.bits:
-            codes = (codes.short() - encoding.idle().short() + 2 ** (scheme.bits - 1)).to(torch.uint8)
+        assert encoding is not None
+        scheme, codes, rows, lookup = self.schemes[owner], encoding.codes, len(encoding.codes), encoding.lookup()
+        assert lookup.scale is not None
+        scale, zero = lookup.scale.as_stored().expand(rows, -1), lookup.steps_from().expand(rows, -1)
+        if scheme.bits > encoding.form.bits:
+            codes = (lookup.units(codes) + 2 ** (scheme.bits - 1)).to(torch.uint8)
         found = {
             "weight_packed": _packed(codes, scheme.bits),
             "weight_scale": scale.float() if self.dequantized else scale,
@@ -195,7 +197,7 @@ class CompressedTensors(Exporter):
         coded = {name: spec for name, spec in specs.items() if spec.form is not None}
         if not coded:
             yield "no layer has codes, so there is nothing to pack; quantize with rtn or gptq, or export hf"
-        others = [name for name, spec in coded.items() if not isinstance(spec.form, UniformForm)]
+        others = [name for name, spec in coded.items() if name not in schemes(specs)]
         if others:
             form = coded[others[0]].form
             assert form is not None

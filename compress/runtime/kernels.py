@@ -25,16 +25,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from compress.encodings import Codebooks, OutlierVictim, Power, Uniform, pack
+from compress.encodings import pack
 from compress.encodings.bits import pack_bits
-from compress.encodings.decode import Decoder, wide
-from compress.encodings.power import level_values
+from compress.encodings.decode import Decoder
+from compress.encodings.lookup import wide
 from compress.encodings.uniform import CHUNK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from compress.encodings import Spec, Weight
+    from compress.encodings.lookup import Lookup
 
 
 class Kernel(ABC):
@@ -101,17 +102,20 @@ class Codes(Kernel):
 
     @classmethod
     def prepare(cls, spec: Spec, weight: Weight, stored: dict[str, Tensor]) -> Self | None:
-        encoding, scale = weight.encoding, scale_of(weight)
-        if scale is None or not isinstance(encoding, Uniform | OutlierVictim):
+        if weight.encoding is None or not weight.encoding.form.whole:
             return None
+        lookup, form = weight.encoding.form.lookup(spec.shape, stored), weight.encoding.form
+        if lookup.scale is None:
+            return None
+        scale, zero = lookup.scale.of(), lookup.zero_of(slice(None))
         if scale.shape[1] == 1:
             scale = scale.expand(spec.shape[0], 1).contiguous()
-            if isinstance(encoding, Uniform) and encoding.bits == 8 and not encoding.symmetric:
-                middle = 128 - encoding.zero_point.expand(spec.shape[0], 1)[:, 0].float()
-                return cls((encoding.codes ^ 128).view(torch.int8), scale[:, 0], middle)
+            if form.steps and form.bits == 8 and zero is not None:
+                middle = 128 - zero.expand(spec.shape[0], 1)[:, 0]
+                return cls((weight.encoding.codes ^ 128).view(torch.int8), scale[:, 0], middle)
         codes = torch.empty(spec.shape, dtype=torch.int16, device=scale.device)
         for part in Decoder(spec, stored).tiles():
-            units = units_of(weight, part)
+            units = units_of(weight, lookup, part)
             if float(units.abs().max()) > torch.iinfo(torch.int16).max:
                 return None
             codes[part] = units
@@ -147,15 +151,17 @@ class Bytes(Kernel):
 
     @classmethod
     def prepare(cls, spec: Spec, weight: Weight, stored: dict[str, Tensor]) -> Self | None:
-        found = numbered(weight)
+        if weight.encoding is None or weight.encoding.form.steps:
+            return None
+        lookup = weight.encoding.form.lookup(spec.shape, stored)
+        found = numbered(weight, lookup)
         if found is None or (weight.mask is None and found[1].shape[1] in (4, 16, 256)):
             return None  # as they are stored they are looked up as quickly
         codes, table, first = found
         bits = 4 if table.shape[1] <= 16 else 8
         if table.shape[1] > 256:
             return None
-        scale = scale_of(weight)
-        scale = torch.ones(1, 1, device=table.device) if scale is None else scale
+        scale = torch.ones(1, 1, device=table.device) if lookup.scale is None else lookup.scale.of()
         begins = (first << 8)[:, None]  # 256 entries a table, either way
         return cls(pack_bits(codes, bits), wide(table, bits), begins, scale[..., None], spec.shape[1])
 
@@ -203,26 +209,24 @@ def scaled(y: Tensor, scale: Tensor, like: Tensor) -> Tensor:
     return y.mul_(scale).to(like.dtype)
 
 
-def numbered(weight: Weight) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Codes (O, I) uint8, tables (T, K) float32 and (O,) int32, each row's table, of a codebook or power levels.
+def numbered(weight: Weight, lookup: Lookup) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Codes (O, I) uint8, tables (T, E) float32 and (O,) int32, each row's table, of what is looked up code by code.
 
-    Where weights are masked, the last entry is zero and theirs: no other code may mean exactly zero. None where the
-    encoding has no tables, or more than 256 entries would be needed.
+    Where weights are masked, the last entry is zero and theirs: no other code may mean exactly zero. None where codes
+    mean something only beside others, or where more than 256 entries would be needed.
     """
-    encoding = weight.encoding
-    if isinstance(encoding, Power):
-        table = level_values(encoding.bits, encoding.levels, encoding.exponent)[None]
-        first = torch.zeros(len(encoding.codes), dtype=torch.int32, device=table.device)
-    elif isinstance(encoding, Codebooks):
-        table, first = encoding.table.float(), encoding.row_group.int()
-    else:
+    assert weight.encoding is not None
+    codes, values, rows = weight.encoding.codes, lookup.table.values, lookup.row_table
+    if values.shape[2] > 1:
         return None
+    table = values[..., 0]
+    first = torch.zeros(len(codes), dtype=torch.int32, device=table.device) if rows is None else rows.int()
     if weight.mask is None:
-        return encoding.codes, table, first
+        return codes, table, first
     entries = table.shape[1]
     if entries == 256:
         return None
-    return torch.where(weight.mask, encoding.codes, entries), torch.nn.functional.pad(table, (0, 1)), first
+    return torch.where(weight.mask, codes, entries), torch.nn.functional.pad(table, (0, 1)), first
 
 
 def without_extras(spec: Spec) -> Spec:
@@ -240,22 +244,8 @@ def _by_tiles(x: Tensor, rows: int, tiles: Iterator[tuple[slice, Tensor]]) -> Te
     return found
 
 
-def scale_of(weight: Weight) -> Tensor | None:
-    """(O, 1), (O, G) or (1, 1) float32; None where there is none."""
-    found = getattr(weight.encoding, "scale", None)
-    return None if found is None else found.float()
-
-
-def units_of(weight: Weight, part: slice) -> Tensor:
+def units_of(weight: Weight, lookup: Lookup, part: slice) -> Tensor:
     """(rows, I) float32: the values of some rows in units of their scales."""
-    one = weight.rows(part)
-    encoding = one.encoding
-    if isinstance(encoding, Power):
-        values = level_values(encoding.bits, encoding.levels, encoding.exponent)
-        units = values.index_select(0, encoding.codes.flatten().int()).view(encoding.codes.shape)
-    elif isinstance(encoding, Uniform | OutlierVictim):
-        units = replace(encoding, scale=torch.ones_like(encoding.scale)).dequantize()
-    else:
-        assert isinstance(encoding, Codebooks)
-        units = replace(encoding, scale=None).dequantize()
-    return units if one.mask is None else units.masked_fill_(~one.mask, 0.0)
+    assert weight.encoding is not None
+    units = lookup.units(weight.encoding.codes[part], part)
+    return units if weight.mask is None else units.masked_fill_(~weight.mask[part], 0.0)

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from compress.encodings import Codebooks, Uniform
 from compress.encodings.decode import Decoder
-from compress.runtime.kernels import Codes, Kernel, scale_of, scaled, units_of
+from compress.runtime.kernels import Codes, Kernel, scaled, units_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,15 +38,17 @@ class Halves(Kernel):
 
     @classmethod
     def prepare(cls, spec: Spec, weight: Weight, stored: dict[str, Tensor]) -> Self | None:
-        scale = scale_of(weight)
-        by_table = isinstance(weight.encoding, Codebooks) and weight.encoding.scale is None
-        if (scale is None and not by_table) or (scale is not None and scale.shape[1] > 1):
+        if weight.encoding is None:
+            return None
+        lookup = weight.encoding.form.lookup(spec.shape, stored)
+        scale = None if lookup.scale is None else lookup.scale.of()
+        if scale is not None and scale.shape[1] > 1:
             return None
         if "fbgemm" not in torch.backends.quantized.supported_engines:
             return None
         pieces = []
         for part in Decoder(spec, stored).tiles(HALF_TILE):
-            units = units_of(weight, part)
+            units = units_of(weight, lookup, part)
             if not torch.equal(units.half().float(), units):
                 return None
             pieces.append(torch.ops.quantized.linear_prepack_fp16(units, None))
@@ -75,17 +76,18 @@ class Int4(Kernel):
 
     @classmethod
     def prepare(cls, spec: Spec, weight: Weight, stored: dict[str, Tensor]) -> Self | None:
-        encoding = weight.encoding
         rows, columns = spec.shape
-        if not isinstance(encoding, Uniform) or encoding.bits > 4 or rows % 16:
+        if weight.encoding is None or not weight.encoding.form.steps or weight.encoding.form.bits > 4 or rows % 16:
             return None
-        group = next((g for g in INT4_GROUPS if encoding.group_size % g == 0), None)
+        codes, lookup = weight.encoding.codes, weight.encoding.form.lookup(spec.shape, stored)
+        assert lookup.scale is not None
+        group = next((g for g in INT4_GROUPS if lookup.scale.columns % g == 0), None)
         if group is None:
             return None
-        shift = 8 - 2 ** (encoding.bits - 1)  # code 8 is what values are counted from: near zero little is rounded
+        shift = 8 - 2 ** (lookup.table.bits - 1)  # code 8 is what values are counted from: near zero little is rounded
         whole = range(0, rows, INT4_ROWS)
-        packed = [_int4(encoding.codes[start : start + INT4_ROWS] + shift) for start in whole]
-        scale, zero = encoding.scale.float(), encoding.zero_point.float() + shift
+        packed = [_int4(codes[start : start + INT4_ROWS] + shift) for start in whole]
+        scale, zero = lookup.scale.of(), lookup.steps_from().float() + shift
         tables = torch.stack([scale, (8 - zero) * scale], -1).bfloat16()
         tables = tables.repeat_interleave(columns // group // scale.shape[1], 1).expand(rows, -1, -1)
         return cls(torch.cat(packed), group, tables.transpose(0, 1).contiguous())

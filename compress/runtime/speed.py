@@ -11,7 +11,7 @@ from compress.encodings import unpack
 from compress.errors import UsageError
 from compress.runtime.kernels import Bytes, Codes, Factors, Tiles, without_extras
 from compress.runtime.linear import PackedLinear, Quick
-from compress.runtime.lookup import Lookup
+from compress.runtime.lookup import GpuLookup
 from compress.runtime.low_bit import Halves, Int4, Int8
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _speed_up(name: str, layer: PackedLinear, exact: bool, spare_bits: float) ->
 
 def _kinds(device: torch.device, exact: bool) -> Iterable[type[Kernel]]:
     if device.type == "cuda":
-        return (Lookup,)
+        return (GpuLookup,)
     if device.type != "cpu":
         return ()
     return EXACT if exact else (*ROUNDED, *EXACT)

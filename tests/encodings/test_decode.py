@@ -5,7 +5,8 @@ import torch
 from runtime_layers import ENCODINGS, weight
 
 from compress.encodings import Weight, pack, unpack
-from compress.encodings.decode import Decoder, codes_an_index, indices
+from compress.encodings.decode import Decoder, indices
+from compress.encodings.lookup import codes_an_index
 from compress.encodings.weight import spread
 
 

@@ -13,10 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from compress.encodings import FACTORED
-from compress.encodings.codebook import CodebookForm
-from compress.encodings.outlier_victim import OutlierVictimForm
-from compress.encodings.power import PowerForm, level_values
-from compress.encodings.uniform import UniformForm
 from compress.export.onnx import qdq, weights
 from compress.export.onnx.inputs import rounded
 from compress.export.onnx.ops import MICROSOFT, padded, repacked, unpacked
@@ -26,7 +22,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from torch import Tensor
 
-    from compress.encodings import LowRankForm, Spec
+    from compress.encodings import Form, LowRankForm, Spec
+    from compress.encodings.lookup import Lookup
     from compress.export.onnx.ops import Ops
     from compress.export.onnx.weights import Source
 
@@ -92,8 +89,8 @@ def low_rank(source: Source, x: ir.Value, form: LowRankForm, style: Style) -> ir
 def kernel(source: Source, x: ir.Value, kept: ir.Value | None, style: Style) -> ir.Value | None:
     """X times the weight in `MatMulNBits`; None where no form of it is legal, or exact enough."""
     form = source.form
-    if isinstance(form, UniformForm):
-        return _uniform(source, form, x, kept, style)
+    if form is not None and form.steps:
+        return _steps(source, form, x, kept, style)
     if form is None or not style.fast:
         return None
     found: ir.Value | None = None
@@ -113,25 +110,28 @@ def block_size(columns: int, groups: int) -> int | None:
     return next((b for b in (*BLOCKS, 16) if size % b == 0), None)
 
 
-def _uniform(source: Source, form: UniformForm, x: ir.Value, kept: ir.Value | None, style: Style) -> ir.Value | None:
-    ops, (rows, columns) = source.ops, source.shape
-    block = block_size(columns, form.groups)
+def _steps(source: Source, form: Form, x: ir.Value, kept: ir.Value | None, style: Style) -> ir.Value | None:
+    """X times codes that count steps."""
+    ops, (rows, columns), scales = source.ops, source.shape, source.lookup().scale
+    assert scales is not None
+    block = block_size(columns, scales.groups)
     if block is None:
         return None
     width, blocks = next(w for w in WIDTHS if w >= form.bits), -(-columns // block)
-    zeros = None if form.symmetric and width == form.bits else _zero_points(source, form, blocks, width)
-    scale = _spread(ops, source.floats("scale"), form.per_tensor, form.groups, rows, blocks)
+    one_row, groups = len(scales.values) == 1 < rows, scales.groups
+    zeros = None if "zero_point" not in source.beside and width == form.bits else _zero_points(source, blocks, width)
+    scale = _spread(ops, source.scale(), one_row, groups, rows, blocks)
     as_stored = width == form.bits and kept is None
     if as_stored and columns == blocks * block:
         packed = source.value("codes", rows, blocks, block * width // 8)
         return _matmul(ops, x, packed, scale, zeros, width, source.shape, block, style)
     codes = weights.codes(source, kept)
     if kept is not None:
-        grouped = (rows, form.groups, columns // form.groups)
+        grouped = (rows, groups, columns // groups)
         middle = ops.op("Unsqueeze", ops.cast(weights.zero_points(source), torch.uint8), ops.ints(-1))
         there = ops.op("Where", ops.reshape(kept, *grouped), ops.reshape(codes, *grouped), middle)
         codes = ops.reshape(there, rows, columns)
-    return _product(source, x, codes, scale, zeros, width, form.groups, style)
+    return _product(source, x, codes, scale, zeros, width, groups, style)
 
 
 def _product(
@@ -168,52 +168,58 @@ def _spread(ops: Ops, value: ir.Value, one_row: bool, groups: int, rows: int, bl
     return ops.reshape(ops.expand(value, rows, groups, blocks // groups), rows, blocks)
 
 
-def _zero_points(source: Source, form: UniformForm, blocks: int, width: int) -> ir.Value:
+def _zero_points(source: Source, blocks: int, width: int) -> ir.Value:
     """(O, ceil(K * width / 8)) uint8, packed."""
-    ops, rows = source.ops, source.shape[0]
-    if form.symmetric:
+    ops, form, rows = source.ops, source.form, source.shape[0]
+    assert form is not None
+    if "zero_point" not in source.beside:
         byte = sum(2 ** (form.bits - 1) << (width * i) for i in range(8 // width))
         return ops.expand(ops.small(torch.full((1, 1), byte, dtype=torch.uint8)), rows, -(-blocks * width // 8))
-    if form.groups == blocks and width == form.bits and not form.per_tensor:
+    there, groups = source.tensors[f"{source.prefix}scale"][0]
+    if groups == blocks and width == form.bits and there == rows:
         return source.value("zero_point")
-    there = 1 if form.per_tensor else rows
-    zeros = unpacked(ops, source.value("zero_point"), form.bits, there, form.groups)
-    zeros = _spread(ops, zeros, form.per_tensor, form.groups, rows, blocks)
+    zeros = source.per_row(unpacked(ops, source.value("zero_point"), form.bits, there, groups))
+    zeros = _spread(ops, zeros, there == 1 < rows, groups, rows, blocks)
     full = blocks + -blocks % (8 // width)
     return repacked(ops, padded(ops, zeros, rows, blocks, full), width, rows, full)
 
 
 def _tables(source: Source, kept: ir.Value | None) -> list[tuple[ir.Value, ir.Value, int]]:
     """Codes of 8 bits (O, I), scales (O, K) and groups, whose products sum up to the weight; empty where none do."""
-    ops, form, (rows, columns) = source.ops, source.form, source.shape
+    ops, (rows, columns), lookup = source.ops, source.shape, source.lookup()
+    groups = 1 if lookup.scale is None else lookup.scale.groups
+    block = block_size(columns, groups)
+    if block is None or (lookup.scale is None and "table" not in source.beside):
+        return []
     found: list[tuple[ir.Value, ir.Value, int]] = []
 
     def masked(codes: ir.Value) -> ir.Value:
         return codes if kept is None else ops.op("Where", kept, codes, ops.small(_codes(torch.zeros(()))))
 
-    if isinstance(form, PowerForm):
-        block = block_size(columns, form.groups)
-        if block is None:
-            return []
-        levels = level_values(form.bits, form.levels, source.small("exponent"))
-        scale = ops.op("Div", source.floats("scale"), ops.number(LARGEST))
-        spread = _spread(ops, scale, form.per_tensor, form.groups, rows, -(-columns // block))
-        codes = weights.looked_up(source, source.derived("levels", _codes(levels * LARGEST)), len(levels), kept)
-        found.append((masked(codes), spread, form.groups))
-    elif isinstance(form, CodebookForm):
-        table = source.small("table").float()
+    def spread(scale: ir.Value, one_row: bool) -> ir.Value:
+        return _spread(ops, scale, one_row, groups, rows, -(-columns // block))
+
+    one_row = lookup.scale is not None and len(lookup.scale.values) == 1 < rows
+    if lookup.table.codes_per_index > 1:
+        for values, unit in _terms(lookup.table.values[0]):
+            scale = ops.op("Mul", source.scale(), ops.number(unit))
+            codes = weights.pairs(source, ops.small(_codes(values)))
+            found.append((masked(codes), spread(scale, one_row), groups))
+    elif "table" in source.beside:
+        table = lookup.table.values[..., 0]
         largest = table.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        rounded_table = source.derived("table", _codes(table / largest * LARGEST))
-        codes = weights.looked_up(source, rounded_table, form.entries, kept)
+        narrow = source.derived("table", _codes(table / largest * LARGEST))
+        codes = weights.looked_up(source, lookup, narrow, kept)
         of_table = source.derived("table_scale", (largest / LARGEST)[:, 0])
-        scale = ops.op("Gather", of_table, _row_table(source, form), axis=0)
-        if form.scaled:
-            scale = ops.op("Mul", scale, source.floats("scale"))
-        found.append((masked(codes), _rows(source, scale), 1))
-    elif isinstance(form, OutlierVictimForm):
-        for values, unit in _terms(weights.pair_table(form)):
-            scale = ops.op("Mul", source.floats("scale"), ops.number(unit))
-            found.append((masked(weights.pairs(source, ops.small(_codes(values)))), _rows(source, scale), 1))
+        scale = ops.op("Gather", of_table, _row_table(source, lookup), axis=0)
+        scale = scale if lookup.scale is None else ops.op("Mul", scale, source.scale())
+        found.append((masked(codes), spread(scale, False), groups))
+    else:
+        levels = lookup.table.values.flatten()
+        top = float(levels.abs().max())
+        scale = spread(ops.op("Div", source.scale(), ops.number(LARGEST / top)), one_row)
+        narrow = source.derived("levels", _codes(levels / top * LARGEST))
+        found.append((masked(weights.looked_up(source, lookup, narrow, kept)), scale, groups))
     return found
 
 
@@ -221,19 +227,12 @@ def _codes(values: Tensor) -> Tensor:
     return (values.round() + MIDDLE).to(torch.uint8)
 
 
-def _row_table(source: Source, form: CodebookForm) -> ir.Value:
+def _row_table(source: Source, lookup: Lookup) -> ir.Value:
     """(O, 1) int32: the table of each row."""
     ops, rows = source.ops, source.shape[0]
-    if form.num_tables == 1:
+    if lookup.row_table is None:
         return ops.expand(ops.small(torch.zeros(1, 1, dtype=torch.int32)), rows, 1)
-    return ops.reshape(ops.cast(weights.row_tables(source, form), torch.int32), rows, 1)
-
-
-def _rows(source: Source, scale: ir.Value) -> ir.Value:
-    """(O, 1) -> (O, K)."""
-    block = block_size(source.shape[1], 1)
-    assert block is not None
-    return _spread(source.ops, scale, False, 1, source.shape[0], -(-source.shape[1] // block))
+    return ops.reshape(ops.cast(weights.row_tables(source, lookup), torch.int32), rows, 1)
 
 
 def _terms(values: Tensor) -> list[tuple[Tensor, float]]:

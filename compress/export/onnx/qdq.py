@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from compress.encodings.bits import pack_bits, unpack_bits
-from compress.encodings.uniform import UniformForm
 from compress.lazy import torch
 
 if TYPE_CHECKING:
@@ -26,40 +25,37 @@ BLOCKS = (256, 128, 64, 32, 16)  # onnxruntime turns these into its own operator
 
 def dequantized(source: Source) -> ir.Value | None:
     """(I, O) float32, packed in the file and in memory; None where the operator has no such codes."""
-    form = source.form
-    if not isinstance(form, UniformForm) or form.bits not in KINDS or source.kept is not None or form.per_tensor:
+    form, (rows, columns) = source.form, source.shape
+    if form is None or not form.steps or form.bits not in KINDS or source.kept is not None:
         return None
-    ops, kind, (rows, columns) = source.ops, KINDS[form.bits], source.shape
-    size = columns // form.groups
+    ops, kind, bits, leaf = source.ops, KINDS[form.bits], form.bits, f"{source.prefix}scale"
+    (there, groups), dtype = source.tensors[leaf]
+    if there < rows or "outer_scale" in source.beside:
+        return None
+    size = columns // groups
     block = next((b for b in BLOCKS if size % b == 0), None)
-    if form.groups > 1 and block is None:
+    if groups > 1 and block is None:
         return None
-    if form.bits == 2 and rows % 4:  # onnxruntime 1.31 computes something else when a row of (I, O) ends inside a byte
+    if bits == 2 and rows % 4:  # onnxruntime 1.31 computes something else when a row of (I, O) ends inside a byte
         return None
-    blocks = 1 if form.groups == 1 or block is None else columns // block
-    bits = form.bits
+    blocks = 1 if groups == 1 or block is None else columns // block
     turned = lambda: _turned(source.read(f"{source.prefix}codes"), columns, bits)  # noqa: E731
     codes = ops.stored(f"{source.prefix}codes", (columns, rows), kind, turned)
-    leaf = f"{source.prefix}scale"
-    dtype = source.tensors[leaf][1]
 
     def repeated(table: Tensor) -> Tensor:
-        return table.repeat_interleave(blocks // form.groups, dim=1)
+        return table.repeat_interleave(blocks // groups, dim=1)
 
-    shape = (rows,) if form.groups == 1 else (blocks, rows)
+    shape = (rows,) if groups == 1 else (blocks, rows)
     scale = ops.stored(leaf, shape, dtype, lambda: repeated(source.read(leaf)).T.reshape(shape))
     if dtype != torch.float32:
         scale = ops.cast(scale, torch.float32)
 
     def zero_points() -> Tensor:
-        if form.symmetric:
-            zeros = torch.full((rows, form.groups), 2 ** (form.bits - 1), dtype=torch.uint8)
-        else:
-            zeros = unpack_bits(source.read(f"{source.prefix}zero_point"), form.bits, form.groups)
-        return pack_bits(repeated(zeros).T.reshape(1, -1), form.bits)[0]
+        zeros = source.lookup().steps_from()
+        return pack_bits(repeated(zeros).T.reshape(1, -1), bits)[0]
 
     middle = ops.stored(f"{source.prefix}zero_point", shape, kind, zero_points)
-    if form.groups == 1:
+    if groups == 1:
         return ops.op("DequantizeLinear", codes, scale, middle, axis=1)
     return ops.op("DequantizeLinear", codes, scale, middle, axis=0, block_size=block)
 

@@ -12,10 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from compress.encodings import FACTORED
 from compress.encodings.bits import row_bytes
-from compress.encodings.codebook import CodebookForm, index_bits
-from compress.encodings.outlier_victim import TYPES, OutlierVictimForm
-from compress.encodings.power import PowerForm, level_values
-from compress.encodings.uniform import UniformForm
+from compress.encodings.codebook import index_bits
 from compress.export.onnx.ops import cut, lanes, unpacked
 from compress.lazy import torch
 
@@ -27,6 +24,7 @@ if TYPE_CHECKING:
 
     from compress.encodings import Form, LowRankForm, Spec
     from compress.encodings.base import Stored
+    from compress.encodings.lookup import Lookup
     from compress.export.onnx.ops import Ops
 
 Read: TypeAlias = "Callable[[str], Tensor]"
@@ -70,9 +68,30 @@ class Source:
         """A constant made of small stored ones."""
         return self.ops.stored(f"{self.prefix}{leaf}", value.shape, value.dtype, lambda: value)
 
-    def small(self, leaf: str) -> Tensor:
-        """The numbers of a small tensor."""
-        return self.read(f"{self.prefix}{leaf}")
+    def lookup(self) -> Lookup:
+        """What the codes mean. Reads everything beside them, and keeps nothing."""
+        assert self.form is not None
+        return self.form.lookup(self.shape, {leaf: self.read(f"{self.prefix}{leaf}") for leaf in self.beside})
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The leaves beside the codes, without the prefix."""
+        return () if self.form is None else tuple(self.form.tables(self.shape))
+
+    def scale(self) -> ir.Value:
+        """(O, G) float32, or (1, G) where all rows share them; with the scale of the scales in it."""
+        found = self.floats("scale")
+        if "outer_scale" in self.beside:
+            found = self.ops.op("Mul", found, self.floats("outer_scale"))
+        return self.per_row(found)
+
+    def per_row(self, value: ir.Value) -> ir.Value:
+        """(R, G), a number for each block -> (O, G); one row stays one."""
+        (there, groups), rows = self.tensors[f"{self.prefix}scale"][0], self.shape[0]
+        if there in (1, rows):
+            return value
+        value = self.ops.expand(self.ops.op("Unsqueeze", value, self.ops.ints(1)), there, rows // there, groups)
+        return self.ops.reshape(value, rows, groups)
 
 
 def source_of(ops: Ops, spec: Spec, read: Read) -> Source:
@@ -82,12 +101,8 @@ def source_of(ops: Ops, spec: Spec, read: Read) -> Source:
 
 def factor(source: Source, form: LowRankForm, side: str) -> Source:
     """Of one factor of the correction beside a weight."""
-    groups = form.a_groups if side == "a" else 1
-    dtype = form.a_dtype if side == "a" else form.b_dtype
-    codes = None
-    if form.bits is not None:
-        codes = UniformForm(bits=form.bits, groups=groups, symmetric=True, scale_dtype=dtype)
-    return replace(source, shape=form.shapes(source.shape)[side], form=codes, kept=None, prefix=f"lora_{side}_")
+    shape = form.shapes(source.shape)[side]
+    return replace(source, shape=shape, form=form.factor_form(side), kept=None, prefix=f"lora_{side}_")
 
 
 def mask(source: Source, spec: Spec) -> ir.Value | None:
@@ -135,39 +150,43 @@ def dense(source: Source, kept: ir.Value | None) -> ir.Value:
 
 def dequantized(source: Source, kept: ir.Value | None) -> ir.Value:
     """(O, I) float32 of the codes; under a mask anything."""
-    ops, form, (rows, columns) = source.ops, source.form, source.shape
-    if isinstance(form, UniformForm):
-        grouped = ops.reshape(ops.cast(codes(source, kept), torch.float32), rows, form.groups, columns // form.groups)
+    ops, (rows, columns), lookup = source.ops, source.shape, source.lookup()
+    if source.form is not None and source.form.steps:
+        groups = _groups(lookup)
+        grouped = ops.reshape(ops.cast(codes(source, kept), torch.float32), rows, groups, columns // groups)
         centred = ops.op("Sub", grouped, ops.op("Unsqueeze", zero_points(source), ops.ints(-1)))
-        return ops.reshape(ops.op("Mul", centred, _scale(source)), rows, columns)
-    if isinstance(form, PowerForm):
-        levels = level_values(form.bits, form.levels, source.small("exponent"))
-        values = looked_up(source, source.derived("levels", levels), len(levels), kept)
-        grouped = ops.reshape(values, rows, form.groups, columns // form.groups)
-        return ops.reshape(ops.op("Mul", grouped, _scale(source)), rows, columns)
-    if isinstance(form, CodebookForm):
-        values = looked_up(source, source.floats("table"), form.entries, kept)
-        return ops.op("Mul", values, source.floats("scale")) if form.scaled else values
-    assert isinstance(form, OutlierVictimForm)
-    return ops.op("Mul", pairs(source, ops.small(pair_table(form))), source.floats("scale"))
+        scale = ops.op("Unsqueeze", source.scale(), ops.ints(-1))
+        return ops.reshape(ops.op("Mul", centred, scale), rows, columns)
+    if lookup.table.codes_per_index > 1:
+        values = pairs(source, ops.small(lookup.table.values[0]))
+    else:
+        values = looked_up(source, lookup, _table(source, lookup), kept)
+    if lookup.scale is None:
+        return values
+    groups = _groups(lookup)
+    # Levels that a form makes are cut into groups even where there is one, so that files stay as they always were.
+    if groups == 1 and ("table" in source.beside or lookup.table.codes_per_index > 1):
+        return ops.op("Mul", values, source.scale())
+    grouped = ops.reshape(values, rows, groups, columns // groups)
+    return ops.reshape(ops.op("Mul", grouped, ops.op("Unsqueeze", source.scale(), ops.ints(-1))), rows, columns)
 
 
 def zero_points(source: Source) -> ir.Value:
-    """(R, G) float32 of a uniform grid; (1, 1) when symmetric."""
+    """(O, G) or (1, G) float32 of codes that count steps; (1, 1) where none are stored."""
     ops, form = source.ops, source.form
-    assert isinstance(form, UniformForm)
-    if form.symmetric:
+    assert form is not None
+    if "zero_point" not in source.beside:
         return ops.small(torch.full((1, 1), 2.0 ** (form.bits - 1)))
-    rows = 1 if form.per_tensor else source.shape[0]
-    return ops.cast(unpacked(ops, source.value("zero_point"), form.bits, rows, form.groups), torch.float32)
+    rows, groups = source.tensors[f"{source.prefix}scale"][0]
+    return ops.cast(source.per_row(unpacked(ops, source.value("zero_point"), form.bits, rows, groups)), torch.float32)
 
 
-def looked_up(source: Source, table: ir.Value, entries: int, kept: ir.Value | None) -> ir.Value:
-    """(O, I): every code's entry of its row's table, or of the only one."""
+def looked_up(source: Source, lookup: Lookup, table: ir.Value, kept: ir.Value | None) -> ir.Value:
+    """(O, I): for every code, the entry of its row's table, or of the only one; `table` has the lookup's shape."""
     ops, form, (rows, columns) = source.ops, source.form, source.shape
     assert form is not None
-    one_table = not isinstance(form, CodebookForm) or form.num_tables == 1
-    if one_table and kept is None and form.bits in (2, 4):  # a byte at a time: a fraction of the memory
+    entries = lookup.table.values.shape[1]
+    if lookup.row_table is None and kept is None and form.bits in (2, 4):  # a byte at a time: a fraction of the memory
         last = ops.small(torch.tensor(entries - 1, dtype=torch.int32))  # no stored byte holds a code beyond it
         index = ops.op("Min", ops.cast(lanes(ops, form.bits), torch.int32), last)
         by_byte = ops.op("Gather", ops.reshape(table, -1), index, axis=0)
@@ -175,26 +194,20 @@ def looked_up(source: Source, table: ir.Value, entries: int, kept: ir.Value | No
         found = ops.op("Gather", by_byte, ops.cast(source.value("codes"), torch.int32), axis=0)
         return cut(ops, ops.reshape(found, rows, there), columns, there)
     index = ops.cast(codes(source, kept), torch.int32)
-    if isinstance(form, CodebookForm) and form.num_tables > 1:
-        first = ops.cast(row_tables(source, form), torch.int32)
+    if lookup.row_table is not None:
+        first = ops.cast(row_tables(source, lookup), torch.int32)
         first = ops.op("Mul", first, ops.small(torch.tensor(entries, dtype=torch.int32)))
         index = ops.op("Add", index, ops.reshape(first, rows, 1))
     return ops.op("Gather", ops.reshape(table, -1), index, axis=0)
 
 
-def row_tables(source: Source, form: CodebookForm) -> ir.Value:
-    """(1, O): the table of each row."""
-    ops, rows = source.ops, source.shape[0]
-    if not form.period:
-        return unpacked(ops, source.value("row_group"), index_bits(form.num_tables), 1, rows)
-    ends = source.small("run_ends")
-    of_first = torch.searchsorted(ends, torch.arange(form.period), right=True).to(torch.uint8)
-    return source.derived("row_table", of_first.repeat(rows // form.period)[None])
-
-
-def pair_table(form: OutlierVictimForm) -> Tensor:
-    """(pairs, 2) float32: the two values of every pair of codes."""
-    return TYPES[form.normal].pairs.view(torch.float32).view(-1, 2)
+def row_tables(source: Source, lookup: Lookup) -> ir.Value:
+    """(1, O): the table of each row, where there are several."""
+    assert lookup.row_table is not None
+    if "row_group" in source.beside:
+        bits = index_bits(len(lookup.table.values))
+        return unpacked(source.ops, source.value("row_group"), bits, 1, source.shape[0])
+    return source.derived("row_table", lookup.row_table[None])
 
 
 def pairs(source: Source, table: ir.Value) -> ir.Value:
@@ -239,9 +252,15 @@ def whole(source: Source, spec: Spec) -> ir.Value:
     return added if base is None else source.ops.op("Add", base, added)
 
 
-def _scale(source: Source) -> ir.Value:
-    """(R, G, 1) float32."""
-    return source.ops.op("Unsqueeze", source.floats("scale"), source.ops.ints(-1))
+def _table(source: Source, lookup: Lookup) -> ir.Value:
+    """(T, E) float32: the stored table, or what stands for one that the form makes."""
+    if "table" in source.beside:
+        return source.floats("table")
+    return source.derived("levels", lookup.table.values.flatten())
+
+
+def _groups(lookup: Lookup) -> int:
+    return 1 if lookup.scale is None else lookup.scale.groups
 
 
 def _spread(ops: Ops, stream: ir.Value, count: int, kept: ir.Value, shape: tuple[int, int]) -> ir.Value:
