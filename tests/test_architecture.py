@@ -115,6 +115,35 @@ def test_hooks_are_registered_in_one_file_only() -> None:
     assert found == {"calibration/collect.py"}
 
 
+def families() -> dict[str, Path]:
+    """Class of a form or an encoding -> its file."""
+    roots = {"Form", "Encoding"}
+    found = dict.fromkeys(roots, ROOT / "encodings" / "base.py")
+    for file in (ROOT / "encodings").glob("*.py"):
+        for node in ast.walk(tree(file)):
+            if isinstance(node, ast.ClassDef) and roots & {b.id for b in node.bases if isinstance(b, ast.Name)}:
+                found[node.name] = file
+    return found
+
+
+def test_only_a_family_of_encodings_asks_for_its_own_class() -> None:
+    owners = families()
+    assert {"UniformForm", "Uniform", "Codebooks", "OutlierVictim", "PowerForm"} <= owners.keys()
+    wrong = []
+    for file in FILES:
+        for node in ast.walk(tree(file)):
+            asked: ast.AST | None = node if isinstance(node, ast.MatchClass) else None
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                asked = node if node.func.id in ("isinstance", "issubclass") else None
+            if isinstance(node, ast.Compare) and any(isinstance(op, ast.Is | ast.IsNot) for op in node.ops):
+                asked = node
+            for part in ast.walk(asked) if asked is not None else ():
+                name = part.attr if isinstance(part, ast.Attribute) else part.id if isinstance(part, ast.Name) else ""
+                if owners.get(name, file) != file:
+                    wrong.append(f"{name_of(file)}:{getattr(part, 'lineno', 0)} asks for {name}")
+    assert not wrong
+
+
 def test_no_pickle_is_ever_loaded() -> None:
     for file in FILES:
         assert not PICKLES & {m.split(".")[0] for m in imported(file)}, name_of(file)
