@@ -25,15 +25,15 @@ from compress.config.reading import load
 from compress.config.writing import dump
 from compress.encodings.format import WEIGHTS, version
 from compress.engine import manager
-from compress.engine import measure as meter
 from compress.engine.ledger import FolderLedger
 from compress.engine.merge import merging
 from compress.engine.placement import Context, streamed
 from compress.errors import CompressError, NonFiniteError, UsageError
 from compress.export.packed import open_packed
 from compress.io.atomic import publish, write_text, writing
-from compress.io.keys import key_of
+from compress.io.keys import hash_of, key_of
 from compress.io.safetensors_file import compare_tensors
+from compress.io.source_code import code_of, plug_ins
 from compress.models import loading
 from compress.models.graph import forward
 from compress.passes import DeltaPass
@@ -111,8 +111,9 @@ def run(
     with bars.shown():
         data = _data(steps, opened, data, bars)
     merging.check_data(steps, data.calibration, graph, file)
-    hashes = [meter.hash_of(each) for each in (data.calibration, data.evaluation)]
-    identity = key_of(opened.artifact.source.fingerprint(), resolved, hashes, *merged)
+    hashes = [hash_of(each) for each in (data.calibration, data.evaluation)]
+    own = plug_ins(type(pass_) for stage in steps.passes for pass_ in stage)
+    identity = key_of(opened.artifact.source.fingerprint(), resolved, hashes, *merged, *([code_of(own)] if own else []))
     finished = _finished(destination, identity, steps)
     if finished and not (overwrite or fresh):
         shutil.rmtree(work, ignore_errors=True)

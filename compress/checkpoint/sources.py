@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from safetensors import safe_open
 
 from compress.errors import CheckpointError
+from compress.io.keys import fingerprint_of
 from compress.io.safetensors_file import data_offsets, read_header
 from compress.lazy import torch
 
@@ -115,19 +115,7 @@ class FolderSource:
         return found
 
     def fingerprint(self) -> str:
-        """Of names, sizes, change times, headers and samples of the data: cheap, and different for a changed file."""
-        digest = hashlib.sha256()
-        for path in self._files:
-            stat = path.stat()
-            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-            with path.open("rb") as file:
-                for start in range(0, stat.st_size, max(1, stat.st_size // 64)):
-                    file.seek(start)
-                    digest.update(file.read(4096))
-        config = self.folder / "config.json"
-        if config.is_file():  # the values of a module of its own class stand alone
-            digest.update(config.read_bytes())
-        return digest.hexdigest()
+        return fingerprint_of(self._files, self.folder / "config.json")
 
 
 class WrittenSource(FolderSource):

@@ -11,7 +11,7 @@ from compress.calibration.data import batches
 from compress.checkpoint.artifact import finite
 from compress.engine.depth_stage import drop
 from compress.engine.ledger import Record
-from compress.engine.measure import Meter, against, hash_of, measured
+from compress.engine.measure import Meter, against, measured
 from compress.engine.merge.merging import merge
 from compress.engine.merge.parents import open_parent
 from compress.engine.model_training import KeptInLedger, in_memory, model_data
@@ -19,7 +19,8 @@ from compress.engine.placement import lent, make_room, take
 from compress.engine.sweep import TOKENS_AT_ONCE, generator_for, run_stage
 from compress.engine.validate import observed, observed_vector
 from compress.errors import GateError
-from compress.io.keys import code_fingerprint, key_of
+from compress.io.keys import hash_of, key_of
+from compress.io.source_code import code_of
 from compress.passes.base import BlockPass, LinearPass, ModelPass, Target, Whole
 from compress.passes.depth import DepthPass
 from compress.passes.merge.base import MergePass
@@ -58,7 +59,7 @@ def execute(pipeline: Pipeline, plan: Plan, context: Context, data: Data, model_
     meter = Meter(context, data.evaluation)
     key = key_of(
         context.artifact.source.fingerprint(),
-        code_fingerprint(),
+        code_of(()),
         pipeline.seed,
         str(context.dtype),
         context.products,
@@ -72,6 +73,7 @@ def execute(pipeline: Pipeline, plan: Plan, context: Context, data: Data, model_
             parents[model] = row
             report.rows.append(row)
         started = time.perf_counter()
+        key = key_of(key, code_of([type(p.pass_) for p in stage], _computed_by(stage[0].pass_)))
         key, records = _stage(context, number, stage, data.calibration, key, report)
         seconds = time.perf_counter() - started
         name = "+".join(p.pass_.key for p in stage)
@@ -141,6 +143,15 @@ def _stage(
     passes = [p.pass_ for p in stage if isinstance(p.pass_, LinearPass | BlockPass)]
     groups = batches(samples.inputs, TOKENS_AT_ONCE) if samples is not None else []
     return run_stage(context, number, passes, groups, key)
+
+
+def _computed_by(pass_: Pass) -> tuple[str, ...]:
+    """The modules that run a stage: its results are of no use once they, or what they import, are changed."""
+    if isinstance(pass_, MergePass):
+        return tuple(f"compress.engine.merge.{name}" for name in ("merger", "aligning", "making", "trials"))
+    if isinstance(pass_, DepthPass):
+        return ("compress.engine.depth_stage",)
+    return ("compress.engine.model_training", "compress.engine.sweep")
 
 
 def _depth_stage(

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import resource
 import sys
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from compress.calibration.metrics import REFERENCE_NUMBERS, Reference, logits_in, measure, pooled
 from compress.checkpoint.packed_layout import spec_at, stored_bytes
 from compress.engine.placement import streamed
-from compress.io.keys import key_of
+from compress.io.keys import hash_of, key_of
+from compress.io.source_code import code_of
 from compress.models.graph import forward
 from compress.report.report import Row
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
 
     from compress.calibration.data import Dataset
     from compress.calibration.metrics import Quality
@@ -76,7 +72,7 @@ def measured(
     context: Context, meter: Meter | None, unit: str, name: str, key: str, start: Row | None, seconds: float
 ) -> Row:
     """A row of the report: measured now, or found measured. Without `meter`, of its size only."""
-    key = key_of(key, "row", hash_of(meter.data) if meter else None)
+    key = key_of(key, "row", code_of((), [__name__]), hash_of(meter.data) if meter else None)
     found = context.ledger.load_row(unit, key)
     if found is not None:
         if meter:
@@ -137,19 +133,6 @@ def density(artifact: Artifact) -> tuple[float, float]:
         bits += 8 * spec.num_bytes if spec else 8 * count * artifact.store_dtype(site).itemsize
         zeros += count - spec.kept if spec and spec.kept is not None else 0
     return (bits / weights, zeros / weights) if weights else (0.0, 0.0)
-
-
-def hash_of(data: Dataset | None) -> str | None:
-    """SHA-256 of what is in a data set, and of what its sources are called."""
-    if data is None:
-        return None
-    tensors = [data.inputs] if data.labels is None else [data.inputs, data.labels]
-    return key_of(dict(data.parts), *((list(t.shape), _digest(t)) for t in tensors))
-
-
-def _digest(tensor: Tensor) -> str:
-    raw: Any = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(memoryview(raw)).hexdigest()
 
 
 def peak_memory() -> int:

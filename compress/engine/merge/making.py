@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ from compress.checkpoint.delta.codings import CODINGS
 from compress.checkpoint.delta.file import Delta, write
 from compress.checkpoint.delta.source import with_delta
 from compress.errors import CompressError
-from compress.io.safetensors_file import bytes_of
+from compress.io.keys import digest
 from compress.passes.merge.delta_pass import DeltaPass
 
 if TYPE_CHECKING:
@@ -40,13 +39,13 @@ def make(merger: Merger, unit: str, key: str, learn: Learn) -> Delta | None:
     def make_file(file: Path) -> None:
         settled, learned = learn()
         found = settled.found(learned)
-        meant: dict[str, bytes] = {}
+        meant: dict[str, str] = {}
 
         def payload(name: str) -> Tensor:
             by = settled.prepared(name, found)
             assert isinstance(by.pass_, DeltaPass)
             value = settled.merged(name, by)
-            meant[name] = _digest(value)
+            meant[name] = digest(value)
             codes = map(by.pass_.code, by.pieces(), repeat(by.facts))
             first = next(codes, None)
             return value if first is None else coding.pack(code for code in chain([first], codes) if code is not None)
@@ -54,11 +53,7 @@ def make(merger: Merger, unit: str, key: str, learn: Learn) -> Delta | None:
         write(file, merger.base, names, payload, method=pass_.key, coding=pass_.coding, chunk=merger.piece, bars=bars)
         made = with_delta(merger.base, Delta.open(file))
         for name in bars.over(names, len(names), f"{pass_.key}: compare the delta"):
-            if _digest(made.tensor(name)) != meant[name]:
+            if digest(made.tensor(name)) != meant[name]:
                 raise CompressError(f"{name} of the compressed delta reads back differently; the disk may be failing")
 
     return merger.context.ledger.open_file(unit, key, make_file, Delta.open)
-
-
-def _digest(value: Tensor) -> bytes:
-    return hashlib.sha256(bytes_of(value)).digest()

@@ -10,10 +10,10 @@ import torch
 
 from compress.calibration.metrics import logits_in
 from compress.calibration.precision import learning
-from compress.engine.measure import Meter, hash_of
+from compress.engine.measure import Meter
 from compress.engine.model_training import KeptInLedger, in_memory, learned
 from compress.engine.placement import lent
-from compress.io.keys import key_of
+from compress.io.keys import hash_of, key_of
 from compress.models.graph import forward
 from compress.passes.merge.base import MergePass
 from compress.passes.merge.models import Models, Running, Tried

@@ -1,0 +1,199 @@
+"""What code a result was computed by: the files that a module imports, one after the other, and versions of libraries.
+
+Only what can change a number counts. Comments, docstrings, layout and imports for type checkers do not; neither does a
+file that nothing on the way imports. An installed library counts with its version, Python's own not at all.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import secrets
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TypeAlias
+
+PACKAGE = "compress"
+ROOT = Path(__file__).parent.parent
+LAZY = {"torch": "torch", "nn": "torch", "functional": "torch", "np": "numpy", "transformers": "transformers"}
+ALWAYS = ("torch", "transformers")  # every result depends on them
+DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # that are not called as what is imported
+
+Locate: TypeAlias = Callable[[str], Path | None]  # full name of a module -> its file, None of what is a library's
+
+
+@dataclass(frozen=True)
+class Imported:
+    """One name that a file imports.
+
+    Attributes:
+        module: as it stands there.
+        name: that is taken out of it; empty where the module itself is imported.
+        level: dots before a relative name.
+    """
+
+    module: str
+    name: str = ""
+    level: int = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file.
+
+    Attributes:
+        digest: SHA-256 of its code.
+        imports: in its order, wherever in the file they stand.
+    """
+
+    digest: str
+    imports: tuple[Imported, ...]
+
+
+def code_of(kinds: Iterable[type], modules: Iterable[str] = (), locate: Locate | None = None) -> str:
+    """A hash over the code that classes, their bases and some modules are computed by.
+
+    Args:
+        kinds: of passes, this package's or others. One without a source file, made at a prompt, may have changed since
+            and gives another hash each time.
+        modules: full names.
+        locate: where modules lie; where Python finds them by default.
+    """
+    names = {base.__module__ for kind in kinds for base in kind.__mro__}
+    lost = sorted(name for name in names if _is_foreign(name) and _loaded_from(name) is None)
+    found = fingerprint([*names, *modules], locate or located)
+    return hashlib.sha256("".join([found, secrets.token_hex(), *lost]).encode()).hexdigest() if lost else found
+
+
+def plug_ins(kinds: Iterable[type]) -> list[type]:
+    """Those that are defined outside this package."""
+    return [kind for kind in kinds if _is_foreign(kind.__module__)]
+
+
+def fingerprint(modules: Iterable[str], locate: Locate) -> str:
+    """A hash over the code of modules and of all that they import, and over the versions of the libraries among it."""
+    files, libraries = closure(modules, locate)
+    lines = [f"{name} {read(file).digest}" for name, file in sorted(files.items())]
+    lines += [f"{name}=={_version(name)}" for name in sorted(libraries | set(ALWAYS))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def closure(modules: Iterable[str], locate: Locate) -> tuple[dict[str, Path], set[str]]:
+    """Modules and all that they import: (module -> file, names of libraries)."""
+    files: dict[str, Path] = {}
+    libraries: set[str] = set()
+    waiting = {name: _loaded_from(name) if _is_foreign(name) else locate(name) for name in modules}
+    while waiting:
+        module, file = waiting.popitem()
+        if file is None:
+            library = module.partition(".")[0]
+            if library not in sys.stdlib_module_names and library != "__main__":
+                libraries.add(library)
+        elif module not in files:
+            files[module] = file
+            needed = (_resolved(each, module, file, locate) for each in read(file).imports)
+            waiting.update((name, locate(name)) for name in needed if name not in files)
+    return files, libraries
+
+
+def located(module: str) -> Path | None:
+    """The file of a module of this package, or of one that belongs to no installed library."""
+    first, *rest = module.split(".")
+    if first == PACKAGE:
+        path = ROOT.joinpath(*rest)
+        return next((f for f in (path / "__init__.py", path.with_suffix(".py")) if f.is_file()), None)
+    return None if _is_library(first) else _loaded_from(module)
+
+
+def read(file: Path) -> Source:
+    """A file's code and imports."""
+    stat = file.stat()
+    return _read(file, stat.st_mtime_ns, stat.st_size)
+
+
+@cache
+def _read(file: Path, _changed: int, _size: int) -> Source:
+    tree = _Computing().visit(ast.parse(file.read_bytes()))
+    return Source(hashlib.sha256(ast.dump(tree).encode()).hexdigest(), tuple(_imports(tree)))
+
+
+class _Computing(ast.NodeTransformer):
+    """Leaves out docstrings and what only type checkers read."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
+
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+        self.generic_visit(node)
+        return node.orelse if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING" else node
+
+
+def _imports(tree: ast.AST) -> Iterator[Imported]:
+    whole = set()  # what the package itself is called
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield from (Imported(node.module or "", alias.name, node.level) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            whole |= {alias.asname or alias.name for alias in node.names if alias.name == PACKAGE}
+            yield from (Imported(alias.name) for alias in node.names)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in whole:
+            yield Imported(PACKAGE, node.attr)
+
+
+def _resolved(imported: Imported, importer: str, file: Path, locate: Locate) -> str:
+    """The module that defines what is imported; a package that only hands a name on is looked through."""
+    module, name = imported.module, imported.name
+    if imported.level:
+        parts = importer.split(".")
+        parts = parts[: len(parts) - imported.level + (file.name == "__init__.py")]
+        module = ".".join([*parts, module] if module else parts)
+    if module == f"{PACKAGE}.lazy" and name in LAZY:
+        return LAZY[name]
+    if name and locate(f"{module}.{name}") is not None:
+        return f"{module}.{name}"
+    package = locate(module)
+    if name and package is not None and package.name == "__init__.py":
+        stub = package.with_suffix(".pyi")
+        listed = stub if stub.is_file() else package
+        for each in read(listed).imports:
+            if each.name == name:
+                return _resolved(each, module, package, locate)
+    return module
+
+
+def _is_foreign(module: str) -> bool:
+    first = module.partition(".")[0]
+    return first != PACKAGE and (first == "__main__" or first not in sys.stdlib_module_names)
+
+
+def _loaded_from(module: str) -> Path | None:
+    """The source file of a module that is loaded or can be."""
+    try:
+        known = sys.modules.get(module)
+        file = getattr(known, "__file__", None) if known else getattr(find_spec(module), "origin", None)
+    except (ImportError, ValueError):
+        return None
+    path = Path(file) if file else None
+    return path if path is not None and path.suffix == ".py" and path.is_file() else None
+
+
+@cache
+def _is_library(name: str) -> bool:
+    """Whether a module without a dot is Python's own, compiled or installed. It is not imported."""
+    file = None if name in sys.stdlib_module_names else _loaded_from(name)
+    return file is None or any(file.is_relative_to(folder) for folder in sysconfig.get_paths().values())
+
+
+@cache
+def _version(library: str) -> str:
+    try:
+        return version(DISTRIBUTIONS.get(library, library))
+    except PackageNotFoundError:
+        return " ".join(sorted(version(name) for name in set(packages_distributions().get(library, ()))))
