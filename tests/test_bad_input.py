@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 from commands import PIPELINE, Ended, compress_command, files_of, make_text_model, write_pipeline, write_text
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -552,7 +551,6 @@ def test_running_out_of_memory_has_an_exit_code_of_its_own(
 FULL: dict[str, Exception] = {
     "no space": OSError(errno.ENOSPC, "No space left on device"),
     "no quota": OSError(errno.EDQUOT, "Disk quota exceeded"),
-    "no space for safetensors": SafetensorError("Error while serializing: I/O error: No space left (os error 28)"),
 }
 
 
@@ -565,14 +563,14 @@ def test_a_full_disk_keeps_what_is_finished_and_the_same_command_then_finishes(
     moment: str, error: Exception, gptq: Path, text_model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[object] = []
-    save_file_before, write_before, text_before = ledger.save_file, exporter._write_weights, api.write_text
+    save_tensors_before, write_before, text_before = ledger.save_tensors, exporter._write_weights, api.write_text
 
     def save(*args: Any, **options: Any) -> None:
         calls.append(args)
         if moment == "second block" and len(calls) == 2:
             Path(args[1]).write_bytes(b"half")
             raise error
-        save_file_before(*args, **options)
+        save_tensors_before(*args, **options)
 
     def write(artifact: Any, file: Path, bars: Any) -> None:
         if moment == "export":
@@ -588,7 +586,7 @@ def test_a_full_disk_keeps_what_is_finished_and_the_same_command_then_finishes(
 
     work = out.with_name("out.work")
     with monkeypatch.context() as patched:
-        patched.setattr(ledger, "save_file", save)
+        patched.setattr(ledger, "save_tensors", save)
         patched.setattr(exporter, "_write_weights", write)
         patched.setattr(api, "write_text", write_text)
         ended = compress_command("run", gptq, text_model, "-o", out)

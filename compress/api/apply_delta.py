@@ -16,7 +16,7 @@ from compress.checkpoint.opening import open_model
 from compress.checkpoint.packed_layout import entries, stored_tensors
 from compress.checkpoint.sources import SINGLE
 from compress.errors import NonFiniteError, UsageError
-from compress.io.atomic import publish, write_json, writing
+from compress.io.atomic import copy, publish, write_json, writing
 from compress.io.safetensors_file import compare_tensors, write_tensors
 from compress.models.companions import copy_companions
 from compress.progress import Bars
@@ -78,8 +78,7 @@ def apply_delta(
             with writing(unfinished / SINGLE):
                 write_tensors(layout, read, unfinished / SINGLE, bars, "weights")
             compared = compare_tensors(layout, read, unfinished / SINGLE, bars, "weights")
-        with writing(unfinished / "config.json"):
-            shutil.copyfile(opened.folder / "config.json", unfinished / "config.json")
+        copy(opened.folder / "config.json", unfinished / "config.json")
         copy_companions(opened.folder, unfinished)
         facts = {"tensors_equal": compared, "delta": checked.facts()}
         about = {"base": str(base), "delta": str(delta), "method": checked.about["method"], **facts}

@@ -30,7 +30,7 @@ from compress.engine.merge import merging
 from compress.engine.placement import Context, streamed
 from compress.errors import CompressError, NonFiniteError, UsageError
 from compress.export.packed import open_packed
-from compress.io.atomic import publish, write_text, writing
+from compress.io.atomic import copy, publish, write_text
 from compress.io.keys import hash_of, key_of
 from compress.io.safetensors_file import compare_tensors
 from compress.io.source_code import code_of, plug_ins
@@ -227,8 +227,7 @@ def _put_delta(made: MadeDelta, folder: Path, context: Context) -> int:
         How many tensors were compared.
     """
     folder.mkdir()
-    with writing(folder / DELTA):
-        shutil.copyfile(made.file, folder / DELTA)
+    copy(made.file, folder / DELTA)
     model = with_delta(context.given, Delta.open(folder / DELTA))
     layout, read = list(packed_layout.entries(model)), partial(packed_layout.stored_tensors, model)
     compared = compare_tensors(layout, read, made.merged, context.bars, "delta")

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from safetensors import SafetensorError, safe_open
-
 from compress.demo import data as demo
-from compress.errors import DataError
+from compress.errors import CheckpointError, DataError
+from compress.io.safetensors_file import read_header, read_tensors
 from compress.lazy import torch
 
 if TYPE_CHECKING:
@@ -234,10 +233,9 @@ def load_images(source: str, samples: int) -> tuple[Tensor, Tensor | None]:
         DataError: not such a file, or fewer images than asked for.
     """
     try:
-        with safe_open(source, "pt") as file:
-            names = list(file.keys())
-            found = {name: file.get_tensor(name) for name in ("images", "labels") if name in names}
-    except (SafetensorError, OSError) as error:
+        names = list(read_header(Path(source)).tensors)
+        found = read_tensors(Path(source), [name for name in ("images", "labels") if name in names])
+    except CheckpointError as error:
         raise DataError(f"{source} cannot be read: {error}") from error
     if "images" not in found:
         raise DataError(f"{source} has no tensor `images`; it has {', '.join(names)}")

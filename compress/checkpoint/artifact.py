@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
-
 from compress.checkpoint.sources import FolderSource
 from compress.encodings import Weight, unpack
 from compress.errors import CheckpointError, NonFiniteError
+from compress.io.safetensors_file import read_tensors
 from compress.lazy import torch, transformers
 
 if TYPE_CHECKING:
@@ -62,8 +61,8 @@ class Packed:
         return self._read([name])[name]
 
     def _read(self, leaves: Iterable[str]) -> dict[str, Tensor]:
-        with safe_open(self.file, "pt") as opened:
-            return {leaf: opened.get_tensor(f"{self.site}.{leaf}").clone() for leaf in leaves}
+        names = {f"{self.site}.{leaf}": leaf for leaf in leaves}
+        return {names[name]: value for name, value in read_tensors(self.file, names).items()}
 
 
 @dataclass

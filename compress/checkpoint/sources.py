@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-from safetensors import safe_open
+from typing import TYPE_CHECKING, Protocol
 
 from compress.errors import CheckpointError
 from compress.io.keys import fingerprint_of
-from compress.io.safetensors_file import data_offsets, read_header
-from compress.lazy import torch
+from compress.io.safetensors_file import read_header, read_piece, read_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    import torch
     from torch import Tensor, nn
+
+    from compress.io.safetensors_file import Stored
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -54,15 +54,14 @@ class FolderSource:
     def __init__(self, folder: Path, name: str | None = None):
         self.folder = folder
         self._where: dict[str, Path] = {}
-        self._meta: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        self._begins: dict[Path, dict[str, int]] = {}
+        self._stored: dict[str, Stored] = {}
         self._files = self._find_files() if name is None else [folder / name]
         for file in self._files:
-            for tensor, meta in read_header(file).items():
+            for tensor, stored in read_header(file).tensors.items():
                 if tensor in self._where:
                     raise CheckpointError(f"{file}: tensor {tensor} also stands in {self._where[tensor].name}")
                 self._where[tensor] = file
-                self._meta[tensor] = meta
+                self._stored[tensor] = stored
 
     def _find_files(self) -> list[Path]:
         index = self.folder / INDEX
@@ -90,29 +89,16 @@ class FolderSource:
         return self._where
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._meta[name][0]
+        return self._stored[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._meta[name][1]
+        return self._stored[name].dtype
 
     def read(self, name: str) -> Tensor:
-        # Opened for one tensor and closed: pages of the mapped file do not pile up in memory.
-        with safe_open(self._where[name], "pt") as file:
-            value: Tensor = file.get_tensor(name)
-            return value.clone()
+        return read_tensor(self._where[name], self._stored[name])
 
     def piece(self, name: str, start: int, stop: int) -> Tensor:
-        dtype, file = self._meta[name][1], self._where[name]
-        if file not in self._begins:
-            self._begins[file] = data_offsets(file)
-        found = torch.empty(stop - start, dtype=dtype)
-        # Read, not mapped: of a tensor of any size only the piece is in memory.
-        with file.open("rb") as opened:
-            opened.seek(self._begins[file][name] + start * dtype.itemsize)
-            raw: Any = found.view(torch.uint8).numpy()
-            if opened.readinto(memoryview(raw)) != raw.nbytes:
-                raise CheckpointError(f"{file} ended while it was read; fetch it again")
-        return found
+        return read_piece(self._where[name], self._stored[name], start, stop)
 
     def fingerprint(self) -> str:
         return fingerprint_of(self._files, self.folder / "config.json")

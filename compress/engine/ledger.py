@@ -11,13 +11,11 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
 from compress.checkpoint.artifact import Packed
 from compress.encodings import Spec, Weight, pack
 from compress.errors import CheckpointError
 from compress.io.atomic import publish, write_text, writing
+from compress.io.safetensors_file import read_header, read_tensors, save_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -98,12 +96,11 @@ class FolderLedger(MemoryLedger):
         if not file.is_file():
             return None
         try:
-            with safe_open(file, "pt") as opened:
-                metadata = opened.metadata() or {}
+            metadata = read_header(file).metadata
             if metadata.get("key") != key:
                 return None
             entries = json.loads(metadata["records"])
-        except (SafetensorError, KeyError, ValueError):
+        except (CheckpointError, KeyError, ValueError):
             return None  # not ours, or damaged since: it is simply done again
         return [Record(site, Packed(file, site, Spec.from_json(e["spec"])), e["notes"]) for site, e in entries.items()]
 
@@ -125,18 +122,15 @@ class FolderLedger(MemoryLedger):
     def _save(self, file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
         temporary = file.with_suffix(".partial")
         with writing(temporary):
-            save_file(tensors, temporary, metadata=metadata)
+            save_tensors(tensors, temporary, metadata)
         publish(temporary, file)
 
     def load_tensors(self, unit: str, key: str) -> dict[str, torch.Tensor] | None:
         """What was kept under this very key, else None."""
         file = self.folder / f"{unit}.safetensors"
         try:
-            with safe_open(file, "pt") as opened:
-                if (opened.metadata() or {}).get("key") != key:
-                    return None
-                return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError):
+            return read_tensors(file) if read_header(file).metadata.get("key") == key else None
+        except CheckpointError:
             return None
 
     def commit_tensors(self, unit: str, key: str, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from typing import TYPE_CHECKING, Any
-
-from safetensors import SafetensorError
 
 from compress.errors import ResourceError
 
@@ -25,8 +25,13 @@ def write_text(file: Path, text: str) -> None:
 
 def write_json(data: Mapping[str, Any], file: Path) -> None:
     """Write a configuration."""
+    write_text(file, json.dumps(data, indent=2) + "\n")
+
+
+def copy(source: Path, file: Path) -> None:
+    """Copy the content of a file."""
     with writing(file):
-        file.write_text(json.dumps(data, indent=2) + "\n")
+        shutil.copyfile(source, file)
 
 
 def publish(temporary: Path, final: Path) -> None:
@@ -49,8 +54,7 @@ class writing:
         if error is None:
             return
         self.path.unlink(missing_ok=True)
-        no_space = isinstance(error, OSError) and error.errno in (28, 122)  # ENOSPC, EDQUOT
-        if no_space or (isinstance(error, SafetensorError) and "os error 28" in str(error).lower()):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(
                 f"no space left on the disk of {self.path.parent}; what is finished is kept: make room, run the same "
                 "command again"

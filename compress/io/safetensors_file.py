@@ -1,18 +1,23 @@
-"""What every exporter does: tensors written and read back one at a time, and the source's other files taken along."""
+"""Safetensors files: read and written here and nowhere else, one tensor at a time where they are large.
+
+A file is the length of its header (8 bytes, little-endian), the header in JSON, and the bytes of all tensors. The
+library of that name wants every tensor in memory to write them, and maps files to read them.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
-
-from safetensors import SafetensorError, safe_open
 
 from compress.errors import CheckpointError, CompressError
 from compress.lazy import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -24,6 +29,10 @@ TYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+LENGTH = 8  # bytes of a header's length; headers are filled up to a multiple of it
+DIGEST = "0" * 64  # stands in for a digest until it is known
+OFFSET = 10**15  # no offset takes more digits
+WIDEST = {"dtype": "BF16", "shape": [OFFSET] * 4, "data_offsets": [OFFSET, OFFSET]}
 
 Entry: TypeAlias = "tuple[str, tuple[int, ...], torch.dtype]"
 Layout = Sequence[tuple[str, list[Entry]]]  # (owner, its tensors as they stand in the file), in the file's order
@@ -38,23 +47,74 @@ def type_name(dtype: torch.dtype) -> str:
 
 def write_tensors(layout: Layout, read: Read, file: Path, bars: Bars, heading: str) -> None:
     """Write a safetensors file, one owner's tensors in memory at a time."""
-    # safetensors' own writer wants every tensor in memory; the format is a length, a header and the bytes in order.
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for _, parts in layout:
-        for name, shape, dtype in parts:
-            end = position + torch.Size(shape).numel() * dtype.itemsize
-            header[name] = {"dtype": type_name(dtype), "shape": list(shape), "data_offsets": [position, end]}
-            position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    entries = [entry for _, parts in layout for entry in parts]
     with file.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little"))
-        out.write(text)
+        out.write(_opening({"format": "pt"}, entries))
         for owner, parts in bars.over(layout, len(layout), f"write: {heading}"):
             tensors = read(owner)
             for name, _, _ in parts:
                 out.write(bytes_of(tensors[name]))
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file of tensors that are in memory."""
+    with file.open("wb") as out:
+        out.write(_opening(metadata, [(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]))
+        for tensor in tensors.values():
+            out.write(bytes_of(tensor))
+
+
+def write_as_made(
+    file: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    names: Iterable[str],
+    metadata: Callable[[str], Mapping[str, str]],
+) -> None:
+    """Write a safetensors file of tensors whose sizes are not known before they are made.
+
+    Args:
+        file: to write.
+        tensors: each with its name; one in memory at a time.
+        names: all of them, in their order.
+        metadata: what the header says besides, from the SHA-256 of everything behind the header.
+    """
+    room = len(_encoded(metadata(DIGEST), dict.fromkeys(names, WIDEST)))
+    room += -room % LENGTH
+    entries: dict[str, Any] = {}
+    digest, position = hashlib.sha256(), 0
+    with file.open("wb") as out:
+        out.write(bytes(LENGTH + room))
+        for name, value in tensors:
+            data = bytes_of(value)
+            entries[name] = _entry(value.dtype, tuple(value.shape), position)
+            digest.update(data)
+            out.write(data)
+            position += len(data)
+        out.seek(0)
+        out.write(room.to_bytes(LENGTH, "little"))
+        out.write(_encoded(metadata(digest.hexdigest()), entries).ljust(room))
+
+
+def _opening(metadata: Mapping[str, str], entries: Sequence[Entry]) -> bytes:
+    """Everything before the data."""
+    header: dict[str, Any] = {}
+    position = 0
+    for name, shape, dtype in entries:
+        header[name] = _entry(dtype, shape, position)
+        position = header[name]["data_offsets"][1]
+    text = _encoded(metadata, header)
+    text += b" " * (-len(text) % LENGTH)
+    return len(text).to_bytes(LENGTH, "little") + text
+
+
+def _entry(dtype: torch.dtype, shape: tuple[int, ...], begin: int) -> dict[str, Any]:
+    """What a header says of a tensor."""
+    end = begin + math.prod(shape) * dtype.itemsize
+    return {"dtype": type_name(dtype), "shape": list(shape), "data_offsets": [begin, end]}
+
+
+def _encoded(metadata: Mapping[str, str], entries: Mapping[str, Any]) -> bytes:
+    return json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
 
 
 def compare_tensors(layout: Layout, read: Read, file: Path, bars: Bars, heading: str) -> int:
@@ -63,58 +123,140 @@ def compare_tensors(layout: Layout, read: Read, file: Path, bars: Bars, heading:
     Raises:
         CompressError: a tensor differs.
     """
-    count = 0
+    count, there = 0, read_header(file).tensors
     with file.open("rb") as opened:
-        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        start = opened.tell()
         for owner, parts in bars.over(layout, len(layout), f"read back: {heading}"):
             meant = read(owner)
             for name, shape, dtype in parts:
-                there = header[name]
-                opened.seek(start + there["data_offsets"][0])
-                found = opened.read(there["data_offsets"][1] - there["data_offsets"][0])
-                same = found == bytes(bytes_of(meant[name]))
-                if not same or there["shape"] != list(shape) or there["dtype"] != type_name(dtype):
+                stored, wanted = there.get(name), bytes_of(meant[name])
+                same = stored is not None and (stored.shape, stored.dtype) == (shape, dtype)
+                if stored is not None and same:
+                    opened.seek(stored.begin)
+                    same = opened.read(wanted.nbytes) == bytes(wanted)
+                if not same:
                     raise CompressError(f"{file}: {name} reads back differently; the disk may be failing")
                 count += 1
     return count
 
 
-def _raw(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)
-
-
 def bytes_of(tensor: Tensor) -> memoryview:
     """As they stand in a file."""
-    array: Any = _raw(tensor).numpy()
+    array: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
     return memoryview(array)
 
 
-def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of every tensor of a safetensors file, after checking that the file is whole.
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file.
+
+    Attributes:
+        begin: where in the file its bytes begin.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    begin: int
+
+    @property
+    def count(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself: its tensors by name, in its order, and any text."""
+
+    tensors: dict[str, Stored]
+    metadata: dict[str, str]
+
+
+def read_header(file: Path) -> Header:
+    """What is in a safetensors file, after checking that the file is whole.
 
     Raises:
         CheckpointError: truncated, corrupt, or not a safetensors file.
     """
+    size = file.stat().st_size if file.is_file() else 0
     try:
-        with safe_open(file, "pt") as opened:
-            found = {}
-            for name in opened.keys():  # noqa: SIM118  (not a mapping)
-                part = opened.get_slice(name)
-                found[name] = (tuple(part.get_shape()), getattr(torch, TYPES[part.get_dtype()]))
-            return found
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(LENGTH), "little")
+            if length > size - LENGTH:
+                raise ValueError("the header is incomplete")
+            return _parsed(json.loads(opened.read(length)), LENGTH + length, size)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} does not exist; write or copy the folder again") from error
-    except (SafetensorError, OSError) as error:
-        size = file.stat().st_size
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
         raise CheckpointError(f"{file} ({size} bytes) is truncated or corrupt: {error}; fetch it again") from error
-    except KeyError as error:
+    except _UnknownTypeError as error:
         raise CheckpointError(f"{file}: tensors of type {error} are not supported") from error
 
 
-def data_offsets(file: Path) -> dict[str, int]:
-    """Where in a safetensors file the bytes of every tensor begin."""
+class _UnknownTypeError(Exception):
+    """A type that is not in the table."""
+
+
+def _parsed(header: dict[str, Any], start: int, size: int) -> Header:
+    """`start`: where the data begin; `size`: bytes of the file."""
+    metadata = header.pop("__metadata__", {})
+    found: dict[str, Stored] = {}
+    pieces = []
+    for name, said in header.items():
+        if said["dtype"] not in TYPES:
+            raise _UnknownTypeError(said["dtype"])
+        (begin, end), shape = said["data_offsets"], tuple(said["shape"])
+        found[name] = stored = Stored(shape, getattr(torch, TYPES[said["dtype"]]), start + begin)
+        if min((begin, *shape)) < 0 or end - begin != stored.count * stored.dtype.itemsize:
+            raise ValueError(f"{name} of shape {shape} cannot be {end - begin} bytes")
+        pieces.append((begin, end))
+    pieces.sort()
+    ends = [0, *(end for _, end in pieces)]
+    if [begin for begin, _ in pieces] != ends[:-1] or ends[-1] != size - start:
+        raise ValueError("the data are incomplete, or some belong to no tensor")
+    return Header(found, {str(key): str(value) for key, value in metadata.items()})
+
+
+def read_tensor(file: Path, stored: Stored) -> Tensor:
+    """A tensor of a file, in memory of its own.
+
+    Raises:
+        CheckpointError: the file ended while it was read.
+    """
+    return read_piece(file, stored, 0, stored.count).view(stored.shape)
+
+
+def read_piece(file: Path, stored: Stored, start: int, stop: int) -> Tensor:
+    """(stop - start,) elements of a flattened tensor of a file, in memory of their own.
+
+    Raises:
+        CheckpointError: the file ended while it was read.
+    """
+    found = torch.empty(stop - start, dtype=stored.dtype)
+    # Read, not mapped: pages of a mapped file would pile up in memory.
     with file.open("rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(size))
-    return {name: 8 + size + e["data_offsets"][0] for name, e in header.items() if name != "__metadata__"}
+        opened.seek(stored.begin + start * stored.dtype.itemsize)
+        raw = bytes_of(found)
+        if opened.readinto(raw) != raw.nbytes:
+            raise CheckpointError(f"{file} ended while it was read; fetch it again")
+    return found
+
+
+def read_tensors(file: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Some tensors of a small file, or all.
+
+    Raises:
+        CheckpointError: truncated or corrupt, or one of them is missing.
+    """
+    there = read_header(file).tensors
+    wanted = list(there if names is None else names)
+    missing = [name for name in wanted if name not in there]
+    if missing:
+        raise CheckpointError(f"{file} has no tensor {missing[0]}; it was written by another program, or is damaged")
+    return {name: read_tensor(file, there[name]) for name in wanted}
+
+
+def digest_of_data(file: Path) -> str:
+    """SHA-256 of everything behind the header."""
+    with file.open("rb") as opened:
+        opened.seek(LENGTH + int.from_bytes(opened.read(LENGTH), "little"))
+        return hashlib.file_digest(opened, "sha256").hexdigest()

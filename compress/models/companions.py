@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING
 
-from compress.io.atomic import writing
+from compress.io.atomic import copy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,5 +17,4 @@ COMPANIONS = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "
 def copy_companions(source: Path, folder: Path) -> None:
     """Copy the tokenizer's files and their like."""
     for found in sorted({p for pattern in COMPANIONS for p in source.glob(pattern) if p.is_file()}):
-        with writing(folder / found.name):
-            shutil.copyfile(found, folder / found.name)
+        copy(found, folder / found.name)

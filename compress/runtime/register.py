@@ -7,10 +7,10 @@ model and run on random weights; so it finds no weights and stops.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -18,7 +18,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.encodings import Spec
 from compress.encodings.format import METHOD, WEIGHTS
+from compress.errors import CheckpointError
 from compress.io.heap import align
+from compress.io.safetensors_file import read_header
 from compress.runtime.conv import PackedConv2d
 from compress.runtime.linear import PackedLinear
 
@@ -130,10 +132,9 @@ def _refuse_incomplete(files: list[str], specs: dict[str, Spec], biases: list[st
     there: set[str] = set()
     for file in files:
         try:
-            with safe_open(file, "pt") as opened:
-                there.update(opened.keys())
-        except SafetensorError as error:
-            raise ValueError(f"{file} is truncated or corrupt: {error}") from error
+            there.update(read_header(Path(file)).tensors)
+        except CheckpointError as error:
+            raise ValueError(str(error)) from error
     wanted = [f"{module}.{leaf}" for module, spec in specs.items() for leaf in spec.tensors()]
     for name in (*wanted, *(f"{module}.bias" for module in biases)):
         if name not in there:

@@ -6,19 +6,16 @@ base's. The metadata say how it was coded, what base it belongs to, and the SHA-
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
-
 from compress.checkpoint.delta.base import class_of, described, refuse_other
 from compress.checkpoint.delta.codings import CODINGS
 from compress.checkpoint.sources import FolderSource
 from compress.errors import CheckpointError
-from compress.io.safetensors_file import bytes_of, type_name
+from compress.io.safetensors_file import digest_of_data, read_header, write_as_made
 from compress.lazy import torch
 from compress.models import hub
 
@@ -33,8 +30,6 @@ if TYPE_CHECKING:
 
 DELTA = "delta.safetensors"
 FORMAT, VERSION = "compress-delta", "1"
-DIGEST = "0" * 64  # stands in for the digest until it is known
-OFFSET = 10**15  # no offset takes more digits
 
 
 def locate(model: str) -> Path:
@@ -72,13 +67,12 @@ class Delta:
             CheckpointError: truncated, damaged, or no delta.
         """
         source = FolderSource(file.parent, file.name)
-        with safe_open(file, "pt") as opened:
-            about = opened.metadata() or {}
+        about = read_header(file).metadata
         if about.get("format") != FORMAT:
             raise CheckpointError(f"{file} is no compressed delta; a merge with compeft or bitdelta writes one")
         if about.get("version") != VERSION or about.get("coding") not in CODINGS:
             raise CheckpointError(f"{file} was written by a newer version of compress; update to read it")
-        if about.get("sha256") != _digest(file):
+        if about.get("sha256") != digest_of_data(file):
             raise CheckpointError(f"{file} is damaged: its content is not what was written; fetch it again")
         return cls(file, source, about)
 
@@ -145,36 +139,7 @@ def write(
         "format": FORMAT, "version": VERSION, "method": method, "coding": coding, "chunk": str(chunk),
         "parameters": str(sum(torch.Size(shape).numel() for shape, _ in sizes)),
         "bytes": str(sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in sizes)),
-        "model": class_of(base), "tensors": json.dumps(described(base), separators=(",", ":")), "sha256": DIGEST,
+        "model": class_of(base), "tensors": json.dumps(described(base), separators=(",", ":")),
     }  # fmt: skip
-    widest = {"dtype": "BF16", "shape": [OFFSET] * 4, "data_offsets": [OFFSET, OFFSET]}
-    room = len(_header(about, dict.fromkeys(names, widest)))  # how long what is stored will be is not known yet
-    room += -room % 8
-    entries: dict[str, Any] = {}
-    digest, position = hashlib.sha256(), 0
-    with file.open("wb") as out:
-        out.write(bytes(8 + room))
-        for name in bars.over(names, len(names), f"{method}: delta"):
-            value = payload(name)
-            data = bytes_of(value)
-            end = position + len(data)
-            entries[name] = {
-                "dtype": type_name(value.dtype), "shape": list(value.shape), "data_offsets": [position, end]
-            }  # fmt: skip
-            digest.update(data)
-            out.write(data)
-            position = end
-        out.seek(0)
-        out.write(room.to_bytes(8, "little"))
-        out.write(_header(about | {"sha256": digest.hexdigest()}, entries).ljust(room))
-
-
-def _header(about: Mapping[str, str], entries: Mapping[str, Any]) -> bytes:
-    return json.dumps({"__metadata__": about, **entries}, separators=(",", ":")).encode()
-
-
-def _digest(file: Path) -> str:
-    """Of everything behind the header."""
-    with file.open("rb") as opened:
-        opened.seek(8 + int.from_bytes(opened.read(8), "little"))
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    made = ((name, payload(name)) for name in bars.over(names, len(names), f"{method}: delta"))
+    write_as_made(file, made, names, lambda digest: about | {"sha256": digest})

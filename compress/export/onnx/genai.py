@@ -11,7 +11,7 @@ from compress.errors import CompressError
 from compress.export.base import refuse_missing
 from compress.export.onnx.exporter import TIGHT, Onnx
 from compress.export.onnx.names import DATA, MODEL
-from compress.io.atomic import write_json
+from compress.io.atomic import copy, write_json
 from compress.lazy import torch
 from compress.models import loading
 from compress.models.companions import copy_companions
@@ -159,7 +159,7 @@ def exactly(folder: Path, to: Path) -> Path:
     at_level(folder / MODEL, 1, to / MODEL)
     os.link(folder / DATA, to / DATA)
     for other in folder.glob("*.json"):
-        shutil.copyfile(other, to / other.name)
+        copy(other, to / other.name)
     return to
 
 
