@@ -417,10 +417,12 @@ def test_the_plan_knows_the_size_of_static_grids(tiny_folder: Path, tmp_path: Pa
 
 def test_a_later_weight_keeps_the_grid_that_an_earlier_pass_gave() -> None:
     from compress.engine.validate import observed
-    from compress.models.graph import Site
+    from compress.models.site import Site, TensorRef
     from compress.passes.base import Edit
 
     grid = InputForm(bits=8).input_grid({})
     w = torch.randn(4, 8)
-    after, _ = observed(Site("a", (4, 8), False, 0), Rtn(), Weight(w, inputs=grid), w, Edit(weight=w), torch.float32)
+    after, _ = observed(
+        Site("a", (4, 8), TensorRef("a.weight"), 0), Rtn(), Weight(w, inputs=grid), w, Edit(weight=w), torch.float32
+    )
     assert after.inputs is grid

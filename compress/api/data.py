@@ -12,6 +12,7 @@ from torch import Tensor
 from compress.calibration.data import IMAGES, Dataset, load_images, load_tokens
 from compress.config.pipeline import GIVEN
 from compress.errors import DataError
+from compress.models.families import family_of
 from compress.models.graph import Graph
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def matched(model: PreTrainedModel, data: Dataset) -> Tensor | Labelled:
     Raises:
         DataError: images for a language model, or text for an image model.
     """
-    graph, dtype = Graph(model, (), ()), getattr(model.config, "dtype", None)
+    graph, dtype = Graph(model, (), (), family_of(model)), getattr(model.config, "dtype", None)
     whole = labelled(graph, "evaluation", data.inputs if data.labels is None else (data.inputs, data.labels))
     if whole.labels is None:
         return whole.inputs

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from compress.checkpoint.sources import Source
     from compress.encodings import InputGrid, LowRank, Spec
-    from compress.models.graph import Graph, Site
+    from compress.models.graph import Graph
+    from compress.models.site import Site
 
 RUNNING = ("running_mean", "running_var")  # without them a batch normalisation is another one
 

@@ -127,7 +127,7 @@ def _distances(
     """Mean distance by the first block of each run of `count`; runs that put out another shape are left out."""
     graph, bars = context.graph, context.bars
     blocks = [graph.model.get_submodule(name) for name in graph.blocks]
-    columns = any(s.stored for s in graph.sites if s.block is not None)
+    columns = any(s.is_convolution for s in graph.sites if s.block is not None)
     last = last and graph.is_language_model
     means = _Means(count, distance)
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from compress.checkpoint.artifact import Artifact
     from compress.encodings import InputGrid, Weight
     from compress.engine.ledger import MemoryLedger, Record
-    from compress.models.graph import Graph, Site
+    from compress.models.graph import Graph
+    from compress.models.site import Site
     from compress.progress import Bars
 
 

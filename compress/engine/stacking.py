@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.calibration.statistics import Statistics
-    from compress.models.graph import Site
+    from compress.models.site import Site
     from compress.passes.base import Edit, LinearPass
 
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from compress.calibration.statistics import Need, Statistics
     from compress.encodings import Weight
     from compress.engine.placement import Context
-    from compress.models.graph import Site
+    from compress.models.site import Site
 
 TOKENS_AT_ONCE = 2048
 

@@ -17,7 +17,7 @@ from compress.passes.prune.selection import pattern
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.models.graph import Site
+    from compress.models.site import Site
     from compress.passes.base import Edit, Pass
 
 Refuse = Callable[[str], CompressError]

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from compress.progress import Bars
 
 FILE = "model.gguf"
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")  # what a file of architecture `llama` can describe
 PLAIN = ("F32", "F16", "BF16")
 
 
@@ -55,6 +54,18 @@ def unfit(config: Any) -> Iterator[str]:
             yield f"this model's {name}, {value}, cannot be said in a GGUF file of architecture llama; export hf"
 
 
+def names_in_file(graph: Graph) -> dict[str, str]:
+    """Parameter -> its name in the file; one that has no place there is left out."""
+    known, found = graph.family.export_names(Gguf.key), {}
+    for parameter, _ in graph.tensors():
+        module, _, leaf = parameter.rpartition(".")
+        number = next((part for part in module.split(".") if part.isdigit()), "")
+        name = known.get(module.replace(f".{number}.", ".{}.") if number else module)
+        if name is not None:
+            found[parameter] = f"{name.format(number)}.{leaf}"
+    return found
+
+
 @dataclass(frozen=True)
 class Contents:
     """The tensors of a file."""
@@ -68,16 +79,8 @@ class Contents:
 
     def tensors(self) -> dict[str, str]:
         """Parameter -> its name in the file, in the model's order; tied ones once."""
-        import gguf
-
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, self.config.num_hidden_layers)
-        found = {}
-        for parameter, _ in Dense(self.made.artifact, None).layout():
-            name = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
-            if name is None:
-                raise CompressError(f"{parameter} has no name in GGUF files; export hf")
-            found[parameter] = name
-        return found
+        names = names_in_file(self.made.artifact.graph)
+        return {parameter: names[parameter] for parameter, _ in Dense(self.made.artifact, None).layout()}
 
     def read(self, parameter: str) -> Blocks:
         """One tensor as it stands in the file.
@@ -122,9 +125,12 @@ class Gguf(Exporter):
         yield from refuse_missing("gguf", self.key)
         yield from refuse_added(graph, added)
         yield from refuse_rounded(specs)
-        name = type(graph.model).__name__
-        if name not in ARCHITECTURES:
-            yield f"only {' and '.join(ARCHITECTURES)} can be written, not {name}; export hf, which llama.cpp converts"
+        names = names_in_file(graph)
+        without = next((parameter for parameter, _ in graph.tensors() if parameter not in names), None)
+        if without is not None:
+            why = f" (its {without} has no name there)" if names else ""
+            name = type(graph.model).__name__
+            yield f"only models built like Llama can be written, not {name}{why}; export hf, which llama.cpp converts"
             return
         config: Any = graph.model.config
         yield from unfit(config)

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from compress.encodings import Spec
     from compress.export.base import Logits, Made
     from compress.io.safetensors_file import Entry
-    from compress.models.graph import Graph, Site
+    from compress.models.graph import Graph
+    from compress.models.site import Site
     from compress.progress import Bars
 
 

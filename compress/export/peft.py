@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from compress.encodings import LowRankForm, Spec
     from compress.export.base import Made
     from compress.io.safetensors_file import Entry
-    from compress.models.graph import Graph, Site
+    from compress.models.graph import Graph
+    from compress.models.site import Site
     from compress.progress import Bars
 
 ADAPTER, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base"
@@ -88,7 +89,7 @@ class Adapter:
             "rank_pattern": others,
             "alpha_pattern": others,
             "target_modules": list(ranks),
-            "fan_in_fan_out": any(self.artifact.sites[name].transposed for name in ranks),
+            "fan_in_fan_out": any(self.artifact.sites[name].ref.transposed for name in ranks),
             "lora_dropout": 0.0,
             "bias": "none",
             "use_rslora": False,
@@ -104,7 +105,7 @@ def names_of(site: str) -> tuple[str, str]:
 def shapes_of(site: Site, form: LowRankForm) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of A and of B; of a convolution, A is one of the same window and B one of a single place."""
     a, b = form.shapes(site.shape).values()
-    return ((form.rank, *site.stored[1:]), (*b, 1, 1)) if site.stored else (a, b)
+    return ((form.rank, *site.ref.stored[1:]), (*b, 1, 1)) if site.is_convolution else (a, b)
 
 
 def _expressible(module: nn.Module) -> bool:

@@ -8,66 +8,25 @@ running (`calibration/collect.py`).
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import UnsupportedModelError
-from compress.lazy import nn, torch, transformers
-from compress.models.symmetry import find_axes, is_transposed
+from compress.lazy import transformers
+from compress.models.families import family_of
+from compress.models.families.transformers_model import called_with_images
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from compress.models.symmetry import Axis
+    from compress.models.families.base import Family
+    from compress.models.site import Site
+    from compress.models.symmetry import Axis, Units
 
 # Above this share of block weights out of every pass's reach, running would be pretending.
 MOST_UNREACHABLE = 0.01
-
-
-@dataclass(frozen=True)
-class Site:
-    """One matrix to compress.
-
-    Attributes:
-        name: the module's full name, as patterns match it.
-        shape: (out, in); (out, in / groups * kernel height * kernel width) of a convolution.
-        transposed: the module keeps it as (in, out).
-        block: index into `Graph.blocks`, or None for a site outside every block, such as an output head.
-        stored: the parameter's own shape where it is a convolution's, (out, in / groups, kernel height, kernel width).
-        groups: of a convolution; with more than one, each row multiplies only its own group's inputs.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    transposed: bool
-    block: int | None
-    stored: tuple[int, ...] = ()
-    groups: int = 1
-
-    @property
-    def kernel(self) -> int:
-        """Neighbouring columns that belong to one input channel."""
-        return math.prod(self.stored[2:])
-
-    @property
-    def parameter(self) -> str:
-        """The parameter's full name."""
-        return f"{self.name}.weight" if self.name else "weight"
-
-    def matrix(self, value: Tensor) -> Tensor:
-        """The parameter's value as (out, in)."""
-        if self.stored:
-            return value.reshape(self.shape)
-        return value.T.contiguous() if self.transposed else value
-
-    def value(self, matrix: Tensor) -> Tensor:
-        """The inverse of `matrix`."""
-        if self.stored:
-            return matrix.reshape(self.stored)
-        return matrix.T.contiguous() if self.transposed else matrix
 
 
 @dataclass(frozen=True)
@@ -75,6 +34,7 @@ class Graph:
     """A model (its parameters possibly on the meta device) with its blocks and sites found.
 
     Attributes:
+        family: what is known of its kind.
         buffers: names of the buffers that checkpoints hold, such as the running means of a batch normalisation.
         tied: parameter name -> the name its value is kept under, for parameters that share one tensor.
         axes: channels between sites whose order is free.
@@ -83,6 +43,7 @@ class Graph:
     model: nn.Module
     blocks: tuple[str, ...]
     sites: tuple[Site, ...]
+    family: Family
     tied: dict[str, str] = field(default_factory=dict)
     buffers: tuple[str, ...] = ()
     axes: tuple[Axis, ...] = ()
@@ -94,6 +55,10 @@ class Graph:
     def columns_of(self, site: str) -> Axis | None:
         """The channels that a site's columns are, where their order is free."""
         return next((a for a in self.axes if site in a.readers), None)
+
+    def units(self) -> tuple[Units, ...]:
+        """What of the model may be put in another order; nothing where its wiring is neither known nor traced."""
+        return tuple(self.family.symmetry(self.model, self.tied))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Everything a checkpoint holds by name: parameters, tied ones once, then buffers."""
@@ -122,7 +87,7 @@ class Graph:
     @property
     def is_image_model(self) -> bool:
         """Whether it is a transformers model called with images."""
-        return isinstance(self.model, transformers.PreTrainedModel) and self.model.main_input_name == "pixel_values"
+        return isinstance(self.model, transformers.PreTrainedModel) and called_with_images(self.model)
 
 
 def find(model: nn.Module) -> Graph:
@@ -132,10 +97,10 @@ def find(model: nn.Module) -> Graph:
         UnsupportedModelError: there is nothing to compress, or a block keeps weights where no pass can reach them
             (experts stored as one three-dimensional parameter, convolutions other than Conv2d).
     """
-    blocks = _blocks(model)
+    family = family_of(model)
+    blocks = family.blocks(model)
     index = {name: i for i, name in enumerate(blocks)}
-    found = (_site(name, module, _owner(name, index)) for name, module in model.named_modules())
-    sites = tuple(site for site in found if site)
+    sites = tuple(replace(site, block=_owner(site.name, index)) for site in family.sites(model))
     if not sites:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no Linear, Conv2d or Conv1D layer: nothing to compress"
@@ -143,46 +108,8 @@ def find(model: nn.Module) -> Graph:
     _refuse_unreachable(model, blocks, {s.parameter for s in sites})
     kept = model.state_dict().keys()
     buffers = tuple(name for name, _ in model.named_buffers() if name in kept)
-    return Graph(model, blocks, sites, _tied(model), buffers, find_axes(model, [s.name for s in sites]))
-
-
-def _site(name: str, module: nn.Module, block: int | None) -> Site | None:
-    transposed = is_transposed(module)
-    if transposed or isinstance(module, nn.Linear):
-        weight = module.weight
-        assert isinstance(weight, torch.Tensor)
-        rows, columns = weight.shape
-        return Site(name, (columns, rows) if transposed else (rows, columns), transposed, block)
-    # A subclass with a forward of its own does something else with its weight.
-    if isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward:
-        stored = tuple(module.weight.shape)
-        return Site(name, (stored[0], math.prod(stored[1:])), False, block, stored, module.groups)
-    return None
-
-
-def _blocks(model: nn.Module) -> tuple[str, ...]:
-    if type(model) is nn.Sequential:
-        return tuple(name for name, _ in model.named_children())
-    best: tuple[str, ...] = ()
-    most = 0
-    for name, module in model.named_modules():
-        children = list(module.named_children())
-        if isinstance(module, nn.ModuleList) and children and len({type(c) for _, c in children}) == 1:
-            size = sum(p.numel() for p in module.parameters())
-            if size > most:
-                best, most = tuple(f"{name}.{child}" for child, _ in children), size
-    return _opened(model, best) or ("",)  # no repeated modules: the whole model is the one block
-
-
-def _opened(model: nn.Module, blocks: tuple[str, ...]) -> tuple[str, ...]:
-    """Blocks that only hold a list of modules (the stages of a ResNet) give way to what is on the list."""
-    found: list[str] = []
-    for name in blocks:
-        children = list(model.get_submodule(name).named_children())
-        if len(children) != 1 or not isinstance(children[0][1], nn.Sequential | nn.ModuleList):
-            return blocks
-        found += [f"{name}.{children[0][0]}.{inner}" for inner, _ in children[0][1].named_children()]
-    return tuple(found)
+    axes = family.axes(model, [s.name for s in sites])
+    return Graph(model, blocks, sites, family, _tied(model), buffers, axes)
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
@@ -222,7 +149,4 @@ def _refuse_unreachable(model: nn.Module, blocks: tuple[str, ...], reached: set[
 
 def forward(graph: Graph, batch: Tensor) -> Any:
     """Run the model on a batch of token ids, of images or, for other modules, of inputs."""
-    if graph.is_language_model:
-        return graph.model(input_ids=batch, use_cache=False)
-    batch = batch.clone()  # a first layer may work in place
-    return graph.model(pixel_values=batch) if graph.is_image_model else graph.model(batch)
+    return graph.family.forward(graph.model, batch)

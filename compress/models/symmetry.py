@@ -1,4 +1,4 @@
-"""What of a model may be put in another order without changing what it computes, known by the kind of model.
+"""What of a model may be put in another order without changing what it computes, known by how it is wired.
 
 Neurons of an MLP are such units, heads of attention, and values within a head: rows of the layers that make them,
 columns of the layer that reads them. `Units` has every place that has to move along, biases too; `Axis` is the same for
@@ -14,12 +14,9 @@ from typing import TYPE_CHECKING
 from compress.lazy import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     from torch import Tensor, nn
-
-# Decoders whose MLP is down(act(gate(x)) * up(x)), and whose values go from v_proj through attention to o_proj.
-KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo", "olmo2", "smollm3", "granite")
 
 
 @dataclass(frozen=True)
@@ -112,31 +109,10 @@ class Wiring:
     by_head: bool = False
 
 
-LLAMA = Wiring(("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj"), rotary=True)
-BERT = Wiring(("self.query", "self.key", "self.value", "output.dense"), ("intermediate.dense", "output.dense"))
-VIT = Wiring(("q_proj", "k_proj", "v_proj", "o_proj"), ("fc1", "fc2"))
-WIRINGS = {
-    **dict.fromkeys(KNOWN, LLAMA),
-    "gpt2": Wiring(("c_attn", "c_proj"), ("c_fc", "c_proj")),
-    "gpt_neox": Wiring(("query_key_value", "dense"), ("dense_h_to_4h", "dense_4h_to_h"), rotary=True, by_head=True),
-    "opt": Wiring(("q_proj", "k_proj", "v_proj", "out_proj"), ("fc1", "fc2")),
-    "bert": BERT,
-    "roberta": BERT,
-    "vit": VIT,
-}
-
-
-def kind_of(model: nn.Module) -> str | None:
-    """The kind of a transformers model."""
-    return getattr(getattr(model, "config", None), "model_type", None)
-
-
-def find_axes(model: nn.Module, sites: Iterable[str]) -> tuple[Axis, ...]:
-    """The free orders among a model's sites; none in a model whose wiring is not known."""
-    if kind_of(model) not in KNOWN:
-        return ()
+def axes_among(units: Iterable[Units], sites: Collection[str]) -> tuple[Axis, ...]:
+    """The free orders among some sites, of units that lie nowhere else."""
     names = set(sites)
-    found = (axis for units in known_units(model) for axis in _axes(units))
+    found = (axis for each in units for axis in _axes(each))
     return tuple(axis for axis in found if {*axis.makers, *axis.readers} <= names)
 
 
@@ -149,20 +125,47 @@ def _axes(units: Units) -> Iterator[Axis]:
     yield Axis(ends[0], ends[1], free.count, heads, free.places[-1].index.shape[1])
 
 
-def known_units(model: nn.Module) -> Iterator[Units]:
-    """The neurons of every MLP of a model of a known kind, and the heads of its attention."""
-    wiring = WIRINGS.get(kind_of(model) or "")
-    if wiring is None:
-        return
+def is_code_of(module: nn.Module, code: Collection[str]) -> bool:
+    """Whether what a module computes is written in one of some folders of `transformers.models`."""
+    written = type(module).forward.__module__
+    return any(written == f"transformers.models.{folder}.modeling_{folder}" for folder in code)
+
+
+def is_wired(model: nn.Module, wiring: Wiring, code: Collection[str]) -> bool:
+    """Whether a model has an MLP or an attention of a wiring, as `wired_units` takes it. Reads no weight."""
     modules = dict(model.named_modules())
-    for owner in modules:
-        prefix = f"{owner}." if owner else ""
-        mlp, attention = ([f"{prefix}{leaf}" for leaf in leaves] for leaves in (wiring.mlp, wiring.attention))
-        if modules.keys() >= set(mlp):
+    return any(mlp or attention for mlp, attention in _wired(modules, wiring, code))
+
+
+def wired_units(model: nn.Module, wiring: Wiring, code: Collection[str]) -> Iterator[Units]:
+    """The neurons of every MLP of a model, and the heads of its attention.
+
+    Args:
+        model: to look at.
+        wiring: the names of their layers.
+        code: the folders of `transformers.models` whose modules are known to do nothing else with these.
+    """
+    modules = dict(model.named_modules())
+    heads = getattr(getattr(model, "config", None), "num_attention_heads", 0)
+    for mlp, attention in _wired(modules, wiring, code):
+        if mlp:
             yield _neurons(modules, mlp)
-        if modules.keys() >= set(attention):
-            heads = getattr(model.config, "num_attention_heads", 0)
+        if attention:
             yield from (_fused if len(attention) == 2 else _separate)(modules, attention, heads, wiring)
+
+
+def _wired(
+    modules: dict[str, nn.Module], wiring: Wiring, code: Collection[str]
+) -> Iterator[tuple[list[str], list[str]]]:
+    """The layers of the MLP and of the attention that a module holds, by full name; none where one is missing."""
+    for owner, module in modules.items():
+        if is_code_of(module, code):
+            prefix = f"{owner}." if owner else ""
+            mlp, attention = ([f"{prefix}{leaf}" for leaf in leaves] for leaves in (wiring.mlp, wiring.attention))
+            yield (
+                mlp if modules.keys() >= set(mlp) else [],
+                attention if modules.keys() >= set(attention) else [],
+            )
 
 
 def _neurons(modules: dict[str, nn.Module], names: list[str]) -> Units:

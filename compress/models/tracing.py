@@ -15,17 +15,14 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 from torch.nn import functional
 
-from compress.lazy import torch, transformers
-from compress.models.symmetry import Place, Units, kind_of, known_units
+from compress.lazy import torch
+from compress.models.symmetry import Place, Units
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
-    from compress.models.graph import Graph
-
-TRACED = ("resnet",)  # transformers whose blocks are plain networks of convolutions
 BY_CHANNEL: tuple[type[nn.Module], ...] = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Mish, nn.Softplus),
     *(nn.Tanh, nn.Sigmoid, nn.Identity, nn.Dropout, nn.Dropout2d),
@@ -55,18 +52,15 @@ TOGETHER = {
 ASKING = {"size", "dim"}  # of shapes, which the order of channels does not change
 
 
-def find_units(graph: Graph) -> tuple[Units, ...]:
-    """What of a model may be put in another order; nothing in a model whose wiring is neither known nor traced."""
-    model = graph.model
-    if not isinstance(model, transformers.PreTrainedModel):
-        return tuple(_trace(graph, ""))
-    if kind_of(model) in TRACED:
-        return tuple(units for block in graph.blocks for units in _trace(graph, block))
-    return tuple(known_units(model))
+def trace(model: nn.Module, owner: str, tied: Mapping[str, str]) -> Iterator[Units]:
+    """What of one module of a model may be put in another order; nothing where it cannot be traced.
 
-
-def _trace(graph: Graph, owner: str) -> Iterator[Units]:
-    module = graph.model.get_submodule(owner)
+    Args:
+        model: that holds it.
+        owner: the module's full name.
+        tied: parameter -> the name its value is kept under.
+    """
+    module = model.get_submodule(owner)
     given = inspect.signature(module.forward).parameters.values()
     defaults = {p.name: p.default for p in given if p.default is not inspect.Parameter.empty}
     try:
@@ -76,10 +70,10 @@ def _trace(graph: Graph, owner: str) -> Iterator[Units]:
     tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
     found = _Channels(dict(module.named_modules()), tensors).of(traced)
     prefix = f"{owner}." if owner else ""
-    return (_renamed(units, prefix, graph.tied) for units in found)
+    return (_renamed(units, prefix, tied) for units in found)
 
 
-def _renamed(units: Units, prefix: str, tied: dict[str, str]) -> Units:
+def _renamed(units: Units, prefix: str, tied: Mapping[str, str]) -> Units:
     names = ((place, f"{prefix}{place.tensor}") for place in units.places)
     return Units(tuple(replace(place, tensor=tied.get(name, name)) for place, name in names))
 

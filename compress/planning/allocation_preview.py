@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from compress.checkpoint.artifact import Artifact
-    from compress.models.graph import Site
+    from compress.models.site import Site
     from compress.planning.plan import Plan
     from compress.progress import Bars
 

@@ -16,7 +16,7 @@ from compress.config.reading import parse
 from compress.config.writing import dump
 from compress.encodings import Weight
 from compress.engine.validate import observed
-from compress.models.graph import Site
+from compress.models.site import Site, TensorRef
 from compress.passes import PASSES, BlockPass, DepthPass, LinearPass, MergePass, ModelPass, Override, Pass
 from compress.passes.base import Edit, Target
 from compress.passes.merge.schedules import Matched
@@ -376,7 +376,7 @@ def test_the_manager_accepts_the_edit_and_finds_the_kind_it_was_promised(pass_: 
     for name, edit in edits(pass_, given).items():
         before = Weight(given[name].weight, given[name].mask)
         assert before.kind in pass_.accepts
-        site = Site(name, SHAPES[name], False, 0)
+        site = Site(name, SHAPES[name], TensorRef(f"{name}.weight"), 0)
         original = given[name].original
         old = before.dequantize() if original is None else original
         after, error = observed(site, pass_, before, old, edit, torch.float32)

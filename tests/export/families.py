@@ -159,7 +159,7 @@ def rounds(family: str, recipes: dict[str, Recipe]) -> Iterator[dict[str, str]]:
                 plan.make(Pipeline(passes=steps, calibration=Calibration(source=GIVEN, length=8)), graph, dtypes)
             except ConfigError:
                 continue
-            if not (site.stored and "pairs" in name and recipes is ROUNDED):  # which ONNX cannot
+            if not (site.is_convolution and "pairs" in name and recipes is ROUNDED):  # which ONNX cannot
                 able.setdefault(name, []).append(site.name)
     sites = [site.name for site in graph.sites if any(site.name in places for places in able.values())]
     left = list(able)

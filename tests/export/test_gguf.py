@@ -11,7 +11,14 @@ import torch
 from conftest import make_llama
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import (
+    AutoTokenizer,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from written import data_for, logits, make_gpt2, write
 
 from compress import Codebook, ConfigError, Eora, Gptq, LowRank, Magnitude, Olive, PowerQuant, Rtn
@@ -306,7 +313,9 @@ def test_what_fits_no_type_exactly_is_said() -> None:
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], list[Pass], str]] = {
-    "another model": (make_gpt2, [W4], "only LlamaForCausalLM and MistralForCausalLM .* not GPT2LMHeadModel"),
+    "another model": (make_gpt2, [W4], "only models built like Llama can be written, not GPT2LMHeadModel; export hf"),
+    "a relative": (lambda: Qwen3ForCausalLM(Qwen3Config(**small().config.to_dict())), [W4],
+                   "only models built like Llama can be written, not Qwen3ForCausalLM"),
     "narrow groups": (small, [Rtn(bits=4, group_size=16)],
                       "14 layers, such as .*q_proj, have groups of 16 weights; group_size: 32 would fit"),
     "odd rows": (lambda: small(intermediate_size=100), [Rtn(bits=4)],

@@ -28,8 +28,8 @@ from compress.config.options import errors_in
 from compress.engine import manager
 from compress.errors import ConfigError
 from compress.models import graph
-from compress.models.symmetry import KNOWN, Place, Units
-from compress.models.tracing import find_units
+from compress.models.families.llama import GatedDecoder
+from compress.models.symmetry import Place, Units
 from compress.passes.merge.permutation import Order, align, arranged, assigned, coupled, match, moves
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -90,7 +90,7 @@ class Residual(nn.Module):
 
 
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
-    **{kind: (lambda kind=kind: text(kind), [2, 24, 2, 24]) for kind in KNOWN},
+    **{kind: (lambda kind=kind: text(kind), [2, 24, 2, 24]) for kind in GatedDecoder.code},
     "one group": (lambda: text("llama", num_key_value_heads=1, attention_bias=True, mlp_bias=True), [1, 24, 1, 24]),
     "no groups": (lambda: text("llama", num_key_value_heads=4), [4, 24, 4, 24]),
     "gpt2": (lambda: text("gpt2", n_embd=32, n_head=4, n_inner=24), [4, 24, 4, 24]),
@@ -154,7 +154,7 @@ def values_of(model: nn.Module) -> dict[str, Tensor]:
 @each_family
 def test_another_order_computes_the_same_and_is_recovered_exactly(family: str) -> None:
     model = made(family)
-    units = find_units(graph.find(model))
+    units = graph.find(model).units()
     assert [each.count for each in units] == FAMILIES[family][1]
     ours, before = values_of(model), outputs(model)
     theirs = permuted(ours, units)
@@ -171,7 +171,7 @@ def test_another_order_computes_the_same_and_is_recovered_exactly(family: str) -
 
 def test_without_rotary_positions_queries_and_keys_are_free_within_a_head() -> None:
     for family, within in (("gpt2", [8, 8]), ("opt", [8, 8]), ("gpt_neox", [8]), ("llama", [2, 8]), ("no groups", [8])):
-        heads = next(each for each in find_units(graph.find(made(family))) if each.inner)
+        heads = next(each for each in graph.find(made(family)).units() if each.inner)
         assert [each.count for each in heads.inner] == within, family
 
 
@@ -198,7 +198,7 @@ def test_what_a_trace_does_not_know_keeps_its_order() -> None:
             return self.c(self.a(x)) if x.sum() > 0 else self.c(self.b(self.a(x)))
 
     def free(model: nn.Module) -> list[set[str]]:
-        return [each.tensors() for each in find_units(graph.find(model))]
+        return [each.tensors() for each in graph.find(model).units()]
 
     behind = {"b.weight", "b.bias", "c.weight"}
     assert free(Softmax()) == [behind]
@@ -217,7 +217,7 @@ def test_tied_layers_share_one_order() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.c(torch.relu(self.a(x))) + self.c(torch.tanh(self.b(x)))
 
-    (units,) = find_units(graph.find(Tied()))
+    (units,) = graph.find(Tied()).units()
     assert units.tensors() == {"a.weight", "a.bias", "b.bias", "c.weight"}
 
 
@@ -226,7 +226,7 @@ def test_tied_layers_share_one_order() -> None:
 
 def two(family: str) -> tuple[list[Units], dict[str, Tensor], dict[str, Tensor]]:
     a, b = made(family, 3), made(family, 4)
-    units = list(find_units(graph.find(a)))
+    units = list(graph.find(a).units())
     ours, theirs = ({n: v.double() for n, v in values_of(model).items()} for model in (a, b))
     return units, ours, theirs
 
@@ -316,7 +316,7 @@ def saved(folder: Path, values: Mapping[str, Tensor]) -> str:
 
 def test_the_mean_with_permuted_copies_is_the_model(tmp_path: Path) -> None:
     model = made("residual")
-    units, ours = find_units(graph.find(model)), values_of(model)
+    units, ours = graph.find(model).units(), values_of(model)
     others = tuple(saved(tmp_path / str(seed), permuted(ours, units, seed)) for seed in (1, 2))
     result = compress.apply(model, [WeightMatching(models=others, weights=(0.5, 0.25, 0.25))])
     assert all(torch.equal(value, ours[name]) for name, value in result.model.state_dict().items())
@@ -328,7 +328,7 @@ def test_the_mean_with_permuted_copies_is_the_model(tmp_path: Path) -> None:
 def test_from_files_the_same_comes_out_and_the_report_says_how_far_they_were(tmp_path: Path) -> None:
     model = made("llama")
     model.save_pretrained(tmp_path / "base")
-    theirs = permuted(values_of(model), find_units(graph.find(model)))
+    theirs = permuted(values_of(model), graph.find(model).units())
     other = made("llama")
     other.load_state_dict(theirs)
     other.save_pretrained(tmp_path / "other")
@@ -364,7 +364,7 @@ def test_an_interrupted_run_does_not_match_again(tmp_path: Path, monkeypatch: py
 def test_of_what_is_not_merged_nothing_counts(tmp_path: Path) -> None:
     model = made("sequence")
     ours = values_of(model)
-    theirs = permuted(ours, find_units(graph.find(model)))
+    theirs = permuted(ours, graph.find(model).units())
     strange = {n: torch.randn_like(v) if n in ("3.weight", "7.weight") else v for n, v in theirs.items()}
     pass_ = WeightMatching(models=(saved(tmp_path / "other", strange),), exclude=("3.*", "7.*"))
     found = compress.apply(model, [pass_]).model.state_dict()

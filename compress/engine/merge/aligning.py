@@ -9,7 +9,6 @@ import torch
 
 from compress.checkpoint.sources import ChangedSource
 from compress.engine.sweep import generator_for
-from compress.models.tracing import find_units
 from compress.passes.merge.permutation import arranged
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class Aligner:
         if k not in self._found:
             parent = self.parents[k]
             there = set(names_of(self.pass_, self._base))
-            units = [found for each in find_units(self._base.graph) if (found := each.among(there))]
+            units = [found for each in self._base.graph.units() if (found := each.among(there))]
             generator = generator_for(self.context.seed, self.number, k, "")
 
             def ours(name: str) -> Tensor:

@@ -58,8 +58,10 @@ def constants(made: Made, style: Style) -> dict[str, ir.Value]:
     for site, spec in specs.items():
         done, ops = artifact.committed[site], Ops(site)
         assert isinstance(done, Packed)
-        _lowered(ops, LINEAR if not artifact.sites[site].stored else WEIGHT, ir.Value(name="x"), spec, done, style, ())
-        if artifact.sites[site].stored and spec.inputs is not None:
+        _lowered(
+            ops, WEIGHT if artifact.sites[site].is_convolution else LINEAR, ir.Value(name="x"), spec, done, style, ()
+        )
+        if artifact.sites[site].is_convolution and spec.inputs is not None:
             rounded(ops, ir.Value(name="x"), spec.inputs, done.leaf, spec.shape[1])
         found |= ops.constants
     return found
@@ -113,7 +115,7 @@ def _fill_in(model: ir.Model, artifact: Artifact, specs: Mapping[str, Spec], sty
         ops = Ops(site, shared)
         x, old = node.inputs[0], node.outputs[0]
         assert x is not None
-        last = _lowered(ops, node.op_type, x, spec, done, style, artifact.sites[site].stored)
+        last = _lowered(ops, node.op_type, x, spec, done, style, artifact.sites[site].ref.stored)
         name = site if node.op_type == LINEAR else f"{site}/{node.op_type.lower()}"
         nodes, new = functions.call(name, ops, x, last)
         new.shape, new.type = old.shape, old.type

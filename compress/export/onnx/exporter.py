@@ -68,7 +68,7 @@ class Onnx(Exporter):
     def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:
         for package in NEEDED:
             yield from refuse_missing(package, "onnx")
-        pairs = [s.name for s in graph.sites if s.stored and s.name in specs and _pairs_inputs(specs[s.name])]
+        pairs = [s.name for s in graph.sites if s.is_convolution and s.name in specs and _pairs_inputs(specs[s.name])]
         if pairs:
             yield (
                 f"it cannot round images to outlier-victim pairs, and {len(pairs)} convolutions do, such as "

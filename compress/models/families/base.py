@@ -1,0 +1,42 @@
+"""Everything that is known of a kind of model, in one place, found by what a model contains and not by its name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+    from torch import Tensor, nn
+
+    from compress.models.site import Site
+    from compress.models.symmetry import Axis, Units
+
+
+class Family(Protocol):
+    """A kind of model. Stateless: a model is an argument, and may have its parameters on the meta device."""
+
+    def matches(self, model: nn.Module) -> bool:
+        """Whether a model is of this kind."""
+
+    def blocks(self, model: nn.Module) -> tuple[str, ...]:
+        """Full names of its repeated modules, in the order of the model; ("",) where it is one block as a whole."""
+
+    def sites(self, model: nn.Module) -> Iterator[Site]:
+        """The matrices that passes may change, in the order of the model; in no block yet."""
+
+    def axes(self, model: nn.Module, sites: Collection[str]) -> tuple[Axis, ...]:
+        """Channels between some sites whose order is free, for passes that work on matrices alone."""
+
+    def symmetry(self, model: nn.Module, tied: Mapping[str, str]) -> Iterator[Units]:
+        """What of a model may be put in another order. `tied`: parameter -> the name its value is kept under."""
+
+    def export_names(self, container: str) -> Mapping[str, str]:
+        """Module -> what a container calls it, `{}` standing for a block's number; empty where it has no place for it.
+
+        Args:
+            container: the key of an exporter.
+        """
+
+    def forward(self, model: nn.Module, batch: Tensor) -> Any:
+        """Run a model on a batch, as the samples of its data sets are."""

@@ -1,0 +1,85 @@
+"""Any module: what is found without knowing the kind of model. The other families start from here."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from compress.lazy import nn, torch
+from compress.models.site import Site, TensorRef
+from compress.models.symmetry import is_transposed
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+    from torch import Tensor
+
+    from compress.models.symmetry import Axis, Units
+
+
+class Plain:
+    """A module of the user's own, traced as a whole."""
+
+    def matches(self, model: nn.Module) -> bool:
+        return True
+
+    def blocks(self, model: nn.Module) -> tuple[str, ...]:
+        """The largest list of modules of one class, or the children of a plain `nn.Sequential`."""
+        if type(model) is nn.Sequential:
+            return tuple(name for name, _ in model.named_children())
+        best: tuple[str, ...] = ()
+        most = 0
+        for name, module in model.named_modules():
+            children = list(module.named_children())
+            if isinstance(module, nn.ModuleList) and children and len({type(c) for _, c in children}) == 1:
+                size = sum(p.numel() for p in module.parameters())
+                if size > most:
+                    best, most = tuple(f"{name}.{child}" for child, _ in children), size
+        return _opened(model, best) or ("",)  # no repeated modules: the whole model is the one block
+
+    def sites(self, model: nn.Module) -> Iterator[Site]:
+        """The weight of every `Linear`, plain `Conv2d` and transformers `Conv1D`."""
+        for name, module in model.named_modules():
+            site = _site(name, module)
+            if site is not None:
+                yield site
+
+    def axes(self, model: nn.Module, sites: Collection[str]) -> tuple[Axis, ...]:
+        return ()
+
+    def symmetry(self, model: nn.Module, tied: Mapping[str, str]) -> Iterator[Units]:
+        from compress.models.tracing import trace  # imports torch.fx
+
+        return trace(model, "", tied)
+
+    def export_names(self, container: str) -> Mapping[str, str]:
+        return {}
+
+    def forward(self, model: nn.Module, batch: Tensor) -> Any:
+        return model(batch.clone())  # a first layer may work in place
+
+
+def _opened(model: nn.Module, blocks: tuple[str, ...]) -> tuple[str, ...]:
+    """Blocks that only hold a list of modules (the stages of a ResNet) give way to what is on the list."""
+    found: list[str] = []
+    for name in blocks:
+        children = list(model.get_submodule(name).named_children())
+        if len(children) != 1 or not isinstance(children[0][1], nn.Sequential | nn.ModuleList):
+            return blocks
+        found += [f"{name}.{children[0][0]}.{inner}" for inner, _ in children[0][1].named_children()]
+    return tuple(found)
+
+
+def _site(name: str, module: nn.Module) -> Site | None:
+    parameter, transposed = f"{name}.weight" if name else "weight", is_transposed(module)
+    if transposed or isinstance(module, nn.Linear):
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        rows, columns = weight.T.shape if transposed else weight.shape
+        return Site(name, (rows, columns), TensorRef(parameter, transposed=transposed))
+    # A subclass with a forward of its own does something else with its weight.
+    if isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward:
+        stored = tuple(module.weight.shape)
+        ref = TensorRef(parameter, stored=stored)
+        return Site(name, (stored[0], math.prod(stored[1:])), ref, groups=module.groups)
+    return None
