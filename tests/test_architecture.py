@@ -176,3 +176,24 @@ def test_a_file_says_what_it_is_for_and_can_be_read_at_one_sitting() -> None:
         assert ast.get_docstring(tree(file)), name_of(file)
         most = MOST_LINES_OF_A_PASS if file in PASS_FILES else MOST_LINES
         assert len(file.read_text(encoding="utf-8").splitlines()) <= most, name_of(file)
+
+
+def test_headers_of_safetensors_are_read_and_written_in_one_file_only() -> None:
+    libraries = {name_of(file): set(imported(file)) for file in FILES}
+    users = {name for name, modules in libraries.items() if any(m.split(".")[0] == "safetensors" for m in modules)}
+    assert users == {"models/loading.py"}, "which catches what transformers raises"
+
+
+def test_files_are_written_by_the_atomic_writer() -> None:
+    found = set()
+    for file in FILES:
+        for node in ast.walk(tree(file)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                mode = node.args[0] if node.func.attr == "open" and node.args else None
+                opened = isinstance(mode, ast.Constant) and "w" in str(mode.value)
+                wrote = node.func.attr in ("write_bytes", "copyfile", "copy2", "save_file")
+                text = node.func.attr == "write_text" and len(node.args) == 1
+                if opened or wrote or text:
+                    found.add(name_of(file))
+    # Constants of a graph, inside of `writing`: their order and places are those of the format.
+    assert found == {"io/atomic.py", "io/safetensors_file.py", "export/onnx/files.py"}

@@ -60,9 +60,9 @@ def names_in_file(graph: Graph) -> dict[str, str]:
     for parameter, _ in graph.tensors():
         module, _, leaf = parameter.rpartition(".")
         number = next((part for part in module.split(".") if part.isdigit()), "")
-        name = known.get(module.replace(f".{number}.", ".{}.") if number else module)
-        if name is not None:
-            found[parameter] = f"{name.format(number)}.{leaf}"
+        template = known.get(module.replace(f".{number}.", ".{}.") if number else module)
+        if template is not None:
+            found[parameter] = f"{template.format(number)}.{leaf}"
     return found
 
 
@@ -126,11 +126,13 @@ class Gguf(Exporter):
         yield from refuse_added(graph, added)
         yield from refuse_rounded(specs)
         names = names_in_file(graph)
-        without = next((parameter for parameter, _ in graph.tensors() if parameter not in names), None)
-        if without is not None:
-            why = f" (its {without} has no name there)" if names else ""
+        without = [parameter for parameter, _ in graph.tensors() if parameter not in names]
+        if without:
+            detail = f" (its {without[0]} has no name there)" if names else ""
             name = type(graph.model).__name__
-            yield f"only models built like Llama can be written, not {name}{why}; export hf, which llama.cpp converts"
+            yield (
+                f"only models built like Llama can be written, not {name}{detail}; export hf, which llama.cpp converts"
+            )
             return
         config: Any = graph.model.config
         yield from unfit(config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from compress.models.families.transformers_model import Language
 from compress.models.symmetry import Wiring, axes_among
@@ -36,7 +36,18 @@ class GatedDecoder(Language):
     """All that are wired like Llama."""
 
     wiring = Wiring(("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj"), rotary=True)
-    code = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo", "olmo2", "smollm3", "granite")
+    code: ClassVar[tuple[str, ...]] = (
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "olmo",
+        "olmo2",
+        "smollm3",
+        "granite",
+    )
 
     def axes(self, model: nn.Module, sites: Collection[str]) -> tuple[Axis, ...]:
         return axes_among(self.symmetry(model, {}), sites)
