@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from compress.config.pipeline import Pipeline
-    from compress.models.graph import Graph, Site
+    from compress.models.graph import Graph
+    from compress.models.site import Site
     from compress.passes import Pass
     from compress.planning.state import PlanState
 
@@ -128,7 +129,7 @@ def shapes(case: Case) -> Iterator[Problem]:
         reason, inputs = own.check_shape(site.shape), own.input_form()
         if reason:
             misfits.setdefault(reason, []).append(site.name)
-        if inputs and not inputs.static and site.stored:
+        if inputs and not inputs.static and site.is_convolution:
             reason = "a convolution has no tokens, each with a scale of its own; use activation_scale: tensor"
             misfits.setdefault(reason, []).append(site.name)
     for reason, names in misfits.items():

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from compress.calibration.metrics import REFERENCE_NUMBERS
 from compress.calibration.metrics import TOKENS_AT_ONCE as EVALUATED_AT_ONCE
-from compress.models.tracing import find_units
 from compress.passes import MergePass
 from compress.passes.merge.permutation import coupled
 
@@ -118,5 +117,5 @@ def _training(pipeline: Pipeline, graph: Graph) -> int:
 def _aligning(graph: Graph) -> int:
     """To match two models: the tensors of one coupled group in both, twice while they move, and its scores."""
     sizes = {name: tensor.numel() for name, tensor in graph.tensors()}
-    groups = [(set().union(*(u.tensors() for u in g)), max(u.count for u in g)) for g in coupled(find_units(graph))]
+    groups = [(set().union(*(u.tensors() for u in g)), max(u.count for u in g)) for g in coupled(graph.units())]
     return max((2 * FLOAT * (4 * sum(sizes[n] for n in names) + 3 * most**2) for names, most in groups), default=0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from compress.errors import Problem
-from compress.models.tracing import find_units
 from compress.passes import MergePass
 from compress.planning import checks
 from compress.planning.state import PassPlan, Planned
@@ -50,7 +49,7 @@ def _no_tensor(graph: Graph, path: str, pass_: MergePass) -> Iterator[Problem]:
     if not any(pass_.selects(name, in_block=True) for name, _ in graph.tensors()):
         yield Problem(path, f"merges no tensor at all; tensors are named like {checks.examples(graph)}")
     elif pass_.aligns and not any(
-        pass_.selects(name, in_block=True) for units in find_units(graph) for name in units.tensors()
+        pass_.selects(name, in_block=True) for units in graph.units() for name in units.tensors()
     ):
         yield Problem(
             path,

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from compress.encodings.pattern import Pattern
     from compress.errors import Problem
-    from compress.models.graph import Graph, Site
+    from compress.models.graph import Graph
+    from compress.models.site import Site
     from compress.passes import Pass
     from compress.planning.state import PlanState
 

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
     from compress.encodings import Spec
     from compress.errors import Problem
-    from compress.models.graph import Graph, Site
+    from compress.models.graph import Graph
     from compress.models.shorten import Shorter
+    from compress.models.site import Site
     from compress.passes import Pass
 
 
