@@ -88,12 +88,12 @@ def check(
 
     steps = load(pipeline)
     if model is not None:
-        from compress.engine.merge import merging
+        from compress.engine.merge import checks
         from compress.planning import plan
 
         opened = opening.open_model(model)
         plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline))
-        merging.check(steps, opened.artifact, str(pipeline))
+        checks.check(steps, opened.artifact, str(pipeline))
     print(f"{pipeline}: fine" + (f" for {model}" if model else ""))
 
 
@@ -109,14 +109,14 @@ def show_plan(
     """Show what each pass will touch and cost, before any work. Only --shares reads weights."""
     from compress import progress
     from compress.config.reading import load
-    from compress.engine.merge import merging
+    from compress.engine.merge import checks
     from compress.planning import allocation_preview, plan
     from compress.report import plan as report
 
     opened = opening.open_model(model)
     steps = load(pipeline)
     made = plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline))
-    merging.check(steps, opened.artifact, str(pipeline))
+    checks.check(steps, opened.artifact, str(pipeline))
     allocations, bars = allocation_preview.allocations(made), progress.Bars()
     with bars.shown():
         shares = allocation_preview.known_shares(allocations, opened.artifact, bars) if with_shares else {}

@@ -24,7 +24,8 @@ from compress.checkpoint.artifact import Artifact
 from compress.checkpoint.delta.file import Delta
 from compress.checkpoint.delta.source import with_delta
 from compress.checkpoint.sources import ModuleSource
-from compress.engine.merge import merger, merging
+from compress.engine.merge import pieces
+from compress.engine.merge.merging import Merging
 from compress.errors import CheckpointError, ConfigError, NonFiniteError, UsageError
 from compress.models import graph as graphs
 
@@ -175,11 +176,11 @@ def test_tied_tensors_stay_tied_and_further_rows_are_the_bases(tmp_path: Path) -
 
 
 def test_cut_into_small_chunks_the_same_is_made(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merger, "PIECE", 1001)
+    monkeypatch.setattr(pieces, "PIECE", 1001)
     for method in METHODS:
         compress.run({"passes": [entry(method, here / "a")]}, here / "base", tmp_path / method)
         assert same(loaded(tmp_path / method), loaded(here / method))
-    monkeypatch.setattr(merger, "PIECE", 700)
+    monkeypatch.setattr(pieces, "PIECE", 700)
     for method in METHODS:
         pipeline = {"passes": [{"average": {"models": [str(tmp_path / method / "delta")], "weights": [0, 1]}}]}
         compress.run(pipeline, here / "base", tmp_path / f"{method}-read")
@@ -202,6 +203,8 @@ class Odd(nn.Module):
 def test_scalars_and_empty_and_unchanged_tensors_come_back(pass_: Any, tmp_path: Path) -> None:
     from compress.engine.ledger import FolderLedger
     from compress.engine.placement import Context
+    from compress.engine.stage import Stage
+    from compress.planning.plan import PassPlan
     from compress.progress import Bars
 
     base, tuned = Odd(), Odd()
@@ -212,13 +215,17 @@ def test_scalars_and_empty_and_unchanged_tensors_come_back(pass_: Any, tmp_path:
     graph = graphs.find(base)
     artifact = Artifact(graph, ModuleSource(base))
     ledger = FolderLedger(tmp_path / "work")
-    context = Context(artifact, ledger, 0, torch.float32, "float32", resident=False, bars=Bars())
+    context = Context(
+        artifact=artifact, given=artifact, ledger=ledger, seed=0, dtype=torch.float32, products="float32",
+        resident=False, bars=Bars(),
+    )  # fmt: skip
     options = {"scope": "tensor"} if pass_ is Compeft else {"steps": 0}
-    merging.merge(context, 0, pass_(models=(str(tmp_path / "tuned"),), **options), "key", None)
-    assert context.delta is not None
-    made = with_delta(artifact, Delta.open(context.delta.file))
+    plan = PassPlan("passes[0]", pass_(models=(str(tmp_path / "tuned"),), **options), (), {})
+    after = Merging().run(context, Stage(0, (plan,)), None, "key").context
+    assert after.delta is not None
+    made = with_delta(artifact, Delta.open(after.delta.file))
     for name, _ in graph.tensors():
-        assert torch.equal(made.tensor(name), context.artifact.tensor(name)), name
+        assert torch.equal(made.tensor(name), after.artifact.tensor(name)), name
     assert made.tensor("gain") == 2.5
     assert made.tensor("empty").shape == (0, 4)
     assert torch.equal(made.tensor("still"), base.still)

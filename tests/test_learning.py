@@ -174,7 +174,7 @@ def test_a_block_is_fed_by_the_compressed_model_and_learns_the_outputs_of_the_or
     model = make().eval()
     data = data_for(model)
     at_once = rows * data.shape[1] if isinstance(model, PreTrainedModel) else rows
-    monkeypatch.setattr("compress.engine.manager.TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr("compress.engine.stage.CALIBRATED_AT_ONCE", at_once)
     passes = [*before, FlexRound(bits=2, **QUICK)]
     result = compress.apply(model, passes, calibration=data, products="float32")
     original, compressed = passing_through(model, names, data), passing_through(result.model, names, data)
@@ -321,7 +321,7 @@ def test_no_gradient_and_no_hook_is_left_on_the_model(objective: Any, inplace: b
 def test_activations_in_a_mapped_file_give_the_bits_of_those_in_memory(
     largest: int, inputs: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compress.engine.manager.TOKENS_AT_ONCE", 3 * 32)  # batches of 3, 3 and 2 samples
+    monkeypatch.setattr("compress.engine.stage.CALIBRATED_AT_ONCE", 3 * 32)  # batches of 3, 3 and 2 samples
     pass_ = FlexRound(bits=3, inputs=inputs, **QUICK)
     one = compress.apply(make_llama(), [pass_], calibration=tokens)
     mapped: list[Tensor] = []
@@ -403,7 +403,7 @@ def test_blocks_that_do_not_feed_one_another_are_refused_before_anything_is_lear
 def test_blocks_that_get_other_arguments_from_batch_to_batch_are_refused(
     samples: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compress.engine.manager.TOKENS_AT_ONCE", 6)
+    monkeypatch.setattr("compress.engine.stage.CALIBRATED_AT_ONCE", 6)
     with pytest.raises(UnsupportedModelError, match=r"other arguments from batch to batch.* such as gptq"):
         compress.apply(MeanInside(), [FlexRound(**QUICK)], calibration=samples)
 
@@ -412,7 +412,7 @@ def test_blocks_that_get_other_arguments_from_batch_to_batch_are_refused(
 def test_a_sample_is_never_learned_with_the_arguments_of_another(
     at_once: int, samples: Tensor, seen: list[Seen], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compress.engine.manager.TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr("compress.engine.stage.CALIBRATED_AT_ONCE", at_once)
     with suppress(UnsupportedModelError):  # refusing is right too
         compress.apply(SkipInside(), [FlexRound(**QUICK)], calibration=samples, products="float32")
     for given in seen:

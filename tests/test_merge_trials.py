@@ -22,7 +22,7 @@ from compress import AdaMerging, Average, GreedySoup, Interpolate, TaskArithmeti
 from compress.calibration.data import Dataset
 from compress.config.reading import load, parse
 from compress.config.writing import dump
-from compress.engine import manager
+from compress.engine import block_stage
 from compress.errors import ConfigError, DataError
 from compress.passes.merge.entropy import Coefficients, judged, loss, sureness
 from compress.passes.merge.models import Running
@@ -372,7 +372,7 @@ def test_a_changed_base_changes_what_is_said_of_the_others(tmp_path: Path, monke
         raise RuntimeError("stopped")
 
     with monkeypatch.context() as patched:
-        patched.setattr(manager, "run_stage", stop)
+        patched.setattr(block_stage, "run_passes", stop)
         with pytest.raises(RuntimeError, match="stopped"):
             compress.run(pipeline, base, tmp_path / "out")
     changed = make_changed(tmp_path / "changed", base, 7, size=3e-2)

@@ -22,8 +22,8 @@ import compress
 from compress import Average, TaskArithmetic
 from compress.checkpoint.sources import FolderSource
 from compress.config.reading import parse
-from compress.engine import manager
-from compress.engine.merge import merger
+from compress.engine import block_stage
+from compress.engine.merge import pieces
 from compress.errors import ConfigError, MergeError, NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -397,7 +397,7 @@ def test_a_merge_alone_is_written_once_where_the_disk_has_links(
 def test_a_few_pieces_of_one_tensor_are_in_memory_whatever_the_models_size(
     tmp_path: Path, three: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merger, "PIECE", 1000)
+    monkeypatch.setattr(pieces, "PIECE", 1000)
     alive: set[int] = set()
     numbers = itertools.count()
     most = 0
@@ -460,7 +460,7 @@ def test_an_unfinished_or_damaged_merge_is_made_again(
         raise RuntimeError("stopped")
 
     with monkeypatch.context() as patched:
-        patched.setattr(manager, "run_stage", stop)
+        patched.setattr(block_stage, "run_passes", stop)
         with pytest.raises(RuntimeError, match="stopped"):
             compress.run(pipeline, three[0], tmp_path / "out")
     (file,) = (tmp_path / "out.work").glob("s00-merged-*")

@@ -19,9 +19,10 @@ from compress.checkpoint.opening import open_model
 from compress.checkpoint.sources import ModuleSource
 from compress.config.reading import load
 from compress.encodings import Uniform
-from compress.engine import sweep
+from compress.engine.block_stage import run_passes
 from compress.engine.ledger import MemoryLedger
 from compress.engine.placement import Context
+from compress.engine.retry import solved
 from compress.errors import NonFiniteError
 from compress.models import graph as graphs
 from compress.passes import Gptq, LinearPass, Rtn, SparseGpt, Wanda
@@ -81,7 +82,7 @@ def is_chain(model: nn.Module, batch: Tensor) -> bool:
     graph = graphs.find(model)
     blocks = [model.get_submodule(name) for name in graph.blocks]
     with torch.no_grad():
-        return collect.is_chain(lambda: sweep.forward(graph, batch), blocks)
+        return collect.is_chain(lambda: graphs.forward(graph, batch), blocks)
 
 
 # --- models whose blocks are wired in different ways ------------------------------------------------------------------
@@ -231,7 +232,7 @@ def test_calibration_in_several_batches_gives_the_numbers_of_one(
     tiny_llama: LlamaForCausalLM, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = compress.apply(tiny_llama, [Wanda()], calibration=tokens)
-    monkeypatch.setattr("compress.engine.manager.TOKENS_AT_ONCE", 96)
+    monkeypatch.setattr("compress.engine.stage.CALIBRATED_AT_ONCE", 96)
     several = compress.apply(tiny_llama, [Wanda()], calibration=tokens)
     for name, weight in one.weights.items():
         assert float((weight.mask != several.weights[name].mask).float().mean()) < 0.005
@@ -450,7 +451,7 @@ def broken(width: int, lowest: float) -> Statistics:
 
 
 def test_a_solve_that_fails_is_tried_again_with_more_damping() -> None:
-    edit, note = sweep.solved(Gptq(damping=0.01), Target(torch.randn(4, 8), None, broken(8, -0.05)))
+    edit, note = solved(Gptq(damping=0.01), Target(torch.randn(4, 8), None, broken(8, -0.05)))
     assert isinstance(edit.encoding, Uniform)
     assert note is not None
     assert note.startswith("damping x10: ")
@@ -458,21 +459,21 @@ def test_a_solve_that_fails_is_tried_again_with_more_damping() -> None:
 
 
 def test_damping_given_as_a_whole_number_is_raised_as_well() -> None:
-    _, note = sweep.solved(Gptq(damping=1), Target(torch.randn(4, 8), None, broken(8, -5.0)))
+    _, note = solved(Gptq(damping=1), Target(torch.randn(4, 8), None, broken(8, -5.0)))
     assert note is not None
     assert note.startswith("damping x10: ")
 
 
 def test_a_solve_that_still_fails_falls_back_and_says_so() -> None:
     weight = torch.randn(4, 8)
-    edit, note = sweep.solved(Gptq(bits=3), Target(weight, None, broken(8, -5.0)))
+    edit, note = solved(Gptq(bits=3), Target(weight, None, broken(8, -5.0)))
     assert note is not None
     assert note.startswith("rtn instead of gptq: ")
     assert torch.equal(edit.encoding.codes, Rtn(bits=3).run(Target(weight)).encoding.codes)
 
 
 def test_a_solve_that_works_says_nothing() -> None:
-    assert sweep.solved(Gptq(), Target(torch.randn(4, 8), None, broken(8, 0.5)))[1] is None
+    assert solved(Gptq(), Target(torch.randn(4, 8), None, broken(8, 0.5)))[1] is None
 
 
 def test_one_layer_that_cannot_be_solved_is_reported_and_the_others_go_on(
@@ -571,8 +572,11 @@ def test_streaming_is_right_too_where_blocks_cannot_be_chained(tmp_path: Path, t
 
 def test_a_streamed_model_is_out_of_memory_again_afterwards(tiny_folder: Path, tokens: Tensor) -> None:
     opened = open_model(tiny_folder)
-    context = Context(opened.artifact, MemoryLedger(), 0, torch.float32, "float32", resident=False, bars=Bars())
-    _, records = sweep.run_stage(context, 0, [Gptq()], [tokens], "key")
+    context = Context(
+        artifact=opened.artifact, given=opened.artifact, ledger=MemoryLedger(), seed=0, dtype=torch.float32,
+        products="float32", resident=False, bars=Bars(),
+    )  # fmt: skip
+    _, records = run_passes(context, 0, [Gptq()], [tokens], "key")
     assert len(records) == 14
     assert all(p.is_meta for p in context.graph.model.parameters())
 

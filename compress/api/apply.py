@@ -17,7 +17,7 @@ from compress.config.reading import mistakes
 from compress.encodings import Weight
 from compress.engine import manager
 from compress.engine.ledger import MemoryLedger
-from compress.engine.merge import merging
+from compress.engine.merge import checks as merges
 from compress.engine.placement import Context
 from compress.errors import ConfigError
 from compress.models import graph as graphs
@@ -117,10 +117,13 @@ def apply(
     artifact = Artifact(graph, source, dict(graph.tied))
     dtypes = {name: tensor.dtype for name, tensor in graph.tensors()}
     made = plan.make(pipeline, graph, dtypes)
-    merging.check(pipeline, artifact, "apply")
-    merging.check_data(pipeline, data.calibration, graph, "apply")
-    context = Context(artifact, MemoryLedger(), seed, dtype, products, resident=True, bars=progress.Bars())
-    measured = manager.execute(pipeline, made, context, data, type(model).__name__)
+    merges.check(pipeline, artifact, "apply")
+    merges.check_data(pipeline, data.calibration, graph, "apply")
+    context = Context(
+        artifact=artifact, given=artifact, ledger=MemoryLedger(),
+        seed=seed, dtype=dtype, products=products, resident=True, bars=progress.Bars(),
+    )  # fmt: skip
+    measured, context = manager.execute(pipeline, made, context, data, type(model).__name__)
     weights = {name: w for name, w in context.artifact.committed.items() if isinstance(w, Weight)}
     for name, weight in weights.items():
         if weight.inputs is not None:

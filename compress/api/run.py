@@ -26,7 +26,7 @@ from compress.config.writing import dump
 from compress.encodings.format import WEIGHTS, version
 from compress.engine import manager
 from compress.engine.ledger import FolderLedger
-from compress.engine.merge import merging
+from compress.engine.merge import checks as merges
 from compress.engine.placement import Context, streamed
 from compress.errors import CompressError, NonFiniteError, UsageError
 from compress.export.packed import open_packed
@@ -36,7 +36,6 @@ from compress.io.safetensors_file import compare_tensors
 from compress.io.source_code import code_of, plug_ins
 from compress.models import loading
 from compress.models.graph import forward
-from compress.passes import DeltaPass
 from compress.planning import plan, resources
 from compress.report import report
 from compress.report.report import Report
@@ -106,11 +105,11 @@ def run(
     steps = _with_given(steps, data)
     file = str(pipeline) if isinstance(pipeline, str | Path) else "pipeline"
     made = plan.make(steps, graph, opened.dtypes, file)
-    merged = merging.check(steps, opened.artifact, file)
+    merged = merges.check(steps, opened.artifact, file)
     resolved = dump(steps)
     with bars.shown():
         data = _data(steps, opened, data, bars)
-    merging.check_data(steps, data.calibration, graph, file)
+    merges.check_data(steps, data.calibration, graph, file)
     hashes = [hash_of(each) for each in (data.calibration, data.evaluation)]
     own = plug_ins(type(pass_) for stage in steps.passes for pass_ in stage)
     identity = key_of(opened.artifact.source.fingerprint(), resolved, hashes, *merged, *([code_of(own)] if own else []))
@@ -125,9 +124,12 @@ def run(
     resources.check(made, destination)
     _refuse_non_finite(opened.artifact)
     dtype = _dtype(steps, opened)
-    context = Context(opened.artifact, FolderLedger(work), steps.seed, dtype, steps.products, resident=False, bars=bars)
+    context = Context(
+        artifact=opened.artifact, given=opened.artifact, ledger=FolderLedger(work),
+        seed=steps.seed, dtype=dtype, products=steps.products, resident=False, bars=bars,
+    )  # fmt: skip
     with bars.shown():
-        measured = manager.execute(steps, made, context, data, str(model))
+        measured, context = manager.execute(steps, made, context, data, str(model))
         _export(context, opened, steps, measured, data, work / "out", destination, identity, resolved)
     shutil.rmtree(work, ignore_errors=True)
     return measured
@@ -180,7 +182,7 @@ def _finished(destination: Path, identity: str, steps: Pipeline) -> Report | Non
         rows = [report.Row(**row) for row in data.pop("rows")]
         needed = [WEIGHTS, "config.json", "pipeline.yaml"]
         needed += [f"{exporter.key}/{file}" for exporter in steps.export for file in exporter.files]
-        needed += [f"delta/{DELTA}" for stage in steps.passes for pass_ in stage if isinstance(pass_, DeltaPass)]
+        needed += [f"delta/{DELTA}" for merge in data["merged"] if "delta" in merge]
         whole = all((destination / name).is_file() for name in needed)
         return Report(rows=rows, **data) if same and whole else None
     except (OSError, ValueError, KeyError, TypeError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,42 +15,91 @@ from torch import Tensor
 from compress.calibration import collect
 from compress.calibration.precision import products
 from compress.engine.placement import make_room, present, streamed
+from compress.engine.stage import StageResult, StageRunner, calibration_batches
 from compress.engine.sweep import chain_of
 from compress.errors import NonFiniteError, UnsupportedModelError
 from compress.io.keys import key_of
 from compress.models.graph import forward
 from compress.models.shorten import without
+from compress.passes.depth import DepthPass
 from compress.passes.interface import Depth
 from compress.planning.depth import candidates
+from compress.report.sections import BlocksDropped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from compress.calibration.data import Dataset
     from compress.engine.placement import Context
+    from compress.engine.stage import Stage
     from compress.models.shorten import Shorter
-    from compress.passes.depth import DepthPass
     from compress.passes.interface import Distance
 
 
+class Shortening(StageRunner):
+    """Runs one pass that takes blocks out of the model."""
+
+    def run(self, context: Context, stage: Stage, data: Dataset | None, key: str) -> StageResult:
+        """Do the work, or find it done.
+
+        Raises:
+            UnsupportedModelError: too few blocks put out what they are given the shape of; or as `shorten.without`.
+        """
+        pass_, graph = stage.single(DepthPass), context.graph
+        may = frozenset(candidates(graph, pass_))
+        key = key_of(key, stage.number, pass_.key, pass_.options(), sorted(may))
+        work = _Work(pass_, stage.unit, key, calibration_batches(data), may, graph.blocks)
+        state = _State(context, list(range(len(graph.blocks))))
+        for chosen in pass_.run(Depth(partial(_asked, work, state))):
+            _take_out(state, chosen)
+        if len(state.gone) < pass_.blocks:
+            raise UnsupportedModelError(
+                f"only {len(state.gone)} blocks of {type(graph.model).__name__} put out hidden states of the shape "
+                f"they are given, and {pass_.key} should take out {pass_.blocks}"
+            )
+        section = BlocksDropped(pass_.key, sorted(state.gone), len(graph.blocks), state.distances, state.renamed)
+        return StageResult(key_of(key, state.gone), state.context, section)
+
+
 @dataclass(frozen=True)
-class Dropped:
-    """What a stage took out.
+class _Work:
+    """What is done.
 
     Attributes:
+        unit: what the names of its files in the ledger begin with.
         key: of the stage.
-        blocks: that went, numbered as before the stage.
-        of: how many blocks there were.
-        distances: the measured ones by the name of the first block, one mapping a time they were asked for.
-        steps: the models on the way.
+        batches: of the calibration data.
+        may: the blocks that may go, as all are numbered before the stage.
+        blocks: names of all, before the stage.
     """
 
+    pass_: DepthPass
+    unit: str
     key: str
-    blocks: list[int]
-    of: int
-    distances: list[dict[str, float]]
-    steps: list[Shorter]
+    batches: list[Tensor]
+    may: frozenset[int]
+    blocks: tuple[str, ...]
 
-    def name(self, old: str) -> str | None:
+
+@dataclass
+class _State:
+    """The model on its way.
+
+    Attributes:
+        context: with the model as it is by now.
+        places: of the blocks that are left, as they were numbered before the stage.
+        gone: the others, in the order they went.
+        steps: the models so far.
+        distances: by the name of the first block, one mapping a time they were asked for.
+    """
+
+    context: Context
+    places: list[int]
+    gone: list[int] = field(default_factory=list)
+    steps: list[Shorter] = field(default_factory=list)
+    distances: list[dict[str, float]] = field(default_factory=list)
+
+    def renamed(self, old: str) -> str | None:
         """What a module is called now; None when it is gone."""
         now: str | None = old
         for step in self.steps:
@@ -58,55 +107,32 @@ class Dropped:
         return now
 
 
-def drop(context: Context, number: int, pass_: DepthPass, batches: Sequence[Tensor], key: str) -> Dropped:
-    """Run one pass that takes blocks out of the model.
-
-    Raises:
-        UnsupportedModelError: too few blocks put out what they are given the shape of; or as `depth.without`.
-    """
-    graph = context.graph
-    may = set(candidates(graph, pass_))
-    places = list(range(len(graph.blocks)))  # of the blocks that are left, as they were numbered before the stage
-    key = key_of(key, number, pass_.key, pass_.options(), sorted(may))
-    found: list[dict[str, float]] = []
-    steps: list[Shorter] = []
-
-    def distances(count: int, distance: Distance, last: bool) -> dict[int, float]:
-        unit, keyed = f"s{number:02d}-distances-{len(found)}", key_of(key, places)
-        row = context.ledger.load_row(unit, keyed)
-        if row is None:
-            measured = _distances(context, batches, count, distance, last)
-            row = {str(i): d for i, d in measured.items() if may.issuperset(places[i : i + count])}
-            context.ledger.commit_row(unit, keyed, row)
-        if not row:
-            raise UnsupportedModelError(
-                f"no {count} block(s) of {type(graph.model).__name__} put out hidden states of the shape they are "
-                f"given, so {pass_.key} cannot take any out"
-            )
-        asked = {int(i): d for i, d in row.items()}
-        found.append({graph.blocks[places[i]]: d for i, d in asked.items()})
-        return asked
-
-    gone: list[int] = []
-    for chosen in pass_.run(Depth(distances)):
-        steps.append(_take_out(context, chosen))
-        gone += [places[i] for i in chosen]
-        places = [place for i, place in enumerate(places) if i not in chosen]
-    if len(gone) < pass_.blocks:
+def _asked(work: _Work, state: _State, count: int, distance: Distance, last: bool) -> dict[int, float]:
+    """Distances by the first block of each run of `count` that may go, numbered as blocks are now."""
+    context, places = state.context, state.places
+    unit, key = f"{work.unit}-distances-{len(state.distances)}", key_of(work.key, places)
+    row = context.ledger.load_row(unit, key)
+    if row is None:
+        measured = _distances(context, work.batches, count, distance, last)
+        row = {str(i): d for i, d in measured.items() if work.may.issuperset(places[i : i + count])}
+        context.ledger.commit_row(unit, key, row)
+    if not row:
         raise UnsupportedModelError(
-            f"only {len(gone)} blocks of {type(graph.model).__name__} put out hidden states of the shape they are "
-            f"given, and {pass_.key} should take out {pass_.blocks}"
+            f"no {count} block(s) of {type(context.graph.model).__name__} put out hidden states of the shape they are "
+            f"given, so {work.pass_.key} cannot take any out"
         )
-    return Dropped(key_of(key, gone), sorted(gone), len(graph.blocks), found, steps)
+    asked = {int(i): d for i, d in row.items()}
+    state.distances.append({work.blocks[places[i]]: d for i, d in asked.items()})
+    return asked
 
 
-def _take_out(context: Context, gone: Sequence[int]) -> Shorter:
+def _take_out(state: _State, chosen: Sequence[int]) -> None:
     """From now on the model is without these blocks; what was done to others goes by their new names."""
-    artifact = context.artifact
+    context, artifact = state.context, state.context.artifact
     old = [name for name, _ in artifact.graph.model.named_parameters(remove_duplicate=False)]
-    made = without(artifact.graph, gone, in_place=context.resident)
+    made = without(artifact.graph, chosen, in_place=context.resident)
     names = made.moved({name: artifact.name_in_source(name) for name in (*old, *artifact.graph.buffers)})
-    context.artifact = replace(
+    shorter = replace(
         artifact,
         graph=made.graph,
         renamed={name: stored for name, stored in names.items() if name != stored},
@@ -115,10 +141,13 @@ def _take_out(context: Context, gone: Sequence[int]) -> Shorter:
         vectors=made.moved(artifact.vectors),
         configured={**artifact.configured, **made.configured},
     )
-    for name in context.artifact.vectors:
-        if context.artifact.added(name):
-            make_room(context, name)
-    return made
+    state.context = replace(context, artifact=shorter)
+    for name in shorter.vectors:
+        if shorter.added(name):
+            make_room(state.context, name)
+    state.steps.append(made)
+    state.gone += [state.places[i] for i in chosen]
+    state.places = [place for i, place in enumerate(state.places) if i not in chosen]
 
 
 def _distances(

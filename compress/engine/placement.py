@@ -14,6 +14,7 @@ from torch import nn
 
 from compress.calibration import collect
 from compress.calibration.precision import products
+from compress.engine.executor import SingleProcess
 from compress.io.heap import give_back
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from compress.calibration.precision import Products
     from compress.checkpoint.artifact import Artifact
     from compress.encodings import InputGrid, Weight
+    from compress.engine.executor import Executor
     from compress.engine.ledger import MemoryLedger, Record
     from compress.models.graph import Graph
     from compress.models.site import Site
@@ -46,30 +48,33 @@ class MadeDelta:
     merged: Path
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Context:
     """What a stage needs besides its passes.
 
     Attributes:
+        artifact: the model as it stands. A stage that makes another one of it returns another context.
+        given: the artifact as the pipeline was given it: what compressed deltas belong to.
+        ledger: what is done already.
+        seed: of every random choice.
         resident: the model is in memory already; nothing is brought in or evicted, and results are set in place.
         dtype: the type that calibration and evaluation compute in.
         products: how float32 matrices are multiplied while calibrating.
-        given: the artifact as the pipeline was given it: what compressed deltas belong to.
-        delta: that was made, and belongs into the result.
+        bars: progress.
+        executor: who does the work.
+        delta: a compressed one that was made, and belongs into the result.
     """
 
     artifact: Artifact
+    given: Artifact
     ledger: MemoryLedger
     seed: int
     dtype: torch.dtype
     products: Products
     resident: bool
     bars: Bars
-    given: Artifact = field(init=False)
+    executor: Executor = field(default_factory=SingleProcess)
     delta: MadeDelta | None = None
-
-    def __post_init__(self) -> None:
-        self.given = self.artifact
 
     @property
     def graph(self) -> Graph:
@@ -210,7 +215,7 @@ def passed_through(grid: collect.Grid) -> collect.Grid:
 def present(context: Context, index: int, grids: Mapping[str, InputGrid] | None = None) -> Iterator[None]:
     """While open, a block's parameters are in memory. They are not while its matrices are being solved.
 
-    InputGrid are rounded to `grids`, by default to those that are committed.
+    Inputs are rounded to `grids`, by default to those that are committed.
     """
     name = context.graph.blocks[index]
     block = context.graph.model.get_submodule(name)

@@ -5,12 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from torch import Tensor
 
     from compress.calibration.statistics import Statistics
     from compress.models.site import Site
@@ -37,11 +33,6 @@ def stacks(
         else:
             grouped.append([site])
     return grouped
-
-
-def stack(parts: list[Tensor]) -> Tensor:
-    """Rows under rows."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def split_rows(edit: Edit, group: list[Site]) -> list[Edit]:

@@ -34,7 +34,7 @@ class Target:
         statistics: of the inputs; None when the pass needs none, or nothing ever reached the site.
         generator: seeded from (seed, pass, site name).
         kernel: neighbouring columns that belong to one input channel; more than 1 for a convolution.
-        rows, columns: the channels that they are, where their order is free; columns only for a ModelPass.
+        rows, columns: the channels that they are, where their order is free. None for a stack.
         original: (out, in) as it was before every pass; None unless the pass compares with it.
         stored: how it is kept: values or codes, and a correction beside them. None for a stack.
     """

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compress.checkpoint.artifact import finite
 from compress.passes import GlobalMagnitude
-from compress.passes.base import Target
 from compress.passes.prune.global_magnitude import count_below, layer_counts
 from compress.passes.prune.magnitude import Pruner
+from compress.passes.targets import make_target
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from compress.checkpoint.artifact import Artifact
     from compress.models.site import Site
+    from compress.passes.base import Target
     from compress.planning.plan import Plan
     from compress.progress import Bars
 
@@ -70,7 +70,7 @@ class Allocation:
         p, sites = self.pass_, {site.name: site for site in self.sites}
 
         def load(name: str) -> Target:
-            return Target(finite(sites[name], artifact.weight(sites[name])))
+            return make_target(artifact, [sites[name]], [artifact.weight(sites[name])])
 
         def over(names: Iterable[str]) -> Iterable[str]:
             return bars.over(names, len(sites), f"{p.key}: layers")

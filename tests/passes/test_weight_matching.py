@@ -25,7 +25,7 @@ from transformers import (
 import compress
 from compress import WeightMatching
 from compress.config.options import errors_in
-from compress.engine import manager
+from compress.engine import block_stage
 from compress.errors import ConfigError
 from compress.models import graph
 from compress.models.families.llama import GatedDecoder
@@ -353,7 +353,7 @@ def test_an_interrupted_run_does_not_match_again(tmp_path: Path, monkeypatch: py
         raise RuntimeError("stopped")
 
     with monkeypatch.context() as patched:
-        patched.setattr(manager, "run_stage", stop)
+        patched.setattr(block_stage, "run_passes", stop)
         with pytest.raises(RuntimeError, match="stopped"):
             compress.run(steps, tmp_path / "base", tmp_path / "out")
     monkeypatch.setattr(WeightMatching, "align", stop)

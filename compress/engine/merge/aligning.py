@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.checkpoint.sources import ChangedSource
-from compress.engine.sweep import generator_for
+from compress.engine.stage import generator_for
 from compress.passes.merge.permutation import arranged
 
 if TYPE_CHECKING:

@@ -1,128 +1,123 @@
-"""The stage that merges: parents opened and compared, every tensor merged piece by piece, the result the new original.
+"""The stage that merges: the models opened, every tensor merged piece by piece, the result the new original.
 
 From then on the artifact's source is the merged checkpoint, so passes that compare with the original compare with it.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.sources import WrittenSource
-from compress.config.lines import line_of
-from compress.config.pipeline import walk
 from compress.engine.merge.aligning import Aligner
-from compress.engine.merge.making import make as make_delta
+from compress.engine.merge.delta import make_delta
 from compress.engine.merge.merger import Merger
 from compress.engine.merge.parents import open_parent
+from compress.engine.merge.pieces import ModelReader
 from compress.engine.merge.trials import Trials
+from compress.engine.merge.writing import Settled, write_applied, write_merged
 from compress.engine.placement import MadeDelta, set_value, tie, value_of
-from compress.engine.sweep import generator_for
-from compress.errors import ConfigError, DataError, Problem, UsageError
+from compress.engine.stage import StageResult, StageRunner, generator_for
 from compress.io.keys import key_of
 from compress.passes.merge.base import MergePass
-from compress.passes.merge.delta_pass import DeltaPass
 from compress.passes.merge.grid_search import chosen
+from compress.report.sections import ModelsMerged
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from compress.calibration.data import Dataset
     from compress.checkpoint.artifact import Artifact
-    from compress.config.pipeline import Pipeline
     from compress.engine.placement import Context
-    from compress.models.graph import Graph
+    from compress.engine.stage import Stage
 
 
-def check(pipeline: Pipeline, base: Artifact, file: str = "pipeline") -> list[str]:
-    """Open everything that is merged, and refuse what does not fit; reads headers, no weight.
+class Merging(StageRunner):
+    """Runs one merge."""
 
-    Returns:
-        What identifies the content of each model, in order.
+    def compared(self, context: Context, stage: Stage) -> dict[str, Artifact]:
+        pass_ = stage.single(MergePass)
+        return {name: open_parent(name, context.given, pass_) for name in dict.fromkeys(pass_.models)}
 
-    Raises:
-        ConfigError: every misfit at once.
-    """
-    found, problems = [], []
-    for path, _, pass_ in walk(pipeline):
-        for i, model in enumerate(pass_.models if isinstance(pass_, MergePass) else ()):
-            assert isinstance(pass_, MergePass)
-            try:
-                found.append(open_parent(model, base, pass_).source.fingerprint())
-            except UsageError as error:
-                place = f"{path}.models[{i}]"
-                problems.append(Problem(place, str(error), line_of(pipeline.lines, place)))
-    if problems:
-        raise ConfigError(problems, file)
-    return found
-
-
-def check_data(pipeline: Pipeline, data: Dataset | None, graph: Graph, file: str = "pipeline") -> None:
-    """Refuse calibration data that a merge cannot be judged on.
-
-    Raises:
-        DataError: a classifier's, without labels.
-    """
-    for path, _, pass_ in walk(pipeline):
-        judged = isinstance(pass_, MergePass) and pass_.judged and not graph.is_language_model
-        if judged and data is not None and data.labels is None:
-            raise DataError(
-                f"{file}: {path} goes by accuracy on the calibration data, which has no labels; give a file with a "
-                "tensor `labels`, or (inputs, labels) from Python"
-            )
+    def run(self, context: Context, stage: Stage, data: Dataset | None, key: str) -> StageResult:
+        pass_, base, ledger = stage.single(MergePass), context.artifact, context.ledger
+        parents = [open_parent(model, context.given, pass_) for model in pass_.models]
+        key = key_of(key, stage.number, pass_.key, pass_.options(), [p.source.fingerprint() for p in parents])
+        aligner = Aligner(pass_, context, parents, stage.number) if pass_.aligns else None
+        models = ModelReader(base, aligner.aligned() if aligner else parents, context.seed, stage.number)
+        merger = Merger(pass_, models, context.bars)
+        settling = _Settling(context, stage, merger, aligner, data, key)
+        delta = make_delta(ledger, f"{stage.unit}-delta", key, merger, settling.settled) if pass_.makes_delta else None
+        if delta is not None:
+            artifact = write_applied(ledger, f"{stage.unit}-merged", key, merger, delta)
+        else:
+            artifact = write_merged(ledger, f"{stage.unit}-merged", key, base, settling.settled)
+        after = replace(context, artifact=artifact)
+        if context.resident:
+            _set(after, merger.names())
+        more = settling.facts()
+        if delta is not None:
+            assert isinstance(artifact.source, WrittenSource)
+            after = replace(after, delta=MadeDelta(delta.file, artifact.source.file))
+            more["delta"] = delta.facts()
+        return StageResult(key, after, ModelsMerged(pass_.key, list(pass_.models), len(merger.names()), more))
 
 
-def merge(
-    context: Context, number: int, pass_: MergePass, key: str, data: Dataset | None
-) -> tuple[str, dict[str, Any]]:
-    """Run one merge: the artifact's source is the merged checkpoint from then on.
+@dataclass
+class _Settling:
+    """Decides what is merged and how, once, where the result is not there yet.
 
-    Args:
+    Attributes:
         context: with the base as it stands.
-        number: of the stage.
-        pass_: what is done.
-        key: of everything before.
-        data: the calibration data, for what learns from it.
-
-    Returns:
-        The key of the stage, and facts for the report.
+        merger: as the pipeline says.
+        aligner: that put the others in the order of the base's units.
+        data: what merges are tried on.
+        key: of the stage.
+        notes: what the pass has to say of it.
     """
-    artifact, ledger, unit = context.artifact, context.ledger, f"s{number:02d}"
-    parents = [open_parent(model, context.given, pass_) for model in pass_.models]
-    key = key_of(key, number, pass_.key, pass_.options(), [p.source.fingerprint() for p in parents])
-    aligner = Aligner(pass_, context, parents, number) if pass_.aligns else None
-    parents = aligner.aligned() if aligner else parents
-    merger = Merger(pass_, artifact, parents, context, number)
 
-    def tried(variant: MergePass, found: Any, name: str) -> Artifact:
-        return merger.made(f"{unit}-trial", name, lambda: (replace(merger, pass_=variant), found))
+    context: Context
+    stage: Stage
+    merger: Merger
+    aligner: Aligner | None
+    data: Dataset | None
+    key: str
+    notes: dict[str, Any] = field(default_factory=dict)
 
-    def learned() -> tuple[Merger, Any]:
-        generator = generator_for(context.seed, number, 0, "")
-        blocks = {name: block for name, (block, *_) in merger.places.items()}
-        models = Trials(context, parents, merger.names(), tried, data, unit, key, generator, blocks)
-        settled = replace(merger, pass_=chosen(pass_, models)) if pass_.choose else merger
-        found = settled.pass_.learn(models) if settled.pass_.learns else None
-        if aligner:
-            models.notes["aligned"] = aligner.facts()
-        if models.notes and not known:
-            facts["notes"] = models.notes
-            ledger.commit_row(f"{unit}-facts", key, facts)  # before the file, whose presence says that all is done
+    def settled(self) -> Settled:
+        """The merge with the options that were chosen, and what its pass has learned of whole models."""
+        pass_, merger, ledger, unit = self.merger.pass_, self.merger, self.context.ledger, self.stage.unit
+        models = self._trials()
+        if pass_.choose:
+            merger = replace(merger, pass_=chosen(pass_, models))
+        learned = merger.pass_.learn(models) if merger.pass_.learns else None
+        if self.aligner:
+            models.notes["aligned"] = self.aligner.facts()
+        if models.notes and not self.facts():
+            self.notes = models.notes
+            ledger.commit_row(
+                f"{unit}-facts", self.key, {"notes": self.notes}
+            )  # before the file: that says all is done
         ledger.forget(f"{unit}-trial")
-        return settled, found
+        return Settled(merger, learned)
 
-    facts: dict[str, Any] = {"pass": pass_.key, "models": list(pass_.models), "tensors": len(merger.names())}
-    known = ledger.load_row(f"{unit}-facts", key)
-    facts |= known or {}
-    delta = make_delta(merger, f"{unit}-delta", key, learned) if isinstance(pass_, DeltaPass) else None
-    context.artifact = merger.made(f"{unit}-merged", key, learned, delta)
-    if context.resident:
-        _set(context, merger.names())
-    if delta is not None:
-        assert isinstance(context.artifact.source, WrittenSource)
-        context.delta = MadeDelta(delta.file, context.artifact.source.file)
-        facts["delta"] = delta.facts()
-    return key, facts
+    def facts(self) -> dict[str, Any]:
+        """What the report says of it, now or when it was done before."""
+        if self.notes:
+            return {"notes": self.notes}
+        return dict(self.context.ledger.load_row(f"{self.stage.unit}-facts", self.key) or {})
+
+    def _trials(self) -> Trials:
+        context, stage, merger = self.context, self.stage, self.merger
+
+        def tried(variant: MergePass, found: Any, name: str) -> Artifact:
+            settled = Settled(replace(merger, pass_=variant), found)
+            return write_merged(context.ledger, f"{stage.unit}-trial", name, merger.base, lambda: settled)
+
+        generator = generator_for(context.seed, stage.number, 0, "")
+        blocks = {name: block for name, (block, *_) in merger.models.places.items()}
+        parents = list(merger.models.parents)
+        return Trials(context, parents, merger.names(), tried, self.data, stage.unit, self.key, generator, blocks)
 
 
 def _set(context: Context, names: Sequence[str]) -> None:

@@ -17,43 +17,56 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from compress.engine.merge.merger import Learn, Merger
+    from compress.engine.ledger import MemoryLedger
+    from compress.engine.merge.merger import Merger
+    from compress.engine.merge.writing import Settle
 
 
-def make(merger: Merger, unit: str, key: str, learn: Learn) -> Delta | None:
+def make_delta(ledger: MemoryLedger, unit: str, key: str, merger: Merger, settle: Settle) -> Delta | None:
     """The delta of a merge, a file of the ledger; None where it keeps none.
 
     Args:
-        merger: of a `DeltaPass`.
+        ledger: that keeps it.
         unit: what the file is called.
         key: of everything that it depends on.
-        learn: the merge as it is done, and what its pass has learned; only asked where the file is not there.
+        merger: of a `DeltaPass`.
+        settle: decides what is merged and how.
 
     Raises:
         CompressError: what was written does not make the very bits that were merged.
     """
-    pass_, names, bars = merger.pass_, merger.names(), merger.context.bars
+    pass_, names, bars = merger.pass_, merger.names(), merger.bars
     assert isinstance(pass_, DeltaPass)
     coding = CODINGS[pass_.coding]
 
     def make_file(file: Path) -> None:
-        settled, learned = learn()
-        found = settled.found(learned)
+        settled = settle()
+        done = settled.merger
+        found = done.found(settled.learned)
         meant: dict[str, str] = {}
 
         def payload(name: str) -> Tensor:
-            by = settled.prepared(name, found)
+            by = done.prepared(name, found)
             assert isinstance(by.pass_, DeltaPass)
-            value = settled.merged(name, by)
+            value = done.merged(name, by)
             meant[name] = digest(value)
             codes = map(by.pass_.code, by.pieces(), repeat(by.facts))
             first = next(codes, None)
             return value if first is None else coding.pack(code for code in chain([first], codes) if code is not None)
 
-        write(file, merger.base, names, payload, method=pass_.key, coding=pass_.coding, chunk=merger.piece, bars=bars)
+        write(
+            file,
+            merger.base,
+            names,
+            payload,
+            method=pass_.key,
+            coding=pass_.coding,
+            chunk=merger.models.piece,
+            bars=bars,
+        )
         made = with_delta(merger.base, Delta.open(file))
         for name in bars.over(names, len(names), f"{pass_.key}: compare the delta"):
             if digest(made.tensor(name)) != meant[name]:
                 raise CompressError(f"{name} of the compressed delta reads back differently; the disk may be failing")
 
-    return merger.context.ledger.open_file(unit, key, make_file, Delta.open)
+    return ledger.open_file(unit, key, make_file, Delta.open)

@@ -1,0 +1,105 @@
+"""Stages that go through the model block by block: passes over single matrices, and passes that learn a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from compress.engine.learning import learn_block
+from compress.engine.placement import take
+from compress.engine.stage import StageResult, StageRunner, calibration_batches, layers_changed
+from compress.engine.survey import survey
+from compress.engine.sweep import Wanted, gradients, most_needed, sites_by_block, sweep
+from compress.engine.unit import Turn, UnitState, solve_matrices
+from compress.io.keys import key_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from compress.calibration.data import Dataset
+    from compress.calibration.statistics import Need
+    from compress.engine.ledger import Record
+    from compress.engine.placement import Context
+    from compress.engine.stage import Stage
+    from compress.engine.sweep import Unit
+    from compress.models.graph import Graph
+    from compress.models.site import Site
+    from compress.passes.base import BlockPass, LinearPass, Reach
+
+# How a pass of each reach has its turn at a unit.
+TURNS: Mapping[Reach, Callable[[Turn, Any], None]] = {"matrix": solve_matrices, "block": learn_block}
+
+
+class BlockSequential(StageRunner):
+    """Runs one or several fused passes over every block."""
+
+    def run(self, context: Context, stage: Stage, data: Dataset | None, key: str) -> StageResult:
+        passes = cast("list[LinearPass | BlockPass]", stage.passes)
+        batches = context.executor.shard(calibration_batches(data))
+        asking = cast("list[LinearPass]", [p for p in passes if p.surveys])
+        if asking:
+            found = survey(context, stage.number, asking, batches, key)
+            allocated = {id(p): now for p, now in zip(asking, found, strict=True)}
+            passes = [allocated.get(id(p), p) for p in passes]
+        key, records = run_passes(context, stage.number, passes, batches, key)
+        return StageResult(key, context, layers_changed(context.artifact, records))
+
+
+def run_passes(
+    context: Context, stage: int, passes: Sequence[LinearPass | BlockPass], batches: Sequence[Tensor], key: str
+) -> tuple[str, list[Record]]:
+    """Run passes on one unit after the other, committing each.
+
+    Returns:
+        The last key, and what was done to each site and vector.
+    """
+    records: list[Record] = []
+    options = [(p.key, p.options()) for p in passes]
+    wanted = _wanted(context.graph, passes)
+    with gradients(wanted):
+        for unit in sweep(context, wanted, batches):
+            key = key_of(key, stage, unit.name, [s.name for s in unit.sites], options)
+            file = f"s{stage:02d}-{unit.name}"
+            done = context.ledger.load(file, key)
+            if done is None:
+                made = _worked_on(context, stage, passes, unit)
+                done = context.executor.commit(context.ledger, file, key, made)
+                del made
+            records += done
+            take(context, done)
+    return key, records
+
+
+def _worked_on(context: Context, stage: int, passes: Sequence[LinearPass | BlockPass], unit: Unit) -> list[Record]:
+    """What passes make of a unit, one after the other."""
+    state = UnitState(unit.statistics() if unit.sites else {})
+    for position, pass_ in enumerate(passes):
+        turn = Turn(context, stage, position, position + 1 == len(passes), unit, state)
+        TURNS[pass_.reach](turn, pass_)
+    return state.records(unit.sites)
+
+
+def _wanted(graph: Graph, passes: Sequence[LinearPass | BlockPass]) -> Wanted:
+    sites = sites_by_block(graph, passes)
+    every = [s for each in sites.values() for s in each]
+    learning = cast("list[BlockPass]", [p for p in passes if p.reach == "block"])
+    ranged = frozenset(s.name for s in every if _is_ranged(s, passes))
+    needs: dict[str, Need] = {
+        s.name: most_needed([p.needs for p in passes if p.selects(s.name, s.block is not None)]) for s in every
+    }
+    return Wanted(
+        label="+".join(p.key for p in passes),
+        sites=sites,
+        needs={name: need for name, need in needs.items() if need != "none" or name in ranged},
+        ranged=ranged,
+        calibrated=any(p.calibrated for p in passes),
+        learns=any(p.runs_block for p in learning),
+    )
+
+
+def _is_ranged(site: Site, passes: Sequence[LinearPass | BlockPass]) -> bool:
+    """Whether a pass fixes the grid of a site's inputs."""
+    forms = (p.at(site.name).input_form() for p in passes if p.selects(site.name, site.block is not None))
+    return any(form is not None and form.static for form in forms)

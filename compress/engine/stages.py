@@ -1,0 +1,23 @@
+"""What runs a stage: one entry for everything that a pass may have to see at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from compress.engine.block_stage import BlockSequential
+from compress.engine.depth_stage import Shortening
+from compress.engine.merge.merging import Merging
+from compress.engine.model_stage import WholeModel
+
+if TYPE_CHECKING:
+    from compress.engine.stage import StageRunner
+    from compress.passes.base import Reach
+
+RUNNERS: Mapping[Reach, StageRunner] = {
+    "matrix": BlockSequential(),
+    "block": BlockSequential(),
+    "model": WholeModel(),
+    "merge": Merging(),
+    "depth": Shortening(),
+}

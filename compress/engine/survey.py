@@ -1,0 +1,80 @@
+"""A look at every matrix before the passes that ask for it know their options for any of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from compress.engine.stage import generator_for
+from compress.engine.sweep import Wanted, gradients, most_needed, sites_by_block, sweep
+from compress.io.keys import key_of
+from compress.passes.targets import make_target
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from compress.calibration.statistics import Statistics
+    from compress.engine.placement import Context
+    from compress.engine.sweep import Unit
+    from compress.models.graph import Graph
+    from compress.passes.base import LinearPass
+
+Seen = list[dict[str, Any]]  # for each pass, site -> what it saw
+
+
+def survey(
+    context: Context, stage: int, passes: Sequence[LinearPass], batches: Sequence[Tensor], key: str
+) -> list[LinearPass]:
+    """Show every matrix to passes that survey, and change nothing; the passes with their options for every matrix."""
+    seen: Seen = [{} for _ in passes]
+    key, options = key_of(key, "survey"), [(p.key, p.options()) for p in passes]
+    wanted = _wanted(context.graph, passes)
+    with gradients(wanted):
+        for unit in sweep(context, wanted, batches):
+            key = key_of(key, stage, unit.name, [s.name for s in unit.sites], options)
+            file = f"s{stage:02d}-survey-{unit.name}"
+            row = context.ledger.load_row(file, key)
+            if row is None:
+                statistics = unit.statistics() if unit.sites else {}
+                row = {str(i): _shown(context, stage, i, p, unit, statistics) for i, p in enumerate(passes)}
+                context.ledger.commit_row(file, key, row)
+            for i, found in enumerate(seen):
+                found.update(row[str(i)])
+    return [p.allocated(found) for p, found in zip(passes, seen, strict=True)]
+
+
+def _wanted(graph: Graph, passes: Sequence[LinearPass]) -> Wanted:
+    sites = sites_by_block(graph, passes)
+    needs = {
+        s.name: most_needed([p.survey_needs for p in passes if p.selects(s.name, s.block is not None)])
+        for each in sites.values()
+        for s in each
+    }
+    return Wanted(
+        label=f"{'+'.join(p.key for p in passes)}: survey",
+        sites=sites,
+        needs={name: need for name, need in needs.items() if need != "none"},
+        ranged=frozenset(),
+        calibrated=any(p.survey_needs != "none" for p in passes),
+        learns=False,
+    )
+
+
+def _shown(
+    context: Context, stage: int, position: int, pass_: LinearPass, unit: Unit, statistics: dict[str, Statistics]
+) -> dict[str, Any]:
+    """Site -> what a pass saw of it, one matrix in memory at a time."""
+    artifact, found = context.artifact, {}
+    for site in (s for s in unit.sites if pass_.selects(s.name, s.block is not None)):
+        generator = generator_for(context.seed, stage, position, site.name)
+        target = make_target(
+            artifact,
+            [site],
+            [artifact.weight(site)],
+            statistics=statistics.get(site.name),
+            generator=generator,
+            compares=pass_.compares,
+        )
+        found[site.name] = pass_.at(site.name).survey(target)
+    return found

@@ -1,0 +1,60 @@
+"""The one place where a `Target` is made: matrices of a model, as they stand, the way a pass is given them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compress.checkpoint.artifact import finite
+from compress.lazy import torch
+from compress.passes.interface import Target
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from compress.calibration.statistics import Statistics
+    from compress.checkpoint.artifact import Artifact
+    from compress.encodings import Weight
+    from compress.models.site import Site
+
+
+def make_target(
+    artifact: Artifact,
+    sites: Sequence[Site],
+    weights: Sequence[Weight],
+    *,
+    statistics: Statistics | None = None,
+    generator: torch.Generator | None = None,
+    compares: bool = False,
+) -> Target:
+    """One matrix, or several with the same inputs stacked row upon row.
+
+    Args:
+        artifact: of the model; asked for the original weights.
+        sites: where the matrices lie.
+        weights: what they are now, one for each site; all of them have a mask, or none.
+        statistics: of the inputs.
+        generator: randomness of the pass on these sites.
+        compares: whether the pass wants the original weights beside them.
+
+    Raises:
+        NonFiniteError: a weight of the source is NaN or infinite.
+    """
+    first, alone = sites[0], len(sites) == 1
+    masks = [w.mask for w in weights if w.mask is not None]
+    return Target(
+        _stacked([finite(s, w) for s, w in zip(sites, weights, strict=True)]),
+        _stacked(masks) if masks else None,
+        statistics,
+        generator,
+        first.kernel,
+        artifact.graph.rows_of(first.name) if alone else None,
+        artifact.graph.columns_of(first.name) if alone else None,
+        original=_stacked([artifact.original(s).float() for s in sites]) if compares else None,
+        stored=weights[0] if alone else None,
+    )
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,93 @@
+"""What a stage tells the report, by kind of stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from compress.report.report import Report
+
+Changes = dict[str, dict[str, float | None]]  # another model -> source of data -> change of the result from it
+
+
+class Section(Protocol):
+    """What a stage tells the report."""
+
+    def add_to(self, report: Report, against: Changes | None) -> None:
+        """Put it in. `against`: changes from the models that the result is compared with, where there are any."""
+
+
+@dataclass(frozen=True)
+class LayersChanged:
+    """What passes did to layers.
+
+    Attributes:
+        layers: site -> pass -> notes.
+        fallbacks: what was done otherwise than asked for, in words.
+        trained: pass -> how many numbers it trained.
+        parameters: how many the model has.
+    """
+
+    layers: Mapping[str, Mapping[str, Any]]
+    fallbacks: Sequence[str] = ()
+    trained: Mapping[str, int] = field(default_factory=dict)
+    parameters: int = 0
+
+    def add_to(self, report: Report, against: Changes | None) -> None:
+        for site, notes in self.layers.items():
+            report.layers.setdefault(site, {}).update(notes)
+        report.fallbacks += self.fallbacks
+        report.trained += [
+            {"pass": name, "numbers": count, "parameters": self.parameters} for name, count in self.trained.items()
+        ]
+
+
+@dataclass(frozen=True)
+class BlocksDropped:
+    """Which blocks a pass took out.
+
+    Attributes:
+        pass_key: of the pass.
+        blocks: that went, numbered as before the stage.
+        of: how many blocks there were.
+        distances: the measured ones by the name of the first block, one mapping a time they were asked for.
+        renamed: name of a module before the stage -> its name now; None when it is gone.
+    """
+
+    pass_key: str
+    blocks: list[int]
+    of: int
+    distances: list[dict[str, float]]
+    renamed: Callable[[str], str | None]
+
+    def add_to(self, report: Report, against: Changes | None) -> None:
+        """What was told of blocks that stay goes by their new names."""
+        now = ((self.renamed(name), notes) for name, notes in report.layers.items())
+        report.layers = {name: notes for name, notes in now if name is not None}
+        report.dropped.append(
+            {"pass": self.pass_key, "blocks": self.blocks, "of": self.of, "distances": self.distances}
+        )
+
+
+@dataclass(frozen=True)
+class ModelsMerged:
+    """What was merged.
+
+    Attributes:
+        pass_key: of the pass.
+        models: the others.
+        tensors: how many were merged.
+        more: what the pass has to say (`notes`) and the size of a compressed delta (`delta`), where there are any.
+    """
+
+    pass_key: str
+    models: list[str]
+    tensors: int
+    more: Mapping[str, Any]
+
+    def add_to(self, report: Report, against: Changes | None) -> None:
+        facts = {"pass": self.pass_key, "models": self.models, "tensors": self.tensors, **self.more}
+        report.merged.append(facts if against is None else {**facts, "against": against})
