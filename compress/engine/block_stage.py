@@ -65,7 +65,7 @@ def run_passes(
             done = context.ledger.load(file, key)
             if done is None:
                 made = _worked_on(context, stage, passes, unit)
-                done = context.executor.commit(context.ledger, file, key, made)
+                done = context.commit(file, key, made)
                 del made
             records += done
             take(context, done)

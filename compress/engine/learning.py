@@ -12,14 +12,11 @@ from compress.engine.placement import make_room
 from compress.engine.unit import Made
 from compress.errors import SolveError
 from compress.passes.base import Block
-from compress.passes.targets import make_target
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from compress.encodings import Weight
     from compress.engine.unit import Turn
-    from compress.models.site import Site
     from compress.passes.base import BlockPass, Edit, Target
 
 
@@ -32,7 +29,7 @@ def learn_block(turn: Turn, pass_: BlockPass) -> None:
     for site in chosen if pass_.adds_biases else ():
         make_room(turn.context, f"{site.name}.bias")
     before = {s.name: turn.weight(s) for s in chosen}
-    targets = {s.name: _target(turn, pass_, s, before[s.name]) for s in chosen}
+    targets = {s.name: turn.target(pass_, [s], [before[s.name]]) for s in chosen}
     try:
         edits, fallback = _edits(turn, pass_, targets), None
     except SolveError as error:
@@ -45,13 +42,6 @@ def learn_block(turn: Turn, pass_: BlockPass) -> None:
     for site in chosen:
         name = site.name
         turn.take(pass_, site, Made(before[name], targets[name].weight, edits[name], fallback, seconds))
-
-
-def _target(turn: Turn, pass_: BlockPass, site: Site, weight: Weight) -> Target:
-    statistics, generator = turn.state.statistics.get(site.name), turn.generator(site.name)
-    return make_target(
-        turn.context.artifact, [site], [weight], statistics=statistics, generator=generator, compares=pass_.compares
-    )
 
 
 def _trained_vectors(turn: Turn, pass_: BlockPass) -> list[str]:

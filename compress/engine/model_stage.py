@@ -46,7 +46,7 @@ class WholeModel(StageRunner):
                 for name, edit in context.bars.over(edits, len(units), f"{pass_.key}: layers"):
                     if name not in done:
                         record = work.record(name, edit)
-                        done[name] = context.executor.commit(context.ledger, units[name], key, [record])
+                        done[name] = context.commit(units[name], key, [record])
         records = [r for name in units if name in done for r in done[name]]
         take(context, records, restate=pass_.preserves)
         return StageResult(key, context, layers_changed(artifact, records))
@@ -88,7 +88,7 @@ class _Work:
     def _load(self, name: str) -> Target:
         artifact, site = self.context.artifact, self.sites[name]
         generator = generator_for(self.context.seed, self.stage.number, 0, name)
-        return make_target(artifact, [site], [artifact.weight(site)], generator=generator)
+        return make_target(artifact.graph, [site], [artifact.weight(site)], generator=generator)
 
     def record(self, name: str, edit: Edit) -> Record:
         """An edit as it is committed."""

@@ -81,6 +81,10 @@ class Context:
         """The model's structure."""
         return self.artifact.graph
 
+    def commit(self, unit: str, key: str, records: list[Record]) -> list[Record]:
+        """Keep a finished unit; returns its records as they are kept."""
+        return self.executor.commit(self.ledger, unit, key, records)
+
 
 def bring_in(context: Context, prefix: str, module: nn.Module) -> None:
     """Give every parameter of `module` its value as it stands now."""

@@ -67,14 +67,13 @@ def _shown(
     """Site -> what a pass saw of it, one matrix in memory at a time."""
     artifact, found = context.artifact, {}
     for site in (s for s in unit.sites if pass_.selects(s.name, s.block is not None)):
-        generator = generator_for(context.seed, stage, position, site.name)
         target = make_target(
-            artifact,
+            artifact.graph,
             [site],
             [artifact.weight(site)],
             statistics=statistics.get(site.name),
-            generator=generator,
-            compares=pass_.compares,
+            generator=generator_for(context.seed, stage, position, site.name),
+            original=artifact.original if pass_.compares else None,
         )
         found[site.name] = pass_.at(site.name).survey(target)
     return found

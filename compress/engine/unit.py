@@ -94,6 +94,18 @@ class Turn:
         """Randomness of the pass on a site, or on the unit."""
         return generator_for(self.context.seed, self.stage, self.position, name)
 
+    def target(self, pass_: Pass, sites: list[Site], weights: list[Weight]) -> Target:
+        """What the pass is given of sites with the same inputs."""
+        artifact, first = self.context.artifact, sites[0].name
+        return make_target(
+            artifact.graph,
+            sites,
+            weights,
+            statistics=self.state.statistics.get(first),
+            generator=self.generator(first),
+            original=artifact.original if pass_.compares else None,
+        )
+
     def chosen(self, pass_: Pass) -> list[Site]:
         """The sites that the pass works on."""
         return [s for s in self.unit.sites if pass_.selects(s.name, s.block is not None)]
@@ -167,17 +179,13 @@ def solve_matrices(turn: Turn, pass_: LinearPass) -> None:
 
 
 def _solve(turn: Turn, pass_: LinearPass, sites: list[Site]) -> Solution:
-    first, context = sites[0], turn.context
     if turn.state.statistics:  # a data-free pass never holds enough for it to pay
         give_back()
     started = time.perf_counter()
     before = [turn.weight(site) for site in sites]  # read no earlier than needed: one stack in memory, not the block
-    statistics, generator = turn.state.statistics.get(first.name), turn.generator(first.name)
-    target = make_target(
-        context.artifact, sites, before, statistics=statistics, generator=generator, compares=pass_.compares
-    )
-    with products(context.products):
-        edit, fallback = solved(pass_.at(first.name), target)
+    target = turn.target(pass_, sites, before)
+    with products(turn.context.products):
+        edit, fallback = solved(pass_.at(sites[0].name), target)
     return Solution(sites, before, target, edit, fallback, time.perf_counter() - started)
 
 

@@ -9,34 +9,34 @@ from compress.lazy import torch
 from compress.passes.interface import Target
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
     from compress.calibration.statistics import Statistics
-    from compress.checkpoint.artifact import Artifact
     from compress.encodings import Weight
+    from compress.models.graph import Graph
     from compress.models.site import Site
 
 
 def make_target(
-    artifact: Artifact,
+    graph: Graph,
     sites: Sequence[Site],
     weights: Sequence[Weight],
     *,
     statistics: Statistics | None = None,
     generator: torch.Generator | None = None,
-    compares: bool = False,
+    original: Callable[[Site], Tensor] | None = None,
 ) -> Target:
     """One matrix, or several with the same inputs stacked row upon row.
 
     Args:
-        artifact: of the model; asked for the original weights.
+        graph: of the model.
         sites: where the matrices lie.
         weights: what they are now, one for each site; all of them have a mask, or none.
         statistics: of the inputs.
         generator: randomness of the pass on these sites.
-        compares: whether the pass wants the original weights beside them.
+        original: site -> its weight before every pass, (out, in); only for a pass that compares with it.
 
     Raises:
         NonFiniteError: a weight of the source is NaN or infinite.
@@ -49,9 +49,9 @@ def make_target(
         statistics,
         generator,
         first.kernel,
-        artifact.graph.rows_of(first.name) if alone else None,
-        artifact.graph.columns_of(first.name) if alone else None,
-        original=_stacked([artifact.original(s).float() for s in sites]) if compares else None,
+        graph.rows_of(first.name) if alone else None,
+        graph.columns_of(first.name) if alone else None,
+        original=_stacked([original(s).float() for s in sites]) if original else None,
         stored=weights[0] if alone else None,
     )
 

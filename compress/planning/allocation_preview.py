@@ -70,7 +70,7 @@ class Allocation:
         p, sites = self.pass_, {site.name: site for site in self.sites}
 
         def load(name: str) -> Target:
-            return make_target(artifact, [sites[name]], [artifact.weight(sites[name])])
+            return make_target(artifact.graph, [sites[name]], [artifact.weight(sites[name])])
 
         def over(names: Iterable[str]) -> Iterable[str]:
             return bars.over(names, len(sites), f"{p.key}: layers")

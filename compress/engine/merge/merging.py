@@ -95,9 +95,8 @@ class _Settling:
             models.notes["aligned"] = self.aligner.facts()
         if models.notes and not self.facts():
             self.notes = models.notes
-            ledger.commit_row(
-                f"{unit}-facts", self.key, {"notes": self.notes}
-            )  # before the file: that says all is done
+            # Before the merged file, whose presence says that all is done.
+            ledger.commit_row(f"{unit}-facts", self.key, {"notes": self.notes})
         ledger.forget(f"{unit}-trial")
         return Settled(merger, learned)
 
