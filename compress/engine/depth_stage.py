@@ -23,7 +23,6 @@ from compress.models.graph import forward
 from compress.models.shorten import without
 from compress.passes.depth import DepthPass
 from compress.passes.interface import Depth
-from compress.planning.depth import candidates
 from compress.report.sections import BlocksDropped
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class Shortening(StageRunner):
             UnsupportedModelError: too few blocks put out what they are given the shape of; or as `shorten.without`.
         """
         pass_, graph = stage.single(DepthPass), context.graph
-        may = frozenset(candidates(graph, pass_))
+        may = frozenset(pass_.candidates(graph))
         key = key_of(key, stage.number, pass_.key, pass_.options(), sorted(may))
         work = _Work(pass_, stage.unit, key, calibration_batches(data), may, graph.blocks)
         state = _State(context, list(range(len(graph.blocks))))

@@ -12,6 +12,7 @@ from compress.passes.base import Pass, Reach
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from compress.models.graph import Graph
     from compress.passes.interface import Depth
 
 
@@ -38,6 +39,12 @@ class DepthPass(Pass):
 
     def produces(self, kind: str) -> str:
         return kind
+
+    def candidates(self, graph: Graph) -> tuple[int, ...]:
+        """Numbers of the blocks that it may take out: those of which it selects every site."""
+        every = range(len(graph.blocks)) if graph.blocks != ("",) else ()
+        sites = {i: graph.in_block(i) for i in every}
+        return tuple(i for i in every if sites[i] and all(self.selects(s.name, in_block=True) for s in sites[i]))
 
     def run(self, model: Depth) -> Iterator[tuple[int, ...]]:
         """Numbers of the blocks that go; it is asked for more when those are gone."""

@@ -26,7 +26,7 @@ def plan(state: PlanState, path: str, pass_: Pass, *, fused: bool, first: bool) 
     """
     assert isinstance(pass_, DepthPass)
     graph, after = state.graph, state.entered(path, pass_)
-    may = candidates(graph, pass_) if pass_.blocks else ()
+    may = pass_.candidates(graph) if pass_.blocks else ()
     part = PassPlan(path, pass_, tuple(s for s in graph.sites if s.block in may), {})
     problems = [
         *checks.unmatched_patterns(path, pass_, [s.name for s in graph.sites], "layer"),
@@ -53,13 +53,6 @@ def _different_kinds(state: PlanState, path: str, pass_: DepthPass, between: ran
         )
 
 
-def candidates(graph: Graph, pass_: DepthPass) -> tuple[int, ...]:
-    """The blocks that a pass may drop: those of which it selects every site."""
-    every = range(len(graph.blocks)) if graph.blocks != ("",) else ()
-    sites = {i: graph.in_block(i) for i in every}
-    return tuple(i for i in every if sites[i] and all(pass_.selects(s.name, in_block=True) for s in sites[i]))
-
-
 def check(graph: Graph, pass_: DepthPass) -> None:
     """Refuse a model that a pass cannot take blocks out of.
 
@@ -69,7 +62,7 @@ def check(graph: Graph, pass_: DepthPass) -> None:
     kind, count, model = type(graph.model).__name__, len(graph.blocks), graph.model
     if graph.blocks == ("",) or not isinstance(list_of(graph), nn.ModuleList | nn.Sequential):
         raise UnsupportedModelError(f"the blocks of a {kind} are not the entries of one numbered list: none can go")
-    may = candidates(graph, pass_)
+    may = pass_.candidates(graph)
     if pass_.blocks >= count:
         raise UnsupportedModelError(f"{pass_.blocks} of {count} blocks cannot go: at least one must stay")
     if pass_.blocks > (_longest_run(may) if pass_.neighbours else len(may)):
