@@ -23,24 +23,24 @@ Values = dict[str, Tensor]
 def inputs(width: int, tokens: int = 256, seed: int = 0, dead: tuple[int, ...] = ()) -> Tensor:
     """(tokens, width) correlated inputs of very different sizes."""
     generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(width, width, generator=generator) / width**0.5 + torch.eye(width)
-    x = torch.randn(tokens, width, generator=generator) @ mix
-    x *= torch.rand(width, generator=generator) * 3 + 0.2
+    mix = torch.randn(width, width, generator=generator, device="cpu") / width**0.5 + torch.eye(width, device="cpu")
+    x = torch.randn(tokens, width, generator=generator, device="cpu") @ mix
+    x *= torch.rand(width, generator=generator, device="cpu") * 3 + 0.2
     x[:, list(dead)] = 0
     return x
 
 
 def weight(rows: int, columns: int, seed: int = 0) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(1000 + seed))
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(1000 + seed), device="cpu")
 
 
 def mask(rows: int, columns: int, seed: int = 0, share: float = 0.5) -> Tensor:
     """True = kept."""
-    return torch.rand(rows, columns, generator=torch.Generator().manual_seed(2000 + seed)) >= share
+    return torch.rand(rows, columns, generator=torch.Generator().manual_seed(2000 + seed), device="cpu") >= share
 
 
 def statistics(x: Tensor, need: str = "gram") -> Statistics:
-    found = Statistics(x.shape[-1], need)  # type: ignore[arg-type]
+    found = Statistics(x.shape[-1], need, x.device)  # type: ignore[arg-type]
     found.update(x, "a test")
     return found
 
@@ -50,10 +50,14 @@ def target(w: Tensor, x: Tensor | None = None, kept: Tensor | None = None) -> Ta
     return Target(w, kept, None if x is None else statistics(x), torch.Generator().manual_seed(0))
 
 
+def device_of(targets: Mapping[str, Target]) -> torch.device:
+    return next(iter(targets.values())).weight.device
+
+
 def block(targets: Mapping[str, Target], samples: int = 6, seed: int = 0) -> Block:
     """A block whose matrices all read (the first columns of) one input; each sample is ten tokens."""
     width = max(t.weight.shape[1] for t in targets.values())
-    x = inputs(width, tokens=10 * samples, seed=seed).view(samples, 10, width)
+    x = inputs(width, tokens=10 * samples, seed=seed).view(samples, 10, width).to(device_of(targets))
 
     def call(weights: Weights, hidden: Tensor, _: Tensor) -> Tensor:
         return torch.cat([hidden[..., : w.shape[1]] @ w.T for w in weights.values()], dim=-1)
@@ -66,7 +70,7 @@ def block(targets: Mapping[str, Target], samples: int = 6, seed: int = 0) -> Blo
 def whole(targets: Mapping[str, Target], samples: int = 6, seed: int = 0) -> Whole:
     """A model whose matrices all read (the first columns of) one input, and should put out something else."""
     width = max(t.weight.shape[1] for t in targets.values())
-    x = inputs(width, tokens=samples, seed=seed)
+    x = inputs(width, tokens=samples, seed=seed).to(device_of(targets))
     wanted = {n: torch.tanh(x[:, : t.weight.shape[1]] @ t.weight.T) for n, t in targets.items()}
 
     def loss(make: Make, numbers: Tensor) -> Tensor:
@@ -78,13 +82,13 @@ def whole(targets: Mapping[str, Target], samples: int = 6, seed: int = 0) -> Who
     return Whole(tuple(targets), targets.__getitem__, {}, data, torch.Generator().manual_seed(seed))
 
 
-def dropped(pass_: DepthPass, seed: int = 0) -> tuple[list[int], int]:
+def dropped(pass_: DepthPass, seed: int = 0, device: str | torch.device = "cpu") -> tuple[list[int], int]:
     """What a pass takes out of six residual blocks, by their first numbers, and how many blocks are left."""
-    blocks = [weight(8, 8, seed + i) / 10 for i in range(6)]
+    blocks = [weight(8, 8, seed + i).to(device) / 10 for i in range(6)]
     left, gone = list(range(6)), []
 
     def distances(count: int, distance: Distance, last: bool) -> dict[int, float]:
-        states = [inputs(8, tokens=15, seed=seed).view(3, 5, 8).double()]
+        states = [inputs(8, tokens=15, seed=seed).view(3, 5, 8).double().to(device)]
         for i in left:
             states.append(states[-1] + torch.tanh(states[-1] @ blocks[i].double()))
         shown = [s[:, -1:] if last else s for s in states]
@@ -169,7 +173,8 @@ class Wholes(Models):
         names = [n for n in self.names if self.value(0, n).dim() == 2]
         first, last = names[0], names[-1]
         wide, narrow = self.value(0, first).shape[1], self.value(0, last).shape[1]
-        x = torch.randn(32, wide, generator=torch.Generator().manual_seed(self.seed))
+        x = torch.randn(32, wide, generator=torch.Generator().manual_seed(self.seed), device="cpu")
+        x = x.to(self.value(0, first).device)
 
         def logits(make: Make, numbers: Tensor) -> Tensor:
             values = make([first, last])

@@ -218,7 +218,7 @@ def statistics(
             first = (n for n in last if same(n, x) and (needs[n], windows[n], n in ranged) == kind)
             leaders[name] = next(first, name)
             width = window.columns(x) if window else x.shape[-1]
-            found[name] = found.get(leaders[name]) or Statistics(width, needs[name])
+            found[name] = found.get(leaders[name]) or Statistics(width, needs[name], x.device)
             if name in ranged and leaders[name] == name:
                 found[name].range = Range()
         leader = leaders[name]

@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
+from compress.calibration.draws import draw
 from compress.errors import SolveError
 from compress.lazy import torch
 
@@ -153,7 +154,7 @@ def by_block(
     def loss(progress: float) -> Tensor:
         nonlocal order
         if len(order) == 0:
-            order = trained[torch.randperm(len(trained), generator=generator)]
+            order = trained[draw(generator, (len(trained),), "permutation", trained)]
         part, order = order[: recipe.batch_size], order[recipe.batch_size :]
         made = data.call(learned.soft(progress), _inputs(data, recipe.inputs, part, generator), part)
         return (made.float() - data.outputs.take(part).float()).square().mean() / scale
@@ -239,7 +240,7 @@ def _inputs(data: BlockData, kind: Inputs, part: Tensor, generator: torch.Genera
     inputs = data.inputs.take(part)
     if kind == "compressed":
         return inputs
-    chosen = torch.rand(inputs.shape, generator=generator) < MIX
+    chosen = draw(generator, inputs.shape, "uniform", inputs) < MIX
     return torch.where(chosen, inputs, data.original_inputs.take(part))
 
 

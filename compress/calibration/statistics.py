@@ -33,11 +33,12 @@ class Statistics:
         range: of the numbers, with a sample; None unless asked for.
     """
 
-    def __init__(self, width: int, need: Need):
+    def __init__(self, width: int, need: Need, device: torch.device | None = None):
+        """`device`: where the inputs will be; torch's default device if not given."""
         self.tokens = 0
-        self._squares = torch.zeros(width, dtype=torch.float64)
-        self._gram = torch.zeros(width, width) if need == "gram" else None
-        self._sum = torch.zeros(width, dtype=torch.float64) if need == "gram" else None
+        self._squares = torch.zeros(width, dtype=torch.float64, device=device)
+        self._gram = torch.zeros(width, width, device=device) if need == "gram" else None
+        self._sum = torch.zeros(width, dtype=torch.float64, device=device) if need == "gram" else None
         self._panel = max(SMALLEST_PANEL, width // 8)
         self._whole = True
         self._eigen: tuple[Tensor, Tensor] | None = None

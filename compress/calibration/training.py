@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
+from compress.calibration.draws import draw
 from compress.errors import SolveError
 from compress.lazy import torch
 
@@ -215,7 +216,8 @@ def batch(numbers: Tensor, step: int, size: int, seed: int) -> Tensor:
     chosen = []
     for place in range((step - 1) * size, step * size):
         turn, within = divmod(place, len(numbers))
-        order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed((seed + turn) % (1 << 63)))
+        generator = torch.Generator().manual_seed((seed + turn) % (1 << 63))
+        order = draw(generator, (len(numbers),), "permutation", numbers)
         chosen.append(numbers[order[within]])
     return torch.stack(chosen)
 

@@ -137,7 +137,7 @@ def _levels(bits: int, levels: Levels, exponent: float, device: torch.device) ->
 def _exact_values(bits: int, levels: Levels, exponent: Tensor) -> Tensor:
     """(L,) float64 on the processor: every device then reads the same table, and small powers do not underflow."""
     first = 0 if levels == "zero" else 0.5
-    steps = torch.arange(2 ** (bits - 1), dtype=torch.float64) + first
+    steps = torch.arange(2 ** (bits - 1), dtype=torch.float64, device="cpu") + first
     magnitudes = (steps / steps[-1]).pow(1 / exponent.to("cpu", torch.float64))
     return torch.cat([-magnitudes[1 if levels == "zero" else 0 :].flip(0), magnitudes])
 
@@ -179,8 +179,8 @@ class Grid:
         exact = _exact_values(self.bits, self.levels, self.stored_exponent)
         borders = ((exact[1:] + exact[:-1]) / 2).float()
         # Halfway goes up from even codes: with a level at zero and exponent 1, to even multiples, as rounding does.
-        borders[::2] = torch.nextafter(borders[::2], torch.tensor(-torch.inf))
-        return borders
+        borders[::2] = torch.nextafter(borders[::2], torch.tensor(-torch.inf, device="cpu"))
+        return borders.to(self.stored_exponent.device)
 
     def nearest(self, unit: Tensor) -> Tensor:
         """Numbers in units of the scale, float32 of any shape -> int32 codes of the nearest levels."""

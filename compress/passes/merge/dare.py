@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from compress.calibration.draws import draw
 from compress.errors import OptionError
 from compress.lazy import torch
 from compress.passes.merge.base import MergePass
@@ -96,5 +97,5 @@ class Dare(MergePass):
         shares = self.of_each(self.density, piece, 0.1)
         for delta, share, chance in zip(piece.deltas(), shares, piece.generators, strict=True):
             if share < 1:
-                delta.mul_(torch.rand(delta.shape, generator=chance) < share)
+                delta.mul_(draw(chance, delta.shape, "uniform", delta) < share)
             yield delta

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+from compress.calibration.draws import draw
 from compress.lazy import torch
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def match(
     least = GAIN * product(ours, ours, counted) ** 0.5 * product(theirs, theirs, counted) ** 0.5
     for _ in range(sweeps):
         before = len(found)
-        for k in torch.randperm(len(units), generator=generator).tolist():
+        for k in draw(generator, (len(units),), "permutation", orders[0].units).tolist():
             each = units[k]
             names = {p.tensor for p in each.places if p.counts}
             others = [(u, order) for i, (u, order) in enumerate(zip(units, orders, strict=True)) if i != k]
@@ -126,7 +127,7 @@ def assigned(units: Units, ours: Values, theirs: Values, generator: torch.Genera
         scores += torch.tensor([[pair.agreement[-1] for pair in line] for line in pairs], dtype=torch.float64)
     from scipy.optimize import linear_sum_assignment
 
-    chosen = torch.from_numpy(linear_sum_assignment(scores.numpy(), maximize=True)[1]).long()
+    chosen = torch.from_numpy(linear_sum_assignment(scores.cpu().numpy(), maximize=True)[1]).to(scores.device).long()
     return Order(chosen, tuple(line[j].orders for line, j in zip(pairs, chosen.tolist(), strict=False)))
 
 
@@ -149,7 +150,7 @@ def product(ours: Values, theirs: Values, names: Iterable[str]) -> float:
 def arranged(value: Tensor, moved: Iterable[tuple[int, Tensor]]) -> Tensor:
     """A tensor with its entries in another order."""
     for axis, order in moved:
-        value = value.index_select(axis, order)
+        value = value.index_select(axis, order.to(value.device))
     return value
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Ge, Gt, Lt
 
+from compress.calibration.draws import draw
 from compress.encodings import Uniform
 from compress.encodings.uniform import Search, narrowest, rounded
 from compress.lazy import function, no_grad, torch
@@ -107,7 +108,7 @@ class Division(Rounding):
         else:
             bound = (6 / (6 * columns)) ** 0.5  # Kaiming-uniform with a = sqrt(5)
             self.left = torch.zeros(rows, options.rank, requires_grad=True)
-            self.right = torch.empty(options.rank, columns).uniform_(-bound, bound, generator=generator)
+            self.right = draw(generator, (options.rank, columns), "uniform", weight, (-bound, bound))
             self.right.requires_grad_()
             self.column = torch.zeros(1, columns, requires_grad=True)
 

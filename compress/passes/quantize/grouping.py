@@ -52,12 +52,12 @@ def group(features: Tensor, count: int) -> Tensor:
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # scikit-learn's
 
-    points = (features / features.abs().max()).double().numpy()
+    points = (features / features.abs().max()).double().cpu().numpy()
     with threadpool_limits(1), warnings.catch_warnings():  # several threads add up in the order they happen to finish
         warnings.simplefilter("ignore", ConvergenceWarning)  # rows all but equal: fewer groups, taken care of below
         labels = KMeans(count, n_init=1, random_state=0).fit(points).labels_
     _, found = torch.unique(torch.from_numpy(labels), return_inverse=True)
-    return torch.as_tensor(found, dtype=torch.uint8)
+    return found.to(features.device, torch.uint8)
 
 
 def table_losses(values: Tensor, importance: Tensor, table: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from compress.calibration.draws import draw
 from compress.encodings import LowRank
 from compress.encodings.uniform import narrowest, rounded
 from compress.lazy import no_grad, torch
@@ -37,7 +38,6 @@ class Matrix:
         base = target.weight if self.stored is None else self.stored.base()
         self.base = base.detach()
         generator = target.generator or torch.Generator()
-        rows, columns = base.shape
         self.adapters: list[Adapter] = []
         self.beside: Lora | None = None
         self.factor: Tensor | None = None
@@ -48,12 +48,12 @@ class Matrix:
             elif name == "full":
                 self.adapters.append(Full(base))
             elif name == "scale_lora":
-                self.adapters.append(ScaleLora(rows, columns, rank, generator))
+                self.adapters.append(ScaleLora(base, rank, generator))
             elif name in ("lora", "head") and (self.mask is not None or self.encoding is not None or self.factored):
                 found = None if self.stored is None else self.stored.low_rank
-                self.beside = Lora(rows, columns, rank, 1.0 if found else alpha / rank, generator, found)
+                self.beside = Lora(base, rank, 1.0 if found else alpha / rank, generator, found)
             else:
-                self.adapters.append(Lora(rows, columns, rank, alpha / rank, generator, masked=_MASKED[name]))
+                self.adapters.append(Lora(base, rank, alpha / rank, generator, masked=_MASKED[name]))
 
     def tensors(self) -> list[Tensor]:
         """What is learned."""
@@ -143,17 +143,17 @@ class Lora(Adapter):
 
     def __init__(
         self,
-        rows: int,
-        columns: int,
+        base: Tensor,
         rank: int,
         scaling: float,
         generator: torch.Generator,
         start: LowRank | None = None,
         masked: str = "never",
     ):
+        rows, columns = base.shape
         bound = columns**-0.5  # Kaiming-uniform with a = sqrt(5)
         if start is None:
-            a = torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
+            a = draw(generator, (rank, columns), "uniform", base, (-bound, bound))
             b = torch.zeros(rows, rank)
         else:
             a, b = start.factors()
@@ -184,8 +184,9 @@ class ScaleLora(Adapter):
     One component is all ones; the others are noise times nothing, not copies of the first, which would stay copies.
     """
 
-    def __init__(self, rows: int, columns: int, rank: int, generator: torch.Generator):
-        a = torch.randn(rank, columns, generator=generator) * NOISE
+    def __init__(self, base: Tensor, rank: int, generator: torch.Generator):
+        rows, columns = base.shape
+        a = draw(generator, (rank, columns), "normal", base) * NOISE
         b = torch.zeros(rows, rank)
         a[0], b[:, 0] = 1.0, 1.0
         self.tensors = [a.requires_grad_(), b.requires_grad_()]

@@ -55,7 +55,7 @@ class Factor:
         damped = gram[reverse[:, None], reverse].T  # symmetric; by columns, as LAPACK works on it
         damped.diagonal().add_(damping * diagonal.mean())
         damped.diagonal()[dead[reverse]] = 1.0  # an input that is always zero constrains nothing
-        failed = torch.empty(0, dtype=torch.int32)
+        failed = torch.empty((), dtype=torch.int32)
         torch.linalg.cholesky_ex(damped, out=(damped, failed))  # in place: these are the largest tensors there are
         if failed or not torch.isfinite(damped.diagonal()).all():
             raise SolveError("the Gram matrix of the inputs is not positive definite at this damping")

@@ -1,0 +1,151 @@
+"""A device that is not there: its tensors lie in this machine's memory, but do not mix with the processor's.
+
+What a machine without an accelerator can say about code that is to run on one: nothing computes with tensors of two
+devices, draws random numbers on the wrong one, or reads memory that is not the processor's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
+
+NAME = "elsewhere"
+CPU = torch.device("cpu")
+LARGE = 1 << 12  # numbers: a longer list is read from a copy on the processor, explicitly
+
+T = TypeVar("T")
+
+
+class MixedDevicesError(AssertionError):
+    """Tensors of two devices met: an accelerator would have refused."""
+
+
+class Elsewhere(Tensor):
+    """A tensor of the pretended device.
+
+    Attributes:
+        here: its values in the processor's memory; for this file only.
+    """
+
+    here: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, here: Tensor) -> Elsewhere:
+        made: Elsewhere = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            here.shape,
+            strides=here.stride(),
+            storage_offset=here.storage_offset(),
+            dtype=here.dtype,
+            device=torch.device(NAME, 0),
+        )
+        made.here = here
+        return made
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, op: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return _computed(op, tuple(args), dict(kwargs or {}))
+
+    def tolist(self) -> Any:
+        if self.numel() > LARGE:
+            raise MixedDevicesError(f"a list of {self.numel()} numbers is read from a device; copy it explicitly")
+        return self.here.tolist()
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"elsewhere({self.here!r})"
+
+
+class _Factories(TorchDispatchMode):
+    """Sees the operations that have no tensor to tell the device by."""
+
+    def __torch_dispatch__(
+        self, op: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return _computed(op, tuple(args), dict(kwargs or {}))
+
+
+def _computed(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an operation gives, on the device that its tensors, or its `device=`, say."""
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    there = any(isinstance(t, Elsewhere) for t in tensors)
+    if there and any(t.dim() for t in tensors if not isinstance(t, Elsewhere)):
+        raise MixedDevicesError(f"{op} is given tensors of two devices")
+    asked = kwargs.get("device")
+    result_there = there if asked is None else torch.device(asked).type == NAME
+    if result_there and kwargs.get("generator") is not None:
+        raise MixedDevicesError(f"{op} draws on a device with the processor's generator")
+    inner: dict[str, Any] = tree_map(_here, kwargs)
+    made = op(*tree_map(_here, args), **(inner if asked is None else {**inner, "device": CPU}))
+    if not result_there:
+        return made
+    wrapped = tree_map(_there, made)
+    return return_and_correct_aliasing(op, args, kwargs, wrapped) if there and asked is None else wrapped
+
+
+def _here(value: Any) -> Any:
+    return value.here if isinstance(value, Elsewhere) else value
+
+
+def _there(value: Any) -> Any:
+    return Elsewhere(value) if isinstance(value, Tensor) and not isinstance(value, Elsewhere) else value
+
+
+class _Backend(backend_registration._DummyBackendModule):
+    """`torch.elsewhere`."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+
+@cache
+def _register() -> None:
+    """Tell torch the name of the device, once a process."""
+    backend_registration._setup_privateuseone_for_python_backend(NAME, _Backend())
+
+
+@contextmanager
+def elsewhere() -> Iterator[torch.device]:
+    """While open, there is another device."""
+    _register()
+    before = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor([...], device=...)` is moved by an operation of its own
+    try:
+        with _Factories():
+            yield torch.device(NAME, 0)
+    finally:
+        torch._C._set_only_lift_cpu_tensors(before)
+
+
+def moved(value: T, device: torch.device) -> T:
+    """Every tensor in dataclasses, lists, tuples and dictionaries on a device, whoever they share one with."""
+    done: dict[int, Any] = {}
+
+    def move(part: Any) -> Any:
+        if id(part) in done:
+            return done[id(part)]
+        made = part
+        if isinstance(part, Tensor):
+            made = part.to(device)
+        elif is_dataclass(part) and not isinstance(part, type):
+            made = replace(part, **{f.name: move(getattr(part, f.name)) for f in fields(part) if f.init})
+        elif isinstance(part, list | tuple):
+            made = type(part)(move(each) for each in part)
+        elif isinstance(part, dict):
+            made = {name: move(each) for name, each in part.items()}
+        done[id(part)] = made
+        return made
+
+    made: T = move(value)
+    return made
