@@ -6,17 +6,15 @@ devices, draws random numbers on the wrong one, or reads memory that is not the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "elsewhere"
 CPU = torch.device("cpu")
@@ -78,28 +76,32 @@ class _Factories(TorchDispatchMode):
 
 def _computed(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an operation gives, on the device that its tensors, or its `device=`, say."""
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    there = any(isinstance(t, Elsewhere) for t in tensors)
-    if there and any(t.dim() for t in tensors if not isinstance(t, Elsewhere)):
+    given: list[Tensor] = []
+
+    def here(tensor: Tensor) -> Tensor:
+        given.append(tensor)
+        return tensor.here if isinstance(tensor, Elsewhere) else tensor
+
+    inner, named = _each(args, here), {name: _each(value, here) for name, value in kwargs.items()}
+    there = any(isinstance(t, Elsewhere) for t in given)
+    if there and any(t.dim() for t in given if not isinstance(t, Elsewhere)):
         raise MixedDevicesError(f"{op} is given tensors of two devices")
     asked = kwargs.get("device")
     result_there = there if asked is None else torch.device(asked).type == NAME
     if result_there and kwargs.get("generator") is not None:
         raise MixedDevicesError(f"{op} draws on a device with the processor's generator")
-    inner: dict[str, Any] = tree_map(_here, kwargs)
-    made = op(*tree_map(_here, args), **(inner if asked is None else {**inner, "device": CPU}))
+    made = op(*inner, **(named if asked is None else {**named, "device": CPU}))
     if not result_there:
         return made
-    wrapped = tree_map(_there, made)
+    wrapped = _each(made, lambda tensor: tensor if isinstance(tensor, Elsewhere) else Elsewhere(tensor))
     return return_and_correct_aliasing(op, args, kwargs, wrapped) if there and asked is None else wrapped
 
 
-def _here(value: Any) -> Any:
-    return value.here if isinstance(value, Elsewhere) else value
-
-
-def _there(value: Any) -> Any:
-    return Elsewhere(value) if isinstance(value, Tensor) and not isinstance(value, Elsewhere) else value
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same with every tensor in it changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    return type(value)(_each(part, change) for part in value) if type(value) in (list, tuple) else value
 
 
 class _Backend(backend_registration._DummyBackendModule):
@@ -109,16 +111,13 @@ class _Backend(backend_registration._DummyBackendModule):
         return [torch.bfloat16]
 
 
-@cache
-def _register() -> None:
-    """Tell torch the name of the device, once a process."""
-    backend_registration._setup_privateuseone_for_python_backend(NAME, _Backend())
+# Before anything is differentiated: autograd counts the devices once a process.
+backend_registration._setup_privateuseone_for_python_backend(NAME, _Backend())
 
 
 @contextmanager
 def elsewhere() -> Iterator[torch.device]:
     """While open, there is another device."""
-    _register()
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor([...], device=...)` is moved by an operation of its own
     try:

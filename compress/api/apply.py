@@ -16,6 +16,7 @@ from compress.config.pipeline import Calibration, Evaluation, Pipeline
 from compress.config.reading import mistakes
 from compress.encodings import Weight
 from compress.engine import manager
+from compress.engine.devices import Devices
 from compress.engine.ledger import MemoryLedger
 from compress.engine.merge import checks as merges
 from compress.engine.placement import Context
@@ -119,11 +120,13 @@ def apply(
     made = plan.make(pipeline, graph, dtypes)
     merges.check(pipeline, artifact, "apply")
     merges.check_data(pipeline, data.calibration, graph, "apply")
+    devices = Devices(compute=next(iter(model.parameters())).device)
     context = Context(
-        artifact=artifact, given=artifact, ledger=MemoryLedger(),
-        seed=seed, dtype=dtype, products=products, resident=True, bars=progress.Bars(),
+        artifact=artifact, given=artifact, ledger=MemoryLedger(), seed=seed, dtype=dtype, products=products,
+        resident=True, bars=progress.Bars(), devices=devices,
     )  # fmt: skip
-    measured, context = manager.execute(pipeline, made, context, data, type(model).__name__)
+    with devices.scope():
+        measured, context = manager.execute(pipeline, made, context, data, type(model).__name__)
     weights = {name: w for name, w in context.artifact.committed.items() if isinstance(w, Weight)}
     for name, weight in weights.items():
         if weight.inputs is not None:

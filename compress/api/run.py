@@ -129,7 +129,8 @@ def run(
         seed=steps.seed, dtype=dtype, products=steps.products, resident=False, bars=bars,
     )  # fmt: skip
     with bars.shown():
-        measured, context = manager.execute(steps, made, context, data, str(model))
+        with context.devices.scope():
+            measured, context = manager.execute(steps, made, context, data, str(model))
         _export(context, opened, steps, measured, data, work / "out", destination, identity, resolved)
     shutil.rmtree(work, ignore_errors=True)
     return measured

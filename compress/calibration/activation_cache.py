@@ -27,9 +27,10 @@ LARGEST_BUFFER = 1 << 30  # bytes of activations kept in memory; more is memory-
 class Activations:
     """The hidden states every calibration batch arrives with at the block that comes next, and how it is called."""
 
-    def __init__(self, arrivals: Iterable[tuple[Tensor, Call]], trim: bool):
-        """`trim`: give freed memory back after every batch."""
-        self.trim = trim
+    def __init__(self, arrivals: Iterable[tuple[Tensor, Call]], trim: bool, store: torch.device):
+        """`trim`: give freed memory back after every batch. `store`: where hidden states wait."""
+        self.trim, self.store = trim, store
+        self.compute = store  # where they arrive
         self.calls: list[Call] = []
         self.hidden: list[Tensor] = []
         self._mapped: set[int] = set()  # batches beyond LARGEST_BUFFER
@@ -37,8 +38,9 @@ class Activations:
         self._calls_for: dict[int, Call] = {}
         size = 0
         for hidden, call in arrivals:
+            self.compute = hidden.device
             self.calls.append(call)
-            self.hidden.append(hidden)
+            self.hidden.append(hidden.to(store))
             size += hidden.nbytes
             if size > LARGEST_BUFFER:
                 self._mapped.add(len(self.hidden) - 1)
@@ -46,7 +48,8 @@ class Activations:
 
     def copy(self) -> Activations:
         """The same hidden states now, a chain of its own from here on."""
-        other = Activations((), self.trim)
+        other = Activations((), self.trim, self.store)
+        other.compute = self.compute
         other.calls, other.hidden, other._mapped = self.calls, list(self.hidden), self._mapped
         for number in self._own:  # the other chain's buffer will be written to
             other.keep(number, self.hidden[number])
@@ -55,13 +58,14 @@ class Activations:
     def forwards(self, block: nn.Module, weights: Weights | None = None) -> Iterator[Callable[[], Tensor]]:
         """One call a batch that runs a block on what arrives; `weights` replace parameters of the block by name."""
         for number, call in enumerate(self.calls):
-            yield partial(call.run, block, self.hidden[number], weights)
+            yield partial(call.run, block, self.hidden[number].to(self.compute), weights)
             if self.trim:
                 give_back()
 
     def keep(self, number: int, output: Tensor) -> None:
         """Put a batch's hidden states in the place of what was there."""
         # Only memory of our own is written to: what arrived may be the caller's tensor, or another block's argument.
+        output = output.to(self.store)
         buffer = self._own.get(number)
         if buffer is not None and buffer.shape == output.shape and buffer.dtype == output.dtype:
             buffer.copy_(output)
@@ -72,7 +76,7 @@ class Activations:
 
     def samples(self) -> Samples:
         """All samples, whatever batch they are in."""
-        return Samples(self.hidden)
+        return Samples(self.hidden, self.compute)
 
     def call_for(self, count: int) -> Call:
         """How the block is called with any `count` samples. Looked up once: every visit is called alike."""
@@ -101,5 +105,5 @@ def _mapped(hidden: Tensor) -> Tensor:
     with tempfile.NamedTemporaryFile() as file:
         if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a fault later
             os.posix_fallocate(file.fileno(), 0, hidden.nbytes)
-        mapped = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
+        mapped = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype, device="cpu")
     return mapped.view(hidden.shape).copy_(hidden)

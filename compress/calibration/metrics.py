@@ -121,6 +121,7 @@ def measure(
             else:
                 out, wanted = out.float(), labels[count : count + len(batch)]
                 _check_labels(out, wanted)
+            wanted = wanted.to(out.device)
             right = out.argmax(1) == wanted
             correct += int(right.sum())
             total = functional.cross_entropy(out, wanted, reduction="sum").item()

@@ -56,5 +56,5 @@ def learning(kind: Products, example: Tensor) -> Iterator[None]:
 def _multiplies_bfloat16(device: str) -> bool:
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported())
-    has = torch.cpu.get_capabilities()
+    has = torch.cpu.get_capabilities() if device == "cpu" else {}
     return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

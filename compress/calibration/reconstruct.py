@@ -37,8 +37,9 @@ MIX = 0.5  # share of the elements of a mixed input that come from the compresse
 class Samples:
     """Hidden states of all calibration samples, kept as the batches they were computed in."""
 
-    def __init__(self, batches: Sequence[Tensor]):
-        self.batches = batches
+    def __init__(self, batches: Sequence[Tensor], device: torch.device | None = None):
+        """`device`: where samples are taken to; by default they stay where they are."""
+        self.batches, self.device = batches, device
         self._place = [(i, row) for i, batch in enumerate(batches) for row in range(len(batch))]
 
     def __len__(self) -> int:
@@ -51,7 +52,7 @@ class Samples:
         taken = torch.empty(len(places), *first.shape[1:], dtype=first.dtype, device=first.device)
         for i, (batch, row) in enumerate(places):
             taken[i] = self.batches[batch][row]
-        return taken
+        return taken if self.device is None else taken.to(self.device)
 
 
 @dataclass(frozen=True)

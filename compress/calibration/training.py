@@ -246,6 +246,7 @@ class _Run:
         self.step, self.best_step = int(step), int(best_step)
         with torch.no_grad():
             for i, tensor in enumerate(self.tensors):
-                tensor.copy_(state[f"{i}.now"])
-                self.kept.append(state[f"{i}.kept"])
-                self.optimizer.state[tensor] = {n: state[f"{i}.{n}"] for n in ("step", "exp_avg", "exp_avg_sq")}
+                own = {n: state[f"{i}.{n}"].to(tensor.device) for n in ("now", "kept", "step", "exp_avg", "exp_avg_sq")}
+                tensor.copy_(own.pop("now"))
+                self.kept.append(own.pop("kept"))
+                self.optimizer.state[tensor] = own

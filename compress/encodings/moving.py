@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from compress.lazy import torch
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 def moved(value: T, device: torch.device) -> T:
     """A tensor, or a dataclass of tensors, on a device; the very same object where all of it lies there already."""
     if isinstance(value, torch.Tensor):
-        return value.to(device)
+        return cast("T", value.to(device))
     if not is_dataclass(value) or isinstance(value, type):
         return value
     before = {field.name: getattr(value, field.name) for field in fields(value)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from compress.calibration import collect
@@ -57,8 +57,8 @@ class View:
     def original_values(self) -> dict[str, Tensor]:
         """What the block's parameters were where passes may have changed them, by name in the block."""
         artifact, dtype = self.context.artifact, self.context.dtype
-        plain = artifact.plain()
-        values = {s.parameter: s.value(artifact.original(s)) for s in self.context.graph.in_block(self.index)}
+        plain = replace(self.context, artifact=artifact.plain())
+        values = {s.parameter: s.value(self.context.original(s)) for s in self.context.graph.in_block(self.index)}
         values |= {name: plain.tensor(name) for name in self.vectors() if name in artifact.vectors}
         return {name.removeprefix(self.prefix): value.to(dtype) for name, value in values.items()}
 
@@ -92,7 +92,8 @@ class View:
     def _part(self, child: str, module: nn.Module, learned: Weights, fixed: Weights) -> BlockData:
         now = self._values({**fixed, **learned})
         runs = self.chain.forwards(self.block, now)
-        inputs = Activations((collect.arrival(run, module) for run in runs), trim=not self.context.resident)
+        arrivals = (collect.arrival(run, module) for run in runs)
+        inputs = Activations(arrivals, trim=not self.context.resident, store=self.context.devices.store)
         outputs = inputs.copy()
         original = _under(child, self.original_values())
         for number, made in enumerate(outputs.forwards(module, original)):

@@ -19,7 +19,6 @@ from compress.engine.stage import StageResult, StageRunner, calibration_batches
 from compress.engine.sweep import chain_of
 from compress.errors import NonFiniteError, UnsupportedModelError
 from compress.io.keys import key_of
-from compress.models.graph import forward
 from compress.models.shorten import without
 from compress.passes.depth import DepthPass
 from compress.passes.interface import Depth
@@ -170,7 +169,7 @@ def _distances(
         if chain is None:
             with streamed(context), products(context.products):
                 for number, batch in enumerate(bars.over(batches, len(batches), "distances: batches")):
-                    run = partial(forward, graph, batch)
+                    run = partial(context.forward, batch)
                     enter = partial(means.enter, number, states)
                     ran = collect.visits(run, blocks, enter, partial(means.leave, number, states))
                     if ran != list(range(len(blocks))):
@@ -183,7 +182,7 @@ def _distances(
             with products(context.products), present(context, index):
                 forwards = bars.over(chain.forwards(blocks[index]), len(batches), "distances: batches")
                 for number, made in enumerate(forwards):
-                    means.enter(number, states, index, chain.hidden[number])
+                    means.enter(number, states, index, context.devices.to_compute(chain.hidden[number]))
                     output = made()
                     means.leave(number, states, index, output)
                     chain.keep(number, output)

@@ -12,7 +12,6 @@ from compress.checkpoint.packed_layout import spec_at, stored_bytes
 from compress.engine.placement import streamed
 from compress.io.keys import hash_of, key_of
 from compress.io.source_code import code_of
-from compress.models.graph import forward
 from compress.report.report import Row
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ class Meter:
         with streamed(context):
             return {
                 name: measure(
-                    lambda batch: logits_in(forward(context.graph, batch)),
+                    lambda batch: logits_in(context.forward(batch)),
                     part.inputs,
                     labels=part.labels,
                     reference=self.references[name],

@@ -72,7 +72,7 @@ class _Work:
     def whole(self, data: Dataset | None) -> Whole:
         """The model as the pass is given it; where it trains, the model is in memory."""
         context = self.context
-        given = {name: context.artifact.tensor(name).float() for name in self.vectors}
+        given = {name: context.tensor(name).float() for name in self.vectors}
         generator = generator_for(context.seed, self.stage.number, 0, "")
         return Whole(tuple(self.sites), self._load, given, self._data(data), generator, context.bars.over)
 
@@ -88,16 +88,16 @@ class _Work:
     def _load(self, name: str) -> Target:
         artifact, site = self.context.artifact, self.sites[name]
         generator = generator_for(self.context.seed, self.stage.number, 0, name)
-        return make_target(artifact.graph, [site], [artifact.weight(site)], generator=generator)
+        return make_target(artifact.graph, [site], [self.context.weight(site)], generator=generator)
 
     def record(self, name: str, edit: Edit) -> Record:
         """An edit as it is committed."""
         pass_, artifact = self.pass_, self.context.artifact
         if name not in self.sites:
-            vector, store = artifact.tensor(name).float(), artifact.vector_dtype(name)
+            vector, store = self.context.tensor(name).float(), artifact.vector_dtype(name)
             return Record(name, observed_vector(name, pass_, vector, edit, store), {pass_.key: dict(edit.notes)})
         site = self.sites[name]
-        before = artifact.weight(site)
+        before = self.context.weight(site)
         weight, error = observed(site, pass_, before, finite(site, before), edit, artifact.store_dtype(site))
         error = 0.0 if pass_.preserves else error
         weight, rounding = attached(pass_.at(name), weight, None)

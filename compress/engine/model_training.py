@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from compress.calibration.metrics import logits_in
 from compress.calibration.precision import learning
 from compress.calibration.training import Kept, ModelData
-from compress.engine.placement import bring_in, evict, grids_of, rounded, set_value, tie, value_of
-from compress.models.graph import forward
+from compress.engine.placement import bring_buffers, bring_in, evict, grids_of, rounded, tie
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -48,8 +48,7 @@ def in_memory(context: Context) -> Iterator[None]:
     """While open, all of the model is in memory, and inputs are rounded where they are; gradients pass through that."""
     model = context.graph.model
     if not context.resident:
-        for name in context.graph.buffers:
-            set_value(model, name, value_of(context, name))
+        bring_buffers(context)
         bring_in(context, "", model)
         tie(context.graph)
     try:
@@ -76,7 +75,7 @@ def model_data(context: Context, samples: Tensor, kind: Loss, checkpointing: boo
 
     def values(make: Make) -> Callable[[Collection[str]], dict[str, Tensor]]:
         def made(names: Collection[str]) -> dict[str, Tensor]:
-            with torch.autocast("cpu", enabled=False):
+            with torch.autocast(context.devices.compute.type, enabled=False):
                 found = make(names)
             return {
                 sites[n].parameter if n in sites else n: (sites[n].value(v) if n in sites else v).to(context.dtype)
@@ -86,14 +85,14 @@ def model_data(context: Context, samples: Tensor, kind: Loss, checkpointing: boo
         return made
 
     def loss(make: Make, numbers: Tensor) -> Tensor:
-        batch = samples[numbers]
+        batch = context.devices.to_compute(samples[numbers.to(samples.device)])
         with learning(context.products, torch.empty(0, dtype=context.dtype)):
             with learned(graph, values(make), checkpointing and torch.is_grad_enabled()):
-                out = logits_in(forward(graph, batch)).float()
+                out = logits_in(context.forward(batch)).float()
             if kind == "next_token":
                 return cross_entropy(out[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
             with torch.no_grad(), learned(graph, lambda names: _some(original, sites, names), False):
-                wanted = logits_in(forward(graph, batch)).float()
+                wanted = logits_in(context.forward(batch)).float()
         if graph.is_language_model or graph.is_image_model:
             own, wanted = (log_softmax(x, -1).flatten(0, -2) for x in (out, wanted))
             return kl_div(own, wanted, reduction="batchmean", log_target=True)
@@ -105,8 +104,8 @@ def model_data(context: Context, samples: Tensor, kind: Loss, checkpointing: boo
 def _original(context: Context) -> dict[str, Tensor]:
     """Values of the original model, by parameter, where passes have changed them."""
     artifact = context.artifact
-    plain = artifact.plain()
-    found = {s.parameter: s.value(artifact.original(s)) for n, s in artifact.sites.items() if n in artifact.committed}
+    plain = replace(context, artifact=artifact.plain())
+    found = {s.parameter: s.value(context.original(s)) for n, s in artifact.sites.items() if n in artifact.committed}
     found |= {name: plain.tensor(name) for name in artifact.vectors}
     return {name: value.to(context.dtype) for name, value in found.items()}
 

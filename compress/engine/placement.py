@@ -14,8 +14,10 @@ from torch import nn
 
 from compress.calibration import collect
 from compress.calibration.precision import products
+from compress.engine.devices import Devices
 from compress.engine.executor import SingleProcess
 from compress.io.heap import give_back
+from compress.models.graph import forward
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -62,6 +64,7 @@ class Context:
         products: how float32 matrices are multiplied while calibrating.
         bars: progress.
         executor: who does the work.
+        devices: where is computed, and where what is finished waits.
         delta: a compressed one that was made, and belongs into the result.
     """
 
@@ -74,6 +77,7 @@ class Context:
     resident: bool
     bars: Bars
     executor: Executor = field(default_factory=SingleProcess)
+    devices: Devices = field(default_factory=Devices)
     delta: MadeDelta | None = None
 
     @property
@@ -81,9 +85,26 @@ class Context:
         """The model's structure."""
         return self.artifact.graph
 
-    def commit(self, unit: str, key: str, records: list[Record]) -> list[Record]:
-        """Keep a finished unit; returns its records as they are kept."""
-        return self.executor.commit(self.ledger, unit, key, records)
+    def weight(self, site: Site) -> Weight:
+        """A site as it stands now, where is computed."""
+        return self.devices.to_compute(self.artifact.weight(site))
+
+    def original(self, site: Site) -> Tensor:
+        """(out, in) as `Artifact.original` has it, where is computed."""
+        return self.devices.to_compute(self.artifact.original(site))
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter or buffer as the model takes it, where is computed."""
+        return self.devices.to_compute(self.artifact.tensor(name))
+
+    def forward(self, inputs: Tensor) -> Any:
+        """What the model makes of inputs, wherever they wait."""
+        return forward(self.graph, self.devices.to_compute(inputs))
+
+    def commit(self, unit: str, key: str, records: Iterable[Record]) -> list[Record]:
+        """Keep a finished unit, where it waits; returns its records as they are kept."""
+        stored = [replace(record, weight=self.devices.to_store(record.weight)) for record in records]
+        return self.executor.commit(self.ledger, unit, key, stored)
 
 
 def bring_in(context: Context, prefix: str, module: nn.Module) -> None:
@@ -93,10 +114,20 @@ def bring_in(context: Context, prefix: str, module: nn.Module) -> None:
             set_value(context.graph.model, name, value_of(context, name))
 
 
+def bring_buffers(context: Context) -> None:
+    """Give every buffer its value, where is computed. They are small: they stay there."""
+    model = context.graph.model
+    for name, buffer in list(model.named_buffers()):
+        if name in context.graph.buffers:
+            set_value(model, name, value_of(context, name))
+        else:  # of no checkpoint, but computed when the model was built
+            set_value(model, name, context.devices.to_compute(buffer))
+
+
 def value_of(context: Context, name: str) -> Tensor:
     """A parameter or buffer as it stands now, in the type the model computes in."""
     with products("float32"):  # a correction is the same, wherever it is multiplied out
-        value = context.artifact.tensor(name)
+        value = context.tensor(name)
     return value.to(context.dtype) if value.is_floating_point() else value
 
 
@@ -185,8 +216,7 @@ def _streamed(context: Context) -> Iterator[None]:
         yield
         return
     model = context.graph.model
-    for name in context.graph.buffers:  # small: they stay
-        set_value(model, name, value_of(context, name))
+    bring_buffers(context)
     parts = {name: model.get_submodule(name) for name in context.graph.blocks}
     inside = tuple(f"{name}." for name in context.graph.blocks)
     for name, module in model.named_modules():

@@ -70,10 +70,10 @@ def _shown(
         target = make_target(
             artifact.graph,
             [site],
-            [artifact.weight(site)],
+            [context.weight(site)],
             statistics=statistics.get(site.name),
             generator=generator_for(context.seed, stage, position, site.name),
-            original=artifact.original if pass_.compares else None,
+            original=context.original if pass_.compares else None,
         )
         found[site.name] = pass_.at(site.name).survey(target)
     return found

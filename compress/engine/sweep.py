@@ -22,7 +22,6 @@ from compress.engine.block_view import View
 from compress.engine.placement import present, set_value, streamed, value_of
 from compress.errors import UnsupportedModelError
 from compress.io.heap import bound_heap
-from compress.models.graph import forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -154,7 +153,7 @@ def _statistics(
     if not needs:
         return {}
     modules = {name: graph.model.get_submodule(name) for name in needs}
-    whole = (partial(forward, graph, batch) for batch in batches)
+    whole = (partial(context.forward, batch) for batch in batches)
     block = graph.model.get_submodule(graph.blocks[index])
     forwards = chain.forwards(block) if chain else whole
     with products(context.products), present(context, index) if chain else streamed(context):
@@ -170,10 +169,11 @@ def chain_of(context: Context, blocks: list[nn.Module], batches: Sequence[Tensor
     if graph.blocks == ("",) and isinstance(graph.model, PreTrainedModel):  # puts out more than a tensor
         return None
     with streamed(context):
-        if graph.blocks != ("",) and not collect.is_chain(lambda: forward(graph, batches[0][:1]), blocks):
+        if graph.blocks != ("",) and not collect.is_chain(lambda: context.forward(batches[0][:1]), blocks):
             return None
-        arrivals = (collect.arrival(partial(forward, graph, batch), blocks[0]) for batch in batches)
-        return Activations(context.bars.over(arrivals, len(batches), "embed: batches"), trim=not context.resident)
+        arrivals = (collect.arrival(partial(context.forward, batch), blocks[0]) for batch in batches)
+        arrived = context.bars.over(arrivals, len(batches), "embed: batches")
+        return Activations(arrived, trim=not context.resident, store=context.devices.store)
 
 
 def _original_chain(context: Context, blocks: list[nn.Module], batches: Sequence[Tensor]) -> Activations | None:

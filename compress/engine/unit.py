@@ -103,7 +103,7 @@ class Turn:
             weights,
             statistics=self.state.statistics.get(first),
             generator=self.generator(first),
-            original=artifact.original if pass_.compares else None,
+            original=self.context.original if pass_.compares else None,
         )
 
     def chosen(self, pass_: Pass) -> list[Site]:
@@ -113,13 +113,13 @@ class Turn:
     def weight(self, site: Site) -> Weight:
         """A site as it stands now: from this unit's earlier passes, or committed."""
         made = self.state.weights.get(site.name)
-        return self.context.artifact.weight(site) if made is None else made
+        return self.context.weight(site) if made is None else made
 
     def vector(self, name: str) -> Tensor:
         """A vector as it stands now, float32: from this unit's earlier passes, or committed."""
         made = self.state.vectors.get(name)
         if made is None:
-            return self.context.artifact.tensor(name).float()
+            return self.context.tensor(name).float()
         assert made.values is not None
         return made.values[0].float()
 

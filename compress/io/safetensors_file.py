@@ -141,7 +141,7 @@ def compare_tensors(layout: Layout, read: Read, file: Path, bars: Bars, heading:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """As they stand in a file."""
-    array: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    array: Any = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
     return memoryview(array)
 
 
@@ -231,7 +231,7 @@ def read_piece(file: Path, stored: Stored, start: int, stop: int) -> Tensor:
     Raises:
         CheckpointError: the file ended while it was read.
     """
-    found = torch.empty(stop - start, dtype=stored.dtype)
+    found = torch.empty(stop - start, dtype=stored.dtype, device="cpu")
     # Read, not mapped: pages of a mapped file would pile up in memory.
     with file.open("rb") as opened:
         opened.seek(stored.begin + start * stored.dtype.itemsize)

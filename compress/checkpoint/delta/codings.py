@@ -52,7 +52,7 @@ class RiceChunks:
         rows, streams, scale = [], [], torch.zeros(1)
         for code in codes:
             scale = code.scales
-            *row, stream = rice.encode(code.signs[0])
+            *row, stream = rice.encode(code.signs[0].cpu())
             rows.append((row[0], row[2], row[1]))
             streams.append(stream)
         head = bytes(bytes_of(scale.bfloat16())) + len(rows).to_bytes(4, "little")
@@ -71,7 +71,7 @@ class RiceChunks:
     def chunk(self, index: int, length: int) -> Signs:
         scale, table, begins = self._head
         if index >= len(table):
-            return Signs(scale, torch.zeros(1, length, dtype=torch.int8))
+            return Signs(scale, torch.zeros(1, length, dtype=torch.int8, device="cpu"))
         count, first, low = (int(n) for n in table[index])
         streams = self.read(int(begins[index]), int(begins[index + 1]))
         return Signs(scale, rice.decode(streams, count, low, first, length)[None])
@@ -94,7 +94,7 @@ class BitChunks:
         head, rows = b"", []
         for code in codes:
             head = len(code.scales).to_bytes(1, "little") + bytes(bytes_of(code.scales))
-            rows.append(pack_bits((code.signs > 0).to(torch.uint8), 1).flatten())
+            rows.append(pack_bits((code.signs > 0).to(torch.uint8), 1).flatten().cpu())
         return torch.cat([_uint8(head), *rows])
 
     @cached_property

@@ -47,7 +47,7 @@ class DeltaSource:
 
     def read(self, name: str) -> Tensor:
         """Its value, as a tensor of its own."""
-        value = torch.empty(self.shape(name), dtype=self.dtype(name))
+        value = torch.empty(self.shape(name), dtype=self.dtype(name), device="cpu")
         flat, size = value.view(-1), self._delta.chunk_size
         for start in range(0, len(flat), size):
             stop = min(start + size, len(flat))

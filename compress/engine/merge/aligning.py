@@ -56,10 +56,10 @@ class Aligner:
             generator = generator_for(self.context.seed, self.number, k, "")
 
             def ours(name: str) -> Tensor:
-                return self._base.source.read(self._base.name_in_source(name))
+                return self.context.devices.to_compute(self._base.source.read(self._base.name_in_source(name)))
 
             def theirs(name: str) -> Tensor:
-                return parent.source.read(parent.name_in_source(name))
+                return self.context.devices.to_compute(parent.source.read(parent.name_in_source(name)))
 
             self._found[k] = self.pass_.align(units, ours, theirs, generator)
         return self._found[k]

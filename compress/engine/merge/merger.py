@@ -72,7 +72,8 @@ class Merger:
         source, stored = self.base.source, self.base.name_in_source(name)
         shape, dtype = source.shape(stored), source.dtype(stored)
         whole = self.models.length(name) == torch.Size(shape).numel()
-        value = torch.empty(shape, dtype=dtype) if whole else source.read(stored)
+        store = self.models.devices.store
+        value = torch.empty(shape, dtype=dtype, device=store) if whole else source.read(stored).to(store)
         flat, largest = value.view(-1), torch.finfo(dtype).max
         for piece in by.pieces():
             made = by.pass_.run(piece, by.facts)
@@ -86,7 +87,7 @@ class Merger:
                     "Statistics of a batch normalisation cannot be added up like weights: `exclude` *.running_* to "
                     "keep the base's, or set a smaller scale or weight for them"
                 )
-            flat[piece.start : piece.start + len(made)] = made
+            flat[piece.start : piece.start + len(made)] = made.to(store)
         return value
 
     def _cause(self, name: str, dtype: torch.dtype) -> str:

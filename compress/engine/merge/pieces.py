@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from compress.checkpoint.artifact import Artifact
+    from compress.engine.devices import Devices
     from compress.models.graph import Graph
     from compress.passes.merge.base import Pieces
 
@@ -46,6 +47,7 @@ class ModelReader:
     Attributes:
         base: the model that the pipeline is run on, as it stands.
         parents: the others, in order.
+        devices: where pieces are merged, and where what was merged waits.
         seed, stage: of the pipeline, and the number of the stage: what randomness begins with.
     """
 
@@ -53,6 +55,7 @@ class ModelReader:
     parents: Sequence[Artifact]
     seed: int
     stage: int
+    devices: Devices
 
     @property
     def piece(self) -> int:
@@ -83,7 +86,8 @@ class ModelReader:
         generators = self._generators(name)
         for start in range(0, total, PIECE):
             stop = min(start + PIECE, total)
-            base, *others = (m.source.piece(m.name_in_source(name), start, stop).float() for m in models)
+            read = (m.source.piece(m.name_in_source(name), start, stop) for m in models)
+            base, *others = (self.devices.to_compute(value).float() for value in read)
             yield Piece(name, base, tuple(others), generators, start, total, block, depth, layer, shape)
 
     def kept(self, name: str) -> Pieces:

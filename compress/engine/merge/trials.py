@@ -14,7 +14,6 @@ from compress.engine.measure import Meter
 from compress.engine.model_training import KeptInLedger, in_memory, learned
 from compress.engine.placement import lent
 from compress.io.keys import hash_of, key_of
-from compress.models.graph import forward
 from compress.passes.merge.base import MergePass
 from compress.passes.merge.models import Models, Running, Tried
 
@@ -71,7 +70,7 @@ class Trials(Models):
         if found is not None:
             return found
         artifact = (self.context.artifact, *self.parents)[model]
-        value = artifact.source.read(artifact.name_in_source(name)).float()
+        value = self.context.devices.to_compute(artifact.source.read(artifact.name_in_source(name))).float()
         if self.room >= value.numel():  # a file is not opened a thousand times for a small model
             self.room -= value.numel()
             self.kept[model, name] = value
@@ -106,7 +105,7 @@ class Trials(Models):
 
         def values(make: Make) -> Callable[[Collection[str]], Mapping[str, Tensor]]:
             def made(names: Collection[str]) -> dict[str, Tensor]:
-                with torch.autocast("cpu", enabled=False):
+                with torch.autocast(context.devices.compute.type, enabled=False):
                     found = {n: v.to(context.dtype) for n, v in make(names).items()}
                 return found | {alias: v for n, v in found.items() for alias in aliases.get(n, ())}
 
@@ -117,7 +116,7 @@ class Trials(Models):
         def logits(make: Make, numbers: Tensor) -> Tensor:
             computing = learning(context.products, torch.empty(0, dtype=context.dtype))
             with computing, learned(graph, values(make), False, parameters):
-                out: Tensor = logits_in(forward(graph, inputs[numbers])).float()
+                out: Tensor = logits_in(context.forward(inputs[numbers.to(inputs.device)])).float()
             return out[:, :-1].flatten(0, 1) if graph.is_language_model else out
 
         with in_memory(context):

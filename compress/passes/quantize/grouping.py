@@ -57,7 +57,8 @@ def group(features: Tensor, count: int) -> Tensor:
         warnings.simplefilter("ignore", ConvergenceWarning)  # rows all but equal: fewer groups, taken care of below
         labels = KMeans(count, n_init=1, random_state=0).fit(points).labels_
     _, found = torch.unique(torch.from_numpy(labels), return_inverse=True)
-    return found.to(features.device, torch.uint8)
+    numbers: Tensor = found.to(features.device, torch.uint8)
+    return numbers
 
 
 def table_losses(values: Tensor, importance: Tensor, table: Tensor) -> Tensor:
