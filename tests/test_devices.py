@@ -110,7 +110,7 @@ def test_tensors_of_two_devices_do_not_mix() -> None:
                 mixed()
         with pytest.raises(MixedDevicesError), device:
             torch.rand(3, generator=torch.Generator())
-        with pytest.raises(TypeError):
+        with pytest.raises(RuntimeError):
             y.numpy()
         assert (y + torch.tensor(1.0)).tolist() == [2, 2, 2]  # a single number may come from the processor
 
@@ -161,7 +161,7 @@ def test_a_weight_moves_with_everything_in_it_and_is_packed_on_either_device() -
 
 def test_ranges_and_the_grids_they_make_lie_where_the_inputs_are() -> None:
     x = textbook.inputs(16)
-    form = InputForm(bits=8, granularity="tensor")
+    form = InputForm(bits=8, scale="tensor")
     here, there = Range(), Range()
     here.update(x)
     with elsewhere() as device:
@@ -245,7 +245,7 @@ PIPELINES: dict[str, list[Pass | list[Pass]]] = {
     "blocks": [[compress.Magnitude(sparsity=0.5), compress.FlexRound(bits=3, steps=2, inputs="mix")]],
     "parts": [compress.Magnitude(sparsity=0.5), compress.PerpReconstruct(steps=2, granularity="matrix")],
     "model": [compress.Reorder(groups=4), compress.Magnitude(sparsity=0.5), compress.Perp(steps=2)],
-    "depth": [compress.LayerDrop(blocks=1), compress.Codebook(bits=3)],
+    "depth": [compress.LayerDrop(blocks=1), compress.Rtn(bits=3)],
 }
 
 
@@ -272,7 +272,8 @@ def assert_applies_alike(passes: list[Pass | list[Pass]], tokens: Tensor, evalua
         assert {p.device for p in there.model.parameters()} == {device}
         assert there.report.fallbacks == here.report.fallbacks
         for a, b in zip(here.report.rows, there.report.rows, strict=True):
-            assert (a.perplexity, a.kl) == pytest.approx((b.perplexity, b.kl), rel=1e-4, abs=1e-6)
+            assert a.perplexity == pytest.approx(b.perplexity, rel=1e-4)
+            assert (a.kl or 0.0) == pytest.approx(b.kl or 0.0, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", PIPELINES)
