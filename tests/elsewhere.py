@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 NAME = "elsewhere"
 CPU = torch.device("cpu")
 LARGE = 1 << 12  # numbers: a longer list is read from a copy on the processor, explicitly
-
-T = TypeVar("T")
 
 
 class MixedDevicesError(AssertionError):
@@ -35,11 +32,11 @@ class Elsewhere(Tensor):
     """
 
     here: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, here: Tensor) -> Elsewhere:
-        made: Elsewhere = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Elsewhere = Tensor._make_wrapper_subclass(
             cls,
             here.shape,
             strides=here.stride(),
@@ -51,7 +48,7 @@ class Elsewhere(Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, op: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         return _computed(op, tuple(args), dict(kwargs or {}))
@@ -65,7 +62,7 @@ class Elsewhere(Tensor):
         return f"elsewhere({self.here!r})"
 
 
-class _Factories(TorchDispatchMode):
+class _Factories(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees the operations that have no tensor to tell the device by."""
 
     def __torch_dispatch__(
@@ -94,7 +91,9 @@ def _computed(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not result_there:
         return made
     wrapped = _each(made, lambda tensor: tensor if isinstance(tensor, Elsewhere) else Elsewhere(tensor))
-    return return_and_correct_aliasing(op, args, kwargs, wrapped) if there and asked is None else wrapped
+    if asked is not None or not there:
+        return wrapped
+    return return_and_correct_aliasing(op, args, kwargs, wrapped)  # type: ignore[no-untyped-call]
 
 
 def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -121,30 +120,7 @@ def elsewhere() -> Iterator[torch.device]:
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor([...], device=...)` is moved by an operation of its own
     try:
-        with _Factories():
+        with _Factories():  # type: ignore[no-untyped-call]
             yield torch.device(NAME, 0)
     finally:
         torch._C._set_only_lift_cpu_tensors(before)
-
-
-def moved(value: T, device: torch.device) -> T:
-    """Every tensor in dataclasses, lists, tuples and dictionaries on a device, whoever they share one with."""
-    done: dict[int, Any] = {}
-
-    def move(part: Any) -> Any:
-        if id(part) in done:
-            return done[id(part)]
-        made = part
-        if isinstance(part, Tensor):
-            made = part.to(device)
-        elif is_dataclass(part) and not isinstance(part, type):
-            made = replace(part, **{f.name: move(getattr(part, f.name)) for f in fields(part) if f.init})
-        elif isinstance(part, list | tuple):
-            made = type(part)(move(each) for each in part)
-        elif isinstance(part, dict):
-            made = {name: move(each) for name, each in part.items()}
-        done[id(part)] = made
-        return made
-
-    made: T = move(value)
-    return made
