@@ -25,6 +25,7 @@ from compress.engine.placement import Context
 from compress.engine.retry import solved
 from compress.errors import NonFiniteError
 from compress.models import graph as graphs
+from compress.models.graph import forward
 from compress.passes import Gptq, LinearPass, Rtn, SparseGpt, Wanda
 from compress.passes.base import Edit, Target
 from compress.progress import Bars
@@ -82,7 +83,7 @@ def is_chain(model: nn.Module, batch: Tensor) -> bool:
     graph = graphs.find(model)
     blocks = [model.get_submodule(name) for name in graph.blocks]
     with torch.no_grad():
-        return collect.is_chain(lambda: graphs.forward(graph, batch), blocks)
+        return collect.is_chain(lambda: forward(graph, batch), blocks)
 
 
 # --- models whose blocks are wired in different ways ------------------------------------------------------------------
