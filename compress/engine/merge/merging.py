@@ -44,7 +44,9 @@ class Merging(StageRunner):
         parents = [open_parent(model, context.given, pass_) for model in pass_.models]
         key = key_of(key, stage.number, pass_.key, pass_.options(), [p.source.fingerprint() for p in parents])
         aligner = Aligner(pass_, context, parents, stage.number) if pass_.aligns else None
-        models = ModelReader(base, aligner.aligned() if aligner else parents, context.seed, stage.number, context.devices)
+        models = ModelReader(
+            base, aligner.aligned() if aligner else parents, context.seed, stage.number, context.devices
+        )
         merger = Merger(pass_, models, context.bars)
         settling = _Settling(context, stage, merger, aligner, data, key)
         delta = make_delta(ledger, f"{stage.unit}-delta", key, merger, settling.settled) if pass_.makes_delta else None
