@@ -9,18 +9,20 @@ import torch
 from textbook import inputs, output_error, weight
 from torch import Tensor
 
+from compress.calibration import training
 from compress.calibration.reconstruct import (
+    BLOCK_ERROR,
     HELD_OUT,
     LOOKS,
     BlockData,
     Inputs,
-    Outcome,
     Recipe,
     Samples,
     Weights,
     by_block,
     by_layer,
 )
+from compress.calibration.training import Kept, Label, Learner, Loop, Outcome
 from compress.errors import SolveError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTH, ROWS, TOKENS = 12, 5, 3
 
 
-def over(items: Iterable[int], total: int, label: str) -> Iterator[int]:
+def over(items: Iterable[int], total: int, label: Label) -> Iterator[int]:
     return iter(items)
 
 
@@ -64,9 +66,6 @@ class Plain:
 
     def penalty(self, progress: float) -> Tensor | None:
         return None
-
-    def state(self) -> list[Tensor]:
-        return []
 
 
 @dataclass
@@ -246,7 +245,7 @@ def test_the_best_iterate_by_the_held_out_error_of_the_hard_weights_is_kept(
     best = errors.index(min(errors))
     assert outcome.best_step == best * 40 // LOOKS
     assert torch.equal(learned.hard()["a"], learned.hards[best]), "the learned numbers are those of the best iterate"
-    assert outcome.notes() == {
+    assert outcome.notes(BLOCK_ERROR) == {
         "block_error_start": outcome.start, "block_error": outcome.best, "best_step": outcome.best_step
     }  # fmt: skip
 
@@ -266,25 +265,34 @@ def test_the_best_iterate_is_kept_even_if_it_is_not_the_last() -> None:
 
 
 def test_state_that_is_changed_in_place_goes_back_to_the_best_iterate_too() -> None:
-    class Counting(Plain):
-        counted: Tensor
+    class Counting(Learner):
+        weight, counted, fitted = torch.full((3,), 2.0), torch.zeros(2, dtype=torch.uint8), 0
 
-        def soft(self, progress: float) -> Weights:
+        def groups(self) -> list[tuple[list[Tensor], float]]:
+            return [([self.weight], 0.1)]
+
+        def gradients(self, step: int) -> Tensor:
+            self.weight.grad = torch.sign(self.weight)
+            return self.weight.sum()
+
+        def after(self, step: int) -> None:
             self.counted += 1
-            return super().soft(progress)
-
-        def penalty(self, progress: float) -> Tensor | None:
-            return 10 * (self.weight - 3).square().mean() if progress > 0.55 else None
 
         def state(self) -> list[Tensor]:
             return [self.counted]
 
-    made = block()
-    learned = Counting(start(made))
-    learned.counted = torch.zeros(2, dtype=torch.uint8)
-    outcome = learn(made, learned)
+        def restored(self) -> None:
+            self.fitted += 1
+
+        def error(self) -> float:
+            return float((self.weight - 1).abs().sum())
+
+    learner = Counting()
+    outcome = training.learn(learner, Loop(40, lambda step: 1.0, 10, "count"), Kept(), over)
     assert 0 < outcome.best_step < 40
-    assert learned.counted.tolist() == [outcome.best_step] * 2
+    assert learner.counted.tolist() == [outcome.best_step] * 2
+    assert float(learner.weight[0]) == pytest.approx(2 - 0.1 * outcome.best_step, abs=1e-3)
+    assert learner.fitted == 1
 
 
 def test_an_absurd_learning_rate_leaves_the_start_untouched() -> None:
@@ -368,15 +376,17 @@ def test_one_seed_gives_one_result_and_another_seed_another(monkeypatch: pytest.
 def test_progress_goes_from_nought_up_to_one_and_is_shown() -> None:
     labels: list[tuple[int, str]] = []
 
-    def shown(items: Iterable[int], total: int, label: str) -> Iterator[int]:
-        labels.append((total, label))
-        return iter(items)
+    def shown(items: Iterable[int], total: int, label: Label) -> Iterator[int]:
+        assert callable(label)
+        for item in items:
+            labels.append((total, label().partition(", loss ")[0]))
+            yield item
 
     made = block()
     learned = Plain(start(made))
     by_block(learned, made.data, Recipe(8, 4), seeded(), shown)
     assert learned.softs == [n / 8 for n in range(8)]
-    assert labels == [(8, "learn: steps")]
+    assert labels == [(8, "learn: steps")] * 8
 
 
 @dataclass
@@ -480,9 +490,6 @@ class Two:
 
     def penalty(self, progress: float) -> Tensor | None:
         return None
-
-    def state(self) -> list[Tensor]:
-        return []
 
 
 def two(size: float = 1.0) -> tuple[Two, dict[str, Tensor], dict[str, Tensor]]:

@@ -1,7 +1,7 @@
-"""Learning by reconstruction: the one training loop of every method that learns a block's weights from its outputs.
+"""Learning by reconstruction: what every method shares that learns a block's weights from its outputs.
 
-A method says which numbers are learned and how they make weights; this loop runs the block with those weights,
-compares its outputs with the original block's on the original's inputs, and keeps the best iterate by the error of the
+A method says which numbers are learned and how they make weights; the block is run with those weights, its outputs are
+compared with the original block's on the original's inputs, and keeps the best iterate by the error of the
 *hard* weights (those that will be stored) on samples that were not trained on. The start counts as an iterate, so the
 result is never worse than it there.
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from compress.calibration.draws import draw
-from compress.errors import SolveError
+from compress.calibration.training import Kept, Learner, Loop, learn
 from compress.lazy import torch
 
 if TYPE_CHECKING:
@@ -26,11 +26,15 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from compress.calibration.training import Label, Outcome
+
 Inputs = Literal["compressed", "original", "mix"]
 Weights: TypeAlias = "Mapping[str, Tensor]"  # site -> (out, in)
 
 LOOKS = 10  # times the held-out error is measured while learning
 HELD_OUT = 8  # one in so many samples is not trained on
+SPACING = 30.0  # seconds: a block that is learned quickly is sooner learned again than its state is written
+BLOCK_ERROR = "block_error"  # what the error is called in the report
 MIX = 0.5  # share of the elements of a mixed input that come from the compressed chain
 
 
@@ -88,9 +92,6 @@ class Learned(Protocol):
     def penalty(self, progress: float) -> Tensor | None:
         """Something to add to the loss, relative to the original outputs' mean square."""
 
-    def state(self) -> list[Tensor]:
-        """What else belongs to an iterate and is changed in place, such as codes."""
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -106,23 +107,12 @@ class Recipe:
     batch_size: int
     inputs: Inputs = "compressed"
 
+    def loop(self) -> Loop:
+        """The loop that learns so."""
+        return Loop(self.steps, self._rate, LOOKS, "learn", spacing=SPACING)
 
-@dataclass(frozen=True)
-class Outcome:
-    """What learning reached.
-
-    Attributes:
-        start, best: error of the hard weights on held-out samples, relative to the mean square of the outputs.
-        best_step: when; 0 means that nothing learned was better than the start.
-    """
-
-    start: float
-    best: float
-    best_step: int
-
-    def notes(self) -> dict[str, float]:
-        """For the report."""
-        return {"block_error_start": self.start, "block_error": self.best, "best_step": self.best_step}
+    def _rate(self, step: int) -> float:
+        return 0.5 * (1 + math.cos(math.pi * (step - 1) / self.steps))
 
 
 def by_block(
@@ -130,37 +120,25 @@ def by_block(
     data: BlockData,
     recipe: Recipe,
     generator: torch.Generator,
-    over: Callable[[Iterable[int], int, str], Iterator[int]],
+    over: Callable[[Iterable[int], int, Label], Iterator[int]],
+    kept: Kept | None = None,
 ) -> Outcome:
     """Learn from the outputs of the whole block. Afterwards `learned` holds the best iterate.
+
+    The error is that of the hard weights on held-out samples, relative to the mean square of the outputs.
+
+    Args:
+        learned: what is learned.
+        data: the block.
+        recipe: how to learn.
+        generator: randomness of the order of samples, and of mixed inputs.
+        over: draws progress.
+        kept: where the state of an unfinished learning is kept; nowhere by default.
 
     Raises:
         SolveError: the start's error is not finite.
     """
-    count = len(data.outputs)
-    held = torch.arange(count)[:: min(HELD_OUT, count)]
-    trained = torch.tensor([n for n in range(count) if n not in set(held.tolist())] or held.tolist())
-    scale = _mean_square(data.outputs, held, recipe.batch_size)
-
-    def error() -> float:
-        weights, total = learned.hard(), 0.0
-        with torch.no_grad():
-            for part in torch.split(held, recipe.batch_size):
-                made = data.call(weights, data.inputs.take(part), part)
-                total += float((made.float() - data.outputs.take(part).float()).square().sum())
-        return total / (scale * _numel(data.outputs, held))
-
-    order = torch.empty(0, dtype=torch.long)
-
-    def loss(progress: float) -> Tensor:
-        nonlocal order
-        if len(order) == 0:
-            order = trained[draw(generator, (len(trained),), "permutation", trained)]
-        part, order = order[: recipe.batch_size], order[recipe.batch_size :]
-        made = data.call(learned.soft(progress), _inputs(data, recipe.inputs, part, generator), part)
-        return (made.float() - data.outputs.take(part).float()).square().mean() / scale
-
-    return _learn(learned, loss, error, recipe.steps, over)
+    return learn(_ByBlock(learned, data, recipe, generator), recipe.loop(), kept or Kept(), over)
 
 
 def by_layer(
@@ -168,7 +146,8 @@ def by_layer(
     original: Weights,
     grams: Mapping[str, Tensor],
     recipe: Recipe,
-    over: Callable[[Iterable[int], int, str], Iterator[int]],
+    over: Callable[[Iterable[int], int, Label], Iterator[int]],
+    kept: Kept | None = None,
 ) -> Outcome:
     """Learn from each layer's own outputs, tr(dW H dW^T): needs only the Gram matrices, never the data again.
 
@@ -178,61 +157,86 @@ def by_layer(
         grams: site -> (in, in), sum of x x^T.
         recipe: only its steps count.
         over: draws progress.
+        kept: where the state of an unfinished learning is kept; nowhere by default.
     """
-    sizes = {name: float(((w @ grams[name]) * w).sum()) or 1.0 for name, w in original.items()}
+    return learn(_ByLayer(learned, recipe, original, grams), recipe.loop(), kept or Kept(), over)
 
-    def distance(weights: Weights) -> Tensor:
-        total = torch.zeros(())
-        for name, w in original.items():
-            lost = weights[name] - w
-            total = total + ((lost @ grams[name]) * lost).sum() / sizes[name]
-        return total / len(original)
 
-    def error() -> float:
+class _Reconstruction(Learner):
+    """Weights learned from what they should make."""
+
+    not_finite = "the block's outputs are not finite"
+
+    def __init__(self, learned: Learned, recipe: Recipe):
+        self.learned, self.recipe = learned, recipe
+        self.tensors = [t for ts, _ in learned.groups() for t in ts]
+
+    def groups(self) -> list[tuple[list[Tensor], float]]:
+        return self.learned.groups()
+
+    def gradients(self, step: int) -> Tensor:
+        progress = (step - 1) / self.recipe.steps
+        value = self.loss(self.learned.soft(progress))
+        penalty = self.learned.penalty(progress)
+        if penalty is not None:
+            value = value + penalty
+        torch.autograd.backward(value, inputs=self.tensors)
+        return value.detach()
+
+    def loss(self, weights: Weights) -> Tensor:
+        """The distance from what should come out, on the next samples."""
+        raise NotImplementedError
+
+
+class _ByBlock(_Reconstruction):
+    def __init__(self, learned: Learned, data: BlockData, recipe: Recipe, generator: torch.Generator):
+        super().__init__(learned, recipe)
+        self.data, self.generator, count = data, generator, len(data.outputs)
+        self.held = torch.arange(count)[:: min(HELD_OUT, count)]
+        self.trained = torch.tensor([n for n in range(count) if n not in set(self.held.tolist())] or self.held.tolist())
+        self.order = torch.empty(0, dtype=torch.long)
+        self.scale = _mean_square(data.outputs, self.held, recipe.batch_size)
+
+    def error(self) -> float:
+        weights, total, data = self.learned.hard(), 0.0, self.data
         with torch.no_grad():
-            return float(distance(learned.hard()))
+            for part in torch.split(self.held, self.recipe.batch_size):
+                made = data.call(weights, data.inputs.take(part), part)
+                total += float((made.float() - data.outputs.take(part).float()).square().sum())
+        return total / (self.scale * _numel(data.outputs, self.held))
 
-    return _learn(learned, lambda progress: distance(learned.soft(progress)), error, recipe.steps, over)
+    def loss(self, weights: Weights) -> Tensor:
+        if len(self.order) == 0:
+            self.order = self.trained[draw(self.generator, (len(self.trained),), "permutation", self.trained)]
+        size = self.recipe.batch_size
+        part, self.order = self.order[:size], self.order[size:]
+        made = self.data.call(weights, _inputs(self.data, self.recipe.inputs, part, self.generator), part)
+        return (made.float() - self.data.outputs.take(part).float()).square().mean() / self.scale
+
+    def randomness(self) -> dict[str, Tensor]:
+        return {"generator": self.generator.get_state(), "order": self.order.clone()}
+
+    def reseed(self, randomness: Mapping[str, Tensor]) -> None:
+        self.generator.set_state(randomness["generator"].cpu())
+        self.order = randomness["order"].to(self.trained.device)
 
 
-def _learn(
-    learned: Learned,
-    loss: Callable[[float], Tensor],
-    error: Callable[[], float],
-    steps: int,
-    over: Callable[[Iterable[int], int, str], Iterator[int]],
-) -> Outcome:
-    groups = learned.groups()
-    tensors = [t for ts, _ in groups for t in ts]
-    iterate = tensors + learned.state()
-    start = best = error()
-    if not math.isfinite(start):
-        raise SolveError("the block's outputs are not finite")
-    kept, best_step = [t.detach().clone() for t in iterate], 0
-    optimizer = torch.optim.Adam([{"params": ts, "lr": lr, "most": lr} for ts, lr in groups], fused=True)
-    with torch.enable_grad():
-        for step in over(range(1, steps + 1), steps, "learn: steps"):
-            progress = (step - 1) / steps
-            for group in optimizer.param_groups:
-                group["lr"] = group["most"] * 0.5 * (1 + math.cos(math.pi * progress))
-            value = loss(progress)
-            penalty = learned.penalty(progress)
-            if penalty is not None:
-                value = value + penalty
-            optimizer.zero_grad()
-            torch.autograd.backward(value, inputs=tensors)
-            if not torch.isfinite(value):
-                break  # diverged: what was best stays
-            optimizer.step()
-            if step % max(1, steps // LOOKS) == 0 or step == steps:
-                now = error()
-                if now < best:
-                    best, best_step = now, step
-                    kept = [t.detach().clone() for t in iterate]
-    with torch.no_grad():
-        for tensor, value in zip(iterate, kept, strict=True):
-            tensor.copy_(value)
-    return Outcome(start, best, best_step)
+class _ByLayer(_Reconstruction):
+    def __init__(self, learned: Learned, recipe: Recipe, original: Weights, grams: Mapping[str, Tensor]):
+        super().__init__(learned, recipe)
+        self.original, self.grams = original, grams
+        self.sizes = {name: float(((w @ grams[name]) * w).sum()) or 1.0 for name, w in original.items()}
+
+    def loss(self, weights: Weights) -> Tensor:
+        total = torch.zeros(())
+        for name, w in self.original.items():
+            lost = weights[name] - w
+            total = total + ((lost @ self.grams[name]) * lost).sum() / self.sizes[name]
+        return total / len(self.original)
+
+    def error(self) -> float:
+        with torch.no_grad():
+            return float(self.loss(self.learned.hard()))
 
 
 def _inputs(data: BlockData, kind: Inputs, part: Tensor, generator: torch.Generator) -> Tensor:

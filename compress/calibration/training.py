@@ -1,8 +1,8 @@
-"""Training: the one loop of every pass that trains a whole model on its calibration data.
+"""Training: the one loop of every pass that learns by gradients, from a block's outputs or from the model's loss.
 
-A method says which numbers are learned and what values they make; this loop draws batches, follows the learning rate's
-schedule (linear warm-up, then linear decay to zero), and keeps the best iterate by the loss on samples that were not
-trained on. The start counts as an iterate.
+A method says which numbers are learned and what values they make; this loop follows the schedule of the learning rate,
+keeps the best iterate by the error on samples that were not trained on, the start among them, and saves where it
+stands, so that an interrupted training goes on to the same bits.
 
 Shapes: N samples, B samples a step.
 """
@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias
 
 from compress.calibration.draws import draw
 from compress.errors import SolveError
@@ -93,6 +95,10 @@ class Schedule:
     steps: int
     batch_size: int
 
+    def loop(self) -> Loop:
+        """The loop that trains so: linear warm-up, then linear decay to zero."""
+        return Loop(self.steps, self.rate, LOOKS, "train")
+
     def rate(self, step: int) -> float:
         """The learning rate in step 1, 2, ... as a share of its largest."""
         warm = max(1, round(WARM_UP * self.steps))
@@ -102,11 +108,11 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Outcome:
     """What training reached.
 
     Attributes:
-        start, best: mean loss on held-out samples.
+        start, best: the error, as the learner measures it, before and at the best iterate.
         best_step: when; 0 means that nothing learned was better than the start.
     """
 
@@ -114,9 +120,108 @@ class Trial:
     best: float
     best_step: int
 
-    def notes(self) -> dict[str, float]:
-        """For the report."""
-        return {"loss_start": self.start, "loss": self.best, "best_step": self.best_step}
+    def notes(self, name: str = "loss") -> dict[str, float]:
+        """The numbers for the report, under the name of what was measured."""
+        return {f"{name}_start": self.start, name: self.best, "best_step": self.best_step}
+
+
+class Learner:
+    """What the loop learns: tensors, their gradients in a step, and how good the iterate is."""
+
+    not_finite: ClassVar[str] = "the loss is not finite before anything is trained"
+
+    def groups(self) -> list[tuple[list[Tensor], float]]:
+        """Learned tensors with their largest learning rates."""
+        raise NotImplementedError
+
+    def gradients(self, step: int) -> Tensor:
+        """Set the gradients of the learned tensors in step 1, 2, ...; returns the loss, detached."""
+        raise NotImplementedError
+
+    def error(self) -> float:
+        """How far from good the values are that would be stored now."""
+        raise NotImplementedError
+
+    def after(self, step: int) -> None:
+        """Called when the optimizer has changed the learned tensors."""
+
+    def state(self) -> list[Tensor]:
+        """What else belongs to an iterate and is changed in place."""
+        return []
+
+    def restored(self) -> None:
+        """Called when learned tensors and `state` were put back to an earlier iterate."""
+
+    def randomness(self) -> dict[str, Tensor]:
+        """What the draws of the next steps depend on, beside the number of the step."""
+        return {}
+
+    def reseed(self, randomness: Mapping[str, Tensor]) -> None:
+        """The inverse of `randomness`."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How to learn.
+
+    Attributes:
+        steps: of Adam.
+        rate: step 1, 2, ... -> the learning rate as a share of its largest.
+        looks: times the error is measured; the best iterate is kept.
+        label: of the progress bar.
+        fused: whether Adam's sums are those of one kernel, which rounds otherwise than one operation after the other.
+        spacing: least seconds between two saved states.
+    """
+
+    steps: int
+    rate: Callable[[int], float]
+    looks: int
+    label: str
+    fused: bool = True
+    spacing: float = 0.0
+
+
+def learn(
+    learner: Learner, loop: Loop, kept: Kept, over: Callable[[Iterable[int], int, Label], Iterator[int]]
+) -> Outcome:
+    """The one training loop. Afterwards the learner holds the best iterate; the start counts as one.
+
+    Args:
+        learner: what is learned.
+        loop: how long, and at which rate.
+        kept: where the state of an unfinished training is kept, and where it goes on from.
+        over: draws progress.
+
+    Raises:
+        SolveError: the error is not finite at the start.
+    """
+    groups = [{"params": ts, "lr": lr, "most": lr} for ts, lr in learner.groups()]
+    optimizer = torch.optim.Adam(groups, fused=loop.fused)
+    run = _Run(learner, optimizer)
+    state = kept.load()
+    if state is None:
+        run.begin()
+    else:
+        run.restore(state)
+    look, saved = max(1, loop.steps // loop.looks), time.monotonic()
+    for step in over(range(run.step + 1, loop.steps + 1), loop.steps - run.step, partial(run.label, loop.label)):
+        for group in optimizer.param_groups:
+            group["lr"] = group["most"] * loop.rate(step)
+        with torch.enable_grad():
+            run.loss = learner.gradients(step)
+        if not torch.isfinite(run.loss):
+            break  # diverged: what was best stays
+        optimizer.step()
+        optimizer.zero_grad()
+        learner.after(step)
+        run.step = step
+        if step % look == 0 or step == loop.steps:
+            run.look()
+            if time.monotonic() - saved >= loop.spacing:
+                kept.save(run.state())
+                saved = time.monotonic()
+    run.finish()
+    return Outcome(run.start, run.best, run.best_step)
 
 
 def train(
@@ -126,8 +231,8 @@ def train(
     generator: torch.Generator,
     over: Callable[[Iterable[int], int, Label], Iterator[int]],
     judge: Callable[[Make], float] | None = None,
-) -> Trial:
-    """Train; afterwards `trained` holds the best iterate.
+) -> Outcome:
+    """Train a whole model; afterwards `trained` holds the best iterate.
 
     Args:
         trained: what is learned.
@@ -140,53 +245,31 @@ def train(
     Raises:
         SolveError: the loss is not finite at the start.
     """
-    groups = trained.groups()
-    tensors = [t for ts, _ in groups for t in ts]
-    seed = generator.initial_seed()
-    held, learned = split(data.count)
-    rates = [{"params": ts, "lr": lr, "most": lr} for ts, lr in groups]
-    optimizer = torch.optim.AdamW(rates, weight_decay=0.0, fused=True)
+    return learn(_Model(trained, data, schedule, generator.initial_seed(), judge), schedule.loop(), data.kept, over)
 
-    def error() -> float:
-        return judge(trained.merged) if judge else held_out(trained.merged, data, held, schedule.batch_size)
 
-    run = _Run(tensors, optimizer)
-    state = data.kept.load()
-    if state is None:
-        run.start = run.best = error()
-        if not math.isfinite(run.start):
-            raise SolveError("the loss is not finite before anything is trained")
-        run.kept = [t.detach().clone() for t in tensors]
-    else:
-        run.restore(state)
-    done = run.step
-    looks = max(1, schedule.steps // LOOKS)
+class _Model(Learner):
+    """Values of a model, learned through its loss."""
 
-    def label() -> str:
-        return f"train: steps, loss {run.loss:.4f}" if run.loss == run.loss else "train: steps"
+    def __init__(
+        self, trained: Trained, data: ModelData, schedule: Schedule, seed: int, judge: Callable[[Make], float] | None
+    ):
+        self.trained, self.data, self.size, self.seed, self.judge = trained, data, schedule.batch_size, seed, judge
+        self.held, self.learned = split(data.count)
+        self.tensors = [t for ts, _ in trained.groups() for t in ts]
 
-    for step in over(range(done + 1, schedule.steps + 1), schedule.steps - done, label):
-        for group in optimizer.param_groups:
-            group["lr"] = group["most"] * schedule.rate(step)
-        with torch.enable_grad():
-            value = data.loss(trained.make, batch(learned, step, schedule.batch_size, seed))
-            torch.autograd.backward(value, inputs=tensors)
-        run.loss = float(value.detach())
-        if not math.isfinite(run.loss):
-            break  # diverged: what was best stays
-        optimizer.step()
-        optimizer.zero_grad()
-        run.step = step
-        if step % looks == 0 or step == schedule.steps:
-            now = error()
-            if now < run.best:
-                run.best, run.best_step = now, step
-                run.kept = [t.detach().clone() for t in tensors]
-            data.kept.save(run.state())
-    with torch.no_grad():
-        for tensor, kept in zip(tensors, run.kept, strict=True):
-            tensor.copy_(kept)
-    return Trial(run.start, run.best, run.best_step)
+    def groups(self) -> list[tuple[list[Tensor], float]]:
+        return self.trained.groups()
+
+    def gradients(self, step: int) -> Tensor:
+        value = self.data.loss(self.trained.make, batch(self.learned, step, self.size, self.seed))
+        torch.autograd.backward(value, inputs=self.tensors)
+        return value.detach()
+
+    def error(self) -> float:
+        if self.judge:
+            return self.judge(self.trained.merged)
+        return held_out(self.trained.merged, self.data, self.held, self.size)
 
 
 def forked(generator: torch.Generator, *parts: object) -> torch.Generator:
@@ -225,28 +308,62 @@ def batch(numbers: Tensor, step: int, size: int, seed: int) -> Tensor:
 class _Run:
     """Where a training stands."""
 
-    def __init__(self, tensors: list[Tensor], optimizer: torch.optim.Optimizer):
-        self.tensors, self.optimizer = tensors, optimizer
+    def __init__(self, learner: Learner, optimizer: torch.optim.Optimizer):
+        self.learner, self.optimizer = learner, optimizer
+        self.iterate = [t for group in optimizer.param_groups for t in group["params"]] + learner.state()
         self.step = self.best_step = 0
-        self.start = self.best = self.loss = math.nan
+        self.start = self.best = math.nan
+        self.loss: Tensor | None = None
         self.kept: list[Tensor] = []
+
+    def begin(self) -> None:
+        """Measure the start, which is the best so far."""
+        self.start = self.best = self.learner.error()
+        if not math.isfinite(self.start):
+            raise SolveError(self.learner.not_finite)
+        self.kept = [t.detach().clone() for t in self.iterate]
+
+    def look(self) -> None:
+        """Measure the iterate, and keep it if it is the best."""
+        now = self.learner.error()
+        if now < self.best:
+            self.best, self.best_step = now, self.step
+            self.kept = [t.detach().clone() for t in self.iterate]
+
+    def finish(self) -> None:
+        """Go back to the best."""
+        self._put(self.kept)
+
+    def label(self, label: str) -> str:
+        """What the progress bar says."""
+        return f"{label}: steps" if self.loss is None else f"{label}: steps, loss {float(self.loss):.4f}"
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the rest depends on."""
         numbers = [self.step, self.best_step, self.start, self.best]
         found = {"numbers": torch.tensor(numbers, dtype=torch.float64)}
-        for i, (tensor, kept) in enumerate(zip(self.tensors, self.kept, strict=True)):
-            found |= {f"{i}.now": tensor.detach(), f"{i}.kept": kept}
-            found |= {f"{i}.{name}": value for name, value in self.optimizer.state[tensor].items()}
+        found |= {f"random.{name}": value for name, value in self.learner.randomness().items()}
+        for i, (tensor, kept) in enumerate(zip(self.iterate, self.kept, strict=True)):
+            found |= {f"{i}.now": tensor.detach().contiguous(), f"{i}.kept": kept.contiguous()}
+            found |= {f"{i}.{name}": value for name, value in self.optimizer.state.get(tensor, {}).items()}
         return found
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state`."""
         step, best_step, self.start, self.best = state["numbers"].tolist()
         self.step, self.best_step = int(step), int(best_step)
+        self.kept = [state[f"{i}.kept"].to(tensor.device) for i, tensor in enumerate(self.iterate)]
+        for i, tensor in enumerate(self.iterate):
+            own = {n: state[f"{i}.{n}"] for n in ("step", "exp_avg", "exp_avg_sq") if f"{i}.{n}" in state}
+            moments = {name: value.to(tensor.device) for name, value in own.items()}
+            if moments:
+                self.optimizer.state[tensor] = moments
+        self._put([state[f"{i}.now"] for i in range(len(self.iterate))])
+        prefix = "random."
+        self.learner.reseed({n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)})
+
+    def _put(self, values: Iterable[Tensor]) -> None:
         with torch.no_grad():
-            for i, tensor in enumerate(self.tensors):
-                own = {n: state[f"{i}.{n}"].to(tensor.device) for n in ("now", "kept", "step", "exp_avg", "exp_avg_sq")}
-                tensor.copy_(own.pop("now"))
-                self.kept.append(own.pop("kept"))
-                self.optimizer.state[tensor] = own
+            for tensor, value in zip(self.iterate, values, strict=True):
+                tensor.copy_(value)
+        self.learner.restored()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
-from compress.calibration.training import Label
+from compress.calibration.training import Kept, Label
 from compress.lazy import torch
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class Block:
         generator: seeded from (seed, pass, block).
         over: iterates with a progress bar: (items, number of them, label).
         vectors: parameter name -> the vectors of the block that the pass trains.
+        kept: where the state of an unfinished learning is kept.
         parts: the children of the block that hold sites, one after the other: the names of sites and vectors in it, and
             how to run it. Takes what was learned so far, and is asked for the next part only when one is done.
     """
@@ -69,6 +70,7 @@ class Block:
     generator: torch.Generator
     over: Over
     vectors: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: Kept = field(default_factory=Kept)
     parts: Callable[[Callable[[], Weights]], Iterator[tuple[tuple[str, ...], BlockData]]] | None = None
 
 

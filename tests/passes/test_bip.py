@@ -10,7 +10,7 @@ import compress
 from compress.calibration.training import Kept, Make, ModelData
 from compress.passes import Bip, GlobalMagnitude
 from compress.passes.base import Edit, Target, Whole
-from compress.passes.prune.bip import slopes
+from compress.passes.prune.bip import Refinement
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,9 +55,11 @@ def test_without_mask_steps_only_the_kept_weights_are_trained() -> None:
 
 def test_weights_that_are_gone_have_gradients_for_their_scores() -> None:
     model = regression()
-    w = model.load("a").weight
+    assert model.data is not None
     mask = textbook.mask(8, 24)
-    found = slopes({"a": w}, {"a": mask}, model.data, torch.arange(16))["a"]
+    learner = Refinement({"a": model.load("a")}, model.data, Bip(batch_size=16), 0)
+    learner.masks = {"a": mask}
+    found = learner.slopes(1)[1]["a"]
     assert bool((found[~mask] != 0).all())
 
 

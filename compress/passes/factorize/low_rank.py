@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Lt
 
-from compress.calibration.reconstruct import Inputs, Recipe, by_block
+from compress.calibration.reconstruct import BLOCK_ERROR, Inputs, Recipe, by_block
 from compress.encodings import FACTORED, LowRankForm
 from compress.encodings import LowRank as Factors
 from compress.errors import SolveError
@@ -140,7 +140,7 @@ class LowRank(Budget, BlockPass):
         notes: dict[str, float] = {}
         if block.data is not None:
             recipe = Recipe(self.steps, self.batch_size, self.inputs)
-            notes = by_block(learned, block.data, recipe, block.generator, block.over).notes()
+            notes = by_block(learned, block.data, recipe, block.generator, block.over, block.kept).notes(BLOCK_ERROR)
         for name, matrix in learned.matrices.items():
             yield name, Edit(low_rank=matrix.factors(), replaces=True, notes={**matrix.notes, **notes})
 
@@ -217,6 +217,3 @@ class _Block:
     def penalty(self, progress: float) -> Tensor | None:
         found = [m.strayed() for m in self.matrices.values() if m.perturbation]
         return torch.stack(found).sum() / len(self.matrices) if found else None
-
-    def state(self) -> list[Tensor]:
-        return []

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from annotated_types import Ge, Gt, Lt
 
-from compress.calibration.training import Schedule, batch, held_out, split
-from compress.errors import SolveError
+from compress.calibration.training import Learner, Loop, Schedule, batch, held_out, learn, split
 from compress.lazy import torch
 from compress.passes.base import Edit
 from compress.passes.prune.global_magnitude import cut
 from compress.passes.retrain.options import EndToEnd
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from torch import Tensor
 
@@ -69,68 +68,73 @@ class Bip(EndToEnd):
     def run(self, model: Whole) -> Iterator[tuple[str, Edit]]:
         assert model.data is not None
         targets = {name: model.load(name) for name in model.names}
-        weights, masks, notes = refine(targets, model.data, self, model)
+        learner = Refinement(targets, model.data, self, model.generator.initial_seed())
+        rate = Schedule(self.steps, self.batch_size).rate
+        outcome = learn(learner, Loop(self.steps, rate, LOOKS, "bip", fused=False), model.data.kept, model.over)
+        notes = {"loss_start": outcome.start, "loss": outcome.best}
         for name in model.names:
-            yield name, Edit(weight=weights[name] * masks[name], mask=masks[name], notes=notes)
+            mask = learner.masks[name]
+            yield name, Edit(weight=learner.weights[name] * mask, mask=mask, notes=notes)
 
 
-def refine(
-    targets: Mapping[str, Target], data: ModelData, options: Bip, model: Whole
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
-    """Weights, masks and notes.
+class Refinement(Learner):
+    """Weights, learned at a mask, and the scores that decide about it, moved by turns with them."""
 
-    Raises:
-        SolveError: the loss is not finite at the start.
-    """
-    names, drawn = tuple(targets), model.generator.initial_seed()
-    held, learned = split(data.count)
-    schedule = Schedule(options.steps, options.batch_size)
-    weights = {name: t.weight.clone() for name, t in targets.items()}
-    scores = {name: t.weight.abs() for name, t in targets.items()}
-    size = rms(scores)
-    optimizer = torch.optim.Adam(list(weights.values()))
+    def __init__(self, targets: Mapping[str, Target], data: ModelData, options: Bip, seed: int):
+        self.targets, self.data, self.options, self.seed = targets, data, options, seed
+        self.held, self.samples = split(data.count)
+        self.rate = Schedule(options.steps, options.batch_size).rate
+        self.weights = {name: t.weight.clone() for name, t in targets.items()}
+        self.scores = {name: t.weight.abs() for name, t in targets.items()}
+        self.size = rms(self.scores)
+        self.masks = self._ranked()
 
-    def ranked() -> dict[str, Tensor]:
-        return dict(cut(names, lambda n: replace(targets[n], weight=scores[n], stored=None), options.sparsity))
+    def groups(self) -> list[tuple[list[Tensor], float]]:
+        return [(list(self.weights.values()), self.options.learning_rate)]
 
-    def error() -> float:
-        made = {name: weights[name] * masks[name] for name in names}
-        return held_out(lambda wanted: {n: made[n] for n in wanted if n in made}, data, held, options.batch_size)
+    def state(self) -> list[Tensor]:
+        return list(self.scores.values())
 
-    masks = ranked()
-    start = best = error()
-    if not start < float("inf"):
-        raise SolveError("the loss is not finite before anything is trained")
-    kept = {n: (w.clone(), masks[n]) for n, w in weights.items()}
-    for step in model.over(range(1, options.steps + 1), options.steps, "bip: steps"):
-        rate = schedule.rate(step)
-        gradients = slopes(weights, masks, data, batch(learned, 2 * step - 1, options.batch_size, drawn))
-        for name, weight in weights.items():
-            weight.grad = gradients[name] * masks[name]
-        optimizer.param_groups[0]["lr"] = options.learning_rate * rate
-        optimizer.step()
-        gradients = slopes(weights, masks, data, batch(learned, 2 * step, options.batch_size, drawn))
-        moves = {n: (weights[n] - g / options.gamma) * g for n, g in gradients.items()}
-        length = options.mask_rate * rate * size / max(rms(moves), 1e-30)
-        scores = {n: (s - length * moves[n]).clamp(min=0) for n, s in scores.items()}
-        masks = ranked()
-        if step % max(1, options.steps // LOOKS) == 0 or step == options.steps:
-            now = error()
-            if now < best:
-                best, kept = now, {n: (w.clone(), masks[n]) for n, w in weights.items()}
-    notes = {"loss_start": start, "loss": best}
-    return {n: w for n, (w, _) in kept.items()}, {n: m for n, (_, m) in kept.items()}, notes
+    def gradients(self, step: int) -> Tensor:
+        loss, slopes = self.slopes(2 * step - 1)
+        for name, weight in self.weights.items():
+            weight.grad = slopes[name] * self.masks[name]
+        return loss
+
+    def after(self, step: int) -> None:
+        _, slopes = self.slopes(2 * step)
+        moves = {n: (self.weights[n] - g / self.options.gamma) * g for n, g in slopes.items()}
+        length = self.options.mask_rate * self.rate(step) * self.size / max(rms(moves), 1e-30)
+        for name, score in self.scores.items():
+            score.copy_((score - length * moves[name]).clamp(min=0))
+        self.masks = self._ranked()
+
+    def restored(self) -> None:
+        self.masks = self._ranked()
+
+    def error(self) -> float:
+        made = {name: weight * self.masks[name] for name, weight in self.weights.items()}
+        return held_out(lambda wanted: _some(made, wanted), self.data, self.held, self.options.batch_size)
+
+    def _ranked(self) -> dict[str, Tensor]:
+        def scored(name: str) -> Target:
+            return replace(self.targets[name], weight=self.scores[name], stored=None)
+
+        return dict(cut(tuple(self.targets), scored, self.options.sparsity))
+
+    def slopes(self, draw: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss on the samples of a draw, and its gradients at the masked weights, of those that are gone too."""
+        made = {n: (w * self.masks[n]).requires_grad_() for n, w in self.weights.items()}
+        with torch.enable_grad():
+            numbers = batch(self.samples, draw, self.options.batch_size, self.seed)
+            value = self.data.loss(lambda wanted: _some(made, wanted), numbers)
+            torch.autograd.backward(value, inputs=list(made.values()))
+        slopes = {n: m.grad if m.grad is not None else torch.zeros_like(m) for n, m in made.items()}
+        return value.detach(), slopes
 
 
-def slopes(
-    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], data: ModelData, numbers: Tensor
-) -> dict[str, Tensor]:
-    """Gradients of the loss at the masked weights, of those that are gone too."""
-    made = {n: (w * masks[n]).requires_grad_() for n, w in weights.items()}
-    with torch.enable_grad():
-        value = data.loss(lambda wanted: {n: made[n] for n in wanted if n in made}, numbers)
-        torch.autograd.backward(value, inputs=list(made.values()))
-    return {n: m.grad if m.grad is not None else torch.zeros_like(m) for n, m in made.items()}
+def _some(made: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    return {name: made[name] for name in wanted if name in made}
 
 
 def rms(values: Mapping[str, Tensor]) -> float:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
-from compress.calibration.reconstruct import Inputs, Recipe, by_block, by_layer
+from compress.calibration.reconstruct import BLOCK_ERROR, Inputs, Recipe, by_block, by_layer
 from compress.errors import SolveError
 from compress.lazy import function, torch
 from compress.passes.base import BlockPass, Edit, OptionError
@@ -41,10 +41,6 @@ class Rounding(ABC):
     def penalty(self, progress: float) -> Tensor | None:
         """Something to add to the loss."""
         return None
-
-    def state(self) -> list[Tensor]:
-        """What else belongs to an iterate and is changed in place, such as codes."""
-        return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +90,15 @@ class LearnedPass(BlockPass):
             if not grams:
                 raise SolveError("no input ever reached these layers")
             original = {name: block.targets[name].weight for name in grams}  # others stay as they start
-            outcome = by_layer(learned, original, grams, recipe, block.over)
+            outcome = by_layer(learned, original, grams, recipe, block.over, block.kept)
         else:
             assert block.data is not None
-            outcome = by_block(learned, block.data, recipe, block.generator, block.over)
+            outcome = by_block(learned, block.data, recipe, block.generator, block.over, block.kept)
         for name, target in block.targets.items():
-            yield name, Edit(encoding=learned.parts[name].encoding(), mask=target.mask, notes=outcome.notes())
+            yield (
+                name,
+                Edit(encoding=learned.parts[name].encoding(), mask=target.mask, notes=outcome.notes(BLOCK_ERROR)),
+            )
 
 
 @dataclass(frozen=True)
@@ -121,9 +120,6 @@ class _Block:
     def penalty(self, progress: float) -> Tensor | None:
         found = [p for part in self.parts.values() if (p := part.penalty(progress)) is not None]
         return sum(found[1:], found[0]) if found else None
-
-    def state(self) -> list[Tensor]:
-        return [tensor for part in self.parts.values() for tensor in part.state()]
 
     def _masked(self, name: str, weight: Tensor) -> Tensor:
         mask = self.targets[name].mask

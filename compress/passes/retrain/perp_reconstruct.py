@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge
 
-from compress.calibration.reconstruct import Recipe, by_block, by_layer
+from compress.calibration.reconstruct import BLOCK_ERROR, Recipe, by_block, by_layer
 from compress.errors import SolveError
 from compress.passes.base import BlockPass, Edit, LinearPass, OptionError
 from compress.passes.retrain.options import Retraining
@@ -77,7 +77,7 @@ class PerpReconstruct(Retraining, BlockPass):
         trained = self.trainables(block.targets, block.vectors)
         notes: dict[str, dict[str, float]] = {}
         for names, outcome in self._learn(trained, block):
-            notes |= {name: outcome.notes() for name in names}
+            notes |= {name: outcome.notes(BLOCK_ERROR) for name in names}
         for name, edit in trained.edits({}):
             yield name, replace(edit, notes={**edit.notes, **notes.get(name, {})})
 
@@ -87,13 +87,14 @@ class PerpReconstruct(Retraining, BlockPass):
             yield tuple(trained.matrices), self._by_matrix(trained, block, recipe)
         elif self.granularity == "block":
             assert block.data is not None
-            yield tuple(trained.names()), by_block(trained, block.data, recipe, block.generator, block.over)
+            yield tuple(trained.names()), by_block(trained, block.data, recipe, block.generator, block.over, block.kept)
         else:
             assert block.parts is not None
-            for names, data in block.parts(trained.hard):
+            for i, (names, data) in enumerate(block.parts(trained.hard)):
                 part = trained.part(names)
                 if part.count:
-                    yield names, by_block(part, data, recipe, block.generator, block.over)
+                    kept = block.kept.part(str(i))
+                    yield names, by_block(part, data, recipe, block.generator, block.over, kept)
 
     def _by_matrix(self, trained: Trainables, block: Block, recipe: Recipe) -> Outcome:
         grams, original = {}, {}
@@ -103,7 +104,7 @@ class PerpReconstruct(Retraining, BlockPass):
                 grams[name], original[name] = target.statistics.gram, target.original
         if not grams:
             raise SolveError("no input ever reached these layers")
-        return by_layer(trained.part(tuple(grams)), original, grams, recipe, block.over)
+        return by_layer(trained.part(tuple(grams)), original, grams, recipe, block.over, block.kept)
 
     def fallback(self) -> LinearPass:
         return Unchanged()

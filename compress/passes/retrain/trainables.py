@@ -71,10 +71,6 @@ class Trainables:
         """Nothing is added to the loss."""
         return None
 
-    def state(self) -> list[Tensor]:
-        """Nothing is changed but what is learned."""
-        return []
-
     def edits(self, notes: Mapping[str, float]) -> Iterator[tuple[str, Edit]]:
         """What is stored of all of them now, and in the notes how many numbers of each were trained."""
         for name, matrix in self.matrices.items():
