@@ -17,10 +17,12 @@ from wirings import WIDTH, Block, Model, SkipBlock, SkipInside, SkipOutside
 
 import compress
 from compress.calibration import activation_cache as activations
+from compress.calibration import reconstruct
 from compress.config.pipeline import Calibration, Pipeline
+from compress.engine.ledger import FolderLedger
 from compress.errors import ConfigError, SolveError, UnsupportedModelError
 from compress.models import graph as graphs
-from compress.passes import AdaRound, FlexRound, Magnitude, Override, Pass, Rtn, Wanda
+from compress.passes import AdaRound, FlexRound, Jlcm, LowRank, Magnitude, Override, Pass, PerpReconstruct, Rtn, Wanda
 from compress.passes.base import Block as Given
 from compress.passes.base import Edit
 from compress.passes.quantize.learned import LearnedPass
@@ -532,3 +534,46 @@ def test_the_memory_estimate_of_a_plan_counts_what_is_learned() -> None:
 
     weights = sum(rows * columns for rows, columns in (site.shape for site in graph.in_block(0)))
     assert estimated(FlexRound()) - estimated(Rtn()) > 10 * 4 * weights
+
+
+RESUMED = [
+    FlexRound(bits=3, steps=20, batch_size=3, inputs="mix"),
+    Jlcm(bits=3, steps=20, batch_size=3),
+    LowRank(ratio=0.5, steps=20, batch_size=3),
+    PerpReconstruct(steps=20, batch_size=3, granularity="half_block", train=("bias", "norm", "full")),
+]
+
+
+@pytest.mark.parametrize("pass_", RESUMED, ids=lambda p: p.key)
+def test_learning_that_is_cut_short_inside_a_block_goes_on_there_and_ends_bit_identical(
+    pass_: Pass, tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_llama().save_pretrained(tmp_path / "model")
+    steps = Pipeline(passes=((Magnitude(sparsity=0.5),), (pass_,)) if pass_.key == "perp_reconstruct" else ((pass_,),))
+    monkeypatch.setattr(reconstruct, "SPACING", 0.0)
+    counted: list[str] = []
+    step, save = torch.optim.Adam.step, FolderLedger.commit_tensors
+
+    def counting(self: torch.optim.Adam, *args: Any, **kwargs: Any) -> Any:
+        counted.append("step")
+        return step(self, *args, **kwargs)
+
+    def cut(self: FolderLedger, unit: str, key: str, tensors: dict[str, Tensor]) -> None:
+        save(self, unit, key, tensors)
+        counted.append(unit)
+        if len([each for each in counted if each != "step"]) == 13:  # of ten for each block, or for each half of one
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.optim.Adam, "step", counting)
+    compress.run(steps, tmp_path / "model", tmp_path / "whole", calibration=tokens)
+    whole = counted.count("step")
+    counted.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(FolderLedger, "commit_tensors", cut)
+        with pytest.raises(KeyboardInterrupt):
+            compress.run(steps, tmp_path / "model", tmp_path / "parts", calibration=tokens)
+    assert list((tmp_path / "parts.work").glob("*-training*"))
+    compress.run(steps, tmp_path / "model", tmp_path / "parts", calibration=tokens)
+    assert counted.count("step") == whole, "no step is done twice"
+    for file in ("compress.safetensors", "config.json"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from compress.engine.learning import learn_block
+from compress.engine.ledger import KeptInLedger
 from compress.engine.placement import take
 from compress.engine.stage import StageResult, StageRunner, calibration_batches, layers_changed
 from compress.engine.survey import survey
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from compress.calibration.data import Dataset
     from compress.calibration.statistics import Need
+    from compress.calibration.training import Kept
     from compress.engine.ledger import Record
     from compress.engine.placement import Context
     from compress.engine.stage import Stage
@@ -64,19 +66,23 @@ def run_passes(
             file = f"s{stage:02d}-{unit.name}"
             done = context.ledger.load(file, key)
             if done is None:
-                made = _worked_on(context, stage, passes, unit)
+                made = _worked_on(context, stage, passes, unit, KeptInLedger(context.ledger, f"{file}-training", key))
                 done = context.commit(file, key, made)
+                context.ledger.forget(file)  # states of learning, which are of no use any longer
                 del made
             records += done
             take(context, done)
     return key, records
 
 
-def _worked_on(context: Context, stage: int, passes: Sequence[LinearPass | BlockPass], unit: Unit) -> list[Record]:
+def _worked_on(
+    context: Context, stage: int, passes: Sequence[LinearPass | BlockPass], unit: Unit, kept: Kept
+) -> list[Record]:
     """What passes make of a unit, one after the other."""
     state = UnitState(unit.statistics() if unit.sites else {})
     for position, pass_ in enumerate(passes):
-        turn = Turn(context, stage, position, position + 1 == len(passes), unit, state)
+        last = position + 1 == len(passes)
+        turn = Turn(context, stage, position, last, unit, state, kept.part(str(position)))
         TURNS[pass_.reach](turn, pass_)
     return state.records(unit.sites)
 

@@ -58,4 +58,5 @@ def _edits(turn: Turn, pass_: BlockPass, targets: Mapping[str, Target]) -> dict[
         fixed = {**others, **{name: turn.vector(name) for name in state.vectors}}
         data = view.data(fixed) if view else None
         parts = partial(view.parts, fixed=fixed) if view else None
-        return dict(pass_.run(Block(targets, data, generator, context.bars.over, given, parts)))
+        block = Block(targets, data, generator, context.bars.over, given, turn.kept, parts)
+        return dict(pass_.run(block))

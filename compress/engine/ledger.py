@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from compress.calibration.training import Kept
 from compress.checkpoint.artifact import Packed
 from compress.encodings import Spec, Weight, pack
 from compress.errors import CheckpointError
@@ -167,3 +168,19 @@ class FolderLedger(MemoryLedger):
         """Write what was measured."""
         file = self.folder / f"{unit}.json"
         write_text(file, json.dumps({"key": key, "row": dict(row)}))
+
+
+class KeptInLedger(Kept):
+    """Keeps the state of a training as a unit of work."""
+
+    def __init__(self, ledger: MemoryLedger, unit: str, key: str):
+        self.ledger, self.unit, self.key = ledger, unit, key
+
+    def part(self, name: str) -> Kept:
+        return KeptInLedger(self.ledger, f"{self.unit}-{name}", self.key)
+
+    def load(self) -> dict[str, torch.Tensor] | None:
+        return self.ledger.load_tensors(self.unit, self.key)
+
+    def save(self, state: dict[str, torch.Tensor]) -> None:
+        self.ledger.commit_tensors(self.unit, self.key, state)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from compress.checkpoint.artifact import finite
-from compress.engine.ledger import Record
-from compress.engine.model_training import KeptInLedger, in_memory, model_data
+from compress.engine.ledger import KeptInLedger, Record
+from compress.engine.model_training import in_memory, model_data
 from compress.engine.placement import make_room, take
 from compress.engine.stage import StageResult, StageRunner, generator_for, layers_changed
 from compress.engine.validate import observed, observed_vector

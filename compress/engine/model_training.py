@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from compress.calibration.metrics import logits_in
 from compress.calibration.precision import learning
-from compress.calibration.training import Kept, ModelData
+from compress.calibration.training import ModelData
 from compress.engine.placement import bring_buffers, bring_in, evict, grids_of, rounded, tie
 
 if TYPE_CHECKING:
@@ -21,26 +21,9 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from compress.calibration.training import Loss, Make
-    from compress.engine.ledger import MemoryLedger
+    from compress.calibration.training import Kept, Loss, Make
     from compress.engine.placement import Context
     from compress.models.graph import Graph
-
-
-class KeptInLedger(Kept):
-    """Keeps the state of a training as a unit of work."""
-
-    def __init__(self, ledger: MemoryLedger, unit: str, key: str):
-        self.ledger, self.unit, self.key = ledger, unit, key
-
-    def part(self, name: str) -> Kept:
-        return KeptInLedger(self.ledger, f"{self.unit}-{name}", self.key)
-
-    def load(self) -> dict[str, Tensor] | None:
-        return self.ledger.load_tensors(self.unit, self.key)
-
-    def save(self, state: dict[str, Tensor]) -> None:
-        self.ledger.commit_tensors(self.unit, self.key, state)
 
 
 @contextmanager
@@ -175,4 +158,4 @@ def swapped(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
             parameters[leaf] = value
 
 
-__all__ = ["KeptInLedger", "in_memory", "learned", "model_data", "swapped"]
+__all__ = ["in_memory", "learned", "model_data", "swapped"]

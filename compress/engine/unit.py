@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.calibration.statistics import Statistics
+    from compress.calibration.training import Kept
     from compress.encodings import Weight
     from compress.engine.placement import Context
     from compress.engine.sweep import Unit
@@ -81,6 +82,7 @@ class Turn:
         stage: the number of the stage.
         position: of the pass in it.
         last: whether no pass comes after it.
+        kept: where the state of an unfinished learning is kept.
     """
 
     context: Context
@@ -89,6 +91,7 @@ class Turn:
     last: bool
     unit: Unit
     state: UnitState
+    kept: Kept
 
     def generator(self, name: str) -> torch.Generator:
         """Randomness of the pass on a site, or on the unit."""

@@ -10,8 +10,9 @@ import torch
 
 from compress.calibration.metrics import logits_in
 from compress.calibration.precision import learning
+from compress.engine.ledger import KeptInLedger
 from compress.engine.measure import Meter
-from compress.engine.model_training import KeptInLedger, in_memory, learned
+from compress.engine.model_training import in_memory, learned
 from compress.engine.placement import lent
 from compress.io.keys import hash_of, key_of
 from compress.passes.merge.base import MergePass
