@@ -15,8 +15,8 @@ from compress.passes.retrain.options import Retraining
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from compress.calibration.reconstruct import Outcome
     from compress.calibration.statistics import Need
+    from compress.calibration.training import Outcome
     from compress.passes.base import Block, Target
     from compress.passes.retrain.trainables import Trainables
 
