@@ -12,7 +12,9 @@ from commands import make_text_model, write_text
 
 # Children are forked from a server that has the imports done: real processes, quick to start.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["compress.cli", "compress.api.run", "transformers.models.llama.modeling_llama"])
+PROCESSES.set_forkserver_preload(
+    ["compress.cli.commands", "compress.api.run", "transformers.models.llama.modeling_llama"]
+)
 
 
 def prepare(folder: Path, pipeline: str, **changes: object) -> tuple[Path, Path]:
@@ -34,6 +36,7 @@ def child(folder: Path, model: str, kill_after: int) -> None:
     from compress import cli
     from compress.api import run as api
     from compress.engine import ledger
+    from compress.io import atomic
 
     torch.set_num_threads(1)
     os.chdir(folder)
@@ -46,7 +49,7 @@ def child(folder: Path, model: str, kill_after: int) -> None:
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    ledger.publish = api.publish = counted
+    ledger.publish = api.publish = atomic.publish = counted
     sys.argv = ["compress", "run", "pipeline.yaml", model, "-o", "out"]
     cli.main()
 
@@ -66,6 +69,12 @@ def run(folder: Path, model: str = "demo", kill_after: int = 0) -> int | None:
     process.close()
     assert code in (0, -signal.SIGKILL)
     return code
+
+
+def unfinished(folder: Path) -> dict[str, int]:
+    """What `out.work` holds and when it was written, the log left out, which every run goes on with."""
+    found = (path for path in (folder / "out.work").iterdir() if path.name != "log.txt")
+    return {path.name: path.stat().st_mtime_ns for path in found}
 
 
 def contents(folder: Path) -> dict[str, str]:

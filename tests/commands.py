@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import logging
 import random
 import shutil
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compress import cli
+from compress.cli import commands
 from compress.demo import MODEL_DIR
 
 PIPELINE = """\
@@ -32,12 +34,19 @@ class Ended:
     err: str
 
 
-def compress_command(*arguments: object) -> Ended:
-    """`compress ARGUMENTS` as the console script runs it. An exception that would be a traceback comes through."""
+def compress_command(*arguments: object, level: int = logging.WARNING, unexpected: bool = False) -> Ended:
+    """`compress ARGUMENTS` as the console script runs it, without lines of progress.
+
+    Args:
+        arguments: of the command.
+        level: of the log records that are printed.
+        unexpected: an exception that nobody foresaw is what the test is about.
+    """
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        app = functools.partial(cli.app, [str(a) for a in arguments], prog_name="compress")
-        code = cli._guarded(app)
+        app = functools.partial(commands.app, [str(a) for a in arguments], prog_name="compress", standalone_mode=False)
+        code = cli.guarded(app, level=level)
+    assert unexpected or "error: unexpected" not in err.getvalue(), err.getvalue()
     return Ended(code, out.getvalue(), err.getvalue())
 
 

@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,10 +69,11 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def assert_refused(ended: Ended, code: int, out: Path, *words: str) -> None:
-    """The exit code, every word on stderr, nothing on stdout, no OUT."""
+def assert_refused(ended: Ended, code: int, out: Path, *words: str, rows: Sequence[str] = ()) -> None:
+    """The exit code, every word on stderr, nothing on stdout but rows that were measured before, no OUT."""
     assert ended.code == code, ended.err
-    assert ended.out == ""
+    assert [line.split("│")[1].strip() for line in ended.out.splitlines() if line.startswith("│")] == list(rows)
+    assert bool(ended.out) == bool(rows)
     assert re.search("^error: ", ended.err, re.MULTILINE), ended.err
     assert "Traceback" not in ended.err
     for word in words:
@@ -406,7 +407,8 @@ def test_a_weight_that_is_not_finite_is_never_exported(
     section = f"evaluate: {{source: {text}, samples: 2, length: 32}}\n" if measured else ""
     pipeline = write_pipeline(out.with_name("p.yaml"), section + RTN)
     ended = compress_command("run", pipeline, broken, "-o", out)
-    assert_refused(ended, 1, out, *([] if measured else words))
+    begun = not measured and UP in words  # a pass finds it, when the original's size has been measured
+    assert_refused(ended, 1, out, *([] if measured else words), rows=["original"] if begun else [])
 
 
 def test_finite_weights_whose_activations_overflow_are_refused_where_it_happens(
@@ -421,7 +423,7 @@ def test_finite_weights_whose_activations_overflow_are_refused_where_it_happens(
         out.with_name("p.yaml"), f"calibration: {{source: {text}, samples: 2, length: 32}}\npasses: [gptq]\n"
     )
     ended = compress_command("run", pipeline, broken, "-o", out)
-    assert_refused(ended, 1, out, "model.layers.1.mlp.down_proj", "not finite", "calibration data")
+    assert_refused(ended, 1, out, "model.layers.1.mlp.down_proj", "not finite", "calibration data", rows=["original"])
 
 
 def test_a_folder_that_was_compressed_already_is_refused(rtn: Path, tiny_folder: Path, out: Path) -> None:
@@ -590,7 +592,8 @@ def test_a_full_disk_keeps_what_is_finished_and_the_same_command_then_finishes(
         patched.setattr(exporter, "_write_weights", write)
         patched.setattr(api, "write_text", write_text)
         ended = compress_command("run", gptq, text_model, "-o", out)
-    assert_refused(ended, 4, out, "no space left", "make room", "same command")
+    measured = ["original"] if moment == "second block" else ["original", "gptq"]
+    assert_refused(ended, 4, out, "no space left", "make room", "same command", rows=measured)
     finished = sorted(work.glob("s00-b*.safetensors"))
     assert len(finished) == (1 if moment == "second block" else 2)
     assert not list(work.rglob("*.partial"))
@@ -635,8 +638,15 @@ def test_a_gate_that_is_not_met_exports_nothing_and_keeps_the_work(text: Path, b
     )
     write_pipeline(pipeline, measured.replace("GATE", "10%"))
     ended = compress_command("run", pipeline, model, "-o", out)
-    assert_refused(ended, 3, out, "after magnitude perplexity", "max_increase", "+10.0%", "Nothing was exported")
+    words = ("after magnitude perplexity", "max_increase", "+10.0%", "Nothing was exported")
+    assert_refused(ended, 3, out, *words, rows=["original", "magnitude"])
+    lines = ended.out.splitlines()
+    assert len({len(line) for line in lines[1:]}) == 1, "rows are aligned"
+    assert lines[-1].startswith("└")
     work = out.with_name("out.work")
+    log = (work / "log.txt").read_text()
+    for said in ("INFO evaluate original: batches 1 of 1, ", "INFO magnitude: block 2 of 3, ", "after magnitude, "):
+        assert said in log
     finished = {f: f.stat().st_mtime_ns for f in work.glob("s00-*.safetensors")}
     assert len(finished) == 3, "two blocks and the head"
 
@@ -697,7 +707,7 @@ def test_an_interrupted_run_says_so_and_the_same_command_ends_with_the_same_byte
     assert ended.returncode == 130, ended.stderr
     assert "same command continues" in ended.stderr
     assert "Traceback" not in ended.stderr
-    assert ended.stdout == ""
+    assert [line.split()[1] for line in ended.stdout.splitlines() if line.startswith("│")] == ["original"]
 
 
 # --- the command line itself ------------------------------------------------------------------------------------------

@@ -16,12 +16,14 @@ from torch import Tensor
 
 import compress
 from compress import cli
+from compress.cli import commands
 from compress.config import schema
 from compress.engine import manager
 from compress.errors import UsageError
 from compress.passes import PASSES
 from compress.report import bars as draw
 from compress.report import report
+from compress.report.run_table import RunTable
 
 SHIPPED = sorted((Path(__file__).parent.parent / "compress" / "config" / "presets").glob("*.yaml"))
 
@@ -80,7 +82,19 @@ def test_the_real_command_keeps_stdout_for_results_and_draws_no_bar_where_stderr
     assert json.loads(ended.stdout)["rows"][2]["name"] == "gptq"
     written, expected = files_of(tmp_path / "out"), files_of(here / "out")
     assert written["compress.safetensors"] == expected["compress.safetensors"]
-    assert ended.stderr == ""
+    assert ended.stderr.isascii()
+    assert "\x1b" not in ended.stderr
+    assert "\r" not in ended.stderr
+    lines = ended.stderr.splitlines()
+    assert [line.partition(", ")[0] for line in lines] == [
+        "evaluate original: batches 1 of 1", "wanda: block 1 of 2", "wanda: block 2 of 2", "evaluate: batches 1 of 1",
+        "pass 1 of 2", "gptq: block 1 of 2", "gptq: block 2 of 2", "evaluate: batches 1 of 1", "pass 2 of 2",
+        "write: weights 21 of 21",
+    ]  # fmt: skip
+    assert re.fullmatch(r"gptq: block 1 of 2, \d+ s, \d+ s left", lines[5])
+    quiet = subprocess.run([*command, "-o", tmp_path / "quiet", "-q"], capture_output=True, text=True, timeout=120)
+    assert (quiet.returncode, quiet.stderr) == (0, "")
+    assert files_of(tmp_path / "quiet")["compress.safetensors"] == expected["compress.safetensors"]
 
 
 class Terminal(io.StringIO):
@@ -96,10 +110,11 @@ def test_progress_is_drawn_on_stderr_where_it_is_a_terminal(
     monkeypatch.setattr(sys, "stderr", err)
     monkeypatch.setattr(sys, "stdout", out)
     arguments = ["run", str(here / "p.yaml"), str(here / "model"), "-o", str(tmp_path / "out"), "--json"]
-    code = cli._guarded(lambda **options: cli.app(arguments, **options))
+    code = cli.guarded(lambda: commands.app(arguments, standalone_mode=False))
     assert code == 0
     assert json.loads(out.getvalue())["rows"]
-    assert "gptq: blocks" in err.getvalue()
+    assert "gptq: block" in err.getvalue()
+    assert "gptq: block 1 of 2," not in err.getvalue(), "lines that stand for bars beside them"
 
 
 def test_an_error_goes_to_stderr_and_nothing_to_stdout(here: Path, tmp_path: Path) -> None:
@@ -129,12 +144,19 @@ def test_damaged_unfinished_work_is_done_again(here: Path, tmp_path: Path, rtn: 
     assert one["compress.safetensors"] == two["compress.safetensors"]
 
 
+def draw_table(found: report.Report, console: Console) -> None:
+    table = RunTable(console, found.model, [row.name for row in found.rows])
+    for row in found.rows:
+        table.add(row)
+    table.finish(found)
+
+
 @pytest.mark.parametrize("width", [200, 80, 60, 40])
 def test_on_a_terminal_of_any_width_no_number_and_no_heading_is_cut_off(width: int, here: Path) -> None:
     data = json.loads((here / "out" / "report.json").read_text())
     found = report.Report(rows=[report.Row(**row) for row in data.pop("rows")], **data)
     out = io.StringIO()
-    Console(file=out, width=width).print(report.table(found, width))
+    draw_table(found, Console(file=out, width=width))
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= width
     # Every table repeats the names in its first column; the others together are the whole row.
@@ -148,7 +170,7 @@ def test_on_a_terminal_of_any_width_no_number_and_no_heading_is_cut_off(width: i
 def test_a_name_too_long_for_the_terminal_is_folded_and_numbers_stay_whole() -> None:
     row = report.Row("global_magnitude + " * 5, 25.4321, 0.5, 0.1234, 10**7, 3.25, 0.7, 12.3, 512.0)
     out = io.StringIO()
-    Console(file=out, width=50).print(report.table(report.Report("model", [row]), 50))
+    draw_table(report.Report("model", [row]), Console(file=out, width=50))
     assert max(map(len, out.getvalue().splitlines())) <= 50
     for number in report.cells(row)[1:]:
         assert number in out.getvalue()

@@ -40,7 +40,7 @@ def apply_delta(
         delta: a folder or hub id that holds a delta, or its file.
         out: the folder to write; must not exist.
         overwrite: replace an existing `out`.
-        bars: progress; silent by default.
+        bars: progress; by default, bars where stderr is a terminal.
 
     Returns:
         How many tensors were read back equal, and the delta's size.

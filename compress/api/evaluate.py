@@ -11,9 +11,10 @@ from compress.api import data as given
 from compress.calibration.metrics import Reference, evaluate, logits_in, measure
 from compress.errors import DataError, UsageError
 from compress.models import hub, loading
+from compress.progress import Bars
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor
 
@@ -24,7 +25,13 @@ Runtime = Literal["transformers", "onnxruntime"]
 
 
 def measured(
-    model: str, section: Evaluation, *, against: str | None = None, runtime: Runtime = "transformers", threads: int = 0
+    model: str,
+    section: Evaluation,
+    *,
+    against: str | None = None,
+    runtime: Runtime = "transformers",
+    threads: int = 0,
+    bars: Bars | None = None,
 ) -> dict[str, Any]:
     """Quality and size; of an ONNX file also its speed and the memory that loading it takes.
 
@@ -34,30 +41,41 @@ def measured(
         against: the original, for the divergence.
         runtime: what runs the model.
         threads: of onnxruntime; 0 for its own choice.
+        bars: progress; by default, bars where stderr is a terminal.
 
     Raises:
         UsageError: no such model, or a runtime that is not installed.
         DataError: nothing that can be read.
     """
-    if runtime == "onnxruntime":
-        return _onnx(Path(model), section, against, threads)
+    bars = bars or Bars()
+    with bars.shown():
+        if runtime == "onnxruntime":
+            return _onnx(Path(model), section, against, threads, bars)
+        return _torch(model, section, against, bars)
+
+
+def _torch(model: str, section: Evaluation, against: str | None, bars: Bars) -> dict[str, Any]:
     folder = hub.resolve(model)
-    data = given.read(section, folder, "evaluation")
+    data = given.read(section, folder, "evaluation", bars.over)
     loaded = loading.load(folder)
     original = loading.load(hub.resolve(against)) if against else None
-    quality = evaluate(loaded, given.matched(loaded, data), against=original)
+    quality = evaluate(loaded, given.matched(loaded, data), against=original, progress=_progress(bars))
     weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     return {"model": model, **_facts(quality, section), "bytes": weights}
 
 
-def _onnx(path: Path, section: Evaluation, against: str | None, threads: int) -> dict[str, Any]:
+def _progress(bars: Bars) -> Callable[[Iterable[Tensor], int], Iterator[Tensor]]:
+    return lambda batches, total: bars.over(batches, total, "evaluate: batches", "end")
+
+
+def _onnx(path: Path, section: Evaluation, against: str | None, threads: int, bars: Bars) -> dict[str, Any]:
     from compress.export.onnx.measure import load
 
     if not path.exists():
         raise UsageError(f"no such file or folder: {path}; --runtime onnxruntime takes what `export: [onnx]` wrote")
     folder = path if path.is_dir() else path.parent
     tokenizer = folder if (folder / "tokenizer.json").is_file() else folder.parent
-    data = given.read(section, tokenizer, "evaluation")
+    data = given.read(section, tokenizer, "evaluation", bars.over)
     inputs, labels = data.inputs, data.labels
     opened = load(path, threads)
     if (labels is None) != ("input_ids" in opened.runner.inputs):
@@ -67,8 +85,8 @@ def _onnx(path: Path, section: Evaluation, against: str | None, threads: int) ->
     if against is not None:
         reference = Reference()
         original = _logits(loading.load(hub.resolve(against), torch.float32), labels is None)
-        measure(original, inputs, labels=labels, reference=reference, keep=True)
-    quality = measure(opened.runner, inputs, labels=labels, reference=reference)
+        measure(original, inputs, labels=labels, reference=reference, keep=True, progress=_progress(bars))
+    quality = measure(opened.runner, inputs, labels=labels, reference=reference, progress=_progress(bars))
     found = {"model": str(path), **_facts(quality, section), "bytes": opened.bytes, "load_memory": opened.memory}
     if labels is None:
         found["tokens_per_second"] = opened.tokens_per_second(int(inputs.max()) + 1)

@@ -40,7 +40,7 @@ def export_to(out: str | Path, exporters: Sequence[Exporter], *, bars: Bars | No
     Args:
         out: a folder that `run` wrote.
         exporters: in order.
-        bars: progress; silent by default.
+        bars: progress; by default, bars where stderr is a terminal.
 
     Returns:
         For each exporter what was compared.

@@ -28,20 +28,23 @@ from compress.engine import manager
 from compress.engine.ledger import FolderLedger
 from compress.engine.merge import checks as merges
 from compress.engine.placement import Context, streamed
+from compress.engine.resume import Resume
 from compress.errors import CompressError, NonFiniteError, UsageError
 from compress.export.packed import open_packed
 from compress.io.atomic import copy, publish, write_text
 from compress.io.keys import hash_of, key_of
 from compress.io.safetensors_file import compare_tensors
 from compress.io.source_code import code_of, plug_ins
+from compress.logs import kept_in
 from compress.models import loading
 from compress.models.graph import forward
+from compress.passes import MergePass
 from compress.planning import plan, resources
 from compress.report import report
 from compress.report.report import Report
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -49,7 +52,9 @@ if TYPE_CHECKING:
     from compress.checkpoint.opening import Opened
     from compress.config.pipeline import Pipeline
     from compress.engine.placement import MadeDelta
+    from compress.report.report import Row
 
+LOG = "log.txt"  # in the folder of unfinished work
 LOGITS_TOLERANCE = 0.0  # packed and in-memory results multiply the same numbers in the same order
 
 
@@ -63,10 +68,12 @@ def run(
     overwrite: bool = False,
     fresh: bool = False,
     bars: progress.Bars | None = None,
+    on_row: Callable[[Row], None] = lambda row: None,
 ) -> Report:
     """Run a pipeline on a model on disk and write the compressed folder.
 
-    Killed at any moment, the same call continues and ends bit-identical. The unfinished state is kept in `OUT.work`.
+    Killed at any moment, the same call continues and ends bit-identical. The unfinished state is kept in `OUT.work`,
+    and what was logged about it in `OUT.work/log.txt`.
 
     Args:
         pipeline: a YAML file, or a mapping of the same shape.
@@ -76,7 +83,8 @@ def run(
         evaluation: the same, for measuring; of an image model, (images, labels).
         overwrite: replace an existing `out`.
         fresh: forget what an interrupted run had finished.
-        bars: progress; silent by default.
+        bars: progress; by default, bars where stderr is a terminal. Log records go to the logger `compress`.
+        on_row: is given every row of the report as soon as it is measured, also where the gate then fails.
 
     Returns:
         The report, also written as OUT/report.json.
@@ -116,6 +124,8 @@ def run(
     finished = _finished(destination, identity, steps)
     if finished and not (overwrite or fresh):
         shutil.rmtree(work, ignore_errors=True)
+        for row in finished.rows:
+            on_row(row)
         return finished
     if destination.exists() and not overwrite:
         raise UsageError(f"{out} exists and is not the result of this run; choose another -o, or give --overwrite")
@@ -124,16 +134,26 @@ def run(
     resources.check(made, destination)
     _refuse_non_finite(opened.artifact)
     dtype = _dtype(steps, opened)
+    names = ["+".join(p.key for p in stage) for stage in steps.passes]
+    ledger = FolderLedger(work, Resume(names, len(graph.blocks)))
     context = Context(
-        artifact=opened.artifact, given=opened.artifact, ledger=FolderLedger(work),
+        artifact=opened.artifact, given=opened.artifact, ledger=ledger,
         seed=steps.seed, dtype=dtype, products=steps.products, resident=False, bars=bars,
     )  # fmt: skip
-    with bars.shown():
+    with kept_in(work / LOG), bars.shown():
         with context.devices.scope():
-            measured, context = manager.execute(steps, made, context, data, str(model))
+            measured, context = manager.execute(steps, made, context, data, str(model), on_row)
+        ledger.resume.all_done()
         _export(context, opened, steps, measured, data, work / "out", destination, identity, resolved)
     shutil.rmtree(work, ignore_errors=True)
     return measured
+
+
+def row_names(pipeline: str | Path | Mapping[str, Any] | Pipeline) -> list[str]:
+    """What the rows of a pipeline's report are called: the original, models to merge with, and stages."""
+    stages = load(pipeline).passes
+    models = [model for stage in stages for pass_ in stage if isinstance(pass_, MergePass) for model in pass_.models]
+    return ["original", *models, *("+".join(p.key for p in stage) for stage in stages)]
 
 
 def _refuse_non_finite(artifact: Artifact) -> None:

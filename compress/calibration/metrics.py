@@ -152,7 +152,13 @@ def _check_labels(logits: Tensor, labels: Tensor) -> None:
         raise DataError(f"labels outside 0..{logits.shape[1] - 1}: the model has no logit for them")
 
 
-def evaluate(model: nn.Module, data: Tensor | tuple[Tensor, Tensor], *, against: nn.Module | None = None) -> Quality:
+def evaluate(
+    model: nn.Module,
+    data: Tensor | tuple[Tensor, Tensor],
+    *,
+    against: nn.Module | None = None,
+    progress: Callable[[Iterable[Tensor], int], Iterator[Tensor]] | None = None,
+) -> Quality:
     """Perplexity of a causal language model in memory, or accuracy of a classifier, and divergence from the original.
 
     Args:
@@ -160,6 +166,7 @@ def evaluate(model: nn.Module, data: Tensor | tuple[Tensor, Tensor], *, against:
             with inputs, that returns logits or an object with `logits`.
         data: (windows, length) int64 token ids; for a classifier, its inputs (samples, ...) and labels (samples,).
         against: the original.
+        progress: wraps the batches.
 
     Raises:
         DataError: data that the model cannot take.
@@ -181,8 +188,8 @@ def evaluate(model: nn.Module, data: Tensor | tuple[Tensor, Tensor], *, against:
     reference = None
     if against is not None:
         reference = Reference()
-        measure(_logits_of(against, labels), tokens, labels=labels, reference=reference, keep=True)
-    return measure(_logits_of(model, labels), tokens, labels=labels, reference=reference)
+        measure(_logits_of(against, labels), tokens, labels=labels, reference=reference, keep=True, progress=progress)
+    return measure(_logits_of(model, labels), tokens, labels=labels, reference=reference, progress=progress)
 
 
 def logits_in(output: Any) -> Tensor:

@@ -178,7 +178,7 @@ def _distances(
                             "can be taken out"
                         )
             return means.found()
-        for index in bars.over(range(len(blocks)), len(blocks), "distances: blocks"):
+        for index in bars.over(range(len(blocks)), len(blocks), "distances: block", "each"):
             with products(context.products), present(context, index):
                 forwards = bars.over(chain.forwards(blocks[index]), len(batches), "distances: batches")
                 for number, made in enumerate(forwards):

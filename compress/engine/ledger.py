@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from compress.calibration.training import Kept
 from compress.checkpoint.artifact import Packed
 from compress.encodings import Spec, Weight, pack
+from compress.engine.resume import Resume
 from compress.errors import CheckpointError
 from compress.io.atomic import publish, write_text, writing
 from compress.io.safetensors_file import read_header, read_tensors, save_tensors
@@ -85,14 +86,19 @@ class MemoryLedger:
 
 
 class FolderLedger(MemoryLedger):
-    """Keeps every finished unit as a file in a folder."""
+    """Keeps every finished unit as a file in a folder, and tells `resume` what it finds and misses."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, resume: Resume | None = None):
+        self.folder, self.resume = folder, resume or Resume((), 0, listening=False)
         folder.mkdir(parents=True, exist_ok=True)
 
     def load(self, unit: str, key: str) -> list[Record] | None:
         """The records of a unit finished under this very key, else None."""
+        records = self._read(unit, key)
+        self.resume.loaded(unit, records is not None)
+        return records
+
+    def _read(self, unit: str, key: str) -> list[Record] | None:
         file = self.folder / f"{unit}.safetensors"
         if not file.is_file():
             return None
@@ -130,9 +136,13 @@ class FolderLedger(MemoryLedger):
         """What was kept under this very key, else None."""
         file = self.folder / f"{unit}.safetensors"
         try:
-            return read_tensors(file) if read_header(file).metadata.get("key") == key else None
+            if read_header(file).metadata.get("key") != key:
+                return None
+            tensors = read_tensors(file)
         except CheckpointError:
             return None
+        self.resume.state_loaded(unit)
+        return tensors
 
     def commit_tensors(self, unit: str, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep tensors of work that is not finished, in the place of what was kept before."""
@@ -156,6 +166,11 @@ class FolderLedger(MemoryLedger):
 
     def load_row(self, unit: str, key: str) -> dict[str, Any] | None:
         """What was measured under this very key, else None."""
+        row = self._read_row(unit, key)
+        self.resume.loaded(unit, row is not None)
+        return row
+
+    def _read_row(self, unit: str, key: str) -> dict[str, Any] | None:
         file = self.folder / f"{unit}.json"
         try:
             data = json.loads(file.read_text())

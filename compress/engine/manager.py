@@ -13,10 +13,11 @@ from compress.engine.stages import RUNNERS
 from compress.errors import GateError
 from compress.io.keys import hash_of, key_of
 from compress.io.source_code import code_of
-from compress.report.report import Report
+from compress.logs import LOGGER
+from compress.report.report import Report, in_words
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     from compress.calibration.data import Dataset
     from compress.checkpoint.artifact import Artifact
@@ -36,8 +37,23 @@ class Data:
     evaluation: Dataset | None = None
 
 
-def execute(pipeline: Pipeline, plan: Plan, context: Context, data: Data, model_name: str) -> tuple[Report, Context]:
+def execute(
+    pipeline: Pipeline,
+    plan: Plan,
+    context: Context,
+    data: Data,
+    model_name: str,
+    on_row: Callable[[Row], None] = lambda row: None,
+) -> tuple[Report, Context]:
     """Run every stage of a plan, measure after each, and hold the gate.
+
+    Args:
+        pipeline: parsed.
+        plan: of the pipeline on the model.
+        context: of the first stage.
+        data: calibration and evaluation data.
+        model_name: for the report.
+        on_row: is given every row once it is measured.
 
     Returns:
         The report, and the context with the artifact as it is in the end.
@@ -48,15 +64,16 @@ def execute(pipeline: Pipeline, plan: Plan, context: Context, data: Data, model_
     report, meter = Report(model_name), Meter(context, data.evaluation)
     key = begin = _first_key(pipeline, context, data)
     start = measured(context, meter, "original", "original", key, None, 0.0)
-    report.rows.append(start)
+    _add(report, start, on_row)
     others: dict[str, Row] = {}
-    for number, plans in enumerate(plan.stages):
+    stages = list(enumerate(plan.stages))
+    for number, plans in context.bars.over(stages, len(stages), "pass", "each"):
         stage = Stage(number, plans)
         runner = RUNNERS[stage.reach]
         compared = runner.compared(context, stage) if meter.data is not None else {}
         for row in _measure_others(context, meter, stage, compared, others.keys(), begin, start):
             others[row.name] = row
-            report.rows.append(row)
+            _add(report, row, on_row)
         started = time.perf_counter()
         # A stage is of no use any longer once its passes or its runner, or what these import, are changed.
         key = key_of(key, code_of(map(type, stage.passes), [type(runner).__module__]))
@@ -66,7 +83,7 @@ def execute(pipeline: Pipeline, plan: Plan, context: Context, data: Data, model_
         last = number + 1 == len(plan.stages)
         due = last or pipeline.evaluate is None or pipeline.evaluate.after == "each"
         row = measured(context, meter if due else None, stage.unit, stage.name, key, start, seconds)
-        report.rows.append(row)
+        _add(report, row, on_row)
         found = [others[name] for name in compared if name in others]
         result.section.add_to(report, against(row, found) if compared else None)
         if pipeline.evaluate:
@@ -74,6 +91,12 @@ def execute(pipeline: Pipeline, plan: Plan, context: Context, data: Data, model_
     if pipeline.evaluate and data.evaluation is not None:
         report.data = {"source": pipeline.evaluate.source, **meter.described(data.evaluation)}
     return report, context
+
+
+def _add(report: Report, row: Row, on_row: Callable[[Row], None]) -> None:
+    report.rows.append(row)
+    LOGGER.debug("measured %s", in_words(report, row))
+    on_row(row)
 
 
 def _first_key(pipeline: Pipeline, context: Context, data: Data) -> str:

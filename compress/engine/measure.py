@@ -61,7 +61,7 @@ class Meter:
                     labels=part.labels,
                     reference=self.references[name],
                     keep=keep,
-                    progress=lambda items, total: context.bars.over(items, total, label),
+                    progress=lambda items, total: context.bars.over(items, total, label, "end"),
                 )
                 for name, part in self.parts.items()
             }

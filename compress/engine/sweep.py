@@ -103,7 +103,7 @@ def sweep(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> Iterat
         assert OUTSIDE not in wanted.sites, "the planner refuses calibrated passes outside the blocks"
         yield from _calibrated(context, wanted, batches)
         return
-    for index, sites in context.bars.over(wanted.sites.items(), len(wanted.sites), f"{wanted.label}: blocks"):
+    for index, sites in context.bars.over(wanted.sites.items(), len(wanted.sites), f"{wanted.label}: block", "each"):
         yield Unit("outside" if index == OUTSIDE else f"b{index:04d}", sites, dict)
 
 
@@ -121,7 +121,7 @@ def _calibrated(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> 
                 "learn them one by one; use a method that does not learn by reconstruction, such as gptq"
             )
         original = _original_chain(context, blocks, batches) or chain.copy()
-    for index in context.bars.over(range(len(blocks)), len(blocks), f"{wanted.label}: blocks"):
+    for index in context.bars.over(range(len(blocks)), len(blocks), f"{wanted.label}: block", "each"):
         view = None
         if chain and original:
             outputs = original.copy()

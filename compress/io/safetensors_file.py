@@ -50,7 +50,7 @@ def write_tensors(layout: Layout, read: Read, file: Path, bars: Bars, heading: s
     entries = [entry for _, parts in layout for entry in parts]
     with file.open("wb") as out:
         out.write(_opening({"format": "pt"}, entries))
-        for owner, parts in bars.over(layout, len(layout), f"write: {heading}"):
+        for owner, parts in bars.over(layout, len(layout), f"write: {heading}", "end"):
             tensors = read(owner)
             for name, _, _ in parts:
                 out.write(bytes_of(tensors[name]))

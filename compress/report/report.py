@@ -1,4 +1,4 @@
-"""What a run did: rows on screen, report.json, and the model card."""
+"""What a run did: rows in words, report.json, and the model card."""
 
 from __future__ import annotations
 
@@ -6,13 +6,6 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
-
-from rich.cells import cell_len
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
-
-from compress.calibration.metrics import perplexity_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -86,10 +79,22 @@ class Report:
 def headings(report: Report) -> tuple[str, ...]:
     """Of the columns of the table; a column for each named source."""
     quality = "accuracy" if any(row.accuracy is not None for row in report.rows) else "perplexity"
-    return ("after", quality, "change", "KL", *_sources(report), "size", "bits/weight", "sparsity", "seconds", "peak")
+    return (
+        "after",
+        quality,
+        "change",
+        "KL",
+        *source_names(report),
+        "size",
+        "bits/weight",
+        "sparsity",
+        "seconds",
+        "peak",
+    )
 
 
-def _sources(report: Report) -> list[str]:
+def source_names(report: Report) -> list[str]:
+    """The named sources of the evaluation data, each with a column of its own."""
     return list(dict.fromkeys(name for row in report.rows for name in row.sources))
 
 
@@ -97,7 +102,7 @@ def cells(row: Row, sources: Sequence[str] = ()) -> tuple[str, ...]:
     """A row as text, in the order of `headings`."""
     return (
         row.name,
-        *_quality(row.perplexity, row.accuracy, row.change),
+        *figures(row.perplexity, row.accuracy, row.change),
         "" if row.kl is None else f"{row.kl:.4f}",
         *(" ".join(_of_source(row.sources[name])) if name in row.sources else "" for name in sources),
         size(row.bytes),
@@ -108,12 +113,18 @@ def cells(row: Row, sources: Sequence[str] = ()) -> tuple[str, ...]:
     )
 
 
+def in_words(report: Report, row: Row) -> str:
+    """A row on one line of a log."""
+    named = zip(headings(report), cells(row, source_names(report)), strict=True)
+    return ", ".join(f"{heading} {cell}" for heading, cell in named if cell)
+
+
 def _of_source(facts: dict[str, float | None]) -> list[str]:
-    quality, change = _quality(facts["perplexity"], facts["accuracy"], facts["change"])
+    quality, change = figures(facts["perplexity"], facts["accuracy"], facts["change"])
     return [quality, f"({change})"] if change else [quality]
 
 
-def _quality(perplexity: float | None, accuracy: float | None, change: float | None) -> tuple[str, str]:
+def figures(perplexity: float | None, accuracy: float | None, change: float | None) -> tuple[str, str]:
     """A figure and its change from the original's, in words."""
     if accuracy is not None:
         return f"{accuracy:.2%}", "" if change is None else f"{100 * change:+.2f} points"
@@ -123,52 +134,6 @@ def _quality(perplexity: float | None, accuracy: float | None, change: float | N
 def size(count: int) -> str:
     """Bytes for people."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count} B"
-
-
-def table(report: Report, width: int) -> Group:
-    """For a terminal of this width. Columns that do not fit beside the others go into another table below."""
-    sources = _sources(report)
-    columns = list(zip(headings(report), *(cells(row, sources) for row in report.rows), strict=True))
-    names, rest = columns[0], columns[1:]
-    parts: list[list[tuple[str, ...]]] = [[names]]
-    for column in rest:
-        if len(parts[-1]) > 1 and _drawn_width([*parts[-1], column]) > width:
-            parts.append([names])
-        parts[-1].append(column)
-    tables = []
-    for part in parts:
-        drawn = Table()
-        for i, (heading, *_) in enumerate(part):
-            drawn.add_column(heading, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
-        for row in list(zip(*part, strict=True))[1:]:
-            drawn.add_row(*row)
-        tables.append(drawn)
-    tables += [tried(merge) for merge in report.merged if "tried" in merge.get("notes", {})]
-    return Group(Text(report.model, "table.title"), *tables, Text(caption(report), "table.caption"))
-
-
-def tried(merge: dict[str, Any]) -> Table:
-    """What a merge tried on the calibration data: options, quality on each source, and answers that turned wrong."""
-    tries, chosen = merge["notes"]["tried"], merge["notes"]["chosen"]
-    sources = list(tries[0]["found"])
-    drawn = Table(title=f"tried by {merge['pass']}", title_justify="left")
-    for heading in (*chosen, *(source or "quality" for source in sources), "negative flips"):
-        drawn.add_column(heading, justify="right", overflow="fold")
-    for each in tries:
-        found = [each["found"][source] for source in sources]
-        quality = (_quality(None if f["accuracy"] else perplexity_of(f["loss"]), f["accuracy"], None) for f in found)
-        drawn.add_row(
-            *(f"{each[option]:g}" for option in chosen),
-            *(text for text, _ in quality),
-            f"{sum(f['negative_flips'] for f in found) / len(found):.2%}",
-            style="bold" if all(each[option] == value for option, value in chosen.items()) else "",
-        )
-    return drawn
-
-
-def _drawn_width(columns: Sequence[tuple[str, ...]]) -> int:
-    """With lines and room between columns."""
-    return 1 + sum(3 + max(map(cell_len, column)) for column in columns)
 
 
 def caption(report: Report) -> str:
@@ -221,7 +186,7 @@ def _measured(report: Report) -> str:
 def markdown(report: Report) -> str:
     """The table for a page, without the last two columns, which vary from run to run."""
     lines = ["| " + " | ".join(headings(report)[:-2]) + " |", "|" + "---|" + "---:|" * (len(headings(report)) - 3)]
-    lines += ["| " + " | ".join(cells(row, _sources(report))[:-2]) + " |" for row in report.rows]
+    lines += ["| " + " | ".join(cells(row, source_names(report))[:-2]) + " |" for row in report.rows]
     return "\n".join(lines) + "\n"
 
 

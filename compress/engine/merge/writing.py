@@ -89,7 +89,7 @@ def _opened(
 def _in_memory(base: Artifact, settled: Settled) -> Artifact:
     merger = settled.merger
     found, names = merger.found(settled.learned), merger.names()
-    over = merger.bars.over(names, len(names), merger.pass_.key)
+    over = merger.bars.over(names, len(names), f"{merger.pass_.key}: tensors", "end")
     values = {base.name_in_source(name): merger.merged(name, merger.prepared(name, found)) for name in over}
     return replace(base, source=MergedSource(base.source, values))
 

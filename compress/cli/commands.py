@@ -1,0 +1,318 @@
+"""The commands: what they are given, and which part of the package does it. Results go to stdout."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from compress import logs
+from compress.cli import completion
+from compress.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from compress.progress import Bars
+    from compress.report.report import Row
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+PipelineArg = Annotated[
+    Path,
+    typer.Argument(
+        help="a pipeline file, or the name of a ready-made one; `compress init` writes a file",
+        autocompletion=completion.pipelines,
+    ),
+]
+ModelArg = Annotated[str, typer.Argument(help="demo, a local folder, or a hub id")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
+VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="say more, with the traceback of an error")]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="say nothing but errors")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from compress.encodings.format import version
+
+        print(f"compress {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Compress language and image models after training: one pipeline file, measured after every pass."""
+    _bars(verbose, quiet)
+
+
+def _bars(verbose: bool, quiet: bool) -> Bars:
+    """Progress as loud as it is asked for."""
+    from compress.progress import Bars
+
+    if verbose or quiet:
+        logs.speak(logging.DEBUG if verbose else logging.ERROR)
+    return Bars(drawn=logs.LOGGER.isEnabledFor(logging.WARNING))
+
+
+@app.command()
+def run(
+    pipeline: PipelineArg,
+    model: ModelArg,
+    out: Annotated[Path, typer.Option("-o", "--out", help="the folder to write")],
+    overwrite: Annotated[bool, typer.Option(help="replace an existing folder")] = False,
+    fresh: Annotated[bool, typer.Option(help="forget what an interrupted run had finished")] = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run a pipeline on a model and write the compressed folder. Interrupted, the same command continues."""
+    bars = _bars(verbose, quiet)
+    from compress.api import run as api
+    from compress.report import run_table, sentences
+
+    existed, console = out.exists(), _console()
+    table = run_table.RunTable(console, model, api.row_names(pipeline))
+
+    def show(row: Row) -> None:
+        if not as_json:
+            with bars.paused():
+                table.add(row)
+
+    try:
+        report = api.run(pipeline, model, out, overwrite=overwrite, fresh=fresh, bars=bars, on_row=show)
+    finally:
+        table.close()
+    if existed and not overwrite:
+        logs.LOGGER.warning("%s holds this very run already; nothing was done", out)
+    if as_json:
+        print(report.to_json(), end="")
+        return
+    table.finish(report)
+    for text in sentences.written(report, out):
+        console.print(text, soft_wrap=True)
+
+
+@app.command()
+def check(
+    pipeline: PipelineArg, model: Annotated[str | None, typer.Argument(help="also check against this model")] = None
+) -> None:
+    """Check everything that can be checked without reading weights."""
+    from compress.config.reading import load
+
+    steps = load(pipeline)
+    if model is not None:
+        from compress.checkpoint import opening
+        from compress.engine.merge import checks
+        from compress.planning import plan
+
+        opened = opening.open_model(model)
+        plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline))
+        checks.check(steps, opened.artifact, str(pipeline))
+    print(f"{pipeline}: fine" + (f" for {model}" if model else ""))
+
+
+@app.command("plan")
+def show_plan(
+    pipeline: PipelineArg,
+    model: ModelArg,
+    with_shares: Annotated[
+        bool, typer.Option("--shares", help="read the weights, and show how many of each block become zero")
+    ] = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Show what each pass will touch and cost, before any work. Only --shares reads weights."""
+    bars = _bars(verbose, quiet)
+    from compress.checkpoint import opening
+    from compress.config.reading import load
+    from compress.engine.merge import checks
+    from compress.planning import allocation_preview, plan
+    from compress.report import plan as report
+
+    opened = opening.open_model(model)
+    steps = load(pipeline)
+    made = plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline))
+    checks.check(steps, opened.artifact, str(pipeline))
+    allocations = allocation_preview.allocations(made)
+    with bars.shown():
+        shares = allocation_preview.known_shares(allocations, opened.artifact, bars) if with_shares else {}
+    shown = report.Shown(made, allocations, shares, f"{pipeline} on {model}")
+    if as_json:
+        print(report.as_json(shown))
+        return
+    console = _console()
+    console.print(report.table(shown))
+    for line in report.lines(shown, console.width, console.options.ascii_only):
+        console.print(line, soft_wrap=True)
+    if with_shares and not allocations:
+        console.print("--shares: no pass gives layers different shares of zeros", soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="a compressed folder, or any model")],
+    against: Annotated[str | None, typer.Option(help="the original, for the divergence")] = None,
+    source: Annotated[
+        str, typer.Option(help="demo, a .txt / .jsonl / .parquet file, a data set id; images: a .safetensors file")
+    ] = "demo",
+    samples: Annotated[int, typer.Option(help="windows, or images")] = 64,
+    length: Annotated[int, typer.Option(help="tokens a window")] = 512,
+    runtime: Annotated[str, typer.Option(help="transformers, or onnxruntime for a folder that holds ONNX")] = (
+        "transformers"
+    ),
+    threads: Annotated[int, typer.Option(help="of onnxruntime; 0 leaves it the choice")] = 0,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure perplexity (of an image model accuracy), divergence from the original, and size."""
+    bars = _bars(verbose, quiet)
+    from typing import get_args
+
+    from compress.api import evaluate as measuring
+    from compress.config.pipeline import Evaluation
+    from compress.report import sentences
+
+    if samples < 1 or length < 2:
+        raise UsageError(f"--samples {samples} --length {length}: at least one window of two tokens is needed")
+    if runtime not in get_args(measuring.Runtime):
+        raise UsageError(f"--runtime {runtime}: known: {', '.join(get_args(measuring.Runtime))}")
+    section = Evaluation(source=source, samples=samples, length=length)
+    found = measuring.measured(model, section, against=against, runtime=runtime, threads=threads, bars=bars)  # type: ignore[arg-type]
+    print(json.dumps(found, indent=1) if as_json else sentences.evaluated(model, found, against, samples, length))
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Argument(help="a finished folder")],
+    to: Annotated[
+        list[str],
+        typer.Option(
+            help="a format, or one with options: onnx:mode=fast,accuracy_level=1", autocompletion=completion.formats
+        ),
+    ],
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a finished folder in another format as well, from the same codes."""
+    bars = _bars(verbose, quiet)
+    from compress.api import export as exporting
+    from compress.config.reading import exporters
+    from compress.report import sentences
+
+    found = exporting.export_to(out, exporters(to), bars=bars)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for name, facts in found.items():
+        print(f"{out}/{name}: {sentences.verified(facts)}")
+
+
+@app.command("apply-delta")
+def apply_delta(
+    base: Annotated[str, typer.Argument(help="the model that the delta was made from")],
+    delta: Annotated[str, typer.Argument(help="a compressed delta: its folder, file or hub id")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="the folder to write")],
+    overwrite: Annotated[bool, typer.Option(help="replace an existing folder")] = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write the model that a base and a compressed delta make, as a plain folder for transformers."""
+    bars = _bars(verbose, quiet)
+    from compress.api import apply_delta as applying
+    from compress.report import report, sentences
+
+    found = applying.apply_delta(base, delta, out, overwrite=overwrite, bars=bars)
+    text = f"{out}: {sentences.verified(found)}; {report.said(found['delta'])}"
+    print(json.dumps(found, indent=1) if as_json else text)
+
+
+@app.command()
+def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as_json: JsonOption = False) -> None:
+    """List every stored weight: kind, bits, sparsity, error, bytes, and how its layer rounds its inputs."""
+    from compress.export.packed import read_quantization
+    from compress.report import layers
+
+    config = read_quantization(out)
+    try:
+        notes = json.loads((out / "report.json").read_text())["layers"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{out} is not a folder that compress wrote: {error}") from error
+    rows = layers.layers(config["modules"], notes)
+    if as_json:
+        print(json.dumps(layers.as_json(rows), indent=1))
+    else:
+        layers.show(rows, _console())
+
+
+@app.command("list")
+def list_methods() -> None:
+    """List methods with their options, formats and ready-made pipelines."""
+    from compress.config.pipeline import FORMATS, PACKED
+    from compress.passes import PASSES
+    from compress.report.methods import listing, signature
+
+    print(listing(PASSES, completion.presets(), (PACKED, *map(signature, FORMATS.values()))))
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="where to write the pipeline")] = Path("pipeline.yaml"),
+    force: Annotated[bool, typer.Option(help="replace an existing file")] = False,
+    from_mergekit: Annotated[Path | None, typer.Option(help="a mergekit configuration to write as a pipeline")] = None,
+) -> None:
+    """Write a commented pipeline to start from, or one that merges as a mergekit configuration does.
+
+    Editors that know YAML complete and explain its options by the schema that is written beside it.
+    """
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists; give another name, or --force")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"no such folder: {path.parent}")
+    from compress.config import template
+
+    if from_mergekit is None:
+        template.write(path, template.TEMPLATE.format(name=path))
+        print(path)
+        return
+    from compress.config.mergekit import convert
+
+    found = convert(from_mergekit)
+    template.write(path, found.text.replace("PIPELINE", str(path), 1))
+    print(f"{path}: compress run {path} {found.model} -o OUT")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of pipeline files, for editors."""
+    from compress.config.schema import schema as make
+
+    print(json.dumps(make(), indent=1))
+
+
+def _console() -> Console:
+    """Prints names as they are, whatever brackets they hold."""
+    from rich.console import Console
+
+    wide = None if sys.stdout.isatty() else 160
+    no_color = "NO_COLOR" in os.environ or None
+    return Console(width=wide, no_color=no_color, highlight=False, markup=False, emoji=False)

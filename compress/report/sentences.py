@@ -1,0 +1,65 @@
+"""What commands say in a sentence or two: what was read back equal, fallbacks, and what `eval` measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from compress.report.report import size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from compress.report.report import Report
+
+MOST_NOTES = 10
+
+
+def verified(facts: Mapping[str, Any]) -> str:
+    """What was compared after writing a folder, and how far it is from what was meant."""
+    text = f"{facts['tensors_equal']} tensors read back equal"
+    if "max_logit_difference" in facts:
+        text += f"; reloaded model's logits differ by {facts['max_logit_difference']:.2g}"
+    if "as_shipped" in facts:
+        shipped = facts["as_shipped"]
+        quality = "accuracy" if "accuracy" in shipped else "perplexity"
+        text += (
+            f"; as shipped by {shipped['max_logit_difference']:.2g}, KL {shipped['kl']:.2g}, "
+            f"{quality} {shipped[quality]:.4g} for {shipped[f'packed_{quality}']:.4g}"
+        )
+    return text
+
+
+def written(report: Report, out: object) -> Iterator[str]:
+    """Lines below the table of a run: fallbacks, and every folder that was written and read back."""
+    for text in report.fallbacks[:MOST_NOTES]:
+        yield f"note: {text}"
+    if len(report.fallbacks) > MOST_NOTES:
+        yield f"note: {len(report.fallbacks) - MOST_NOTES} more in {out}/report.json"
+    yield f"{out}: {verified(report.verified)}"
+    for name, facts in report.verified.items():
+        if isinstance(facts, dict):
+            yield f"{out}/{name}: {verified(facts)}"
+
+
+def evaluated(model: str, found: Mapping[str, Any], against: str | None, samples: int, length: int) -> str:
+    """What `eval` measured of a model: quality, divergence from the original, size, and on what.
+
+    Args:
+        model: as it was given.
+        found: as `api.evaluate.measured` returns it.
+        against: the original.
+        samples: windows that were asked for.
+        length: tokens of each.
+    """
+    if "accuracy" in found:
+        said, unit, data = f"accuracy {found['accuracy']:.2%}", "images", f"{found['samples']} images"
+    else:
+        said, unit = f"perplexity {found['perplexity']:.3f}", "tokens"
+        data = f"{samples} windows of {length}, {found['tokens']} tokens"
+    kl = "" if found["kl"] is None else f", KL to {against} {found['kl']:.4f} on {found['kl_tokens']} {unit}"
+    text = f"{model}: {said}{kl}, weights {size(found['bytes'])}"
+    if found.get("load_memory") is not None:
+        text += f", {size(found['load_memory'])} of memory to load"
+    if found.get("tokens_per_second") is not None:
+        text += f", {found['tokens_per_second']:.0f} tokens a second, one after the other"
+    return f"{text}\n({found['source']}, {data})"
