@@ -11,11 +11,20 @@ Every public name stands in `__init__.pyi` and is imported when it is first used
 
 from __future__ import annotations
 
+from typing import Any
+
 import lazy_loader
 
-from compress.encodings.format import version
 from compress.runtime import hook
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-__version__ = version()
+_public, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 hook.install()
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported when it is first used; the version is looked up in what is installed."""
+    if name == "__version__":
+        from compress.encodings.format import version
+
+        return version()
+    return _public(name)
