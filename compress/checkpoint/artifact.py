@@ -170,7 +170,7 @@ def open_folder(folder: Path, graph: Graph) -> Artifact:
         CheckpointError: names or shapes do not fit the model.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, apply_renamings
+    from transformers.core_model_loading import WeightRenaming
 
     source = FolderSource(folder)
     there = set(source.names())
@@ -179,7 +179,7 @@ def open_folder(folder: Path, graph: Graph) -> Artifact:
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     # Old spellings that transformers renames while loading, such as GPT-NeoX's embed_out for lm_head.
     renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-    spelled = {apply_renamings(name, renamings): name for name in source.names()}
+    spelled = {_renamed(name, renamings): name for name in source.names()}
     tied: dict[str, list[str]] = {}
     for name, _ in model.named_parameters(remove_duplicate=False):
         tied.setdefault(graph.tied.get(name, name), []).append(name)
@@ -213,6 +213,13 @@ def open_folder(folder: Path, graph: Graph) -> Artifact:
     _refuse_more_blocks(folder, graph, there)
     graph = replace(graph, buffers=tuple(name for name in graph.buffers if name not in absent))
     return Artifact(graph, source, renamed)
+
+
+def _renamed(name: str, renamings: Iterable[Any]) -> str:
+    """The name that transformers looks for, every renaming applied in turn."""
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    return name
 
 
 def _refuse_more_blocks(folder: Path, graph: Graph, stored: set[str]) -> None:

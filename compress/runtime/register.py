@@ -85,6 +85,10 @@ class CompressQuantizer(HfQuantizer):
             config.transformers_weights = WEIGHTS
         return config
 
+    def update_ep_plan(self, config: Any) -> Any:
+        """What older versions of transformers call at that moment."""
+        return self.update_attn_implementation(config)
+
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """`save_pretrained` writes the packed tensors as they are."""
         return True
@@ -128,17 +132,22 @@ def _packed(old: nn.Module, spec: Spec, dtype: torch.dtype) -> PackedModule:
 
 
 def _refuse_incomplete(files: list[str], specs: dict[str, Spec], biases: list[str]) -> None:
-    """Transformers only warns about missing tensors and goes on with random memory."""
-    there: set[str] = set()
+    """Transformers only warns about missing tensors, older versions about wrong shapes too, and go on without them."""
+    there: dict[str, tuple[int, ...]] = {}
     for file in files:
         try:
-            there.update(read_header(Path(file)).tensors)
+            there.update((name, tuple(entry.shape)) for name, entry in read_header(Path(file)).tensors.items())
         except CheckpointError as error:
             raise ValueError(str(error)) from error
-    wanted = [f"{module}.{leaf}" for module, spec in specs.items() for leaf in spec.tensors()]
-    for name in (*wanted, *(f"{module}.bias" for module in biases)):
+    stored = {f"{m}.{leaf}": shape for m, spec in specs.items() for leaf, (shape, _) in spec.tensors().items()}
+    for name in (*stored, *(f"{module}.bias" for module in biases)):
         if name not in there:
             raise ValueError(f"{', '.join(files)}: {name} is missing; the folder is damaged: write it again")
+        if there[name] != stored.get(name, there[name]):
+            raise ValueError(
+                f"{', '.join(files)}: {name} has shape {there[name]}, not {stored[name]}: a mismatch with config.json; "
+                "the folder is damaged: write it again"
+            )
 
 
 def register() -> None:
