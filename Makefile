@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := test
-.PHONY: demo test check fmt bench clean
+.PHONY: demo test real coverage floor wheel check fmt bench clean
 
 demo: $(STAMP)  ## compress the bundled model to 4 bits and let the result write something
 	@$(BIN)/compress run gptq-w4 demo -o demo-out --overwrite
@@ -18,6 +18,18 @@ demo: $(STAMP)  ## compress the bundled model to 4 bits and let the result write
 
 test: $(STAMP)  ## run the tests in two processes; `make test ARGS="-k gptq"` passes arguments to pytest
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+real: $(STAMP)  ## the tests that need a real model, another engine or minutes
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m real $(ARGS)
+
+coverage: $(STAMP)  ## the tests, and at the end how many lines of the package they run
+	@$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered $(ARGS)
+
+floor: $(STAMP)  ## a few tests with the oldest transformers that pyproject.toml accepts
+	@PYTHON=$(BIN)/python bash scripts/try_floor.sh $(ARGS)
+
+wheel: $(STAMP)  ## build the wheel, install it into an empty environment and use it there
+	@PYTHON=$(BIN)/python bash scripts/try_wheel.sh
 
 check: $(STAMP)  ## lint, formatting, types
 	@$(BIN)/ruff check .

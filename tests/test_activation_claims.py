@@ -21,7 +21,7 @@ def demo() -> tuple[PreTrainedModel, Tensor, Tensor]:
     """The model, tokens to calibrate with, and others to measure with."""
     model, tokenizer = compress.demo.load()
     calibration = compress.load_tokens("demo", tokenizer, samples=4, length=128)
-    return model, calibration, compress.load_tokens("demo", tokenizer, samples=8, length=512, split="evaluation")
+    return model, calibration, compress.load_tokens("demo", tokenizer, samples=4, length=256, split="evaluation")
 
 
 def norms(model: PreTrainedModel) -> list[tuple[torch.nn.Module, list[torch.nn.Module]]]:

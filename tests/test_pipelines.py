@@ -1,10 +1,12 @@
 """Every ready-made pipeline is parsed, planned and run on the demo model."""
 
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from commands import make_changed
+from torch import nn
 
 import compress
 from compress.checkpoint import opening
@@ -19,10 +21,31 @@ FILES = sorted((ROOT / "compress" / "config" / "presets").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo without half of its blocks: it still predicts, in half the time."""
+    folder = tmp_path_factory.mktemp("short") / "model"
+    model, _ = compress.demo.load()
+    model.model.layers = nn.ModuleList([model.model.layers[i] for i in (0, 1, 5)])
+    model.config.num_hidden_layers = len(model.model.layers)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL_DIR / name, folder / name)
+    return folder
+
+
+def changed(folder: Path, source: Path) -> list[str]:
+    """Two models a little different from one: what stands in for the models that a user would name."""
+    return [str(make_changed(folder / str(seed), source, seed, size=2e-3)) for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def short_fine_tunes(short: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return changed(tmp_path_factory.mktemp("short_fine_tunes"), short)
+
+
+@pytest.fixture(scope="module")
 def fine_tunes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two models like the demo, a little different: what stands in for the models that a user would name."""
-    folder = tmp_path_factory.mktemp("fine_tunes")
-    return [str(make_changed(folder / str(seed), MODEL_DIR, seed, size=2e-3)) for seed in (1, 2)]
+    return changed(tmp_path_factory.mktemp("fine_tunes"), MODEL_DIR)
 
 
 def quick(pass_: Pass, fine_tunes: list[str]) -> Pass:
@@ -34,21 +57,19 @@ def quick(pass_: Pass, fine_tunes: list[str]) -> Pass:
     return replace(pass_, steps=5) if learns else pass_
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-def test_ready_made_pipeline_runs_on_the_demo_model_and_still_predicts(
-    file: Path, tmp_path: Path, fine_tunes: list[str]
-) -> None:
+def check(file: Path, model: str, out: Path, fine_tunes: list[str], samples: int) -> None:
+    """Run a pipeline with little data: it keeps its promises of size, of exactness and, roughly, of quality."""
     steps = load(file)
     assert parse(dump(steps)) == steps
-    opened = opening.open_model("demo")
+    opened = opening.open_model(model)
     made = plan.make(steps, opened.artifact.graph, opened.dtypes)
     small = replace(
         steps,
         passes=tuple(tuple(quick(p, fine_tunes) for p in stage) for stage in steps.passes),
-        calibration=steps.calibration and replace(steps.calibration, samples=16, length=128),
+        calibration=steps.calibration and replace(steps.calibration, samples=samples, length=128),
         evaluate=steps.evaluate and replace(steps.evaluate, samples=4, length=256),
     )
-    report = compress.run(small, "demo", tmp_path / "out")
+    report = compress.run(small, model, out)
     last = report.rows[-1]
     assert last.perplexity is not None
     assert report.rows[0].perplexity is not None
@@ -60,6 +81,27 @@ def test_ready_made_pipeline_runs_on_the_demo_model_and_still_predicts(
     if merges:
         assert report.rows[1].kl is not None
         assert 0 < report.rows[1].kl < 1
+
+
+def code_path(file: Path) -> list[tuple[str, list[str]]]:
+    """Every pass with the options that it sets: pipelines that differ in numbers only run the same code."""
+    passes = [p for stage in load(file).passes for p in stage]
+    return [(p.key, sorted(p.options().keys() - {"bits", "group_size", "granularity"})) for p in passes]
+
+
+@pytest.mark.parametrize("file", {repr(code_path(f)): f for f in FILES}.values(), ids=lambda f: f.stem)
+def test_ready_made_pipeline_runs_on_half_of_the_demo_model_and_that_still_predicts(
+    file: Path, tmp_path: Path, short: Path, short_fine_tunes: list[str]
+) -> None:
+    check(file, str(short), tmp_path / "out", short_fine_tunes, samples=8)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_ready_made_pipeline_runs_on_the_demo_model_and_still_predicts(
+    file: Path, tmp_path: Path, fine_tunes: list[str]
+) -> None:
+    check(file, "demo", tmp_path / "out", fine_tunes, samples=16)
 
 
 def test_every_method_has_a_ready_made_pipeline() -> None:

@@ -20,14 +20,15 @@ def test_commands_of_the_readme_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    small = blocks("yaml")[0].replace("samples: 128", "samples: 8").replace("{source: demo, max", "{samples: 4, max")
+    small = blocks("yaml")[0].replace("samples: 128, length: 256", "samples: 8, length: 128")
+    small = small.replace("{source: demo, max", "{samples: 4, length: 128, max")
     (tmp_path / "pipeline.yaml").write_text(small.replace("10%", "100%"))
     commands = [line.split("#")[0] for line in blocks("console")[1].splitlines()]
     assert len(commands) == 7
     for command in commands:
         words = shlex.split(command)[1:]
         if words[0] == "eval":
-            words += ["--samples", "2"]
+            words += ["--samples", "2", "--length", "128"]
         monkeypatch.setattr("sys.argv", ["compress", *words])
         with pytest.raises(SystemExit) as ended:
             cli.main()

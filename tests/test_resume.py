@@ -8,75 +8,71 @@ from pathlib import Path
 import pytest
 from children import contents, prepare, run, start, unfinished
 
-PIPELINE = """\
-calibration: {source: demo, samples: 4, length: 64}
-evaluate: {source: demo, samples: 2, length: 64}
+PASSES = """\
 passes:
   - wanda: {sparsity: "2:4"}
   - blockwise:
       - gptq: {scheme: w3g64, include: ["*.mlp.*"]}
       - rtn: {scheme: w4g64, include: ["*.self_attn.*"]}
 """
+PIPELINE = f"""\
+calibration: {{source: calibration.txt, samples: 4, length: 32}}
+evaluate: {{source: calibration.txt, samples: 2, length: 32}}
+{PASSES}"""
+BLOCKS = 3
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("whole")
-    (folder / "pipeline.yaml").write_text(PIPELINE)
-    assert run(folder) == 0
-    return contents(folder / "out")
-
-
-def test_killed_after_every_file_it_finishes_the_run_ends_bit_identical(
-    tmp_path: Path, uninterrupted: dict[str, str]
-) -> None:
-    (tmp_path / "pipeline.yaml").write_text(PIPELINE)
+def test_killed_after_every_file_it_finishes_the_run_ends_bit_identical(tmp_path: Path) -> None:
+    whole, killed = prepare(tmp_path, PIPELINE, num_hidden_layers=BLOCKS)
+    assert run(whole, "model") == 0
     kills = 0
-    while True:
-        if run(tmp_path, kill_after=1 if kills < 3 else 5) == 0:  # every file at first, then several at a time
-            break
-        assert not (tmp_path / "out").exists(), "a half result looks finished"
+    while run(killed, "model", kill_after=1 if kills < 2 * BLOCKS else 5):  # the final write begins anew every time
+        assert not (killed / "out").exists(), "a half result looks finished"
         kills += 1
         assert kills < 30, "no progress from kill to kill"
-    assert kills >= 6
-    assert contents(tmp_path / "out") == uninterrupted
-    assert not (tmp_path / "out.work").exists()
+    assert kills >= 2 * BLOCKS
+    assert contents(killed / "out") == contents(whole / "out")
+    assert not (killed / "out.work").exists()
 
 
-def test_killed_during_the_final_write_the_run_ends_bit_identical(
-    tmp_path: Path, uninterrupted: dict[str, str]
-) -> None:
-    (tmp_path / "pipeline.yaml").write_text(PIPELINE)
-    partial = tmp_path / "out.work" / "out"
-    process = start(tmp_path)
+def test_killed_during_the_final_write_the_run_ends_bit_identical(tmp_path: Path) -> None:
+    pipeline = PASSES.replace("passes:", "calibration: {source: demo, samples: 4, length: 64}\npasses:")
+    for name in ("whole", "killed"):  # the demo model: large enough that its write takes a while
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pipeline.yaml").write_text(pipeline)
+    assert run(tmp_path / "whole") == 0
+    partial = tmp_path / "killed" / "out.work" / "out"
+    process = start(tmp_path / "killed")
     while process.is_alive() and not partial.exists():
         time.sleep(0.002)
     process.kill()
     process.join()
-    if (tmp_path / "out").exists():
+    if (tmp_path / "killed" / "out").exists():
         pytest.skip("the write was over before the kill")
-    assert run(tmp_path) == 0
-    assert contents(tmp_path / "out") == uninterrupted
+    assert run(tmp_path / "killed") == 0
+    assert contents(tmp_path / "killed" / "out") == contents(tmp_path / "whole" / "out")
 
 
 def test_a_changed_later_pass_keeps_the_work_before_it(tmp_path: Path) -> None:
-    (tmp_path / "pipeline.yaml").write_text(PIPELINE)
-    assert run(tmp_path, kill_after=9) == -signal.SIGKILL
-    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out.work").glob("s00-*")}
-    assert len(before) == 6
-    (tmp_path / "pipeline.yaml").write_text(PIPELINE.replace("w3g64", "w2g64"))
-    assert run(tmp_path, kill_after=3) == -signal.SIGKILL
-    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out.work").glob("s00-*")} == before
+    _, killed = prepare(tmp_path, PIPELINE, num_hidden_layers=BLOCKS)
+    assert run(killed, "model", kill_after=BLOCKS + 3) == -signal.SIGKILL
+    before = {p.name: p.stat().st_mtime_ns for p in (killed / "out.work").glob("s00-*")}
+    assert len(before) == BLOCKS
+    (killed / "pipeline.yaml").write_text(PIPELINE.replace("w3g64", "w2g64"))
+    assert run(killed, "model", kill_after=2) == -signal.SIGKILL
+    assert {p.name: p.stat().st_mtime_ns for p in (killed / "out.work").glob("s00-*")} == before
 
 
-def test_a_damaged_or_foreign_unit_is_done_again(tmp_path: Path, uninterrupted: dict[str, str]) -> None:
-    (tmp_path / "pipeline.yaml").write_text(PIPELINE)
-    assert run(tmp_path, kill_after=5) == -signal.SIGKILL
-    units = sorted((tmp_path / "out.work").glob("s00-*.safetensors"))
+def test_a_damaged_or_foreign_unit_is_done_again(tmp_path: Path) -> None:
+    whole, killed = prepare(tmp_path, PIPELINE, num_hidden_layers=BLOCKS)
+    assert run(whole, "model") == 0
+    assert run(killed, "model", kill_after=BLOCKS + 1) == -signal.SIGKILL
+    units = sorted((killed / "out.work").glob("s00-*.safetensors"))
+    assert len(units) == BLOCKS
     units[0].write_bytes(units[0].read_bytes()[:100])
     units[1].write_bytes(units[2].read_bytes())
-    assert run(tmp_path) == 0
-    assert contents(tmp_path / "out") == uninterrupted
+    assert run(killed, "model") == 0
+    assert contents(killed / "out") == contents(whole / "out")
 
 
 SURVEYING = """\
