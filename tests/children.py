@@ -40,7 +40,7 @@ def child(folder: Path, model: str, kill_after: int) -> None:
 
     torch.set_num_threads(1)
     os.chdir(folder)
-    publish, left = ledger.publish, kill_after
+    publish, left = atomic.publish, kill_after
 
     def counted(temporary: Path, name: Path) -> None:
         nonlocal left
@@ -49,7 +49,8 @@ def child(folder: Path, model: str, kill_after: int) -> None:
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    ledger.publish = api.publish = atomic.publish = counted
+    for module in (atomic, ledger, api):
+        vars(module)["publish"] = counted
     sys.argv = ["compress", "run", "pipeline.yaml", model, "-o", "out"]
     cli.main()
 
