@@ -69,7 +69,9 @@ def perplexity(outliers: bool, *passes: Pass) -> float:
     model = with_outliers() if outliers else demo()[0]
     if passes:
         model = compress.apply(model, passes, calibration=demo()[1]).model  # type: ignore[assignment]
-    return compress.evaluate(model, demo()[2]).perplexity
+    value = compress.evaluate(model, demo()[2]).perplexity
+    assert value is not None
+    return value
 
 
 def test_eight_bit_inputs_with_a_scale_a_token_cost_almost_nothing() -> None:

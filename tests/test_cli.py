@@ -76,7 +76,7 @@ def test_run_prints_the_report_as_json_where_it_is_asked_to(here: Path) -> None:
 def test_the_real_command_keeps_stdout_for_results_and_draws_no_bar_where_stderr_is_no_terminal(
     here: Path, tmp_path: Path
 ) -> None:
-    command = [Path(sys.executable).with_name("compress"), "run", here / "p.yaml", here / "model"]
+    command: list[str | Path] = [Path(sys.executable).with_name("compress"), "run", here / "p.yaml", here / "model"]
     ended = subprocess.run([*command, "-o", tmp_path / "out", "--json"], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout)["rows"][2]["name"] == "gptq"

@@ -293,9 +293,14 @@ def test_flexround_has_no_divisor_of_channels_where_every_column_is_one() -> Non
 
 
 def test_a_pass_is_told_the_window_of_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = []
+    told: list[int] = []
     start = FlexRound.start
-    monkeypatch.setattr(FlexRound, "start", lambda self, target: told.append(target.kernel) or start(self, target))
+
+    def seen(self: FlexRound, target: Target) -> Division:
+        told.append(target.kernel)
+        return start(self, target)
+
+    monkeypatch.setattr(FlexRound, "start", seen)
     model = nn.Sequential(nn.Conv2d(4, 8, (3, 2)), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(8 * 7 * 10, 5))
     compress.apply(model, [FlexRound(steps=1)], images())
     assert told == [6, 1, 1]

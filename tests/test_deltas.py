@@ -320,9 +320,9 @@ def test_what_is_there_is_never_lost(here: Path, tmp_path: Path) -> None:
     ended = compress_command("apply-delta", base, tmp_path / "nowhere", "-o", tmp_path / "out")
     assert (ended.code, "no such folder" in ended.err) == (2, True)
     shutil.copytree(delta, tmp_path / "delta")
-    for more in ({}, {"overwrite": True}):
+    for overwrite in (False, True):
         with pytest.raises(UsageError, match=r"is, holds or lies in|holds files that no run wrote"):
-            compress.apply_delta(base, tmp_path / "delta", tmp_path / "delta", **more)
+            compress.apply_delta(base, tmp_path / "delta", tmp_path / "delta", overwrite=overwrite)
     shutil.rmtree(tmp_path / "delta")
     assert files_of(tmp_path) == before
 

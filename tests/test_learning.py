@@ -61,7 +61,7 @@ class LastOverflows(Model):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks[2].overflows = True
+        self.blocks[2].overflows = True  # type: ignore[assignment]
 
 
 def make_sequential() -> nn.Module:

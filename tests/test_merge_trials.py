@@ -58,7 +58,7 @@ def score(wholes: textbook.Wholes, members: tuple[int, ...]) -> float:
 def test_a_greedy_soup_is_what_the_recipe_says(seed: int) -> None:
     wholes = textbook.Wholes(some(4, seed=seed))
     order = sorted(range(5), key=lambda k: -score(wholes, (k,)))
-    soup = (order[0],)
+    soup: tuple[int, ...] = (order[0],)
     for k in order[1:]:
         if score(wholes, (*soup, k)) >= score(wholes, soup):
             soup = (*soup, k)

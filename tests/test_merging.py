@@ -228,8 +228,10 @@ class Normed(nn.Module):
 
 def test_whole_numbers_are_the_bases_and_running_means_are_merged(tmp_path: Path) -> None:
     base, other = Normed().eval(), Normed().eval()
-    other.layers[1].running_mean += 1
-    other.layers[1].num_batches_tracked += 5
+    norm = other.layers[1]
+    assert isinstance(norm, nn.BatchNorm1d)
+    norm.running_mean += 1
+    norm.num_batches_tracked += 5
     (tmp_path / "other").mkdir()
     save_file(other.state_dict(), tmp_path / "other" / "model.safetensors")
     found = compress.apply(base, [Average(models=(str(tmp_path / "other"),))]).model.state_dict()

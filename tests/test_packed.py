@@ -268,7 +268,7 @@ CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 def test_casting_a_model_never_rounds_its_scales(
     cast: Callable[[nn.Module], nn.Module], written: Path, tokens: Tensor
 ) -> None:
-    model = load(written)
+    model: nn.Module = load(written)
     before = {n: m.dequantize() for n, m in packed_modules(model).items()}
     expected = logits(model, tokens)
     types = {n: v.dtype for m, p in packed_modules(model).items() for n, v in p.named_buffers(prefix=m)}

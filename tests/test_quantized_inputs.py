@@ -339,7 +339,8 @@ def test_a_convolution_rounds_its_input_packed_as_in_memory(options: dict[str, A
     for name in ("0", "2"):
         spec, tensors = pack(result.weights[name])
         layer = model.get_submodule(name)
-        packed = PackedConv2d(spec, layer)  # type: ignore[arg-type]
+        assert isinstance(layer, nn.Conv2d)
+        packed = PackedConv2d(spec, layer)
         packed.load_state_dict({**tensors, "bias": layer.bias})
         x = torch.randn(2, layer.in_channels, 9, 9)
         with torch.no_grad():

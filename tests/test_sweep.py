@@ -52,7 +52,7 @@ def plain(
     model: nn.Module, blocks: list[str], pass_: LinearPass, run: Callable[[], object]
 ) -> dict[str, tuple[Edit, Tensor]]:
     """Site name -> (edit, its new dense weight); `model` is changed."""
-    done = {}
+    done: dict[str, tuple[Edit, Tensor]] = {}
     for block in blocks:
         inside = model.get_submodule(block).named_modules(prefix=block)
         linears = {name: module for name, module in inside if isinstance(module, nn.Linear)}
@@ -62,6 +62,7 @@ def plain(
         for name, module in linears.items():
             edit = pass_.run(Target(module.weight.data.clone(), None, sums[name]))
             dense = edit.encoding.dequantize() if edit.encoding else edit.weight
+            assert dense is not None
             done[name] = (edit, dense)
             module.weight.data = dense
     return done

@@ -11,7 +11,7 @@ from compress.calibration.reconstruct import BlockData, Samples, Weights
 from compress.calibration.statistics import Statistics
 from compress.calibration.training import Kept, Make, ModelData
 from compress.encodings import Uniform, fit
-from compress.passes.base import Block, Target, Whole
+from compress.passes.base import Block, Pass, Target, Whole
 from compress.passes.depth import DepthPass
 from compress.passes.interface import Depth, Distance
 from compress.passes.merge.base import MergePass, Piece
@@ -146,7 +146,8 @@ class Wholes(Models):
 
     def __init__(self, models: Sequence[Mapping[str, Tensor]], piece: int = 1000, seed: int = 0, goal: float = 0.1):
         self.models, self.piece, self.seed, self.goal = models, piece, seed, goal
-        self.names, self.notes, self.tries = list(models[0]), {}, []
+        self.names, self.notes = list(models[0]), {}
+        self.tries: list[Pass] = []
         self.blocks = {name: block_of(name) for name in self.names}
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -156,7 +157,8 @@ class Wholes(Models):
     def value(self, model: int, name: str) -> Tensor:
         return self.models[model][name]
 
-    def tried(self, pass_: MergePass, found: object = None) -> dict[str, Tried]:
+    def tried(self, pass_: Pass, found: object = None) -> dict[str, Tried]:
+        assert isinstance(pass_, MergePass)
         self.tries.append(pass_)
         return self.rated(merged(pass_, self.models, self.piece, self.seed))
 

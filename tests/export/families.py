@@ -165,9 +165,9 @@ def rounds(family: str, recipes: dict[str, Recipe]) -> Iterator[dict[str, str]]:
     left = list(able)
     while left:
         chosen: dict[str, str] = {}
-        for site in sites:  # every site gets one, so that all rounds have the same graph around them
-            fit = [name for name in (*left, *able) if site in able[name]]
-            chosen[site] = fit[0]
+        for place in sites:  # every site gets one, so that all rounds have the same graph around them
+            fit = [name for name in (*left, *able) if place in able[name]]
+            chosen[place] = fit[0]
             if fit[0] in left:
                 left.remove(fit[0])
         yield chosen

@@ -35,7 +35,9 @@ def begun(w: Tensor, **options: object) -> UpOrDown:
 
 
 def nearest(w: Tensor, options: dict[str, object]) -> Uniform:
-    return AdaRound(**options).fallback().run(target(w)).encoding
+    found = AdaRound(**options).fallback().run(target(w)).encoding
+    assert isinstance(found, Uniform)
+    return found
 
 
 def assert_same(a: Uniform, b: Uniform) -> None:

@@ -119,7 +119,7 @@ def wholes() -> Wholes:
     generator = torch.Generator().manual_seed(9)
     first, last, change = (torch.randn(shape, generator=generator) for shape in ((8, 6), (4, 8), (8, 6)))
     tuned = first + 0.2 * change**3  # signs alone do not tell much of it
-    return Wholes([{"blocks.0.weight": first, "last.weight": last}, {"blocks.0.weight": tuned, "last.weight": -last}])
+    return Wholes([{"blocks.0.weight": first, "last.weight": last}, {"blocks.0.weight": tuned, "last.weight": -last}])  # type: ignore[abstract]
 
 
 @pytest.mark.parametrize("bits", [1, 2])

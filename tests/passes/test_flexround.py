@@ -38,7 +38,9 @@ def begun(w: Tensor, kernel: int = 1, **options: object) -> Division:
 
 
 def nearest(w: Tensor, options: dict[str, object], kept: Tensor | None = None) -> Uniform:
-    return FlexRound(**options).fallback().run(target(w, kept=kept)).encoding
+    found = FlexRound(**options).fallback().run(target(w, kept=kept)).encoding
+    assert isinstance(found, Uniform)
+    return found
 
 
 def assert_same(a: Uniform, b: Uniform) -> None:

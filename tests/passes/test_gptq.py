@@ -25,13 +25,17 @@ ROWS, COLUMNS = 8, 48
 
 
 def run(w: Tensor, x: Tensor, kept: Tensor | None = None, **options: object) -> Uniform:
-    return Gptq(**options).run(target(w, x, kept)).encoding
+    found = Gptq(**options).run(target(w, x, kept)).encoding
+    assert isinstance(found, Uniform)
+    return found
 
 
 def with_gram(w: Tensor, gram: Tensor, **options: object) -> Uniform:
     found = Statistics(w.shape[1], "gram")
     found._gram, found.tokens = gram, 1
-    return Gptq(**options).run(Target(w, None, found)).encoding
+    made = Gptq(**options).run(Target(w, None, found)).encoding
+    assert isinstance(made, Uniform)
+    return made
 
 
 def assert_same(a: Uniform, b: Uniform) -> None:

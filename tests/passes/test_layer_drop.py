@@ -241,7 +241,7 @@ def test_blocks_of_a_plain_module_are_told_their_new_numbers() -> None:
     model = wirings.Model()
     model.blocks = nn.ModuleList([Numbered() for _ in range(4)])
     for i, block in enumerate(model.blocks):
-        block.layer_idx = i
+        block.layer_idx = i  # type: ignore[assignment]
     result = compress.apply(model, [LayerDrop(blocks=2)], torch.randn(6, wirings.WIDTH))
     assert [block.layer_idx for block in result.model.blocks] == [0, 1]
 
@@ -322,8 +322,8 @@ def test_the_written_folder_loads_and_its_cache_is_numbered_anew(
     assert loaded.config.num_hidden_layers == 2
     there = json.loads((tmp_path / "out" / "config.json").read_text())
     assert there["n_layer" if family == "gpt2" else "num_hidden_layers"] == 2
-    for folder in ("hf", "peft/base"):
-        plain = json.loads((tmp_path / "more" / folder / "config.json").read_text())
+    for exported_to in ("hf", "peft/base"):
+        plain = json.loads((tmp_path / "more" / exported_to / "config.json").read_text())
         assert {**plain, "dtype": there["dtype"]} == {k: v for k, v in there.items() if k != "quantization_config"}
     if family == "qwen2":
         assert there["layer_types"] == [t for i, t in enumerate(model.config.layer_types) if i not in gone]
