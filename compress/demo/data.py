@@ -17,6 +17,7 @@ import ast
 import hashlib
 import sysconfig
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -81,11 +82,13 @@ def _declaration(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFu
     return f"def {node.name}({ast.unparse(node.args)})"
 
 
-def texts(split: Split) -> list[str]:
+@cache
+def texts(split: Split) -> tuple[str, ...]:
     """The docstrings of one split of the standard library, duplicates removed, in a fixed order.
 
-    Order is by the SHA-256 of the text, so that any prefix is a fair sample over all modules.
+    Order is by the SHA-256 of the text, so that any prefix is a fair sample over all modules. Parsing takes seconds, so
+    a process does it once.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     found = {text for name, path in modules(root) if split_of(name) == split for text in docstrings(path)}
-    return sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())
+    return tuple(sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest()))
