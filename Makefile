@@ -35,6 +35,7 @@ check: $(STAMP)  ## lint, formatting, types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy --strict -p compress
+	@$(BIN)/mypy --config-file tests/mypy.ini tests
 
 fmt: $(STAMP)  ## sort imports, apply safe fixes, format
 	@$(BIN)/ruff check --fix-only --quiet .
