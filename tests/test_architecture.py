@@ -12,6 +12,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 PASS_FILES = [file for file in FILES if "passes" in file.relative_to(ROOT).parts]
 MOST_LINES = 460
 MOST_LINES_OF_A_PASS = 250
+MOST_LINES_OF_A_FUNCTION = 60
 
 # The rooms in their order: each may import only those above it. Nothing is exempt.
 ROOMS = (
@@ -197,3 +198,16 @@ def test_files_are_written_by_the_atomic_writer() -> None:
                     found.add(name_of(file))
     # Constants of a graph, inside of `writing`: their order and places are those of the format.
     assert found == {"io/atomic.py", "io/safetensors_file.py", "export/onnx/files.py"}
+
+
+def test_a_function_is_short_and_a_docstring_is_a_sentence() -> None:
+    for file in FILES:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        for node in ast.walk(tree(file)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                text = ast.get_docstring(node, clean=False) or ""
+                assert not text.startswith(("Of ", "As ")), f"{name_of(file)}:{node.lineno}: {text}"
+            if isinstance(node, ast.FunctionDef):
+                body = [line.strip() for line in lines[node.lineno - 1 : node.end_lineno]]
+                code = sum(bool(line) and not line.startswith("#") for line in body) - len(text.splitlines())
+                assert code <= MOST_LINES_OF_A_FUNCTION, f"{name_of(file)}:{node.lineno}: {node.name}"

@@ -85,7 +85,7 @@ class Activations:
         return self._calls_for[count]
 
     def _call_for(self, count: int) -> Call:
-        """As `call_for`, compared with all calls.
+        """Does the work of `call_for`: compares all calls.
 
         Raises:
             UnsupportedModelError: batches are called differently, so samples cannot be mixed.

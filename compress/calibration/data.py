@@ -56,7 +56,7 @@ class Dataset:
 
     @staticmethod
     def joined(parts: Mapping[str, Dataset]) -> Dataset:
-        """Of several sources.
+        """Joins the data of several sources.
 
         Raises:
             DataError: inputs of different shapes, or labels for some only.

@@ -47,7 +47,7 @@ class Quality:
 
 
 def pooled(parts: Sequence[Quality]) -> Quality:
-    """Of several sources taken together: every token, or sample, counts alike."""
+    """Quality over several sources taken together: every token, or sample, counts alike."""
     tokens, compared = sum(p.tokens for p in parts), sum(p.kl_tokens for p in parts)
     loss = sum(p.loss * p.tokens for p in parts) / tokens
     kl = sum((p.kl or 0.0) * p.kl_tokens for p in parts) / compared if compared else None

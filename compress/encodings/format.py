@@ -10,7 +10,7 @@ WEIGHTS = "compress.safetensors"
 
 
 def version() -> str:
-    """Of this package."""
+    """The version of this package."""
     try:
         return installed_version("compress-pipeline")
     except PackageNotFoundError:

@@ -120,7 +120,7 @@ class InputGrid(ABC):
     @classmethod
     @abstractmethod
     def fit(cls, form: InputForm, low: float, high: float, sample: Tensor) -> Self:
-        """As `fit_inputs`, of a form of this kind."""
+        """The grid that calibration fixes for a form of this kind; see `fit_inputs`."""
 
     @classmethod
     @abstractmethod

@@ -46,7 +46,7 @@ class LowRankForm:
     b_dtype: str = "float16"
 
     def shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
-        """Of A and of B."""
+        """The shapes of A and of B."""
         return {"a": (self.rank, shape[1]), "b": (shape[0], self.rank)}
 
     def tensors(self, shape: tuple[int, int]) -> Stored:

@@ -202,7 +202,7 @@ class Spec:
 
     @property
     def kind(self) -> str:
-        """As of the weight."""
+        """The kind that the weight has: see `Weight.kind`."""
         factored = self.form is None and self.value_dtype is None
         return FACTORED if factored else _kind(self.form is not None, self.kept is not None, self.low_rank is not None)
 

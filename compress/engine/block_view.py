@@ -41,7 +41,7 @@ class View:
 
     @property
     def prefix(self) -> str:
-        """Of the names of everything in the block."""
+        """What the name of everything in the block begins with."""
         name = self.context.graph.blocks[self.index]
         return f"{name}." if name else ""
 

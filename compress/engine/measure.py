@@ -102,7 +102,7 @@ def _facts(quality: Quality | None, start: Mapping[str, Any] | None) -> dict[str
 
 
 def change(start: Mapping[str, Any] | None, now: Mapping[str, Any]) -> float | None:
-    """Of accuracy the difference, of perplexity the relative one."""
+    """The change against another row: the difference in accuracy, the relative difference in perplexity."""
     if start is None:
         return None
     if start["accuracy"] is not None and now["accuracy"] is not None:

@@ -59,7 +59,7 @@ class Scheme:
     group_size: int | None
 
     def to_json(self) -> dict[str, Any]:
-        """As `weights` of a config group."""
+        """The entry `weights` of a config group."""
         strategy = "group" if self.group_size else "channel"
         return {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "strategy": strategy,
                 "group_size": self.group_size}  # fmt: skip

@@ -74,7 +74,7 @@ class Contents:
 
     @property
     def config(self) -> Any:
-        """Of the model."""
+        """The configuration of the model."""
         return self.made.artifact.graph.model.config
 
     def tensors(self) -> dict[str, str]:

@@ -64,7 +64,7 @@ def open_packed(folder: Path, dtype: torch.dtype | None = None) -> Made:
 
 
 def specs_in(made: Made) -> dict[str, Spec]:
-    """Of every packed site."""
+    """The spec of every packed site."""
     return {name: done.spec for name, done in made.artifact.committed.items() if isinstance(done, Packed)}
 
 

@@ -98,12 +98,12 @@ class Adapter:
 
 
 def names_of(site: str) -> tuple[str, str]:
-    """Of A and of B in the file."""
+    """What A and B are called in the file."""
     return f"base_model.model.{site}.lora_A.weight", f"base_model.model.{site}.lora_B.weight"
 
 
 def shapes_of(site: Site, form: LowRankForm) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of A and of B; of a convolution, A is one of the same window and B one of a single place."""
+    """The shapes of A and of B; for a convolution, A is one of the same window and B one of a single place."""
     a, b = form.shapes(site.shape).values()
     return ((form.rank, *site.ref.stored[1:]), (*b, 1, 1)) if site.is_convolution else (a, b)
 
@@ -139,7 +139,7 @@ class Peft(Exporter):
             )
 
     def write(self, made: Made, folder: Path, final: Path, bars: Bars) -> None:
-        """As in `Exporter`. PEFT looks the base up by the path it will have in `final`."""
+        """Write the adapter. PEFT looks the base up by the path it will have in `final`."""
         adapter = Adapter(made.artifact)
         layout = adapter.layout()
         write_dense(self._base(made), folder / BASE, made.folder, bars, "peft base")

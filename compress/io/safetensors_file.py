@@ -140,7 +140,7 @@ def compare_tensors(layout: Layout, read: Read, file: Path, bars: Bars, heading:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """As they stand in a file."""
+    """The bytes of a tensor as they stand in a file."""
     array: Any = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
     return memoryview(array)
 

@@ -117,7 +117,7 @@ def axes_among(units: Iterable[Units], sites: Collection[str]) -> tuple[Axis, ..
 
 
 def _axes(units: Units) -> Iterator[Axis]:
-    """Of neurons themselves; of heads the values, which are the last that is free within them."""
+    """The axes of neurons themselves; for heads those of the values, which are the last that is free within them."""
     free, heads = (units.inner[-1], units.count) if units.inner else (units, 1)
     if any(place.tensor.endswith(".bias") for place in free.places):
         return

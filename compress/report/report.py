@@ -58,7 +58,7 @@ class Report:
     verified: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """As in report.json."""
+        """The content of report.json."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
     def worst(self, count: int = 5) -> list[tuple[str, str, float]]:
@@ -77,7 +77,7 @@ class Report:
 
 
 def headings(report: Report) -> tuple[str, ...]:
-    """Of the columns of the table; a column for each named source."""
+    """The headings of the table; a column for each named source."""
     quality = "accuracy" if any(row.accuracy is not None for row in report.rows) else "perplexity"
     return (
         "after",

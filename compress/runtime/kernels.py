@@ -230,7 +230,7 @@ def numbered(weight: Weight, lookup: Lookup) -> tuple[Tensor, Tensor, Tensor] | 
 
 
 def without_extras(spec: Spec) -> Spec:
-    """Of the same codes and mask, without correction and input grid."""
+    """The same codes and mask, without correction and input grid."""
     return replace(spec, low_rank=None, inputs=None)
 
 

@@ -26,7 +26,7 @@ class GpuLookup(Kernel):
     name = "lookup"
 
     def __init__(self, codes: Tensor, table: Tensor, first: Tensor, zero: Tensor, scale: Tensor, owned: int):
-        """As in `triton_kernels.multiply`; `owned`: bytes that are not the stored ones."""
+        """Takes what `triton_kernels.multiply` takes; `owned`: bytes that are not the stored ones."""
         self.codes, self.table, self.first, self.zero, self.scale = codes, table, first, zero, scale
         self.owned = owned
         self.columns, self.bits, self.mode = 0, 0, CODES

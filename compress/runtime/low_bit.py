@@ -104,7 +104,7 @@ class Int8(Kernel):
     name = "int8"
 
     def __init__(self, codes: Tensor, scale: Tensor, middle: Tensor | None = None):
-        """As of `Codes`."""
+        """Takes what `Codes` takes."""
         self.codes, self.scale, self.middle = codes, scale, middle
         self.ones = torch.ones(len(codes), dtype=torch.bfloat16)  # its own scales would be rounded
 

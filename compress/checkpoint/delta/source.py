@@ -65,7 +65,7 @@ class DeltaSource:
         return value.float().add_(parts[0] if len(parts) == 1 else torch.cat(parts)).to(value.dtype)
 
     def fingerprint(self) -> str:
-        """Of the delta; the base is known by its own."""
+        """Identifies the delta; the base has a fingerprint of its own."""
         return key_of(self._delta.about["sha256"], self._delta.about["tensors"])
 
     def _signs(self, name: str, start: int, stop: int) -> Iterator[Signs]:

@@ -29,7 +29,7 @@ class Loaded:
     memory: int | None
 
     def tokens_per_second(self, vocabulary: int) -> float | None:
-        """Of one sequence that grows token by token; None of a model that does not generate."""
+        """Tokens per second of one sequence that grows token by token; None for a model that does not generate."""
         if not self.runner.decodes:
             return None
         tokens = (torch.arange(PROMPT + STEPS)[None] * 7919) % vocabulary

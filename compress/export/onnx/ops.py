@@ -86,7 +86,7 @@ class Ops:
         return self.small(torch.tensor(value, dtype=torch.float32))
 
     def reshape(self, x: ir.Value, *shape: int) -> ir.Value:
-        """As torch's view."""
+        """Does what torch's `view` does."""
         return self.op("Reshape", x, self.ints(*shape))
 
     def cast(self, x: ir.Value, dtype: torch.dtype) -> ir.Value:

@@ -95,12 +95,12 @@ class Source:
 
 
 def source_of(ops: Ops, spec: Spec, read: Read) -> Source:
-    """Of the weight itself."""
+    """The source of the weight itself."""
     return Source(ops, spec.shape, spec.form, spec.tensors(), read, spec.kept)
 
 
 def factor(source: Source, form: LowRankForm, side: str) -> Source:
-    """Of one factor of the correction beside a weight."""
+    """The source of one factor of the correction beside a weight."""
     shape = form.shapes(source.shape)[side]
     return replace(source, shape=shape, form=form.factor_form(side), kept=None, prefix=f"lora_{side}_")
 

@@ -189,7 +189,7 @@ class _Matrix:
         return b @ a
 
     def factors(self) -> Factors:
-        """As they would be stored now."""
+        """The factors as they would be stored now."""
         a, b = (stored(t.detach()) for t in self.tensors)
         return Factors(a, b)
 

@@ -93,7 +93,7 @@ class Dare(MergePass):
         return mixed.mul_(self.at_piece(self.scale, piece, 1.0)).add_(piece.base)
 
     def _left(self, piece: Piece) -> Iterator[Tensor]:
-        """Of every task vector what is not dropped."""
+        """What is not dropped of every task vector."""
         shares = self.of_each(self.density, piece, 0.1)
         for delta, share, chance in zip(piece.deltas(), shares, piece.generators, strict=True):
             if share < 1:

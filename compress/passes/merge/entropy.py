@@ -77,7 +77,7 @@ class _Mixed:
 
 @dataclass(frozen=True)
 class Sureness:
-    """Of the predictions for the samples of one source.
+    """How sure the predictions are for the samples of one source.
 
     Attributes:
         entropy: mean over predictions, in nats.
@@ -89,7 +89,7 @@ class Sureness:
 
 
 def sureness(running: Running, make: Make, numbers: Tensor, batch_size: int) -> dict[int, Sureness]:
-    """Of every source that some samples are from; a batch of samples is run at a time."""
+    """How sure the predictions are for every source that some samples are from; a batch of samples is run at a time."""
     totals: dict[int, list[Tensor]] = {}
     for part in torch.split(numbers, batch_size):
         logs = functional.log_softmax(running.logits(make, part), dim=-1)

@@ -28,7 +28,7 @@ NOTHING = 1e-12  # a sum of scores that nothing is divided by
 
 @dataclass(frozen=True)
 class Measures:
-    """Of one task vector.
+    """What is measured on one task vector.
 
     Attributes:
         low, high: its magnitudes are clipped to these.
@@ -94,7 +94,7 @@ class Pcb(MergePass):
         return measured(everything, sum(sizes.values()), shares, self.clip)
 
     def look(self, tensor: Pieces, found: list[Measures] | None) -> list[Measures]:
-        """Of every task vector."""
+        """What is measured on every task vector."""
         if found is not None:
             return found
         first = next(tensor())

@@ -137,7 +137,7 @@ def rows(value: Tensor, place: Place) -> Tensor:
 
 
 def blocks(units: Units, model: Values, names: set[str]) -> list[dict[str, Tensor]]:
-    """Of each unit its part of these tensors."""
+    """The part of these tensors that belongs to each unit."""
     chosen = [place for place in units.places if place.tensor in names]
     return [{p.tensor: model[p.tensor].index_select(p.axis, p.index[i]) for p in chosen} for i in range(units.count)]
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Signature:
-    """Of one robust model in one tensor.
+    """The signature of one robust model in one tensor.
 
     Attributes:
         common: how much of the standard fine-tune's change is taken out.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scales:
-    """Of one tensor.
+    """The scales of one tensor.
 
     Attributes:
         fitted: (k,) float32, that the signs of each round were found with.

@@ -92,5 +92,5 @@ class Ties(MergePass):
 
 
 def magnitudes(pieces: Pieces) -> Iterator[list[Tensor]]:
-    """Of every task vector, piece by piece."""
+    """The magnitudes of every task vector, piece by piece."""
     return ([delta.abs_() for delta in piece.deltas()] for piece in pieces())

@@ -111,7 +111,7 @@ def _places(parts: Parts, wanted: Mapping[int, tuple[float, int]]) -> dict[int, 
 
 
 def kth_largest(parts: Parts, total: int, wanted: Sequence[int], signed: bool = False) -> list[Rank]:
-    """Of several vectors at once, each its `wanted[i]`-th largest element, counted from 1.
+    """For several vectors at once, the `wanted[i]`-th largest element, counted from 1.
 
     The bits of a non-negative float32 order as integers do: a histogram of the upper 16 bits finds the bin, one of the
     lower 16 bits in that bin the element.

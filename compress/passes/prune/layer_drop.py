@@ -83,7 +83,7 @@ def angular(before: Tensor, after: Tensor) -> Tensor:
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Of the angle between vectors of C numbers. Two that are both zero are alike."""
+    """The cosine of the angle between vectors of C numbers. Two that are both zero are alike."""
     sizes = (a.square().sum(-1) * b.square().sum(-1)).sqrt()
     alike = (a == b).all(-1)
     return torch.where(alike, 1.0, (a * b).sum(-1) / sizes.clamp(min=torch.finfo(a.dtype).tiny))

@@ -29,7 +29,7 @@ def alpha(weight: Tensor) -> float | None:
 
 
 def farms_alpha(weight: Tensor) -> float | None:
-    """As `alpha`, from all singular values of square windows of one size, so that the shape of (O, I) has no say.
+    """The exponent of `alpha`, from all singular values of square windows of one size, whatever the shape of (O, I).
 
     Source: Hu et al., "Eigenspectrum Analysis of Neural Networks without Aspect Ratio Bias", 2025, arXiv 2506.06280.
     Differs from the paper in: windows of up to 256, five along a side or as many as cover it.

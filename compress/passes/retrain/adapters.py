@@ -173,7 +173,7 @@ class Lora(Adapter):
         return weight + _kept((b @ a).mul(self.scaling), mask)
 
     def low_rank(self) -> LowRank:
-        """As it is kept beside a matrix."""
+        """The adapter as it is kept beside a matrix."""
         a, b = (t.detach() for t in self.tensors)
         return LowRank(narrowest(rounded(a)), narrowest(rounded(b * self.scaling)))
 

@@ -60,7 +60,7 @@ class TrainingOptions(Pass):
 
     @property
     def schedule(self) -> Schedule:
-        """Of the learning rate."""
+        """The schedule of the learning rate."""
         return Schedule(self.steps, self.batch_size)
 
     def check(self) -> Iterator[OptionError]:

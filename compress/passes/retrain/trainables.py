@@ -45,7 +45,7 @@ class Trainables:
         return Trainables(matrices, {n: v for n, v in self.vectors.items() if n in names}, self.learning_rate)
 
     def names(self) -> list[str]:
-        """Of everything that is trained."""
+        """The names of everything that is trained."""
         return [*self.matrices, *self.vectors]
 
     def make(self, names: Collection[str]) -> dict[str, Tensor]:
