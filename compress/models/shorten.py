@@ -91,7 +91,8 @@ def _graph(graph: Graph, model: nn.Module, kept: Sequence[int]) -> Graph:
     for site in graph.sites:
         names = new((site.name,))
         place = None if site.block is None or not names else kept.index(site.block)
-        sites += [replace(site, name=name, block=place) for name in names]
+        refs = [replace(site.ref, parameter=parameter) for parameter in new((site.parameter,))]
+        sites += [replace(site, name=n, ref=ref, block=place) for n, ref in zip(names, refs, strict=True)]
     axes = [replace(a, makers=new(a.makers), readers=new(a.readers)) for a in graph.axes]
     return replace(
         graph,
