@@ -29,7 +29,7 @@ from compress.passes import PASSES
 ROOT = Path(__file__).parent.parent
 FOLDERS = (ROOT / "compress" / "config" / "presets", ROOT / "pipelines")
 WEIGHTS = {".safetensors", ".onnx", ".data", ".gguf"}
-VARYING = {"seconds", "run", "model", "load_seconds", "peak_bytes"}
+VARYING = {"seconds", "run", "model", "load_seconds", "peak_mb"}
 
 
 def record() -> dict[str, Any]:

@@ -65,7 +65,7 @@ class Aligner:
         return self._found[k]
 
     def facts(self) -> list[dict[str, Any]]:
-        """What the report says of each other model: its units, how many moved, its distance from the base at both ends."""
+        """What the report says of each other model: its units, how many moved, its distance before and after."""
         found = (self.of(k) for k in range(len(self.parents)))
         return [{name: getattr(each, name) for name in ("units", "moved", "before", "after")} for each in found]
 

@@ -80,8 +80,8 @@ class Bip(EndToEnd):
 class Refinement(Learner):
     """Weights, learned at a mask, and the scores that decide about it, moved by turns with them."""
 
-    def __init__(self, targets: Mapping[str, Target], data: ModelData, options: Bip, seed: int):
-        self.targets, self.data, self.options, self.seed = targets, data, options, seed
+    def __init__(self, targets: Mapping[str, Target], data: ModelData, options: Bip, order: int):
+        self.targets, self.data, self.options, self.order = targets, data, options, order
         self.held, self.samples = split(data.count)
         self.rate = Schedule(options.steps, options.batch_size).rate
         self.weights = {name: t.weight.clone() for name, t in targets.items()}
@@ -126,7 +126,7 @@ class Refinement(Learner):
         """The loss on the samples of a draw, and its gradients at the masked weights, of those that are gone too."""
         made = {n: (w * self.masks[n]).requires_grad_() for n, w in self.weights.items()}
         with torch.enable_grad():
-            numbers = batch(self.samples, draw, self.options.batch_size, self.seed)
+            numbers = batch(self.samples, draw, self.options.batch_size, self.order)
             value = self.data.loss(lambda wanted: _some(made, wanted), numbers)
             torch.autograd.backward(value, inputs=list(made.values()))
         slopes = {n: m.grad if m.grad is not None else torch.zeros_like(m) for n, m in made.items()}
