@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import textbook
 import torch
+from configured import CONFIGURED, SHAPES, models
 from conftest import make_llama
-from contract.test_passes import CONFIGURED, SHAPES, models
 from elsewhere import MixedDevicesError, elsewhere
 from torch import Tensor
 

@@ -536,7 +536,7 @@ def test_the_memory_estimate_of_a_plan_counts_what_is_learned() -> None:
     assert estimated(FlexRound()) - estimated(Rtn()) > 10 * 4 * weights
 
 
-RESUMED = [
+CUT_SHORT: list[Pass] = [
     FlexRound(bits=3, steps=20, batch_size=3, inputs="mix"),
     Jlcm(bits=3, steps=20, batch_size=3),
     LowRank(ratio=0.5, steps=20, batch_size=3),
@@ -544,7 +544,7 @@ RESUMED = [
 ]
 
 
-@pytest.mark.parametrize("pass_", RESUMED, ids=lambda p: p.key)
+@pytest.mark.parametrize("pass_", CUT_SHORT, ids=lambda p: p.key)
 def test_learning_that_is_cut_short_inside_a_block_goes_on_there_and_ends_bit_identical(
     pass_: Pass, tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
