@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from commands import make_text_model, write_text
@@ -36,21 +37,23 @@ def child(folder: Path, model: str, kill_after: int) -> None:
     from compress import cli
     from compress.api import run as api
     from compress.engine import ledger
-    from compress.io import atomic
 
     torch.set_num_threads(1)
     os.chdir(folder)
-    publish, left = atomic.publish, kill_after
+    left = kill_after
 
-    def counted(temporary: Path, name: Path) -> None:
-        nonlocal left
-        publish(temporary, name)
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def counted(finish: Callable[..., None]) -> Callable[..., None]:
+        def finish_and_count(*arguments: object) -> None:
+            nonlocal left
+            finish(*arguments)
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    for module in (atomic, ledger, api):
-        vars(module)["publish"] = counted
+        return finish_and_count
+
+    ledger.publish = api.publish = counted(ledger.publish)
+    ledger.write_text = api.write_text = counted(ledger.write_text)
     sys.argv = ["compress", "run", "pipeline.yaml", model, "-o", "out"]
     cli.main()
 
