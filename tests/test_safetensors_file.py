@@ -113,8 +113,8 @@ def test_a_file_that_is_cut_short_anywhere_or_goes_on_is_refused(tmp_path: Path)
         file.write_bytes(data)
         with pytest.raises(CheckpointError, match=rf"{len(data)} bytes\) is truncated or corrupt"):
             read_header(file)
-    wrong: list[Any] = [[], 1, {"a": []}, {"a": {"dtype": "F32"}}]
-    for header in wrong:
+    headers: list[Any] = [[], 1, {"a": []}, {"a": {"dtype": "F32"}}]
+    for header in headers:
         put(file, header, b"")
         with pytest.raises(CheckpointError, match="truncated or corrupt"):
             read_header(file)
