@@ -109,6 +109,13 @@ class _Backend(backend_registration._DummyBackendModule):
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
 
+    def get_rng_state(self, device: object = None) -> Tensor:
+        """Nothing is drawn there; `torch.random.fork_rng` asks every device of the process."""
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_rng_state(self, state: Tensor, device: object = None) -> None:
+        """Nothing is drawn there."""
+
 
 # Before anything is differentiated: autograd counts the devices once a process.
 backend_registration._setup_privateuseone_for_python_backend(NAME, _Backend())

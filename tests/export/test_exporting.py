@@ -148,7 +148,7 @@ def test_formats_on_the_command_line_take_options() -> None:
     [
         ("onxx", "did you mean onnx"),
         ("onnx:stile=qdq", "did you mean style"),
-        ("onnx:accuracy_level=3", "accuracy_level: 3 is not one of 1, 4"),
+        ("onnx:accuracy_level=3", "accuracy_level: 3 is not 1 or 4"),
         ("safetensors", "the folder is that already"),
         ("onnx:style", "style"),
     ],
