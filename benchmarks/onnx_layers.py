@@ -49,7 +49,7 @@ def codebook(weight: Tensor) -> Encoding:
 
 
 def powered(weight: Tensor) -> Encoding:
-    levels = power.Grid(4, 0.7, "zero")
+    levels = power.PowerGrid(4, 0.7, "zero")
     scale = weight.abs().amax(1, keepdim=True).half()
     return power.Power(levels.nearest(weight / scale.float()).to(torch.uint8), scale, levels.stored_exponent, 4, "zero")
 

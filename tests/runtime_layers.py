@@ -5,7 +5,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from compress.encodings import Codebooks, LowRank, OutlierVictim, Power, Uniform, Weight, fit_inputs, pack, spec_of
+from compress.encodings import (
+    Codebooks,
+    LowRankFactors,
+    OutlierVictim,
+    Power,
+    Uniform,
+    Weight,
+    fit_inputs,
+    pack,
+    spec_of,
+)
 from compress.encodings.base import Encoding
 from compress.encodings.inputs import InputForm
 from compress.encodings.outlier_victim import encode, search
@@ -66,7 +76,7 @@ def weight(name: str, rows: int = 48, columns: int = 64, *, mask: str = "", rank
     if not codes.form.stores_idle:
         codes = replace(codes, codes=torch.where(kept, codes.codes, codes.idle().expand(kept.shape)))
     factors = [torch.randn(shape, generator=made).half() for shape in ((rank, columns), (rows, rank))]
-    return Weight(mask=kept if mask else None, encoding=codes, low_rank=LowRank(*factors) if rank else None)
+    return Weight(mask=kept if mask else None, encoding=codes, low_rank=LowRankFactors(*factors) if rank else None)
 
 
 def layer(

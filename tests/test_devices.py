@@ -17,8 +17,8 @@ from torch import Tensor
 import compress
 from compress.calibration.draws import Kind, draw
 from compress.calibration.ranges import Range
-from compress.calibration.reconstruct import Samples
-from compress.calibration.training import Kept, ModelData, Schedule, train
+from compress.calibration.reconstruct import HiddenSamples
+from compress.calibration.training import ModelData, Schedule, TrainingStore, train
 from compress.encodings import InputForm, Weight, pack, unpack
 from compress.engine.devices import Devices
 from compress.passes import PASSES, BlockPass, DepthPass, LinearPass, MergePass, ModelPass, Pass
@@ -187,7 +187,7 @@ def test_ranges_and_the_grids_they_make_lie_where_the_inputs_are() -> None:
 def test_samples_are_taken_from_where_they_wait_to_where_is_computed() -> None:
     batches = list(torch.split(textbook.inputs(4, tokens=6), 4))
     with elsewhere() as device:
-        samples = Samples(batches, device)
+        samples = HiddenSamples(batches, device)
         with Devices(device, CPU).scope():
             taken = samples.take(torch.tensor([5, 0]))
         assert torch.equal(taken.cpu(), torch.cat(batches)[[5, 0]])
@@ -209,7 +209,7 @@ class _Numbers:
         return {"a": self.values.detach()}
 
 
-class _OnDisk(Kept):
+class _OnDisk(TrainingStore):
     """What is kept is read back on the processor."""
 
     def __init__(self) -> None:
@@ -229,7 +229,7 @@ def test_a_training_goes_on_from_what_was_kept_on_the_processor() -> None:
                 raise KeyboardInterrupt
             yield number
 
-    def trained(device: torch.device, kept: Kept) -> Tensor:
+    def trained(device: torch.device, kept: TrainingStore) -> Tensor:
         goal = torch.arange(6.0, device="cpu").view(6, 1).to(device)
         data = ModelData(lambda make, numbers: (make(["a"])["a"] - goal[numbers]).square().mean(), 6, kept)
         learned = _Numbers(device)
@@ -238,7 +238,7 @@ def test_a_training_goes_on_from_what_was_kept_on_the_processor() -> None:
         return learned.values.detach().cpu()
 
     stop = 100
-    whole = trained(CPU, Kept())
+    whole = trained(CPU, TrainingStore())
     with elsewhere() as device:
         kept = _OnDisk()
         stop = 5

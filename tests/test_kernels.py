@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 import compress
 from compress import Eora, Magnitude, Rtn
-from compress.encodings import LowRank, Uniform, Weight, fit, quantize
+from compress.encodings import LowRankFactors, Uniform, Weight, fit, quantize
 from compress.runtime import kernels
 from compress.runtime.linear import PackedLinear
 from compress.runtime.speed import EXACT, LARGEST_ERROR, ROUNDED, LayerSpeed
@@ -104,7 +104,7 @@ def test_two_thin_products_stand_for_a_weight_that_is_nothing_but_its_factors() 
     for a in (factors[0].half(), quantized):
         scale, zero = fit(factors[1], 4, symmetric=True)
         b = Uniform(quantize(factors[1], scale, zero, 4), scale, zero, 4, True) if a is quantized else factors[1].half()
-        check(Weight(low_rank=LowRank(a, b)), torch.randn(3, 64), kernel="factors", spare_bits=0)
+        check(Weight(low_rank=LowRankFactors(a, b)), torch.randn(3, 64), kernel="factors", spare_bits=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

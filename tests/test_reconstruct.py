@@ -15,14 +15,14 @@ from compress.calibration.reconstruct import (
     HELD_OUT,
     LOOKS,
     BlockData,
+    HiddenSamples,
     Inputs,
     Recipe,
-    Samples,
     Weights,
     by_block,
     by_layer,
 )
-from compress.calibration.training import Kept, Label, Learner, Loop, Outcome
+from compress.calibration.training import Label, Learner, Loop, Outcome, TrainingStore
 from compress.errors import SolveError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,7 +108,7 @@ def block(samples: int = 20, batch: int = 6, seed: int = 0) -> Linear:
         seen.append(Seen(hidden.clone(), numbers.tolist(), torch.is_grad_enabled()))
         return hidden @ weights["a"].T
 
-    parts = [Samples(torch.split(v, batch)) for v in (x, x_original, x_original @ original.T)]
+    parts = [HiddenSamples(torch.split(v, batch)) for v in (x, x_original, x_original @ original.T)]
     return Linear(BlockData(call, *parts), original, x, x_original, seen)
 
 
@@ -130,7 +130,7 @@ def start(made: Linear, seed: int = 9) -> Tensor:
 @pytest.mark.parametrize("numbers", [[0], [6, 0, 3], [2, 2, 5], list(range(7)), [6, 5, 4, 3, 2, 1, 0]], ids=str)
 def test_samples_are_taken_across_batches_in_the_order_asked_for(sizes: list[int], numbers: list[int]) -> None:
     whole = torch.randn(7, 2, 3)
-    samples = Samples(torch.split(whole, sizes))
+    samples = HiddenSamples(torch.split(whole, sizes))
     assert len(samples) == 7
     assert torch.equal(samples.take(torch.tensor(numbers)), whole[numbers])
 
@@ -138,7 +138,7 @@ def test_samples_are_taken_across_batches_in_the_order_asked_for(sizes: list[int
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64])
 def test_samples_keep_their_type_and_are_copied(dtype: torch.dtype) -> None:
     whole = torch.arange(12).view(6, 2).to(dtype)
-    taken = Samples(torch.split(whole, 4)).take(torch.tensor([4, 1]))
+    taken = HiddenSamples(torch.split(whole, 4)).take(torch.tensor([4, 1]))
     assert taken.dtype == dtype
     taken.zero_()
     assert torch.equal(whole, torch.arange(12).view(6, 2).to(dtype))
@@ -220,7 +220,7 @@ def outcome_index(outcome: Outcome, steps: int) -> int:
 
 def test_outputs_that_are_all_zero_are_no_division_by_zero() -> None:
     made = block()
-    zero = replace(made.data, outputs=Samples([torch.zeros(20, TOKENS, ROWS)]))
+    zero = replace(made.data, outputs=HiddenSamples([torch.zeros(20, TOKENS, ROWS)]))
     learned = Plain(start(made))
     outcome = by_block(learned, zero, Recipe(40, 4), seeded(), over)
     assert 0 < outcome.best < outcome.start < math.inf
@@ -288,7 +288,7 @@ def test_state_that_is_changed_in_place_goes_back_to_the_best_iterate_too() -> N
             return float((self.weight - 1).abs().sum())
 
     learner = Counting()
-    outcome = training.learn(learner, Loop(40, lambda step: 1.0, 10, "count"), Kept(), over)
+    outcome = training.learn(learner, Loop(40, lambda step: 1.0, 10, "count"), TrainingStore(), over)
     assert 0 < outcome.best_step < 40
     assert learner.counted.tolist() == [outcome.best_step] * 2
     assert float(learner.weight[0]) == pytest.approx(2 - 0.1 * outcome.best_step, abs=1e-3)
@@ -439,7 +439,7 @@ def test_a_penalty_is_relative_to_the_mean_square_of_the_outputs() -> None:
 
     def ended(size: float) -> Tensor:
         made = block()
-        data = replace(made.data, outputs=Samples([made.x_original @ made.original.T * size]))
+        data = replace(made.data, outputs=HiddenSamples([made.x_original @ made.original.T * size]))
         call = made.data.call
         learned = Pulled(start(made), rate=0.05)
         last: list[Tensor] = []

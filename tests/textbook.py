@@ -7,9 +7,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from compress.calibration.reconstruct import BlockData, Samples, Weights
+from compress.calibration.reconstruct import BlockData, HiddenSamples, Weights
 from compress.calibration.statistics import Statistics
-from compress.calibration.training import Kept, Make, ModelData
+from compress.calibration.training import Make, ModelData, TrainingStore
 from compress.encodings import Uniform, fit
 from compress.passes.base import Block, Pass, Target, Whole
 from compress.passes.depth import DepthPass
@@ -63,7 +63,7 @@ def block(targets: Mapping[str, Target], samples: int = 6, seed: int = 0) -> Blo
         return torch.cat([hidden[..., : w.shape[1]] @ w.T for w in weights.values()], dim=-1)
 
     outputs = call({name: t.weight for name, t in targets.items()}, x, torch.arange(samples))
-    data = BlockData(call, *(Samples(torch.split(v, 4)) for v in (x, x + 0.01, outputs)))
+    data = BlockData(call, *(HiddenSamples(torch.split(v, 4)) for v in (x, x + 0.01, outputs)))
     return Block(targets, data, torch.Generator().manual_seed(seed), lambda items, _, __: iter(items))
 
 
@@ -78,7 +78,7 @@ def whole(targets: Mapping[str, Target], samples: int = 6, seed: int = 0) -> Who
         lost = [(x[numbers, : w.shape[1]] @ w.T - wanted[n][numbers]).square().mean() for n, w in values.items()]
         return torch.stack(lost).sum()
 
-    data = ModelData(loss, samples, Kept())
+    data = ModelData(loss, samples, TrainingStore())
     return Whole(tuple(targets), targets.__getitem__, {}, data, torch.Generator().manual_seed(seed))
 
 
@@ -183,7 +183,7 @@ class Wholes(Models):
             hidden = torch.tanh(x[numbers] @ values[first].T)[:, :narrow]
             return hidden @ values[last][:, : hidden.shape[1]].T
 
-        yield Running(logits, len(x), Kept(), (first, last), torch.arange(len(x)) % 2)
+        yield Running(logits, len(x), TrainingStore(), (first, last), torch.arange(len(x)) % 2)
 
 
 def hash_of(*parts: object) -> int:

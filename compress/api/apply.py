@@ -114,7 +114,7 @@ def apply(
     problems = mistakes(pipeline)
     if problems:
         raise ConfigError(problems, "apply")
-    source = _Stored(model, store_dtype)
+    source = _RecastSource(model, store_dtype)
     artifact = Artifact(graph, source, dict(graph.tied))
     dtypes = {name: tensor.dtype for name, tensor in graph.tensors()}
     made = plan.make(pipeline, graph, dtypes)
@@ -134,7 +134,7 @@ def apply(
     return Result(model, weights, measured)
 
 
-class _Stored(ModuleSource):
+class _RecastSource(ModuleSource):
     """A module's values, with changed ones kept in a type of choice."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype | None):

@@ -27,7 +27,7 @@ from compress.progress import Bars
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from compress.export import Exporter, Made
+    from compress.export import Exporter, PackedFolder
     from compress.export.compared import Expect
 
 
@@ -77,7 +77,12 @@ def export_to(out: str | Path, exporters: Sequence[Exporter], *, bars: Bars | No
 
 
 def write_all(
-    made: Made, exporters: Sequence[Exporter], final: Path, evaluated: Dataset | None, bars: Bars, suffix: str = ""
+    made: PackedFolder,
+    exporters: Sequence[Exporter],
+    final: Path,
+    evaluated: Dataset | None,
+    bars: Bars,
+    suffix: str = "",
 ) -> dict[str, dict[str, Any]]:
     """Write, read back and compare each in its folder in `made.folder`; returns what was found of each."""
     expect = _expecting(made, evaluated)
@@ -95,7 +100,7 @@ def write_all(
     return found
 
 
-def compared(exporter: Exporter, made: Made, folder: Path, expect: Expect, tolerance: float) -> dict[str, Any]:
+def compared(exporter: Exporter, made: PackedFolder, folder: Path, expect: Expect, tolerance: float) -> dict[str, Any]:
     """What an exported model computes, beside what the packed one does.
 
     Raises:
@@ -115,7 +120,7 @@ def compared(exporter: Exporter, made: Made, folder: Path, expect: Expect, toler
     return facts
 
 
-def refuse(made: Made, exporters: Sequence[Exporter]) -> None:
+def refuse(made: PackedFolder, exporters: Sequence[Exporter]) -> None:
     """Refuse what cannot be exported, before anything is written.
 
     Raises:
@@ -130,7 +135,7 @@ def refuse(made: Made, exporters: Sequence[Exporter]) -> None:
         raise ConfigError(problems, str(made.folder))
 
 
-def _expecting(made: Made, evaluated: Dataset | None) -> Expect | None:
+def _expecting(made: PackedFolder, evaluated: Dataset | None) -> Expect | None:
     if evaluated is None:
         return None
     inputs, labels = evaluated.inputs, evaluated.labels
@@ -146,7 +151,7 @@ def _expecting(made: Made, evaluated: Dataset | None) -> Expect | None:
     return expected
 
 
-def _evaluated(made: Made, section: Evaluation | None, bars: Bars) -> Dataset | None:
+def _evaluated(made: PackedFolder, section: Evaluation | None, bars: Bars) -> Dataset | None:
     """What the pipeline was evaluated on; else, of a language model, arbitrary tokens."""
     graph = made.artifact.graph
     if section is not None:

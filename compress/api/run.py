@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.checkpoint.artifact import Artifact
-    from compress.checkpoint.opening import Opened
+    from compress.checkpoint.opening import OpenedModel
     from compress.config.pipeline import Pipeline
     from compress.engine.placement import MadeDelta
     from compress.report.report import Row
@@ -166,7 +166,7 @@ def _refuse_non_finite(artifact: Artifact) -> None:
                 raise NonFiniteError(f"{name} holds NaN or infinity in the source; get a clean checkpoint")
 
 
-def _dtype(steps: Pipeline, opened: Opened) -> torch.dtype:
+def _dtype(steps: Pipeline, opened: OpenedModel) -> torch.dtype:
     if steps.dtype != "auto":
         chosen: torch.dtype = getattr(torch, steps.dtype)
         return chosen
@@ -181,7 +181,7 @@ def _with_given(steps: Pipeline, data: manager.Data) -> Pipeline:
     return replace(steps, calibration=calibration or steps.calibration, evaluate=evaluation or steps.evaluate)
 
 
-def _data(steps: Pipeline, opened: Opened, data: manager.Data, bars: progress.Bars) -> manager.Data:
+def _data(steps: Pipeline, opened: OpenedModel, data: manager.Data, bars: progress.Bars) -> manager.Data:
     """Read what the pipeline names; given data win."""
     calibration, evaluation = data.calibration, data.evaluation
     graph, dtype = opened.artifact.graph, _dtype(steps, opened)
@@ -212,7 +212,7 @@ def _finished(destination: Path, identity: str, steps: Pipeline) -> Report | Non
 
 def _export(
     context: Context,
-    opened: Opened,
+    opened: OpenedModel,
     steps: Pipeline,
     measured: Report,
     data: manager.Data,

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from compress.calibration.collect import alike
-from compress.calibration.reconstruct import Samples
+from compress.calibration.reconstruct import HiddenSamples
 from compress.errors import UnsupportedModelError
 from compress.io.heap import give_back
 from compress.lazy import torch
@@ -74,9 +74,9 @@ class Activations:
         else:
             self.hidden[number] = output
 
-    def samples(self) -> Samples:
+    def samples(self) -> HiddenSamples:
         """All samples, whatever batch they are in."""
-        return Samples(self.hidden, self.compute)
+        return HiddenSamples(self.hidden, self.compute)
 
     def call_for(self, count: int) -> Call:
         """How the block is called with any `count` samples. Looked up once: every visit is called alike."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from compress.calibration.statistics import Need
 
-Grid: TypeAlias = "Callable[[Tensor], Tensor]"
+RoundInputs: TypeAlias = "Callable[[Tensor], Tensor]"
 
 
 class _Stop(Exception):
@@ -283,7 +283,7 @@ def around(
 
 
 @contextmanager
-def quantized_inputs(grids: Mapping[nn.Module, Grid]) -> Iterator[None]:
+def quantized_inputs(grids: Mapping[nn.Module, RoundInputs]) -> Iterator[None]:
     """While open, the input of each module is rounded before the module sees it."""
     handles = [quantize_inputs(module, grid) for module, grid in grids.items()]
     try:
@@ -293,16 +293,16 @@ def quantized_inputs(grids: Mapping[nn.Module, Grid]) -> Iterator[None]:
             handle.remove()
 
 
-def quantize_inputs(module: nn.Module, grid: Grid) -> RemovableHandle:
+def quantize_inputs(module: nn.Module, grid: RoundInputs) -> RemovableHandle:
     """From now on the input of a module, and of its copies, is rounded before the module sees it."""
-    return module.register_forward_pre_hook(_Rounding(grid), with_kwargs=True)
+    return module.register_forward_pre_hook(_RoundingHook(grid), with_kwargs=True)
 
 
 @dataclass
-class _Rounding:
+class _RoundingHook:
     """A hook that can be copied with its module."""
 
-    grid: Grid
+    grid: RoundInputs
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if args:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from compress.calibration.draws import draw
-from compress.calibration.training import Kept, Learner, Loop, learn
+from compress.calibration.training import Learner, Loop, TrainingStore, learn
 from compress.lazy import torch
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ BLOCK_ERROR = "block_error"  # what the error is called in the report
 MIX = 0.5  # share of the elements of a mixed input that come from the compressed chain
 
 
-class Samples:
+class HiddenSamples:
     """Hidden states of all calibration samples, kept as the batches they were computed in."""
 
     def __init__(self, batches: Sequence[Tensor], device: torch.device | None = None):
@@ -72,12 +72,12 @@ class BlockData:
     """
 
     call: Callable[[Weights, Tensor, Tensor], Tensor]
-    inputs: Samples
-    original_inputs: Samples
-    outputs: Samples
+    inputs: HiddenSamples
+    original_inputs: HiddenSamples
+    outputs: HiddenSamples
 
 
-class Learned(Protocol):
+class LearnedWeights(Protocol):
     """What a method learns: numbers, and the weights they stand for."""
 
     def groups(self) -> list[tuple[list[Tensor], float]]:
@@ -116,12 +116,12 @@ class Recipe:
 
 
 def by_block(
-    learned: Learned,
+    learned: LearnedWeights,
     data: BlockData,
     recipe: Recipe,
     generator: torch.Generator,
     over: Callable[[Iterable[int], int, Label], Iterator[int]],
-    kept: Kept | None = None,
+    kept: TrainingStore | None = None,
 ) -> Outcome:
     """Learn from the outputs of the whole block. Afterwards `learned` holds the best iterate.
 
@@ -138,16 +138,16 @@ def by_block(
     Raises:
         SolveError: the start's error is not finite.
     """
-    return learn(_ByBlock(learned, data, recipe, generator), recipe.loop(), kept or Kept(), over)
+    return learn(_ByBlock(learned, data, recipe, generator), recipe.loop(), kept or TrainingStore(), over)
 
 
 def by_layer(
-    learned: Learned,
+    learned: LearnedWeights,
     original: Weights,
     grams: Mapping[str, Tensor],
     recipe: Recipe,
     over: Callable[[Iterable[int], int, Label], Iterator[int]],
-    kept: Kept | None = None,
+    kept: TrainingStore | None = None,
 ) -> Outcome:
     """Learn from each layer's own outputs, tr(dW H dW^T): needs only the Gram matrices, never the data again.
 
@@ -159,7 +159,7 @@ def by_layer(
         over: draws progress.
         kept: where the state of an unfinished learning is kept; nowhere by default.
     """
-    return learn(_ByLayer(learned, recipe, original, grams), recipe.loop(), kept or Kept(), over)
+    return learn(_ByLayer(learned, recipe, original, grams), recipe.loop(), kept or TrainingStore(), over)
 
 
 class _Reconstruction(Learner):
@@ -167,7 +167,7 @@ class _Reconstruction(Learner):
 
     not_finite = "the block's outputs are not finite"
 
-    def __init__(self, learned: Learned, recipe: Recipe):
+    def __init__(self, learned: LearnedWeights, recipe: Recipe):
         self.learned, self.recipe = learned, recipe
         self.tensors = [t for ts, _ in learned.groups() for t in ts]
 
@@ -189,7 +189,7 @@ class _Reconstruction(Learner):
 
 
 class _ByBlock(_Reconstruction):
-    def __init__(self, learned: Learned, data: BlockData, recipe: Recipe, generator: torch.Generator):
+    def __init__(self, learned: LearnedWeights, data: BlockData, recipe: Recipe, generator: torch.Generator):
         super().__init__(learned, recipe)
         self.data, self.generator, count = data, generator, len(data.outputs)
         self.held = torch.arange(count)[:: min(HELD_OUT, count)]
@@ -222,7 +222,7 @@ class _ByBlock(_Reconstruction):
 
 
 class _ByLayer(_Reconstruction):
-    def __init__(self, learned: Learned, recipe: Recipe, original: Weights, grams: Mapping[str, Tensor]):
+    def __init__(self, learned: LearnedWeights, recipe: Recipe, original: Weights, grams: Mapping[str, Tensor]):
         super().__init__(learned, recipe)
         self.original, self.grams = original, grams
         self.sizes = {name: float(((w @ grams[name]) * w).sum()) or 1.0 for name, w in original.items()}
@@ -249,11 +249,11 @@ def _inputs(data: BlockData, kind: Inputs, part: Tensor, generator: torch.Genera
     return torch.where(chosen, inputs, data.original_inputs.take(part))
 
 
-def _numel(samples: Samples, numbers: Tensor) -> int:
+def _numel(samples: HiddenSamples, numbers: Tensor) -> int:
     return samples.take(numbers[:1]).numel() * len(numbers)
 
 
-def _mean_square(samples: Samples, numbers: Tensor, at_once: int) -> float:
+def _mean_square(samples: HiddenSamples, numbers: Tensor, at_once: int) -> float:
     total = 0.0
     for part in torch.split(numbers, at_once):
         total += float(samples.take(part).float().square().sum())

@@ -49,10 +49,10 @@ class Trained(Protocol):
         """The values that would be stored now."""
 
 
-class Kept:
+class TrainingStore:
     """Where the state of an unfinished training is kept, so that it can go on. This one keeps nothing."""
 
-    def part(self, name: str) -> Kept:
+    def part(self, name: str) -> TrainingStore:
         """The place of one training of several."""
         return self
 
@@ -76,7 +76,7 @@ class ModelData:
 
     loss: Callable[[Make, Tensor], Tensor]
     count: int
-    kept: Kept
+    kept: TrainingStore
 
     def part(self, name: str) -> ModelData:
         """The same for one training of several."""
@@ -182,7 +182,7 @@ class Loop:
 
 
 def learn(
-    learner: Learner, loop: Loop, kept: Kept, over: Callable[[Iterable[int], int, Label], Iterator[int]]
+    learner: Learner, loop: Loop, kept: TrainingStore, over: Callable[[Iterable[int], int, Label], Iterator[int]]
 ) -> Outcome:
     """The one training loop. Afterwards the learner holds the best iterate; the start counts as one.
 

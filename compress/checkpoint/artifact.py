@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.checkpoint.sources import Source
-    from compress.encodings import InputGrid, LowRank, Spec
+    from compress.encodings import InputGrid, LowRankFactors, Spec
     from compress.models.graph import Graph
     from compress.models.site import Site
 
@@ -52,7 +52,7 @@ class Packed:
         return None if form is None else form.input_grid(self._read(form.tensors()))
 
     @property
-    def low_rank(self) -> LowRank | None:
+    def low_rank(self) -> LowRankFactors | None:
         """Its correction; the weight is not read for it."""
         form = self.spec.low_rank
         return None if form is None else form.low_rank(self._read(form.tensors(self.spec.shape)), self.spec.shape)

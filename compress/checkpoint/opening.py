@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedModel:
     """A model folder, matched with its structure."""
 
     folder: Path
@@ -32,10 +32,10 @@ class Opened:
         return {n: a.source.dtype(a.name_in_source(n)) for n, _ in a.graph.tensors()}
 
 
-def open_model(model: str | Path) -> Opened:
+def open_model(model: str | Path) -> OpenedModel:
     """Resolve, check and match a model; reads headers, no weight."""
     folder = hub.resolve(model)
     config = loading.read_config(folder)
     hub.refuse_quantized(folder, config)
     graph = graphs.find(loading.build(config))
-    return Opened(folder, config, open_folder(folder, graph))
+    return OpenedModel(folder, config, open_folder(folder, graph))

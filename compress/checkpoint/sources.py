@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from compress.io.safetensors_file import Stored
+    from compress.io.safetensors_file import StoredTensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -54,7 +54,7 @@ class FolderSource:
     def __init__(self, folder: Path, name: str | None = None):
         self.folder = folder
         self._where: dict[str, Path] = {}
-        self._stored: dict[str, Stored] = {}
+        self._stored: dict[str, StoredTensor] = {}
         self._files = self._find_files() if name is None else [folder / name]
         for file in self._files:
             for tensor, stored in read_header(file).tensors.items():

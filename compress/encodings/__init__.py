@@ -5,7 +5,7 @@ from __future__ import annotations
 from compress.encodings.base import Encoding, Form
 from compress.encodings.codebook import CodebookForm, Codebooks
 from compress.encodings.inputs import InputForm, InputGrid, fit_inputs
-from compress.encodings.low_rank import LowRank, LowRankForm
+from compress.encodings.low_rank import LowRankFactors, LowRankForm
 from compress.encodings.outlier_victim import OutlierVictim, OutlierVictimForm
 from compress.encodings.power import Power, PowerForm
 from compress.encodings.uniform import Uniform, UniformForm, fit, quantize
@@ -19,7 +19,7 @@ __all__ = [
     "Form",
     "InputForm",
     "InputGrid",
-    "LowRank",
+    "LowRankFactors",
     "LowRankForm",
     "OutlierVictim",
     "OutlierVictimForm",

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
     from compress.encodings.lookup import Table
 
-Stored: TypeAlias = "dict[str, tuple[tuple[int, ...], torch.dtype]]"  # name of a stored tensor -> its shape and type
+StoredShapes: TypeAlias = (
+    "dict[str, tuple[tuple[int, ...], torch.dtype]]"  # name of a stored tensor -> its shape and type
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class Form(ABC):
     steps: ClassVar[bool] = False
 
     @abstractmethod
-    def tables(self, shape: tuple[int, int]) -> Stored:
+    def tables(self, shape: tuple[int, int]) -> StoredShapes:
         """What is stored beside the codes of an (out, in) weight."""
 
     @abstractmethod

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from compress.encodings.base import Stored
+    from compress.encodings.base import StoredShapes
 
 MOST_ENTRIES = 256
 MOST_TABLES = 256
@@ -50,8 +50,8 @@ class CodebookForm(Form):
     period: int = 0
     family: ClassVar[str] = "codebook"
 
-    def tables(self, shape: tuple[int, int]) -> Stored:
-        found: Stored = {"table": ((self.num_tables, self.entries), getattr(torch, self.table_dtype))}
+    def tables(self, shape: tuple[int, int]) -> StoredShapes:
+        found: StoredShapes = {"table": ((self.num_tables, self.entries), getattr(torch, self.table_dtype))}
         if self.num_tables > 1 and self.period:
             found["run_ends"] = ((self.num_tables,), torch.int32)
         elif self.num_tables > 1:

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from compress.encodings.base import Stored
+    from compress.encodings.base import StoredShapes
     from compress.encodings.outlier_victim import Normal
 
-Grid = Literal["int", "olive"]
+GridKind = Literal["int", "olive"]
 Scale = Literal["token", "tensor"]
 
 OLIVE: dict[int, tuple[Normal, ...]] = {4: ("int4", "flint4"), 8: ("int8",)}  # bits -> the types to choose from
@@ -52,7 +52,7 @@ class InputForm:
     """
 
     bits: int
-    grid: Grid = "int"
+    grid: GridKind = "int"
     scale: Scale = "token"
     normal: Normal | None = None
 
@@ -70,7 +70,7 @@ class InputForm:
         """What rounds."""
         return KINDS[self.grid, self.scale]
 
-    def tensors(self) -> Stored:
+    def tensors(self) -> StoredShapes:
         """Shape and type of what is stored."""
         return self.kind.stored()
 
@@ -124,7 +124,7 @@ class InputGrid(ABC):
 
     @classmethod
     @abstractmethod
-    def stored(cls) -> Stored:
+    def stored(cls) -> StoredShapes:
         """Shape and type of what is stored."""
 
     @classmethod
@@ -162,7 +162,7 @@ class TokenSteps(InputGrid):
         return cls(form)
 
     @classmethod
-    def stored(cls) -> Stored:
+    def stored(cls) -> StoredShapes:
         return {}
 
     def rounded(self, x: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class TensorSteps(InputGrid):
         return cls(form, *steps(torch.tensor([low]), torch.tensor([high]), form.bits))
 
     @classmethod
-    def stored(cls) -> Stored:
+    def stored(cls) -> StoredShapes:
         return {"input_scale": ((1,), torch.float32), "input_zero_point": ((1,), torch.uint8)}
 
     def rounded(self, x: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ class TensorPairs(InputGrid):
         return cls(replace(form, normal=normal), scale.float().view(1))
 
     @classmethod
-    def stored(cls) -> Stored:
+    def stored(cls) -> StoredShapes:
         return {"input_scale": ((1,), torch.float32)}
 
     @classmethod
@@ -228,7 +228,7 @@ class TensorPairs(InputGrid):
         return quantize_dequantize(rows, self.scale.to(x.device)[:, None], self.form.normal).view(x.shape)
 
 
-KINDS: dict[tuple[Grid, Scale], type[InputGrid]] = {
+KINDS: dict[tuple[GridKind, Scale], type[InputGrid]] = {
     ("int", "token"): TokenSteps,
     ("int", "tensor"): TensorSteps,
     ("olive", "tensor"): TensorPairs,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from compress.encodings.base import Stored
+    from compress.encodings.base import StoredShapes
     from compress.encodings.uniform import Uniform
 
 SIDES = ("a", "b")
@@ -49,9 +49,9 @@ class LowRankForm:
         """The shapes of A and of B."""
         return {"a": (self.rank, shape[1]), "b": (shape[0], self.rank)}
 
-    def tensors(self, shape: tuple[int, int]) -> Stored:
+    def tensors(self, shape: tuple[int, int]) -> StoredShapes:
         """Shape and type of what is stored for an (out, in) weight."""
-        found: Stored = {}
+        found: StoredShapes = {}
         for side, (rows, columns) in self.shapes(shape).items():
             form = self.factor_form(side)
             if form is None:
@@ -62,8 +62,8 @@ class LowRankForm:
             found.update({f"lora_{side}_{leaf}": entry for leaf, entry in tables.items()})
         return found
 
-    def low_rank(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> LowRank:
-        """The inverse of `LowRank.tensors`; others among the tensors are left alone."""
+    def low_rank(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> LowRankFactors:
+        """The inverse of `LowRankFactors.tensors`; others among the tensors are left alone."""
         made: dict[str, Tensor | Uniform] = {}
         for side, (_, columns) in self.shapes(shape).items():
             form = self.factor_form(side)
@@ -73,7 +73,7 @@ class LowRankForm:
             prefix = f"lora_{side}_"
             tables = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             made[side] = form.encoding(unpack_bits(tables.pop("codes"), form.bits, columns), tables)
-        return LowRank(**made)
+        return LowRankFactors(**made)
 
     def factor_form(self, side: str) -> UniformForm | None:
         """What codes of one factor mean; None where values are stored."""
@@ -102,7 +102,7 @@ class LowRankForm:
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRankFactors:
     """Two thin factors.
 
     Attributes:
@@ -148,9 +148,9 @@ class LowRank:
         a, b = self.factors()
         return b @ a
 
-    def rows(self, part: slice) -> LowRank:
+    def rows(self, part: slice) -> LowRankFactors:
         """For some rows of the weight, sharing memory."""
-        return LowRank(self.a, self.b[part] if isinstance(self.b, torch.Tensor) else self.b.rows(part))
+        return LowRankFactors(self.a, self.b[part] if isinstance(self.b, torch.Tensor) else self.b.rows(part))
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored."""

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from compress.encodings.base import Stored
+    from compress.encodings.base import StoredShapes
 
 Normal = Literal["int4", "flint4", "int8"]
 DoubleOutlier = Literal["larger", "even"]
@@ -149,7 +149,7 @@ class OutlierVictimForm(Form):
     stores_idle: ClassVar[bool] = True  # a victim's identifier is what makes its partner an outlier
     whole: ClassVar[bool] = True
 
-    def tables(self, shape: tuple[int, int]) -> Stored:
+    def tables(self, shape: tuple[int, int]) -> StoredShapes:
         return {"scale": ((shape[0], 1), getattr(torch, self.scale_dtype))}
 
     def encoding(self, codes: Tensor, tables: Mapping[str, Tensor]) -> OutlierVictim:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from compress.encodings.base import Stored
+    from compress.encodings.base import StoredShapes
     from compress.encodings.uniform import Search
 
 Levels = Literal["zero", "half"]
@@ -51,7 +51,7 @@ class PowerForm(Form):
         if self.levels not in ("zero", "half"):
             raise ValueError(f"levels {self.levels!r} are not known to this version; it reads 'zero' and 'half'")
 
-    def tables(self, shape: tuple[int, int]) -> Stored:
+    def tables(self, shape: tuple[int, int]) -> StoredShapes:
         rows = 1 if self.per_tensor else shape[0]
         return {
             "scale": ((rows, self.groups), getattr(torch, self.scale_dtype)),
@@ -150,7 +150,7 @@ def dequantize(codes: Tensor, scale: Tensor, values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Grid:
+class PowerGrid:
     """The levels of an exponent, and the nearest of them.
 
     Attributes:
@@ -197,7 +197,7 @@ class Grid:
         return rounded_to.sub_(unit).abs_().pow_(norm)
 
 
-def nearest(weight: Tensor, scale: Tensor, grid: Grid, mask: Tensor | None = None) -> Power:
+def nearest(weight: Tensor, scale: Tensor, grid: PowerGrid, mask: Tensor | None = None) -> Power:
     """(O, I) float32, (R, G) scale of its stored type -> every weight at its nearest level; what is masked, idle."""
     rows, columns = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.uint8)
@@ -210,7 +210,7 @@ def nearest(weight: Tensor, scale: Tensor, grid: Grid, mask: Tensor | None = Non
 
 def fit_scale(
     weight: Tensor,
-    grid: Grid,
+    grid: PowerGrid,
     *,
     groups: int = 1,
     per_tensor: bool = False,
@@ -265,7 +265,7 @@ class Profile:
     places: Tensor
     masses: Tensor
 
-    def error(self, grid: Grid, shares: Tensor, norm: float) -> float:
+    def error(self, grid: PowerGrid, shares: Tensor, norm: float) -> float:
         """Sum of |error|**norm with the best of S ranges; (S,) shares of the largest magnitude, for every group."""
         lost = grid.lost(self.places / shares[:, None], norm).double() @ self.masses
         return float((lost * shares.double() ** norm).min())
@@ -309,7 +309,7 @@ def fit_exponent(
     shares = torch.tensor(SHARES if search == "mse" else [1.0])
 
     def total(exponent: float) -> float:
-        grid = Grid(bits, exponent, levels)
+        grid = PowerGrid(bits, exponent, levels)
         return math.fsum(p.error(grid, shares, norm) ** (1 / norm) for p in profiles)
 
     if exponent is None:
@@ -344,7 +344,7 @@ def _largest(weight: Tensor, groups: int, per_tensor: bool) -> Tensor:
     return torch.maximum(grouped.amax(-1), -grouped.amin(-1))
 
 
-def _lost(weight: Tensor, scale: Tensor, grid: Grid, mask: Tensor | None, norm: float) -> Tensor:
+def _lost(weight: Tensor, scale: Tensor, grid: PowerGrid, mask: Tensor | None, norm: float) -> Tensor:
     """(R, G): sum of |error|**norm of every group, in units of its scale."""
     rows, groups = weight.shape[0], scale.shape[1]
     found = torch.empty(rows, groups)

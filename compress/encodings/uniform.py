@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from compress.encodings.base import Stored
+    from compress.encodings.base import StoredShapes
 
 Search = Literal["minmax", "mse"]
 
@@ -42,9 +42,9 @@ class UniformForm(Form):
     whole: ClassVar[bool] = True
     steps: ClassVar[bool] = True
 
-    def tables(self, shape: tuple[int, int]) -> Stored:
+    def tables(self, shape: tuple[int, int]) -> StoredShapes:
         rows = 1 if self.per_tensor else shape[0]
-        found: Stored = {"scale": ((rows, self.groups), getattr(torch, self.scale_dtype))}
+        found: StoredShapes = {"scale": ((rows, self.groups), getattr(torch, self.scale_dtype))}
         if not self.symmetric:
             found["zero_point"] = ((rows, row_bytes(self.groups, self.bits)), torch.uint8)
         return found

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from compress.encodings.base import Encoding, Form, Stored
+    from compress.encodings.base import Encoding, Form, StoredShapes
     from compress.encodings.inputs import InputGrid
-    from compress.encodings.low_rank import LowRank
+    from compress.encodings.low_rank import LowRankFactors
 
 LAYOUT = "compress-1"
 FACTORED = "low-rank"  # the kind of a weight that is nothing but its factors
@@ -62,7 +62,7 @@ class Weight:
     mask: Tensor | None = None
     encoding: Encoding | None = None
     inputs: InputGrid | None = None
-    low_rank: LowRank | None = None
+    low_rank: LowRankFactors | None = None
 
     def dequantize(self) -> Tensor:
         """(O, I) float32 of all of it. May share memory with `values`: not to be written to."""
@@ -172,13 +172,13 @@ class Spec:
             raise ValueError("a packed weight without values has a low-rank form, and no mask")
         return cls(tuple(own.pop("shape")), form, **own)
 
-    def tensors(self) -> Stored:
+    def tensors(self) -> StoredShapes:
         """Shape and type of every stored tensor."""
         rows, columns = self.shape
         last = {} if self.inputs is None else self.inputs.tensors()
         if self.low_rank is not None:
             last = last | self.low_rank.tensors(self.shape)
-        found: Stored = {}
+        found: StoredShapes = {}
         if self.pattern is not None:
             found["pattern"] = ((rows, self.pattern.row_bytes(columns)), torch.uint8)
         elif self.kept is not None:

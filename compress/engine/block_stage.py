@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from compress.calibration.data import Dataset
     from compress.calibration.statistics import Need
-    from compress.calibration.training import Kept
+    from compress.calibration.training import TrainingStore
     from compress.engine.ledger import Record
     from compress.engine.placement import Context
     from compress.engine.stage import Stage
@@ -76,7 +76,7 @@ def run_passes(
 
 
 def _worked_on(
-    context: Context, stage: int, passes: Sequence[LinearPass | BlockPass], unit: Unit, kept: Kept
+    context: Context, stage: int, passes: Sequence[LinearPass | BlockPass], unit: Unit, kept: TrainingStore
 ) -> list[Record]:
     """What passes make of a unit, one after the other."""
     state = UnitState(unit.statistics() if unit.sites else {})

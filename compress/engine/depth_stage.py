@@ -46,7 +46,7 @@ class Shortening(StageRunner):
         pass_, graph = stage.single(DepthPass), context.graph
         may = frozenset(pass_.candidates(graph))
         key = key_of(key, stage.number, pass_.key, pass_.options(), sorted(may))
-        work = _Work(pass_, stage.unit, key, calibration_batches(data), may, graph.blocks)
+        work = _DepthWork(pass_, stage.unit, key, calibration_batches(data), may, graph.blocks)
         state = _State(context, list(range(len(graph.blocks))))
         for chosen in pass_.run(Depth(partial(_asked, work, state))):
             _take_out(state, chosen)
@@ -60,7 +60,7 @@ class Shortening(StageRunner):
 
 
 @dataclass(frozen=True)
-class _Work:
+class _DepthWork:
     """What is done.
 
     Attributes:
@@ -105,7 +105,7 @@ class _State:
         return now
 
 
-def _asked(work: _Work, state: _State, count: int, distance: Distance, last: bool) -> dict[int, float]:
+def _asked(work: _DepthWork, state: _State, count: int, distance: Distance, last: bool) -> dict[int, float]:
     """Distances by the first block of each run of `count` that may go, numbered as blocks are now."""
     context, places = state.context, state.places
     unit, key = f"{work.unit}-distances-{len(state.distances)}", key_of(work.key, places)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from compress.calibration.precision import products
 from compress.engine.placement import make_room
-from compress.engine.unit import Made
+from compress.engine.unit import SolvedSite
 from compress.errors import SolveError
 from compress.passes.base import Block
 
@@ -41,7 +41,7 @@ def learn_block(turn: Turn, pass_: BlockPass) -> None:
         turn.state.notes.setdefault(name, {})[pass_.key] = dict(edits[name].notes)
     for site in chosen:
         name = site.name
-        turn.take(pass_, site, Made(before[name], targets[name].weight, edits[name], fallback, seconds))
+        turn.take(pass_, site, SolvedSite(before[name], targets[name].weight, edits[name], fallback, seconds))
 
 
 def _trained_vectors(turn: Turn, pass_: BlockPass) -> list[str]:

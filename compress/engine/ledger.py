@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from compress.calibration.training import Kept
+from compress.calibration.training import TrainingStore
 from compress.checkpoint.artifact import Packed
 from compress.encodings import Spec, Weight, pack
 from compress.engine.resume import Resume
@@ -185,13 +185,13 @@ class FolderLedger(MemoryLedger):
         write_text(file, json.dumps({"key": key, "row": dict(row)}))
 
 
-class KeptInLedger(Kept):
+class KeptInLedger(TrainingStore):
     """Keeps the state of a training as a unit of work."""
 
     def __init__(self, ledger: MemoryLedger, unit: str, key: str):
         self.ledger, self.unit, self.key = ledger, unit, key
 
-    def part(self, name: str) -> Kept:
+    def part(self, name: str) -> TrainingStore:
         return KeptInLedger(self.ledger, f"{self.unit}-{name}", self.key)
 
     def load(self) -> dict[str, torch.Tensor] | None:

@@ -40,7 +40,7 @@ class WholeModel(StageRunner):
         units = {name: f"{stage.unit}-{i:05d}" for i, name in enumerate((*sites, *vectors))}
         done = {name: found for name in units if (found := context.ledger.load(units[name], key)) is not None}
         if len(done) < len(units):
-            work = _Work(context, stage, pass_, sites, vectors, key)
+            work = _ModelWork(context, stage, pass_, sites, vectors, key)
             with in_memory(context) if pass_.loss else nullcontext():
                 edits = pass_.run(work.whole(data))
                 for name, edit in context.bars.over(edits, len(units), f"{pass_.key}: layers"):
@@ -53,7 +53,7 @@ class WholeModel(StageRunner):
 
 
 @dataclass(frozen=True)
-class _Work:
+class _ModelWork:
     """What one pass works on.
 
     Attributes:

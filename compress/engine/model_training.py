@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from compress.calibration.training import Kept, Loss, Make
+    from compress.calibration.training import Loss, Make, TrainingStore
     from compress.engine.placement import Context
     from compress.models.graph import Graph
 
@@ -43,7 +43,7 @@ def in_memory(context: Context) -> Iterator[None]:
             tie(context.graph)
 
 
-def model_data(context: Context, samples: Tensor, kind: Loss, checkpointing: bool, kept: Kept) -> ModelData:
+def model_data(context: Context, samples: Tensor, kind: Loss, checkpointing: bool, kept: TrainingStore) -> ModelData:
     """A model that is in memory, as it may be trained.
 
     Args:

@@ -240,7 +240,7 @@ def rounded(context: Context, grids: Mapping[str, InputGrid], through: bool = Fa
     return collect.quantized_inputs({context.graph.model.get_submodule(n): apply for n, apply in applied.items()})
 
 
-def passed_through(grid: collect.Grid) -> collect.Grid:
+def passed_through(grid: collect.RoundInputs) -> collect.RoundInputs:
     """The same rounding, which gradients pass as if it were not there."""
     return lambda x: x + (grid(x.detach()) - x.detach())
 

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from compress.models.graph import Graph
     from compress.passes.base import LinearPass
 
-Seen = list[dict[str, Any]]  # for each pass, site -> what it saw
+SurveyedSites = list[dict[str, Any]]  # for each pass, site -> what it saw
 
 
 def survey(
     context: Context, stage: int, passes: Sequence[LinearPass], batches: Sequence[Tensor], key: str
 ) -> list[LinearPass]:
     """Show every matrix to passes that survey, and change nothing; the passes with their options for every matrix."""
-    seen: Seen = [{} for _ in passes]
+    seen: SurveyedSites = [{} for _ in passes]
     key, options = key_of(key, "survey"), [(p.key, p.options()) for p in passes]
     wanted = _wanted(context.graph, passes)
     with gradients(wanted):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.calibration.statistics import Statistics
-    from compress.calibration.training import Kept
+    from compress.calibration.training import TrainingStore
     from compress.encodings import Weight
     from compress.engine.placement import Context
     from compress.engine.sweep import Unit
@@ -57,7 +57,7 @@ class UnitState:
 
 
 @dataclass(frozen=True)
-class Made:
+class SolvedSite:
     """What a pass made of one site.
 
     Attributes:
@@ -91,7 +91,7 @@ class Turn:
     last: bool
     unit: Unit
     state: UnitState
-    kept: Kept
+    kept: TrainingStore
 
     def generator(self, name: str) -> torch.Generator:
         """Randomness of the pass on a site, or on the unit."""
@@ -136,7 +136,7 @@ class Turn:
         store = self.context.artifact.vector_dtype(name)
         self.state.vectors[name] = observed_vector(name, pass_, self.vector(name), edit, store)
 
-    def take(self, pass_: Pass, site: Site, made: Made) -> None:
+    def take(self, pass_: Pass, site: Site, made: SolvedSite) -> None:
         """From now on a site is as the pass made it."""
         edit, store = made.edit, self.context.artifact.store_dtype(site)
         weight, error = observed(site, pass_, made.before, made.compared, edit, store)
@@ -198,7 +198,7 @@ def _take(turn: Turn, pass_: LinearPass, solution: Solution) -> None:
     seconds = round(solution.seconds / len(sites), 4)
     rows = torch.split(compared, [s.shape[0] for s in sites])
     for site, before, old, edit in zip(sites, solution.before, rows, split_rows(solution.edit, sites), strict=True):
-        turn.take(pass_, site, Made(before, old, edit, solution.fallback, seconds))
+        turn.take(pass_, site, SolvedSite(before, old, edit, solution.fallback, seconds))
         if edit.shift is not None:
             bias = f"{site.name}.bias"
             make_room(turn.context, bias)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compress.export.base import Exporter, Made
+from compress.export.base import Exporter, PackedFolder
 from compress.export.compressed_tensors import CompressedTensors
 from compress.export.gguf import Gguf
 from compress.export.hf import Hf
@@ -12,4 +12,4 @@ from compress.export.peft import Peft
 
 EXPORTERS: tuple[type[Exporter], ...] = (Hf, Peft, CompressedTensors, Gguf, Onnx, Genai)
 
-__all__ = ["EXPORTERS", "CompressedTensors", "Exporter", "Genai", "Gguf", "Hf", "Made", "Onnx", "Peft"]
+__all__ = ["EXPORTERS", "CompressedTensors", "Exporter", "Genai", "Gguf", "Hf", "Onnx", "PackedFolder", "Peft"]

@@ -28,7 +28,7 @@ Logits: TypeAlias = "Callable[[Tensor], Tensor]"  # token ids (rows, length), or
 
 
 @dataclass(frozen=True)
-class Made:
+class PackedFolder:
     """A finished packed folder.
 
     Attributes:
@@ -74,11 +74,11 @@ class Exporter(ABC):
         return iter(())
 
     @abstractmethod
-    def write(self, made: Made, folder: Path, final: Path, bars: Bars) -> None:
+    def write(self, made: PackedFolder, folder: Path, final: Path, bars: Bars) -> None:
         """Write into `folder`, which will be renamed to `final`."""
 
     @abstractmethod
-    def verify(self, made: Made, folder: Path, bars: Bars) -> dict[str, Any]:
+    def verify(self, made: PackedFolder, folder: Path, bars: Bars) -> dict[str, Any]:
         """Read everything back and compare it with what was meant; returns facts for the report.
 
         Raises:
@@ -92,11 +92,11 @@ class Exporter(ABC):
         """
         return None
 
-    def runner(self, made: Made, folder: Path) -> Logits | None:
+    def runner(self, made: PackedFolder, folder: Path) -> Logits | None:
         """The written model in its own runtime, every product as exact as it can be; None where nothing runs it."""
         return None
 
-    def shipped(self, made: Made, folder: Path) -> Logits | None:
+    def shipped(self, made: PackedFolder, folder: Path) -> Logits | None:
         """The written model as its users run it, where that is not the same."""
         return None
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.encodings import Form, Spec
-    from compress.export.base import Logits, Made
+    from compress.export.base import Logits, PackedFolder
     from compress.io.safetensors_file import Entry
     from compress.models.graph import Graph
     from compress.progress import Bars
@@ -86,7 +86,7 @@ def _own(spec: Spec, form: Form) -> Scheme:
 class Packing:
     """The tensors of the file: codes where there are any, dense values elsewhere."""
 
-    made: Made
+    made: PackedFolder
 
     @cached_property
     def schemes(self) -> dict[str, Scheme]:
@@ -225,7 +225,7 @@ class CompressedTensors(Exporter):
                 "have the same bits, groups and symmetry; use one setting for all layers, or symmetric: true"
             )
 
-    def write(self, made: Made, folder: Path, final: Path, bars: Bars) -> None:
+    def write(self, made: PackedFolder, folder: Path, final: Path, bars: Bars) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         packing = Packing(made)
         with writing(folder / SINGLE):
@@ -234,21 +234,21 @@ class CompressedTensors(Exporter):
         write_json({**config, "quantization_config": packing.config()}, folder / "config.json")
         copy_companions(made.folder, folder)
 
-    def verify(self, made: Made, folder: Path, bars: Bars) -> dict[str, Any]:
+    def verify(self, made: PackedFolder, folder: Path, bars: Bars) -> dict[str, Any]:
         packing = Packing(made)
         return {"tensors_equal": compare_tensors(packing.layout(), packing.read, folder / SINGLE, bars, self.key)}
 
     def tolerance(self, specs: Mapping[str, Spec]) -> float:
         return 1e-5
 
-    def runner(self, made: Made, folder: Path) -> Logits:
+    def runner(self, made: PackedFolder, folder: Path) -> Logits:
         return _unpacked(made, folder, torch.float32)
 
-    def shipped(self, made: Made, folder: Path) -> Logits | None:
+    def shipped(self, made: PackedFolder, folder: Path) -> Logits | None:
         return None if made.dtype == torch.float32 else _unpacked(made, folder, made.dtype)
 
 
-def _unpacked(made: Made, folder: Path, dtype: torch.dtype) -> Logits:
+def _unpacked(made: PackedFolder, folder: Path, dtype: torch.dtype) -> Logits:
     """The folder in memory. Layers are unpacked in the first pass, under progress bars of the library's own."""
     with redirect_stderr(StringIO()):
         logits = loaded(made, folder, dtype)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.encodings import Spec
-    from compress.export.base import Logits, Made
+    from compress.export.base import Logits, PackedFolder
     from compress.models.graph import Graph
     from compress.progress import Bars
 
@@ -70,7 +70,7 @@ def names_in_file(graph: Graph) -> dict[str, str]:
 class Contents:
     """The tensors of a file."""
 
-    made: Made
+    made: PackedFolder
 
     @property
     def config(self) -> Any:
@@ -154,7 +154,7 @@ class Gguf(Exporter):
             example = next(name for name, reason in wrong.items() if reason == why)
             yield f"{count} layers, such as {example}, have {why}"
 
-    def write(self, made: Made, folder: Path, final: Path, bars: Bars) -> None:
+    def write(self, made: PackedFolder, folder: Path, final: Path, bars: Bars) -> None:
         import gguf
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -175,7 +175,7 @@ class Gguf(Exporter):
             for parameter in bars.over(names, len(names), "write: gguf"):
                 writer.write_tensor_data(contents.read(parameter).data.numpy())
 
-    def verify(self, made: Made, folder: Path, bars: Bars) -> dict[str, Any]:
+    def verify(self, made: PackedFolder, folder: Path, bars: Bars) -> dict[str, Any]:
         import gguf
 
         contents = Contents(made)
@@ -197,7 +197,7 @@ class Gguf(Exporter):
     def tolerance(self, specs: Mapping[str, Spec]) -> float:
         return 1e-5
 
-    def runner(self, made: Made, folder: Path) -> Logits:
+    def runner(self, made: PackedFolder, folder: Path) -> Logits:
         graph = replace(made.artifact.graph, model=read_back(folder))
 
         def logits(inputs: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from compress.checkpoint.artifact import Artifact
     from compress.encodings import Spec
-    from compress.export.base import Logits, Made
+    from compress.export.base import Logits, PackedFolder
     from compress.io.safetensors_file import Entry
     from compress.models.graph import Graph
     from compress.models.site import Site
@@ -86,16 +86,16 @@ class Hf(Exporter):
         yield from refuse_added(graph, added)
         yield from refuse_rounded(specs)
 
-    def write(self, made: Made, folder: Path, final: Path, bars: Bars) -> None:
+    def write(self, made: PackedFolder, folder: Path, final: Path, bars: Bars) -> None:
         write_dense(Dense(made.artifact, made.dtype), folder, made.folder, bars, self.key)
 
-    def verify(self, made: Made, folder: Path, bars: Bars) -> dict[str, Any]:
+    def verify(self, made: PackedFolder, folder: Path, bars: Bars) -> dict[str, Any]:
         return {"tensors_equal": verify_dense(Dense(made.artifact, made.dtype), folder, bars, self.key)}
 
     def tolerance(self, specs: Mapping[str, Spec]) -> float:
         return 0.0
 
-    def runner(self, made: Made, folder: Path) -> Logits:
+    def runner(self, made: PackedFolder, folder: Path) -> Logits:
         return loaded(made, folder)
 
 
@@ -109,7 +109,7 @@ def refuse_rounded(specs: Mapping[str, Spec]) -> Iterator[str]:
         )
 
 
-def loaded(made: Made, folder: Path, dtype: torch.dtype | None = None) -> Logits:
+def loaded(made: PackedFolder, folder: Path, dtype: torch.dtype | None = None) -> Logits:
     """A folder that transformers can read, in memory, in the type of the pipeline or another."""
     model = loading.load(folder, dtype or made.dtype)
     graph = replace(made.artifact.graph, model=model)

@@ -9,7 +9,7 @@ from compress.checkpoint.artifact import Artifact, Packed
 from compress.checkpoint.sources import FolderSource
 from compress.encodings.format import METHOD, WEIGHTS
 from compress.errors import UsageError
-from compress.export.base import Made
+from compress.export.base import PackedFolder
 from compress.lazy import torch
 from compress.models import graph as graphs
 from compress.models import loading
@@ -35,7 +35,7 @@ def read_quantization(folder: Path) -> dict[str, Any]:
     return section
 
 
-def open_packed(folder: Path, dtype: torch.dtype | None = None) -> Made:
+def open_packed(folder: Path, dtype: torch.dtype | None = None) -> PackedFolder:
     """A finished folder; reads headers, no weight.
 
     Args:
@@ -60,14 +60,14 @@ def open_packed(folder: Path, dtype: torch.dtype | None = None) -> Made:
         raise UsageError(f"{folder}: config.json packs {unknown[0]}, which its model does not have")
     configured = getattr(config, "dtype", None)
     found = dtype or (configured if isinstance(configured, torch.dtype) else torch.float32)
-    return Made(folder, Artifact(graph, source, dict(graph.tied), {**committed}), found)
+    return PackedFolder(folder, Artifact(graph, source, dict(graph.tied), {**committed}), found)
 
 
-def specs_in(made: Made) -> dict[str, Spec]:
+def specs_in(made: PackedFolder) -> dict[str, Spec]:
     """The spec of every packed site."""
     return {name: done.spec for name, done in made.artifact.committed.items() if isinstance(done, Packed)}
 
 
-def added_in(made: Made) -> list[str]:
+def added_in(made: PackedFolder) -> list[str]:
     """Layers that were given a bias."""
     return list(read_quantization(made.folder).get("added_biases", []))

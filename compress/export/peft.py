@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from compress.checkpoint.artifact import Artifact
     from compress.encodings import LowRankForm, Spec
-    from compress.export.base import Made
+    from compress.export.base import PackedFolder
     from compress.io.safetensors_file import Entry
     from compress.models.graph import Graph
     from compress.models.site import Site
@@ -34,7 +34,7 @@ ADAPTER, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "bas
 
 
 @dataclass(frozen=True)
-class Adapter:
+class PeftAdapter:
     """The corrections of an artifact, as PEFT names and shapes them."""
 
     artifact: Artifact
@@ -138,19 +138,19 @@ class Peft(Exporter):
                 f"than zeros, and {strange[0]} is not ({len(strange)} in all); `exclude` them in eora, or export hf"
             )
 
-    def write(self, made: Made, folder: Path, final: Path, bars: Bars) -> None:
+    def write(self, made: PackedFolder, folder: Path, final: Path, bars: Bars) -> None:
         """Write the adapter. PEFT looks the base up by the path it will have in `final`."""
-        adapter = Adapter(made.artifact)
+        adapter = PeftAdapter(made.artifact)
         layout = adapter.layout()
         write_dense(self._base(made), folder / BASE, made.folder, bars, "peft base")
         with writing(folder / ADAPTER):
             write_tensors(layout, adapter.read, folder / ADAPTER, bars, "peft adapter")
         write_json(adapter.config(final / BASE), folder / CONFIG)
 
-    def verify(self, made: Made, folder: Path, bars: Bars) -> dict[str, Any]:
-        adapter = Adapter(made.artifact)
+    def verify(self, made: PackedFolder, folder: Path, bars: Bars) -> dict[str, Any]:
+        adapter = PeftAdapter(made.artifact)
         count = compare_tensors(adapter.layout(), adapter.read, folder / ADAPTER, bars, "peft adapter")
         return {"tensors_equal": count + verify_dense(self._base(made), folder / BASE, bars, "peft base")}
 
-    def _base(self, made: Made) -> Dense:
+    def _base(self, made: PackedFolder) -> Dense:
         return Dense(made.artifact, made.dtype, corrected=False)

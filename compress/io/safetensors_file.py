@@ -36,7 +36,7 @@ WIDEST = {"dtype": "BF16", "shape": [OFFSET] * 4, "data_offsets": [OFFSET, OFFSE
 
 Entry: TypeAlias = "tuple[str, tuple[int, ...], torch.dtype]"
 Layout = Sequence[tuple[str, list[Entry]]]  # (owner, its tensors as they stand in the file), in the file's order
-Read: TypeAlias = "Callable[[str], Mapping[str, Tensor]]"  # owner -> its tensors by name
+ReadTensors: TypeAlias = "Callable[[str], Mapping[str, Tensor]]"  # owner -> its tensors by name
 
 
 def type_name(dtype: torch.dtype) -> str:
@@ -45,7 +45,7 @@ def type_name(dtype: torch.dtype) -> str:
     return next(header for header, ours in TYPES.items() if ours == name)
 
 
-def write_tensors(layout: Layout, read: Read, file: Path, bars: Bars, heading: str) -> None:
+def write_tensors(layout: Layout, read: ReadTensors, file: Path, bars: Bars, heading: str) -> None:
     """Write a safetensors file, one owner's tensors in memory at a time."""
     entries = [entry for _, parts in layout for entry in parts]
     with file.open("wb") as out:
@@ -117,7 +117,7 @@ def _encoded(metadata: Mapping[str, str], entries: Mapping[str, Any]) -> bytes:
     return json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
 
 
-def compare_tensors(layout: Layout, read: Read, file: Path, bars: Bars, heading: str) -> int:
+def compare_tensors(layout: Layout, read: ReadTensors, file: Path, bars: Bars, heading: str) -> int:
     """Re-open a written file and compare every tensor with what was meant; returns how many were compared.
 
     Raises:
@@ -146,7 +146,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """One tensor of a file.
 
     Attributes:
@@ -167,7 +167,7 @@ class Stored:
 class Header:
     """What a file says of itself: its tensors by name, in its order, and any text."""
 
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
 
 
@@ -199,13 +199,13 @@ class _UnknownTypeError(Exception):
 def _parsed(header: dict[str, Any], start: int, size: int) -> Header:
     """`start`: where the data begin; `size`: bytes of the file."""
     metadata = header.pop("__metadata__", {})
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     pieces = []
     for name, said in header.items():
         if said["dtype"] not in TYPES:
             raise _UnknownTypeError(said["dtype"])
         (begin, end), shape = said["data_offsets"], tuple(said["shape"])
-        found[name] = stored = Stored(shape, getattr(torch, TYPES[said["dtype"]]), start + begin)
+        found[name] = stored = StoredTensor(shape, getattr(torch, TYPES[said["dtype"]]), start + begin)
         if min((begin, *shape)) < 0 or end - begin != stored.count * stored.dtype.itemsize:
             raise ValueError(f"{name} of shape {shape} cannot be {end - begin} bytes")
         pieces.append((begin, end))
@@ -216,7 +216,7 @@ def _parsed(header: dict[str, Any], start: int, size: int) -> Header:
     return Header(found, {str(key): str(value) for key, value in metadata.items()})
 
 
-def read_tensor(file: Path, stored: Stored) -> Tensor:
+def read_tensor(file: Path, stored: StoredTensor) -> Tensor:
     """A tensor of a file, in memory of its own.
 
     Raises:
@@ -225,7 +225,7 @@ def read_tensor(file: Path, stored: Stored) -> Tensor:
     return read_piece(file, stored, 0, stored.count).view(stored.shape)
 
 
-def read_piece(file: Path, stored: Stored, start: int, stop: int) -> Tensor:
+def read_piece(file: Path, stored: StoredTensor, start: int, stop: int) -> Tensor:
     """(stop - start,) elements of a flattened tensor of a file, in memory of their own.
 
     Raises:

@@ -44,7 +44,7 @@ class Imported:
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceFile:
     """One file.
 
     Attributes:
@@ -111,16 +111,16 @@ def located(module: str) -> Path | None:
     return None if _is_library(first) else _loaded_from(module)
 
 
-def read(file: Path) -> Source:
+def read(file: Path) -> SourceFile:
     """A file's code and imports."""
     stat = file.stat()
     return _read(file, stat.st_mtime_ns, stat.st_size)
 
 
 @cache
-def _read(file: Path, _changed: int, _size: int) -> Source:
+def _read(file: Path, _changed: int, _size: int) -> SourceFile:
     tree = _Computing().visit(ast.parse(file.read_bytes()))
-    return Source(hashlib.sha256(ast.dump(tree).encode()).hexdigest(), tuple(_imports(tree)))
+    return SourceFile(hashlib.sha256(ast.dump(tree).encode()).hexdigest(), tuple(_imports(tree)))
 
 
 class _Computing(ast.NodeTransformer):

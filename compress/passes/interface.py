@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
-from compress.calibration.training import Kept, Label
+from compress.calibration.training import Label, TrainingStore
 from compress.lazy import torch
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from compress.calibration.reconstruct import BlockData, Weights
     from compress.calibration.statistics import Statistics
     from compress.calibration.training import ModelData
-    from compress.encodings import Encoding, LowRank, Weight
+    from compress.encodings import Encoding, LowRankFactors, Weight
     from compress.models.symmetry import Axis
 
 Over = Callable[[Iterable[int], int, Label], Iterator[int]]
@@ -70,7 +70,7 @@ class Block:
     generator: torch.Generator
     over: Over
     vectors: Mapping[str, Tensor] = field(default_factory=dict)
-    kept: Kept = field(default_factory=Kept)
+    kept: TrainingStore = field(default_factory=TrainingStore)
     parts: Callable[[Callable[[], Weights]], Iterator[tuple[tuple[str, ...], BlockData]]] | None = None
 
 
@@ -126,7 +126,7 @@ class Edit:
     weight: Tensor | None = None
     mask: Tensor | None = None
     encoding: Encoding | None = None
-    low_rank: LowRank | None = None
+    low_rank: LowRankFactors | None = None
     replaces: bool = False
     shift: Tensor | None = None
     notes: Mapping[str, float] = field(default_factory=dict)

@@ -7,7 +7,7 @@ import torch
 from textbook import mask, weight
 from torch import Tensor
 
-from compress.encodings import LowRank, Spec, Uniform, Weight, fit, pack, quantize, spec_of, unpack
+from compress.encodings import LowRankFactors, Spec, Uniform, Weight, fit, pack, quantize, spec_of, unpack
 from compress.encodings.low_rank import LowRankForm
 
 
@@ -16,9 +16,13 @@ def uniform(w: Tensor, bits: int, groups: int = 1) -> Uniform:
     return Uniform(quantize(w, scale, zero, bits), scale, zero, bits, symmetric=True)
 
 
-def correction(rows: int, columns: int, rank: int, bits: int | None = None, groups: int = 1) -> LowRank:
+def correction(rows: int, columns: int, rank: int, bits: int | None = None, groups: int = 1) -> LowRankFactors:
     a, b = weight(rank, columns, seed=1), weight(rows, rank, seed=2)
-    return LowRank(a.half(), b.half()) if bits is None else LowRank(uniform(a, bits, groups), uniform(b, bits))
+    return (
+        LowRankFactors(a.half(), b.half())
+        if bits is None
+        else LowRankFactors(uniform(a, bits, groups), uniform(b, bits))
+    )
 
 
 CORRECTIONS = [
@@ -103,12 +107,12 @@ def test_sixteen_bits_a_number_or_codes_with_their_scales() -> None:
 @pytest.mark.parametrize(
     "broken",
     [
-        LowRank(torch.zeros(3, 15), torch.zeros(7, 3)),
-        LowRank(torch.zeros(3, 16), torch.zeros(7, 2)),
-        LowRank(torch.zeros(3, 16), torch.full((7, 3), torch.nan)),
+        LowRankFactors(torch.zeros(3, 15), torch.zeros(7, 3)),
+        LowRankFactors(torch.zeros(3, 16), torch.zeros(7, 2)),
+        LowRankFactors(torch.zeros(3, 16), torch.full((7, 3), torch.nan)),
     ],
 )
-def test_what_cannot_be_is_a_defect(broken: LowRank) -> None:
+def test_what_cannot_be_is_a_defect(broken: LowRankFactors) -> None:
     assert broken.defect((7, 16))
     assert correction(7, 16, rank=3).defect((7, 16)) is None
     assert correction(7, 16, rank=3, bits=4).defect((7, 16)) is None

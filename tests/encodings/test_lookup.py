@@ -12,7 +12,7 @@ from runtime_layers import ENCODINGS, off, weight
 from torch import Tensor
 
 from compress.encodings import Encoding, Form, Weight, pack, unpack
-from compress.encodings.base import Stored
+from compress.encodings.base import StoredShapes
 from compress.encodings.decode import Decoder
 from compress.encodings.lookup import BlockScale, Table
 from compress.export.blocks import misfit
@@ -35,7 +35,7 @@ class FloatForm(Form):
     columns: int
     family: ClassVar[str] = "float4"
 
-    def tables(self, shape: tuple[int, int]) -> Stored:
+    def tables(self, shape: tuple[int, int]) -> StoredShapes:
         blocks = (shape[0] // self.rows, shape[1] // self.columns)
         return {"scale": (blocks, torch.float16), "outer_scale": ((1,), torch.float32)}
 

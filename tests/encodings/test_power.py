@@ -13,8 +13,8 @@ from compress.encodings import Power, Spec, Weight, pack, spec_of, unpack
 from compress.encodings.power import (
     EMPTY,
     EXPONENTS,
-    Grid,
     Levels,
+    PowerGrid,
     Profile,
     dequantize,
     fit_exponent,
@@ -45,7 +45,7 @@ def kept_of(rows: int, columns: int, share: float = 0.4) -> Tensor:
 
 def at(w: Tensor, bits: int, exponent: float, levels: Levels, mask: Tensor | None = None, **options: object) -> Power:
     """Rounded on the levels of a given exponent."""
-    grid = Grid(bits, exponent, levels)
+    grid = PowerGrid(bits, exponent, levels)
     return nearest(w, fit_scale(w, grid, mask=mask, **options), grid, mask)
 
 
@@ -102,7 +102,7 @@ def test_levels_are_those_of_the_formula() -> None:
 @each_layout
 def test_the_nearest_level_is_found(bits: int, levels: Levels) -> None:
     for exponent in SPREAD:
-        grid = Grid(bits, exponent, levels)
+        grid = PowerGrid(bits, exponent, levels)
         unit = torch.cat([torch.linspace(-1.3, 1.3, 1001), grid.values, grid.borders, normal(1, 500)[0] / 100])
         distance = (unit[:, None] - grid.values).abs()
         found = distance.gather(1, grid.nearest(unit).long()[:, None])[:, 0]
@@ -113,7 +113,7 @@ def test_the_nearest_level_is_found(bits: int, levels: Levels) -> None:
 @each_layout
 def test_codes_of_level_values_are_found_again(bits: int, levels: Levels) -> None:
     for exponent in SPREAD:
-        grid = Grid(bits, exponent, levels)
+        grid = PowerGrid(bits, exponent, levels)
         codes = torch.arange(len(grid.values), dtype=torch.uint8).expand(3, -1)
         scale = torch.tensor([[0.3], [1.0], [7.0]]).half()
         values = dequantize(codes, scale, grid.values)
@@ -123,7 +123,7 @@ def test_codes_of_level_values_are_found_again(bits: int, levels: Levels) -> Non
 @each_bits
 def test_exponent_one_with_a_zero_level_is_symmetric_uniform_rounding_bit_for_bit(bits: int) -> None:
     q = 2 ** (bits - 1) - 1
-    grid = Grid(bits, 1.0, "zero")
+    grid = PowerGrid(bits, 1.0, "zero")
     halves = torch.arange(-2 * q - 3, 2 * q + 4)[None] / 2  # every tie, and beyond both ends
     for w, scale in ((halves, float(q)), (normal(8, 512), 2.5)):
         e = nearest(w, torch.full((1, 1), scale).half(), grid)
@@ -272,7 +272,7 @@ def test_the_searched_range_is_never_worse_than_the_largest_magnitude(bits: int,
 @each_layout
 def test_the_searched_range_is_about_as_good_as_trying_every_percent(levels: Levels) -> None:
     w = normal(8, 256)
-    grid = Grid(3, 0.8, levels)
+    grid = PowerGrid(3, 0.8, levels)
     largest = w.abs().amax(1, keepdim=True)
     every = [(nearest(w, (largest * k / 100).half(), grid).dequantize() - w).square().sum(1) for k in range(20, 101)]
     found = at(w, 3, 0.8, levels, norm=2.0)
@@ -364,7 +364,7 @@ def test_fitting_and_rounding_leave_the_weight_alone() -> None:
 
 def test_a_profile_knows_the_error_of_any_range() -> None:
     w = normal(1, 4096)
-    grid = Grid(4, 0.8, "half")
+    grid = PowerGrid(4, 0.8, "half")
     largest = w.abs().amax(1, keepdim=True)
     for share in (1.0, 0.7, 0.35):
         real = nearest(w, largest * share, grid).dequantize() - w

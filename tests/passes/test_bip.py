@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import compress
-from compress.calibration.training import Kept, Make, ModelData
+from compress.calibration.training import Make, ModelData, TrainingStore
 from compress.passes import Bip, GlobalMagnitude
 from compress.passes.base import Edit, Target, Whole
 from compress.passes.prune.bip import Refinement
@@ -26,7 +26,7 @@ def regression(seed: int = 0) -> Whole:
 
     target = Target(w, generator=torch.Generator().manual_seed(seed))
     return Whole(
-        ("a",), {"a": target}.__getitem__, {}, ModelData(loss, 64, Kept()), torch.Generator().manual_seed(seed)
+        ("a",), {"a": target}.__getitem__, {}, ModelData(loss, 64, TrainingStore()), torch.Generator().manual_seed(seed)
     )
 
 

@@ -13,7 +13,7 @@ from textbook import fine_tunes
 from torch import Tensor
 
 from compress import BitDelta
-from compress.calibration.training import Kept, Make
+from compress.calibration.training import Make, TrainingStore
 from compress.config.options import errors_in
 from compress.passes.merge.base import Piece
 from compress.passes.merge.models import Models, Running
@@ -112,7 +112,7 @@ class Wholes(Models):
             values = make(self.names)
             return torch.tanh(x[numbers] @ values["blocks.0.weight"].T) @ values["last.weight"].T
 
-        yield Running(logits, len(x), Kept(), self.names, torch.zeros(len(x)))
+        yield Running(logits, len(x), TrainingStore(), self.names, torch.zeros(len(x)))
 
 
 def wholes() -> Wholes:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import compress
 from compress.config.pipeline import Pipeline
-from compress.encodings import LowRank
+from compress.encodings import LowRankFactors
 from compress.errors import ConfigError
 from compress.passes import Eora, FlexRound, Gptq, Magnitude, Override, Pass, Rtn, SparseGpt, Wanda
 from compress.passes.base import Target
@@ -33,13 +33,13 @@ def problem(seed: int = 0, masked: bool = False) -> tuple[Target, Tensor]:
     return Target(now if mask is None else now * mask, mask, statistics(x), original=original), x
 
 
-def correction(pass_: Eora, target: Target) -> LowRank:
+def correction(pass_: Eora, target: Target) -> LowRankFactors:
     found = pass_.run(target).low_rank
     assert found is not None
     return found
 
 
-def output_error(target: Target, made: LowRank | None, x: Tensor) -> float:
+def output_error(target: Target, made: LowRankFactors | None, x: Tensor) -> float:
     """||(original - compressed - B A) X||."""
     assert target.original is not None
     lost = (target.original - target.weight).double()

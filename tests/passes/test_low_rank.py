@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 import compress
 from compress.config.pipeline import Pipeline
-from compress.encodings import LowRank as Factors
+from compress.encodings import LowRankFactors as Factors
 from compress.errors import ConfigError
 from compress.passes import Eora, Gptq, LowRank, Magnitude, Override, Pass, Perp, PerpReconstruct, Rtn
 from compress.passes.base import Target
-from compress.passes.solvers.whitening import Seen
+from compress.passes.solvers.whitening import WhitenedMatrix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS, COLUMNS = 24, 40
@@ -63,7 +63,7 @@ def test_the_factors_have_as_many_numbers_as_the_ratio_allows_and_one_more_rank_
 def test_full_rank_is_the_matrix_again(need: str) -> None:
     for rows, columns in ((24, 40), (40, 24)):
         target, _ = problem(rows, columns)
-        whole = Seen.through(target.weight.double(), target.statistics, need, 1e-6).factors(24)
+        whole = WhitenedMatrix.through(target.weight.double(), target.statistics, need, 1e-6).factors(24)
         torch.testing.assert_close(whole.product(), target.weight, rtol=0, atol=5e-3)  # 16 bits a number
 
 

@@ -15,7 +15,7 @@ from compress.engine.ledger import FolderLedger
 from compress.errors import ConfigError
 from compress.passes import Eora, Magnitude, Perp, PerpReconstruct, Rtn, Wanda
 from compress.passes.base import Target
-from compress.passes.retrain.adapters import Matrix
+from compress.passes.retrain.adapters import AdaptedMatrix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETS = ("mask_lora", "scale_lora", "lora_prune", "lora", "full")
@@ -28,9 +28,9 @@ def masked(seed: int = 0) -> Target:
     return Target(w * kept, kept, generator=torch.Generator().manual_seed(seed))
 
 
-def moved(target: Target, *sets: str, rank: int = 3) -> Matrix:
+def moved(target: Target, *sets: str, rank: int = 3) -> AdaptedMatrix:
     """Adapters after a few steps of descent towards other values."""
-    matrix = Matrix(target, sets, rank, alpha=6.0)
+    matrix = AdaptedMatrix(target, sets, rank, alpha=6.0)
     wanted = textbook.weight(12, 20, seed=9)
     optimizer = torch.optim.Adam(matrix.tensors(), lr=0.05)
     for _ in range(20):
@@ -46,7 +46,7 @@ def moved(target: Target, *sets: str, rank: int = 3) -> Matrix:
 @pytest.mark.parametrize("name", SETS)
 def test_before_the_first_step_the_matrix_is_the_pruned_one(name: str) -> None:
     target = masked()
-    matrix = Matrix(target, (name,), rank=4, alpha=8.0)
+    matrix = AdaptedMatrix(target, (name,), rank=4, alpha=8.0)
     assert torch.equal(matrix.soft(), target.weight)
     assert torch.equal(matrix.merged(), target.weight)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 import compress
 from compress.config.options import errors_in
 from compress.encodings import Power, Weight
-from compress.encodings.power import Grid, fit_exponent, fit_scale, nearest, profile
+from compress.encodings.power import PowerGrid, fit_exponent, fit_scale, nearest, profile
 from compress.passes import Override, PowerQuant, Rtn
 from compress.passes.base import Edit, Target
 
@@ -45,7 +45,7 @@ def test_powerquant_is_the_fitted_grid_and_nothing_else(options: dict[str, objec
         if pass_.levels in ("auto", levels)
     }
     levels = min(fitted, key=lambda name: fitted[name][1])
-    grid = Grid(pass_.bits, fitted[levels][0], levels)
+    grid = PowerGrid(pass_.bits, fitted[levels][0], levels)
     expected = nearest(given.weight, fit_scale(given.weight, grid, **cut, **fit), grid, kept)
     edit = pass_.run(given)
     for leaf in ("codes", "scale", "exponent"):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-Read: TypeAlias = "Callable[[int, int], Tensor]"  # (start, stop) -> those bytes of a tensor's payload, uint8
+ReadBytes: TypeAlias = "Callable[[int, int], Tensor]"  # (start, stop) -> those bytes of a tensor's payload, uint8
 
 
 class Chunks(Protocol):
@@ -43,7 +43,7 @@ class RiceChunks:
     bytes of its quotients, uint32 each, and its low bits, uint8; then the streams of every chunk.
     """
 
-    read: Read
+    read: ReadBytes
     chunk_size: int
 
     @staticmethod
@@ -85,7 +85,7 @@ class BitChunks:
     padded to whole bytes.
     """
 
-    read: Read
+    read: ReadBytes
     chunk_size: int
 
     @staticmethod

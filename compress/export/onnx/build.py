@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
     from compress.checkpoint.artifact import Artifact
     from compress.encodings import Spec
-    from compress.export.base import Made
+    from compress.export.base import PackedFolder
     from compress.export.onnx.products import Style
 
 PREFIX = "model."  # of the wrapper around the model
 OPSET, OPSET_OF_TWO_BITS = 21, 25
 
 
-def build(made: Made, style: Style) -> ir.Model:
+def build(made: PackedFolder, style: Style) -> ir.Model:
     """The graph; numbers are read from `made` while it is written.
 
     Raises:
@@ -51,7 +51,7 @@ def build(made: Made, style: Style) -> ir.Model:
     return model
 
 
-def constants(made: Made, style: Style) -> dict[str, ir.Value]:
+def constants(made: PackedFolder, style: Style) -> dict[str, ir.Value]:
     """What a graph holds of packed layers, by name."""
     artifact, specs = made.artifact, specs_in(made)
     found: dict[str, ir.Value] = {}
@@ -67,7 +67,7 @@ def constants(made: Made, style: Style) -> dict[str, ir.Value]:
     return found
 
 
-def parameters(made: Made) -> dict[str, ir.Value]:
+def parameters(made: PackedFolder) -> dict[str, ir.Value]:
     """What a graph may hold of everything else, by name."""
     artifact = made.artifact
     return {n: _parameter(artifact, n) for n, _ in artifact.graph.tensors() if n in artifact.stored}

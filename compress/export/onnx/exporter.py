@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from compress.encodings import Spec
-    from compress.export.base import Logits, Made
+    from compress.export.base import Logits, PackedFolder
     from compress.export.onnx.products import Style
     from compress.models.graph import Graph
     from compress.progress import Bars
@@ -75,12 +75,12 @@ class Onnx(Exporter):
                 f"{pairs[0]}; `exclude` them, use activation_grid: int, or leave this format out of `export:`"
             )
 
-    def write(self, made: Made, folder: Path, final: Path, bars: Bars) -> None:
+    def write(self, made: PackedFolder, folder: Path, final: Path, bars: Bars) -> None:
         from compress.export.onnx.files import write
 
         write(made, self.written_as, folder, bars)
 
-    def verify(self, made: Made, folder: Path, bars: Bars) -> dict[str, Any]:
+    def verify(self, made: PackedFolder, folder: Path, bars: Bars) -> dict[str, Any]:
         from compress.export.onnx.files import compare
 
         return {"tensors_equal": compare(made, self.written_as, folder, bars)}
@@ -90,7 +90,7 @@ class Onnx(Exporter):
         rounded = any(spec.inputs is not None for spec in specs.values())
         return LOOSE if rounded or self.mode == "fast" else TIGHT
 
-    def runner(self, made: Made, folder: Path) -> Logits:
+    def runner(self, made: PackedFolder, folder: Path) -> Logits:
         from compress.export.onnx.session import Runner, at_level, open_session
 
         if self.style == "qdq":
@@ -101,7 +101,7 @@ class Onnx(Exporter):
         finally:
             (folder / EXACT).unlink()
 
-    def shipped(self, made: Made, folder: Path) -> Logits | None:
+    def shipped(self, made: PackedFolder, folder: Path) -> Logits | None:
         from compress.export.onnx.session import Runner, open_session
 
         return Runner(open_session(folder / MODEL)) if self.accuracy_level == 4 else None

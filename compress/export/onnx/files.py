@@ -14,7 +14,7 @@ from compress.io.atomic import writing
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from compress.export.base import Made
+    from compress.export.base import PackedFolder
     from compress.export.onnx.products import Style
     from compress.progress import Bars
 
@@ -22,7 +22,7 @@ INLINE = 1024  # bytes of a constant that stands in the graph itself
 PAGE, LARGE, ALIGNMENT = 4096, 1 << 20, 64  # large constants begin a page, so that they can be mapped
 
 
-def write(made: Made, style: Style, folder: Path, bars: Bars) -> None:
+def write(made: PackedFolder, style: Style, folder: Path, bars: Bars) -> None:
     """Write the graph and its constants, one of them in memory at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     for _ in bars.over(range(1), 1, "trace: onnx"):
@@ -49,7 +49,7 @@ def write_constants(model: ir.Model, folder: Path, bars: Bars) -> None:
             )
 
 
-def compare(made: Made, style: Style, folder: Path, bars: Bars) -> int:
+def compare(made: PackedFolder, style: Style, folder: Path, bars: Bars) -> int:
     """Re-open a written file and compare every stored tensor with what was meant; returns how many there are.
 
     Raises:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.encodings import Spec
-    from compress.export.base import Made
+    from compress.export.base import PackedFolder
     from compress.models.graph import Graph
     from compress.progress import Bars
 
@@ -44,19 +44,19 @@ class Genai(Onnx):
         if not graph.is_language_model:
             yield f"it holds language models, and {type(graph.model).__name__} is none; export onnx"
 
-    def write(self, made: Made, folder: Path, final: Path, bars: Bars) -> None:
+    def write(self, made: PackedFolder, folder: Path, final: Path, bars: Bars) -> None:
         super().write(made, folder, final, bars)
         write_json(configuration(made, folder / MODEL), folder / CONFIG)
         copy_companions(made.folder, folder)
 
-    def verify(self, made: Made, folder: Path, bars: Bars) -> dict[str, Any]:
+    def verify(self, made: PackedFolder, folder: Path, bars: Bars) -> dict[str, Any]:
         found = super().verify(made, folder, bars)
         for _ in bars.over(range(1), 1, "generate: genai"):
             found["tokens_equal"] = same_tokens(made, folder, self.style == "kernels")
         return found
 
 
-def configuration(made: Made, file: Path) -> dict[str, Any]:
+def configuration(made: PackedFolder, file: Path) -> dict[str, Any]:
     """genai_config.json of a written graph.
 
     Raises:
@@ -118,7 +118,7 @@ def configuration(made: Made, file: Path) -> dict[str, Any]:
     }
 
 
-def same_tokens(made: Made, folder: Path, kernels: bool) -> int:
+def same_tokens(made: PackedFolder, folder: Path, kernels: bool) -> int:
     """Generate greedily with onnxruntime-genai and with transformers; returns how many new tokens were the same.
 
     Raises:
@@ -144,7 +144,7 @@ def same_tokens(made: Made, folder: Path, kernels: bool) -> int:
     return len(pairs) if first is None else first
 
 
-def alike(made: Made, tokens: Tensor, one: int, other: int) -> bool:
+def alike(made: PackedFolder, tokens: Tensor, one: int, other: int) -> bool:
     """Whether two tokens are so equally likely that rounding decides."""
     with torch.no_grad():
         logits = loading.load(made.folder, torch.float32)(tokens.long()[None]).logits[0, -1]
@@ -177,7 +177,7 @@ def generated(folder: Path, prompt: Tensor, count: int) -> list[int]:
     return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
 
 
-def expected(made: Made, prompt: Tensor, count: int) -> list[int]:
+def expected(made: PackedFolder, prompt: Tensor, count: int) -> list[int]:
     """Tokens that transformers goes on with, from the packed folder."""
     model = loading.load(made.folder, torch.float32)
     with torch.no_grad():

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from compress.encodings import Form, LowRankForm, Spec
     from compress.encodings.lookup import Lookup
     from compress.export.onnx.ops import Ops
-    from compress.export.onnx.weights import Source
+    from compress.export.onnx.weights import WeightSource
 
 WIDTHS = (2, 4, 8)
 BLOCKS = (128, 64, 32)  # quick in every width; longer ones round inputs more coarsely
@@ -48,7 +48,7 @@ class Style:
     accuracy_level: Literal[1, 4] = 4
 
 
-def linear(ops: Ops, x: ir.Value, spec: Spec, read: weights.Read, style: Style) -> ir.Value:
+def linear(ops: Ops, x: ir.Value, spec: Spec, read: weights.ReadTensor, style: Style) -> ir.Value:
     """(..., I) -> (..., O), as a packed layer computes it; its bias is added elsewhere."""
     source = weights.source_of(ops, spec, read)
     if spec.inputs is not None:
@@ -70,12 +70,12 @@ def plain(ops: Ops, x: ir.Value, weight: ir.Value) -> ir.Value:
     return ops.op("MatMul", x, ops.op("Transpose", weight, perm=[1, 0]))
 
 
-def _standard(source: Source, x: ir.Value) -> ir.Value | None:
+def _standard(source: WeightSource, x: ir.Value) -> ir.Value | None:
     weight = qdq.dequantized(source)
     return None if weight is None else source.ops.op("MatMul", x, weight)
 
 
-def low_rank(source: Source, x: ir.Value, form: LowRankForm, style: Style) -> ir.Value:
+def low_rank(source: WeightSource, x: ir.Value, form: LowRankForm, style: Style) -> ir.Value:
     """B (A x)."""
     for side in ("a", "b"):
         part = weights.factor(source, form, side)
@@ -86,7 +86,7 @@ def low_rank(source: Source, x: ir.Value, form: LowRankForm, style: Style) -> ir
     return x
 
 
-def kernel(source: Source, x: ir.Value, kept: ir.Value | None, style: Style) -> ir.Value | None:
+def kernel(source: WeightSource, x: ir.Value, kept: ir.Value | None, style: Style) -> ir.Value | None:
     """X times the weight in `MatMulNBits`; None where no form of it is legal, or exact enough."""
     form = source.form
     if form is not None and form.steps:
@@ -110,7 +110,7 @@ def block_size(columns: int, groups: int) -> int | None:
     return next((b for b in (*BLOCKS, 16) if size % b == 0), None)
 
 
-def _steps(source: Source, form: Form, x: ir.Value, kept: ir.Value | None, style: Style) -> ir.Value | None:
+def _steps(source: WeightSource, form: Form, x: ir.Value, kept: ir.Value | None, style: Style) -> ir.Value | None:
     """X times codes that count steps."""
     ops, (rows, columns), scales = source.ops, source.shape, source.lookup().scale
     assert scales is not None
@@ -135,8 +135,8 @@ def _steps(source: Source, form: Form, x: ir.Value, kept: ir.Value | None, style
 
 
 def _product(
-    source: Source, x: ir.Value, codes: ir.Value, scale: ir.Value, zeros: ir.Value | None, width: int, groups: int,
-    style: Style,
+    source: WeightSource, x: ir.Value, codes: ir.Value, scale: ir.Value, zeros: ir.Value | None, width: int,
+    groups: int, style: Style,
 ) -> ir.Value | None:  # fmt: skip
     """X times (O, I) codes with (R, G) or (O, K) scales."""
     ops, (rows, columns) = source.ops, source.shape
@@ -168,7 +168,7 @@ def _spread(ops: Ops, value: ir.Value, one_row: bool, groups: int, rows: int, bl
     return ops.reshape(ops.expand(value, rows, groups, blocks // groups), rows, blocks)
 
 
-def _zero_points(source: Source, blocks: int, width: int) -> ir.Value:
+def _zero_points(source: WeightSource, blocks: int, width: int) -> ir.Value:
     """(O, ceil(K * width / 8)) uint8, packed."""
     ops, form, rows = source.ops, source.form, source.shape[0]
     assert form is not None
@@ -184,7 +184,7 @@ def _zero_points(source: Source, blocks: int, width: int) -> ir.Value:
     return repacked(ops, padded(ops, zeros, rows, blocks, full), width, rows, full)
 
 
-def _tables(source: Source, kept: ir.Value | None) -> list[tuple[ir.Value, ir.Value, int]]:
+def _tables(source: WeightSource, kept: ir.Value | None) -> list[tuple[ir.Value, ir.Value, int]]:
     """Codes of 8 bits (O, I), scales (O, K) and groups, whose products sum up to the weight; empty where none do."""
     ops, (rows, columns), lookup = source.ops, source.shape, source.lookup()
     groups = 1 if lookup.scale is None else lookup.scale.groups
@@ -227,7 +227,7 @@ def _codes(values: Tensor) -> Tensor:
     return (values.round() + MIDDLE).to(torch.uint8)
 
 
-def _row_table(source: Source, lookup: Lookup) -> ir.Value:
+def _row_table(source: WeightSource, lookup: Lookup) -> ir.Value:
     """(O, 1) int32: the table of each row."""
     ops, rows = source.ops, source.shape[0]
     if lookup.row_table is None:

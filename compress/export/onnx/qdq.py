@@ -17,13 +17,13 @@ from compress.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.export.onnx.weights import Source
+    from compress.export.onnx.weights import WeightSource
 
 KINDS = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
 BLOCKS = (256, 128, 64, 32, 16)  # onnxruntime turns these into its own operator
 
 
-def dequantized(source: Source) -> ir.Value | None:
+def dequantized(source: WeightSource) -> ir.Value | None:
     """(I, O) float32, packed in the file and in memory; None where the operator has no such codes."""
     form, (rows, columns) = source.form, source.shape
     if form is None or not form.steps or form.bits not in KINDS or source.kept is not None:

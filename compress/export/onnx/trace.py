@@ -86,7 +86,7 @@ def placed(kind: str, inputs: tuple[Tensor, ...], site: str, shape: tuple[Any, .
 
 
 @dataclass(frozen=True)
-class Signature:
+class CallSignature:
     """How a model is called: wrapper, examples, names and dynamic axes of inputs, names of outputs."""
 
     module: nn.Module
@@ -115,7 +115,7 @@ def traced(graph: Graph, specs: Mapping[str, Spec], opset: int) -> ir.Model:
         try:
             signature = _signature(graph)
             dynamic: Any = signature.dynamic
-            if isinstance(signature.module, Decoder):  # whose last argument is a tuple
+            if isinstance(signature.module, TracedDecoder):  # whose last argument is a tuple
                 dynamic = (*dynamic[:2], dynamic[2:])
             program = torch.onnx.export(
                 signature.module, signature.examples, dynamo=True, verbose=False, optimize=False, opset_version=opset,
@@ -146,7 +146,7 @@ def _materialise(model: nn.Module) -> None:
                 module._buffers[leaf] = buffer.float()
 
 
-class Decoder(nn.Module):
+class TracedDecoder(nn.Module):
     """A language model with its cache as flat tensors: `past_key_values.{i}.key` and so on, as runtimes name them."""
 
     def __init__(self, model: nn.Module, layers: int, positions: bool):
@@ -178,7 +178,7 @@ class Encoder(nn.Module):
         return found
 
 
-class Images(nn.Module):
+class TracedImageModel(nn.Module):
     """A model of images."""
 
     def __init__(self, model: nn.Module):
@@ -191,27 +191,27 @@ class Images(nn.Module):
         return found
 
 
-def _signature(graph: Graph) -> Signature:
+def _signature(graph: Graph) -> CallSignature:
     model, config = graph.model, graph.model.config
     if graph.is_image_model:
         size: Any = getattr(config, "image_size", None)
         down, across = size if isinstance(size, list | tuple) else (size or SIDE, size or SIDE)
         image = torch.zeros(ROWS, getattr(config, "num_channels", 3), down, across)
         axes = {0: "batch"} if size else {0: "batch", 2: "height", 3: "width"}
-        return Signature(Images(model), (image,), ("pixel_values",), ("logits",), (axes,))
+        return CallSignature(TracedImageModel(model), (image,), ("pixel_values",), ("logits",), (axes,))
     tokens, axes = torch.zeros(ROWS, LENGTH, dtype=torch.long), {0: "batch", 1: "length"}
     cache = _cache_of(model, tokens)
     if cache is None:
         ones = torch.ones_like(tokens)
-        return Signature(Encoder(model), (tokens, ones), ("input_ids", "attention_mask"), ("logits",), (axes, axes))
+        return CallSignature(Encoder(model), (tokens, ones), ("input_ids", "attention_mask"), ("logits",), (axes, axes))
     positions = "position_ids" in inspect.signature(model.forward).parameters
     layers, (heads, width) = len(cache), (cache[0].shape[1], cache[0].shape[3])
     mask = torch.ones(ROWS, PAST + LENGTH, dtype=torch.long)
     place = torch.arange(PAST, PAST + LENGTH).expand(ROWS, -1).contiguous()
     past = [torch.zeros(ROWS, heads, PAST, width) for _ in range(2 * layers)]
     names = [f"{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
-    return Signature(
-        Decoder(model, layers, positions),
+    return CallSignature(
+        TracedDecoder(model, layers, positions),
         (tokens, mask, *([place] if positions else []), *past),
         ("input_ids", "attention_mask", *(["position_ids"] if positions else []),
          *(f"past_key_values.{name}" for name in names)),

@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.encodings import Form, LowRankForm, Spec
-    from compress.encodings.base import Stored
+    from compress.encodings.base import StoredShapes
     from compress.encodings.lookup import Lookup
     from compress.export.onnx.ops import Ops
 
-Read: TypeAlias = "Callable[[str], Tensor]"
+ReadTensor: TypeAlias = "Callable[[str], Tensor]"
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightSource:
     """Where the tensors of a packed weight, or of one factor of its correction, are.
 
     Attributes:
@@ -47,8 +47,8 @@ class Source:
     ops: Ops
     shape: tuple[int, int]
     form: Form | None
-    tensors: Stored
-    read: Read
+    tensors: StoredShapes
+    read: ReadTensor
     kept: int | None = None
     prefix: str = ""
 
@@ -94,18 +94,18 @@ class Source:
         return self.ops.reshape(value, rows, groups)
 
 
-def source_of(ops: Ops, spec: Spec, read: Read) -> Source:
+def source_of(ops: Ops, spec: Spec, read: ReadTensor) -> WeightSource:
     """The source of the weight itself."""
-    return Source(ops, spec.shape, spec.form, spec.tensors(), read, spec.kept)
+    return WeightSource(ops, spec.shape, spec.form, spec.tensors(), read, spec.kept)
 
 
-def factor(source: Source, form: LowRankForm, side: str) -> Source:
+def factor(source: WeightSource, form: LowRankForm, side: str) -> WeightSource:
     """The source of one factor of the correction beside a weight."""
     shape = form.shapes(source.shape)[side]
     return replace(source, shape=shape, form=form.factor_form(side), kept=None, prefix=f"lora_{side}_")
 
 
-def mask(source: Source, spec: Spec) -> ir.Value | None:
+def mask(source: WeightSource, spec: Spec) -> ir.Value | None:
     """(O, I) bool, true where a weight is kept; None when dense."""
     ops, (rows, columns) = source.ops, spec.shape
     if spec.kept is None:
@@ -119,7 +119,7 @@ def mask(source: Source, spec: Spec) -> ir.Value | None:
     return found if width == columns else ops.op("Slice", found, ops.ints(0), ops.ints(columns), ops.ints(1))
 
 
-def codes(source: Source, kept: ir.Value | None) -> ir.Value:
+def codes(source: WeightSource, kept: ir.Value | None) -> ir.Value:
     """(O, I) uint8; under a mask any code."""
     ops, form, (rows, columns) = source.ops, source.form, source.shape
     assert form is not None
@@ -132,7 +132,7 @@ def codes(source: Source, kept: ir.Value | None) -> ir.Value:
     return _spread(ops, unpacked(ops, stream, form.bits, 1, source.kept), source.kept, kept, source.shape)
 
 
-def dense(source: Source, kept: ir.Value | None) -> ir.Value:
+def dense(source: WeightSource, kept: ir.Value | None) -> ir.Value:
     """(O, I) float32: the weight without its correction."""
     ops, shape = source.ops, source.shape
     if source.form is None and kept is None:
@@ -148,7 +148,7 @@ def dense(source: Source, kept: ir.Value | None) -> ir.Value:
     return values if kept is None else ops.op("Where", kept, values, ops.number(0))
 
 
-def dequantized(source: Source, kept: ir.Value | None) -> ir.Value:
+def dequantized(source: WeightSource, kept: ir.Value | None) -> ir.Value:
     """(O, I) float32 of the codes; under a mask anything."""
     ops, (rows, columns), lookup = source.ops, source.shape, source.lookup()
     if source.form is not None and source.form.steps:
@@ -171,7 +171,7 @@ def dequantized(source: Source, kept: ir.Value | None) -> ir.Value:
     return ops.reshape(ops.op("Mul", grouped, ops.op("Unsqueeze", source.scale(), ops.ints(-1))), rows, columns)
 
 
-def zero_points(source: Source) -> ir.Value:
+def zero_points(source: WeightSource) -> ir.Value:
     """(O, G) or (1, G) float32 of codes that count steps; (1, 1) where none are stored."""
     ops, form = source.ops, source.form
     assert form is not None
@@ -181,7 +181,7 @@ def zero_points(source: Source) -> ir.Value:
     return ops.cast(source.per_row(unpacked(ops, source.value("zero_point"), form.bits, rows, groups)), torch.float32)
 
 
-def looked_up(source: Source, lookup: Lookup, table: ir.Value, kept: ir.Value | None) -> ir.Value:
+def looked_up(source: WeightSource, lookup: Lookup, table: ir.Value, kept: ir.Value | None) -> ir.Value:
     """(O, I): for every code, the entry of its row's table, or of the only one; `table` has the lookup's shape."""
     ops, form, (rows, columns) = source.ops, source.form, source.shape
     assert form is not None
@@ -201,7 +201,7 @@ def looked_up(source: Source, lookup: Lookup, table: ir.Value, kept: ir.Value | 
     return ops.op("Gather", ops.reshape(table, -1), index, axis=0)
 
 
-def row_tables(source: Source, lookup: Lookup) -> ir.Value:
+def row_tables(source: WeightSource, lookup: Lookup) -> ir.Value:
     """(1, O): the table of each row, where there are several."""
     assert lookup.row_table is not None
     if "row_group" in source.beside:
@@ -210,7 +210,7 @@ def row_tables(source: Source, lookup: Lookup) -> ir.Value:
     return source.derived("row_table", lookup.row_table[None])
 
 
-def pairs(source: Source, table: ir.Value) -> ir.Value:
+def pairs(source: WeightSource, table: ir.Value) -> ir.Value:
     """(O, I): the entries of a table of pairs, two neighbouring columns a pair."""
     ops, form, (rows, columns) = source.ops, source.form, source.shape
     assert form is not None
@@ -229,20 +229,20 @@ def pairs(source: Source, table: ir.Value) -> ir.Value:
     return found if columns == count * 2 else ops.op("Slice", found, ops.ints(0), ops.ints(columns), ops.ints(1))
 
 
-def correction(source: Source, form: LowRankForm) -> ir.Value:
+def correction(source: WeightSource, form: LowRankForm) -> ir.Value:
     """(O, I) float32: B A."""
     a, b = (thin(factor(source, form, side), form) for side in ("a", "b"))
     return source.ops.op("MatMul", b, a)
 
 
-def thin(side: Source, form: LowRankForm) -> ir.Value:
+def thin(side: WeightSource, form: LowRankForm) -> ir.Value:
     """One factor, float32."""
     if form.bits is not None:
         return dequantized(side, None)
     return replace(side, prefix="").floats(side.prefix.removesuffix("_"))
 
 
-def whole(source: Source, spec: Spec) -> ir.Value:
+def whole(source: WeightSource, spec: Spec) -> ir.Value:
     """(O, I) float32: all of it."""
     base = None if spec.kind == FACTORED else dense(source, mask(source, spec))
     if spec.low_rank is None:
@@ -252,7 +252,7 @@ def whole(source: Source, spec: Spec) -> ir.Value:
     return added if base is None else source.ops.op("Add", base, added)
 
 
-def _table(source: Source, lookup: Lookup) -> ir.Value:
+def _table(source: WeightSource, lookup: Lookup) -> ir.Value:
     """(T, E) float32: the stored table, or what stands for one that the form makes."""
     if "table" in source.beside:
         return source.floats("table")

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from compress.encodings import LowRank, LowRankForm, Uniform
+from compress.encodings import LowRankFactors, LowRankForm, Uniform
 from compress.errors import SolveError
 from compress.lazy import torch
 from compress.passes.base import Edit, LinearPass, OptionError, Override
 from compress.passes.compensate.ranks import by_budget, by_energy, too_little
 from compress.passes.quantize.gptq import Gptq
 from compress.passes.quantize.gptq import solve as gptq
-from compress.passes.solvers.whitening import Seen
+from compress.passes.solvers.whitening import WhitenedMatrix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -148,11 +148,11 @@ class Eora(LinearPass):
         """Stored bits of one more rank, scales not counted."""
         return (self.adapter_bits or VALUE_BITS) * sum(shape)
 
-    def _lost(self, target: Target) -> Seen:
+    def _lost(self, target: Target) -> WhitenedMatrix:
         """Original less compressed weight, seen through the inputs."""
         assert target.original is not None
         lost = target.original.double() - target.weight.double()
-        return Seen.through(lost, target.statistics, SEEN[self.method], self.floor)
+        return WhitenedMatrix.through(lost, target.statistics, SEEN[self.method], self.floor)
 
     def run(self, target: Target) -> Edit:
         lost = self._lost(target)
@@ -180,12 +180,12 @@ class Eora(LinearPass):
         return replace(self, method="svd", bias=False, overrides=())
 
 
-def _coded(lost: Seen, gram: Tensor, rank: int, bits: int) -> LowRank:
+def _coded(lost: WhitenedMatrix, gram: Tensor, rank: int, bits: int) -> LowRankFactors:
     """The best correction of this rank in codes: A rounded, and the B that is best for that rounded too."""
     a = lost.basis(rank).float()
     coded = _gptq(a, gram, bits, A_GROUP if a.shape[1] % A_GROUP == 0 else None)
     made = coded.dequantize()
-    return LowRank(coded, _gptq(lost.fitted(made.double()).float(), made @ gram @ made.T, bits, None))
+    return LowRankFactors(coded, _gptq(lost.fitted(made.double()).float(), made @ gram @ made.T, bits, None))
 
 
 def _gptq(weight: Tensor, gram: Tensor, bits: int, group_size: int | None) -> Uniform:

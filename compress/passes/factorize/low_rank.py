@@ -12,11 +12,11 @@ from annotated_types import Ge, Gt, Lt
 
 from compress.calibration.reconstruct import BLOCK_ERROR, Inputs, Recipe, by_block
 from compress.encodings import FACTORED, LowRankForm
-from compress.encodings import LowRank as Factors
+from compress.encodings import LowRankFactors as Factors
 from compress.errors import SolveError
 from compress.lazy import torch
 from compress.passes.base import BlockPass, Edit, LinearPass, OptionError, Pass
-from compress.passes.solvers.whitening import Seen, stored
+from compress.passes.solvers.whitening import WhitenedMatrix, stored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -64,7 +64,7 @@ class Budget(Pass):
             return super().refusal(kind)
         return f"factors keep neither zeros nor codes. Put {self.key} first and `exclude` its layers later on"
 
-    def factors(self, seen: Seen) -> Factors:
+    def factors(self, seen: WhitenedMatrix) -> Factors:
         """The best ones."""
         rows, columns = seen.matrix.shape
         return seen.factors(self.rank((rows, columns)))
@@ -136,7 +136,7 @@ class LowRank(Budget, BlockPass):
                     yield OptionError(f"overrides[{i}].{option}", "is the same for all layers, which learn together")
 
     def run(self, block: Block) -> Iterator[tuple[str, Edit]]:
-        learned = _Block({name: self.at(name).start(target) for name, target in block.targets.items()})
+        learned = _FactoredBlock({name: self.at(name).start(target) for name, target in block.targets.items()})
         notes: dict[str, float] = {}
         if block.data is not None:
             recipe = Recipe(self.steps, self.batch_size, self.inputs)
@@ -144,18 +144,18 @@ class LowRank(Budget, BlockPass):
         for name, matrix in learned.matrices.items():
             yield name, Edit(low_rank=matrix.factors(), replaces=True, notes={**matrix.notes, **notes})
 
-    def start(self, target: Target) -> _Matrix:
+    def start(self, target: Target) -> _FactoredMatrix:
         """One matrix as it is before anything is learned."""
         need: Need = "gram" if self.method == "whitened" else "none"
         weight, notes = target.weight.double(), {}
         try:
-            seen = Seen.through(weight, target.statistics, need, self.floor)
+            seen = WhitenedMatrix.through(weight, target.statistics, need, self.floor)
         except SolveError:  # nothing ever reached it, so there is nothing to be best for
-            seen = Seen.through(weight, None, "none", self.floor)
+            seen = WhitenedMatrix.through(weight, None, "none", self.floor)
             notes["dead_inputs"] = float(weight.shape[1])
         made = self.factors(seen)
         notes["output_error_start"] = seen.size(weight - made.product().double()) / (seen.size(weight) or 1.0)
-        return _Matrix(target.weight, made, self.learning_rate, self.perturbation, notes)
+        return _FactoredMatrix(target.weight, made, self.learning_rate, self.perturbation, notes)
 
     def fallback(self) -> Svd:
         return Svd(ratio=self.ratio)
@@ -169,10 +169,12 @@ class Svd(Budget, LinearPass):
     accepts: ClassVar[frozenset[str]] = LowRank.accepts
 
     def run(self, target: Target) -> Edit:
-        return Edit(low_rank=self.factors(Seen.through(target.weight.double(), None, "none", 0.0)), replaces=True)
+        return Edit(
+            low_rank=self.factors(WhitenedMatrix.through(target.weight.double(), None, "none", 0.0)), replaces=True
+        )
 
 
-class _Matrix:
+class _FactoredMatrix:
     """One matrix being learned."""
 
     def __init__(self, weight: Tensor, start: Factors, rate: float, perturbation: float, notes: Mapping[str, float]):
@@ -200,10 +202,10 @@ class _Matrix:
 
 
 @dataclass(frozen=True)
-class _Block:
+class _FactoredBlock:
     """The matrices of a block as one thing to learn."""
 
-    matrices: Mapping[str, _Matrix]
+    matrices: Mapping[str, _FactoredMatrix]
 
     def groups(self) -> list[tuple[list[Tensor], float]]:
         return [group for m in self.matrices.values() for group in m.groups()]

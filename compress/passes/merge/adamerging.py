@@ -31,7 +31,7 @@ LEAST_SPREAD = 0.5  # of the entropy of the mean prediction at the start: below 
 
 
 @dataclass(frozen=True)
-class Learned:
+class LearnedCoefficients:
     """What was learned.
 
     Attributes:
@@ -71,10 +71,10 @@ class AdaMerging(MergePass):
     Example:
         >>> import torch
         >>> from compress import AdaMerging
-        >>> from compress.passes.merge.adamerging import Learned
+        >>> from compress.passes.merge.adamerging import LearnedCoefficients
         >>> from compress.passes.merge.base import Piece
         >>> piece = Piece("weight", torch.tensor([1.0, 2.0]), (torch.tensor([2.0, 2.0]), torch.tensor([1.0, 0.0])))
-        >>> AdaMerging(models=("maths", "code")).run(piece, Learned({"weight": (1.0, 0.5)}, {}))
+        >>> AdaMerging(models=("maths", "code")).run(piece, LearnedCoefficients({"weight": (1.0, 0.5)}, {}))
         tensor([2., 1.])
     """
 
@@ -108,7 +108,7 @@ class AdaMerging(MergePass):
         if self.vocabulary == "common":
             yield OptionError("vocabulary", "the merged model is run as a whole; vocabularies must be of one size")
 
-    def learn(self, models: Models) -> Learned:
+    def learn(self, models: Models) -> LearnedCoefficients:
         trimmed = self._trimmed(models) if self.trim is not None else {}
         found = {name: (self.initial,) * len(self.models) for name in models.names}
         with models.running() as running:
@@ -127,9 +127,9 @@ class AdaMerging(MergePass):
             )
             found |= coefficients.found()
         models.notes |= trial.notes() | {"coefficients": self._noted(found)}
-        return Learned(found, trimmed)
+        return LearnedCoefficients(found, trimmed)
 
-    def run(self, piece: Piece, facts: Learned) -> Tensor:
+    def run(self, piece: Piece, facts: LearnedCoefficients) -> Tensor:
         limits = facts.trimmed.get(piece.name)
         deltas = list(piece.deltas()) if limits is None else _elected(piece.deltas(), limits, piece.start)
         total = piece.base.clone()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from compress.models.symmetry import Units
     from compress.passes.merge.models import Models
-    from compress.passes.merge.permutation import Alignment, Read
+    from compress.passes.merge.permutation import Alignment, ReadTensor
     from compress.passes.merge.schedules import PerModel, Value
 
 
@@ -114,7 +114,9 @@ class MergePass(Pass):
     def learn(self, models: Models) -> Any:
         """What it must know before anything else; then given to `look` and `run` as `survey`'s would be."""
 
-    def align(self, units: Sequence[Units], ours: Read, theirs: Read, generator: torch.Generator) -> Alignment:
+    def align(
+        self, units: Sequence[Units], ours: ReadTensor, theirs: ReadTensor, generator: torch.Generator
+    ) -> Alignment:
         """How the units of another model are put in the order of the base's, before anything is merged."""
         raise NotImplementedError
 

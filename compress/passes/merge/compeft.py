@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptDelta:
     """What is kept of one tensor's delta.
 
     Attributes:
@@ -91,7 +91,7 @@ class Compeft(DeltaPass):
         limit = limits(lambda: magnitudes(everything), total, [count])
         return Surveyed(limit, sizes), self._level(everything, count)
 
-    def look(self, tensor: Pieces, found: tuple[Surveyed, float] | None) -> Kept:
+    def look(self, tensor: Pieces, found: tuple[Surveyed, float] | None) -> KeptDelta:
         first = next(tensor())
         if found is not None:
             limit, level = found[0].of(first.name)[0], found[1]
@@ -101,7 +101,9 @@ class Compeft(DeltaPass):
             level = self._level(tensor, count)
         if self.magnitude == "mean":
             level = mean_of_kept(tensor, limit)
-        return Kept(limit, float(torch.tensor(level * self.at_piece(self.alpha, first, 1.0), dtype=torch.bfloat16)))
+        return KeptDelta(
+            limit, float(torch.tensor(level * self.at_piece(self.alpha, first, 1.0), dtype=torch.bfloat16))
+        )
 
     def _level(self, pieces: Pieces, kept: int) -> float:
         """What `l2` and `std` give every one of so many entries that are kept."""
@@ -110,7 +112,7 @@ class Compeft(DeltaPass):
         sums = Sums.of(pieces)
         return sums.deviation if self.magnitude == "std" else math.sqrt(sums.squares / max(1, min(kept, sums.changed)))
 
-    def code(self, piece: Piece, facts: Kept) -> Signs:
+    def code(self, piece: Piece, facts: KeptDelta) -> Signs:
         kept = facts.limit.trimmed(next(piece.deltas()), piece.start)
         return Signs(torch.tensor([facts.scale]), kept.sign().to(torch.int8)[None])
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from compress.calibration.training import Make, Values
     from compress.passes.merge.models import Running
 
-Parts: TypeAlias = (
+ReadTensorParts: TypeAlias = (
     "Callable[[str], tuple[Tensor, list[Tensor]]]"  # tensor -> the base's value, and what each task adds to it
 )
 
@@ -32,7 +32,7 @@ class Coefficients:
         start: Mapping[str, tuple[float, ...]],
         level: str,
         rate: float,
-        parts: Parts,
+        parts: ReadTensorParts,
     ):
         self.parts, self.rate = parts, rate
         rows = list(start.values()) if level == "layer" else list(start.values())[:1]
@@ -61,7 +61,7 @@ class _Mixed:
     """base + sum of coefficients times deltas; nothing of a tensor's size is kept for the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, coefficients: Tensor, name: str, parts: Parts) -> Tensor:
+    def forward(ctx: Any, coefficients: Tensor, name: str, parts: ReadTensorParts) -> Tensor:
         ctx.name, ctx.parts = name, parts
         base, deltas = parts(name)
         total = base.clone()

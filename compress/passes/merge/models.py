@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from compress.calibration.training import Kept, Make
+    from compress.calibration.training import Make, TrainingStore
     from compress.passes.base import Pass
 
 T = TypeVar("T")
@@ -87,6 +87,6 @@ class Running:
 
     logits: Callable[[Make, Tensor], Tensor]
     count: int
-    kept: Kept
+    kept: TrainingStore
     names: tuple[str, ...]
     sources: Tensor

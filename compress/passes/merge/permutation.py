@@ -22,7 +22,7 @@ Values: TypeAlias = "Mapping[str, Tensor]"
 Moves: TypeAlias = (
     "Mapping[str, Sequence[tuple[int, Tensor]]]"  # tensor -> (axis, which entry comes where), one after the other
 )
-Read: TypeAlias = "Callable[[str], Tensor]"  # a whole tensor of a model
+ReadTensor: TypeAlias = "Callable[[str], Tensor]"  # a whole tensor of a model
 GAIN = 1e-12  # of the product of both lengths: what is less is rounding
 
 
@@ -40,7 +40,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Matched:
+class FoundOrders:
     """The best orders that were found.
 
     Attributes:
@@ -79,7 +79,7 @@ def unchanged(units: Units) -> Order:
 
 def match(
     units: Sequence[Units], ours: Values, theirs: Values, generator: torch.Generator, sweeps: int = 100
-) -> Matched:
+) -> FoundOrders:
     """Orders of their units that agree best with ours, each found with all others held.
 
     Args:
@@ -110,7 +110,7 @@ def match(
                 found.append(found[-1] + now - then)
         if len(found) == before or len(units) == 1:  # one alone is exact at once
             break
-    return Matched(tuple(orders), tuple(found))
+    return FoundOrders(tuple(orders), tuple(found))
 
 
 def assigned(units: Units, ours: Values, theirs: Values, generator: torch.Generator, sweeps: int) -> Order:
@@ -120,7 +120,7 @@ def assigned(units: Units, ours: Values, theirs: Values, generator: torch.Genera
     for place in units.places:
         if place.counts and place.tensor not in within:
             scores += rows(ours[place.tensor], place) @ rows(theirs[place.tensor], place).T
-    pairs: list[list[Matched]] = []
+    pairs: list[list[FoundOrders]] = []
     if within:
         a, b = (blocks(units, model, within) for model in (ours, theirs))
         pairs = [[match(units.inner, mine, other, generator, sweeps) for other in b] for mine in a]
@@ -199,7 +199,9 @@ def coupled(units: Sequence[Units]) -> list[list[Units]]:
     return [members for _, members in groups]
 
 
-def align(units: Sequence[Units], ours: Read, theirs: Read, generator: torch.Generator, sweeps: int) -> Alignment:
+def align(
+    units: Sequence[Units], ours: ReadTensor, theirs: ReadTensor, generator: torch.Generator, sweeps: int
+) -> Alignment:
     """Match two models, a coupled group of units in memory at a time."""
     found: dict[str, list[tuple[int, Tensor]]] = {}
     before = after = 0.0

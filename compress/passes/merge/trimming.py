@@ -67,7 +67,7 @@ class Surveyed:
 
 
 Scope = Literal["tensor", "model"]  # what is ranked together
-Parts: TypeAlias = "Callable[[], Iterator[Sequence[Tensor]]]"  # a piece of every vector at a time, in order
+ReadVectorParts: TypeAlias = "Callable[[], Iterator[Sequence[Tensor]]]"  # a piece of every vector at a time, in order
 
 
 def kept_of(share: float, total: int) -> int:
@@ -75,7 +75,7 @@ def kept_of(share: float, total: int) -> int:
     return min(total, max(1, int(share * total))) if share > 0 else 0
 
 
-def limits(parts: Parts, total: int, counts: Sequence[int]) -> list[Limit]:
+def limits(parts: ReadVectorParts, total: int, counts: Sequence[int]) -> list[Limit]:
     """Which elements of each of several vectors are its `counts[i]` largest; of equal ones the first.
 
     Arguments as of `kth_largest`.
@@ -83,7 +83,7 @@ def limits(parts: Parts, total: int, counts: Sequence[int]) -> list[Limit]:
     searched = [i for i, k in enumerate(counts) if 0 < k < total]
     found = {i: Limit(-math.inf, total) if k else Limit(math.inf, 0) for i, k in enumerate(counts)}
     if searched:
-        chosen: Parts = lambda: ([pieces[i] for i in searched] for pieces in parts())  # noqa: E731
+        chosen: ReadVectorParts = lambda: ([pieces[i] for i in searched] for pieces in parts())  # noqa: E731
         ranks = kth_largest(chosen, total, [counts[i] for i in searched])
         left = {i: counts[i] - rank.above for i, rank in zip(searched, ranks, strict=True)}
         places = _places(
@@ -93,7 +93,7 @@ def limits(parts: Parts, total: int, counts: Sequence[int]) -> list[Limit]:
     return [found[i] for i in range(len(counts))]
 
 
-def _places(parts: Parts, wanted: Mapping[int, tuple[float, int]]) -> dict[int, int]:
+def _places(parts: ReadVectorParts, wanted: Mapping[int, tuple[float, int]]) -> dict[int, int]:
     """Number of a vector, (value, n) -> where the n-th element that equals the value stands, counted from 1."""
     begin, left = 0, {i: n for i, (_, n) in wanted.items()}
     found: dict[int, int] = {}
@@ -110,7 +110,7 @@ def _places(parts: Parts, wanted: Mapping[int, tuple[float, int]]) -> dict[int, 
     return found
 
 
-def kth_largest(parts: Parts, total: int, wanted: Sequence[int], signed: bool = False) -> list[Rank]:
+def kth_largest(parts: ReadVectorParts, total: int, wanted: Sequence[int], signed: bool = False) -> list[Rank]:
     """For several vectors at once, the `wanted[i]`-th largest element, counted from 1.
 
     The bits of a non-negative float32 order as integers do: a histogram of the upper 16 bits finds the bin, one of the

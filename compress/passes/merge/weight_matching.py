@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from compress.models.symmetry import Units
-    from compress.passes.merge.permutation import Alignment, Read
+    from compress.passes.merge.permutation import Alignment, ReadTensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,5 +55,7 @@ class WeightMatching(Average):
     common: ClassVar[frozenset[str]] = Average.common | {"sweeps"}
     aligns: ClassVar[bool] = True
 
-    def align(self, units: Sequence[Units], ours: Read, theirs: Read, generator: torch.Generator) -> Alignment:
+    def align(
+        self, units: Sequence[Units], ours: ReadTensor, theirs: ReadTensor, generator: torch.Generator
+    ) -> Alignment:
         return align(units, ours, theirs, generator, self.sweeps)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge, Le
 
 from compress.encodings import InputForm
-from compress.encodings.inputs import OLIVE, Grid, Scale
+from compress.encodings.inputs import OLIVE, GridKind, Scale
 from compress.passes.base import ModelPass, OptionError, Pass
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class ActivationOptions(Pass):
 
     activation_bits: Annotated[int, Ge(2), Le(8)] | None = None
     activation_scale: Scale = "token"
-    activation_grid: Grid = "int"
+    activation_grid: GridKind = "int"
 
     @property
     def ranged(self) -> bool:

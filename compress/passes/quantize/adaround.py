@@ -15,7 +15,7 @@ from compress.encodings.uniform import Search
 from compress.lazy import no_grad, torch
 from compress.passes.quantize.flexround import rtn_like
 from compress.passes.quantize.grid import UniformOptions
-from compress.passes.quantize.learned import LearnedPass, Rounding
+from compress.passes.quantize.learned import LearnedPass, LearnedRounding
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +65,7 @@ class AdaRound(UniformOptions, LearnedPass):
         return rtn_like(self)
 
 
-class UpOrDown(Rounding):
+class UpOrDown(LearnedRounding):
     """What = s * (clip(floor(W / s) + h(v) + z) - z), h a stretched sigmoid."""
 
     def __init__(self, weight: Tensor, scale: Tensor, zero: Tensor, options: AdaRound):

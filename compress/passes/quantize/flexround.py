@@ -15,7 +15,7 @@ from compress.encodings import Uniform
 from compress.encodings.uniform import Search, narrowest, rounded
 from compress.lazy import function, no_grad, torch
 from compress.passes.quantize.grid import UniformOptions
-from compress.passes.quantize.learned import LearnedPass, Rounding
+from compress.passes.quantize.learned import LearnedPass, LearnedRounding
 from compress.passes.quantize.rtn import Rtn
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def rtn_like(options: UniformOptions) -> Rtn:
     )
 
 
-class Division(Rounding):
+class Division(LearnedRounding):
     """What = s1 * clip(round(W / (s1 * S2 * s3 * s4))), everything learned as a logarithm that starts at zero."""
 
     def __init__(

@@ -16,7 +16,7 @@ from compress.encodings.uniform import narrowest
 from compress.encodings.uniform import rounded as rounded_scale
 from compress.lazy import no_grad, torch
 from compress.passes.quantize.codebook import Codebook, CodebookOptions
-from compress.passes.quantize.learned import LearnedPass, Rounding, look_up
+from compress.passes.quantize.learned import LearnedPass, LearnedRounding, look_up
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +75,7 @@ class Jlcm(CodebookOptions, LearnedPass):
         return Codebook(**{**shared, "weighting": "none", "overrides": ()})
 
 
-class Choice(Rounding):
+class Choice(LearnedRounding):
     """What = scale * table[choice]; a weight chooses the entry nearest to W / scale times its factor."""
 
     def __init__(self, weight: Tensor, start: Codebooks, options: Jlcm):

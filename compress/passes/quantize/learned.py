@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from compress.passes.base import Block, Target
 
 
-class Rounding(ABC):
+class LearnedRounding(ABC):
     """One matrix being learned: numbers, the weights they stand for, and the codes they would be stored as."""
 
     @abstractmethod
@@ -78,12 +78,12 @@ class LearnedPass(BlockPass):
                 if option in override.options:
                     yield OptionError(f"overrides[{i}].{option}", "is the same for all layers, which learn together")
 
-    def start(self, target: Target) -> Rounding:
+    def start(self, target: Target) -> LearnedRounding:
         """One matrix as it is before anything is learned."""
         raise NotImplementedError
 
     def run(self, block: Block) -> Iterator[tuple[str, Edit]]:
-        learned = _Block({name: self.at(name).start(t) for name, t in block.targets.items()}, block.targets)
+        learned = _LearnedBlock({name: self.at(name).start(t) for name, t in block.targets.items()}, block.targets)
         recipe = Recipe(self.steps, self.batch_size, self.inputs)
         if self.objective == "layer":
             grams = {name: gram for name, t in block.targets.items() if (gram := _gram(t)) is not None}
@@ -102,10 +102,10 @@ class LearnedPass(BlockPass):
 
 
 @dataclass(frozen=True)
-class _Block:
+class _LearnedBlock:
     """The matrices of a block as one thing to learn."""
 
-    parts: Mapping[str, Rounding]
+    parts: Mapping[str, LearnedRounding]
     targets: Mapping[str, Target]
 
     def groups(self) -> list[tuple[list[Tensor], float]]:

@@ -14,7 +14,7 @@ from compress.encodings import Power
 from compress.encodings.power import level_values
 from compress.encodings.uniform import narrowest, rounded
 from compress.lazy import no_grad, torch
-from compress.passes.quantize.learned import LearnedPass, Rounding, look_up
+from compress.passes.quantize.learned import LearnedPass, LearnedRounding, look_up
 from compress.passes.quantize.powerquant import PowerOptions, PowerQuant
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Nupes(PowerOptions, LearnedPass):
         return PowerQuant(**shared)
 
 
-class Position(Rounding):
+class Position(LearnedRounding):
     """What = s * lev(nearest(W / (s * S))): scales s, divisors S and exponent learned as logarithms, from zero."""
 
     def __init__(self, weight: Tensor, start: Power, options: Nupes):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 from annotated_types import Ge, Gt, Le
 
 from compress.encodings import PowerForm
-from compress.encodings.power import EXPONENTS, Grid, fit_exponent, fit_scale, nearest, profile
+from compress.encodings.power import EXPONENTS, PowerGrid, fit_exponent, fit_scale, nearest, profile
 from compress.encodings.uniform import SEARCH_NORM, Search
 from compress.passes.base import Edit, LinearPass
 from compress.passes.quantize.grid import GridOptions
@@ -52,7 +52,7 @@ class PowerOptions(GridOptions):
         groups = self.groups(weight.shape[1])
         return profile(weight, groups=groups, per_tensor=per_tensor, mask=target.mask, norm=self.norm)
 
-    def grid(self, profiles: Sequence[Profile], exponent: float | None = None) -> Grid:
+    def grid(self, profiles: Sequence[Profile], exponent: float | None = None) -> PowerGrid:
         """The grid with the least error for one matrix, or several; with a given exponent, the better layout."""
         return solve(
             profiles,
@@ -63,7 +63,7 @@ class PowerOptions(GridOptions):
             norm=self.norm,
         )
 
-    def encoded(self, target: Target, grid: Grid) -> Power:
+    def encoded(self, target: Target, grid: PowerGrid) -> Power:
         """The whole matrix rounded to nearest on a grid, with scales fitted to it."""
         weight, mask = target.weight, target.mask
         scale = fit_scale(
@@ -77,7 +77,7 @@ class PowerOptions(GridOptions):
         )
         return nearest(weight, scale, grid, mask)
 
-    def nearest(self, target: Target, grid: Grid) -> Edit:
+    def nearest(self, target: Target, grid: PowerGrid) -> Edit:
         """That, as an edit."""
         return Edit(encoding=self.encoded(target, grid), mask=target.mask, notes={"exponent": grid.exponent})
 
@@ -124,7 +124,7 @@ def solve(
     exponent: float | None = None,
     search: Search = "mse",
     norm: float = SEARCH_NORM,
-) -> Grid:
+) -> PowerGrid:
     """The algorithm: the exponent and the layout with the least sum, over weights, of ||W - rounded W||_norm.
 
     Args:
@@ -138,5 +138,5 @@ def solve(
     found = []
     for layout in levels:
         best, error = fit_exponent(profiles, bits, layout, exponent=exponent, search=search, norm=norm)
-        found.append((error, Grid(bits, best, layout)))
+        found.append((error, PowerGrid(bits, best, layout)))
     return min(found, key=lambda f: f[0])[1]

@@ -12,7 +12,7 @@ from compress.passes.quantize.powerquant import PowerOptions
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from compress.encodings.power import Grid
+    from compress.encodings.power import PowerGrid
     from compress.passes.base import Edit, Whole
 
 
@@ -53,7 +53,7 @@ class PowerQuantShared(PowerOptions, ModelPass):
         sharing: dict[str, list[str]] = {}
         for name in names:
             sharing.setdefault(self._shared_by(name), []).append(name)
-        grids: dict[str, Grid] = {}
+        grids: dict[str, PowerGrid] = {}
         for name in names:
             shared_by = self._shared_by(name)
             if shared_by not in grids:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from compress.calibration.draws import draw
-from compress.encodings import LowRank
+from compress.encodings import LowRankFactors
 from compress.encodings.uniform import narrowest, rounded
 from compress.lazy import no_grad, torch
 from compress.passes.interface import Edit
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 NOISE = 0.02  # of the components of scale_lora that start out as nothing: what is alike stays alike for ever
 
 
-class Matrix:
+class AdaptedMatrix:
     """One matrix being trained: what it starts as, and the adapters that change it one after the other.
 
     Adapters of `lora` are merged into a dense matrix. Beside one with zeros or codes, which they would destroy, they
@@ -147,7 +147,7 @@ class Lora(Adapter):
         rank: int,
         scaling: float,
         generator: torch.Generator,
-        start: LowRank | None = None,
+        start: LowRankFactors | None = None,
         masked: str = "never",
     ):
         rows, columns = base.shape
@@ -172,10 +172,10 @@ class Lora(Adapter):
         a, b = self.tensors
         return weight + _kept((b @ a).mul(self.scaling), mask)
 
-    def low_rank(self) -> LowRank:
+    def low_rank(self) -> LowRankFactors:
         """The adapter as it is kept beside a matrix."""
         a, b = (t.detach() for t in self.tensors)
-        return LowRank(narrowest(rounded(a)), narrowest(rounded(b * self.scaling)))
+        return LowRankFactors(narrowest(rounded(a)), narrowest(rounded(b * self.scaling)))
 
 
 class ScaleLora(Adapter):

@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Lt
 from compress.calibration.training import Loss, Schedule
 from compress.encodings import FACTORED, LowRankForm
 from compress.passes.base import ModelPass, OptionError, Pass
-from compress.passes.retrain.adapters import Matrix
+from compress.passes.retrain.adapters import AdaptedMatrix
 from compress.passes.retrain.trainables import Trainables
 
 if TYPE_CHECKING:
@@ -82,7 +82,9 @@ class TrainingOptions(Pass):
     def trainables(self, targets: Mapping[str, Target], vectors: Mapping[str, Tensor]) -> Trainables:
         """Everything, as it starts."""
         passes = {name: self.at(name) for name in targets}
-        matrices = {n: Matrix(t, passes[n].sets_of(n), passes[n].rank, passes[n].alpha) for n, t in targets.items()}
+        matrices = {
+            n: AdaptedMatrix(t, passes[n].sets_of(n), passes[n].rank, passes[n].alpha) for n, t in targets.items()
+        }
         ready = {n: v.detach().clone().requires_grad_() for n, v in vectors.items()}
         return Trainables(matrices, ready, self.learning_rate)
 

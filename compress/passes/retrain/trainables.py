@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from compress.passes.retrain.adapters import Matrix
+    from compress.passes.retrain.adapters import AdaptedMatrix
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Trainables:
         learning_rate: of all.
     """
 
-    matrices: Mapping[str, Matrix]
+    matrices: Mapping[str, AdaptedMatrix]
     vectors: Mapping[str, Tensor]
     learning_rate: float
 

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from compress.encodings import LowRank
+from compress.encodings import LowRankFactors
 from compress.errors import SolveError
 from compress.lazy import torch
 
@@ -25,7 +25,7 @@ SMALLEST, LARGEST = 1e-3, 6e4  # largest numbers of a factor that float16 holds 
 
 
 @dataclass(frozen=True)
-class Seen:
+class WhitenedMatrix:
     """A matrix M, seen through its inputs as M S.
 
     Attributes:
@@ -67,10 +67,10 @@ class Seen:
         solution: Tensor = torch.linalg.lstsq(times(a, self.root).T, times(self.matrix, self.root).T, driver="gelsd")[0]
         return solution.T
 
-    def factors(self, rank: int) -> LowRank:
+    def factors(self, rank: int) -> LowRankFactors:
         """The best of this rank: A as it will be stored, and the B that is best for that."""
         a = stored(self.basis(rank))
-        return LowRank(a, stored(self.fitted(a.double())))
+        return LowRankFactors(a, stored(self.fitted(a.double())))
 
     def size(self, matrix: Tensor) -> float:
         """||M S|| of another M, (O, I) float64."""
