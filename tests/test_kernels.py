@@ -22,7 +22,7 @@ from compress import Eora, Magnitude, Rtn
 from compress.encodings import LowRankFactors, Uniform, Weight, fit, quantize
 from compress.runtime import kernels
 from compress.runtime.linear import PackedLinear
-from compress.runtime.speed import EXACT, LARGEST_ERROR, ROUNDED, LayerSpeed
+from compress.runtime.speed import EXACT_KERNELS, LARGEST_ERROR, ROUNDED, LayerSpeed
 
 ROUNDING = 2e-6  # of float32, over sums of some hundred products
 HERE = Path(__file__).parent
@@ -72,9 +72,9 @@ def test_kernels_that_round_stay_within_the_error_they_state(name: str) -> None:
         check(weight(name, mask=mask, rank=2), torch.randn(8, 64), 1.5 * LARGEST_ERROR, exact=False, spare_bits=40)
 
 
-@pytest.mark.parametrize("kind", [*EXACT, *ROUNDED], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [*EXACT_KERNELS, *ROUNDED], ids=lambda kind: kind.name)
 def test_every_kernel_is_taken_for_some_layer(kind: type[kernels.Kernel]) -> None:
-    taken = {quick(layer(weight(n)), spare_bits=40, exact=kind in EXACT).kernel for n in ENCODINGS}
+    taken = {quick(layer(weight(n)), spare_bits=40, exact=kind in EXACT_KERNELS).kernel for n in ENCODINGS}
     assert kind.name in taken
 
 

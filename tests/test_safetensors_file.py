@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compress.errors import CheckpointError
 from compress.io.safetensors_file import (
-    TYPES,
+    DTYPE_NAMES,
     digest_of_data,
     read_header,
     read_piece,
@@ -27,7 +27,7 @@ def tensors() -> dict[str, Tensor]:
     """One of every type; also a scalar, an empty one, and one of an odd number of bytes before wider ones."""
     generator = torch.Generator().manual_seed(0)
     found = {"odd": torch.arange(3, dtype=torch.uint8), "scalar": torch.tensor(1.5), "empty": torch.zeros(0, 4)}
-    for name in TYPES.values():
+    for name in DTYPE_NAMES.values():
         value = 100 * torch.rand(3, 5, generator=generator)
         found[name] = (value > 50) if name == "bool" else value.to(getattr(torch, name))
     return found | {"turned": torch.arange(6.0).view(2, 3).T}

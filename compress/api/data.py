@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from compress.calibration.data import IMAGES, Dataset, load_images, load_tokens
+from compress.calibration.data import IMAGE_SUFFIX, Dataset, load_images, load_tokens
 from compress.config.pipeline import GIVEN
 from compress.errors import DataError
 from compress.models.families import family_of
@@ -122,7 +122,7 @@ def read(section: Calibration, folder: Path, split: Split, over: Over | None = N
 
 
 def _read(section: Calibration, source: str, folder: Path, split: Split, over: Over | None) -> Dataset:
-    if source.endswith(IMAGES):
+    if source.endswith(IMAGE_SUFFIX):
         images, labels = load_images(source, section.samples)
         if split == "evaluation" and labels is None:
             raise DataError(f"{source} has no tensor `labels` to measure accuracy with")

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Split = Literal["calibration", "evaluation"]
-IMAGES = ".safetensors"
-LOCAL = (".txt", ".jsonl", ".parquet", IMAGES)
+IMAGE_SUFFIX = ".safetensors"
+LOCAL = (".txt", ".jsonl", ".parquet", IMAGE_SUFFIX)
 NUMBERS_AT_ONCE = 1 << 21  # of inputs that are no token ids
 
 
@@ -141,7 +141,7 @@ def load_tokens(
     problem = check_source(source)
     if problem:
         raise DataError(problem)
-    if source.endswith(IMAGES):
+    if source.endswith(IMAGE_SUFFIX):
         raise DataError(f"{source} holds images; tokens come from a text")
     texts = _texts(source, split, field, subset)
     separator = tokenizer.eos_token_id

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MOST_VALUES = 100_000  # of a file, aliases spelled out: a few lines of aliases of aliases stand for billions
-MOST_BITS = 64  # of a whole number
+MOST_INTEGER_BITS = 64  # of a whole number
 EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # YAML 1.1 takes 1e-2, without a point, for a text
 
 
@@ -100,7 +100,7 @@ def _plain(node: yaml.Node, path: str, found: Document) -> Any:
         return node.value  # YAML 1.1 reads an unquoted 2:4 as 124, a number in base sixty; here it is a pattern
     try:
         value = Loader("").construct_object(node)
-        if isinstance(value, int) and value.bit_length() > MOST_BITS:
+        if isinstance(value, int) and value.bit_length() > MOST_INTEGER_BITS:
             raise ValueError("it is too large")
         return value
     except (yaml.YAMLError, ValueError) as error:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # Their method -> ours, and the options that make it the same.
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+MERGEKIT_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("average", {}),
     "slerp": ("slerp", {}),
     "task_arithmetic": ("task_arithmetic", {}),
@@ -84,8 +84,8 @@ class _Reader:
         data, method = self.data, self.method
         for key in sorted(data.keys() - set(KNOWN)):
             self.problem(str(key), "has no place in a pipeline; leave it out, or merge with mergekit first")
-        if method not in METHODS:
-            known = ", ".join(METHODS)
+        if method not in MERGEKIT_METHODS:
+            known = ", ".join(MERGEKIT_METHODS)
             self.problem("merge_method", f"{method} is not one of those that are known here: {known}")
             return None
         sources, shared = self._sources()
@@ -107,10 +107,10 @@ class _Reader:
         others = [str(_name(s.get("model"))) for s in (sources[1:] if method == "linear" else sources)]
         if method == "slerp" and len(others) != 1:
             self.problem("models", f"slerp merges two models; {len(others) + 1} are named")
-        options = {"models": others, **METHODS[method][1], **self._options(sources, shared)}
+        options = {"models": others, **MERGEKIT_METHODS[method][1], **self._options(sources, shared)}
         if self.problems:
             return None
-        text = yaml.dump({"passes": [{METHODS[method][0]: options}]}, sort_keys=False, width=120)
+        text = yaml.dump({"passes": [{MERGEKIT_METHODS[method][0]: options}]}, sort_keys=False, width=120)
         head = [f"run it on {first}: compress run PIPELINE {first} -o OUT", *self.notes]
         return Converted(first, "".join(f"# {line}\n" for line in head) + str(text))
 

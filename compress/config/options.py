@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Instances are checked as well: a pass that was made in Python, a `Matched` inside its options.
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, revalidate_instances="always")
-OUTSIDE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}
+OUT_OF_RANGE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}
 PATTERNS = {"include", "exclude", "overrides"}  # options of the whole pass, which no override changes
 
 
@@ -90,7 +90,7 @@ def check_options(cls: type, options: Mapping[str, Any]) -> Checked:
     mistyped, outside = [], []
     for name in dict.fromkeys(str(each["loc"][0]) for each in found):
         rule = rules(cls)["properties"][name]
-        out = [e["input"] for e in found if e["loc"][0] == name and e["type"] in OUTSIDE]
+        out = [e["input"] for e in found if e["loc"][0] == name and e["type"] in OUT_OF_RANGE]
         if out:
             outside.append(OptionError(name, out_of_range(out[0], rule)))
         else:

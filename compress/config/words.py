@@ -11,7 +11,7 @@ from compress.config.writing import written
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-KINDS = {
+JSON_KINDS = {
     "integer": "a whole number",
     "number": "a number",
     "string": "a text",
@@ -48,7 +48,7 @@ def described(rule: Mapping[str, Any]) -> str:
         return str(rule["const"])
     if rule["type"] == "array":
         return _described_list(rule["items"])
-    return KINDS[rule["type"]] + _range(rule)
+    return JSON_KINDS[rule["type"]] + _range(rule)
 
 
 def bounded(rule: Mapping[str, Any]) -> Mapping[str, Any]:

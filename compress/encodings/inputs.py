@@ -68,7 +68,7 @@ class InputForm:
     @property
     def kind(self) -> type[InputGrid]:
         """What rounds."""
-        return KINDS[self.grid, self.scale]
+        return INPUT_GRIDS[self.grid, self.scale]
 
     def tensors(self) -> StoredShapes:
         """Shape and type of what is stored."""
@@ -95,7 +95,7 @@ class InputForm:
         if {f.name for f in fields(cls) if f.default is MISSING} - set(data):
             raise ValueError("the bits of an input's grid are missing")
         form = cls(**data)
-        if (form.grid, form.scale) not in KINDS or form.normal not in form.kind.normals(form.bits):
+        if (form.grid, form.scale) not in INPUT_GRIDS or form.normal not in form.kind.normals(form.bits):
             raise ValueError(f"the grid {dict(data)} of an input is not known to this version")
         return form
 
@@ -228,7 +228,7 @@ class TensorPairs(InputGrid):
         return quantize_dequantize(rows, self.scale.to(x.device)[:, None], self.form.normal).view(x.shape)
 
 
-KINDS: dict[tuple[GridKind, Scale], type[InputGrid]] = {
+INPUT_GRIDS: dict[tuple[GridKind, Scale], type[InputGrid]] = {
     ("int", "token"): TokenSteps,
     ("int", "tensor"): TensorSteps,
     ("olive", "tensor"): TensorPairs,

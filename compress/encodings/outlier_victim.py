@@ -128,7 +128,7 @@ class PairType:
 
 
 _FLINT = [0, 1, 2, 3, 16, 8, 4, 6]  # of the codes 000 to 111
-TYPES: dict[Normal, PairType] = {
+PAIR_TYPES: dict[Normal, PairType] = {
     "int4": PairType([*range(8), 0, *range(-7, 0)], 7, [], mantissa_bits=1, bias=2, last=7),
     "flint4": PairType([*_FLINT, *(-v for v in _FLINT)], 4, [(4, 2, 2), (8, 8, 1)], mantissa_bits=1, bias=3, last=7),
     "int8": PairType([*range(128), 0, *range(-127, 0)], 127, [], mantissa_bits=3, bias=4, last=64),
@@ -176,7 +176,7 @@ class OutlierVictim(Encoding):
     @property
     def form(self) -> OutlierVictimForm:
         dtype = str(self.scale.dtype).removeprefix("torch.")
-        return OutlierVictimForm(bits=TYPES[self.normal].bits, normal=self.normal, scale_dtype=dtype)
+        return OutlierVictimForm(bits=PAIR_TYPES[self.normal].bits, normal=self.normal, scale_dtype=dtype)
 
     def tables(self) -> dict[str, Tensor]:
         return {"scale": self.scale.contiguous()}
@@ -191,7 +191,7 @@ class OutlierVictim(Encoding):
         return torch.zeros(1, 1, dtype=torch.uint8, device=self.codes.device)
 
     def defect(self) -> str | None:
-        identifier = TYPES[self.normal].identifier
+        identifier = PAIR_TYPES[self.normal].identifier
         even, odd = _even(self.codes).view(-1, 2).unbind(1)
         first, second = even == identifier, odd == identifier
         if bool(((first & (second | (odd == 0))) | (second & (even == 0))).any()):
@@ -202,7 +202,7 @@ class OutlierVictim(Encoding):
 @lru_cache(maxsize=64)
 def _pairs(normal: Normal, device: torch.device) -> Table:
     with torch.inference_mode(False):
-        return Table(TYPES[normal].pairs.view(torch.float32).view(1, -1, 2).to(device), TYPES[normal].bits)
+        return Table(PAIR_TYPES[normal].pairs.view(torch.float32).view(1, -1, 2).to(device), PAIR_TYPES[normal].bits)
 
 
 def encode(x: Tensor, scale: Tensor, normal: Normal, double_outlier: DoubleOutlier = "larger") -> Tensor:
@@ -215,7 +215,7 @@ def encode(x: Tensor, scale: Tensor, normal: Normal, double_outlier: DoubleOutli
         double_outlier: where both of a pair are outliers, the `larger` one stays (the even one of two that are equal),
             as in the paper, or always the `even` one, as in its public code. The other is the victim.
     """
-    type_ = TYPES[normal]
+    type_ = PAIR_TYPES[normal]
     table = type_.codes.to(x.device)
     codes = torch.empty_like(x, dtype=torch.uint8, memory_format=torch.contiguous_format)
     for rows in _pieces(x):
@@ -232,7 +232,7 @@ def encode(x: Tensor, scale: Tensor, normal: Normal, double_outlier: DoubleOutli
 
 def decode(codes: Tensor, scale: Tensor, normal: Normal) -> Tensor:
     """(R, C) uint8 codes, (S, 1) scale -> (R, C) float32: a table of pairs is looked up."""
-    type_ = TYPES[normal]
+    type_ = PAIR_TYPES[normal]
     table = type_.pairs.to(codes.device)
     values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     for rows in _pieces(codes):
@@ -249,7 +249,7 @@ def quantize_dequantize(x: Tensor, scale: Tensor, normal: Normal, double_outlier
     values = torch.empty_like(x, memory_format=torch.contiguous_format)
     for rows in _pieces(x):
         units = _units(x, scale, rows)
-        found = _nearest_pairs(units.abs(), x.shape[1], TYPES[normal], double_outlier).copysign_(units)
+        found = _nearest_pairs(units.abs(), x.shape[1], PAIR_TYPES[normal], double_outlier).copysign_(units)
         values[rows] = found[:, : x.shape[1]] * _scale(scale, rows)
     return values
 
@@ -285,7 +285,7 @@ def search(
         scale (S, 1) float16, or float32 where one is outside float16's normal range; each is rounded to its stored type
         before it is tried. error (S, 1) float64: its sum of squared errors.
     """
-    type_ = TYPES[normal]
+    type_ = PAIR_TYPES[normal]
     whole = _three_sigma(x, per, None)
     kept = whole if mask is None else _three_sigma(x, per, mask)
     first = lower * torch.minimum(whole, kept)
@@ -367,7 +367,7 @@ def _even(x: Tensor) -> Tensor:
 
 
 __all__ = [
-    "TYPES",
+    "PAIR_TYPES",
     "Normal",
     "OutlierVictim",
     "OutlierVictimForm",

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-WIDTHS = (4, 8)  # the runs that are looked for
+RUN_WIDTHS = (4, 8)  # the runs that are looked for
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Pattern:
         Raises:
             ValueError: a pattern that is not known: the file was written by a newer version.
         """
-        known = {str(p): p for of in WIDTHS for p in (cls(keep, of) for keep in range(1, of))}
+        known = {str(p): p for of in RUN_WIDTHS for p in (cls(keep, of) for keep in range(1, of))}
         if text not in known:
             raise ValueError(f"pattern {text!r} of a mask is not known to this version; it reads {sorted(known)}")
         return known[text]
@@ -129,13 +129,13 @@ def _table(pattern: Pattern, device: str) -> Tensor:
 def find(mask: Tensor, kept: int) -> Pattern | None:
     """The pattern an (O, I) mask that keeps `kept` is stored with; None where a bitmap does as well or must do."""
     columns = mask.shape[1]
-    exact = (Pattern(kept * of // mask.numel(), of) for of in WIDTHS if kept * of % mask.numel() == 0)
+    exact = (Pattern(kept * of // mask.numel(), of) for of in RUN_WIDTHS if kept * of % mask.numel() == 0)
     return next((p for p in _smallest(exact, columns) if p.fits(mask)), None)
 
 
 def promised(keep: int, of: int, columns: int) -> Pattern | None:
     """The pattern that masks of some columns are stored with when they keep exactly `keep` of every `of`."""
-    exact = (Pattern(keep * width // of, width) for width in WIDTHS if width % of == 0)
+    exact = (Pattern(keep * width // of, width) for width in RUN_WIDTHS if width % of == 0)
     return next(iter(_smallest(exact, columns)), None)
 
 

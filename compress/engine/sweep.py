@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from compress.models.site import Site
     from compress.passes.base import Pass
 
-OUTSIDE = -1  # stands for a block where sites lie outside of all blocks
+OUTSIDE_BLOCKS = -1  # stands for a block where sites lie outside of all blocks
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Wanted:
 
     Attributes:
         label: what progress bars call it.
-        sites: number of each block -> the sites in it that some pass works on; `OUTSIDE` only where there are any.
+        sites: number of each block -> the sites in it that some pass works on; `OUTSIDE_BLOCKS` only if there are any.
         needs: site -> what must be known of its inputs, where anything must.
         ranged: the sites of which the range of the inputs must be known.
         calibrated: whether any pass learns from data. Otherwise the model is not run.
@@ -78,13 +78,13 @@ class Unit:
 
 
 def sites_by_block(graph: Graph, passes: Sequence[Pass]) -> dict[int, list[Site]]:
-    """Number of each block -> the sites in it that some of the passes work on; `OUTSIDE` only where there are any."""
+    """Number of each block -> the sites in it that some pass works on; `OUTSIDE_BLOCKS` only if there are any."""
     found = {
         index: [s for s in graph.in_block(index) if any(p.selects(s.name, in_block=True) for p in passes)]
         for index in range(len(graph.blocks))
     }
     outside = [s for s in graph.outside if any(p.selects(s.name, in_block=False) for p in passes)]
-    return {**found, OUTSIDE: outside} if outside else found
+    return {**found, OUTSIDE_BLOCKS: outside} if outside else found
 
 
 def most_needed(needs: Sequence[Need]) -> Need:
@@ -100,11 +100,11 @@ def gradients(wanted: Wanted) -> AbstractContextManager[None]:
 def sweep(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> Iterator[Unit]:
     """Hand out one unit after the other. A block must be committed before the next is asked for."""
     if wanted.calibrated:
-        assert OUTSIDE not in wanted.sites, "the planner refuses calibrated passes outside the blocks"
+        assert OUTSIDE_BLOCKS not in wanted.sites, "the planner refuses calibrated passes outside the blocks"
         yield from _calibrated(context, wanted, batches)
         return
     for index, sites in context.bars.over(wanted.sites.items(), len(wanted.sites), f"{wanted.label}: block", "each"):
-        yield Unit("outside" if index == OUTSIDE else f"b{index:04d}", sites, dict)
+        yield Unit("outside" if index == OUTSIDE_BLOCKS else f"b{index:04d}", sites, dict)
 
 
 def _calibrated(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> Iterator[Unit]:

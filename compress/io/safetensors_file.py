@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from compress.progress import Bars
 
 # What a header calls each type, and what torch does.
-TYPES = {
+DTYPE_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
@@ -42,7 +42,7 @@ ReadTensors: TypeAlias = "Callable[[str], Mapping[str, Tensor]]"  # owner -> its
 def type_name(dtype: torch.dtype) -> str:
     """What a header calls a type."""
     name = str(dtype).removeprefix("torch.")
-    return next(header for header, ours in TYPES.items() if ours == name)
+    return next(header for header, ours in DTYPE_NAMES.items() if ours == name)
 
 
 def write_tensors(layout: Layout, read: ReadTensors, file: Path, bars: Bars, heading: str) -> None:
@@ -202,10 +202,10 @@ def _parsed(header: dict[str, Any], start: int, size: int) -> Header:
     found: dict[str, StoredTensor] = {}
     pieces = []
     for name, said in header.items():
-        if said["dtype"] not in TYPES:
+        if said["dtype"] not in DTYPE_NAMES:
             raise _UnknownTypeError(said["dtype"])
         (begin, end), shape = said["data_offsets"], tuple(said["shape"])
-        found[name] = stored = StoredTensor(shape, getattr(torch, TYPES[said["dtype"]]), start + begin)
+        found[name] = stored = StoredTensor(shape, getattr(torch, DTYPE_NAMES[said["dtype"]]), start + begin)
         if min((begin, *shape)) < 0 or end - begin != stored.count * stored.dtype.itemsize:
             raise ValueError(f"{name} of shape {shape} cannot be {end - begin} bytes")
         pieces.append((begin, end))

@@ -36,7 +36,7 @@ FUNCTIONS = {
 POOLING_FUNCTIONS = {
     *(functional.max_pool2d, functional.avg_pool2d, functional.adaptive_avg_pool2d, torch.max_pool2d),
 }
-METHODS = {"relu", "tanh", "sigmoid", "contiguous"}
+ORDER_FREE_METHODS = {"relu", "tanh", "sigmoid", "contiguous"}
 TOGETHER = {
     operator.add,
     operator.iadd,
@@ -149,7 +149,7 @@ class _Channels:
         signal, inputs = arrived[0], len(node.all_input_nodes)
         if target in TOGETHER and len(arrived) == inputs:
             return self._together(arrived) if inputs == 2 else signal
-        if target in FUNCTIONS or target in METHODS:
+        if target in FUNCTIONS or target in ORDER_FREE_METHODS:
             return signal
         if target in POOLING_FUNCTIONS and signal.layout == "images":
             return signal

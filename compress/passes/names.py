@@ -16,10 +16,10 @@ class Override:
     options: Mapping[str, Any]
 
 
-BLOCK = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")  # a name up to its first number
+BLOCK_PREFIX = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")  # a name up to its first number
 
 
 def block_of(name: str) -> str:
     """What layers of one block have in common in their names; a layer outside every block is one of its own."""
-    found = BLOCK.match(name)
+    found = BLOCK_PREFIX.match(name)
     return found[0] if found else name

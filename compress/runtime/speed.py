@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from compress.runtime.kernels import Kernel
 
-EXACT: tuple[type[Kernel], ...] = (Halves, Codes, Bytes)  # the quickest first; `Tiles` takes what is left
+EXACT_KERNELS: tuple[type[Kernel], ...] = (Halves, Codes, Bytes)  # the quickest first; `Tiles` takes what is left
 ROUNDED: tuple[type[Kernel], ...] = (Int4, Int8)
 LARGEST_ERROR = 0.02  # of a kernel that rounds; one with more is not taken
 SPARE_BITS = 9.0  # enough for codes of one byte and their scales
@@ -143,7 +143,7 @@ def _kinds(device: torch.device, exact: bool) -> Iterable[type[Kernel]]:
         return (GpuLookup,)
     if device.type != "cpu":
         return ()
-    return EXACT if exact else (*ROUNDED, *EXACT)
+    return EXACT_KERNELS if exact else (*ROUNDED, *EXACT_KERNELS)
 
 
 __all__ = ["LayerSpeed", "Speedup", "speed_up"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from compress.encodings import OutlierVictim, Spec, Weight, pack, spec_of, unpack
 from compress.encodings import outlier_victim as ov
 from compress.encodings.bits import pack_bits, unpack_bits
-from compress.encodings.outlier_victim import TYPES, decode, encode, quantize_dequantize, search
+from compress.encodings.outlier_victim import PAIR_TYPES, decode, encode, quantize_dequantize, search
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,7 +22,7 @@ PUBLISHED = {
     "flint4": ((0, 1, 2, 3, 4, 6, 8, 16), (24, 32, 48, 64, 96, 128, 192), 20),
     "int8": (range(128), [(8 + m) << (e + 4) for e in range(9) for m in range(8)][1:65], 135.5),
 }
-each_type = pytest.mark.parametrize("normal", TYPES)
+each_type = pytest.mark.parametrize("normal", PAIR_TYPES)
 each_4_bit_type = pytest.mark.parametrize("normal", ["int4", "flint4"])
 each_rule = pytest.mark.parametrize("rule", ["larger", "even"])
 
@@ -64,7 +64,7 @@ def pair(a: float, b: float, normal: str, rule: str) -> tuple[float, float]:
 
 def every_pair(normal: str) -> Tensor:
     """(N, 2) codes of all pairs that there are."""
-    bits, identifier = TYPES[normal].bits, TYPES[normal].identifier
+    bits, identifier = PAIR_TYPES[normal].bits, PAIR_TYPES[normal].identifier
     first, second = torch.meshgrid(torch.arange(2**bits), torch.arange(2**bits), indexing="ij")
     low, high = second.flatten(), first.flatten()
     not_a_pair = ((low == identifier) & (high % identifier == 0)) | ((high == identifier) & (low == 0))
@@ -82,7 +82,7 @@ def fitted(w: Tensor, normal: str, **options: object) -> OutlierVictim:
 @each_type
 def test_the_values_are_the_published_ones(normal: str) -> None:
     normals, outliers, border = PUBLISHED[normal]
-    type_ = TYPES[normal]
+    type_ = PAIR_TYPES[normal]
     codes = every_pair(normal)
     values = decode(codes, ONE, normal)
     plain = (codes != type_.identifier).all(1)
@@ -112,14 +112,14 @@ def test_an_abfloat_code_is_sign_exponent_mantissa(normal: str) -> None:
 
 @each_type
 def test_outliers_begin_above_the_largest_normal_value_with_the_smallest_bias_that_does(normal: str) -> None:
-    type_ = TYPES[normal]
+    type_ = PAIR_TYPES[normal]
     smallest = float(type_.outliers[1])
     assert smallest / 2 <= type_.largest < smallest
 
 
 @each_type
 def test_an_outlier_gets_the_nearest_abfloat_value(normal: str) -> None:
-    type_, outliers = TYPES[normal], PUBLISHED[normal][1]
+    type_, outliers = PAIR_TYPES[normal], PUBLISHED[normal][1]
     magnitudes = torch.cat([torch.linspace(type_.border, 1.3 * outliers[-1], 4001), torch.tensor(outliers).float()])
     midpoints = torch.tensor([(a + b) / 2 for a, b in pairwise(outliers)])
     every = torch.cat([magnitudes, midpoints, torch.tensor([1e30])])
@@ -159,7 +159,7 @@ def test_all_pairs_of_8_bits_come_back_up_to_the_largest_outlier_that_is_written
 
 @each_type
 def test_two_victims_or_a_victim_of_nothing_are_a_defect(normal: str) -> None:
-    identifier = TYPES[normal].identifier
+    identifier = PAIR_TYPES[normal].identifier
     for bad in ([identifier, identifier], [identifier, 0], [0, identifier]):
         codes = torch.tensor([[1, 2, *bad, 3, 4]], dtype=torch.uint8)
         assert "victim" in str(OutlierVictim(codes, ONE, normal).defect())
@@ -207,7 +207,7 @@ def test_decoded_codes_are_exactly_what_quantize_dequantize_gives(
 @each_rule
 def test_beside_an_outlier_is_always_a_zero(normal: str, rule: str) -> None:
     values = decode(encode(units(normal, 50, 64), ONE, normal, rule), ONE, normal).view(-1, 2)
-    outlier = (values.abs() > TYPES[normal].largest).any(1)
+    outlier = (values.abs() > PAIR_TYPES[normal].largest).any(1)
     assert int(outlier.sum()) > 50
     assert bool((values[outlier] == 0).any(1).all())
 
@@ -223,15 +223,15 @@ def test_without_outliers_it_is_rounding_to_the_nearest_normal_value(normal: str
 
 @each_type
 def test_the_withheld_code_is_written_for_victims_only(normal: str) -> None:
-    identifier = TYPES[normal].identifier
+    identifier = PAIR_TYPES[normal].identifier
     codes = encode(units(normal, 50, 64), ONE, normal).view(-1, 2)
     values = decode(codes, ONE, normal)
     victim = codes == identifier
     assert bool(victim.any())
     assert bool((values[victim] == 0).all())
-    assert bool((values[victim.flip(1)].abs() > TYPES[normal].largest).all())
+    assert bool((values[victim.flip(1)].abs() > PAIR_TYPES[normal].largest).all())
     just_below = torch.full((1, 2), -PUBLISHED[normal][2] + 1e-3)
-    assert decode(encode(just_below, ONE, normal), ONE, normal).tolist() == [[-TYPES[normal].largest] * 2]
+    assert decode(encode(just_below, ONE, normal), ONE, normal).tolist() == [[-PAIR_TYPES[normal].largest] * 2]
 
 
 @each_type
@@ -250,7 +250,7 @@ def test_of_two_outliers_the_larger_or_the_even_one_stays() -> None:
 @each_type
 @each_rule
 def test_the_last_of_an_odd_number_of_columns_is_always_normal(normal: str, rule: str) -> None:
-    largest = TYPES[normal].largest
+    largest = PAIR_TYPES[normal].largest
     x = torch.full((3, 5), 100.0 * largest)
     x[1, 4], x[2] = -1.0, 0.0
     values = decode(encode(x, ONE, normal, rule), ONE, normal)
@@ -272,7 +272,7 @@ def tried(x: Tensor, normal: str, factors: list[float]) -> Tensor:
     threshold = x.double().mean(1, keepdim=True).abs() + 3 * x.double().std(1, keepdim=True)
     found = []
     for f in factors:
-        scale = (threshold * f / TYPES[normal].largest).half().float()
+        scale = (threshold * f / PAIR_TYPES[normal].largest).half().float()
         found.append((quantize_dequantize(x, scale, normal) - x).double().square().sum(1))
     return torch.stack(found)
 
@@ -333,7 +333,7 @@ def test_under_a_mask_neither_cheap_outliers_nor_the_range_of_what_is_kept_are_m
     # The other extreme: the threshold of the kept weights alone, as if they were a matrix of their own.
     pressed = torch.stack([row[k] for row, k in zip(x, kept, strict=True)])
     threshold = pressed.mean(1, keepdim=True).abs() + 3 * pressed.std(1, keepdim=True)
-    scales = [(threshold * (0.75 + 0.02 * k) / TYPES[normal].largest).half().float() for k in range(88)]
+    scales = [(threshold * (0.75 + 0.02 * k) / PAIR_TYPES[normal].largest).half().float() for k in range(88)]
     lost = [(quantize_dequantize(x * kept, s, normal) - x * kept).double().square().sum(1) for s in scales]
     assert error < 1.05 * min(among_zeros, float(torch.stack(lost).amin(0).sum()))
 
@@ -399,7 +399,7 @@ def test_the_error_of_65536_samples_is_as_measured_elsewhere(name: str, normal: 
 @pytest.mark.parametrize("name", REFERENCE)
 @each_4_bit_type
 def test_heavy_tails_ruin_the_plain_grid_and_not_the_pairs(name: str, normal: str) -> None:
-    type_, x = TYPES[normal], sample(name, 0)
+    type_, x = PAIR_TYPES[normal], sample(name, 0)
     scales = torch.linspace(1, float(x.abs().max()), 200) / type_.largest
     plain = min(float((type_.nearest(x.abs() / s) * s - x.abs()).square().mean()) for s in scales) / float(x.var())
     paired = float(search(x, normal)[1] / x.numel() / x.var())
@@ -470,9 +470,9 @@ def test_size_is_half_a_byte_a_weight_and_two_bytes_a_row() -> None:
 
 @each_type
 def test_a_masked_weight_is_a_free_victim_and_never_has_a_value(normal: str) -> None:
-    identifier = TYPES[normal].identifier
+    identifier = PAIR_TYPES[normal].identifier
     mask = torch.tensor([[True, False, False, True, True, False, False, False]])
-    big = 100.0 * TYPES[normal].largest
+    big = 100.0 * PAIR_TYPES[normal].largest
     x = torch.tensor([[big, 0.0, 0.0, -big, 1.0, 0.0, 0.0, 0.0]])
     e = OutlierVictim(encode(x, ONE, normal), ONE, normal)
     assert (e.codes == identifier).tolist() == [[False, True, True, False, False, False, False, False]]

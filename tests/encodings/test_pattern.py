@@ -9,9 +9,9 @@ from torch import Tensor
 
 from compress.encodings import reference
 from compress.encodings.bits import row_bytes
-from compress.encodings.pattern import WIDTHS, Pattern, find, promised
+from compress.encodings.pattern import RUN_WIDTHS, Pattern, find, promised
 
-PATTERNS = [Pattern(keep, of) for of in WIDTHS for keep in range(1, of)]
+PATTERNS = [Pattern(keep, of) for of in RUN_WIDTHS for keep in range(1, of)]
 each_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 
 

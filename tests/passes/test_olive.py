@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import compress
 from compress.config.options import errors_in
-from compress.encodings.outlier_victim import TYPES, encode, quantize_dequantize, search
+from compress.encodings.outlier_victim import PAIR_TYPES, encode, quantize_dequantize, search
 from compress.passes import Olive, Override, Rtn
 from compress.passes.base import Edit
 from compress.passes.quantize.olive import solve
@@ -87,7 +87,7 @@ def test_outliers_cost_rounding_dearly_and_olive_little() -> None:
 def test_the_share_of_victims_is_reported() -> None:
     w = with_outliers(share=0.02, times=40.0)
     edit = Olive(normal="int4").run(target(w))
-    victims = (edit.encoding.codes == TYPES["int4"].identifier).float().mean()
+    victims = (edit.encoding.codes == PAIR_TYPES["int4"].identifier).float().mean()
     assert 0.01 < float(victims) < 0.03
     assert dict(edit.notes) == {"victims": float(victims)}
     assert Olive(bits=8).run(target(weight(4, 8))).notes["victims"] == 0

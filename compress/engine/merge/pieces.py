@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from compress.passes.merge.base import Pieces
 
 PIECE = 1 << 20  # elements merged at a time: they stay in the processor's cache
-KEPT = 64 * PIECE  # elements of all models together that are kept from one look at a tensor to the next
+KEPT_ELEMENTS = 64 * PIECE  # elements of all models together that are kept from one look at a tensor to the next
 
 
 def depth_of(block: int | None, count: int) -> float:
@@ -92,7 +92,7 @@ class ModelReader:
 
     def kept(self, name: str) -> Pieces:
         """The same, to be gone through several times: of a tensor that is not large, read once."""
-        if self.length(name) * (1 + len(self.parents)) > KEPT:
+        if self.length(name) * (1 + len(self.parents)) > KEPT_ELEMENTS:
             return lambda: self.pieces(name)
         read = list(self.pieces(name))
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from compress.passes.base import Pass
     from compress.passes.merge.models import T
 
-KEPT = 1 << 26  # numbers of the models that stay in memory once they were read: 256 MB
+KEPT_NUMBERS = 1 << 26  # numbers of the models that stay in memory once they were read: 256 MB
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Trials(Models):
     notes: dict[str, Any] = field(default_factory=dict)
     number: int = 0
     kept: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-    room: int = KEPT
+    room: int = KEPT_NUMBERS
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.context, self.data)

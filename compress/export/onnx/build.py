@@ -11,12 +11,12 @@ from onnxscript import optimizer
 
 from compress.checkpoint.artifact import Packed
 from compress.export.onnx import weights
-from compress.export.onnx.functions import DOMAIN as LAYERS
+from compress.export.onnx.functions import LAYER_DOMAIN as LAYERS
 from compress.export.onnx.functions import Functions
 from compress.export.onnx.inputs import rounded
 from compress.export.onnx.ops import MICROSOFT, Ops, constant
 from compress.export.onnx.products import linear
-from compress.export.onnx.trace import DOMAIN, INPUT, LINEAR, WEIGHT, quiet, traced
+from compress.export.onnx.trace import INPUT, LINEAR, PLACEHOLDER_DOMAIN, WEIGHT, quiet, traced
 from compress.export.packed import open_packed, specs_in
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _forget_origins(model: ir.Model) -> None:
     model.graph.metadata_props.clear()
     model.metadata_props.clear()
     model.producer_name, model.producer_version, model.doc_string = "compress", "", None
-    model.graph.opset_imports.pop(DOMAIN, None)
+    model.graph.opset_imports.pop(PLACEHOLDER_DOMAIN, None)
 
 
 def _simplify(model: ir.Model) -> None:
@@ -108,7 +108,7 @@ def _fill_in(model: ir.Model, artifact: Artifact, specs: Mapping[str, Spec], sty
     graph = model.graph
     shared: dict[str, ir.Value] = {}
     functions = Functions(graph.opset_imports[""])
-    for node in [node for node in graph if node.domain == DOMAIN]:
+    for node in [node for node in graph if node.domain == PLACEHOLDER_DOMAIN]:
         site = node.attributes["site"].as_string()
         done, spec = artifact.committed[site], specs[site]
         assert isinstance(done, Packed)

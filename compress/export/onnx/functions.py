@@ -11,7 +11,7 @@ from compress.export.onnx.ops import MICROSOFT
 if TYPE_CHECKING:
     from compress.export.onnx.ops import Ops
 
-DOMAIN = "compress.layers"
+LAYER_DOMAIN = "compress.layers"
 SHORT = 4  # nodes that rather stand in the graph themselves
 
 
@@ -39,7 +39,7 @@ class Functions:
             self.made[key] = self._function(ops, x, y, stored)
         function = self.made[key]
         output = ir.Value(name=f"{name}/output")
-        return [ir.Node(DOMAIN, function.name, [x, *stored], outputs=[output], name=name)], output
+        return [ir.Node(LAYER_DOMAIN, function.name, [x, *stored], outputs=[output], name=name)], output
 
     def _function(self, ops: Ops, x: ir.Value, y: ir.Value, stored: list[ir.Value]) -> ir.Function:
         formal = {value: ir.Value(name=f"in{i}") for i, value in enumerate((x, *stored))}
@@ -58,7 +58,7 @@ class Functions:
                     node.replace_input_with(place, inner[value])
         imports = {"": self.opset} | ({MICROSOFT: 1} if any(n.domain == MICROSOFT for n in ops.nodes) else {})
         body = ir.Graph(list(formal.values()), [y], nodes=[*constants, *ops.nodes], opset_imports=imports)
-        return ir.Function(DOMAIN, f"Packed{len(self.made)}", graph=body, attributes=[])
+        return ir.Function(LAYER_DOMAIN, f"Packed{len(self.made)}", graph=body, attributes=[])
 
 
 def _constant(value: ir.Value, name: str) -> ir.Node:

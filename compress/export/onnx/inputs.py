@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compress.encodings.outlier_victim import TYPES
+from compress.encodings.outlier_victim import PAIR_TYPES
 from compress.lazy import torch
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ def rounded(ops: Ops, x: ir.Value, form: InputForm, read: Callable[[str], Tensor
     scale = read("input_scale")[0]
     if form.kind.paired:
         assert form.normal is not None
-        return _pairs(ops, x, ops.stored("input_scale", (), torch.float32, lambda: scale), TYPES[form.normal], columns)
+        return _pairs(
+            ops, x, ops.stored("input_scale", (), torch.float32, lambda: scale), PAIR_TYPES[form.normal], columns
+        )
     zero = read("input_zero_point")[0]
     if form.bits == 8:
         step = ops.stored("input_scale", (), torch.float32, lambda: scale)

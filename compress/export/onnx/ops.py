@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MICROSOFT = "com.microsoft"  # the domain of onnxruntime's own operators
-TYPES = {
+ONNX_TYPES = {
     torch.float32: ir.DataType.FLOAT,
     torch.float16: ir.DataType.FLOAT16,
     torch.bfloat16: ir.DataType.BFLOAT16,
@@ -91,7 +91,7 @@ class Ops:
 
     def cast(self, x: ir.Value, dtype: torch.dtype) -> ir.Value:
         """To another type."""
-        return self.op("Cast", x, to=int(TYPES[dtype]))
+        return self.op("Cast", x, to=int(ONNX_TYPES[dtype]))
 
     def expand(self, x: ir.Value, *shape: int) -> ir.Value:
         """Repeated along axes of length one."""
@@ -100,7 +100,7 @@ class Ops:
 
 def constant(name: str, shape: Sequence[int], dtype: torch.dtype | ir.DataType, read: Callable[[], Tensor]) -> ir.Value:
     """A constant that is read when it is wanted."""
-    kind = TYPES[dtype] if isinstance(dtype, torch.dtype) else dtype
+    kind = ONNX_TYPES[dtype] if isinstance(dtype, torch.dtype) else dtype
 
     def made() -> Any:
         value = read().contiguous()

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from compress.export.onnx.ops import Ops
     from compress.export.onnx.weights import WeightSource
 
-WIDTHS = (2, 4, 8)
-BLOCKS = (128, 64, 32)  # quick in every width; longer ones round inputs more coarsely
+PRODUCT_WIDTHS = (2, 4, 8)
+PRODUCT_BLOCKS = (128, 64, 32)  # quick in every width; longer ones round inputs more coarsely
 MIDDLE = 128  # the code of zero in 8 bits
 LARGEST = 127
 
@@ -106,8 +106,8 @@ def block_size(columns: int, groups: int) -> int | None:
     """Columns of a block, a part of a group; None where groups are no multiple of a legal one."""
     size = columns // groups
     if groups == 1:  # the last block need not be full
-        return next((b for b in BLOCKS if b <= columns), BLOCKS[-1])
-    return next((b for b in (*BLOCKS, 16) if size % b == 0), None)
+        return next((b for b in PRODUCT_BLOCKS if b <= columns), PRODUCT_BLOCKS[-1])
+    return next((b for b in (*PRODUCT_BLOCKS, 16) if size % b == 0), None)
 
 
 def _steps(source: WeightSource, form: Form, x: ir.Value, kept: ir.Value | None, style: Style) -> ir.Value | None:
@@ -117,7 +117,7 @@ def _steps(source: WeightSource, form: Form, x: ir.Value, kept: ir.Value | None,
     block = block_size(columns, scales.groups)
     if block is None:
         return None
-    width, blocks = next(w for w in WIDTHS if w >= form.bits), -(-columns // block)
+    width, blocks = next(w for w in PRODUCT_WIDTHS if w >= form.bits), -(-columns // block)
     one_row, groups = len(scales.values) == 1 < rows, scales.groups
     zeros = None if "zero_point" not in source.beside and width == form.bits else _zero_points(source, blocks, width)
     scale = _spread(ops, source.scale(), one_row, groups, rows, blocks)

@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 
     from compress.export.onnx.weights import WeightSource
 
-KINDS = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
-BLOCKS = (256, 128, 64, 32, 16)  # onnxruntime turns these into its own operator
+CODE_TYPES = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
+QDQ_BLOCKS = (256, 128, 64, 32, 16)  # onnxruntime turns these into its own operator
 
 
 def dequantized(source: WeightSource) -> ir.Value | None:
     """(I, O) float32, packed in the file and in memory; None where the operator has no such codes."""
     form, (rows, columns) = source.form, source.shape
-    if form is None or not form.steps or form.bits not in KINDS or source.kept is not None:
+    if form is None or not form.steps or form.bits not in CODE_TYPES or source.kept is not None:
         return None
-    ops, kind, bits, leaf = source.ops, KINDS[form.bits], form.bits, f"{source.prefix}scale"
+    ops, kind, bits, leaf = source.ops, CODE_TYPES[form.bits], form.bits, f"{source.prefix}scale"
     (there, groups), dtype = source.tensors[leaf]
     if there < rows or "outer_scale" in source.beside:
         return None
     size = columns // groups
-    block = next((b for b in BLOCKS if size % b == 0), None)
+    block = next((b for b in QDQ_BLOCKS if size % b == 0), None)
     if groups > 1 and block is None:
         return None
     if bits == 2 and rows % 4:  # onnxruntime 1.31 computes something else when a row of (I, O) ends inside a byte

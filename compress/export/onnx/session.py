@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-EXACT = 1  # the accuracy level at which `MatMulNBits` leaves its inputs as they are
+EXACT_LEVEL = 1  # the accuracy level at which `MatMulNBits` leaves its inputs as they are
 
 
 def open_session(file: Path, *, threads: int = 0, exact: bool = False) -> Any:
@@ -30,7 +30,7 @@ def open_session(file: Path, *, threads: int = 0, exact: bool = False) -> Any:
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     if exact:
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(EXACT))
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(EXACT_LEVEL))
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 

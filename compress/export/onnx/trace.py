@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from compress.encodings import Spec
     from compress.models.graph import Graph
 
-DOMAIN = "compress"  # of the placeholders; none is left in what is written
+PLACEHOLDER_DOMAIN = "compress"  # of the placeholders; none is left in what is written
 LINEAR, WEIGHT, INPUT = "Linear", "Weight", "Input"
 ROWS, LENGTH, PAST = 2, 3, 4  # of the example: a dynamic size must not be one, or it would be taken for fixed
 SIDE = 64  # of an example image, where the model does not say
@@ -80,7 +80,7 @@ class PlacedConv2d(nn.Module):
 def placed(kind: str, inputs: tuple[Tensor, ...], site: str, shape: tuple[Any, ...]) -> Tensor:
     """A placeholder's output."""
     made: Tensor = torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{kind}", inputs, {"site": site}, dtype=torch.float32, shape=shape, version=1
+        f"{PLACEHOLDER_DOMAIN}::{kind}", inputs, {"site": site}, dtype=torch.float32, shape=shape, version=1
     )
     return made
 

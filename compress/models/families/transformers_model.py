@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from compress.models.symmetry import Units, Wiring
 
-IMAGES = "pixel_values"
+IMAGE_INPUT = "pixel_values"
 
 
 class TransformersModel(Plain):
@@ -60,4 +60,4 @@ class Images(TransformersModel):
 
 def called_with_images(model: nn.Module) -> bool:
     """Whether the first input of a model of transformers is images."""
-    return getattr(model, "main_input_name", "") == IMAGES
+    return getattr(model, "main_input_name", "") == IMAGE_INPUT

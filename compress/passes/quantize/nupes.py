@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from compress.encodings.power import Levels
     from compress.passes.base import Target
 
-EXPONENTS = (0.1, 1.5)  # the smallest and the largest
+EXPONENT_RANGE = (0.1, 1.5)  # the smallest and the largest
 FROZEN = 0.8  # share of the steps after which the exponent stays as it is
 
 
@@ -94,7 +94,7 @@ class Position(LearnedRounding):
 
     def exponent(self) -> Tensor:
         """(1,) float64 as it stands."""
-        return (self.first_exponent * self.log_exponent.exp()).clamp(*EXPONENTS)
+        return (self.first_exponent * self.log_exponent.exp()).clamp(*EXPONENT_RANGE)
 
     def values(self) -> Tensor:
         """(L,) levels in units of the scale; differentiable in the exponent."""

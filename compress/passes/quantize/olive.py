@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 from annotated_types import Gt
 
 from compress.encodings import OutlierVictim, OutlierVictimForm
-from compress.encodings.outlier_victim import TYPES, DoubleOutlier, encode, search
+from compress.encodings.outlier_victim import PAIR_TYPES, DoubleOutlier, encode, search
 from compress.lazy import torch
 from compress.passes.base import Edit, LinearPass, OptionError
 from compress.passes.quantize.activations import ActivationOptions
@@ -90,7 +90,7 @@ class Olive(ActivationOptions, LinearPass):
         if self.bits == 4 and self.rescue_error is not None and error > self.rescue_error:
             notes["rescued_error"] = error
             encoding, _ = self._solve(weight, mask, ("int8",))
-        victims = encoding.codes == TYPES[encoding.normal].identifier
+        victims = encoding.codes == PAIR_TYPES[encoding.normal].identifier
         return Edit(encoding=encoding, mask=mask, notes={**notes, "victims": float(victims.float().mean())})
 
     def fallback(self) -> Self:
