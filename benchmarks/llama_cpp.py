@@ -19,7 +19,7 @@ import torch
 from transformers import AutoTokenizer
 
 import compress
-from compress.models.loading import load
+from compress.models.loading import load_model
 
 FILE = "llama_cpp.json"
 PROMPTS, LENGTH = 64, 64
@@ -41,7 +41,7 @@ def compare(pass_: dict[str, Any], python: Path, scratch: Path) -> dict[str, Any
     texts = tokenizer.batch_decode(tokens)
     file.write_text(json.dumps(list(zip(tokens.tolist(), texts, strict=True))))
     with torch.no_grad():
-        meant = load(out, torch.float32)(tokens).logits[:, -1].log_softmax(-1)
+        meant = load_model(out, torch.float32)(tokens).logits[:, -1].log_softmax(-1)
     found = runner.run(python, "llama_cpp_run.py", out / "gguf" / "model.gguf", file)
     differences = [abs(float(meant[i, n]) - p) for i, likely in enumerate(found["likely"]) for n, p in likely]
     same = [likely[0][0] == int(meant[i].argmax()) for i, likely in enumerate(found["likely"])]

@@ -24,7 +24,7 @@ from compress.encodings import Encoding, Weight, pack, power, uniform
 from compress.encodings import outlier_victim as pairs
 from compress.encodings.codebook import Codebooks, nearest
 from compress.export.onnx.files import write_constants
-from compress.export.onnx.measure import load
+from compress.export.onnx.measure import open_model
 from compress.export.onnx.ops import MICROSOFT, Ops
 from compress.export.onnx.products import Style, linear
 from compress.progress import Bars
@@ -135,9 +135,9 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folders = {n: write(n, args.width, args.layers, Path(temporary) / f"{i}") for i, n in enumerate(KINDS)}
-        plain = load(folders["float32"], 1).runner.session
+        plain = open_model(folders["float32"], 1).runner.session
         for name, folder in folders.items():
-            session = load(folder, 1).runner.session
+            session = open_model(folder, 1).runner.session
             dense, own = beside(plain, session, args.width, args.rounds)
             rows.append({"weights": name, **memory(folder), "ms": own * 1e3, "times_float32": dense / own})
             r = rows[-1]

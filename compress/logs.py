@@ -50,7 +50,7 @@ def on_stderr(level: int = logging.INFO) -> Iterator[None]:
         LOGGER.setLevel(before)
 
 
-def speak(level: int) -> None:
+def set_level(level: int) -> None:
     """Set the level of what is printed, while `on_stderr` is open."""
     LOGGER.setLevel(level)
     for handler in LOGGER.handlers:

@@ -22,7 +22,7 @@ from results import ROOT, replace
 
 import compress
 from compress.config.reading import exporters
-from compress.report.report import size
+from compress.report.report import size_text
 
 RECORD = ROOT / "docs" / "exports.json"
 EVALUATED = {"source": "demo", "samples": 8, "length": 512, "after": "end"}
@@ -90,9 +90,9 @@ def transformers(folder: Path, exact: bool | None = None) -> dict[str, float]:
 def onnxruntime(folder: Path) -> dict[str, float]:
     import torch
 
-    from compress.export.onnx.measure import load
+    from compress.export.onnx.measure import open_model
 
-    opened = load(folder)
+    opened = open_model(folder)
     tokens = (torch.arange(PROMPT + STEPS)[None] * 7919) % 4096
     state = {"past": opened.runner.step(tokens[:, :PROMPT], None)[1]}
 
@@ -183,7 +183,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         there = "" if row.get("difference") is None else f"{row['difference']:.1g}"
         shipped = "" if row.get("shipped") is None else f"{row['shipped']:.1g} (KL {row['shipped_kl']:.1g})"
         lines.append(
-            f"| {row['format']} | {row['runtime']} | {size(row['bytes'])} | {size(row['load_memory'])} | "
+            f"| {row['format']} | {row['runtime']} | {size_text(row['bytes'])} | {size_text(row['load_memory'])} | "
             f"{row['times']:.2f} | {there} | {shipped} |"
         )
     return "\n".join(lines)

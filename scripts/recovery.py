@@ -14,7 +14,7 @@ from typing import Any
 from results import ROOT, replace
 
 import compress
-from compress.report.report import size
+from compress.report.report import size_text
 
 RECORD = ROOT / "docs" / "recovery.json"
 DATA = {"calibration": {"samples": 256, "length": 512}, "evaluate": {"samples": 64, "length": 512}}
@@ -90,7 +90,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             continue
         zeros, kl = ("", "") if r["kl"] is None else (r["zeros"], f"{r['kl']:.4f}")
         lines.append(
-            f"| {zeros} | {r['recipe']} | {r['perplexity']:.2f} | {kl} | {size(r['bytes'])} | {r['seconds']:.0f} |"
+            f"| {zeros} | {r['recipe']} | {r['perplexity']:.2f} | {kl} | {size_text(r['bytes'])} | {r['seconds']:.0f} |"
         )
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import compress
-from compress.report.report import size
+from compress.report.report import size_text
 
 ROOT = Path(__file__).parent.parent
 PRESETS = ROOT / "compress" / "config" / "presets"
@@ -48,8 +48,8 @@ def line(name: str, row: dict[str, object]) -> str:
     change = "" if row["change"] is None else f"{row['change']:+.2%}"
     kl = "" if row["kl"] is None else f"{row['kl']:.4f}"
     return (
-        f"| {name} | {row['perplexity']:.2f} | {change} | {kl} | {size(row['bytes'])} | {row['bits_per_weight']:.2f} "
-        f"| {row['sparsity']:.0%} |"
+        f"| {name} | {row['perplexity']:.2f} | {change} | {kl} | {size_text(row['bytes'])} "
+        f"| {row['bits_per_weight']:.2f} | {row['sparsity']:.0%} |"
     )
 
 

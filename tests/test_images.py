@@ -44,7 +44,7 @@ from compress import (
     Rtn,
 )
 from compress.checkpoint.opening import open_model
-from compress.config.reading import load as load_pipeline
+from compress.config.reading import load_pipeline
 from compress.encodings import Spec, pack
 from compress.models import graph as graphs
 from compress.passes import PASSES, DepthPass, MergePass, Pass

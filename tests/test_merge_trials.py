@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, ResNetConfig, ResNetForImageClassificati
 import compress
 from compress import AdaMerging, Average, GreedySoup, Interpolate, TaskArithmetic, Ties
 from compress.calibration.data import Dataset
-from compress.config.reading import load, parse
+from compress.config.reading import load_pipeline, parse
 from compress.config.writing import dump
 from compress.engine import block_stage
 from compress.errors import ConfigError, DataError
@@ -153,7 +153,7 @@ def test_negative_flips_are_what_was_right_and_is_wrong_now(tmp_path: Path) -> N
 )
 def test_impossible_choices_are_refused(options: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        load({"passes": [{"task_arithmetic": {"models": ["a"], **options}}]})
+        load_pipeline({"passes": [{"task_arithmetic": {"models": ["a"], **options}}]})
 
 
 @pytest.mark.parametrize(
@@ -161,14 +161,14 @@ def test_impossible_choices_are_refused(options: dict[str, object], said: str) -
 )
 def test_only_numbers_that_a_merge_can_be_tried_with_are_chosen(merge: str, option: str) -> None:
     with pytest.raises(ConfigError, match=rf"choose\.{option}: is no number of {merge} that can be tried"):
-        load({"passes": [{merge: {"models": ["a"], "choose": {option: [1, 2]}}}]})
+        load_pipeline({"passes": [{merge: {"models": ["a"], "choose": {option: [1, 2]}}}]})
 
 
 def test_an_option_out_of_range_is_found_before_anything_is_tried() -> None:
     with pytest.raises(ConfigError, match=r"1\.5 is not between 0 and 1"):
-        load({"passes": [{"interpolate": {"models": ["a"], "choose": {"alpha": [0.5, 1.5]}}}]})
+        load_pipeline({"passes": [{"interpolate": {"models": ["a"], "choose": {"alpha": [0.5, 1.5]}}}]})
     with pytest.raises(ConfigError, match="changes nothing without choose"):
-        load({"passes": [{"interpolate": {"models": ["a"], "by": "negative_flips"}}]})
+        load_pipeline({"passes": [{"interpolate": {"models": ["a"], "by": "negative_flips"}}]})
 
 
 def test_choosing_needs_calibration_data(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import compress
 from compress.config.lines import document, line_of
 from compress.config.options import check_options, errors_in
 from compress.config.pipeline import FORMATS, METHODS, Calibration, Evaluation, Pipeline
-from compress.config.reading import load, parse
+from compress.config.reading import load_pipeline, parse
 from compress.config.schema import schema
 from compress.config.writing import dump
 from compress.errors import ConfigError, UsageError
@@ -125,21 +125,21 @@ def test_passes_keep_the_order_of_the_file() -> None:
 
 
 def test_a_mapping_reads_as_the_file_does() -> None:
-    assert load(yaml.safe_load(FULL)) == parse(FULL)
+    assert load_pipeline(yaml.safe_load(FULL)) == parse(FULL)
 
 
 def test_a_pipeline_that_is_built_already_is_taken_as_it_is() -> None:
     pipeline = parse(FULL)
-    assert load(pipeline) is pipeline
+    assert load_pipeline(pipeline) is pipeline
 
 
 def test_a_file_reads_as_its_text_does(tmp_path: Path) -> None:
-    assert load(write_pipeline(tmp_path / "p.yaml", FULL)) == parse(FULL)
+    assert load_pipeline(write_pipeline(tmp_path / "p.yaml", FULL)) == parse(FULL)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=re.escape(str(tmp_path / "gone.yaml"))):
-        load(tmp_path / "gone.yaml")
+        load_pipeline(tmp_path / "gone.yaml")
 
 
 @pytest.mark.parametrize("pattern", ["1:2", "2:4", "4:8", "10:20"])
@@ -241,7 +241,7 @@ def test_writing_again_changes_nothing(text: str) -> None:
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda f: f.name)
 def test_a_shipped_pipeline_reads_back_equal(file: Path) -> None:
-    pipeline = load(file)
+    pipeline = load_pipeline(file)
     assert pipeline.passes
     assert parse(dump(pipeline)) == pipeline
 
@@ -736,7 +736,10 @@ def test_no_default_is_out_of_its_range(cls: type[Any]) -> None:
     ("code", "modules"),
     [
         ("import compress, compress.cli", {"pydantic", "torch", "transformers", "numpy"}),
-        ("from compress.config.reading import load; load('gptq-w4')", {"torch", "transformers", "numpy"}),
+        (
+            "from compress.config.reading import load_pipeline; load_pipeline('gptq-w4')",
+            {"torch", "transformers", "numpy"},
+        ),
         ("from compress.config.schema import schema; schema()", {"torch", "transformers", "numpy"}),
     ],
     ids=["the package", "a pipeline", "the schema"],
@@ -771,7 +774,7 @@ def test_a_pass_made_in_python_is_answered_as_a_file_is(made: Pass, option: str,
     assert error.option == option
     assert said in error.message
     with pytest.raises(ConfigError, match=re.escape(said)):
-        load(Pipeline(passes=((made,),)))
+        load_pipeline(Pipeline(passes=((made,),)))
 
 
 def test_lists_and_whole_numbers_may_stand_for_tuples_and_numbers_in_python() -> None:

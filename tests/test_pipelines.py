@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import compress
 from compress.checkpoint import opening
-from compress.config.reading import load, parse
+from compress.config.reading import load_pipeline, parse
 from compress.config.writing import dump
 from compress.demo import MODEL_DIR
 from compress.passes import MergePass, Pass
@@ -69,7 +69,7 @@ def quick(pass_: Pass, fine_tunes: list[str]) -> Pass:
 
 def check(file: Path, model: str, out: Path, fine_tunes: list[str], samples: int, **given: Tensor) -> None:
     """Run a pipeline with little data: it keeps its promises of size, of exactness and, roughly, of quality."""
-    steps = load(file)
+    steps = load_pipeline(file)
     assert parse(dump(steps)) == steps
     opened = opening.open_model(model)
     made = plan.make(steps, opened.artifact.graph, opened.dtypes)
@@ -95,7 +95,7 @@ def check(file: Path, model: str, out: Path, fine_tunes: list[str], samples: int
 
 def code_path(file: Path) -> list[tuple[str, list[str]]]:
     """Every pass with the options that it sets: pipelines that differ in numbers only run the same code."""
-    passes = [p for stage in load(file).passes for p in stage]
+    passes = [p for stage in load_pipeline(file).passes for p in stage]
     return [(p.key, sorted(p.options().keys() - {"bits", "group_size", "granularity"})) for p in passes]
 
 
@@ -103,7 +103,9 @@ def code_path(file: Path) -> list[tuple[str, list[str]]]:
 def test_ready_made_pipeline_runs_on_half_of_the_demo_model_and_that_still_predicts(
     file: Path, tmp_path: Path, short: Path, short_fine_tunes: list[str], windows: dict[str, Tensor]
 ) -> None:
-    given = {name: tokens for name, tokens in windows.items() if name == "evaluation" or load(file).calibration}
+    given = {
+        name: tokens for name, tokens in windows.items() if name == "evaluation" or load_pipeline(file).calibration
+    }
     check(file, str(short), tmp_path / "out", short_fine_tunes, samples=8, **given)
 
 
@@ -116,7 +118,7 @@ def test_ready_made_pipeline_runs_on_the_demo_model_and_still_predicts(
 
 
 def test_every_method_has_a_ready_made_pipeline() -> None:
-    used = {p.key for f in FILES for stage in load(f).passes for p in stage}
+    used = {p.key for f in FILES for stage in load_pipeline(f).passes for p in stage}
     assert {p.key for p in compress.passes.PASSES} <= used
 
 

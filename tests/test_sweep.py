@@ -17,7 +17,7 @@ from compress.calibration import collect
 from compress.calibration.statistics import Need, Statistics
 from compress.checkpoint.opening import open_model
 from compress.checkpoint.sources import ModuleSource
-from compress.config.reading import load
+from compress.config.reading import load_pipeline
 from compress.encodings import Uniform
 from compress.engine.block_stage import run_passes
 from compress.engine.ledger import MemoryLedger
@@ -546,7 +546,9 @@ def test_a_model_streamed_from_disk_gives_the_weights_of_one_in_memory(
     calibration = {} if given is None else {"calibration": {"source": "demo"}}
     compress.run({**calibration, "passes": passes}, tiny_folder, tmp_path / "out", calibration=given)
     streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    stages = [list(stage) if len(stage) > 1 else stage[0] for stage in load({**calibration, "passes": passes}).passes]
+    stages = [
+        list(stage) if len(stage) > 1 else stage[0] for stage in load_pipeline({**calibration, "passes": passes}).passes
+    ]
     resident = compress.apply(tiny_llama, stages, calibration=given)
     assert len(resident.weights) == 14
     for name, weight in resident.weights.items():

@@ -106,8 +106,8 @@ def apply(
     gates = {"max_increase": max_increase, "max_drop": max_drop}
     pipeline = Pipeline(
         passes=stages,
-        calibration=given.described(Calibration, data.calibration, {}),
-        evaluate=given.described(Evaluation, data.evaluation, gates),
+        calibration=given.given_section(Calibration, data.calibration, {}),
+        evaluate=given.given_section(Evaluation, data.evaluation, gates),
         seed=seed,
         products=products,
     )
@@ -118,7 +118,7 @@ def apply(
     artifact = Artifact(graph, source, dict(graph.tied))
     dtypes = {name: tensor.dtype for name, tensor in graph.tensors()}
     made = plan.make(pipeline, graph, dtypes)
-    merges.check(pipeline, artifact, "apply")
+    merges.check_models(pipeline, artifact, "apply")
     merges.check_data(pipeline, data.calibration, graph, "apply")
     devices = Devices(compute=next(iter(model.parameters())).device)
     context = Context(

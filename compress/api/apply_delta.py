@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.api.output_folder import APPLIED, refuse
+from compress.api.output_folder import APPLIED, refuse_destination
 from compress.checkpoint.delta.file import Delta, locate
 from compress.checkpoint.delta.source import with_delta
 from compress.checkpoint.opening import open_model
@@ -63,13 +63,13 @@ def apply_delta(
     if not file.is_file():
         raise UsageError(f"{delta} is no compressed delta; a merge with compeft or bitdelta writes one into OUT/delta")
     for given in (opened.folder, file):
-        refuse(destination, given, overwrite)
+        refuse_destination(destination, given, overwrite)
     if destination.exists() and not overwrite:
         raise UsageError(f"{out} exists; choose another -o, or give --overwrite")
     checked = Delta.open(file)
     checked.refuse_other(opened.artifact, str(delta))
     model = with_delta(opened.artifact, checked)
-    layout, read = list(entries(model)), partial(_finite, model)
+    layout, read = list(entries(model)), partial(_finite_tensor, model)
     unfinished = destination.parent / f"{destination.name}.partial"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -92,7 +92,7 @@ def apply_delta(
     return facts
 
 
-def _finite(model: Artifact, name: str) -> dict[str, Tensor]:
+def _finite_tensor(model: Artifact, name: str) -> dict[str, Tensor]:
     """A tensor as it is written."""
     found = stored_tensors(model, name)
     for value in found.values():

@@ -38,8 +38,10 @@ def dataset(graph: Graph, name: Split, data: Given | None, dtype: torch.dtype) -
     if isinstance(data, Mapping):
         if not data:
             raise DataError(f"{name} names no source; give at least one, such as {{'maths': tokens}}")
-        return checked(graph, name, Dataset.joined({n: labelled(graph, name, part) for n, part in data.items()}), dtype)
-    return checked(graph, name, labelled(graph, name, data), dtype)
+        return model_inputs(
+            graph, name, Dataset.joined({n: labelled(graph, name, part) for n, part in data.items()}), dtype
+        )
+    return model_inputs(graph, name, labelled(graph, name, data), dtype)
 
 
 def labelled(graph: Graph, name: Split, data: Tensor | Labelled) -> Dataset:
@@ -64,7 +66,7 @@ def labelled(graph: Graph, name: Split, data: Tensor | Labelled) -> Dataset:
     return Dataset(inputs, labels.long())
 
 
-def checked(graph: Graph, name: str, data: Dataset, dtype: torch.dtype) -> Dataset:
+def model_inputs(graph: Graph, name: str, data: Dataset, dtype: torch.dtype) -> Dataset:
     """Calibration or evaluation data as the model takes it: token ids as int64, images in the type it computes in.
 
     Raises:
@@ -99,7 +101,7 @@ def _images(graph: Graph, name: str, images: Tensor) -> Tensor:
     return images
 
 
-def described(cls: type[Calibration], data: Dataset | None, options: Mapping[str, Any]) -> Any:
+def given_section(cls: type[Calibration], data: Dataset | None, options: Mapping[str, Any]) -> Any:
     """Data given from Python, as a pipeline section; the length of an image is the number of its positions."""
     if data is None:
         return None
@@ -109,7 +111,7 @@ def described(cls: type[Calibration], data: Dataset | None, options: Mapping[str
     return cls(source=source, samples=max(data.parts.values(), default=len(inputs)), length=length, **options)
 
 
-def read(section: Calibration, folder: Path, split: Split, over: Over | None = None) -> Dataset:
+def read_data(section: Calibration, folder: Path, split: Split, over: Over | None = None) -> Dataset:
     """The data a `calibration:` or `evaluate:` section describes: images and labels, or tokens by a model's tokenizer.
 
     `over` draws progress, as for `load_tokens`.
@@ -117,11 +119,11 @@ def read(section: Calibration, folder: Path, split: Split, over: Over | None = N
     Raises:
         DataError: nothing that can be read.
     """
-    found = {name: _read(section, source, folder, split, over) for name, source in section.sources.items()}
+    found = {name: _read_source(section, source, folder, split, over) for name, source in section.sources.items()}
     return found[""] if "" in found else Dataset.joined(found)
 
 
-def _read(section: Calibration, source: str, folder: Path, split: Split, over: Over | None) -> Dataset:
+def _read_source(section: Calibration, source: str, folder: Path, split: Split, over: Over | None) -> Dataset:
     if source.endswith(IMAGE_SUFFIX):
         images, labels = load_images(source, section.samples)
         if split == "evaluation" and labels is None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Runtime = Literal["transformers", "onnxruntime"]
 
 
-def measured(
+def measure_model(
     model: str,
     section: Evaluation,
     *,
@@ -56,9 +56,9 @@ def measured(
 
 def _torch(model: str, section: Evaluation, against: str | None, bars: Bars) -> dict[str, Any]:
     folder = hub.resolve(model)
-    data = given.read(section, folder, "evaluation", bars.over)
-    loaded = loading.load(folder)
-    original = loading.load(hub.resolve(against)) if against else None
+    data = given.read_data(section, folder, "evaluation", bars.over)
+    loaded = loading.load_model(folder)
+    original = loading.load_model(hub.resolve(against)) if against else None
     quality = evaluate(loaded, given.matched(loaded, data), against=original, progress=_progress(bars))
     weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     return {"model": model, **_facts(quality, section), "bytes": weights}
@@ -69,22 +69,22 @@ def _progress(bars: Bars) -> Callable[[Iterable[Tensor], int], Iterator[Tensor]]
 
 
 def _onnx(path: Path, section: Evaluation, against: str | None, threads: int, bars: Bars) -> dict[str, Any]:
-    from compress.export.onnx.measure import load
+    from compress.export.onnx.measure import open_model
 
     if not path.exists():
         raise UsageError(f"no such file or folder: {path}; --runtime onnxruntime takes what `export: [onnx]` wrote")
     folder = path if path.is_dir() else path.parent
     tokenizer = folder if (folder / "tokenizer.json").is_file() else folder.parent
-    data = given.read(section, tokenizer, "evaluation", bars.over)
+    data = given.read_data(section, tokenizer, "evaluation", bars.over)
     inputs, labels = data.inputs, data.labels
-    opened = load(path, threads)
+    opened = open_model(path, threads)
     if (labels is None) != ("input_ids" in opened.runner.inputs):
         wanted = "text" if "input_ids" in opened.runner.inputs else "images from a .safetensors file"
         raise DataError(f"{section.source}: {path} takes {wanted}")
     reference = None
     if against is not None:
         reference = Reference()
-        original = _logits(loading.load(hub.resolve(against), torch.float32), labels is None)
+        original = _logits(loading.load_model(hub.resolve(against), torch.float32), labels is None)
         measure(original, inputs, labels=labels, reference=reference, keep=True, progress=_progress(bars))
     quality = measure(opened.runner, inputs, labels=labels, reference=reference, progress=_progress(bars))
     found = {"model": str(path), **_facts(quality, section), "bytes": opened.bytes, "load_memory": opened.memory}

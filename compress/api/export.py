@@ -60,14 +60,14 @@ def export_to(out: str | Path, exporters: Sequence[Exporter], *, bars: Bars | No
     """
     folder, bars = Path(out).absolute(), bars or Bars()
     noted = _report(folder)
-    dtype, section = _pipeline(folder)
+    dtype, section = _recorded_evaluation(folder)
     made = open_packed(folder, dtype)
-    refuse(made, exporters)
-    evaluated = _evaluated(made, section, bars)
+    refuse_exports(made, exporters)
+    evaluated = _evaluation_data(made, section, bars)
     found: dict[str, dict[str, Any]] = {}
     for exporter in exporters:
         final, partial = folder / exporter.key, folder / f"{exporter.key}.partial"
-        with _whole(partial), bars.shown():
+        with _removed_afterwards(partial), bars.shown():
             found |= write_all(made, [exporter], folder, evaluated, bars, suffix=".partial")
             if final.exists():
                 shutil.rmtree(final)
@@ -120,7 +120,7 @@ def compared(exporter: Exporter, made: PackedFolder, folder: Path, expect: Expec
     return facts
 
 
-def refuse(made: PackedFolder, exporters: Sequence[Exporter]) -> None:
+def refuse_exports(made: PackedFolder, exporters: Sequence[Exporter]) -> None:
     """Refuse what cannot be exported, before anything is written.
 
     Raises:
@@ -151,12 +151,12 @@ def _expecting(made: PackedFolder, evaluated: Dataset | None) -> Expect | None:
     return expected
 
 
-def _evaluated(made: PackedFolder, section: Evaluation | None, bars: Bars) -> Dataset | None:
+def _evaluation_data(made: PackedFolder, section: Evaluation | None, bars: Bars) -> Dataset | None:
     """What the pipeline was evaluated on; else, of a language model, arbitrary tokens."""
     graph = made.artifact.graph
     if section is not None:
         try:
-            return given.read(section, made.folder, "evaluation", bars.over)
+            return given.read_data(section, made.folder, "evaluation", bars.over)
         except DataError:
             pass  # a file that is no longer there, or data that was given from Python
     if not graph.is_language_model:
@@ -176,7 +176,7 @@ def _report(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder} is not a finished folder that compress wrote: {error}") from error
 
 
-def _pipeline(folder: Path) -> tuple[torch.dtype | None, Evaluation | None]:
+def _recorded_evaluation(folder: Path) -> tuple[torch.dtype | None, Evaluation | None]:
     """The type it computed in, and what it was evaluated on, if that can be read again."""
     try:
         written = yaml.safe_load((folder / "pipeline.yaml").read_text())
@@ -189,7 +189,7 @@ def _pipeline(folder: Path) -> tuple[torch.dtype | None, Evaluation | None]:
 
 
 @contextmanager
-def _whole(partial: Path) -> Iterator[None]:
+def _removed_afterwards(partial: Path) -> Iterator[None]:
     """A half-written folder is removed."""
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -14,7 +14,7 @@ APPLIED = "delta.json"  # says what a base and a delta were put together from
 OURS = (WEIGHTS, "report.json", APPLIED)
 
 
-def refuse(destination: Path, source: Path, overwrite: bool) -> None:
+def refuse_destination(destination: Path, source: Path, overwrite: bool) -> None:
     """Refuse what could not be written at the end, or would destroy something.
 
     Raises:

@@ -14,14 +14,14 @@ import torch
 from compress import progress
 from compress.api import data as given
 from compress.api.export import write_all
-from compress.api.output_folder import refuse
+from compress.api.output_folder import refuse_destination
 from compress.calibration.metrics import logits_in
 from compress.checkpoint import packed_layout
 from compress.checkpoint.delta.file import DELTA, Delta
 from compress.checkpoint.delta.source import with_delta
 from compress.checkpoint.opening import open_model
 from compress.config.pipeline import GATES, Calibration, Evaluation
-from compress.config.reading import load
+from compress.config.reading import load_pipeline
 from compress.config.writing import dump
 from compress.encodings.format import WEIGHTS, version
 from compress.engine import manager
@@ -100,11 +100,11 @@ def run(
         >>> report.rows[-1].name
         'rtn'
     """
-    steps = load(pipeline)
+    steps = load_pipeline(pipeline)
     destination, bars = Path(out).absolute(), bars or progress.Bars()
     work = destination.parent / f"{destination.name}.work"
     opened = open_model(model)
-    refuse(destination, opened.folder, overwrite)
+    refuse_destination(destination, opened.folder, overwrite)
     graph = opened.artifact.graph
     data = manager.Data(
         given.dataset(graph, "calibration", calibration, _dtype(steps, opened)),
@@ -113,7 +113,7 @@ def run(
     steps = _with_given(steps, data)
     file = str(pipeline) if isinstance(pipeline, str | Path) else "pipeline"
     made = plan.make(steps, graph, opened.dtypes, file)
-    merged = merges.check(steps, opened.artifact, file)
+    merged = merges.check_models(steps, opened.artifact, file)
     resolved = dump(steps)
     with bars.shown():
         data = _data(steps, opened, data, bars)
@@ -131,7 +131,7 @@ def run(
         raise UsageError(f"{out} exists and is not the result of this run; choose another -o, or give --overwrite")
     if fresh:
         shutil.rmtree(work, ignore_errors=True)
-    resources.check(made, destination)
+    resources.check_resources(made, destination)
     _refuse_non_finite(opened.artifact)
     dtype = _dtype(steps, opened)
     names = ["+".join(p.key for p in stage) for stage in steps.passes]
@@ -151,7 +151,7 @@ def run(
 
 def row_names(pipeline: str | Path | Mapping[str, Any] | Pipeline) -> list[str]:
     """What the rows of a pipeline's report are called: the original, models to merge with, and stages."""
-    stages = load(pipeline).passes
+    stages = load_pipeline(pipeline).passes
     models = [model for stage in stages for pass_ in stage if isinstance(pass_, MergePass) for model in pass_.models]
     return ["original", *models, *("+".join(p.key for p in stage) for stage in stages)]
 
@@ -175,9 +175,9 @@ def _dtype(steps: Pipeline, opened: OpenedModel) -> torch.dtype:
 
 
 def _with_given(steps: Pipeline, data: manager.Data) -> Pipeline:
-    calibration = given.described(Calibration, data.calibration, {})
+    calibration = given.given_section(Calibration, data.calibration, {})
     kept = {name: getattr(steps.evaluate, name) for name in (*GATES, "after")} if steps.evaluate else {}
-    evaluation = given.described(Evaluation, data.evaluation, kept)
+    evaluation = given.given_section(Evaluation, data.evaluation, kept)
     return replace(steps, calibration=calibration or steps.calibration, evaluate=evaluation or steps.evaluate)
 
 
@@ -187,11 +187,11 @@ def _data(steps: Pipeline, opened: OpenedModel, data: manager.Data, bars: progre
     graph, dtype = opened.artifact.graph, _dtype(steps, opened)
     needed = any(p.calibrated for stage in steps.passes for p in stage)
     if calibration is None and needed and steps.calibration:
-        found = given.read(steps.calibration, opened.folder, "calibration", bars.over)
-        calibration = given.checked(graph, "calibration", found, dtype)
+        found = given.read_data(steps.calibration, opened.folder, "calibration", bars.over)
+        calibration = given.model_inputs(graph, "calibration", found, dtype)
     if evaluation is None and steps.evaluate:
-        found = given.read(steps.evaluate, opened.folder, "evaluation", bars.over)
-        evaluation = given.checked(graph, "evaluation", found, dtype)
+        found = given.read_data(steps.evaluate, opened.folder, "evaluation", bars.over)
+        evaluation = given.model_inputs(graph, "evaluation", found, dtype)
     return manager.Data(calibration if needed else None, evaluation)
 
 
@@ -224,7 +224,7 @@ def _export(
     """Write beside the final name, read back, compare, then rename."""
     shutil.rmtree(partial, ignore_errors=True)
     config = json.loads((opened.folder / "config.json").read_text())
-    packed_layout.write(context.artifact, partial, config, opened.folder, version(), context.bars)
+    packed_layout.write_packed(context.artifact, partial, config, opened.folder, version(), context.bars)
     compared = packed_layout.verify(context.artifact, partial, context.bars)
     measured.verified = {"run": identity, "tensors_equal": compared}
     if data.evaluation is not None:
@@ -260,7 +260,7 @@ def _put_delta(made: MadeDelta, folder: Path, context: Context) -> int:
 
 def _logit_difference(context: Context, folder: Path, inputs: Tensor) -> float:
     """Largest difference of the packed model's logits from the in-memory result's; more than none is an error."""
-    loaded = loading.load(folder, context.dtype)
+    loaded = loading.load_model(folder, context.dtype)
     with torch.no_grad():
         there = logits_in(forward(replace(context.graph, model=loaded), inputs))
         with streamed(context):

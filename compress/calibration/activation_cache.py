@@ -7,7 +7,7 @@ import tempfile
 from functools import partial
 from typing import TYPE_CHECKING
 
-from compress.calibration.collect import alike
+from compress.calibration.collect import same_call
 from compress.calibration.reconstruct import HiddenSamples
 from compress.errors import UnsupportedModelError
 from compress.io.heap import give_back
@@ -92,7 +92,7 @@ class Activations:
         """
         first, size = self.calls[0], len(self.hidden[0])
         for call, hidden in zip(self.calls, self.hidden, strict=True):
-            if not alike(first.resized(size, len(hidden)), call):  # the first too: its samples must be called alike
+            if not same_call(first.resized(size, len(hidden)), call):  # the first too: its samples must be called alike
                 raise UnsupportedModelError(
                     "the blocks get other arguments from batch to batch, so samples cannot be mixed to learn from "
                     "them; use a method that does not learn by reconstruction, such as gptq"

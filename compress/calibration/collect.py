@@ -71,7 +71,7 @@ def arrival(forward: Callable[[], Any], block: nn.Module) -> tuple[Tensor, Call]
     caught: list[tuple[Tensor, Call]] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append(_split(args, kwargs))
+        caught.append(_split_arguments(args, kwargs))
         raise _Stop
 
     handle = block.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)  # before inputs are rounded
@@ -85,7 +85,7 @@ def arrival(forward: Callable[[], Any], block: nn.Module) -> tuple[Tensor, Call]
     return caught[0]
 
 
-def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Call]:
+def _split_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Call]:
     # A live key/value cache among the arguments would grow at every visit and silently corrupt the calibration.
     clean = {k: v for k, v in kwargs.items() if not _is_cache(v) and k != "hidden_states"}
     hidden = args[0] if args else kwargs.get("hidden_states")
@@ -118,7 +118,7 @@ def is_chain(forward: Callable[[], Any], blocks: list[nn.Module]) -> bool:
         hidden is output and version == then
         for (_, hidden, version, _), (output, then) in zip(visits[1:], outputs, strict=False)
     )
-    return fed and all(alike(visits[0][3], call) for *_, call in visits[1:])
+    return fed and all(same_call(visits[0][3], call) for *_, call in visits[1:])
 
 
 def visits(
@@ -153,7 +153,7 @@ def _watched(
     for i, block in enumerate(blocks):
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], i: int = i) -> None:
-            enter(i, *_split(args, kwargs))
+            enter(i, *_split_arguments(args, kwargs))
 
         def after(_: nn.Module, __: Any, output: Any, i: int = i) -> None:
             leave(i, output[0] if isinstance(output, tuple | list) else output)
@@ -169,7 +169,7 @@ def _watched(
             handle.remove()
 
 
-def alike(a: Call, b: Call) -> bool:
+def same_call(a: Call, b: Call) -> bool:
     """Whether two calls have equal arguments."""
     return (
         len(a.args) == len(b.args)

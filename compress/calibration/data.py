@@ -198,7 +198,7 @@ def _jsonl(path: Path, field: str) -> Iterable[str]:
                 text = json.loads(line)[field]
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{path}:{number}: not a JSON object with a {field!r} field ({error})") from error
-            yield _checked(text, f"{path}:{number}: {field!r}")
+            yield _checked_text(text, f"{path}:{number}: {field!r}")
 
 
 def _parquet(path: Path, field: str) -> Iterable[str]:
@@ -210,10 +210,10 @@ def _parquet(path: Path, field: str) -> Iterable[str]:
         values = pyarrow.parquet.read_table(path, columns=[field])[field].to_pylist()
     except (OSError, KeyError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: no readable column {field!r} ({error})") from error
-    return [_checked(text, f"{path}: row {number} of {field!r}") for number, text in enumerate(values, 1)]
+    return [_checked_text(text, f"{path}: row {number} of {field!r}") for number, text in enumerate(values, 1)]
 
 
-def _checked(text: Any, place: str) -> str:
+def _checked_text(text: Any, place: str) -> str:
     if not isinstance(text, str):
         raise DataError(f"{place} is {type(text).__name__}, not a text")
     return text

@@ -182,7 +182,7 @@ def evaluate(
     tokens, labels = data if isinstance(data, tuple) else (data, None)
     for each in (model, against):
         if each is not None and labels is None:
-            _check(each, tokens)
+            _check_tokens(each, tokens)
         elif each is not None and each.training:
             raise DataError("the classifier is in training mode, where measuring would change it: call eval() first")
     reference = None
@@ -198,7 +198,7 @@ def logits_in(output: Any) -> Tensor:
     return found
 
 
-def _check(model: nn.Module, tokens: Tensor) -> None:
+def _check_tokens(model: nn.Module, tokens: Tensor) -> None:
     config: Any = getattr(model, "config", None)
     vocabulary, longest = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
     if tokens.dim() != 2 or tokens.is_floating_point() or tokens.shape[1] < 2:

@@ -255,7 +255,7 @@ class _Model(Learner):
         self, trained: Trained, data: ModelData, schedule: Schedule, seed: int, judge: Callable[[Make], float] | None
     ):
         self.trained, self.data, self.size, self.seed, self.judge = trained, data, schedule.batch_size, seed, judge
-        self.held, self.learned = split(data.count)
+        self.held, self.learned = held_out_split(data.count)
         self.tensors = [t for ts, _ in trained.groups() for t in ts]
 
     def groups(self) -> list[tuple[list[Tensor], float]]:
@@ -278,7 +278,7 @@ def forked(generator: torch.Generator, *parts: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(name[:7], "big"))
 
 
-def split(count: int) -> tuple[Tensor, Tensor]:
+def held_out_split(count: int) -> tuple[Tensor, Tensor]:
     """Numbers of the samples that are held out, and of those that are trained on."""
     held = torch.arange(count)[:: min(HELD_OUT, count)]
     left = set(range(count)) - set(held.tolist())

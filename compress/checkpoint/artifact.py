@@ -179,7 +179,7 @@ def open_folder(folder: Path, graph: Graph) -> Artifact:
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     # Old spellings that transformers renames while loading, such as GPT-NeoX's embed_out for lm_head.
     renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-    spelled = {_renamed(name, renamings): name for name in source.names()}
+    spelled = {_transformers_name(name, renamings): name for name in source.names()}
     tied: dict[str, list[str]] = {}
     for name, _ in model.named_parameters(remove_duplicate=False):
         tied.setdefault(graph.tied.get(name, name), []).append(name)
@@ -215,7 +215,7 @@ def open_folder(folder: Path, graph: Graph) -> Artifact:
     return Artifact(graph, source, renamed)
 
 
-def _renamed(name: str, renamings: Iterable[Any]) -> str:
+def _transformers_name(name: str, renamings: Iterable[Any]) -> str:
     """The name that transformers looks for, every renaming applied in turn."""
     for renaming in renamings:
         name, _ = renaming.rename_source_key(name)
@@ -239,7 +239,7 @@ def _refuse_more_blocks(folder: Path, graph: Graph, stored: set[str]) -> None:
                 )
 
 
-def finite(site: Site, weight: Weight) -> Tensor:
+def finite_weight(site: Site, weight: Weight) -> Tensor:
     """A site's weight as (out, in) float32.
 
     Raises:

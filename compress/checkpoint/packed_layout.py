@@ -56,7 +56,7 @@ def stored_bytes(artifact: Artifact) -> int:
     )
 
 
-def write(
+def write_packed(
     artifact: Artifact, folder: Path, config: dict[str, Any], source: Path | None, version: str, bars: Bars
 ) -> None:
     """Write weights, configuration and the source's tokenizer files into `folder`.

@@ -66,7 +66,7 @@ def _bars(verbose: bool, quiet: bool) -> Bars:
     from compress.progress import Bars
 
     if verbose or quiet:
-        logs.speak(logging.DEBUG if verbose else logging.ERROR)
+        logs.set_level(logging.DEBUG if verbose else logging.ERROR)
     return Bars(drawn=logs.LOGGER.isEnabledFor(logging.WARNING))
 
 
@@ -104,7 +104,7 @@ def run(
         print(report.to_json(), end="")
         return
     table.finish(report)
-    for text in sentences.written(report, out):
+    for text in sentences.run_lines(report, out):
         console.print(text, soft_wrap=True)
 
 
@@ -113,9 +113,9 @@ def check(
     pipeline: PipelineArg, model: Annotated[str | None, typer.Argument(help="also check against this model")] = None
 ) -> None:
     """Check everything that can be checked without reading weights."""
-    from compress.config.reading import load
+    from compress.config.reading import load_pipeline
 
-    steps = load(pipeline)
+    steps = load_pipeline(pipeline)
     if model is not None:
         from compress.checkpoint import opening
         from compress.engine.merge import checks
@@ -123,7 +123,7 @@ def check(
 
         opened = opening.open_model(model)
         plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline))
-        checks.check(steps, opened.artifact, str(pipeline))
+        checks.check_models(steps, opened.artifact, str(pipeline))
     print(f"{pipeline}: fine" + (f" for {model}" if model else ""))
 
 
@@ -141,15 +141,15 @@ def show_plan(
     """Show what each pass will touch and cost, before any work. Only --shares reads weights."""
     bars = _bars(verbose, quiet)
     from compress.checkpoint import opening
-    from compress.config.reading import load
+    from compress.config.reading import load_pipeline
     from compress.engine.merge import checks
     from compress.planning import allocation_preview, plan
     from compress.report import plan as report
 
     opened = opening.open_model(model)
-    steps = load(pipeline)
+    steps = load_pipeline(pipeline)
     made = plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline))
-    checks.check(steps, opened.artifact, str(pipeline))
+    checks.check_models(steps, opened.artifact, str(pipeline))
     allocations = allocation_preview.allocations(made)
     with bars.shown():
         shares = allocation_preview.known_shares(allocations, opened.artifact, bars) if with_shares else {}
@@ -195,8 +195,10 @@ def evaluate(
     if runtime not in get_args(measuring.Runtime):
         raise UsageError(f"--runtime {runtime}: known: {', '.join(get_args(measuring.Runtime))}")
     section = Evaluation(source=source, samples=samples, length=length)
-    found = measuring.measured(model, section, against=against, runtime=runtime, threads=threads, bars=bars)  # type: ignore[arg-type]
-    print(json.dumps(found, indent=1) if as_json else sentences.evaluated(model, found, against, samples, length))
+    found = measuring.measure_model(model, section, against=against, runtime=runtime, threads=threads, bars=bars)  # type: ignore[arg-type]
+    print(
+        json.dumps(found, indent=1) if as_json else sentences.evaluation_lines(model, found, against, samples, length)
+    )
 
 
 @app.command()
@@ -291,13 +293,13 @@ def init(
     from compress.config import template
 
     if from_mergekit is None:
-        template.write(path, template.TEMPLATE.format(name=path))
+        template.write_pipeline(path, template.TEMPLATE.format(name=path))
         print(path)
         return
     from compress.config.mergekit import convert
 
     found = convert(from_mergekit)
-    template.write(path, found.text.replace("PIPELINE", str(path), 1))
+    template.write_pipeline(path, found.text.replace("PIPELINE", str(path), 1))
     print(f"{path}: compress run {path} {found.model} -o OUT")
 
 

@@ -64,7 +64,7 @@ def document(text: str, file: str) -> Document:
             return Document(None)
         _count(node, {}, file)
         found = Document(None)
-        return Document(_plain(node, "", found), found.lines, found.problems)
+        return Document(_plain_value(node, "", found), found.lines, found.problems)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else None
@@ -89,13 +89,13 @@ def _count(node: yaml.Node, counts: dict[int, int], file: str) -> int:
     return known
 
 
-def _plain(node: yaml.Node, path: str, found: Document) -> Any:
+def _plain_value(node: yaml.Node, path: str, found: Document) -> Any:
     """A YAML node as Python values, noting lines and problems in `found`."""
     found.lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
-        return _mapping(node, path, found)
+        return _plain_mapping(node, path, found)
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, f"{path}[{i}]", found) for i, item in enumerate(node.value)]
+        return [_plain_value(item, f"{path}[{i}]", found) for i, item in enumerate(node.value)]
     if node.tag == "tag:yaml.org,2002:int" and ":" in node.value:
         return node.value  # YAML 1.1 reads an unquoted 2:4 as 124, a number in base sixty; here it is a pattern
     try:
@@ -109,7 +109,7 @@ def _plain(node: yaml.Node, path: str, found: Document) -> Any:
         return None
 
 
-def _mapping(node: yaml.MappingNode, path: str, found: Document) -> dict[str, Any]:
+def _plain_mapping(node: yaml.MappingNode, path: str, found: Document) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
@@ -121,5 +121,5 @@ def _mapping(node: yaml.MappingNode, path: str, found: Document) -> dict[str, An
         found.lines[here] = line
         if key in result:
             found.problems.append(Problem(here, "stands twice", line))
-        result[key] = _plain(value_node, here, found)
+        result[key] = _plain_value(value_node, here, found)
     return result

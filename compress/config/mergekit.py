@@ -89,8 +89,8 @@ class _Reader:
             self.problem("merge_method", f"{method} is not one of those that are known here: {known}")
             return None
         sources, shared = self._sources()
-        base = _name(data.get("base_model"))
-        names = [_name(source.get("model")) for source in sources]
+        base = _model_name(data.get("base_model"))
+        names = [_model_name(source.get("model")) for source in sources]
         if not names or None in names:
             self.problem("models", "must be a list of entries with `model:`, a folder or hub id each")
             return None
@@ -104,7 +104,7 @@ class _Reader:
         else:
             first = base
             sources = [s for s, name in zip(sources, names, strict=True) if name != base]
-        others = [str(_name(s.get("model"))) for s in (sources[1:] if method == "linear" else sources)]
+        others = [str(_model_name(s.get("model"))) for s in (sources[1:] if method == "linear" else sources)]
         if method == "slerp" and len(others) != 1:
             self.problem("models", f"slerp merges two models; {len(others) + 1} are named")
         options = {"models": others, **MERGEKIT_METHODS[method][1], **self._options(sources, shared)}
@@ -117,7 +117,7 @@ class _Reader:
     def _sources(self) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
         """The entries for each model; and what holds for all, the nearest first."""
         data = self.data
-        shared = [_mapping(data.get("parameters"))]
+        shared = [_as_mapping(data.get("parameters"))]
         if data.get("dtype") not in (None, "float32"):
             self.notes.append(f"dtype {data['dtype']}: pipelines merge in float32, and keep the type of the model")
         if data.get("out_dtype") is not None:
@@ -125,22 +125,22 @@ class _Reader:
         if data.get("tokenizer_source") not in (None, "base"):
             self.problem("tokenizer_source", "pipelines keep the tokenizer of the model they are run on; use base")
         if "slices" not in data:
-            return [_mapping(entry) for entry in _list(data.get("models"))], shared
-        slices = [_mapping(entry) for entry in _list(data["slices"])]
+            return [_as_mapping(entry) for entry in _list(data.get("models"))], shared
+        slices = [_as_mapping(entry) for entry in _list(data["slices"])]
         if len(slices) != 1:
             self.problem("slices", "layers of different models cannot be stacked; pipelines merge whole models")
             return [], shared
-        sources = [_mapping(entry) for entry in _list(slices[0].get("sources"))]
+        sources = [_as_mapping(entry) for entry in _list(slices[0].get("sources"))]
         ranges = [source.get("layer_range") for source in sources]
         if any(r != ranges[0] for r in ranges) or (ranges and ranges[0] and ranges[0][0] != 0):
             self.problem("slices[0]", f"pipelines merge whole models; layer_range {ranges} is a part of them")
         elif ranges and ranges[0]:
             self.notes.append(f"layer_range {ranges[0]} was taken for all blocks of the models")
-        return sources, [_mapping(slices[0].get("parameters")), *shared]
+        return sources, [_as_mapping(slices[0].get("parameters")), *shared]
 
     def _options(self, sources: Sequence[Mapping[str, Any]], shared: list[Mapping[str, Any]]) -> dict[str, Any]:
         method, allowed = self.method, OF_METHOD[self.method]
-        own = [_mapping(source.get("parameters")) for source in sources]
+        own = [_as_mapping(source.get("parameters")) for source in sources]
         for where in (*own, *shared):
             for name in sorted(set(map(str, where)) - allowed):
                 self.problem(f"parameters.{name}", f"is not known of {method}; known: {', '.join(sorted(allowed))}")
@@ -216,14 +216,14 @@ def _literal(text: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in text)
 
 
-def _name(model: Any) -> str | None:
+def _model_name(model: Any) -> str | None:
     """What a model is called: a text, or a mapping as mergekit writes it."""
     if isinstance(model, dict) and isinstance(model.get("model"), dict):
         model = model["model"].get("path")
     return model if isinstance(model, str) else None
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def _as_mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 

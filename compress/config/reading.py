@@ -46,7 +46,7 @@ PERCENTAGE = r"\d+(\.\d+)? *%"
 SCHEME = r"w(\d+)(?:g(\d+))?"
 
 
-def load(source: str | Path | Mapping[str, Any] | Pipeline) -> Pipeline:
+def load_pipeline(source: str | Path | Mapping[str, Any] | Pipeline) -> Pipeline:
     """A pipeline from a file, by the name of a ready-made one, from a mapping of the same shape, or one already built.
 
     Raises:
@@ -59,7 +59,7 @@ def load(source: str | Path | Mapping[str, Any] | Pipeline) -> Pipeline:
             raise ConfigError(problems, "pipeline")
         return source
     if isinstance(source, Mapping):
-        return _pipeline(dict(source), _Findings("pipeline"))
+        return _read_pipeline(dict(source), _Findings("pipeline"))
     path = Path(source)
     if not path.exists() and (PRESETS / f"{source}.yaml").is_file():
         path = PRESETS / f"{source}.yaml"
@@ -77,7 +77,7 @@ def parse(text: str, file: str = "pipeline") -> Pipeline:
         ConfigError: every mistake at once.
     """
     read = document(text, file)
-    return _pipeline(read.values, _Findings(file, read.lines, read.problems))
+    return _read_pipeline(read.values, _Findings(file, read.lines, read.problems))
 
 
 def exporters(texts: Sequence[str]) -> tuple[Exporter, ...]:
@@ -92,7 +92,7 @@ def exporters(texts: Sequence[str]) -> tuple[Exporter, ...]:
         pairs = [o.partition("=") for o in options.split(",") if o]
         entries.append({name: {key.strip(): yaml.safe_load(value) for key, _, value in pairs}} if pairs else name)
     findings = _Findings("--to")
-    made = _export(entries, findings)
+    made = _read_exports(entries, findings)
     findings.raise_all()
     if not made:
         raise UsageError(f"--to {PACKED}: the folder is that already; give one of {', '.join(FORMATS)}")
@@ -127,25 +127,25 @@ class _Findings:
             raise ConfigError(sorted(self.problems, key=lambda problem: problem.line or 0), self.file)
 
 
-def _pipeline(data: Any, findings: _Findings) -> Pipeline:
+def _read_pipeline(data: Any, findings: _Findings) -> Pipeline:
     if not isinstance(data, dict):
         raise ConfigError([Problem("", "a pipeline is a mapping with at least `passes:`")], findings.file)
     settings = names_in(Settings)
     findings.add_options("", unknown(Settings, data, {"passes", "export", *SECTIONS, *settings}))
     if "passes" not in data:
         findings.add("", "`passes:` is missing: a list of methods, in order")
-    parts: dict[str, Any] = {"passes": _passes(data.get("passes", []), findings)}
+    parts: dict[str, Any] = {"passes": _read_passes(data.get("passes", []), findings)}
     for name, cls in SECTIONS.items():
         if data.get(name) is not None:
-            parts[name] = _section(cls, data[name], name, findings)
+            parts[name] = _read_section(cls, data[name], name, findings)
     if "export" in data:
-        parts["export"] = _export(data["export"], findings)
+        parts["export"] = _read_exports(data["export"], findings)
     parts |= _values(Settings, {name: data[name] for name in settings if name in data}, "", findings)
     findings.raise_all()
     return Pipeline(**parts, lines=findings.lines)
 
 
-def _passes(data: Any, findings: _Findings) -> tuple[tuple[Pass, ...], ...]:
+def _read_passes(data: Any, findings: _Findings) -> tuple[tuple[Pass, ...], ...]:
     if not isinstance(data, list):
         findings.add("passes", "must be a list of methods")
         return ()
@@ -159,19 +159,19 @@ def _passes(data: Any, findings: _Findings) -> tuple[tuple[Pass, ...], ...]:
                 findings.add(f"{path}.blockwise", "must be a list of methods to run together on each block")
                 continue
             places = [f"{path}.blockwise[{j}]" for j in range(len(entries))]
-        made = (_entry(e, p, METHODS, (), findings) for e, p in zip(entries, places, strict=True))
+        made = (_read_entry(e, p, METHODS, (), findings) for e, p in zip(entries, places, strict=True))
         stages.append(tuple(pass_ for pass_ in made if pass_))
     return tuple(stages)
 
 
-def _export(data: Any, findings: _Findings) -> tuple[Exporter, ...]:
+def _read_exports(data: Any, findings: _Findings) -> tuple[Exporter, ...]:
     entries = [data] if isinstance(data, str) else data
     if not isinstance(entries, list) or not entries:
         findings.add("export", f"must be a list of {', '.join((PACKED, *FORMATS))}")
         return ()
     made: list[Exporter] = []
     for i, entry in enumerate(entries):
-        exporter = None if entry == PACKED else _entry(entry, f"export[{i}]", FORMATS, (PACKED,), findings)
+        exporter = None if entry == PACKED else _read_entry(entry, f"export[{i}]", FORMATS, (PACKED,), findings)
         if exporter is not None and any(exporter.key == other.key for other in made):
             findings.add(f"export[{i}]", f"{exporter.key} stands twice")
         elif exporter is not None:
@@ -179,7 +179,7 @@ def _export(data: Any, findings: _Findings) -> tuple[Exporter, ...]:
     return tuple(made)
 
 
-def _entry(
+def _read_entry(
     entry: Any, path: str, classes: Mapping[str, type[Named]], others: Collection[str], findings: _Findings
 ) -> Named | None:
     """A method or format with its options; `others` are names that may stand in its place, without options."""
@@ -197,13 +197,13 @@ def _entry(
     if options is not None and not isinstance(options, dict):
         findings.add(here, "options must be a mapping, such as {bits: 4}")
         return None
-    return _made(classes[name], dict(options or {}), here, findings)
+    return _constructed(classes[name], dict(options or {}), here, findings)
 
 
-def _made(cls: type[Named], options: dict[str, Any], path: str, findings: _Findings) -> Named:
+def _constructed(cls: type[Named], options: dict[str, Any], path: str, findings: _Findings) -> Named:
     """A pass or exporter of the options that are right; the others are reported."""
     overrides = options.pop("overrides", None) if "overrides" in names_in(cls) else None
-    values = _options(cls, options, path, names_in(cls), findings)
+    values = _read_options(cls, options, path, names_in(cls), findings)
     if overrides is not None:
         values["overrides"] = _overrides(cls, overrides, f"{path}.overrides", findings)
     made = cls(**values)
@@ -222,11 +222,11 @@ def _overrides(cls: type, data: Any, path: str, findings: _Findings) -> tuple[Ov
         if not fine:
             findings.add(here, "must be a mapping with `match:` and the options to change")
         options = {name: value for name, value in entry.items() if name != "match"} if fine else {}
-        made.append(Override(entry["match"] if fine else "", _options(cls, options, here, names, findings)))
+        made.append(Override(entry["match"] if fine else "", _read_options(cls, options, here, names, findings)))
     return tuple(made)
 
 
-def _options(
+def _read_options(
     cls: type, options: Mapping[str, Any], path: str, names: Collection[str], findings: _Findings
 ) -> dict[str, Any]:
     """Values of options, those out of range among them; `scheme` is short for two of them."""
@@ -256,7 +256,7 @@ def _values(cls: type, options: Mapping[str, Any], path: str, findings: _Finding
     return checked.values
 
 
-def _section(cls: type[Calibration], data: Any, path: str, findings: _Findings) -> Calibration | None:
+def _read_section(cls: type[Calibration], data: Any, path: str, findings: _Findings) -> Calibration | None:
     if not isinstance(data, dict):
         findings.add(path, "must be a mapping such as {source: demo, samples: 128, length: 512}")
         return None

@@ -28,7 +28,7 @@ def schema() -> dict[str, Any]:
     parts: dict[str, dict[str, Any]] = {
         "passes": {"type": "array", "items": {"anyOf": [method, _blockwise(method)]}},
         "export": {"anyOf": [{"type": "array", "items": format_, "minItems": 1}, {"enum": [PACKED, *FORMATS]}]},
-        **{name: _section(cls) for name, cls in SECTIONS.items()},
+        **{name: _section_schema(cls) for name, cls in SECTIONS.items()},
     }
     described = descriptions(Pipeline)
     return {
@@ -45,7 +45,7 @@ def schema() -> dict[str, Any]:
             "method": _one_of(METHODS, [*METHODS]),
             "format": _one_of(FORMATS, [PACKED, *FORMATS]),
             **{name: _method(cls) for name, cls in METHODS.items()},
-            **{name: _options(cls) for name, cls in FORMATS.items()},
+            **{name: _options_schema(cls) for name, cls in FORMATS.items()},
             Matched.__name__: rules(Matched),
         },
     }
@@ -82,13 +82,13 @@ def _blockwise(method: dict[str, Any]) -> dict[str, Any]:
     return {"description": description, **_closed({"blockwise": inner}, required=["blockwise"])}
 
 
-def _options(cls: type) -> dict[str, Any]:
+def _options_schema(cls: type) -> dict[str, Any]:
     """The options of a class, or nothing for its defaults."""
     return {**_closed(_properties(cls)), "type": ["object", "null"], "description": _summary(cls)}
 
 
-def _section(cls: type) -> dict[str, Any]:
-    section = _options(cls)
+def _section_schema(cls: type) -> dict[str, Any]:
+    section = _options_schema(cls)
     for gate in {*GATES} & section["properties"].keys():
         share = section["properties"][gate]
         percentage = {"type": "string", "pattern": f"^{PERCENTAGE}$"}
@@ -98,12 +98,12 @@ def _section(cls: type) -> dict[str, Any]:
 
 def _method(cls: type[Pass]) -> dict[str, Any]:
     """The options of a pass, with the short form for two of them, and overrides as files have them."""
-    options = _options(cls)
+    options = _options_schema(cls)
     properties = options["properties"]
     if "bits" in properties:
         properties["scheme"] = {
             "type": "string",
-            "pattern": f"^w({'|'.join(map(str, _bits(properties['bits'])))})(g[1-9][0-9]*)?$",
+            "pattern": f"^w({'|'.join(map(str, _bit_widths(properties['bits'])))})(g[1-9][0-9]*)?$",
             "description": "Short for bits and group_size: w4g128, or w4 for one scale per row.",
         }
     here = {name: {"$ref": f"#/$defs/{cls.key}/properties/{name}"} for name in properties if name not in PATTERNS}
@@ -117,7 +117,7 @@ def _method(cls: type[Pass]) -> dict[str, Any]:
     return options
 
 
-def _bits(rule: dict[str, Any]) -> Iterable[int]:
+def _bit_widths(rule: dict[str, Any]) -> Iterable[int]:
     """The numbers of bits that an option may have."""
     within = bounded(rule)
     return rule["enum"] if "enum" in rule else range(within["minimum"], within["maximum"] + 1)

@@ -22,7 +22,7 @@ export: [safetensors]
 """
 
 
-def write(path: Path, text: str) -> None:
+def write_pipeline(path: Path, text: str) -> None:
     """Write a pipeline whose first line names its schema, and the schema beside it."""
     write_text(path.parent / SCHEMA, json.dumps(schema(), indent=1) + "\n")
     write_text(path, f"# yaml-language-server: $schema={SCHEMA}\n{text}")

@@ -6,7 +6,7 @@ import difflib
 from reprlib import Repr
 from typing import TYPE_CHECKING, Any
 
-from compress.config.writing import written
+from compress.config.writing import written_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -26,7 +26,7 @@ _repr.maxlevel, _repr.maxstring, _repr.maxother, _repr.maxlist, _repr.maxdict = 
 
 def shown(value: Any) -> str:
     """A value as the file has it, shortened where it is long."""
-    return _repr.repr(written(value))
+    return _repr.repr(written_value(value))
 
 
 def known(word: Any, words: Iterable[str]) -> str:
@@ -48,7 +48,7 @@ def described(rule: Mapping[str, Any]) -> str:
         return str(rule["const"])
     if rule["type"] == "array":
         return _described_list(rule["items"])
-    return JSON_KINDS[rule["type"]] + _range(rule)
+    return JSON_KINDS[rule["type"]] + _range_text(rule)
 
 
 def bounded(rule: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -66,7 +66,7 @@ def out_of_range(value: Any, rule: Mapping[str, Any]) -> str:
             return f"{shown(value)} is negative"
         if least == 1 or above == 0:
             return f"{shown(value)} is not {'positive' if least is None else 'a positive number'}"
-    return f"{shown(value)} is not{_range(part)}"
+    return f"{shown(value)} is not{_range_text(part)}"
 
 
 def _described_list(item: Mapping[str, Any]) -> str:
@@ -77,7 +77,7 @@ def _described_list(item: Mapping[str, Any]) -> str:
     return "a list of such values, one for each model" if "anyOf" in item else "a list"
 
 
-def _range(rule: Mapping[str, Any]) -> str:
+def _range_text(rule: Mapping[str, Any]) -> str:
     least, above, most, below = (None if rule.get(bound) is None else f"{rule[bound]:g}" for bound in BOUNDS)
     low, high = least or above, most or below
     if low and high and (least is None) == (most is None):

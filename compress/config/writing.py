@@ -26,36 +26,37 @@ def dump(pipeline: Pipeline) -> str:
     for name in ("calibration", "evaluate"):
         section = getattr(pipeline, name)
         if section is not None:
-            data[name] = {f.name: written(getattr(section, f.name)) for f in fields(section)}
+            data[name] = {f.name: written_value(getattr(section, f.name)) for f in fields(section)}
     data["passes"] = [
-        _entry(stage[0]) if len(stage) == 1 else {"blockwise": [_entry(p) for p in stage]} for stage in pipeline.passes
+        _written_pass(stage[0]) if len(stage) == 1 else {"blockwise": [_written_pass(p) for p in stage]}
+        for stage in pipeline.passes
     ]
     data["export"] = [PACKED, *map(_exporter, pipeline.export)]
     data |= {"seed": pipeline.seed, "dtype": pipeline.dtype, "products": pipeline.products}
     return str(yaml.dump(data, Dumper=Dumper, sort_keys=False, width=120))
 
 
-def written(value: Any) -> Any:
+def written_value(value: Any) -> Any:
     """A value of an option as YAML has it."""
     if isinstance(value, tuple):
-        return [written(item) for item in value]
+        return [written_value(item) for item in value]
     if isinstance(value, Matched):
-        return {"match": value.match, "value": written(value.value)}
-    return {name: written(item) for name, item in value.items()} if isinstance(value, Mapping) else value
+        return {"match": value.match, "value": written_value(value.value)}
+    return {name: written_value(item) for name, item in value.items()} if isinstance(value, Mapping) else value
 
 
-def _entry(pass_: Pass) -> dict[str, Any]:
+def _written_pass(pass_: Pass) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for f in fields(pass_):
         value = getattr(pass_, f.name)
         if f.name == "overrides":
             if value:
-                options[f.name] = [{"match": o.match, **written(o.options)} for o in value]
+                options[f.name] = [{"match": o.match, **written_value(o.options)} for o in value]
         elif isinstance(value, tuple):
             if value:
-                options[f.name] = written(value)
+                options[f.name] = written_value(value)
         else:
-            options[f.name] = written(value)
+            options[f.name] = written_value(value)
     return {pass_.key: options}
 
 

@@ -21,4 +21,4 @@ def load() -> tuple[Any, Any]:
 
     from compress.models import loading
 
-    return loading.load(MODEL_DIR), AutoTokenizer.from_pretrained(MODEL_DIR)
+    return loading.load_model(MODEL_DIR), AutoTokenizer.from_pretrained(MODEL_DIR)

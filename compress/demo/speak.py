@@ -16,7 +16,7 @@ PROMPTS = ("def read_csv(path, encoding='utf-8')\n\n", "class ConnectionPool\n\n
 def speak(folder: str, prompt: str, tokens: int = 80) -> str:
     """What a model in a folder, packed or not, writes after a prompt."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = loading.load(Path(folder))
+    model = loading.load_model(Path(folder))
     ids = tokenizer(tokenizer.eos_token + prompt, return_tensors="pt")["input_ids"]
     torch.manual_seed(0)
     out = model.generate(

@@ -105,8 +105,8 @@ class Codebooks(Encoding):
             entries=entries,
             num_tables=num_tables,
             scaled=self.scale is not None,
-            table_dtype=_name(self.table.dtype),
-            scale_dtype="float16" if self.scale is None else _name(self.scale.dtype),
+            table_dtype=_dtype_name(self.table.dtype),
+            scale_dtype="float16" if self.scale is None else _dtype_name(self.scale.dtype),
             period=self.period or 0,
         )
 
@@ -189,7 +189,7 @@ def unscaled(weight: Tensor, scale: Tensor) -> Tensor:
     return torch.where(wide > 0, weight / wide, 0.0)
 
 
-def rounded(table: Tensor) -> Tensor:
+def stored_table(table: Tensor) -> Tensor:
     """(G, K) float32 -> each table as its stored type will hold it, decided for each alone."""
     limits = torch.finfo(torch.float16)
     largest = table.abs().amax(1, keepdim=True)
@@ -197,5 +197,5 @@ def rounded(table: Tensor) -> Tensor:
     return torch.where(fits, table.to(torch.float16).float(), table)
 
 
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

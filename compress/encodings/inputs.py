@@ -183,7 +183,7 @@ class TensorSteps(InputGrid):
 
     @classmethod
     def fit(cls, form: InputForm, low: float, high: float, sample: Tensor) -> Self:
-        return cls(form, *steps(torch.tensor([low]), torch.tensor([high]), form.bits))
+        return cls(form, *affine_steps(torch.tensor([low]), torch.tensor([high]), form.bits))
 
     @classmethod
     def stored(cls) -> StoredShapes:
@@ -247,11 +247,11 @@ class _Straight:
 
 def per_token(x: Tensor, bits: int) -> Tensor:
     """(..., C) float32 -> the same, each token on even steps over its own range."""
-    scale, zero_point = steps(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), bits)
+    scale, zero_point = affine_steps(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), bits)
     return on_steps(x, scale, zero_point, bits)
 
 
-def steps(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def affine_steps(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """The smallest and largest values -> scale float32 and zero point uint8 of the same shape; zero is on the grid."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = (high - low) / (2**bits - 1)

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from compress.encodings.base import Encoding, Form
 from compress.encodings.lookup import Table
-from compress.encodings.uniform import CHUNK, narrowest, rounded, scale_defect
+from compress.encodings.uniform import CHUNK, narrowest, scale_defect, stored_scale
 from compress.lazy import functional, torch
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class OutlierVictimForm(Form):
         return OutlierVictim(codes, tables["scale"], self.normal)
 
     def table(self, tensors: Mapping[str, Tensor], device: torch.device) -> Table:
-        return _pairs(self.normal, device)
+        return _pair_table(self.normal, device)
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class OutlierVictim(Encoding):
 
 
 @lru_cache(maxsize=64)
-def _pairs(normal: Normal, device: torch.device) -> Table:
+def _pair_table(normal: Normal, device: torch.device) -> Table:
     with torch.inference_mode(False):
         return Table(PAIR_TYPES[normal].pairs.view(torch.float32).view(1, -1, 2).to(device), PAIR_TYPES[normal].bits)
 
@@ -291,7 +291,7 @@ def search(
     first = lower * torch.minimum(whole, kept)
     move = step / (upper - lower) * (upper * torch.maximum(whole, kept) - first)
     count = max(1, math.ceil((upper - lower) / step - 1e-6))
-    scales = torch.stack([rounded(((first + k * move) / type_.largest).float()) for k in range(count)])
+    scales = torch.stack([stored_scale(((first + k * move) / type_.largest).float()) for k in range(count)])
     scales = torch.where(scales > 0, scales, 1.0)
     errors = torch.zeros(count, len(x), 1, dtype=torch.float64, device=x.device)
     for rows in _pieces(x):

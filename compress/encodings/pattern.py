@@ -105,7 +105,7 @@ class Pattern:
     def unpack(self, packed: Tensor, columns: int) -> Tensor:
         """The inverse of `pack`. No byte is refused: those that `pack` never writes keep as many, too."""
         words = unpack_bits(packed, self.bits, self.words(columns))
-        table = _table(self, str(packed.device))
+        table = _pattern_table(self, str(packed.device))
         found = table.index_select(0, words.flatten().int()).view(len(packed), -1)
         return found[:, :columns].contiguous()
 
@@ -121,12 +121,12 @@ class Pattern:
 
 
 @lru_cache(maxsize=32)
-def _table(pattern: Pattern, device: str) -> Tensor:
+def _pattern_table(pattern: Pattern, device: str) -> Tensor:
     with torch.inference_mode(False):
         return pattern.table().to(device)
 
 
-def find(mask: Tensor, kept: int) -> Pattern | None:
+def find_pattern(mask: Tensor, kept: int) -> Pattern | None:
     """The pattern an (O, I) mask that keeps `kept` is stored with; None where a bitmap does as well or must do."""
     columns = mask.shape[1]
     exact = (Pattern(kept * of // mask.numel(), of) for of in RUN_WIDTHS if kept * of % mask.numel() == 0)
@@ -145,4 +145,4 @@ def _smallest(patterns: Iterable[Pattern], columns: int) -> list[Pattern]:
     return sorted((p for p in able if p.row_bytes(columns) < row_bytes(columns, 1)), key=lambda p: p.row_bytes(columns))
 
 
-__all__ = ["Pattern", "find", "promised"]
+__all__ = ["Pattern", "find_pattern", "promised"]

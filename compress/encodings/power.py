@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from compress.encodings.base import Encoding, Form
 from compress.encodings.lookup import Table
-from compress.encodings.uniform import CHUNK, SEARCH_NORM, narrowest, rounded, scale_defect
+from compress.encodings.uniform import CHUNK, SEARCH_NORM, narrowest, scale_defect, stored_scale
 from compress.lazy import torch
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def fit_scale(
     empty = largest == 0
 
     def stored(share: Tensor) -> Tensor:
-        return rounded(largest * share).masked_fill_(empty, EMPTY)
+        return stored_scale(largest * share).masked_fill_(empty, EMPTY)
 
     share = torch.ones_like(largest)
     if search == "minmax":

@@ -43,12 +43,12 @@ def encode(signs: Tensor) -> tuple[int, int, int, bytes]:
     ends = np.cumsum((gaps >> low) + 1) - 1
     quotients = np.zeros(int(ends[-1]) + 1 if count else 0, np.uint8)
     quotients[ends] = 1
-    first = _packed(quotients)
+    first = _pack_bits(quotients)
     rest = (gaps[:, None] >> np.arange(low)) & 1
-    return count, low, len(first), first + _packed(rest) + _packed(values[places] > 0)
+    return count, low, len(first), first + _pack_bits(rest) + _pack_bits(values[places] > 0)
 
 
-def size(count: int, low: int, first: int) -> int:
+def coded_size(count: int, low: int, first: int) -> int:
     """Bytes of the three streams."""
     return first + -(-count * low // 8) + -(-count // 8)
 
@@ -61,23 +61,23 @@ def decode(streams: Tensor, count: int, low: int, first: int, total: int) -> Ten
     """
     data: Any = streams.numpy()
     middle = first + -(-count * low // 8)
-    ends = np.flatnonzero(_unpacked(data[:first], 8 * first))
-    if len(ends) != count or len(data) != size(count, low, first):
+    ends = np.flatnonzero(_unpack_bits(data[:first], 8 * first))
+    if len(ends) != count or len(data) != coded_size(count, low, first):
         raise ValueError(f"{len(ends)} entries where {count} should be")
     quotients = np.diff(ends, prepend=-1) - 1
-    rest = _unpacked(data[first:middle], count * low).reshape(count, low)
+    rest = _unpack_bits(data[first:middle], count * low).reshape(count, low)
     gaps = (quotients << low) + (rest.astype(np.int64) << np.arange(low)).sum(axis=1)
     places = np.cumsum(gaps + 1) - 1
     if count and places[-1] >= total:
         raise ValueError(f"an entry at {places[-1]} where {total} are")
     found = np.zeros(total, np.int8)
-    found[places] = 2 * _unpacked(data[middle:], count).astype(np.int8) - 1
+    found[places] = 2 * _unpack_bits(data[middle:], count).astype(np.int8) - 1
     return torch.from_numpy(found)
 
 
-def _packed(bits: Any) -> bytes:
+def _pack_bits(bits: Any) -> bytes:
     return np.packbits(bits, bitorder="little").tobytes()
 
 
-def _unpacked(data: Any, count: int) -> Any:
+def _unpack_bits(data: Any, count: int) -> Any:
     return np.unpackbits(data, count=count, bitorder="little")

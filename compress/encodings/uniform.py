@@ -58,7 +58,7 @@ class UniformForm(Form):
         return Uniform(codes, scale, zero, self.bits, self.symmetric)
 
     def table(self, tensors: Mapping[str, Tensor], device: torch.device) -> Table:
-        return _steps(self.bits, self.symmetric, device)
+        return _step_table(self.bits, self.symmetric, device)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Uniform(Encoding):
 
 
 @lru_cache(maxsize=64)
-def _steps(bits: int, symmetric: bool, device: torch.device) -> Table:
+def _step_table(bits: int, symmetric: bool, device: torch.device) -> Table:
     with torch.inference_mode(False):
         steps = torch.arange(2**bits, device=device).float() - (2 ** (bits - 1) if symmetric else 0)
         return Table(steps.view(1, -1, 1), bits)
@@ -200,7 +200,7 @@ def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor
     else:
         scale = (high - low) / levels
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # an all-zero group: any scale says zero
-    scale = rounded(scale)
+    scale = stored_scale(scale)
     if symmetric:
         zero = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8)
     else:
@@ -220,7 +220,7 @@ def narrowest(scale: Tensor) -> Tensor:
     return half if torch.equal(half.float(), scale.float()) else scale
 
 
-def rounded(scale: Tensor) -> Tensor:
+def stored_scale(scale: Tensor) -> Tensor:
     """Each scale as its stored type will hold it, decided for each alone: neighbours do not change a result."""
     limits = torch.finfo(torch.float16)
     fits = (scale >= limits.tiny) & (scale <= limits.max)

@@ -27,7 +27,7 @@ from compress.encodings.codebook import CodebookForm
 from compress.encodings.inputs import InputForm
 from compress.encodings.low_rank import LowRankForm
 from compress.encodings.outlier_victim import OutlierVictimForm
-from compress.encodings.pattern import Pattern, find
+from compress.encodings.pattern import Pattern, find_pattern
 from compress.encodings.power import PowerForm
 from compress.encodings.uniform import UniformForm
 from compress.lazy import functional, torch
@@ -219,7 +219,7 @@ def spec_of(weight: Weight) -> Spec:
         "kept": kept,
         "inputs": None if weight.inputs is None else weight.inputs.form,
         "low_rank": None if weight.low_rank is None else weight.low_rank.form,
-        "pattern": None if weight.mask is None or kept is None else find(weight.mask, kept),
+        "pattern": None if weight.mask is None or kept is None else find_pattern(weight.mask, kept),
     }
     if weight.encoding is not None:
         return Spec(_shape(weight.encoding.codes), weight.encoding.form, **found)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from compress.engine.learning import learn_block
 from compress.engine.ledger import KeptInLedger
-from compress.engine.placement import take
+from compress.engine.placement import take_records
 from compress.engine.stage import StageResult, StageRunner, calibration_batches, layers_changed
 from compress.engine.survey import survey
 from compress.engine.sweep import Wanted, gradients, most_needed, sites_by_block, sweep
@@ -71,7 +71,7 @@ def run_passes(
                 context.ledger.forget(file)  # states of learning, which are of no use any longer
                 del made
             records += done
-            take(context, done)
+            take_records(context, done)
     return key, records
 
 

@@ -31,7 +31,7 @@ def learn_block(turn: Turn, pass_: BlockPass) -> None:
     before = {s.name: turn.weight(s) for s in chosen}
     targets = {s.name: turn.target(pass_, [s], [before[s.name]]) for s in chosen}
     try:
-        edits, fallback = _edits(turn, pass_, targets), None
+        edits, fallback = _block_edits(turn, pass_, targets), None
     except SolveError as error:
         edits = {name: pass_.at(name).fallback().run(target) for name, target in targets.items()}
         fallback = f"{pass_.fallback().key} instead of {pass_.key}: {error}"
@@ -49,7 +49,7 @@ def _trained_vectors(turn: Turn, pass_: BlockPass) -> list[str]:
     return [name for name in view.vectors() if pass_.trains(name)] if view else []
 
 
-def _edits(turn: Turn, pass_: BlockPass, targets: Mapping[str, Target]) -> dict[str, Edit]:
+def _block_edits(turn: Turn, pass_: BlockPass, targets: Mapping[str, Target]) -> dict[str, Edit]:
     context, state, view = turn.context, turn.state, turn.unit.view
     others = {n: w.dequantize() for n, w in state.weights.items() if n not in targets}
     generator = turn.generator(turn.unit.name)

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compress.engine.measure import Meter, against, measured
+from compress.engine.measure import Meter, against, measured_row
 from compress.engine.placement import lent
 from compress.engine.stage import Stage
 from compress.engine.stages import RUNNERS
@@ -63,7 +63,7 @@ def execute(
     """
     report, meter = Report(model_name), Meter(context, data.evaluation)
     key = begin = _first_key(pipeline, context, data)
-    start = measured(context, meter, "original", "original", key, None, 0.0)
+    start = measured_row(context, meter, "original", "original", key, None, 0.0)
     _add(report, start, on_row)
     others: dict[str, Row] = {}
     stages = list(enumerate(plan.stages))
@@ -82,7 +82,7 @@ def execute(
         context, key = result.context, result.key
         last = number + 1 == len(plan.stages)
         due = last or pipeline.evaluate is None or pipeline.evaluate.after == "each"
-        row = measured(context, meter if due else None, stage.unit, stage.name, key, start, seconds)
+        row = measured_row(context, meter if due else None, stage.unit, stage.name, key, start, seconds)
         _add(report, row, on_row)
         found = [others[name] for name in compared if name in others]
         result.section.add_to(report, against(row, found) if compared else None)
@@ -136,7 +136,7 @@ def _measure_others(
             continue
         with lent(context, artifact) as other:
             key = key_of(begin, artifact.source.fingerprint())
-            yield measured(other, meter, f"{stage.unit}-parent-{i}", name, key, start, 0.0)
+            yield measured_row(other, meter, f"{stage.unit}-parent-{i}", name, key, start, 0.0)
 
 
 def _gate(section: Evaluation, start: Row, row: Row) -> None:

@@ -67,7 +67,7 @@ class Meter:
             }
 
 
-def measured(
+def measured_row(
     context: Context, meter: Meter | None, unit: str, name: str, key: str, start: Row | None, seconds: float
 ) -> Row:
     """A row of the report: measured now, or found measured. Without `meter`, of its size only."""

@@ -6,10 +6,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compress.checkpoint.artifact import finite
+from compress.checkpoint.artifact import finite_weight
 from compress.engine.ledger import KeptInLedger, Record
 from compress.engine.model_training import in_memory, model_data
-from compress.engine.placement import make_room, take
+from compress.engine.placement import make_room, take_records
 from compress.engine.stage import StageResult, StageRunner, generator_for, layers_changed
 from compress.engine.validate import observed, observed_vector
 from compress.io.keys import key_of
@@ -48,7 +48,7 @@ class WholeModel(StageRunner):
                         record = work.record(name, edit)
                         done[name] = context.commit(units[name], key, [record])
         records = [r for name in units if name in done for r in done[name]]
-        take(context, records, restate=pass_.preserves)
+        take_records(context, records, restate=pass_.preserves)
         return StageResult(key, context, layers_changed(artifact, records))
 
 
@@ -98,7 +98,7 @@ class _ModelWork:
             return Record(name, observed_vector(name, pass_, vector, edit, store), {pass_.key: dict(edit.notes)})
         site = self.sites[name]
         before = self.context.weight(site)
-        weight, error = observed(site, pass_, before, finite(site, before), edit, artifact.store_dtype(site))
+        weight, error = observed(site, pass_, before, finite_weight(site, before), edit, artifact.store_dtype(site))
         error = 0.0 if pass_.preserves else error
         weight, rounding = attached(pass_.at(name), weight, None)
         return Record(name, weight, {pass_.key: {"error": error, **edit.notes, **rounding}})

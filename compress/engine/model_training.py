@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from compress.calibration.metrics import logits_in
 from compress.calibration.precision import learning
 from compress.calibration.training import ModelData
-from compress.engine.placement import bring_buffers, bring_in, evict, grids_of, rounded, tie
+from compress.engine.placement import bring_buffers, bring_in, evict, grids_of, rounded_inputs, tie
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ def in_memory(context: Context) -> Iterator[None]:
         bring_in(context, "", model)
         tie(context.graph)
     try:
-        with rounded(context, grids_of(context, context.graph.sites), through=True):
+        with rounded_inputs(context, grids_of(context, context.graph.sites), through=True):
             yield
     finally:
         if not context.resident:
@@ -70,11 +70,11 @@ def model_data(context: Context, samples: Tensor, kind: Loss, checkpointing: boo
     def loss(make: Make, numbers: Tensor) -> Tensor:
         batch = context.devices.to_compute(samples[numbers.to(samples.device)])
         with learning(context.products, torch.empty(0, dtype=context.dtype)):
-            with learned(graph, values(make), checkpointing and torch.is_grad_enabled()):
+            with with_learned(graph, values(make), checkpointing and torch.is_grad_enabled()):
                 out = logits_in(context.forward(batch)).float()
             if kind == "next_token":
                 return cross_entropy(out[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
-            with torch.no_grad(), learned(graph, lambda names: _some(original, sites, names), False):
+            with torch.no_grad(), with_learned(graph, lambda names: _values_of(original, sites, names), False):
                 wanted = logits_in(context.forward(batch)).float()
         if graph.is_language_model or graph.is_image_model:
             own, wanted = (log_softmax(x, -1).flatten(0, -2) for x in (out, wanted))
@@ -93,13 +93,13 @@ def _original(context: Context) -> dict[str, Tensor]:
     return {name: value.to(context.dtype) for name, value in found.items()}
 
 
-def _some(values: Mapping[str, Tensor], sites: Mapping[str, Any], names: Collection[str]) -> dict[str, Tensor]:
+def _values_of(values: Mapping[str, Tensor], sites: Mapping[str, Any], names: Collection[str]) -> dict[str, Tensor]:
     wanted = {sites[n].parameter if n in sites else n for n in names}
     return {n: v for n, v in values.items() if n in wanted}
 
 
 @contextmanager
-def learned(
+def with_learned(
     graph: Graph,
     values: Callable[[Collection[str]], Mapping[str, Tensor]],
     again: bool,
@@ -158,4 +158,4 @@ def swapped(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
             parameters[leaf] = value
 
 
-__all__ = ["in_memory", "learned", "model_data", "swapped"]
+__all__ = ["in_memory", "model_data", "swapped", "with_learned"]

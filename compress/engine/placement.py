@@ -177,7 +177,7 @@ def lent(context: Context, artifact: Artifact) -> Iterator[Context]:
         tie(context.graph)
 
 
-def take(context: Context, records: Iterable[Record], restate: bool = False) -> None:
+def take_records(context: Context, records: Iterable[Record], restate: bool = False) -> None:
     """From now on sites and vectors are as they were committed. `restate`: this is the original from now on."""
     artifact = context.artifact
     for record in records:
@@ -206,7 +206,7 @@ def make_room(context: Context, name: str) -> None:
 @contextmanager
 def streamed(context: Context) -> Iterator[None]:
     """While open, the model can be called: every part is brought in when it runs and evicted when it is done."""
-    with rounded(context, grids_of(context, context.graph.sites)), _streamed(context):
+    with rounded_inputs(context, grids_of(context, context.graph.sites)), _streamed(context):
         yield
 
 
@@ -234,7 +234,9 @@ def grids_of(context: Context, sites: Iterable[Site], now: Mapping[str, Weight] 
     return {name: inputs for name, inputs in found.items() if inputs is not None}
 
 
-def rounded(context: Context, grids: Mapping[str, InputGrid], through: bool = False) -> AbstractContextManager[None]:
+def rounded_inputs(
+    context: Context, grids: Mapping[str, InputGrid], through: bool = False
+) -> AbstractContextManager[None]:
     """While open, inputs of these sites are rounded. `through`: gradients pass as if they were not."""
     applied = {n: passed_through(i.apply) if through else i.apply for n, i in grids.items()}
     return collect.quantized_inputs({context.graph.model.get_submodule(n): apply for n, apply in applied.items()})
@@ -256,7 +258,7 @@ def present(context: Context, index: int, grids: Mapping[str, InputGrid] | None 
     if not context.resident:
         bring_in(context, name, block)
     try:
-        with rounded(context, grids_of(context, context.graph.in_block(index)) if grids is None else grids):
+        with rounded_inputs(context, grids_of(context, context.graph.in_block(index)) if grids is None else grids):
             yield
     finally:
         if not context.resident:

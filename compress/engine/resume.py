@@ -58,7 +58,7 @@ class Resume:
             for survey in (True, False):
                 blocks = [int(m["block"]) for m in mine if m["block"] and bool(m["survey"]) == survey]
                 if blocks:
-                    said.append(f"{name} {'survey of ' if survey else ''}{_range(blocks)} of {self.blocks} done")
+                    said.append(f"{name} {'survey of ' if survey else ''}{_block_range(blocks)} of {self.blocks} done")
             for kind, count in (("layer", "layer"), ("other", "step")):
                 done = sum(1 for m in mine if m[kind])
                 if done:
@@ -82,5 +82,5 @@ class Resume:
         return f"{name} {survey}block {int(match['block'])}" if match["block"] else name
 
 
-def _range(blocks: Sequence[int]) -> str:
+def _block_range(blocks: Sequence[int]) -> str:
     return f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]} to {blocks[-1]}"

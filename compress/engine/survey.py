@@ -37,7 +37,7 @@ def survey(
             row = context.ledger.load_row(file, key)
             if row is None:
                 statistics = unit.statistics() if unit.sites else {}
-                row = {str(i): _shown(context, stage, i, p, unit, statistics) for i, p in enumerate(passes)}
+                row = {str(i): _surveyed(context, stage, i, p, unit, statistics) for i, p in enumerate(passes)}
                 context.ledger.commit_row(file, key, row)
             for i, found in enumerate(seen):
                 found.update(row[str(i)])
@@ -61,7 +61,7 @@ def _wanted(graph: Graph, passes: Sequence[LinearPass]) -> Wanted:
     )
 
 
-def _shown(
+def _surveyed(
     context: Context, stage: int, position: int, pass_: LinearPass, unit: Unit, statistics: dict[str, Statistics]
 ) -> dict[str, Any]:
     """Site -> what a pass saw of it, one matrix in memory at a time."""

@@ -129,7 +129,7 @@ def _calibrated(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> 
             _step(context, outputs, index, view.original_values(), "original: batches")
             original = outputs
         sites = wanted.sites[index]
-        yield Unit(f"b{index:04d}", sites, partial(_statistics, context, wanted, index, chain, batches), view)
+        yield Unit(f"b{index:04d}", sites, partial(_block_statistics, context, wanted, index, chain, batches), view)
         if chain and index + 1 < len(blocks):
             _step(context, chain, index, None, "propagate: batches")
 
@@ -144,7 +144,7 @@ def _step(context: Context, into: Activations, index: int, weights: Weights | No
             into.keep(number, made())
 
 
-def _statistics(
+def _block_statistics(
     context: Context, wanted: Wanted, index: int, chain: Activations | None, batches: Sequence[Tensor]
 ) -> dict[str, Statistics]:
     """What is wanted of the inputs of a block's sites."""

@@ -174,7 +174,7 @@ def solve_matrices(turn: Turn, pass_: LinearPass) -> None:
     statistics = turn.state.statistics
     groups = stacks(pass_, turn.chosen(pass_), statistics, turn.masked)
     for solution in turn.context.executor.map(partial(_solve, turn, pass_), groups):
-        _take(turn, pass_, solution)
+        _take_solution(turn, pass_, solution)
         if turn.last:
             for site in solution.sites:
                 statistics.pop(site.name, None)
@@ -192,7 +192,7 @@ def _solve(turn: Turn, pass_: LinearPass, sites: list[Site]) -> Solution:
     return Solution(sites, before, target, edit, fallback, time.perf_counter() - started)
 
 
-def _take(turn: Turn, pass_: LinearPass, solution: Solution) -> None:
+def _take_solution(turn: Turn, pass_: LinearPass, solution: Solution) -> None:
     sites, target = solution.sites, solution.target
     compared = target.weight if target.original is None else target.original
     seconds = round(solution.seconds / len(sites), 4)

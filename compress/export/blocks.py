@@ -78,7 +78,7 @@ def to_blocks(encoding: Encoding) -> Blocks | str:
 def _from_steps(codes: Tensor, lookup: Lookup) -> Blocks | str:
     assert lookup.scale is not None
     of_groups = lookup.scale.of()
-    scale = _exact(of_groups)
+    scale = _exact_half(of_groups)
     if scale is None:
         return "scales that are not float16"
     levels = lookup.units(codes).short()
@@ -90,28 +90,28 @@ def _from_steps(codes: Tensor, lookup: Lookup) -> Blocks | str:
     if low >= -8 and high <= 7:
         return Blocks("Q4_0", _joined(_halves(d), _nibbles(levels + 8)))
     if lookup.table.bits == 4:
-        least = _exact(of_groups * -lookup.steps_from().float())
+        least = _exact_half(of_groups * -lookup.steps_from().float())
         if least is not None:
             m = least.expand(rows, -1).repeat_interleave(repeats, dim=1)
             return Blocks("Q4_1", _joined(_halves(d), _halves(m), _nibbles(codes)))
     if low >= -16 and high <= 15:
         return Blocks("Q5_0", _joined(_halves(d), *_fifths(levels + 16)))
     if low >= -128 and high <= 127:
-        return Blocks("Q8_0", _joined(_halves(d), _cut(levels.to(torch.int8).view(torch.uint8))))
+        return Blocks("Q8_0", _joined(_halves(d), _cut_into_blocks(levels.to(torch.int8).view(torch.uint8))))
     return f"codes up to {max(high, -low)} from their zero point"
 
 
 def _from_table(codes: Tensor, lookup: Lookup) -> Blocks | str:
     assert lookup.scale is not None
     table, scale = lookup.table.values[0, :, 0], lookup.scale.of()
-    d = _exact(scale * table[NON_LINEAR.index(1)])
+    d = _exact_half(scale * table[NON_LINEAR.index(1)])
     if d is None or not torch.equal(scale[..., None] * table, d.float()[..., None] * torch.tensor(NON_LINEAR)):
         return "a codebook that is not IQ4_NL's times a float16"
     blocks = d.expand(len(codes), -1).repeat_interleave(lookup.scale.columns // SMALLEST, dim=1)
     return Blocks("IQ4_NL", _joined(_halves(blocks), _nibbles(codes)))
 
 
-def _exact(values: Tensor) -> Tensor | None:
+def _exact_half(values: Tensor) -> Tensor | None:
     """float32 -> float16 if that loses nothing."""
     half = values.half()
     return half if torch.equal(half.float(), values) else None
@@ -122,7 +122,7 @@ def _joined(*parts: Tensor) -> Tensor:
     return torch.cat(parts, dim=-1).flatten(1)
 
 
-def _cut(values: Tensor, columns: int = SMALLEST) -> Tensor:
+def _cut_into_blocks(values: Tensor, columns: int = SMALLEST) -> Tensor:
     """(O, I) -> (O, B, W)."""
     return values.view(len(values), -1, columns)
 
@@ -134,14 +134,14 @@ def _halves(scale: Tensor) -> Tensor:
 
 def _nibbles(codes: Tensor) -> Tensor:
     """(O, I) below 16 -> (O, B, 16) uint8: the first half of a block in the low bits, the second in the high ones."""
-    first, second = _cut(codes.to(torch.uint8)).chunk(2, dim=-1)
+    first, second = _cut_into_blocks(codes.to(torch.uint8)).chunk(2, dim=-1)
     return first | second << 4
 
 
 def _fifths(codes: Tensor) -> tuple[Tensor, Tensor]:
     """(O, I) below 32 -> the highest bits (O, B, 4) uint8, one after the other, and the others as nibbles."""
     high = pack_bits((codes >> 4).to(torch.uint8), 1)
-    return _cut(high, 4), _nibbles(codes & 15)
+    return _cut_into_blocks(high, 4), _nibbles(codes & 15)
 
 
 def _quarters(codes: Tensor) -> Tensor:

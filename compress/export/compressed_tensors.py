@@ -137,12 +137,12 @@ class Packing:
         if scheme.bits > encoding.form.bits:
             codes = (lookup.units(codes) + 2 ** (scheme.bits - 1)).to(torch.uint8)
         found = {
-            "weight_packed": _packed(codes, scheme.bits),
+            "weight_packed": _packed_words(codes, scheme.bits),
             "weight_scale": scale.float() if self.dequantized else scale,
             "weight_shape": torch.tensor(codes.shape),
         }
         if not scheme.symmetric:
-            found["weight_zero_point"] = _packed(zero.T.contiguous(), scheme.bits).T
+            found["weight_zero_point"] = _packed_words(zero.T.contiguous(), scheme.bits).T
         return {f"{owner}.{leaf}": value for leaf, value in found.items()}
 
     def config(self) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def _words(count: int, bits: int) -> int:
     return -(-row_bytes(count, bits) // 4)
 
 
-def _packed(codes: Tensor, bits: int) -> Tensor:
+def _packed_words(codes: Tensor, bits: int) -> Tensor:
     """(R, N) uint8 codes -> (R, W) int32."""
     packed = pack_bits(codes, bits)
     filled = packed.new_zeros(len(packed), 4 * _words(codes.shape[1], bits))
@@ -242,13 +242,13 @@ class CompressedTensors(Exporter):
         return 1e-5
 
     def runner(self, made: PackedFolder, folder: Path) -> Logits:
-        return _unpacked(made, folder, torch.float32)
+        return _unpacked_model(made, folder, torch.float32)
 
     def shipped(self, made: PackedFolder, folder: Path) -> Logits | None:
-        return None if made.dtype == torch.float32 else _unpacked(made, folder, made.dtype)
+        return None if made.dtype == torch.float32 else _unpacked_model(made, folder, made.dtype)
 
 
-def _unpacked(made: PackedFolder, folder: Path, dtype: torch.dtype) -> Logits:
+def _unpacked_model(made: PackedFolder, folder: Path, dtype: torch.dtype) -> Logits:
     """The folder in memory. Layers are unpacked in the first pass, under progress bars of the library's own."""
     with redirect_stderr(StringIO()):
         logits = loaded(made, folder, dtype)

@@ -111,7 +111,7 @@ def refuse_rounded(specs: Mapping[str, Spec]) -> Iterator[str]:
 
 def loaded(made: PackedFolder, folder: Path, dtype: torch.dtype | None = None) -> Logits:
     """A folder that transformers can read, in memory, in the type of the pipeline or another."""
-    model = loading.load(folder, dtype or made.dtype)
+    model = loading.load_model(folder, dtype or made.dtype)
     graph = replace(made.artifact.graph, model=model)
 
     def logits(inputs: Tensor) -> Tensor:

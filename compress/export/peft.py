@@ -61,7 +61,7 @@ class PeftAdapter:
         for name, form in self.forms().items():
             shapes = shapes_of(self.artifact.sites[name], form)
             dtypes = [torch.float32 if form.bits else getattr(torch, d) for d in (form.a_dtype, form.b_dtype)]
-            found.append((name, list(zip(names_of(name), shapes, dtypes, strict=True))))
+            found.append((name, list(zip(peft_names(name), shapes, dtypes, strict=True))))
         return found
 
     def read(self, name: str) -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ class PeftAdapter:
         assert correction is not None
         shapes = shapes_of(self.artifact.sites[name], correction.form)
         dtypes = [f.dtype if isinstance(f, torch.Tensor) else torch.float32 for f in (correction.a, correction.b)]
-        made = zip(names_of(name), correction.factors(), shapes, dtypes, strict=True)
+        made = zip(peft_names(name), correction.factors(), shapes, dtypes, strict=True)
         return {key: factor.reshape(shape).to(dtype) for key, factor, shape, dtype in made}
 
     def config(self, base: Path) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class PeftAdapter:
         }
 
 
-def names_of(site: str) -> tuple[str, str]:
+def peft_names(site: str) -> tuple[str, str]:
     """What A and B are called in the file."""
     return f"base_model.model.{site}.lora_A.weight", f"base_model.model.{site}.lora_B.weight"
 

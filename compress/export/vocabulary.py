@@ -71,7 +71,7 @@ def read_vocabulary(folder: Path, config: Any) -> Vocabulary:
         for token in added:
             types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
         merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-        special, (first, last) = _special(config), _around(data.get("post_processor"))
+        special, (first, last) = _special(config), _template_ends(data.get("post_processor"))
         for text, kind in ((first, "bos"), (last, "eos")):
             if text is not None and named.get(text) != special.get(kind):
                 raise UsageError(
@@ -116,7 +116,7 @@ def _special(config: Any) -> dict[str, int]:
     return {kind: value for kind, value in first.items() if isinstance(value, int)}
 
 
-def _around(post_processor: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
+def _template_ends(post_processor: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
     """What the template of a single text puts before and after it."""
     steps = [post_processor] if post_processor else []
     steps = [inner for step in steps for inner in step.get("processors", [step])]

@@ -86,7 +86,7 @@ def write_as_made(
         out.write(bytes(LENGTH + room))
         for name, value in tensors:
             data = bytes_of(value)
-            entries[name] = _entry(value.dtype, tuple(value.shape), position)
+            entries[name] = _header_entry(value.dtype, tuple(value.shape), position)
             digest.update(data)
             out.write(data)
             position += len(data)
@@ -100,14 +100,14 @@ def _opening(metadata: Mapping[str, str], entries: Sequence[Entry]) -> bytes:
     header: dict[str, Any] = {}
     position = 0
     for name, shape, dtype in entries:
-        header[name] = _entry(dtype, shape, position)
+        header[name] = _header_entry(dtype, shape, position)
         position = header[name]["data_offsets"][1]
     text = _encoded(metadata, header)
     text += b" " * (-len(text) % LENGTH)
     return len(text).to_bytes(LENGTH, "little") + text
 
 
-def _entry(dtype: torch.dtype, shape: tuple[int, ...], begin: int) -> dict[str, Any]:
+def _header_entry(dtype: torch.dtype, shape: tuple[int, ...], begin: int) -> dict[str, Any]:
     """What a header says of a tensor."""
     end = begin + math.prod(shape) * dtype.itemsize
     return {"dtype": type_name(dtype), "shape": list(shape), "data_offsets": [begin, end]}

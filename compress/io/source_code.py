@@ -79,7 +79,7 @@ def plug_ins(kinds: Iterable[type]) -> list[type]:
 def fingerprint(modules: Iterable[str], locate: Locate) -> str:
     """A hash over the code of modules and of all that they import, and over the versions of the libraries among it."""
     files, libraries = closure(modules, locate)
-    lines = [f"{name} {read(file).digest}" for name, file in sorted(files.items())]
+    lines = [f"{name} {read_code(file).digest}" for name, file in sorted(files.items())]
     lines += [f"{name}=={_version(name)}" for name in sorted(libraries | set(ALWAYS))]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -97,7 +97,7 @@ def closure(modules: Iterable[str], locate: Locate) -> tuple[dict[str, Path], se
                 libraries.add(library)
         elif module not in files:
             files[module] = file
-            needed = (_resolved(each, module, file, locate) for each in read(file).imports)
+            needed = (_resolved(each, module, file, locate) for each in read_code(file).imports)
             waiting.update((name, locate(name)) for name in needed if name not in files)
     return files, libraries
 
@@ -111,14 +111,14 @@ def located(module: str) -> Path | None:
     return None if _is_library(first) else _loaded_from(module)
 
 
-def read(file: Path) -> SourceFile:
+def read_code(file: Path) -> SourceFile:
     """A file's code and imports."""
     stat = file.stat()
-    return _read(file, stat.st_mtime_ns, stat.st_size)
+    return _parsed_code(file, stat.st_mtime_ns, stat.st_size)
 
 
 @cache
-def _read(file: Path, _changed: int, _size: int) -> SourceFile:
+def _parsed_code(file: Path, _changed: int, _size: int) -> SourceFile:
     tree = _Computing().visit(ast.parse(file.read_bytes()))
     return SourceFile(hashlib.sha256(ast.dump(tree).encode()).hexdigest(), tuple(_imports(tree)))
 
@@ -162,7 +162,7 @@ def _resolved(imported: Imported, importer: str, file: Path, locate: Locate) -> 
     if name and package is not None and package.name == "__init__.py":
         stub = package.with_suffix(".pyi")
         listed = stub if stub.is_file() else package
-        for each in read(listed).imports:
+        for each in read_code(listed).imports:
             if each.name == name:
                 return _resolved(each, module, package, locate)
     return module

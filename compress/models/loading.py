@@ -81,7 +81,7 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def load(folder: Path, dtype: torch.dtype | None = None) -> Any:
+def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
     """A folder, packed or not, as a model in memory, without transformers' own progress bar.
 
     Raises:

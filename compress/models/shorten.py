@@ -39,7 +39,7 @@ class Shorter:
 
     def name(self, old: str) -> str | None:
         """What a module or parameter is called now; None when it is gone."""
-        return _renamed(old, self.before, self.kept)
+        return _renumbered(old, self.before, self.kept)
 
     def moved(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """What was known by old names, by the new ones."""
@@ -64,7 +64,7 @@ def without(graph: Graph, gone: Sequence[int], in_place: bool = False) -> Shorte
     configured: dict[str, Any] = {}
     if isinstance(model, transformers.PreTrainedModel):
         configured = _changes(model.config, len(graph.blocks), kept)
-        fresh = _built(model, configured)
+        fresh = _rebuilt(model, configured)
         _number(graph, kept, fresh, in_place)
         if in_place:
             for name, value in configured.items():
@@ -85,7 +85,7 @@ def without(graph: Graph, gone: Sequence[int], in_place: bool = False) -> Shorte
 
 def _graph(graph: Graph, model: nn.Module, kept: Sequence[int]) -> Graph:
     def new(names: Sequence[str]) -> tuple[str, ...]:
-        return tuple(n for name in names if (n := _renamed(name, graph.blocks, kept)) is not None)
+        return tuple(n for name in names if (n := _renumbered(name, graph.blocks, kept)) is not None)
 
     sites = []
     for site in graph.sites:
@@ -104,7 +104,7 @@ def _graph(graph: Graph, model: nn.Module, kept: Sequence[int]) -> Graph:
     )
 
 
-def _renamed(name: str, blocks: tuple[str, ...], kept: Sequence[int]) -> str | None:
+def _renumbered(name: str, blocks: tuple[str, ...], kept: Sequence[int]) -> str | None:
     prefix = blocks[0].rpartition(".")[0]
     head = f"{prefix}." if prefix else ""
     place, dot, rest = name.removeprefix(head).partition(".")
@@ -136,7 +136,7 @@ def _changes(config: transformers.PreTrainedConfig, count: int, kept: Sequence[i
     return changes
 
 
-def _built(model: transformers.PreTrainedModel, configured: dict[str, Any]) -> transformers.PreTrainedModel:
+def _rebuilt(model: transformers.PreTrainedModel, configured: dict[str, Any]) -> transformers.PreTrainedModel:
     try:  # from entries, as a written config.json is read: some lists are made of others then
         config = type(model.config).from_dict({**copy.deepcopy(model.config).to_dict(), **configured})
         return built(lambda: type(model)._from_config(config))

@@ -171,7 +171,9 @@ def _wired(
 def _neurons(modules: dict[str, nn.Module], names: list[str]) -> Units:
     *makers, reader = names
     index = torch.arange(_width(modules[reader], made=False))[:, None]
-    return Units((*(p for name in makers for p in _made(modules, name, index)), _read(modules, reader, index)))
+    return Units(
+        (*(p for name in makers for p in _output_places(modules, name, index)), _input_place(modules, reader, index))
+    )
 
 
 def _separate(modules: dict[str, nn.Module], names: list[str], heads: int, wiring: Wiring) -> Iterator[Units]:
@@ -183,8 +185,8 @@ def _separate(modules: dict[str, nn.Module], names: list[str], heads: int, wirin
         return
     groups, repeats = rows // size, wide // rows
     ours, all_ours = torch.arange(rows).view(groups, size), torch.arange(wide).view(groups, repeats * size)
-    queries, keys = list(_made(modules, query, all_ours)), list(_made(modules, key, ours))
-    values = [*_made(modules, value, ours), _read(modules, output, all_ours)]
+    queries, keys = list(_output_places(modules, query, all_ours)), list(_output_places(modules, key, ours))
+    values = [*_output_places(modules, value, ours), _input_place(modules, output, all_ours)]
     # A norm over all heads has a scale for each of their channels; one over a head has the same for every head.
     for projection, length, index, places in ((query, wide, all_ours, queries), (key, rows, ours, keys)):
         norm = f"{projection.removesuffix('proj')}norm"
@@ -209,7 +211,10 @@ def _fused(modules: dict[str, nn.Module], names: list[str], heads: int, wiring: 
         return
     size, every = wide // heads, torch.arange(rows)
     index = every.view(heads, -1) if wiring.by_head else every.view(3, heads, size).transpose(0, 1).reshape(heads, -1)
-    made, read = list(_made(modules, maker, index)), _read(modules, reader, torch.arange(wide).view(heads, size))
+    made, read = (
+        list(_output_places(modules, maker, index)),
+        _input_place(modules, reader, torch.arange(wide).view(heads, size)),
+    )
     channel = torch.arange(size)[:, None]
     inner = [Units((*(replace(p, index=2 * size + channel) for p in made), replace(read, index=channel)))]
     if not wiring.rotary:
@@ -224,13 +229,13 @@ def _width(module: nn.Module, made: bool) -> int:
     return rows if made != is_transposed(module) else columns
 
 
-def _made(modules: dict[str, nn.Module], name: str, index: Tensor) -> Iterator[Place]:
+def _output_places(modules: dict[str, nn.Module], name: str, index: Tensor) -> Iterator[Place]:
     yield Place(f"{name}.weight", 1 if is_transposed(modules[name]) else 0, index)
     if getattr(modules[name], "bias", None) is not None:
         yield Place(f"{name}.bias", 0, index)
 
 
-def _read(modules: dict[str, nn.Module], name: str, index: Tensor) -> Place:
+def _input_place(modules: dict[str, nn.Module], name: str, index: Tensor) -> Place:
     return Place(f"{name}.weight", 0 if is_transposed(modules[name]) else 1, index)
 
 

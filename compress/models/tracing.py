@@ -70,10 +70,10 @@ def trace(model: nn.Module, owner: str, tied: Mapping[str, str]) -> Iterator[Uni
     tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
     found = _Channels(dict(module.named_modules()), tensors).of(traced)
     prefix = f"{owner}." if owner else ""
-    return (_renamed(units, prefix, tied) for units in found)
+    return (_renamed_units(units, prefix, tied) for units in found)
 
 
-def _renamed(units: Units, prefix: str, tied: Mapping[str, str]) -> Units:
+def _renamed_units(units: Units, prefix: str, tied: Mapping[str, str]) -> Units:
     names = ((place, f"{prefix}{place.tensor}") for place in units.places)
     return Units(tuple(replace(place, tensor=tied.get(name, name)) for place, name in names))
 

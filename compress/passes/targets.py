@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compress.checkpoint.artifact import finite
+from compress.checkpoint.artifact import finite_weight
 from compress.lazy import torch
 from compress.passes.interface import Target
 
@@ -44,7 +44,7 @@ def make_target(
     first, alone = sites[0], len(sites) == 1
     masks = [w.mask for w in weights if w.mask is not None]
     return Target(
-        _stacked([finite(s, w) for s, w in zip(sites, weights, strict=True)]),
+        _stacked([finite_weight(s, w) for s, w in zip(sites, weights, strict=True)]),
         _stacked(masks) if masks else None,
         statistics,
         generator,

@@ -35,7 +35,7 @@ def plan(state: PlanState, path: str, pass_: Pass, *, fused: bool, first: bool) 
     if not pass_.blocks:
         return Planned(part, after, tuple(problems))
     try:
-        check(graph, pass_)
+        check_depth(graph, pass_)
         shorter = without(graph, range(may[0], may[0] + pass_.blocks))
     except UnsupportedModelError as error:
         return Planned(part, after, (*problems, Problem(path, str(error))))
@@ -53,7 +53,7 @@ def _different_kinds(state: PlanState, path: str, pass_: DepthPass, between: ran
         )
 
 
-def check(graph: Graph, pass_: DepthPass) -> None:
+def check_depth(graph: Graph, pass_: DepthPass) -> None:
     """Refuse a model that a pass cannot take blocks out of.
 
     Raises:

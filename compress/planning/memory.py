@@ -28,7 +28,7 @@ def peak(pipeline: Pipeline, graph: Graph) -> int:
         pipeline: parsed.
         graph: the model after the last pass.
     """
-    passes = _passes(pipeline)
+    passes = _all_passes(pipeline)
     calibrated = any(p.calibrated for p in passes)
     return (
         BASELINE
@@ -47,17 +47,17 @@ def disk(pipeline: Pipeline, original: int, final: int) -> int:
         original: bytes of the weights before.
         final: bytes of the weights afterwards.
     """
-    merges = [p for p in _passes(pipeline) if isinstance(p, MergePass)]
+    merges = [p for p in _all_passes(pipeline) if isinstance(p, MergePass)]
     tries = any(p.judged for p in merges)
     states = len(pipeline.passes) - len(merges) + 1
     return final * states + original * (len(pipeline.export) + len(merges) + tries)
 
 
-def _passes(pipeline: Pipeline) -> list[Pass]:
+def _all_passes(pipeline: Pipeline) -> list[Pass]:
     return [p for stage in pipeline.passes for p in stage]
 
 
-def _learned(passes: list[Pass]) -> bool:
+def _learns_blocks(passes: list[Pass]) -> bool:
     return any(p.reach == "block" for p in passes)
 
 
@@ -81,7 +81,7 @@ def _solving(graph: Graph, passes: list[Pass]) -> int:
     for site in graph.sites:
         if site.block is not None:
             in_blocks[site.block] = in_blocks.get(site.block, 0) + site.shape[0] * site.shape[1]
-    block = max(in_blocks.values(), default=0) * FLOAT * (LEARNING if _learned(passes) else 1)
+    block = max(in_blocks.values(), default=0) * FLOAT * (LEARNING if _learns_blocks(passes) else 1)
     largest = max((s.shape[0] * s.shape[1] for s in graph.sites), default=0) * FLOAT
     statistics = 4 * _widest(graph) ** 2 * FLOAT if any(p.needs == "gram" for p in passes) else 0
     return (block if any(p.calibrated for p in passes) else 0) + statistics + 4 * largest
@@ -95,7 +95,7 @@ def _activations(pipeline: Pipeline, graph: Graph) -> int:
     data = pipeline.calibration
     tokens = data.samples * len(data.sources) * data.length if data else 0
     hidden = _configured(graph, "hidden_size", _widest(graph))
-    return (3 if _learned(_passes(pipeline)) else 1) * min(tokens * hidden * FLOAT, ACTIVATIONS)
+    return (3 if _learns_blocks(_all_passes(pipeline)) else 1) * min(tokens * hidden * FLOAT, ACTIVATIONS)
 
 
 def _measuring(graph: Graph) -> int:
@@ -105,7 +105,7 @@ def _measuring(graph: Graph) -> int:
 
 def _training(pipeline: Pipeline, graph: Graph) -> int:
     """The model, what its matrices start as and become, and a batch's logits and their gradients."""
-    training = [p for p in _passes(pipeline) if p.trains_whole]
+    training = [p for p in _all_passes(pipeline) if p.trains_whole]
     if not training:
         return 0
     length = pipeline.calibration.length if pipeline.calibration else 0

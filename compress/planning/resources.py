@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from compress.planning.plan import Plan
 
 
-def check(plan: Plan, destination: Path) -> None:
+def check_resources(plan: Plan, destination: Path) -> None:
     """Refuse now what would run out of disk or memory later.
 
     Raises:

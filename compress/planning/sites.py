@@ -36,7 +36,7 @@ def plan(state: PlanState, path: str, pass_: Pass, *, fused: bool, first: bool) 
         if pass_.refusal(kinds[site.name]) is None:
             kinds[site.name] = pass_.produces(kinds[site.name])
             dtype = str(state.dtypes.get(site.parameter, torch.float32)).removeprefix("torch.")
-            specs[site.name] = _stored(own, site, kinds[site.name], state.specs.get(site.name), dtype)
+            specs[site.name] = _kind_stored(own, site, kinds[site.name], state.specs.get(site.name), dtype)
         if own.adds_biases and f"{site.name}.bias" not in state.parameters:
             biases[site.name] = site.shape[0] * state.dtypes[site.parameter].itemsize
     after = replace(state.entered(path, pass_), kinds=kinds, specs={**state.specs, **specs}, new_biases=biases)
@@ -69,7 +69,7 @@ def _problems(case: Case, chosen: tuple[Site, ...], fused: bool, first: bool) ->
     yield from checks.shapes_together(case)
 
 
-def _stored(pass_: Pass, site: Site, kind: str, before: Spec | None, dtype: str) -> Spec:
+def _kind_stored(pass_: Pass, site: Site, kind: str, before: Spec | None, dtype: str) -> Spec:
     """How a weight is stored after a pass.
 
     Args:

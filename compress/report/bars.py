@@ -33,11 +33,11 @@ def zeros(found: Mapping[str, tuple[int, float]], width: int, ascii_only: bool =
     for name in sorted(found, key=_natural):
         blocks.setdefault(block_of(name), {})[name] = found[name]
     blocks["in all"] = dict(found)
-    ends = {block: f"{_mean(layers):6.1%}{_range(layers)}" for block, layers in blocks.items()}
+    ends = {block: f"{_mean_bits(layers):6.1%}{_bits_range(layers)}" for block, layers in blocks.items()}
     names = max(map(len, blocks))
     room = min(LONGEST, max(SHORTEST, width - names - 2 - max(map(len, ends.values()))))
     return "\n".join(
-        f"{block:{names}} {_bar(_mean(layers), room, ascii_only):{room}} {ends[block]}"
+        f"{block:{names}} {_bar(_mean_bits(layers), room, ascii_only):{room}} {ends[block]}"
         for block, layers in blocks.items()
     )
 
@@ -47,11 +47,11 @@ def _natural(name: str) -> list[tuple[str, int]]:
     return [(part, -1) if i % 2 == 0 else ("", int(part)) for i, part in enumerate(re.split(r"(\d+)", name))]
 
 
-def _mean(layers: Mapping[str, tuple[int, float]]) -> float:
+def _mean_bits(layers: Mapping[str, tuple[int, float]]) -> float:
     return sum(count * share for count, share in layers.values()) / sum(count for count, _ in layers.values())
 
 
-def _range(layers: Mapping[str, tuple[int, float]]) -> str:
+def _bits_range(layers: Mapping[str, tuple[int, float]]) -> str:
     if not uneven(layers):
         return ""
     shares = [share for _, share in layers.values()]

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from compress.encodings import Spec
 from compress.report import bars
-from compress.report.report import size
+from compress.report.report import size_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -120,7 +120,7 @@ def table(rows: Sequence[Layer]) -> Table:
             *([_rank(row)] if corrected else []),
             f"{row.sparsity:.1%}",
             f"{row.bits_per_weight:.3f}",
-            size(row.bytes),
+            size_text(row.bytes),
             " ".join(f"{p} {e:.4f}" for p, e in row.error.items()),
             *([row.inputs or ""] if rounded else []),
         )

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from compress.passes import DepthPass, MergePass
 from compress.report.bars import zeros
-from compress.report.report import size
+from compress.report.report import size_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -104,8 +104,8 @@ def lines(shown: Shown, width: int, ascii_only: bool) -> Iterator[RenderableType
     """What stands below the table: the totals, and where sparsity goes, with bars where that was found."""
     plan = shown.plan
     yield Text(
-        f"weights {size(plan.original_bytes)} -> about {size(plan.final_bytes)}; peak memory about "
-        f"{size(plan.peak_memory)}; disk while running about {size(plan.disk)}"
+        f"weights {size_text(plan.original_bytes)} -> about {size_text(plan.final_bytes)}; peak memory about "
+        f"{size_text(plan.peak_memory)}; disk while running about {size_text(plan.disk)}"
     )
     for path, allocation in shown.allocations.items():
         yield Text(f"{path}: {shown.said(path)}")

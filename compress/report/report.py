@@ -105,7 +105,7 @@ def cells(row: Row, sources: Sequence[str] = ()) -> tuple[str, ...]:
         *figures(row.perplexity, row.accuracy, row.change),
         "" if row.kl is None else f"{row.kl:.4f}",
         *(" ".join(_of_source(row.sources[name])) if name in row.sources else "" for name in sources),
-        size(row.bytes),
+        size_text(row.bytes),
         f"{row.bits_per_weight:.3f}",
         f"{row.sparsity:.1%}",
         f"{row.seconds:.1f}",
@@ -131,7 +131,7 @@ def figures(perplexity: float | None, accuracy: float | None, change: float | No
     return "" if perplexity is None else f"{perplexity:.3f}", "" if change is None else f"{change:+.2%}"
 
 
-def size(count: int) -> str:
+def size_text(count: int) -> str:
     """Bytes for people."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count} B"
 
@@ -143,9 +143,9 @@ def caption(report: Report) -> str:
         f"{t['pass']} trained {t['numbers']:,} numbers, {t['numbers'] / t['parameters']:.2%} of the model's"
         for t in report.trained
     ]
-    gone = [f"{d['pass']} dropped {_blocks(d['blocks'])} of {d['of']}" for d in report.dropped]
+    gone = [f"{d['pass']} dropped {_block_list(d['blocks'])} of {d['of']}" for d in report.dropped]
     merged = [_merged(m) for m in report.merged]
-    return "; ".join([_measured(report), *merged, *rounded, *trained, *gone])
+    return "; ".join([_measured_on(report), *merged, *rounded, *trained, *gone])
 
 
 def _merged(merge: dict[str, Any]) -> str:
@@ -163,16 +163,18 @@ def _merged(merge: dict[str, Any]) -> str:
 def said(delta: Mapping[str, Any]) -> str:
     """The size of a compressed delta."""
     bits, times = delta["bits_per_parameter"], delta["times_smaller"]
-    return f"a delta of {size(delta['bytes'])}: {bits:.3f} bits a parameter, {times:.1f} times smaller than the model"
+    return (
+        f"a delta of {size_text(delta['bytes'])}: {bits:.3f} bits a parameter, {times:.1f} times smaller than the model"
+    )
 
 
-def _blocks(places: Sequence[int]) -> str:
+def _block_list(places: Sequence[int]) -> str:
     if len(places) < 2:
         return f"block {places[0]}" if places else "no block"
     return f"blocks {', '.join(map(str, places[:-1]))} and {places[-1]}"
 
 
-def _measured(report: Report) -> str:
+def _measured_on(report: Report) -> str:
     if not report.data:
         return "size only: the pipeline has no `evaluate:`"
     d = report.data

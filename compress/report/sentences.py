@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from compress.report.report import size
+from compress.report.report import size_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ def verified(facts: Mapping[str, Any]) -> str:
     return text
 
 
-def written(report: Report, out: object) -> Iterator[str]:
+def run_lines(report: Report, out: object) -> Iterator[str]:
     """Lines below the table of a run: fallbacks, and every folder that was written and read back."""
     for text in report.fallbacks[:MOST_NOTES]:
         yield f"note: {text}"
@@ -41,7 +41,7 @@ def written(report: Report, out: object) -> Iterator[str]:
             yield f"{out}/{name}: {verified(facts)}"
 
 
-def evaluated(model: str, found: Mapping[str, Any], against: str | None, samples: int, length: int) -> str:
+def evaluation_lines(model: str, found: Mapping[str, Any], against: str | None, samples: int, length: int) -> str:
     """What `eval` measured of a model: quality, divergence from the original, size, and on what.
 
     Args:
@@ -57,9 +57,9 @@ def evaluated(model: str, found: Mapping[str, Any], against: str | None, samples
         said, unit = f"perplexity {found['perplexity']:.3f}", "tokens"
         data = f"{samples} windows of {length}, {found['tokens']} tokens"
     kl = "" if found["kl"] is None else f", KL to {against} {found['kl']:.4f} on {found['kl_tokens']} {unit}"
-    text = f"{model}: {said}{kl}, weights {size(found['bytes'])}"
+    text = f"{model}: {said}{kl}, weights {size_text(found['bytes'])}"
     if found.get("load_memory") is not None:
-        text += f", {size(found['load_memory'])} of memory to load"
+        text += f", {size_text(found['load_memory'])} of memory to load"
     if found.get("tokens_per_second") is not None:
         text += f", {found['tokens_per_second']:.0f} tokens a second, one after the other"
     return f"{text}\n({found['source']}, {data})"

@@ -18,12 +18,12 @@ QUANTIZERS = "transformers.quantizers.auto"  # the module whose tables `register
 def install() -> None:
     """Register now if transformers' quantizers are imported, else as soon as they are."""
     if QUANTIZERS in sys.modules:
-        _register()
+        _register_packed()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
-def _register() -> None:
+def _register_packed() -> None:
     from compress.runtime.register import register
 
     register()
@@ -42,7 +42,7 @@ class _Finder(MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                _register()
+                _register_packed()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

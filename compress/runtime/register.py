@@ -117,14 +117,14 @@ def replace_modules(model: nn.Module, specs: dict[str, Spec]) -> None:
         weight = old.weight
         assert isinstance(weight, Tensor)
         with torch.device(weight.device):
-            model.set_submodule(name, _packed(old, spec, weight.dtype))
+            model.set_submodule(name, _packed_module(old, spec, weight.dtype))
         # Some models (GPT-2) initialise `child.weight` from the parent while loading; the packed child has none.
         parent = model.get_submodule(name.rpartition(".")[0])
         if not parent._buffers:
             parent._is_hf_initialized = True  # type: ignore[assignment]
 
 
-def _packed(old: nn.Module, spec: Spec, dtype: torch.dtype) -> PackedModule:
+def _packed_module(old: nn.Module, spec: Spec, dtype: torch.dtype) -> PackedModule:
     if isinstance(old, nn.Conv2d):
         return PackedConv2d(spec, old)
     has_bias = getattr(old, "bias", None) is not None

@@ -124,7 +124,7 @@ def _speed_up(name: str, layer: PackedLinear, exact: bool, spare_bits: float) ->
     tiles = None if weight.factored else Tiles.prepare(spec, plain, stored)
     chosen, name_of, error = complete(tiles), "" if tiles is None else Tiles.name, 0.0
     expected = chosen(random)
-    for kind in () if tiles is None else _kinds(device, exact):
+    for kind in () if tiles is None else _kernel_types(device, exact):
         kernel = kind.prepare(spec, plain, stored)
         if kernel is None or kernel.num_bytes > most:
             continue
@@ -138,7 +138,7 @@ def _speed_up(name: str, layer: PackedLinear, exact: bool, spare_bits: float) ->
     return LayerSpeed(name, used, 8 * chosen.num_bytes / (layer.in_features * layer.out_features), error)
 
 
-def _kinds(device: torch.device, exact: bool) -> Iterable[type[Kernel]]:
+def _kernel_types(device: torch.device, exact: bool) -> Iterable[type[Kernel]]:
     if device.type == "cuda":
         return (GpuLookup,)
     if device.type != "cpu":

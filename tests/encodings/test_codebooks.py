@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compress.encodings import CodebookForm, Codebooks, Spec, Weight, pack, spec_of, unpack
 from compress.encodings.bits import row_bytes
-from compress.encodings.codebook import index_bits, nearest, rounded, unscaled
+from compress.encodings.codebook import index_bits, nearest, stored_table, unscaled
 
 ENTRIES = (2, 3, 5, 16, 17, 256)
 SHAPES = [(1, 1), (6, 40), (5, 13), (3, 7)]
@@ -252,14 +252,14 @@ def test_what_is_impossible_is_refused(change: dict[str, Tensor], said: str) -> 
 @pytest.mark.parametrize("size", [1.0, 1e-3, 1e3])
 def test_tables_are_rounded_to_float16_where_it_holds_them(size: float) -> None:
     table = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)) * size
-    assert torch.equal(rounded(table), table.half().float())
+    assert torch.equal(stored_table(table), table.half().float())
 
 
 @pytest.mark.parametrize("largest", [TINY / 2, HUGE * 1.01, 1e-7, 1e6])
 def test_a_table_that_float16_would_overflow_or_crush_keeps_its_values(largest: float) -> None:
     table = torch.tensor([[-0.3, 0.1, 1.0], [-0.5, 0.0, 1.0]])
     table[0] *= largest
-    out = rounded(table)
+    out = stored_table(table)
     assert torch.equal(out[0], table[0])
     assert torch.equal(out[1], table[1].half().float())  # each table for itself
 
@@ -268,11 +268,11 @@ def test_a_table_that_float16_would_overflow_or_crush_keeps_its_values(largest: 
 def test_tables_at_the_edge_of_float16_keep_their_meaning(largest: float) -> None:
     for factor in (0.9, 0.999, 1.0, 1.001, 1.1):
         table = torch.tensor([[-0.7, -0.01, 0.25, 1.0]]) * largest * factor
-        assert torch.allclose(rounded(table), table, rtol=0, atol=float(table.abs().max()) * 2**-11)
+        assert torch.allclose(stored_table(table), table, rtol=0, atol=float(table.abs().max()) * 2**-11)
 
 
 def test_a_table_of_zeros_is_possible() -> None:
-    assert torch.equal(rounded(torch.zeros(1, 4)), torch.zeros(1, 4))
+    assert torch.equal(stored_table(torch.zeros(1, 4)), torch.zeros(1, 4))
 
 
 def test_a_file_without_the_number_of_entries_is_refused() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compress.encodings import reference
 from compress.encodings.bits import row_bytes
-from compress.encodings.pattern import RUN_WIDTHS, Pattern, find, promised
+from compress.encodings.pattern import RUN_WIDTHS, Pattern, find_pattern, promised
 
 PATTERNS = [Pattern(keep, of) for of in RUN_WIDTHS for keep in range(1, of)]
 each_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -26,7 +26,7 @@ def parsed(*rows: str) -> Tensor:
 
 
 def found(mask: Tensor) -> Pattern | None:
-    return find(mask, int(mask.sum()))
+    return find_pattern(mask, int(mask.sum()))
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------

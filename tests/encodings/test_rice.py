@@ -24,7 +24,7 @@ def random_signs(total: int, share: float) -> Tensor:
 
 def back(signs: Tensor) -> Tensor:
     count, low, first, streams = rice.encode(signs)
-    assert len(streams) == rice.size(count, low, first)
+    assert len(streams) == rice.coded_size(count, low, first)
     return rice.decode(torch.tensor(list(streams), dtype=torch.uint8), count, low, first, len(signs))
 
 

@@ -19,7 +19,7 @@ from compress.config.reading import parse
 from compress.errors import CompressError
 from compress.export import compressed_tensors
 from compress.models import graph as graphs
-from compress.models.loading import load
+from compress.models.loading import load_model
 from compress.passes import Pass
 from compress.planning import plan
 
@@ -98,13 +98,13 @@ def test_transformers_loads_every_case_without_this_package_and_computes_the_sam
     assert "MISMATCH" not in ended.stderr
     alone = load_file(written / "logits.safetensors")
     for name in CASES:
-        assert torch.equal(alone[name], logits(load(written / name / "out", torch.float32), tokens)), name
+        assert torch.equal(alone[name], logits(load_model(written / name / "out", torch.float32), tokens)), name
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_library_unpacks_the_very_weights(name: str, written: Path) -> None:
     folder = written / name
-    packed, there = load(folder / "out"), tensors(folder / "out" / KEY)
+    packed, there = load_model(folder / "out"), tensors(folder / "out" / KEY)
     config = library.quantization.QuantizationConfig.model_validate(
         {k: v for k, v in section_of(folder).items() if k != "dequantize"}
     )
@@ -174,17 +174,17 @@ def test_layers_without_codes_stay_dense_and_are_ignored(written: Path) -> None:
     assert "model.layers.1.mlp.up_proj" in ignored
     assert len(ignored) == 7
     dense = there["model.layers.1.mlp.up_proj.weight"]
-    assert torch.equal(dense, load(written / "some" / "out").model.layers[1].mlp.up_proj.dequantize())
+    assert torch.equal(dense, load_model(written / "some" / "out").model.layers[1].mlp.up_proj.dequantize())
     assert float((dense == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
 
 
 def test_in_bfloat16_scales_are_rounded_but_not_where_layers_are_unpacked_while_loading(written: Path) -> None:
     def weight(name: str) -> tuple[Tensor, Tensor]:
-        model = load(written / name / "out" / KEY)
+        model = load_model(written / name / "out" / KEY)
         logits(model, torch.zeros(1, 1, dtype=torch.long))
         site = "model.layers.0.mlp.up_proj"
         assert model.dtype == torch.bfloat16
-        meant = load(written / name / "out").get_submodule(site).dequantize()
+        meant = load_model(written / name / "out").get_submodule(site).dequantize()
         return model.get_submodule(site).weight, meant.bfloat16()
 
     found, meant = weight("bfloat16")
@@ -196,10 +196,10 @@ def test_in_bfloat16_scales_are_rounded_but_not_where_layers_are_unpacked_while_
 
 @pytest.mark.parametrize("name", ["symmetric4", "asymmetric4", "mixed_asymmetric"])
 def test_in_float16_weights_are_the_packed_ones_rounded_once(name: str, written: Path) -> None:
-    model = load(written / name / "out" / KEY, torch.float16)
+    model = load_model(written / name / "out" / KEY, torch.float16)
     logits(model, torch.zeros(1, 1, dtype=torch.long))
     site = "model.layers.0.mlp.up_proj"
-    meant = load(written / name / "out").get_submodule(site).dequantize().half()
+    meant = load_model(written / name / "out").get_submodule(site).dequantize().half()
     assert torch.equal(model.get_submodule(site).weight, meant)
 
 

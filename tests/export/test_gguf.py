@@ -28,7 +28,7 @@ from compress.errors import CompressError
 from compress.export import gguf as exporter
 from compress.export.blocks import NON_LINEAR, to_blocks
 from compress.models import graph as graphs
-from compress.models.loading import load
+from compress.models.loading import load_model
 from compress.passes import Pass
 from compress.planning import plan
 
@@ -143,7 +143,7 @@ def test_every_weight_is_in_the_smallest_type_that_holds_it_and_logits_are_the_p
 def test_values_are_the_packed_models_bit_for_bit_with_rows_of_queries_and_keys_in_pairs(
     name: str, written: Path
 ) -> None:
-    there, model = values(written / name), load(written / name / "out", torch.float32)
+    there, model = values(written / name), load_model(written / name / "out", torch.float32)
     heads = {"q": model.config.num_attention_heads, "k": model.config.num_key_value_heads}
     for i, layer in enumerate(model.model.layers):
         for leaf, module in [*layer.self_attn.named_children(), *layer.mlp.named_children()]:
@@ -167,7 +167,7 @@ def test_values_are_the_packed_models_bit_for_bit_with_rows_of_queries_and_keys_
 def test_the_head_is_packed_too_where_a_pass_took_it(tmp_path: Path) -> None:
     save(small(), tmp_path / "model")
     write("llama", tmp_path, [Rtn(bits=4, group_size=32, symmetric=True, include=("lm_head",))], "gguf")
-    assert torch.equal(values(tmp_path)["output.weight"], load(tmp_path / "out").lm_head.dequantize())
+    assert torch.equal(values(tmp_path)["output.weight"], load_model(tmp_path / "out").lm_head.dequantize())
     assert report_of(tmp_path)["max_logit_difference"] == 0
 
 
@@ -429,4 +429,4 @@ def test_from_pretrained_computes_what_the_packed_model_does(name: str, written:
 
     tokens, _ = data_for("llama")
     model = AutoModelForCausalLM.from_pretrained(written / name / "out" / "gguf", gguf_file="model.gguf")
-    assert torch.equal(logits(model, tokens), logits(load(written / name / "out", torch.float32), tokens))
+    assert torch.equal(logits(model, tokens), logits(load_model(written / name / "out", torch.float32), tokens))

@@ -15,7 +15,7 @@ import compress
 from compress import ConfigError, Eora, Gptq, Magnitude, Rtn
 from compress.errors import CompressError
 from compress.export import hf
-from compress.models.loading import load
+from compress.models.loading import load_model
 from compress.passes import Pass
 
 PASSES: list[Pass] = [Magnitude(sparsity=0.5), Rtn(bits=3), Eora(rank=2)]
@@ -64,7 +64,7 @@ def test_transformers_alone_loads_it_and_computes_the_same_bits(written: Path) -
     assert "newly initialized" not in ended.stderr
     alone = load_file(written / "logits.safetensors")
     for name in names:
-        assert torch.equal(alone[name], logits(load(written / name / "out"), tokens)), name
+        assert torch.equal(alone[name], logits(load_model(written / name / "out"), tokens)), name
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -77,7 +77,7 @@ def test_the_written_logits_are_those_in_memory(name: str, written: Path) -> Non
 @pytest.mark.parametrize("name", MODELS)
 def test_what_was_compressed_is_decompressed_and_the_rest_is_the_sources(name: str, written: Path) -> None:
     there, source = tensors(written / name / "out" / "hf"), tensors(written / name / "model")
-    packed = load(written / name / "out")
+    packed = load_model(written / name / "out")
     specs = json.loads((written / name / "out" / "config.json").read_text())["quantization_config"]["modules"]
     assert len(specs) >= 5
     assert there.keys() <= {*source, *(n for n, _ in packed.named_buffers()), *(f"{n}.weight" for n in specs)}
@@ -110,7 +110,7 @@ def test_another_type_to_compute_in_is_the_one_that_is_stored_and_loaded(tmp_pat
     there = tensors(tmp_path / "out" / "hf")
     assert there["model.layers.0.mlp.up_proj.weight"].dtype == torch.float32
     assert there["model.norm.weight"].dtype == torch.bfloat16
-    assert load(tmp_path / "out" / "hf").dtype == torch.float32
+    assert load_model(tmp_path / "out" / "hf").dtype == torch.float32
 
 
 def test_the_finished_folder_is_not_written_again_unless_a_file_is_missing(tmp_path: Path) -> None:

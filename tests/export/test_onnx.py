@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 import compress
 from compress import Codebook, Genai, Magnitude, Olive, Onnx, Perp, Pipeline, PowerQuant, Rtn
-from compress.api.export import refuse, write_all
+from compress.api.export import refuse_exports, write_all
 from compress.calibration.data import Dataset
 from compress.config.reading import parse
 from compress.errors import CompressError, ConfigError
@@ -22,7 +22,7 @@ from compress.export.onnx.exporter import DATA, MODEL
 from compress.export.onnx.session import Runner, at_level, open_session
 from compress.export.packed import open_packed
 from compress.models import graph as graphs
-from compress.models.loading import load
+from compress.models.loading import load_model
 from compress.passes import Pass
 from compress.planning import plan
 from compress.progress import Bars
@@ -48,7 +48,7 @@ def _traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def exported(out: Path, family: str, to: Onnx) -> dict[str, Any]:
     made, data = open_packed(out), inputs_of(family)
-    refuse(made, [to])
+    refuse_exports(made, [to])
     return write_all(made, [to], out, Dataset(*data), Bars())[to.key]
 
 
@@ -92,7 +92,7 @@ def test_a_decoder_goes_on_from_what_it_kept(family: str, tmp_path: Path) -> Non
     exported(out, family, Onnx(accuracy_level=1))
     runner, tokens = Runner(open_session(out / "onnx" / MODEL)), inputs_of(family)[0]
     with torch.no_grad():
-        whole = load(out, torch.float32)(tokens).logits
+        whole = load_model(out, torch.float32)(tokens).logits
     first, kept = runner.step(tokens[:, :7], None)
     second, kept = runner.step(tokens[:, 7:8], kept)  # one token, as when generating
     third, _ = runner.step(tokens[:, 8:], kept)
@@ -102,7 +102,7 @@ def test_a_decoder_goes_on_from_what_it_kept(family: str, tmp_path: Path) -> Non
 def test_any_number_of_rows_and_tokens_is_taken(tmp_path: Path) -> None:
     out = packed("llama", tmp_path, Rtn(bits=4, group_size=32))
     exported(out, "llama", Onnx(accuracy_level=1))
-    runner, model = Runner(open_session(out / "onnx" / MODEL)), load(out, torch.float32)
+    runner, model = Runner(open_session(out / "onnx" / MODEL)), load_model(out, torch.float32)
     for rows, length in ((1, 1), (1, 30), (5, 2)):
         tokens = torch.randint(256, (rows, length))
         with torch.no_grad():
@@ -116,7 +116,7 @@ def test_padded_positions_are_left_out(tmp_path: Path) -> None:
     mask = torch.ones_like(tokens)
     mask[1, 7:] = 0
     with torch.no_grad():
-        meant = load(out, torch.float32)(tokens, attention_mask=mask).logits
+        meant = load_model(out, torch.float32)(tokens, attention_mask=mask).logits
     (found,) = session.run(["logits"], {"input_ids": tokens.numpy(), "attention_mask": mask.numpy()})
     torch.testing.assert_close(torch.from_numpy(found)[1, :7], meant[1, :7], rtol=1e-5, atol=1e-5)
 
@@ -286,6 +286,6 @@ def test_the_accuracy_level_of_a_written_file_can_be_changed(tmp_path: Path) -> 
     at_level(out / "onnx" / MODEL, 1, out / "onnx" / "other.onnx")
     tokens = inputs_of("llama")[0]
     with torch.no_grad():
-        meant = load(out, torch.float32)(tokens).logits
+        meant = load_model(out, torch.float32)(tokens).logits
     found = Runner(open_session(out / "onnx" / "other.onnx"))(tokens)
     torch.testing.assert_close(found, meant, rtol=1e-5, atol=1e-5)

@@ -16,7 +16,7 @@ from compress import ConfigError, Eora, Gptq, Magnitude, Override, Rtn
 from compress.config.reading import parse
 from compress.errors import CompressError
 from compress.models import graph as graphs
-from compress.models.loading import load
+from compress.models.loading import load_model
 from compress.passes import Pass
 from compress.passes.compensate import eora
 from compress.planning import plan
@@ -55,7 +55,7 @@ def factors(folder: Path, site: str) -> tuple[Tensor, Tensor]:
 
 def added_by_hand(folder: Path) -> nn.Module:
     """The base with every B A added to its weight."""
-    config, model = config_of(folder), load(folder / "out" / "peft" / "base", torch.float32)
+    config, model = config_of(folder), load_model(folder / "out" / "peft" / "base", torch.float32)
     for site in config["target_modules"]:
         weight = model.get_submodule(site).weight
         a, b = (factor.float().flatten(1) for factor in factors(folder, site))
@@ -73,9 +73,9 @@ def closeness(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_base_with_the_adapter_added_is_the_packed_model(name: str, written: Path) -> None:
     folder, (inputs, _) = written / name, data_for(name)
-    model, packed = added_by_hand(folder), load(folder / "out", torch.float32)
+    model, packed = added_by_hand(folder), load_model(folder / "out", torch.float32)
     assert closeness(logits(model, inputs), logits(packed, inputs)) < TOLERANCE.get(name, 1e-5)
-    without = load(folder / "out" / "peft" / "base", torch.float32)
+    without = load_model(folder / "out" / "peft" / "base", torch.float32)
     assert closeness(logits(without, inputs), logits(packed, inputs)) > 0.1, "the corrections matter"
 
 
@@ -121,7 +121,7 @@ def test_everything_written_is_compared(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_factors_in_codes_are_written_as_the_values_they_stand_for(bits: int, tmp_path: Path) -> None:
     write("llama", tmp_path, [Rtn(bits=3), Eora(rank=4, adapter_bits=bits)], "peft")
-    packed = load(tmp_path / "out")
+    packed = load_model(tmp_path / "out")
     for site in config_of(tmp_path)["target_modules"]:
         a, b = factors(tmp_path, site)
         assert a.dtype == b.dtype == torch.float32
@@ -135,7 +135,7 @@ def test_layers_that_are_not_worth_a_correction_are_only_in_the_base(tmp_path: P
     corrected = {site for site, spec in modules.items() if "low_rank" in spec}
     assert set(config_of(tmp_path)["target_modules"]) == corrected < modules.keys()
     inputs, _ = data_for("llama")
-    assert closeness(logits(added_by_hand(tmp_path), inputs), logits(load(tmp_path / "out"), inputs)) < 1e-5
+    assert closeness(logits(added_by_hand(tmp_path), inputs), logits(load_model(tmp_path / "out"), inputs)) < 1e-5
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------
@@ -180,8 +180,8 @@ def test_the_peft_library_computes_what_the_packed_model_does(name: str, written
     peft = pytest.importorskip("peft")
     folder, (inputs, _) = written / name, data_for(name)
     inputs = inputs if name == "resnet" else inputs.long()
-    model = peft.PeftModel.from_pretrained(load(folder / "out" / "peft" / "base"), folder / "out" / "peft").eval()
-    packed = load(folder / "out")
+    model = peft.PeftModel.from_pretrained(load_model(folder / "out" / "peft" / "base"), folder / "out" / "peft").eval()
+    packed = load_model(folder / "out")
     assert closeness(logits(model, inputs), logits(packed, inputs)) < TOLERANCE.get(name, 1e-5)
     if name == "llama":
         found = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "out" / "peft")

@@ -64,7 +64,7 @@ def test_the_error_is_that_of_the_dropped_directions(rank: int, masked: bool) ->
 
 
 def test_with_factors_that_are_not_rounded_it_is_so_to_four_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compress.passes.solvers.whitening.stored", lambda t: t)
+    monkeypatch.setattr("compress.passes.solvers.whitening.stored_factor", lambda t: t)
     target, x = problem()
     for rank in (1, 4, 12):
         found = output_error(target, correction(Eora(rank=rank, floor=1e-12), target), x)

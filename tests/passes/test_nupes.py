@@ -11,7 +11,7 @@ from compress.encodings import Power
 from compress.encodings.power import level_values
 from compress.passes import Nupes, PowerQuant
 from compress.passes.base import Target
-from compress.passes.quantize.nupes import Position, nearest_level, places
+from compress.passes.quantize.nupes import Position, even_places, nearest_level
 
 GENTLE = {"learning_rate": 0.005, "scale_rate": 0.003}  # for a few hundred tokens of noise
 
@@ -62,7 +62,7 @@ def test_the_exponents_gradient_is_that_of_a_finite_difference() -> None:
 
     def value(step: float) -> float:
         exponent = state.first_exponent * torch.tensor(step, dtype=torch.float64).exp()
-        x = places(4, "zero")
+        x = even_places(4, "zero")
         levels = x.sign() * x.abs() ** (1 / exponent)
         return float(((levels[code] * state.first_scale).view_as(towards) * towards).sum())
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compress import Pcb
 from compress.passes.merge.base import Piece
-from compress.passes.merge.pcb import measured, scores
+from compress.passes.merge.pcb import measured_bounds, scores
 
 
 def pcb(models: list[dict[str, Tensor]], **options: object) -> dict[str, Tensor]:
@@ -68,7 +68,7 @@ def test_copies_of_one_task_are_its_clipped_vector_on_the_top_share_for_any_numb
 def test_exactly_the_share_survives_and_the_best_score_counts_in_full() -> None:
     models = [flat(m) for m in fine_tunes(3)]
     piece = Piece("all", models[0], tuple(models[1:]), total=len(models[0]))
-    facts = measured(lambda: iter([piece]), len(models[0]), [0.25] * 3, clip=0.0)
+    facts = measured_bounds(lambda: iter([piece]), len(models[0]), [0.25] * 3, clip=0.0)
     for score, m in zip(scores(list(piece.deltas()), facts), facts, strict=True):
         share = ((score - m.cut) / (m.top - m.cut)).clamp(min=0)
         assert int((share > 0).sum()) == int(0.25 * len(models[0]))

@@ -9,7 +9,7 @@ from textbook import fine_tunes
 from torch import Tensor
 
 from compress import Slerp
-from compress.passes.merge.slerp import shares
+from compress.passes.merge.slerp import slerp_weights
 
 
 def slerp(a: dict[str, Tensor], b: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
@@ -65,4 +65,4 @@ def test_a_tensor_of_zeros_does_no_harm() -> None:
 
 
 def test_half_way_between_right_angles_both_count_alike() -> None:
-    assert shares(0.5, 0.0) == pytest.approx((math.sqrt(0.5), math.sqrt(0.5)))
+    assert slerp_weights(0.5, 0.0) == pytest.approx((math.sqrt(0.5), math.sqrt(0.5)))

@@ -13,7 +13,7 @@ from compress.config.options import errors_in
 from compress.errors import ConfigError
 from compress.passes import Eora, GlobalMagnitude, Magnitude, Perp, Rtn, SparseSoup
 from compress.passes.base import Pass, Target
-from compress.passes.retrain.sparse_soup import Member, greedy, mean
+from compress.passes.retrain.sparse_soup import Member, greedy, member_mean
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = {"steps": 6, "rank": 2, "learning_rate": 2e-3}
@@ -33,12 +33,12 @@ def targets() -> dict[str, Target]:
 
 def test_the_average_of_equal_copies_is_the_copy_to_the_bit() -> None:
     w = {"a": textbook.weight(8, 16) / 3}
-    assert torch.equal(mean([w, w, w])["a"], w["a"])
+    assert torch.equal(member_mean([w, w, w])["a"], w["a"])
 
 
 def test_the_average_is_the_mean() -> None:
     members = [{"a": textbook.weight(8, 16, seed)} for seed in range(3)]
-    assert torch.allclose(mean(members)["a"], torch.stack([m["a"] for m in members]).mean(0), atol=1e-6)
+    assert torch.allclose(member_mean(members)["a"], torch.stack([m["a"] for m in members]).mean(0), atol=1e-6)
 
 
 def test_a_greedy_soup_leaves_out_what_makes_it_worse() -> None:
@@ -134,14 +134,14 @@ def test_what_is_gone_comes_back_only_where_asked_for(regrow: bool, monkeypatch:
     from compress.passes.prune import global_magnitude
 
     masks: list[Tensor] = []
-    cut = global_magnitude.cut
+    cut = global_magnitude.smallest_cut
 
     def seen(*given: object) -> object:
         for name, mask in cut(*given):  # type: ignore[arg-type]
             masks.append(mask)
             yield name, mask
 
-    monkeypatch.setattr(global_magnitude, "cut", seen)
+    monkeypatch.setattr(global_magnitude, "smallest_cut", seen)
     given = {"a": Target(textbook.weight(16, 24), generator=torch.Generator())}
     pass_ = GlobalMagnitude(sparsity=0.7, cuts=5, regrow=regrow, train=("full",), steps=25, learning_rate=0.05)
     list(pass_.run(textbook.whole(given)))

@@ -30,7 +30,7 @@ from compress.errors import ConfigError
 from compress.models import graph
 from compress.models.families.llama import GatedDecoder
 from compress.models.symmetry import Place, Units
-from compress.passes.merge.permutation import Order, align, arranged, assigned, coupled, match, moves
+from compress.passes.merge.permutation import Order, align_units, arranged, assigned, coupled, match, moves
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -162,7 +162,7 @@ def test_another_order_computes_the_same_and_is_recovered_exactly(family: str) -
     assert torch.allclose(outputs(model), before, rtol=1e-4, atol=1e-4)
     changed = [name for name, value in theirs.items() if not torch.equal(value, ours[name])]
     assert len(changed) >= 2 * len(units)
-    found = align(units, ours.__getitem__, theirs.__getitem__, torch.Generator().manual_seed(0), 100)
+    found = align_units(units, ours.__getitem__, theirs.__getitem__, torch.Generator().manual_seed(0), 100)
     assert found.before > 0
     assert found.after == 0
     for name, value in theirs.items():

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 SAMPLES, LENGTH = 16, 1024
 
 
-def described(base: Artifact) -> dict[str, str]:
+def described_tensors(base: Artifact) -> dict[str, str]:
     """Tensor -> its type, shape and digest, as in `bfloat16 192x576 0123456789abcdef`."""
-    return {name: _described(base, name) for name, tensor in base.graph.tensors() if tensor.is_floating_point()}
+    return {name: _described_tensor(base, name) for name, tensor in base.graph.tensors() if tensor.is_floating_point()}
 
 
 def class_of(base: Artifact) -> str:
@@ -40,7 +40,7 @@ def refuse_other(base: Artifact, made_for: str, tensors: Mapping[str, str], delt
     Args:
         base: the model that the delta is to be added to.
         made_for: the class of the model that it was made for.
-        tensors: what `described` said of that model.
+        tensors: what `described_tensors` said of that model.
         delta: what the user calls the delta.
 
     Raises:
@@ -48,7 +48,7 @@ def refuse_other(base: Artifact, made_for: str, tensors: Mapping[str, str], delt
     """
     if made_for != class_of(base):
         raise UsageError(f"{delta} was made for a {made_for}, and the base is a {class_of(base)}")
-    here = described(base)
+    here = described_tensors(base)
     alone = sorted(tensors.keys() ^ here.keys())
     if alone:
         has, lacks = ("its base", "this one") if alone[0] in tensors else ("this base", "its base")
@@ -65,7 +65,7 @@ def refuse_other(base: Artifact, made_for: str, tensors: Mapping[str, str], delt
         )
 
 
-def _described(base: Artifact, name: str) -> str:
+def _described_tensor(base: Artifact, name: str) -> str:
     stored = base.name_in_source(name)
     dtype, shape = str(base.source.dtype(stored)).removeprefix("torch."), base.source.shape(stored)
     digest = hashlib.sha256()

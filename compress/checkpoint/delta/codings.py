@@ -65,7 +65,7 @@ class RiceChunks:
         count = int.from_bytes(bytes(bytes_of(head[2:])), "little")
         begin = 6 + count * TABLE.itemsize
         table = np.frombuffer(bytes(bytes_of(self.read(6, begin))), TABLE)
-        sizes = [rice.size(int(row["count"]), int(row["low"]), int(row["first"])) for row in table]
+        sizes = [rice.coded_size(int(row["count"]), int(row["low"]), int(row["first"])) for row in table]
         return head[:2].view(torch.bfloat16).float(), table, np.cumsum([begin, *sizes])
 
     def chunk(self, index: int, length: int) -> Signs:

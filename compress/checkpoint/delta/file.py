@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint.delta.base import class_of, described, refuse_other
+from compress.checkpoint.delta.base import class_of, described_tensors, refuse_other
 from compress.checkpoint.delta.codings import CODINGS
 from compress.checkpoint.sources import FolderSource
 from compress.errors import CheckpointError
@@ -111,7 +111,7 @@ class Delta:
         }
 
 
-def write(
+def write_delta(
     file: Path,
     base: Artifact,
     names: Sequence[str],
@@ -139,7 +139,7 @@ def write(
         "format": FORMAT, "version": VERSION, "method": method, "coding": coding, "chunk": str(chunk),
         "parameters": str(sum(torch.Size(shape).numel() for shape, _ in sizes)),
         "bytes": str(sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in sizes)),
-        "model": class_of(base), "tensors": json.dumps(described(base), separators=(",", ":")),
+        "model": class_of(base), "tensors": json.dumps(described_tensors(base), separators=(",", ":")),
     }  # fmt: skip
     made = ((name, payload(name)) for name in bars.over(names, len(names), f"{method}: delta"))
     write_as_made(file, made, names, lambda digest: about | {"sha256": digest})

@@ -51,7 +51,7 @@ class Aligner:
         """How one of the others is put in order."""
         if k not in self._found:
             parent = self.parents[k]
-            there = set(names_of(self.pass_, self._base))
+            there = set(merged_names(self.pass_, self._base))
             units = [found for each in self._base.graph.units() if (found := each.among(there))]
             generator = generator_for(self.context.seed, self.number, k, "")
 
@@ -94,6 +94,6 @@ class AlignedSource(ChangedSource):
         return moves.get(self._names.get(name, name), ())
 
 
-def names_of(pass_: MergePass, base: Artifact) -> list[str]:
+def merged_names(pass_: MergePass, base: Artifact) -> list[str]:
     """The tensors that are merged; all others are the base's."""
     return [n for n, t in base.graph.tensors() if t.is_floating_point() and pass_.selects(n, in_block=True)]

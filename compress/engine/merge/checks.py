@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from compress.models.graph import Graph
 
 
-def check(pipeline: Pipeline, base: Artifact, file: str = "pipeline") -> list[str]:
+def check_models(pipeline: Pipeline, base: Artifact, file: str = "pipeline") -> list[str]:
     """Open everything that is merged, and refuse what does not fit; reads headers, no weight.
 
     Returns:

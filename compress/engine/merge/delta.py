@@ -6,7 +6,7 @@ from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
 from compress.checkpoint.delta.codings import CODINGS
-from compress.checkpoint.delta.file import Delta, write
+from compress.checkpoint.delta.file import Delta, write_delta
 from compress.checkpoint.delta.source import with_delta
 from compress.errors import CompressError
 from compress.io.keys import digest
@@ -54,7 +54,7 @@ def make_delta(ledger: MemoryLedger, unit: str, key: str, merger: Merger, settle
             first = next(codes, None)
             return value if first is None else coding.pack(code for code in chain([first], codes) if code is not None)
 
-        write(
+        write_delta(
             file,
             merger.base,
             names,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.engine.merge.aligning import names_of
+from compress.engine.merge.aligning import merged_names
 from compress.errors import MergeError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Merger:
 
     def names(self) -> list[str]:
         """The tensors that are merged; all others are the base's."""
-        return names_of(self.pass_, self.base)
+        return merged_names(self.pass_, self.base)
 
     def survey(self) -> Any:
         """What the pass wants to know of the whole models."""

@@ -12,7 +12,7 @@ from compress.calibration.metrics import logits_in
 from compress.calibration.precision import learning
 from compress.engine.ledger import KeptInLedger
 from compress.engine.measure import Meter
-from compress.engine.model_training import in_memory, learned
+from compress.engine.model_training import in_memory, with_learned
 from compress.engine.placement import lent
 from compress.io.keys import hash_of, key_of
 from compress.passes.merge.base import MergePass
@@ -116,7 +116,7 @@ class Trials(Models):
 
         def logits(make: Make, numbers: Tensor) -> Tensor:
             computing = learning(context.products, torch.empty(0, dtype=context.dtype))
-            with computing, learned(graph, values(make), False, parameters):
+            with computing, with_learned(graph, values(make), False, parameters):
                 out: Tensor = logits_in(context.forward(inputs[numbers.to(inputs.device)])).float()
             return out[:, :-1].flatten(0, 1) if graph.is_language_model else out
 

@@ -62,8 +62,8 @@ def write_merged(ledger: MemoryLedger, unit: str, key: str, base: Artifact, sett
 
         write_tensors(list(entries(base)), read, file, merger.bars, merger.pass_.key)
 
-    made = _opened(ledger, unit, key, base, write)
-    return _in_memory(base, settle()) if made is None else made
+    made = _open_merged(ledger, unit, key, base, write)
+    return _merged_in_memory(base, settle()) if made is None else made
 
 
 def write_applied(ledger: MemoryLedger, unit: str, key: str, merger: Merger, delta: Delta) -> Artifact:
@@ -74,19 +74,19 @@ def write_applied(ledger: MemoryLedger, unit: str, key: str, merger: Merger, del
         layout, read = list(entries(applied)), partial(stored_tensors, applied)
         write_tensors(layout, read, file, merger.bars, merger.pass_.key)
 
-    made = _opened(ledger, unit, key, merger.base, write)
+    made = _open_merged(ledger, unit, key, merger.base, write)
     assert made is not None, "a ledger that keeps the delta keeps this file too"
     return made
 
 
-def _opened(
+def _open_merged(
     ledger: MemoryLedger, unit: str, key: str, base: Artifact, write: Callable[[Path], None]
 ) -> Artifact | None:
     source = ledger.open_file(unit, key, write, lambda file: WrittenSource(file.parent, file.name))
     return None if source is None else replace(base, source=source, renamed=dict(base.graph.tied))
 
 
-def _in_memory(base: Artifact, settled: Settled) -> Artifact:
+def _merged_in_memory(base: Artifact, settled: Settled) -> Artifact:
     merger = settled.merger
     found, names = merger.found(settled.learned), merger.names()
     over = merger.bars.over(names, len(names), f"{merger.pass_.key}: tensors", "end")

@@ -13,7 +13,7 @@ from compress.checkpoint.artifact import Packed
 from compress.export.onnx import weights
 from compress.export.onnx.functions import LAYER_DOMAIN as LAYERS
 from compress.export.onnx.functions import Functions
-from compress.export.onnx.inputs import rounded
+from compress.export.onnx.inputs import on_grid
 from compress.export.onnx.ops import MICROSOFT, Ops, constant
 from compress.export.onnx.products import linear
 from compress.export.onnx.trace import INPUT, LINEAR, PLACEHOLDER_DOMAIN, WEIGHT, quiet, traced
@@ -31,7 +31,7 @@ PREFIX = "model."  # of the wrapper around the model
 OPSET, OPSET_OF_TWO_BITS = 21, 25
 
 
-def build(made: PackedFolder, style: Style) -> ir.Model:
+def build_graph(made: PackedFolder, style: Style) -> ir.Model:
     """The graph; numbers are read from `made` while it is written.
 
     Raises:
@@ -62,7 +62,7 @@ def constants(made: PackedFolder, style: Style) -> dict[str, ir.Value]:
             ops, WEIGHT if artifact.sites[site].is_convolution else LINEAR, ir.Value(name="x"), spec, done, style, ()
         )
         if artifact.sites[site].is_convolution and spec.inputs is not None:
-            rounded(ops, ir.Value(name="x"), spec.inputs, done.leaf, spec.shape[1])
+            on_grid(ops, ir.Value(name="x"), spec.inputs, done.leaf, spec.shape[1])
         found |= ops.constants
     return found
 
@@ -140,8 +140,8 @@ def _lowered(
         return linear(ops, x, spec, done.leaf, style)
     if kind == INPUT:
         assert spec.inputs is not None
-        return rounded(ops, x, spec.inputs, done.leaf, spec.shape[1])
-    return ops.reshape(weights.whole(weights.source_of(ops, spec, done.leaf), spec), *stored)
+        return on_grid(ops, x, spec.inputs, done.leaf, spec.shape[1])
+    return ops.reshape(weights.whole_weight(weights.source_of(ops, spec, done.leaf), spec), *stored)
 
 
 def _parameter(artifact: Artifact, name: str) -> ir.Value:

@@ -76,9 +76,9 @@ class Onnx(Exporter):
             )
 
     def write(self, made: PackedFolder, folder: Path, final: Path, bars: Bars) -> None:
-        from compress.export.onnx.files import write
+        from compress.export.onnx.files import write_graph
 
-        write(made, self.written_as, folder, bars)
+        write_graph(made, self.written_as, folder, bars)
 
     def verify(self, made: PackedFolder, folder: Path, bars: Bars) -> dict[str, Any]:
         from compress.export.onnx.files import compare

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from compress.errors import CompressError
-from compress.export.onnx.build import build, constants, parameters
+from compress.export.onnx.build import build_graph, constants, parameters
 from compress.export.onnx.names import DATA, MODEL
 from compress.io.atomic import writing
 
@@ -22,11 +22,11 @@ INLINE = 1024  # bytes of a constant that stands in the graph itself
 PAGE, LARGE, ALIGNMENT = 4096, 1 << 20, 64  # large constants begin a page, so that they can be mapped
 
 
-def write(made: PackedFolder, style: Style, folder: Path, bars: Bars) -> None:
+def write_graph(made: PackedFolder, style: Style, folder: Path, bars: Bars) -> None:
     """Write the graph and its constants, one of them in memory at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     for _ in bars.over(range(1), 1, "trace: onnx"):
-        model = build(made, style)
+        model = build_graph(made, style)
     with writing(folder / DATA):
         write_constants(model, folder, bars)
     with writing(folder / MODEL):

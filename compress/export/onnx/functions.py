@@ -53,7 +53,7 @@ class Functions:
                     node.replace_input_with(place, formal[value])
                 elif value is not None and value.name in ops.shared:
                     if value not in inner:
-                        constants.append(_constant(value, f"c{len(constants)}"))
+                        constants.append(_constant_node(value, f"c{len(constants)}"))
                         inner[value] = constants[-1].outputs[0]
                     node.replace_input_with(place, inner[value])
         imports = {"": self.opset} | ({MICROSOFT: 1} if any(n.domain == MICROSOFT for n in ops.nodes) else {})
@@ -61,7 +61,7 @@ class Functions:
         return ir.Function(LAYER_DOMAIN, f"Packed{len(self.made)}", graph=body, attributes=[])
 
 
-def _constant(value: ir.Value, name: str) -> ir.Node:
+def _constant_node(value: ir.Value, name: str) -> ir.Node:
     assert value.const_value is not None
     tensor = ir.tensor(value.const_value.numpy(), name=name)
     attributes = ir.convenience.convert_attributes({"value": tensor})

@@ -136,7 +136,7 @@ def same_tokens(made: PackedFolder, folder: Path, kernels: bool) -> int:
     here = expected(made, prompt, count)
     pairs = list(zip(here, there, strict=False))
     first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-    if first is not None and not alike(made, torch.cat([prompt, torch.tensor(here[:first])]), *pairs[first]):
+    if first is not None and not equally_likely(made, torch.cat([prompt, torch.tensor(here[:first])]), *pairs[first]):
         raise CompressError(
             f"{folder}: onnxruntime-genai goes on with {there[:8]} where transformers goes on with {here[:8]}; nothing "
             "was given its final name"
@@ -144,10 +144,10 @@ def same_tokens(made: PackedFolder, folder: Path, kernels: bool) -> int:
     return len(pairs) if first is None else first
 
 
-def alike(made: PackedFolder, tokens: Tensor, one: int, other: int) -> bool:
+def equally_likely(made: PackedFolder, tokens: Tensor, one: int, other: int) -> bool:
     """Whether two tokens are so equally likely that rounding decides."""
     with torch.no_grad():
-        logits = loading.load(made.folder, torch.float32)(tokens.long()[None]).logits[0, -1]
+        logits = loading.load_model(made.folder, torch.float32)(tokens.long()[None]).logits[0, -1]
     return bool((logits[one] - logits[other]).abs() <= TIGHT * max(1.0, float(logits.abs().max())))
 
 
@@ -179,7 +179,7 @@ def generated(folder: Path, prompt: Tensor, count: int) -> list[int]:
 
 def expected(made: PackedFolder, prompt: Tensor, count: int) -> list[int]:
     """Tokens that transformers goes on with, from the packed folder."""
-    model = loading.load(made.folder, torch.float32)
+    model = loading.load_model(made.folder, torch.float32)
     with torch.no_grad():
         found = model.generate(
             prompt[None], attention_mask=torch.ones_like(prompt[None]), max_new_tokens=count, do_sample=False

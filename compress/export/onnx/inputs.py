@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from compress.export.onnx.ops import Ops
 
 
-def rounded(ops: Ops, x: ir.Value, form: InputForm, read: Callable[[str], Tensor], columns: int) -> ir.Value:
+def on_grid(ops: Ops, x: ir.Value, form: InputForm, read: Callable[[str], Tensor], columns: int) -> ir.Value:
     """(..., C) float32 -> the nearest values of the grid; only pairs must know C, the number of columns."""
     if not form.static:
         return _per_token(ops, x, form.bits)
     scale = read("input_scale")[0]
     if form.kind.paired:
         assert form.normal is not None
-        return _pairs(
+        return _on_pairs(
             ops, x, ops.stored("input_scale", (), torch.float32, lambda: scale), PAIR_TYPES[form.normal], columns
         )
     zero = read("input_zero_point")[0]
@@ -54,7 +54,7 @@ def _on_steps(ops: Ops, x: ir.Value, scale: ir.Value, middle: ir.Value, bits: in
     return ops.op("Mul", ops.op("Sub", codes, middle), scale)
 
 
-def _pairs(ops: Ops, x: ir.Value, scale: ir.Value, kind: PairType, columns: int) -> ir.Value:
+def _on_pairs(ops: Ops, x: ir.Value, scale: ir.Value, kind: PairType, columns: int) -> ir.Value:
     """Outlier-victim pairs along the last dimension."""
     units = ops.op("Div", x, scale)
     magnitude = ops.op("Abs", units)

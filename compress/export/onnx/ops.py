@@ -119,7 +119,7 @@ def unpacked(ops: Ops, stream: ir.Value, bits: int, rows: int, count: int) -> ir
         return stream
     if 8 % bits == 0:
         found = ops.op("Gather", lanes(ops, bits), ops.cast(stream, torch.int32), axis=0)
-        return cut(ops, ops.reshape(found, rows, there * (8 // bits)), count, there * (8 // bits))
+        return first_columns(ops, ops.reshape(found, rows, there * (8 // bits)), count, there * (8 // bits))
     missing = -there % bits
     if missing:
         zeros = ops.small(torch.zeros(1, 1, dtype=torch.uint8))
@@ -134,7 +134,7 @@ def unpacked(ops: Ops, stream: ir.Value, bits: int, rows: int, count: int) -> ir
     low = ops.op("BitShift", ops.op("Gather", word, ops.ints(*first), axis=2), _bytes(ops, down), direction="RIGHT")
     high = ops.op("BitShift", ops.op("Gather", word, ops.ints(*second), axis=2), _bytes(ops, up), direction="LEFT")
     codes = ops.op("BitwiseAnd", ops.op("BitwiseOr", low, high), _bytes(ops, [2**bits - 1]))
-    return cut(ops, ops.reshape(codes, rows, words * 8), count, words * 8)
+    return first_columns(ops, ops.reshape(codes, rows, words * 8), count, words * 8)
 
 
 def lanes(ops: Ops, bits: int) -> ir.Value:
@@ -157,7 +157,7 @@ def repacked(ops: Ops, codes: ir.Value, bits: int, rows: int, count: int) -> ir.
     return made
 
 
-def padded(ops: Ops, codes: ir.Value, rows: int, count: int, to: int) -> ir.Value:
+def pad_columns(ops: Ops, codes: ir.Value, rows: int, count: int, to: int) -> ir.Value:
     """(rows, count) uint8 -> (rows, to), with zeros behind."""
     if to == count:
         return codes
@@ -165,7 +165,7 @@ def padded(ops: Ops, codes: ir.Value, rows: int, count: int, to: int) -> ir.Valu
     return ops.op("Concat", codes, zeros, axis=1)
 
 
-def cut(ops: Ops, x: ir.Value, count: int, there: int) -> ir.Value:
+def first_columns(ops: Ops, x: ir.Value, count: int, there: int) -> ir.Value:
     """The first `count` of `there` columns."""
     return x if count == there else ops.op("Slice", x, ops.ints(0), ops.ints(count), ops.ints(1))
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 
 from compress.encodings import FACTORED
 from compress.export.onnx import qdq, weights
-from compress.export.onnx.inputs import rounded
-from compress.export.onnx.ops import MICROSOFT, padded, repacked, unpacked
+from compress.export.onnx.inputs import on_grid
+from compress.export.onnx.ops import MICROSOFT, pad_columns, repacked, unpacked
 from compress.lazy import torch
 
 if TYPE_CHECKING:
@@ -52,12 +52,12 @@ def linear(ops: Ops, x: ir.Value, spec: Spec, read: weights.ReadTensor, style: S
     """(..., I) -> (..., O), as a packed layer computes it; its bias is added elsewhere."""
     source = weights.source_of(ops, spec, read)
     if spec.inputs is not None:
-        x = rounded(ops, x, spec.inputs, read, spec.shape[1])
+        x = on_grid(ops, x, spec.inputs, read, spec.shape[1])
     made = None
     if spec.kind != FACTORED:
         kept = weights.mask(source, spec)
         made = kernel(source, x, kept, style) if style.kernels else _standard(source, x)
-        made = made or plain(ops, x, weights.dense(source, kept))
+        made = made or plain_product(ops, x, weights.dense(source, kept))
     if spec.low_rank is not None:
         thin = low_rank(source, x, spec.low_rank, style)
         made = thin if made is None else ops.op("Add", made, thin)
@@ -65,13 +65,13 @@ def linear(ops: Ops, x: ir.Value, spec: Spec, read: weights.ReadTensor, style: S
     return made
 
 
-def plain(ops: Ops, x: ir.Value, weight: ir.Value) -> ir.Value:
+def plain_product(ops: Ops, x: ir.Value, weight: ir.Value) -> ir.Value:
     """X times the transpose of a float32 weight."""
     return ops.op("MatMul", x, ops.op("Transpose", weight, perm=[1, 0]))
 
 
 def _standard(source: WeightSource, x: ir.Value) -> ir.Value | None:
-    weight = qdq.dequantized(source)
+    weight = qdq.dequantize_linear(source)
     return None if weight is None else source.ops.op("MatMul", x, weight)
 
 
@@ -82,7 +82,7 @@ def low_rank(source: WeightSource, x: ir.Value, form: LowRankForm, style: Style)
         product = None
         if form.bits is not None:
             product = kernel(part, x, None, style) if style.kernels else _standard(part, x)
-        x = product or plain(source.ops, x, weights.thin(part, form))
+        x = product or plain_product(source.ops, x, weights.thin(part, form))
     return x
 
 
@@ -90,12 +90,12 @@ def kernel(source: WeightSource, x: ir.Value, kept: ir.Value | None, style: Styl
     """X times the weight in `MatMulNBits`; None where no form of it is legal, or exact enough."""
     form = source.form
     if form is not None and form.steps:
-        return _steps(source, form, x, kept, style)
+        return _steps_product(source, form, x, kept, style)
     if form is None or not style.fast:
         return None
     found: ir.Value | None = None
     for codes, scale, groups in _tables(source, kept):
-        product = _product(source, x, codes, scale, None, 8, groups, style)
+        product = _codes_product(source, x, codes, scale, None, 8, groups, style)
         if product is None:
             return None
         found = product if found is None else source.ops.op("Add", found, product)
@@ -110,7 +110,9 @@ def block_size(columns: int, groups: int) -> int | None:
     return next((b for b in (*PRODUCT_BLOCKS, 16) if size % b == 0), None)
 
 
-def _steps(source: WeightSource, form: Form, x: ir.Value, kept: ir.Value | None, style: Style) -> ir.Value | None:
+def _steps_product(
+    source: WeightSource, form: Form, x: ir.Value, kept: ir.Value | None, style: Style
+) -> ir.Value | None:
     """X times codes that count steps."""
     ops, (rows, columns), scales = source.ops, source.shape, source.lookup().scale
     assert scales is not None
@@ -119,8 +121,10 @@ def _steps(source: WeightSource, form: Form, x: ir.Value, kept: ir.Value | None,
         return None
     width, blocks = next(w for w in PRODUCT_WIDTHS if w >= form.bits), -(-columns // block)
     one_row, groups = len(scales.values) == 1 < rows, scales.groups
-    zeros = None if "zero_point" not in source.beside and width == form.bits else _zero_points(source, blocks, width)
-    scale = _spread(ops, source.scale(), one_row, groups, rows, blocks)
+    zeros = (
+        None if "zero_point" not in source.beside and width == form.bits else _packed_zero_points(source, blocks, width)
+    )
+    scale = _per_block(ops, source.scale(), one_row, groups, rows, blocks)
     as_stored = width == form.bits and kept is None
     if as_stored and columns == blocks * block:
         packed = source.value("codes", rows, blocks, block * width // 8)
@@ -131,10 +135,10 @@ def _steps(source: WeightSource, form: Form, x: ir.Value, kept: ir.Value | None,
         middle = ops.op("Unsqueeze", ops.cast(weights.zero_points(source), torch.uint8), ops.ints(-1))
         there = ops.op("Where", ops.reshape(kept, *grouped), ops.reshape(codes, *grouped), middle)
         codes = ops.reshape(there, rows, columns)
-    return _product(source, x, codes, scale, zeros, width, groups, style)
+    return _codes_product(source, x, codes, scale, zeros, width, groups, style)
 
 
-def _product(
+def _codes_product(
     source: WeightSource, x: ir.Value, codes: ir.Value, scale: ir.Value, zeros: ir.Value | None, width: int,
     groups: int, style: Style,
 ) -> ir.Value | None:  # fmt: skip
@@ -144,7 +148,7 @@ def _product(
     if block is None:
         return None
     blocks = -(-columns // block)
-    whole = padded(ops, codes, rows, columns, blocks * block)
+    whole = pad_columns(ops, codes, rows, columns, blocks * block)
     packed = repacked(ops, whole, width, rows, blocks * block)
     packed = ops.reshape(packed, rows, blocks, block * width // 8)
     return _matmul(ops, x, packed, scale, zeros, width, source.shape, block, style)
@@ -160,7 +164,7 @@ def _matmul(
     return ops.op("MatMulNBits", *inputs, domain=MICROSOFT, **attributes)
 
 
-def _spread(ops: Ops, value: ir.Value, one_row: bool, groups: int, rows: int, blocks: int) -> ir.Value:
+def _per_block(ops: Ops, value: ir.Value, one_row: bool, groups: int, rows: int, blocks: int) -> ir.Value:
     """(R, G) -> (O, K): a number for each block."""
     if groups == blocks and not one_row:
         return value
@@ -168,7 +172,7 @@ def _spread(ops: Ops, value: ir.Value, one_row: bool, groups: int, rows: int, bl
     return ops.reshape(ops.expand(value, rows, groups, blocks // groups), rows, blocks)
 
 
-def _zero_points(source: WeightSource, blocks: int, width: int) -> ir.Value:
+def _packed_zero_points(source: WeightSource, blocks: int, width: int) -> ir.Value:
     """(O, ceil(K * width / 8)) uint8, packed."""
     ops, form, rows = source.ops, source.form, source.shape[0]
     assert form is not None
@@ -179,9 +183,9 @@ def _zero_points(source: WeightSource, blocks: int, width: int) -> ir.Value:
     if groups == blocks and width == form.bits and there == rows:
         return source.value("zero_point")
     zeros = source.per_row(unpacked(ops, source.value("zero_point"), form.bits, there, groups))
-    zeros = _spread(ops, zeros, there == 1 < rows, groups, rows, blocks)
+    zeros = _per_block(ops, zeros, there == 1 < rows, groups, rows, blocks)
     full = blocks + -blocks % (8 // width)
-    return repacked(ops, padded(ops, zeros, rows, blocks, full), width, rows, full)
+    return repacked(ops, pad_columns(ops, zeros, rows, blocks, full), width, rows, full)
 
 
 def _tables(source: WeightSource, kept: ir.Value | None) -> list[tuple[ir.Value, ir.Value, int]]:
@@ -194,21 +198,21 @@ def _tables(source: WeightSource, kept: ir.Value | None) -> list[tuple[ir.Value,
     found: list[tuple[ir.Value, ir.Value, int]] = []
 
     def masked(codes: ir.Value) -> ir.Value:
-        return codes if kept is None else ops.op("Where", kept, codes, ops.small(_codes(torch.zeros(()))))
+        return codes if kept is None else ops.op("Where", kept, codes, ops.small(_middle_codes(torch.zeros(()))))
 
     def spread(scale: ir.Value, one_row: bool) -> ir.Value:
-        return _spread(ops, scale, one_row, groups, rows, -(-columns // block))
+        return _per_block(ops, scale, one_row, groups, rows, -(-columns // block))
 
     one_row = lookup.scale is not None and len(lookup.scale.values) == 1 < rows
     if lookup.table.codes_per_index > 1:
         for values, unit in _terms(lookup.table.values[0]):
             scale = ops.op("Mul", source.scale(), ops.number(unit))
-            codes = weights.pairs(source, ops.small(_codes(values)))
+            codes = weights.pair_entries(source, ops.small(_middle_codes(values)))
             found.append((masked(codes), spread(scale, one_row), groups))
     elif "table" in source.beside:
         table = lookup.table.values[..., 0]
         largest = table.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        narrow = source.derived("table", _codes(table / largest * LARGEST))
+        narrow = source.derived("table", _middle_codes(table / largest * LARGEST))
         codes = weights.looked_up(source, lookup, narrow, kept)
         of_table = source.derived("table_scale", (largest / LARGEST)[:, 0])
         scale = ops.op("Gather", of_table, _row_table(source, lookup), axis=0)
@@ -218,12 +222,12 @@ def _tables(source: WeightSource, kept: ir.Value | None) -> list[tuple[ir.Value,
         levels = lookup.table.values.flatten()
         top = float(levels.abs().max())
         scale = spread(ops.op("Div", source.scale(), ops.number(LARGEST / top)), one_row)
-        narrow = source.derived("levels", _codes(levels / top * LARGEST))
+        narrow = source.derived("levels", _middle_codes(levels / top * LARGEST))
         found.append((masked(weights.looked_up(source, lookup, narrow, kept)), scale, groups))
     return found
 
 
-def _codes(values: Tensor) -> Tensor:
+def _middle_codes(values: Tensor) -> Tensor:
     return (values.round() + MIDDLE).to(torch.uint8)
 
 

@@ -23,7 +23,7 @@ CODE_TYPES = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
 QDQ_BLOCKS = (256, 128, 64, 32, 16)  # onnxruntime turns these into its own operator
 
 
-def dequantized(source: WeightSource) -> ir.Value | None:
+def dequantize_linear(source: WeightSource) -> ir.Value | None:
     """(I, O) float32, packed in the file and in memory; None where the operator has no such codes."""
     form, (rows, columns) = source.form, source.shape
     if form is None or not form.steps or form.bits not in CODE_TYPES or source.kept is not None:

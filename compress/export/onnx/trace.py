@@ -113,7 +113,7 @@ def traced(graph: Graph, specs: Mapping[str, Spec], opset: int) -> ir.Model:
     _materialise(model)
     with torch.no_grad():
         try:
-            signature = _signature(graph)
+            signature = _call_signature(graph)
             dynamic: Any = signature.dynamic
             if isinstance(signature.module, TracedDecoder):  # whose last argument is a tuple
                 dynamic = (*dynamic[:2], dynamic[2:])
@@ -191,7 +191,7 @@ class TracedImageModel(nn.Module):
         return found
 
 
-def _signature(graph: Graph) -> CallSignature:
+def _call_signature(graph: Graph) -> CallSignature:
     model, config = graph.model, graph.model.config
     if graph.is_image_model:
         size: Any = getattr(config, "image_size", None)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from compress.encodings import FACTORED
 from compress.encodings.bits import row_bytes
 from compress.encodings.codebook import index_bits
-from compress.export.onnx.ops import cut, lanes, unpacked
+from compress.export.onnx.ops import first_columns, lanes, unpacked
 from compress.lazy import torch
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def codes(source: WeightSource, kept: ir.Value | None) -> ir.Value:
     if source.kept == 0:
         return ops.expand(ops.small(torch.zeros((), dtype=torch.uint8)), rows, columns)
     stream = source.value("codes", 1, source.tensors["codes"][0][0])
-    return _spread(ops, unpacked(ops, stream, form.bits, 1, source.kept), source.kept, kept, source.shape)
+    return _at_kept(ops, unpacked(ops, stream, form.bits, 1, source.kept), source.kept, kept, source.shape)
 
 
 def dense(source: WeightSource, kept: ir.Value | None) -> ir.Value:
@@ -142,7 +142,7 @@ def dense(source: WeightSource, kept: ir.Value | None) -> ir.Value:
     if source.form is None:
         assert kept is not None
         assert source.kept is not None
-        values = _spread(ops, ops.reshape(source.floats("values"), 1, source.kept), source.kept, kept, shape)
+        values = _at_kept(ops, ops.reshape(source.floats("values"), 1, source.kept), source.kept, kept, shape)
     else:
         values = dequantized(source, kept)
     return values if kept is None else ops.op("Where", kept, values, ops.number(0))
@@ -158,9 +158,9 @@ def dequantized(source: WeightSource, kept: ir.Value | None) -> ir.Value:
         scale = ops.op("Unsqueeze", source.scale(), ops.ints(-1))
         return ops.reshape(ops.op("Mul", centred, scale), rows, columns)
     if lookup.table.codes_per_index > 1:
-        values = pairs(source, ops.small(lookup.table.values[0]))
+        values = pair_entries(source, ops.small(lookup.table.values[0]))
     else:
-        values = looked_up(source, lookup, _table(source, lookup), kept)
+        values = looked_up(source, lookup, _lookup_table(source, lookup), kept)
     if lookup.scale is None:
         return values
     groups = _groups(lookup)
@@ -192,7 +192,7 @@ def looked_up(source: WeightSource, lookup: Lookup, table: ir.Value, kept: ir.Va
         by_byte = ops.op("Gather", ops.reshape(table, -1), index, axis=0)
         there = row_bytes(columns, form.bits) * (8 // form.bits)
         found = ops.op("Gather", by_byte, ops.cast(source.value("codes"), torch.int32), axis=0)
-        return cut(ops, ops.reshape(found, rows, there), columns, there)
+        return first_columns(ops, ops.reshape(found, rows, there), columns, there)
     index = ops.cast(codes(source, kept), torch.int32)
     if lookup.row_table is not None:
         first = ops.cast(row_tables(source, lookup), torch.int32)
@@ -210,7 +210,7 @@ def row_tables(source: WeightSource, lookup: Lookup) -> ir.Value:
     return source.derived("row_table", lookup.row_table[None])
 
 
-def pairs(source: WeightSource, table: ir.Value) -> ir.Value:
+def pair_entries(source: WeightSource, table: ir.Value) -> ir.Value:
     """(O, I): the entries of a table of pairs, two neighbouring columns a pair."""
     ops, form, (rows, columns) = source.ops, source.form, source.shape
     assert form is not None
@@ -242,7 +242,7 @@ def thin(side: WeightSource, form: LowRankForm) -> ir.Value:
     return replace(side, prefix="").floats(side.prefix.removesuffix("_"))
 
 
-def whole(source: WeightSource, spec: Spec) -> ir.Value:
+def whole_weight(source: WeightSource, spec: Spec) -> ir.Value:
     """(O, I) float32: all of it."""
     base = None if spec.kind == FACTORED else dense(source, mask(source, spec))
     if spec.low_rank is None:
@@ -252,7 +252,7 @@ def whole(source: WeightSource, spec: Spec) -> ir.Value:
     return added if base is None else source.ops.op("Add", base, added)
 
 
-def _table(source: WeightSource, lookup: Lookup) -> ir.Value:
+def _lookup_table(source: WeightSource, lookup: Lookup) -> ir.Value:
     """(T, E) float32: the stored table, or what stands for one that the form makes."""
     if "table" in source.beside:
         return source.floats("table")
@@ -263,7 +263,7 @@ def _groups(lookup: Lookup) -> int:
     return 1 if lookup.scale is None else lookup.scale.groups
 
 
-def _spread(ops: Ops, stream: ir.Value, count: int, kept: ir.Value, shape: tuple[int, int]) -> ir.Value:
+def _at_kept(ops: Ops, stream: ir.Value, count: int, kept: ir.Value, shape: tuple[int, int]) -> ir.Value:
     """(1, count) kept values, row after row -> (O, I), each in its place; elsewhere any of them."""
     rows, columns = shape
     flat = ops.reshape(ops.cast(kept, torch.int32), rows * columns)

@@ -35,7 +35,7 @@ class Plain:
                 size = sum(p.numel() for p in module.parameters())
                 if size > most:
                     best, most = tuple(f"{name}.{child}" for child, _ in children), size
-        return _opened(model, best) or ("",)  # no repeated modules: the whole model is the one block
+        return _unwrapped_lists(model, best) or ("",)  # no repeated modules: the whole model is the one block
 
     def sites(self, model: nn.Module) -> Iterator[Site]:
         """The weight of every `Linear`, plain `Conv2d` and transformers `Conv1D`."""
@@ -59,7 +59,7 @@ class Plain:
         return model(batch.clone())  # a first layer may work in place
 
 
-def _opened(model: nn.Module, blocks: tuple[str, ...]) -> tuple[str, ...]:
+def _unwrapped_lists(model: nn.Module, blocks: tuple[str, ...]) -> tuple[str, ...]:
     """Blocks that only hold a list of modules (the stages of a ResNet) give way to what is on the list."""
     found: list[str] = []
     for name in blocks:

@@ -16,7 +16,7 @@ from compress.encodings import LowRankFactors as Factors
 from compress.errors import SolveError
 from compress.lazy import torch
 from compress.passes.base import BlockPass, Edit, LinearPass, OptionError, Pass
-from compress.passes.solvers.whitening import WhitenedMatrix, stored
+from compress.passes.solvers.whitening import WhitenedMatrix, stored_factor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -192,7 +192,7 @@ class _FactoredMatrix:
 
     def factors(self) -> Factors:
         """The factors as they would be stored now."""
-        a, b = (stored(t.detach()) for t in self.tensors)
+        a, b = (stored_factor(t.detach()) for t in self.tensors)
         return Factors(a, b)
 
     def strayed(self) -> Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from compress.calibration.training import ModelData, Schedule, split, train
+from compress.calibration.training import ModelData, Schedule, held_out_split, train
 from compress.errors import OptionError
 from compress.lazy import torch
 from compress.passes.merge.base import MergePass
@@ -114,7 +114,7 @@ class AdaMerging(MergePass):
         with models.running() as running:
             start = {name: found[name] for name in running.names}
             coefficients = Coefficients(start, self.level, self.learning_rate, partial(self._parts, models, trimmed))
-            held, _ = split(running.count)
+            held, _ = held_out_split(running.count)
             begin = sureness(running, coefficients.merged, held, self.batch_size)
             least = {source: LEAST_SPREAD * float(each.spread) for source, each in begin.items()}
             trial = train(
@@ -131,7 +131,7 @@ class AdaMerging(MergePass):
 
     def run(self, piece: Piece, facts: LearnedCoefficients) -> Tensor:
         limits = facts.trimmed.get(piece.name)
-        deltas = list(piece.deltas()) if limits is None else _elected(piece.deltas(), limits, piece.start)
+        deltas = list(piece.deltas()) if limits is None else _trimmed_elected(piece.deltas(), limits, piece.start)
         total = piece.base.clone()
         for delta, coefficient in zip(deltas, facts.coefficients[piece.name], strict=True):
             total.add_(delta, alpha=coefficient)
@@ -143,7 +143,7 @@ class AdaMerging(MergePass):
         deltas = (models.value(k, name) - base for k in range(1, len(self.models) + 1))
         if name not in trimmed:
             return base, list(deltas)
-        kept = _elected((d.flatten() for d in deltas), trimmed[name], 0)
+        kept = _trimmed_elected((d.flatten() for d in deltas), trimmed[name], 0)
         return base, [delta.view_as(base) for delta in kept]
 
     def _trimmed(self, models: Models) -> Mapping[str, list[Limit]]:
@@ -165,7 +165,7 @@ class AdaMerging(MergePass):
         return rounded if self.level == "layer" else {"": next(iter(rounded.values()))}
 
 
-def _elected(deltas: Iterable[Tensor], limits: Sequence[Limit], start: int) -> list[Tensor]:
+def _trimmed_elected(deltas: Iterable[Tensor], limits: Sequence[Limit], start: int) -> list[Tensor]:
     """Task vectors (n,) trimmed, and of them the entries that have the sign of their sum."""
     kept = [limit.trimmed(delta, start) for delta, limit in zip(deltas, limits, strict=True)]
     sign = torch.stack(kept).sum(0).sign()

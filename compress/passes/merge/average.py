@@ -50,10 +50,10 @@ class Average(MergePass):
             yield OptionError("weights", "all are zero: there is nothing to divide by")
 
     def run(self, piece: Piece, facts: Any) -> Tensor:
-        return mean((piece.base, *piece.others), self.of_each(self.weights, piece, 1.0), self.normalize)
+        return weighted_mean((piece.base, *piece.others), self.of_each(self.weights, piece, 1.0), self.normalize)
 
 
-def mean(values: tuple[Tensor, ...], weights: list[float], normalize: bool) -> Tensor:
+def weighted_mean(values: tuple[Tensor, ...], weights: list[float], normalize: bool) -> Tensor:
     """The weighted sum, divided by the sum of the weights if asked."""
     total = values[0] * weights[0]
     for value, weight in zip(values[1:], weights[1:], strict=True):

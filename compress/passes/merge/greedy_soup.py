@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from compress.passes.merge.average import Average, mean
+from compress.passes.merge.average import Average, weighted_mean
 from compress.passes.merge.base import MergePass
 from compress.passes.merge.grid_search import noted, score
 
@@ -79,4 +79,4 @@ class GreedySoup(MergePass):
 
     def run(self, piece: Piece, facts: tuple[int, ...]) -> Tensor:
         everything = (piece.base, *piece.others)
-        return mean(everything, [float(k in facts) for k in range(len(everything))], normalize=True)
+        return weighted_mean(everything, [float(k in facts) for k in range(len(everything))], normalize=True)

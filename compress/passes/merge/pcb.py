@@ -91,14 +91,14 @@ class Pcb(MergePass):
 
     def survey(self, everything: Pieces, sizes: Mapping[str, int]) -> list[Measures]:
         shares = values_at(self.density, len(self.models), "", 0.0, 0.1)
-        return measured(everything, sum(sizes.values()), shares, self.clip)
+        return measured_bounds(everything, sum(sizes.values()), shares, self.clip)
 
     def look(self, tensor: Pieces, found: list[Measures] | None) -> list[Measures]:
         """What is measured on every task vector."""
         if found is not None:
             return found
         first = next(tensor())
-        return measured(tensor, first.total, self.of_each(self.density, first, 0.1), self.clip)
+        return measured_bounds(tensor, first.total, self.of_each(self.density, first, 0.1), self.clip)
 
     def run(self, piece: Piece, facts: list[Measures]) -> Tensor:
         deltas = list(piece.deltas())
@@ -112,7 +112,7 @@ class Pcb(MergePass):
         return mixed.mul_(self.at_piece(self.scale, piece, 1.0)).add_(piece.base)
 
 
-def measured(pieces: Pieces, total: int, shares: Sequence[float], clip: float) -> list[Measures]:
+def measured_bounds(pieces: Pieces, total: int, shares: Sequence[float], clip: float) -> list[Measures]:
     """The bounds of the magnitudes of every task vector, then of its scores, for the whole that `pieces` gives."""
     least, most = total - int(clip * (total - 1)), total - int((1 - clip) * (total - 1))
 

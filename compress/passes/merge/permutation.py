@@ -91,8 +91,8 @@ def match(
     """
     orders = [unchanged(each) for each in units]
     counted = {p.tensor for each in units for p in each.places if p.counts}
-    found = [product(ours, theirs, counted)]
-    least = GAIN * product(ours, ours, counted) ** 0.5 * product(theirs, theirs, counted) ** 0.5
+    found = [inner_product(ours, theirs, counted)]
+    least = GAIN * inner_product(ours, ours, counted) ** 0.5 * inner_product(theirs, theirs, counted) ** 0.5
     for _ in range(sweeps):
         before = len(found)
         for k in draw(generator, (len(units),), "permutation", orders[0].units).tolist():
@@ -102,7 +102,7 @@ def match(
             moved = {name: arranged(theirs[name], moves(name, theirs[name].shape, others)) for name in names}
             order = assigned(each, ours, moved, generator, sweeps)
             now, then = (
-                product(ours, {n: arranged(v, moves(n, v.shape, [(each, o)])) for n, v in moved.items()}, names)
+                inner_product(ours, {n: arranged(v, moves(n, v.shape, [(each, o)])) for n, v in moved.items()}, names)
                 for o in (order, orders[k])
             )
             if now - then > least:
@@ -119,10 +119,10 @@ def assigned(units: Units, ours: Values, theirs: Values, generator: torch.Genera
     scores = torch.zeros(units.count, units.count, dtype=torch.float64)
     for place in units.places:
         if place.counts and place.tensor not in within:
-            scores += rows(ours[place.tensor], place) @ rows(theirs[place.tensor], place).T
+            scores += unit_rows(ours[place.tensor], place) @ unit_rows(theirs[place.tensor], place).T
     pairs: list[list[FoundOrders]] = []
     if within:
-        a, b = (blocks(units, model, within) for model in (ours, theirs))
+        a, b = (unit_blocks(units, model, within) for model in (ours, theirs))
         pairs = [[match(units.inner, mine, other, generator, sweeps) for other in b] for mine in a]
         scores += torch.tensor([[pair.agreement[-1] for pair in line] for line in pairs], dtype=torch.float64)
     from scipy.optimize import linear_sum_assignment
@@ -131,18 +131,18 @@ def assigned(units: Units, ours: Values, theirs: Values, generator: torch.Genera
     return Order(chosen, tuple(line[j].orders for line, j in zip(pairs, chosen.tolist(), strict=False)))
 
 
-def rows(value: Tensor, place: Place) -> Tensor:
+def unit_rows(value: Tensor, place: Place) -> Tensor:
     """(U, width * rest) what of a tensor belongs to each unit."""
     return value.movedim(place.axis, 0)[place.index.flatten()].reshape(len(place.index), -1)
 
 
-def blocks(units: Units, model: Values, names: set[str]) -> list[dict[str, Tensor]]:
+def unit_blocks(units: Units, model: Values, names: set[str]) -> list[dict[str, Tensor]]:
     """The part of these tensors that belongs to each unit."""
     chosen = [place for place in units.places if place.tensor in names]
     return [{p.tensor: model[p.tensor].index_select(p.axis, p.index[i]) for p in chosen} for i in range(units.count)]
 
 
-def product(ours: Values, theirs: Values, names: Iterable[str]) -> float:
+def inner_product(ours: Values, theirs: Values, names: Iterable[str]) -> float:
     """The inner product of two models in these tensors."""
     return sum(float(torch.dot(ours[name].flatten(), theirs[name].flatten())) for name in sorted(names))
 
@@ -199,7 +199,7 @@ def coupled(units: Sequence[Units]) -> list[list[Units]]:
     return [members for _, members in groups]
 
 
-def align(
+def align_units(
     units: Sequence[Units], ours: ReadTensor, theirs: ReadTensor, generator: torch.Generator, sweeps: int
 ) -> Alignment:
     """Match two models, a coupled group of units in memory at a time."""

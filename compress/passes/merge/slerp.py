@@ -72,11 +72,11 @@ class Slerp(MergePass):
         return min(1.0, max(-1.0, float(products[2]) / (lengths[0] * lengths[1])))
 
     def run(self, piece: Piece, facts: float) -> Tensor:
-        first, second = shares(self.at_piece(self.t, piece, 0.5), facts)
+        first, second = slerp_weights(self.at_piece(self.t, piece, 0.5), facts)
         return (piece.base * first).add_(piece.others[0], alpha=second)
 
 
-def shares(t: float, cosine: float) -> tuple[float, float]:
+def slerp_weights(t: float, cosine: float) -> tuple[float, float]:
     """What each of two vectors is multiplied with, given the cosine of their angle."""
     if abs(cosine) > NEARLY_PARALLEL:
         return 1 - t, t

@@ -86,14 +86,14 @@ def limits(parts: ReadVectorParts, total: int, counts: Sequence[int]) -> list[Li
         chosen: ReadVectorParts = lambda: ([pieces[i] for i in searched] for pieces in parts())  # noqa: E731
         ranks = kth_largest(chosen, total, [counts[i] for i in searched])
         left = {i: counts[i] - rank.above for i, rank in zip(searched, ranks, strict=True)}
-        places = _places(
+        places = _tie_places(
             parts, {i: (r.value, left[i]) for i, r in zip(searched, ranks, strict=True) if r.equal > left[i]}
         )
         found |= {i: Limit(rank.value, places.get(i, total)) for i, rank in zip(searched, ranks, strict=True)}
     return [found[i] for i in range(len(counts))]
 
 
-def _places(parts: ReadVectorParts, wanted: Mapping[int, tuple[float, int]]) -> dict[int, int]:
+def _tie_places(parts: ReadVectorParts, wanted: Mapping[int, tuple[float, int]]) -> dict[int, int]:
     """Number of a vector, (value, n) -> where the n-th element that equals the value stands, counted from 1."""
     begin, left = 0, {i: n for i, (_, n) in wanted.items()}
     found: dict[int, int] = {}

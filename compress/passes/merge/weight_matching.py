@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from annotated_types import Ge
 
 from compress.passes.merge.average import Average
-from compress.passes.merge.permutation import align
+from compress.passes.merge.permutation import align_units
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,4 +58,4 @@ class WeightMatching(Average):
     def align(
         self, units: Sequence[Units], ours: ReadTensor, theirs: ReadTensor, generator: torch.Generator
     ) -> Alignment:
-        return align(units, ours, theirs, generator, self.sweeps)
+        return align_units(units, ours, theirs, generator, self.sweeps)

@@ -90,7 +90,7 @@ def shares(
     unit = {name: block_of(name) if by == "block" else name for name in found}
     names = list(dict.fromkeys(unit.values()))
     members = {u: [n for n in found if unit[n] == u] for u in names}
-    sizes = torch.tensor([sum(_size(found[n]) for n in members[u]) for u in names], dtype=torch.float64)
+    sizes = torch.tensor([sum(_layer_size(found[n]) for n in members[u]) for u in names], dtype=torch.float64)
     if kind == "global":
         wanted = _under_one_threshold(members, found, share)
     elif kind == "owl":
@@ -137,19 +137,19 @@ def whole_columns(exact: Mapping[str, float], shapes: Mapping[str, tuple[int, in
     return {n: counts[n] / shapes[n][1] for n in exact}
 
 
-def _size(found: Mapping[str, Any]) -> int:
+def _layer_size(found: Mapping[str, Any]) -> int:
     rows, columns = found["shape"]
     return int(rows) * int(columns)
 
 
-def _scores(found: Mapping[str, Any]) -> Scores:
+def _layer_scores(found: Mapping[str, Any]) -> Scores:
     counts = torch.cat([torch.zeros(int(found["first"]), dtype=torch.long), torch.tensor(found["counts"])])
     return Scores(counts, float(found["total"]))
 
 
 def _outlier_share(layers: Sequence[Mapping[str, Any]]) -> float:
     """Share of a block's scores that are far above their mean."""
-    scores, size = [_scores(f) for f in layers], sum(_size(f) for f in layers)
+    scores, size = [_layer_scores(f) for f in layers], sum(_layer_size(f) for f in layers)
     mean = sum(s.total for s in scores) / size
     return sum(s.above(OUTLIER * mean) for s in scores) / size
 
@@ -158,8 +158,8 @@ def _under_one_threshold(
     members: Mapping[str, Sequence[str]], found: Mapping[str, Mapping[str, Any]], share: float
 ) -> Tensor:
     """Shares of scores under the threshold that leaves `share` of all under it."""
-    scores = {n: _scores(f) for n, f in found.items()}
-    total = sum(_size(f) for f in found.values())
+    scores = {n: _layer_scores(f) for n, f in found.items()}
+    total = sum(_layer_size(f) for f in found.values())
     low, high = 2.0**LOWEST, 2.0**HIGHEST
     for _ in range(100):
         middle = (low * high) ** 0.5
@@ -168,7 +168,7 @@ def _under_one_threshold(
         else:
             high = middle
     under = [
-        1 - sum(scores[n].above(high) for n in names) / sum(_size(found[n]) for n in names)
+        1 - sum(scores[n].above(high) for n in names) / sum(_layer_size(found[n]) for n in names)
         for names in members.values()
     ]
     return torch.tensor(under, dtype=torch.float64)

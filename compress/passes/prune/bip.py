@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from annotated_types import Ge, Gt, Lt
 
-from compress.calibration.training import Learner, Loop, Schedule, batch, held_out, learn, split
+from compress.calibration.training import Learner, Loop, Schedule, batch, held_out, held_out_split, learn
 from compress.lazy import torch
 from compress.passes.base import Edit
-from compress.passes.prune.global_magnitude import cut
+from compress.passes.prune.global_magnitude import smallest_cut
 from compress.passes.retrain.options import EndToEnd
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Refinement(Learner):
 
     def __init__(self, targets: Mapping[str, Target], data: ModelData, options: Bip, order: int):
         self.targets, self.data, self.options, self.order = targets, data, options, order
-        self.held, self.samples = split(data.count)
+        self.held, self.samples = held_out_split(data.count)
         self.rate = Schedule(options.steps, options.batch_size).rate
         self.weights = {name: t.weight.clone() for name, t in targets.items()}
         self.scores = {name: t.weight.abs() for name, t in targets.items()}
@@ -114,26 +114,26 @@ class Refinement(Learner):
 
     def error(self) -> float:
         made = {name: weight * self.masks[name] for name, weight in self.weights.items()}
-        return held_out(lambda wanted: _some(made, wanted), self.data, self.held, self.options.batch_size)
+        return held_out(lambda wanted: _masks_of(made, wanted), self.data, self.held, self.options.batch_size)
 
     def _ranked(self) -> dict[str, Tensor]:
         def scored(name: str) -> Target:
             return replace(self.targets[name], weight=self.scores[name], stored=None)
 
-        return dict(cut(tuple(self.targets), scored, self.options.sparsity))
+        return dict(smallest_cut(tuple(self.targets), scored, self.options.sparsity))
 
     def slopes(self, draw: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss on the samples of a draw, and its gradients at the masked weights, of those that are gone too."""
         made = {n: (w * self.masks[n]).requires_grad_() for n, w in self.weights.items()}
         with torch.enable_grad():
             numbers = batch(self.samples, draw, self.options.batch_size, self.order)
-            value = self.data.loss(lambda wanted: _some(made, wanted), numbers)
+            value = self.data.loss(lambda wanted: _masks_of(made, wanted), numbers)
             torch.autograd.backward(value, inputs=list(made.values()))
         slopes = {n: m.grad if m.grad is not None else torch.zeros_like(m) for n, m in made.items()}
         return value.detach(), slopes
 
 
-def _some(made: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+def _masks_of(made: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
     return {name: made[name] for name in wanted if name in made}
 
 

@@ -106,7 +106,7 @@ class GlobalMagnitude(TrainingOptions, ModelPass):
         vectors = dict(model.vectors)
         for number in range(1, self.cuts):
             share = self.sparsity * (1 - (1 - number / self.cuts) ** 3)
-            masks = dict(cut(model.names, targets.__getitem__, share, self.min_keep))
+            masks = dict(smallest_cut(model.names, targets.__getitem__, share, self.min_keep))
             now = {n: replace(t, weight=t.weight * masks[n], mask=masks[n], stored=None) for n, t in targets.items()}
             trained = self.trainables(now, vectors)
             train(trained, model.data.part(str(number)), self.schedule, model.generator, model.over)
@@ -125,12 +125,12 @@ def edits(
     names: Sequence[str], load: Callable[[str], Target], sparsity: float, min_keep: float
 ) -> Iterator[tuple[str, Edit]]:
     """Every layer with its smallest weights gone."""
-    for name, mask in cut(names, load, sparsity, min_keep):
+    for name, mask in smallest_cut(names, load, sparsity, min_keep):
         weight = load(name).weight
         yield name, Edit(weight=weight * mask, mask=mask, notes={"sparsity": 1 - float(mask.float().mean())})
 
 
-def cut(
+def smallest_cut(
     names: Sequence[str], load: Callable[[str], Target], sparsity: float, min_keep: float = 0.0
 ) -> Iterator[tuple[str, Tensor]]:
     """(layer, mask) with the smallest weights of all layers gone; what was masked before stays so."""
@@ -191,13 +191,13 @@ def count_below(names: Sequence[str], load: Callable[[str], Target], sparsity: f
     upper 16 bits, then the lower 16 bits inside the bin where the count is reached. Ties at the threshold go to the
     layers in order.
     """
-    upper = torch.stack([torch.bincount(_bits(load(name)) >> 16, minlength=1 << 15) for name in names])
+    upper = torch.stack([torch.bincount(_magnitude_bits(load(name)) >> 16, minlength=1 << 15) for name in names])
     wanted = count_of(int(upper.sum()), sparsity)
     if not wanted:
         return [0] * len(names)
     high = int(torch.searchsorted(upper.sum(0).cumsum(0), wanted))
     before = upper[:, :high].sum(1)
-    lower = torch.stack([_lower_histogram(_bits(load(name)), high) for name in names])
+    lower = torch.stack([_lower_histogram(_magnitude_bits(load(name)), high) for name in names])
     still = wanted - int(before.sum())
     low = int(torch.searchsorted(lower.sum(0).cumsum(0), still))
     counts = before + lower[:, :low].sum(1)
@@ -210,7 +210,7 @@ def count_below(names: Sequence[str], load: Callable[[str], Target], sparsity: f
     return result
 
 
-def _bits(target: Target) -> Tensor:
+def _magnitude_bits(target: Target) -> Tensor:
     return target.weight.abs().flatten().view(torch.int32)
 
 

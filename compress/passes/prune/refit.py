@@ -32,7 +32,7 @@ def refit(weight: Tensor, gram: Tensor, mask: Tensor, *, update: Literal["obs", 
     Raises:
         SolveError: not positive definite, or a result that is not finite.
     """
-    solve = swept if update == "obs" else exact
+    solve = swept if update == "obs" else least_error
     result = solve(weight, gram, mask, damping)
     if not torch.isfinite(result).all():
         raise SolveError("the solution is not finite")
@@ -56,7 +56,7 @@ def swept(weight: Tensor, gram: Tensor, mask: Tensor, damping: float) -> Tensor:
     return weight - compensate(weight, Factor(gram, damping), tile=TILE, every=TILE, begin=begin, project=project)
 
 
-def exact(weight: Tensor, gram: Tensor, mask: Tensor, damping: float) -> Tensor:
+def least_error(weight: Tensor, gram: Tensor, mask: Tensor, damping: float) -> Tensor:
     """The least error that the mask allows, by conjugate gradients on all rows at once.
 
     Every row has a matrix H_KK of its own; a factor of each would cost O(O I^3), while one step is one product with H.

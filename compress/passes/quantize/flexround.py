@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt, Lt
 
 from compress.calibration.draws import draw
 from compress.encodings import Uniform
-from compress.encodings.uniform import Search, narrowest, rounded
+from compress.encodings.uniform import Search, narrowest, stored_scale
 from compress.lazy import function, no_grad, torch
 from compress.passes.quantize.grid import UniformOptions
 from compress.passes.quantize.learned import LearnedPass, LearnedRounding
@@ -137,7 +137,7 @@ class Division(LearnedRounding):
         codes = (self.weight / (s1 * self.logarithm().exp())).round_()
         codes = torch.minimum(torch.maximum(codes, self.low), self.high) - self.low
         rows = self.weight.shape[0]
-        scale = narrowest(rounded(s1[..., 0]))
+        scale = narrowest(stored_scale(s1[..., 0]))
         bits, symmetric = self.options.bits, self.options.symmetric
         return Uniform(codes.to(torch.uint8).view(rows, -1), scale, self.zero, bits, symmetric)
 

@@ -25,10 +25,10 @@ def quantiles(weight: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     rows = max(1, CHUNK // weight.shape[1])
     masks = torch.split(torch.ones(1, 1, dtype=torch.bool).expand(weight.shape) if mask is None else mask, rows)
-    return torch.cat([_quantiles(some, kept) for some, kept in zip(torch.split(weight, rows), masks, strict=True)])
+    return torch.cat([_kept_quantiles(some, kept) for some, kept in zip(torch.split(weight, rows), masks, strict=True)])
 
 
-def _quantiles(weight: Tensor, mask: Tensor) -> Tensor:
+def _kept_quantiles(weight: Tensor, mask: Tensor) -> Tensor:
     kept = mask.sum(1, keepdim=True)
     ascending = weight.masked_fill(~mask, torch.inf).sort(1).values
     at = (torch.arange(QUANTILES) + 0.5) / QUANTILES * kept

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from annotated_types import Gt, Lt
 
 from compress.encodings import Codebooks
-from compress.encodings.codebook import nearest, rounded, unscaled
+from compress.encodings.codebook import nearest, stored_table, unscaled
 from compress.encodings.uniform import narrowest
-from compress.encodings.uniform import rounded as rounded_scale
+from compress.encodings.uniform import stored_scale as rounded_scale
 from compress.lazy import no_grad, torch
 from compress.passes.quantize.codebook import Codebook, CodebookOptions
 from compress.passes.quantize.learned import LearnedPass, LearnedRounding, look_up
@@ -121,7 +121,7 @@ class Choice(LearnedRounding):
 
     @no_grad
     def encoding(self) -> Codebooks:
-        table = rounded(self.table())
+        table = stored_table(self.table())
         scale = self.scale()
         stored = None if scale is None else narrowest(rounded_scale(scale))
         return Codebooks(

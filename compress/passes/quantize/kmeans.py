@@ -85,7 +85,7 @@ def kmeans(
         functional.pad((masses * places).cumsum(0), (1, 0)),
     )
     energy = float((masses * places.square()).sum())
-    centres = _quantiles(places, masses, count) if start is None else start.double()
+    centres = _density_quantiles(places, masses, count) if start is None else start.double()
     before = math.inf
     for _ in range(iterations):
         borders = (centres[1:] + centres[:-1]) / 2
@@ -107,7 +107,7 @@ def kmeans(
     return centres
 
 
-def _quantiles(places: Tensor, masses: Tensor, count: int) -> Tensor:
+def _density_quantiles(places: Tensor, masses: Tensor, count: int) -> Tensor:
     """(K,) places that cut the integral of the cube root of the density into equal parts."""
     steps = (masses * torch.gradient(places)[0].square()).pow(1 / 3).cumsum(0)
     wanted = (torch.arange(count, dtype=torch.float64) + 0.5) / count * steps[-1]

@@ -12,7 +12,7 @@ from annotated_types import Gt, Lt
 
 from compress.encodings import Power
 from compress.encodings.power import level_values
-from compress.encodings.uniform import narrowest, rounded
+from compress.encodings.uniform import narrowest, stored_scale
 from compress.lazy import no_grad, torch
 from compress.passes.quantize.learned import LearnedPass, LearnedRounding, look_up
 from compress.passes.quantize.powerquant import PowerOptions, PowerQuant
@@ -81,7 +81,7 @@ class Position(LearnedRounding):
         self.log_divisor = torch.zeros_like(self.unit, requires_grad=True)
         self.first_exponent = start.exponent.double()
         self.log_exponent = torch.zeros(1, dtype=torch.float64, requires_grad=options.learn_exponent)
-        self.places = places(self.bits, self.layout)
+        self.places = even_places(self.bits, self.layout)
 
     def groups(self) -> list[tuple[list[Tensor], float]]:
         o = self.options
@@ -116,13 +116,13 @@ class Position(LearnedRounding):
     @no_grad
     def encoding(self) -> Power:
         scale, exponent = self.log_scale.exp(), self.exponent().float()
-        stored = narrowest(rounded((self.first_scale * scale)[..., 0]))
+        stored = narrowest(stored_scale((self.first_scale * scale)[..., 0]))
         unit = self.unit / scale * self.log_divisor.neg().exp()
         code = nearest_level(unit, level_values(self.bits, self.layout, exponent)).to(torch.uint8)
         return Power(code.view(len(code), -1), stored, exponent, self.bits, self.layout)
 
 
-def places(bits: int, levels: Levels) -> Tensor:
+def even_places(bits: int, levels: Levels) -> Tensor:
     """(L,) float64 evenly spaced from -1 to 1: what the levels are powers of."""
     middle: float = 2 ** (bits - 1) - (1 if levels == "zero" else 0.5)
     steps = torch.arange(2 * middle + 1, dtype=torch.float64) - middle

@@ -9,9 +9,9 @@ import math
 from typing import TYPE_CHECKING
 
 from compress.encodings import Codebooks
-from compress.encodings.codebook import dequantize, nearest, rounded, unscaled
+from compress.encodings.codebook import dequantize, nearest, stored_table, unscaled
 from compress.encodings.uniform import narrowest
-from compress.encodings.uniform import rounded as rounded_scale
+from compress.encodings.uniform import stored_scale as rounded_scale
 from compress.lazy import torch
 from compress.passes.quantize.grouping import run_tables, table_losses
 from compress.passes.quantize.kmeans import kmeans, points
@@ -95,7 +95,7 @@ def fit_tables(
         rows = row_group == g
         places, masses = points(values[rows], importance if len(importance) == 1 else importance[rows])
         found.append(kmeans(places, masses, entries, start=None if start is None else start[g]))
-    return rounded(torch.stack(found).float())
+    return stored_table(torch.stack(found).float())
 
 
 def fit_scales(weight: Tensor, importance: Tensor, entry: Tensor) -> Tensor:

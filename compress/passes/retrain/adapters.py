@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from compress.calibration.draws import draw
 from compress.encodings import LowRankFactors
-from compress.encodings.uniform import narrowest, rounded
+from compress.encodings.uniform import narrowest, stored_scale
 from compress.lazy import no_grad, torch
 from compress.passes.interface import Edit
 
@@ -103,7 +103,7 @@ class AdaptedMatrix:
         encoding = self.encoding
         if self.factor is not None:
             scale = encoding.scale.float() * self.factor.exp()  # type: ignore[attr-defined]
-            encoding = replace(encoding, scale=narrowest(rounded(scale)))  # type: ignore[type-var]
+            encoding = replace(encoding, scale=narrowest(stored_scale(scale)))  # type: ignore[type-var]
         return Edit(encoding=encoding, mask=self.mask, low_rank=low_rank, notes=notes)
 
 
@@ -175,7 +175,7 @@ class Lora(Adapter):
     def low_rank(self) -> LowRankFactors:
         """The adapter as it is kept beside a matrix."""
         a, b = (t.detach() for t in self.tensors)
-        return LowRankFactors(narrowest(rounded(a)), narrowest(rounded(b * self.scaling)))
+        return LowRankFactors(narrowest(stored_scale(a)), narrowest(stored_scale(b * self.scaling)))
 
 
 class ScaleLora(Adapter):

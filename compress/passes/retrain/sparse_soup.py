@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Lt
 
-from compress.calibration.training import forked, held_out, split, train
+from compress.calibration.training import forked, held_out, held_out_split, train
 from compress.lazy import torch
 from compress.passes.base import Edit, OptionError
-from compress.passes.prune.global_magnitude import cut
+from compress.passes.prune.global_magnitude import smallest_cut
 from compress.passes.retrain.options import EndToEnd, TrainingOptions
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class SparseSoup(EndToEnd, TrainingOptions):
         for phase in range(1, self.phases + 1):
             if self.sparsity is not None:
                 share = 1 - (1 - self.sparsity) ** (phase / self.phases)
-                masks = dict(cut(model.names, targets.__getitem__, share))
+                masks = dict(smallest_cut(model.names, targets.__getitem__, share))
                 targets = {
                     n: replace(t, weight=t.weight * masks[n], mask=masks[n], stored=None) for n, t in targets.items()
                 }
@@ -109,13 +109,13 @@ class SparseSoup(EndToEnd, TrainingOptions):
 
     def _average(self, members: list[Member], data: ModelData) -> tuple[dict[str, Tensor], dict[str, float]]:
         """The soup, and for the report its loss beside its members'."""
-        held, _ = split(data.count)
+        held, _ = held_out_split(data.count)
 
         def lost(values: Mapping[str, Tensor]) -> float:
             return held_out(lambda names: {n: values[n] for n in names if n in values}, data, held, self.batch_size)
 
         chosen = greedy(members, lost) if self.soup == "greedy" else members
-        made = mean([m.values for m in chosen])
+        made = member_mean([m.values for m in chosen])
         best = min(m.loss for m in members)
         return made, {"loss": lost(made), "loss_best_member": best, "members": len(chosen)}
 
@@ -133,7 +133,7 @@ class Member:
     loss: float
 
 
-def mean(members: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def member_mean(members: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The average of each value; that of equal ones is the same to the bit."""
     first, count = members[0], len(members)
     return {n: v + sum((m[n] - v for m in members[1:]), torch.zeros_like(v)) / count for n, v in first.items()}
@@ -144,7 +144,7 @@ def greedy(members: list[Member], lost: Callable[[Mapping[str, Tensor]], float])
     ordered = sorted(members, key=lambda m: m.loss)
     chosen, best = ordered[:1], ordered[0].loss
     for member in ordered[1:]:
-        now = lost(mean([m.values for m in (*chosen, member)]))
+        now = lost(member_mean([m.values for m in (*chosen, member)]))
         if now <= best:
             chosen, best = [*chosen, member], now
     return chosen

@@ -69,8 +69,8 @@ class WhitenedMatrix:
 
     def factors(self, rank: int) -> LowRankFactors:
         """The best of this rank: A as it will be stored, and the B that is best for that."""
-        a = stored(self.basis(rank))
-        return LowRankFactors(a, stored(self.fitted(a.double())))
+        a = stored_factor(self.basis(rank))
+        return LowRankFactors(a, stored_factor(self.fitted(a.double())))
 
     def size(self, matrix: Tensor) -> float:
         """||M S|| of another M, (O, I) float64."""
@@ -102,7 +102,7 @@ def times(matrix: Tensor, root: Tensor) -> Tensor:
     return matrix * root if len(root) == 1 else matrix @ root
 
 
-def stored(factor: Tensor) -> Tensor:
+def stored_factor(factor: Tensor) -> Tensor:
     """A factor in 16 bits, unless its size does not fit them."""
     largest = float(factor.abs().max())
     return factor.half() if largest == 0 or SMALLEST <= largest <= LARGEST else factor.float()
