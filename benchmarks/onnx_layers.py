@@ -24,7 +24,7 @@ from compress.encodings import Encoding, Weight, pack, power, uniform
 from compress.encodings import outlier_victim as pairs
 from compress.encodings.codebook import Codebooks, nearest
 from compress.export.onnx.files import write_constants
-from compress.export.onnx.measure import open_model
+from compress.export.onnx.measure import open_onnx
 from compress.export.onnx.ops import MICROSOFT, Ops
 from compress.export.onnx.products import Style, linear
 from compress.progress import Bars
@@ -105,8 +105,8 @@ def write(name: str, width: int, layers: int, folder: Path) -> Path:
 def memory(folder: Path) -> dict[str, int]:
     """In a process of its own."""
     code = (
-        "import sys, json, pathlib; from compress.export.onnx.measure import load\n"
-        "found = load(pathlib.Path(sys.argv[1]), 1)\nprint(json.dumps([found.bytes, found.memory]))"
+        "import sys, json, pathlib; from compress.export.onnx.measure import open_onnx\n"
+        "found = open_onnx(pathlib.Path(sys.argv[1]), 1)\nprint(json.dumps([found.bytes, found.memory]))"
     )
     ended = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
     size, grown = json.loads(ended.stdout)
@@ -135,9 +135,9 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folders = {n: write(n, args.width, args.layers, Path(temporary) / f"{i}") for i, n in enumerate(KINDS)}
-        plain = open_model(folders["float32"], 1).runner.session
+        plain = open_onnx(folders["float32"], 1).runner.session
         for name, folder in folders.items():
-            session = open_model(folder, 1).runner.session
+            session = open_onnx(folder, 1).runner.session
             dense, own = beside(plain, session, args.width, args.rounds)
             rows.append({"weights": name, **memory(folder), "ms": own * 1e3, "times_float32": dense / own})
             r = rows[-1]

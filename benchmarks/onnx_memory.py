@@ -31,9 +31,9 @@ def export(out: Path) -> dict[str, Any]:
 
 
 def generate(out: Path) -> dict[str, Any]:
-    from compress.export.onnx.measure import open_model
+    from compress.export.onnx.measure import open_onnx
 
-    opened = open_model(out / "onnx")
+    opened = open_onnx(out / "onnx")
     rate = opened.tokens_per_second(checkpoint.VOCABULARY)
     return {"bytes": opened.bytes, "load_memory": opened.memory, "tokens_per_second": rate, "peak_mb": common.peak_mb()}
 

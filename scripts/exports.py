@@ -90,9 +90,9 @@ def transformers(folder: Path, exact: bool | None = None) -> dict[str, float]:
 def onnxruntime(folder: Path) -> dict[str, float]:
     import torch
 
-    from compress.export.onnx.measure import open_model
+    from compress.export.onnx.measure import open_onnx
 
-    opened = open_model(folder)
+    opened = open_onnx(folder)
     tokens = (torch.arange(PROMPT + STEPS)[None] * 7919) % 4096
     state = {"past": opened.runner.step(tokens[:, :PROMPT], None)[1]}
 

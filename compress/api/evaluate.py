@@ -69,7 +69,7 @@ def _progress(bars: Bars) -> Callable[[Iterable[Tensor], int], Iterator[Tensor]]
 
 
 def _onnx(path: Path, section: Evaluation, against: str | None, threads: int, bars: Bars) -> dict[str, Any]:
-    from compress.export.onnx.measure import open_model
+    from compress.export.onnx.measure import open_onnx
 
     if not path.exists():
         raise UsageError(f"no such file or folder: {path}; --runtime onnxruntime takes what `export: [onnx]` wrote")
@@ -77,7 +77,7 @@ def _onnx(path: Path, section: Evaluation, against: str | None, threads: int, ba
     tokenizer = folder if (folder / "tokenizer.json").is_file() else folder.parent
     data = given.read_data(section, tokenizer, "evaluation", bars.over)
     inputs, labels = data.inputs, data.labels
-    opened = open_model(path, threads)
+    opened = open_onnx(path, threads)
     if (labels is None) != ("input_ids" in opened.runner.inputs):
         wanted = "text" if "input_ids" in opened.runner.inputs else "images from a .safetensors file"
         raise DataError(f"{section.source}: {path} takes {wanted}")

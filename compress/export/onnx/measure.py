@@ -42,7 +42,7 @@ class Loaded:
         return (STEPS - WARM) / (time.perf_counter() - started)
 
 
-def open_model(path: Path, threads: int = 0) -> Loaded:
+def open_onnx(path: Path, threads: int = 0) -> Loaded:
     """Open a file, or the one file of a folder.
 
     Raises:

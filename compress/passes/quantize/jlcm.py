@@ -12,8 +12,7 @@ from annotated_types import Gt, Lt
 
 from compress.encodings import Codebooks
 from compress.encodings.codebook import nearest, stored_table, unscaled
-from compress.encodings.uniform import narrowest
-from compress.encodings.uniform import stored_scale as rounded_scale
+from compress.encodings.uniform import narrowest, stored_scale
 from compress.lazy import no_grad, torch
 from compress.passes.quantize.codebook import Codebook, CodebookOptions
 from compress.passes.quantize.learned import LearnedPass, LearnedRounding, look_up
@@ -123,7 +122,7 @@ class Choice(LearnedRounding):
     def encoding(self) -> Codebooks:
         table = stored_table(self.table())
         scale = self.scale()
-        stored = None if scale is None else narrowest(rounded_scale(scale))
+        stored = None if scale is None else narrowest(stored_scale(scale))
         return Codebooks(
             nearest(self.moved_weight(), table, self.row_group), narrowest(table), self.row_group, stored, self.period
         )

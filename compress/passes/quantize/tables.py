@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from compress.encodings import Codebooks
 from compress.encodings.codebook import dequantize, nearest, stored_table, unscaled
-from compress.encodings.uniform import narrowest
-from compress.encodings.uniform import stored_scale as rounded_scale
+from compress.encodings.uniform import narrowest, stored_scale
 from compress.lazy import torch
 from compress.passes.quantize.grouping import run_tables, table_losses
 from compress.passes.quantize.kmeans import kmeans, points
@@ -103,10 +102,10 @@ def fit_scales(weight: Tensor, importance: Tensor, entry: Tensor) -> Tensor:
     counted = entry * importance
     squares = (counted * entry).sum(1, keepdim=True)
     best = (counted * weight).sum(1, keepdim=True) / squares
-    return rounded_scale(torch.where(squares > 0, best, 0.0).clamp_(min=0))
+    return stored_scale(torch.where(squares > 0, best, 0.0).clamp_(min=0))
 
 
 def root_mean_square(weight: Tensor, mask: Tensor | None) -> Tensor:
     """(O, 1) over the kept weights of each row, as it will be stored."""
     kept = weight.shape[1] if mask is None else mask.sum(1, keepdim=True).clamp_(min=1)
-    return rounded_scale((weight.square().sum(1, keepdim=True) / kept).sqrt_())
+    return stored_scale((weight.square().sum(1, keepdim=True) / kept).sqrt_())
