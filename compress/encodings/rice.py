@@ -43,9 +43,9 @@ def encode(signs: Tensor) -> tuple[int, int, int, bytes]:
     ends = np.cumsum((gaps >> low) + 1) - 1
     quotients = np.zeros(int(ends[-1]) + 1 if count else 0, np.uint8)
     quotients[ends] = 1
-    first = _pack_bits(quotients)
+    first = _pack_stream(quotients)
     rest = (gaps[:, None] >> np.arange(low)) & 1
-    return count, low, len(first), first + _pack_bits(rest) + _pack_bits(values[places] > 0)
+    return count, low, len(first), first + _pack_stream(rest) + _pack_stream(values[places] > 0)
 
 
 def coded_size(count: int, low: int, first: int) -> int:
@@ -61,23 +61,23 @@ def decode(streams: Tensor, count: int, low: int, first: int, total: int) -> Ten
     """
     data: Any = streams.numpy()
     middle = first + -(-count * low // 8)
-    ends = np.flatnonzero(_unpack_bits(data[:first], 8 * first))
+    ends = np.flatnonzero(_unpack_stream(data[:first], 8 * first))
     if len(ends) != count or len(data) != coded_size(count, low, first):
         raise ValueError(f"{len(ends)} entries where {count} should be")
     quotients = np.diff(ends, prepend=-1) - 1
-    rest = _unpack_bits(data[first:middle], count * low).reshape(count, low)
+    rest = _unpack_stream(data[first:middle], count * low).reshape(count, low)
     gaps = (quotients << low) + (rest.astype(np.int64) << np.arange(low)).sum(axis=1)
     places = np.cumsum(gaps + 1) - 1
     if count and places[-1] >= total:
         raise ValueError(f"an entry at {places[-1]} where {total} are")
     found = np.zeros(total, np.int8)
-    found[places] = 2 * _unpack_bits(data[middle:], count).astype(np.int8) - 1
+    found[places] = 2 * _unpack_stream(data[middle:], count).astype(np.int8) - 1
     return torch.from_numpy(found)
 
 
-def _pack_bits(bits: Any) -> bytes:
+def _pack_stream(bits: Any) -> bytes:
     return np.packbits(bits, bitorder="little").tobytes()
 
 
-def _unpack_bits(data: Any, count: int) -> Any:
+def _unpack_stream(data: Any, count: int) -> Any:
     return np.unpackbits(data, count=count, bitorder="little")

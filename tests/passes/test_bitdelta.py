@@ -17,7 +17,7 @@ from compress.calibration.training import Make, TrainingStore
 from compress.config.options import errors_in
 from compress.passes.merge.base import Piece
 from compress.passes.merge.models import Models, Running
-from compress.passes.merge.sign_scales import Distilled, distance, fit_scales, signs_of
+from compress.passes.merge.sign_scales import Distilled, distance, fit_sign_scales, signs_of
 
 MATRICES = [f"blocks.{k}.mlp.weight" for k in range(3)]
 
@@ -132,7 +132,7 @@ def test_distilled_scales_predict_more_like_the_fine_tune(bits: int) -> None:
     assert models.notes["loss"] < models.notes["loss_start"]
     delta = (models.values[1]["blocks.0.weight"] - before["blocks.0.weight"]).flatten()
     scales = found["blocks.0.weight"]
-    assert torch.equal(scales.fitted, fit_scales(lambda: [delta], delta.numel(), bits))
+    assert torch.equal(scales.fitted, fit_sign_scales(lambda: [delta], delta.numel(), bits))
     assert not torch.equal(scales.used, scales.fitted)
     assert all(torch.equal(value, models.values[0][name]) for name, value in before.items())
     again = pass_.learn(wholes())["blocks.0.weight"]
@@ -156,7 +156,7 @@ def test_the_gradient_of_a_scale_is_that_of_finite_differences() -> None:
     models = wholes()
     pass_ = BitDelta(models=("m",), bits=2)
     delta = (models.values[1]["blocks.0.weight"] - models.values[0]["blocks.0.weight"]).flatten()
-    distilled = Distilled(models, {"blocks.0.weight": fit_scales(lambda: [delta], delta.numel(), pass_.bits)}, 0.1)
+    distilled = Distilled(models, {"blocks.0.weight": fit_sign_scales(lambda: [delta], delta.numel(), pass_.bits)}, 0.1)
     factors, numbers = distilled.factors["blocks.0.weight"], torch.arange(32)
     with models.running() as running:
         distance(running, models, distilled.make, numbers).backward()

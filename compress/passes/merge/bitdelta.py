@@ -16,7 +16,7 @@ from compress.encodings.signs import Signs
 from compress.errors import OptionError
 from compress.passes.merge.base import MergePass
 from compress.passes.merge.delta_pass import DeltaPass
-from compress.passes.merge.sign_scales import Distilled, Scales, distance, fit_scales, signs_of
+from compress.passes.merge.sign_scales import Distilled, Scales, distance, fit_sign_scales, signs_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -87,7 +87,7 @@ class BitDelta(DeltaPass):
             for name in models.over(running.names, len(running.names), "bitdelta: fit"):
                 delta = models.value(1, name) - models.value(0, name)
                 if self._codes(models.blocks[name], delta.dim()):
-                    fitted[name] = fit_scales([delta.flatten()].copy, delta.numel(), self.at(name).bits)
+                    fitted[name] = fit_sign_scales([delta.flatten()].copy, delta.numel(), self.at(name).bits)
             distilled = Distilled(models, fitted, self.learning_rate)
             if fitted:
                 trial = train(
@@ -105,7 +105,7 @@ class BitDelta(DeltaPass):
         if found is not None and first.name in found:
             return found[first.name]
         rounds = self.bits if self._codes(first.block, len(first.shape)) else 0
-        scales = fit_scales(lambda: (next(piece.deltas()) for piece in tensor()), first.total, rounds)
+        scales = fit_sign_scales(lambda: (next(piece.deltas()) for piece in tensor()), first.total, rounds)
         return Scales(scales, scales)
 
     def code(self, piece: Piece, facts: Scales) -> Signs | None:

@@ -33,7 +33,7 @@ class Scales:
     used: Tensor
 
 
-def fit_scales(deltas: Callable[[], Iterable[Tensor]], total: int, rounds: int) -> Tensor:
+def fit_sign_scales(deltas: Callable[[], Iterable[Tensor]], total: int, rounds: int) -> Tensor:
     """(k,) each the mean magnitude of what the rounds before have left, which is the scale with the least error.
 
     Args:
