@@ -83,7 +83,8 @@ class Bars:
                 clock.tick()
                 if self._progress is not None and task is not None:
                     self._progress.update(task, advance=1, description=_text(label))
-                if lines == "each" or clock.last - max(self._last_line, clock.started) > PATIENCE:
+                silent = clock.last - max(self._last_line, clock.started) > PATIENCE and clock.done != total
+                if lines == "each" or silent:
                     self._line(logging.INFO, label, clock)
         finally:
             if self._progress is not None and task is not None:

@@ -480,3 +480,15 @@ def test_the_command_line_gives_the_numbers_of_python(here: Path, tokens: Tensor
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         assert torch.equal(written(tokens).logits, result.model(tokens).logits)
+
+
+@pytest.mark.parametrize(("name", "said"), [("gptq-w5", "did you mean gptq-w"), ("nothing-like-it", "compress list")])
+def test_a_pipeline_that_is_neither_a_file_nor_ready_made_is_answered(name: str, said: str) -> None:
+    ended = compress_command("check", name)
+    assert ended.code == 2
+    assert f"no file and no ready-made pipeline is called {name}" in ended.err
+    assert said in ended.err
+
+
+def test_a_ready_made_pipeline_is_checked_by_its_name() -> None:
+    assert compress_command("check", "gptq-w4").out == "gptq-w4: fine\n"

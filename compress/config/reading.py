@@ -6,6 +6,7 @@ line, path, what is allowed and, for a misspelt word, the nearest known one.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -61,13 +62,23 @@ def load_pipeline(source: str | Path | Mapping[str, Any] | Pipeline) -> Pipeline
     if isinstance(source, Mapping):
         return _read_pipeline(dict(source), _Findings("pipeline"))
     path = Path(source)
-    if not path.exists() and (PRESETS / f"{source}.yaml").is_file():
-        path = PRESETS / f"{source}.yaml"
+    if not path.exists() and path.name == str(source) and not path.suffix:
+        path = _preset(path.name)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the pipeline {path}: {error}") from error
     return parse(text, str(path))
+
+
+def _preset(name: str) -> Path:
+    """The file of a ready-made pipeline."""
+    ready = {file.stem: file for file in PRESETS.glob("*.yaml")}
+    if name not in ready:
+        close = difflib.get_close_matches(name, ready, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "`compress list` names those that there are"
+        raise UsageError(f"no file and no ready-made pipeline is called {name}; {hint}")
+    return ready[name]
 
 
 def parse(text: str, file: str = "pipeline") -> Pipeline:
