@@ -1,4 +1,4 @@
-"""Tokens a second that `generate` gives at batch 1, with packed weights and with plain ones, in one process.
+"""Tokens per second that `generate` gives at batch 1, with packed weights and with plain ones, in one process.
 
     python benchmarks/generate.py [--rounds 7] [--tokens 64] [--threads 2]
 
@@ -61,7 +61,7 @@ def linear_layers(model: PreTrainedModel) -> int:
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    head = ("weights", "how", "kernels", "tokens a second", "of float32", "weights MB", "largest error")
+    head = ("weights", "how", "kernels", "tokens per second", "of float32", "weights MB", "largest error")
     keys = ("weights", "how", "kernels", "tokens_per_second", "ratio", "mb", "error")
     return runner.table(head, [tuple(row[k] for k in keys) for row in rows])
 

@@ -49,7 +49,7 @@ def large(found: dict[str, Any]) -> str:
         "peak MiB",
         "logits differ by",
         "memory to load MB",
-        "tokens a second",
+        "tokens per second",
     )
     row = (
         f"{found['packed_bytes'] / 1e6:.0f}", f"{run['bytes'] / 1e6:.0f}", f"{made['seconds']:.0f}", made["peak_mb"],

@@ -55,7 +55,7 @@ def resident() -> int:
 
 
 def rate(step: Callable[[int], None]) -> float:
-    """Tokens a second; `step` generates the i-th."""
+    """Tokens per second; `step` generates the i-th."""
     started = 0.0
     for i in range(STEPS):
         if i == WARM:

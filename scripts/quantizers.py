@@ -52,7 +52,7 @@ def measure(method: str, bits: int, group_size: int | None) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One line a method and setting; for each width perplexity, KL, stored bits a weight and seconds."""
+    """One line per method and setting; for each width perplexity, KL, stored bits per weight and seconds."""
     found = {(r["method"], r["group_size"], r["bits"]): r for r in rows}
     lines = [
         "| quantizer | " + " | ".join(f"{b} bits: perplexity | KL | bits/weight | s" for b in BITS) + " |",

@@ -39,7 +39,7 @@ def table(results: dict[str, list[dict[str, object]]], names: list[str]) -> str:
     lines.append("")
     lines.append(
         f"Perplexity on documentation the model never saw: {d['tokens']} tokens in windows of {d['length']}; KL to the "
-        "original in nats a token; bits a weight over the matrices inside the blocks, everything stored counted."
+        "original in nats per token; bits per weight over the matrices inside the blocks, everything stored counted."
     )
     return "\n".join(lines)
 

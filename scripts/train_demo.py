@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="a folder of installed packages")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=5200)
-    parser.add_argument("--batch", type=int, default=16, help=f"sequences of {SHORT} tokens a step")
+    parser.add_argument("--batch", type=int, default=16, help=f"sequences of {SHORT} tokens per step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--save-every", type=int, default=500, help="steps between snapshots in OUT-snapshot")

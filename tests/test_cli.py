@@ -275,7 +275,7 @@ def test_plan_as_json_states_layers_weights_and_bits(here: Path) -> None:
     mlp = 2 * 3 * 64 * 128
     assert (wanda["pass"], wanda["layers"], wanda["weights"]) == ("passes[0].wanda", 6, mlp)
     assert (gptq["pass"], gptq["layers"], gptq["weights"]) == ("passes[1].gptq", 14, 73728)
-    pattern = (2 * 128 * 6 + 64 * 11) * 8 / (3 * 64 * 128)  # a byte for 12 columns: 6 a row of 64 and 11 a row of 128
+    pattern = (2 * 128 * 6 + 64 * 11) * 8 / (3 * 64 * 128)  # a byte for 12 columns: 6 per row of 64, 11 of 128
     assert wanda["bits_per_weight"] == round(pattern + 32 / 2, 3)
     # w4g32: 4 bits, and a 16-bit scale and a 4-bit zero point for 32; half of the mlp weights have the pattern instead.
     overhead = 20 / 32

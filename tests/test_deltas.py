@@ -143,7 +143,7 @@ def test_the_report_says_how_small_the_delta_is(here: Path) -> None:
         assert found["bits_per_parameter"] == pytest.approx(8 * size / parameters)
         assert found["times_smaller"] == pytest.approx(2 * parameters / size)
         assert report["verified"]["delta"]["tensors_equal"] == report["verified"]["tensors_equal"]
-        assert f"{found['bits_per_parameter']:.3f} bits a parameter" in (here / method / "README.md").read_text()
+        assert f"{found['bits_per_parameter']:.3f} bits per parameter" in (here / method / "README.md").read_text()
         sizes[method] = found["bits_per_parameter"]
     assert sizes["compeft"] < 0.576 + 0.1 < sizes["compeft-tensor"] < 0.939 + 0.1  # 4 kB of names on a tiny model
     assert sizes["bitdelta"] < sizes["bitdelta-3"]

@@ -61,7 +61,7 @@ def labelled(graph: Graph, name: Split, data: Tensor | Labelled) -> Dataset:
         return Dataset(inputs)
     if labels.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64) or labels.shape != inputs.shape[:1]:
         raise DataError(
-            f"labels must be ({len(inputs)},) integers, one an input; got {labels.dtype} {tuple(labels.shape)}"
+            f"labels must be ({len(inputs)},) integers, one per input; got {labels.dtype} {tuple(labels.shape)}"
         )
     return Dataset(inputs, labels.long())
 

@@ -56,7 +56,7 @@ class Activations:
         return other
 
     def forwards(self, block: nn.Module, weights: Weights | None = None) -> Iterator[Callable[[], Tensor]]:
-        """One call a batch that runs a block on what arrives; `weights` replace parameters of the block by name."""
+        """One call per batch that runs a block on what arrives; `weights` replace parameters of the block by name."""
         for number, call in enumerate(self.calls):
             yield partial(call.run, block, self.hidden[number].to(self.compute), weights)
             if self.trim:

@@ -46,7 +46,7 @@ class Call:
         return hidden_of(torch.func.functional_call(block, dict(weights), (hidden, *self.args), self.kwargs))
 
     def resized(self, size: int, count: int) -> Call:
-        """The same call for `count` samples instead of `size`: tensors with an entry a sample repeat their first."""
+        """The same call for `count` samples instead of `size`: tensors with an entry per sample repeat their first."""
         args = tuple(_resized(a, size, count) for a in self.args)
         return Call(args, {k: _resized(v, size, count) for k, v in self.kwargs.items()})
 
@@ -196,7 +196,7 @@ def statistics(
     """Sum statistics of the inputs of modules over several forward passes.
 
     Modules fed by the very same tensor (convolutions: in the same windows) share one `Statistics` object: whether they
-    are is seen at their first call, and a shared sum is then updated once a pass, by the first of them. If the first
+    are is seen at their first call, and a shared sum is then updated once per pass, by the first of them. If the first
     pass reached every module exactly once, later ones end as soon as all have been reached: what comes after could add
     nothing. Modules named in `ranged` get the range of their inputs too.
     """

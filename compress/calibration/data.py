@@ -125,7 +125,7 @@ def load_tokens(
         source: `demo`, a .txt, .jsonl or .parquet file, or the id of a Hugging Face data set.
         tokenizer: of the model that will see the tokens.
         samples: number of windows.
-        length: tokens a window.
+        length: tokens per window.
         split: for `demo`, which half of the standard library's documentation; for a data set id, its `train` split
             calibrates and its `test` split evaluates.
         field: the field or column that holds the text.

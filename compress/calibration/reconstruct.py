@@ -8,7 +8,7 @@ result is never worse than it there.
 Source of the scheme: Li et al., "BRECQ", 2021, arXiv 2102.05426; the element-wise mix of inputs: Wei et al., "QDrop",
 2022, arXiv 2203.05740. Differs from the papers in: the best iterate on held-out samples is kept, not the last.
 
-Shapes: N samples, B samples a step; hidden states are (N, ...).
+Shapes: N samples, B samples per step; hidden states are (N, ...).
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Recipe:
 
     Attributes:
         steps: of Adam, learning rates falling to zero along a cosine.
-        batch_size: samples a step.
+        batch_size: samples per step.
         inputs: the block's inputs while learning: `compressed`, `original`, or an element-wise `mix` of both.
     """
 

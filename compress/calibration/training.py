@@ -4,7 +4,7 @@ A method says which numbers are learned and what values they make; this loop fol
 keeps the best iterate by the error on samples that were not trained on, the start among them, and saves where it
 stands, so that an interrupted training goes on to the same bits.
 
-Shapes: N samples, B samples a step.
+Shapes: N samples, B samples per step.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Schedule:
 
     Attributes:
         steps: of Adam.
-        batch_size: samples a step.
+        batch_size: samples per step.
     """
 
     steps: int
@@ -365,5 +365,5 @@ class _Run:
     def _put(self, values: Iterable[Tensor]) -> None:
         with torch.no_grad():
             for tensor, value in zip(self.iterate, values, strict=True):
-                tensor.copy_(value)
+                tensor.copy_(value.to(tensor.device))
         self.learner.restored()

@@ -173,7 +173,7 @@ def evaluate(
         str, typer.Option(help="demo, a .txt / .jsonl / .parquet file, a data set id; images: a .safetensors file")
     ] = "demo",
     samples: Annotated[int, typer.Option(help="windows, or images")] = 64,
-    length: Annotated[int, typer.Option(help="tokens a window")] = 512,
+    length: Annotated[int, typer.Option(help="tokens per window")] = 512,
     runtime: Annotated[str, typer.Option(help="transformers, or onnxruntime for a folder that holds ONNX")] = (
         "transformers"
     ),

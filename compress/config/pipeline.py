@@ -35,7 +35,7 @@ class Calibration:
         source: `demo`, a .txt / .jsonl / .parquet file, or the id of a Hugging Face data set; for an image model a
             .safetensors file. Several by name, such as {maths: a.jsonl, code: b.jsonl}: quality is reported of each.
         samples: windows of tokens, or images, of each source.
-        length: tokens a window.
+        length: tokens per window.
         field: the field or column that holds the text.
         subset: the configuration name of a data set id.
     """

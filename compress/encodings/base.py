@@ -122,7 +122,7 @@ class Encoding(ABC):
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits a weight of a dense matrix, all tables counted."""
+        """Stored bits per weight of a dense matrix, all tables counted."""
         tables = sum(t.numel() * t.element_size() * 8 for t in self.tables().values())
         return self.form.bits + tables / self.codes.numel()
 

@@ -1,9 +1,9 @@
-"""Codes to bytes and back: one dense little-endian bit stream a row.
+"""Codes to bytes and back: one dense little-endian bit stream per row.
 
 Code `i` of a row stands in bits `[i*bits, (i+1)*bits)` of the row's stream; bit `k` of the stream is bit `k % 8` of
 byte `k // 8`. A row is padded with zero bits to a whole byte, never further: 3-bit codes cost 3 bits.
 
-Shapes: R rows, N codes a row, B = ceil(N * bits / 8) bytes a row.
+Shapes: R rows, N codes per row, B = ceil(N * bits / 8) bytes per row.
 """
 
 from __future__ import annotations

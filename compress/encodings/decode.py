@@ -4,13 +4,13 @@ An index of several neighbouring codes is looked up in a table of what they mean
 memory, and large weights are worked on by tiles of rows that stay in the cache. Every family is read through its
 `Lookup`, and every number is the result of the same operations as in the family's own `dequantize`, bit for bit.
 
-| bits of a code | codes an index | entries |
-|----------------|---------------:|--------:|
-| 2              | 4              | 256     |
-| 3              | 4              | 4096    |
-| 4              | 2              | 256     |
-| 5, 6, 7        | 2              | 1024, 4096, 16384 |
-| 8              | 1              | 256     |
+| bits of a code | codes per index | entries           |
+|----------------|----------------:|------------------:|
+| 2              | 4               | 256               |
+| 3              | 4               | 4096              |
+| 4              | 2               | 256               |
+| 5, 6, 7        | 2               | 1024, 4096, 16384 |
+| 8              | 1               | 256               |
 
 Shapes: O = out features, I = in features, G = groups of columns, T = tables, K = 2**bits.
 """

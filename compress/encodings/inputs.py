@@ -10,7 +10,7 @@ Zero is on every grid. Stored, for static ones only: `input_scale` float32 (1,),
 (1,). Values are rounded in float32 and given back in the type they came in, as a reference for integer arithmetic.
 
 Source: affine ranges as in Jacob et al., "Quantization and Training of Neural Networks for Efficient
-Integer-Arithmetic-Only Inference", 2017, arXiv 1712.05877; one dynamic range a token as in Yao et al., "ZeroQuant",
+Integer-Arithmetic-Only Inference", 2017, arXiv 1712.05877; one dynamic range per token as in Yao et al., "ZeroQuant",
 2022, arXiv 2206.01861; pairs as in Guo et al., "OliVe", ISCA 2023, arXiv 2304.07493. Differs from the paper in: OliVe's
 unsigned types for inputs without negative values are left out.
 

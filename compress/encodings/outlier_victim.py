@@ -20,7 +20,7 @@ Source: Guo et al., "OliVe: Accelerating Large Language Models via Hardware-frie
 ISCA 2023, arXiv 2304.07493; flint from Guo et al., "ANT: Exploiting Adaptive Numerical Data Type for Low-bit Deep
 Neural Network Quantization", MICRO 2022, arXiv 2208.14286.
 
-Shapes: O = out features, I = in features, R rows of any tensor, C its columns, S = R (a scale a row) or 1.
+Shapes: O = out features, I = in features, R rows of any tensor, C its columns, S = R (a scale per row) or 1.
 """
 
 from __future__ import annotations
@@ -161,10 +161,10 @@ class OutlierVictimForm(Form):
 
 @dataclass(frozen=True)
 class OutlierVictim(Encoding):
-    """Codes of outlier-victim pairs, one scale a row.
+    """Codes of outlier-victim pairs, one scale per row.
 
     Attributes:
-        codes: (O, I) uint8, one code a weight; columns 2i and 2i + 1 are a pair.
+        codes: (O, I) uint8, one code per weight; columns 2i and 2i + 1 are a pair.
         scale: (O, 1) float16 or float32, positive.
         normal: the normal type.
     """

@@ -5,18 +5,18 @@ with N ones, ascending, where bit j is 1 if column j of the run is kept (the com
 4A, section 7.2.1.3). As many ranks as fit in a byte make one word, the first rank the lowest digit to the base of the
 number of combinations. Words lie in the streams of `bits.py`, in as many bits as the greatest of them takes:
 
-| pattern       | combinations | ranks a word | bits a word | bits a weight |
-|---------------|--------------|--------------|-------------|---------------|
-| 1:4, 3:4      | 4            | 4            | 8           | 0.5           |
-| 2:4           | 6            | 3            | 8           | 0.667         |
-| 1:8, 7:8      | 8            | 2            | 6           | 0.375         |
-| 2:8, 6:8      | 28           | 1            | 5           | 0.625         |
-| 3:8, 5:8      | 56           | 1            | 6           | 0.75          |
-| 4:8           | 70           | 1            | 7           | 0.875         |
+| pattern  | combinations | ranks per word | bits per word | bits per weight |
+|----------|--------------|----------------|---------------|-----------------|
+| 1:4, 3:4 | 4            | 4              | 8             | 0.5             |
+| 2:4      | 6            | 3              | 8             | 0.667           |
+| 1:8, 7:8 | 8            | 2              | 6             | 0.375           |
+| 2:8, 6:8 | 28           | 1              | 5             | 0.625           |
+| 3:8, 5:8 | 56           | 1              | 6             | 0.75            |
+| 4:8      | 70           | 1              | 7             | 0.875           |
 
 The last word of a row is filled up with ranks of zero, which are cut off again.
 
-Shapes: O rows, I columns, which M divides; W words a row.
+Shapes: O rows, I columns, which M divides; W words per row.
 """
 
 from __future__ import annotations
@@ -66,16 +66,16 @@ class Pattern:
 
     @property
     def ranks(self) -> int:
-        """Ranks a word."""
+        """Ranks per word."""
         return max(k for k in range(1, 9) if self.combinations**k <= 256)
 
     @property
     def bits(self) -> int:
-        """Bits a word."""
+        """Bits per word."""
         return int(self.combinations**self.ranks - 1).bit_length()
 
     def words(self, columns: int) -> int:
-        """Words a row."""
+        """Words per row."""
         return -(-columns // (self.of * self.ranks))
 
     def row_bytes(self, columns: int) -> int:

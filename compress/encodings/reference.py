@@ -23,7 +23,7 @@ def unpack_row(packed: bytes, bits: int, num_codes: int) -> list[int]:
 
 
 def pack_pattern_row(mask: Sequence[bool], keep: int, of: int) -> bytes:
-    """One row of a mask that keeps `keep` of every `of`: ranks, as many a word as a byte holds, words as `pack_row`."""
+    """One row of a mask that keeps `keep` of every `of`: ranks in words of up to a byte, words as in `pack_row`."""
     numbers = [n for n in range(2**of) if n.bit_count() == keep]
     ranks = [numbers.index(sum(mask[start + i] << i for i in range(of))) for start in range(0, len(mask), of)]
     in_word = 1
@@ -35,6 +35,6 @@ def pack_pattern_row(mask: Sequence[bool], keep: int, of: int) -> bytes:
 
 
 def dequantize_row(codes: Sequence[int], scale: Sequence[float], zero_point: Sequence[int]) -> list[float]:
-    """One row; `scale` and `zero_point` have one entry a group of neighbouring columns."""
+    """One row; `scale` and `zero_point` have one entry per group of neighbouring columns."""
     width = len(codes) // len(scale)
     return [(code - zero_point[i // width]) * scale[i // width] for i, code in enumerate(codes)]

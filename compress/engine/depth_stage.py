@@ -88,7 +88,7 @@ class _State:
         places: of the blocks that are left, as they were numbered before the stage.
         gone: the others, in the order they went.
         steps: the models so far.
-        distances: by the name of the first block, one mapping a time they were asked for.
+        distances: by the name of the first block, one mapping per time they were asked for.
     """
 
     context: Context

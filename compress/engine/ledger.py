@@ -1,4 +1,4 @@
-"""What is done already: one file a unit of work, named by stage and unit, accepted only under its key.
+"""What is done already: one file per unit of work, named by stage and unit, accepted only under its key.
 
 A key is a hash over everything the result depends on (source, calibration, seed, code, every pass so far), so a changed
 pipeline keeps the work before the change and redoes the rest. A file is written under another name, flushed to disk and

@@ -121,7 +121,7 @@ def against(row: Row, parents: Sequence[Row]) -> dict[str, dict[str, float | Non
 
 
 def density(artifact: Artifact) -> tuple[float, float]:
-    """(stored bits a weight, share of zeros) over the matrices inside the blocks."""
+    """(stored bits per weight, share of zeros) over the matrices inside the blocks."""
     bits = zeros = weights = 0
     for site in artifact.graph.sites:
         if site.block is None:

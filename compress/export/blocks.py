@@ -1,18 +1,18 @@
 """Blocks of GGML: some neighbouring columns of a row with one float16 scale, and how codes lie in them.
 
-| type     | columns | bits a weight | value                        |
-|----------|---------|---------------|------------------------------|
-| `TQ2_0`  | 256     | 2.06          | d * level, level -1 to 1     |
-| `Q4_0`   | 32      | 4.5           | d * level, level -8 to 7     |
-| `IQ4_NL` | 32      | 4.5           | d * one of 16 fixed integers |
-| `Q4_1`   | 32      | 5             | d * code + m, code 0 to 15   |
-| `Q5_0`   | 32      | 5.5           | d * level, level -16 to 15   |
-| `Q8_0`   | 32      | 8.5           | d * level, level -128 to 127 |
+| type     | columns | bits per weight | value                        |
+|----------|---------|-----------------|------------------------------|
+| `TQ2_0`  | 256     | 2.06            | d * level, level -1 to 1     |
+| `Q4_0`   | 32      | 4.5             | d * level, level -8 to 7     |
+| `IQ4_NL` | 32      | 4.5             | d * one of 16 fixed integers |
+| `Q4_1`   | 32      | 5               | d * code + m, code 0 to 15   |
+| `Q5_0`   | 32      | 5.5             | d * level, level -16 to 15   |
+| `Q8_0`   | 32      | 8.5             | d * level, level -128 to 127 |
 
 A level is a code's distance from its zero point. A scale of more columns than a block is repeated in each of them. `m`
 is float16 too, and the minimum of a grid seldom is one: then the levels are kept instead, in a wider type.
 
-Shapes: O = out features, I = in features, B = blocks a row, W = columns of a block.
+Shapes: O = out features, I = in features, B = blocks per row, W = columns of a block.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Blocks:
 
     Attributes:
         type: as GGML calls it.
-        data: (O, bytes a row) uint8.
+        data: (O, bytes per row) uint8.
     """
 
     type: str
@@ -118,7 +118,7 @@ def _exact_half(values: Tensor) -> Tensor | None:
 
 
 def _joined(*parts: Tensor) -> Tensor:
-    """Pieces (O, B, any) uint8 of every block -> (O, bytes a row)."""
+    """Pieces (O, B, any) uint8 of every block -> (O, bytes per row)."""
     return torch.cat(parts, dim=-1).flatten(1)
 
 

@@ -1,7 +1,7 @@
 """A model as blocks and sites.
 
 A block is one of the model's repeated modules (decoder layers, residual blocks; the children of a plain
-`nn.Sequential`). A site is a matrix to compress: the weight of a `Linear`, of a `Conv2d` (a row an output channel),
+`nn.Sequential`). A site is a matrix to compress: the weight of a `Linear`, of a `Conv2d` (a row per output channel),
 or of a transformers `Conv1D` (stored transposed). Nothing is traced: which block feeds which is observed while
 running (`calibration/collect.py`).
 """

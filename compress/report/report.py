@@ -17,7 +17,7 @@ class Row:
 
     Attributes:
         change: relative increase of perplexity over the original; of a classifier, accuracy minus the original's.
-        kl: mean KL(original || this) in nats a token, or a sample.
+        kl: mean KL(original || this) in nats per token, or per sample.
         bytes: of all weights as stored now.
         bits_per_weight: over the matrices inside the blocks, scales, zero points and masks counted.
         sparsity: share of zeros over the same matrices.
@@ -163,9 +163,7 @@ def _merged(merge: dict[str, Any]) -> str:
 def said(delta: Mapping[str, Any]) -> str:
     """The size of a compressed delta."""
     bits, times = delta["bits_per_parameter"], delta["times_smaller"]
-    return (
-        f"a delta of {size_text(delta['bytes'])}: {bits:.3f} bits a parameter, {times:.1f} times smaller than the model"
-    )
+    return f"a delta of {size_text(delta['bytes'])}: {bits:.3f} bits per parameter, {times:.1f} times smaller than the model"
 
 
 def _block_list(places: Sequence[int]) -> str:

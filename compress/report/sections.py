@@ -53,7 +53,7 @@ class BlocksDropped:
         pass_key: of the pass.
         blocks: that went, numbered as before the stage.
         of: how many blocks there were.
-        distances: the measured ones by the name of the first block, one mapping a time they were asked for.
+        distances: the measured ones by the name of the first block, one mapping per time they were asked for.
         renamed: name of a module before the stage -> its name now; None when it is gone.
     """
 

@@ -61,5 +61,5 @@ def evaluation_lines(model: str, found: Mapping[str, Any], against: str | None, 
     if found.get("load_memory") is not None:
         text += f", {size_text(found['load_memory'])} of memory to load"
     if found.get("tokens_per_second") is not None:
-        text += f", {found['tokens_per_second']:.0f} tokens a second, one after the other"
+        text += f", {found['tokens_per_second']:.0f} tokens per second, one after the other"
     return f"{text}\n({found['source']}, {data})"

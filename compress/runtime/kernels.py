@@ -1,13 +1,13 @@
 """Ways to multiply with a packed weight on the processor, quicker or smaller than unpacking all of it.
 
-| kernel   | takes                                        | result            | bits a weight beside the packed |
-|----------|----------------------------------------------|-------------------|---------------------------------|
-| `Tiles`  | everything                                   | float32 rounding  | none; the packed ones if sparse |
-| `Codes`  | whole numbers times a scale, by row or group | float32 rounding  | 8 or 16                         |
-| `Bytes`  | tables of values                             | float32 rounding  | 4 or 8                          |
-| `Halves` | numbers of 11 bits times a scale a row       | float32 rounding  | 16                              |
-| `Int4`   | uniform, to 4 bits, groups of 32 and more    | bfloat16 rounding | 4 and 32 a group                |
-| `Int8`   | everything, rounded again where it must be   | that of 8 bits    | 8                               |
+| kernel   | takes                                        | result            | bits per weight beside the packed |
+|----------|----------------------------------------------|-------------------|-----------------------------------|
+| `Tiles`  | everything                                   | float32 rounding  | none; the packed ones if sparse   |
+| `Codes`  | whole numbers times a scale, by row or group | float32 rounding  | 8 or 16                           |
+| `Bytes`  | tables of values                             | float32 rounding  | 4 or 8                            |
+| `Halves` | numbers of 11 bits times a scale per row     | float32 rounding  | 16                                |
+| `Int4`   | uniform, to 4 bits, groups of 32 and more    | bfloat16 rounding | 4 and 32 per group                |
+| `Int8`   | everything, rounded again where it must be   | that of 8 bits    | 8                                 |
 
 The last three are products of torch's own: see `low_bit.py`. What a kernel keeps is derived from the stored tensors and
 never written.
@@ -162,7 +162,7 @@ class Bytes(Kernel):
         if table.shape[1] > 256:
             return None
         scale = torch.ones(1, 1, device=table.device) if lookup.scale is None else lookup.scale.of()
-        begins = (first << 8)[:, None]  # 256 entries a table, either way
+        begins = (first << 8)[:, None]  # 256 entries per table, either way
         return cls(pack_bits(codes, bits), wide(table, bits), begins, scale[..., None], spec.shape[1])
 
     def __call__(self, x: Tensor) -> Tensor:

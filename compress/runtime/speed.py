@@ -35,7 +35,7 @@ class LayerSpeed:
     Attributes:
         layer: its name.
         kernel: the name of the kernel; `factors` is added where a correction stands beside the codes.
-        spare_bits: bits a weight that the kernel keeps beside the packed tensors.
+        spare_bits: bits per weight that the kernel keeps beside the packed tensors.
         error: the largest difference from products with the dequantized weight, over the largest of them, on random
             inputs (M = 8, standard normal).
     """
@@ -59,7 +59,7 @@ class Speedup:
         return {name: names.count(name) for name in dict.fromkeys(names)}
 
     def __str__(self) -> str:
-        """A line a layer."""
+        """A line per layer."""
         width = max((len(row.layer) for row in self.layers), default=5)
         head = f"{'layer':{width}}  {'kernel':14}  spare bits    error"
         rows = (f"{r.layer:{width}}  {r.kernel:14}  {r.spare_bits:10.2f}  {r.error:7.1e}" for r in self.layers)
@@ -79,7 +79,7 @@ def speed_up(model: nn.Module, *, exact: bool = True, spare_bits: float = SPARE_
         model: with packed linear layers; others are left alone, and so are packed convolutions.
         exact: only kernels whose results differ by rounding in float32 (about 1e-6 of the largest output). Otherwise
             also torch's products in bfloat16 with codes of 4 and 8 bits, within 2 %, measured layer by layer.
-        spare_bits: bits a weight that a kernel may keep beside the packed tensors: 0 for none, 9 for codes of one
+        spare_bits: bits per weight that a kernel may keep beside the packed tensors: 0 for none, 9 for codes of one
             byte, 17 for numbers of two bytes.
 
     Returns:
@@ -99,7 +99,7 @@ def speed_up(model: nn.Module, *, exact: bool = True, spare_bits: float = SPARE_
         {'codes': 42}
     """
     if spare_bits < 0:
-        raise UsageError(f"spare_bits is {spare_bits}; it is a number of bits a weight, 0 or more")
+        raise UsageError(f"spare_bits is {spare_bits}; it is a number of bits per weight, 0 or more")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
     if not layers:
         raise UsageError("the model has no packed linear layer; load a folder that compress wrote")

@@ -12,7 +12,7 @@ One program makes `BN` outputs of one row of the input (`vector`), or `BM` by `B
 
 Sums are float32. Imported where Triton is installed or not; without it only `AVAILABLE` can be asked.
 
-Shapes: M rows of the input, N = out features, K = in features, B bytes a row of codes, R = N or 1, G = groups.
+Shapes: M rows of the input, N = out features, K = in features, B bytes per row of codes, R = N or 1, G = groups.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def multiply(
 
     Args:
         x: the input.
-        codes: (N, B) uint8, a stream a row.
+        codes: (N, B) uint8, a stream per row.
         table: float32, what codes look up; with tables of several rows, one after the other.
         first: (N,) int32, where in it a row's table begins.
         zero: (R, G) uint8 zero points.

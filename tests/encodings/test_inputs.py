@@ -48,7 +48,7 @@ EVERY = [
 each_grid = pytest.mark.parametrize("inputs", EVERY)
 
 
-# --- one scale a token ------------------------------------------------------------------------------------------------
+# --- one scale per token ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -154,14 +154,14 @@ CHECKED: dict[tuple[str, int], tuple[float, float, float]] = {
     ("normal, one scale", 3): (0.65, 0.1265, 0.192),
     ("normal, one scale", 4): (0.62, 0.0231, 0.0354),
     ("normal, one scale", 8): (0.63, 7.0e-5, 1.07e-4),
-    ("normal, a scale a row", 3): (0.70, 0.0975, 0.1315),
-    ("normal, a scale a row", 4): (0.70, 0.0180, 0.0244),
+    ("normal, a scale per row", 3): (0.70, 0.0975, 0.1315),
+    ("normal, a scale per row", 4): (0.70, 0.0180, 0.0244),
     ("laplace, one scale", 3): (0.50, 0.2165, 0.418),
     ("laplace, one scale", 4): (0.50, 0.0347, 0.083),
 }
 SAMPLES: dict[str, Callable[[], Tensor]] = {
     "normal, one scale": lambda: normal(1, 65536),
-    "normal, a scale a row": lambda: normal(64, 4096),
+    "normal, a scale per row": lambda: normal(64, 4096),
     "laplace, one scale": lambda: laplace(1, 65536),
 }
 each_check = pytest.mark.parametrize(("name", "bits"), CHECKED, ids=str)

@@ -9,7 +9,7 @@ from torch import Tensor
 from compress.encodings import rice
 from compress.encodings.signs import Signs
 
-# Share of entries that are not zero -> bits an entry: entropy, and what a Rice code with the best parameter needs.
+# Share of entries that are not zero -> bits per entry: entropy, and what a Rice code with the best parameter needs.
 EXPECTED = {0.01: (0.0908, 0.0911), 0.05: (0.336, 0.339), 0.1: (0.569, 0.576), 0.2: (0.922, 0.939),
             0.3: (1.181, 1.188), 0.5: (1.5, 1.5)}  # fmt: skip
 

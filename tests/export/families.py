@@ -86,14 +86,14 @@ DECODERS = ("llama", "llama-tied-bfloat16", "gpt2", "opt", "neox")
 
 Recipe = Callable[[tuple[str, ...]], list[Pass]]
 RECIPES: dict[str, Recipe] = {
-    **{f"{b} bits a row": lambda at, b=b: [Rtn(bits=b, include=at)] for b in range(2, 9)},
+    **{f"{b} bits per row": lambda at, b=b: [Rtn(bits=b, include=at)] for b in range(2, 9)},
     **{
         f"{b} bits, 32 columns, symmetric": lambda at, b=b: [Rtn(bits=b, group_size=32, symmetric=True, include=at)]
         for b in range(2, 9)
     },
     "4 bits, 8 columns": lambda at: [Rtn(bits=4, group_size=8, include=at)],
     "3 bits, 16 columns": lambda at: [Rtn(bits=3, group_size=16, include=at)],
-    "4 bits a tensor": lambda at: [Rtn(bits=4, granularity="tensor", include=at)],
+    "4 bits per tensor": lambda at: [Rtn(bits=4, granularity="tensor", include=at)],
     "half zeros": lambda at: [Magnitude(sparsity=0.5, include=at)],
     "2:4": lambda at: [Magnitude(sparsity="2:4", include=at)],
     "half zeros, 3 bits": lambda at: [Magnitude(sparsity=0.5, include=at), Rtn(bits=3, group_size=16, include=at)],
@@ -118,8 +118,8 @@ RECIPES: dict[str, Recipe] = {
     "two factors": lambda at: [LowRank(ratio=0.5, include=at)],
 }  # fmt: skip
 ROUNDED: dict[str, Recipe] = {
-    "inputs of 8 bits a token": lambda at: [Rtn(bits=4, activation_bits=8, include=at)],
-    "inputs of 6 bits a token": lambda at: [Rtn(bits=4, activation_bits=6, include=at)],
+    "inputs of 8 bits per token": lambda at: [Rtn(bits=4, activation_bits=8, include=at)],
+    "inputs of 6 bits per token": lambda at: [Rtn(bits=4, activation_bits=6, include=at)],
     "inputs of 8 bits": lambda at: [Rtn(bits=4, activation_bits=8, activation_scale="tensor", include=at)],
     "inputs in pairs of 4 bits": lambda at: [
         Olive(bits=4, activation_bits=4, activation_scale="tensor", activation_grid="olive", include=at)

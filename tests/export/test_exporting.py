@@ -110,7 +110,7 @@ def test_the_command_says_what_was_compared(demo_out: Path) -> None:
     measured = compress_command("eval", demo_out / "onnx", "--runtime", "onnxruntime", "--against", "demo", *data)
     assert measured.code == 0, measured.err
     assert "of memory to load" in measured.out
-    assert "tokens a second" in measured.out
+    assert "tokens per second" in measured.out
     found = json.loads(compress_command("eval", demo_out / "onnx", "--runtime", "onnxruntime", *data, "--json").out)
     packed = json.loads(compress_command("eval", demo_out, *data, "--json").out)
     assert found["perplexity"] == pytest.approx(packed["perplexity"], rel=0.01)

@@ -1,4 +1,4 @@
-"""The properties of BitDelta: a sign for every change, one scale a matrix and round."""
+"""The properties of BitDelta: a sign for every change, one scale per matrix and round."""
 
 import itertools
 from collections.abc import Iterator

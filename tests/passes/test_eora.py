@@ -160,7 +160,7 @@ def test_the_budget_is_kept_over_all_layers_and_is_all_but_spent(tokens: Tensor)
 def test_a_budget_that_pays_for_nothing_is_refused_with_the_smallest_that_pays_for_something(tokens: Tensor) -> None:
     # The cheapest of the 14 layers, k_proj, is 32 x 64: one rank takes 16 * 96 bits, and there are 73728 weights.
     said = (
-        r"passes\[1\]\.eora\.budget: 0\.02 bits a weight .* rank 1 of model\.layers\.0\.self_attn\.k_proj, takes 1536"
+        r"passes\[1\]\.eora\.budget: 0\.02 bits per weight .* rank 1 of model\.layers\.0\.self_attn\.k_proj, takes 1536"
     )
     with pytest.raises(ConfigError, match=rf"{said} bits.* The smallest budget that pays for one is 0\.0209$"):
         compress.apply(make_llama(), [Rtn(bits=2), Eora(rank=None, budget=0.02)], calibration=tokens)
@@ -171,7 +171,7 @@ def test_a_budget_that_pays_for_nothing_is_refused_with_the_smallest_that_pays_f
 def test_what_a_rank_costs_counts_the_bits_that_an_override_gives_a_layer() -> None:
     eora = Eora(rank=None, budget=0.006, overrides=(Override("*.k_proj", {"adapter_bits": 4}),))
     shapes = {"layers.0.k_proj": (32, 64), "layers.0.up_proj": (128, 512)}
-    assert eora.check_shapes(shapes) is None  # 4 * 96 bits for 67584 weights; 16 * 96 would be 0.023 bits a weight
+    assert eora.check_shapes(shapes) is None  # 4 * 96 bits for 67584 weights; 16 * 96 would be 0.023 bits per weight
     assert Eora(rank=None, budget=0.006).check_shapes(shapes) is not None
     decided = eora.allocated({name: {"energies": [1.0], "shape": shape} for name, shape in shapes.items()})
     assert decided.at("layers.0.k_proj").rank == 1

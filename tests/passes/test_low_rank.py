@@ -64,7 +64,7 @@ def test_full_rank_is_the_matrix_again(need: str) -> None:
     for rows, columns in ((24, 40), (40, 24)):
         target, _ = problem(rows, columns)
         whole = WhitenedMatrix.through(target.weight.double(), target.statistics, need, 1e-6).factors(24)
-        torch.testing.assert_close(whole.product(), target.weight, rtol=0, atol=5e-3)  # 16 bits a number
+        torch.testing.assert_close(whole.product(), target.weight, rtol=0, atol=5e-3)  # 16 bits per number
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 0.8])

@@ -79,7 +79,7 @@ class RiceChunks:
 
 @dataclass(frozen=True)
 class BitChunks:
-    """A sign for every entry, in one or more rounds with a scale each: 1 bit an entry and round.
+    """A sign for every entry, in one or more rounds with a scale each: 1 bit per entry and round.
 
     Bytes: the number of rounds, uint8; their scales, float32; for each chunk the signs of each round, 1 for plus,
     padded to whole bytes.

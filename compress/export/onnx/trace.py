@@ -221,7 +221,7 @@ def _call_signature(graph: Graph) -> CallSignature:
 
 
 def _cache_of(model: nn.Module, tokens: Tensor) -> list[Tensor] | None:
-    """The keys that a decoder keeps, one a layer; None of a model that keeps none."""
+    """The keys that a decoder keeps, one per layer; None of a model that keeps none."""
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         return None
     found: Any = model(input_ids=tokens, use_cache=True)

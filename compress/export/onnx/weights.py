@@ -211,7 +211,7 @@ def row_tables(source: WeightSource, lookup: Lookup) -> ir.Value:
 
 
 def pair_entries(source: WeightSource, table: ir.Value) -> ir.Value:
-    """(O, I): the entries of a table of pairs, two neighbouring columns a pair."""
+    """(O, I): the entries of a table of pairs, two neighbouring columns per pair."""
     ops, form, (rows, columns) = source.ops, source.form, source.shape
     assert form is not None
     count = -(-columns // 2)

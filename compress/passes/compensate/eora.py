@@ -47,7 +47,7 @@ class Eora(LinearPass):
     Args:
         rank: of every correction, or None where `energy` or `budget` decides.
         energy: the smallest rank that keeps this share of the lost output energy, instead of `rank`.
-        budget: bits a weight over all layers of the pass, spent where they bring most, instead of `rank`.
+        budget: bits per weight over all layers of the pass, spent where they bring most, instead of `rank`.
         method: `eora`; or what it is compared with: `activation` scales columns by the norms of their inputs, `svd`
             ignores inputs.
         adapter_bits: 4 or 8 store codes of the factors; None their values in 16 bits.

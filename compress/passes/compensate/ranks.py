@@ -51,7 +51,7 @@ def too_little(costs: Mapping[str, int], weights: int, budget: float) -> str | N
     Args:
         costs: layer -> bits of one more rank.
         weights: of all layers.
-        budget: bits a weight.
+        budget: bits per weight.
     """
     cheapest = min(costs, key=lambda name: costs[name])
     if costs[cheapest] <= budget * weights:
@@ -60,6 +60,7 @@ def too_little(costs: Mapping[str, int], weights: int, budget: float) -> str | N
     unit = 10.0 ** (math.floor(math.log10(enough)) - 2)
     enough = math.ceil(enough / unit) * unit  # rounded up to three digits
     return (
-        f"{budget:g} bits a weight pay for no correction: the cheapest, rank 1 of {cheapest}, takes {costs[cheapest]} "
-        f"bits, and there are {weights} weights. The smallest budget that pays for one is {enough:.3g}"
+        f"{budget:g} bits per weight pay for no correction: the cheapest, rank 1 of {cheapest}, takes "
+        f"{costs[cheapest]} bits, and there are {weights} weights. "
+        f"The smallest budget that pays for one is {enough:.3g}"
     )

@@ -87,7 +87,7 @@ class LowRank(Budget, BlockPass):
     Args:
         method: `whitened` factors are best for the layer's outputs on calibration data; `svd` for the matrix alone.
         steps: of learning, a block; 0 keeps the factors as they start.
-        batch_size: calibration samples a step.
+        batch_size: calibration samples per step.
         learning_rate: of Adam at the start, as a share of the root mean square of a factor; it falls to zero along a
             cosine.
         inputs: what the block is fed while learning: its inputs in the `compressed` model, in the `original`, or an

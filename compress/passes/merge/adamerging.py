@@ -63,7 +63,7 @@ class AdaMerging(MergePass):
         trim: the share of entries that each task vector keeps, its largest, of which those with the elected sign are
             added; None adds all.
         steps: of Adam; 0 merges with the coefficients as they start.
-        batch_size: calibration samples a step, of all tasks together.
+        batch_size: calibration samples per step, of all tasks together.
         learning_rate: the largest.
         diversity: how much of the entropy of the mean prediction of each source is taken off the loss, so that
             different inputs keep different answers; 0 is the paper's.

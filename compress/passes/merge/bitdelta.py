@@ -1,4 +1,4 @@
-"""A fine-tune's delta as one sign an entry.
+"""A fine-tune's delta as one sign per entry.
 
 Shapes: n elements of a piece, k rounds.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class BitDelta(DeltaPass):
-    """The base plus the sign of every change that a fine-tune made, one scale a matrix: a delta of one bit a weight.
+    """The base plus the sign of every change a fine-tune made, one scale per matrix: a delta of one bit per weight.
 
     The matrices inside the blocks are coded; everything else (norms, biases, embeddings, the head) is kept as the
     fine-tune has it. The scales are learned on the calibration data: the result should predict what the fine-tune does.
@@ -40,7 +40,7 @@ class BitDelta(DeltaPass):
     Args:
         bits: rounds; each codes, with a scale of its own, what those before it have left.
         steps: of Adam on the scales; 0 leaves each the one with the least error, and needs no data.
-        batch_size: calibration samples a step.
+        batch_size: calibration samples per step.
         learning_rate: the largest, of the factors that the scales are multiplied with.
 
     Example:

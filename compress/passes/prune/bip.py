@@ -39,7 +39,7 @@ class Bip(EndToEnd):
     Args:
         sparsity: share of zeros over all selected weights.
         steps: of both levels, each on samples of its own.
-        batch_size: samples a step and level.
+        batch_size: samples per step and level.
         learning_rate: of the weights; warm-up and decay as of `perp`.
         mask_rate: root mean square of a step of the scores, as a share of theirs.
         gamma: of the pull towards zero that makes the lower level's answer unique; large ones leave the correction out.

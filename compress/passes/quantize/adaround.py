@@ -1,6 +1,6 @@
 """AdaRound: every weight learns whether it is rounded down or up.
 
-Shapes: O rows, I columns, G groups of C = I / G columns; grids are (R, G), R = O, or 1 for one scale a matrix.
+Shapes: O rows, I columns, G groups of C = I / G columns; grids are (R, G), R = O, or 1 for one scale per matrix.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """FlexRound: rounding learned by element-wise division.
 
-Shapes: O rows, I columns, G groups of C = I / G columns; R = O, or 1 for one scale a matrix. Grids are (R, G).
+Shapes: O rows, I columns, G groups of C = I / G columns; R = O, or 1 for one scale per matrix. Grids are (R, G).
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class FlexRound(UniformOptions, LearnedPass):
 
     Source: Lee, Kim, Kwon and Lee, "FlexRound: Learnable Rounding based on Element-wise Division for Post-Training
     Quantization", ICML 2023, arXiv 2306.00317; the low-rank form (`rank`): Lee et al., "LRQ", 2024, arXiv 2407.11534.
-    Differs from the paper in: s3 has one entry a group where scales have; the best iterate on held-out samples is kept,
-    and it is never worse there than round-to-nearest, where learning starts.
+    Differs from the paper in: s3 has one entry per group where scales have; the best iterate on held-out samples is
+    kept, and it is never worse there than round-to-nearest, where learning starts.
 
     Args:
-        rank: learn the divisors as a product of two matrices this thin (LRQ) instead of one number a weight.
+        rank: learn the divisors as a product of two matrices this thin (LRQ) instead of one number per weight.
         learn_scale: learn the scales too (s1); frozen scales learn worse, see docs/methods/flexround.md.
-        row_factor: learn a common divisor a row or group (s3).
+        row_factor: learn a common divisor per row or group (s3).
 
     Example:
         >>> import torch, compress

@@ -27,7 +27,7 @@ class GridOptions(ActivationOptions):
 
     Args:
         bits: 2 to 8.
-        group_size: neighbouring columns that share a scale; None is one scale a row (`granularity: channel`).
+        group_size: neighbouring columns that share a scale; None is one scale per row (`granularity: channel`).
         granularity: `tensor` is one scale for the whole matrix. By default `group` or `channel`, as group_size says.
         scale_search: `minmax` covers the range; `mse` searches the range with the least error**2.4.
     """

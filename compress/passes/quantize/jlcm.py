@@ -37,9 +37,10 @@ class Jlcm(CodebookOptions, LearnedPass):
 
     Source: Yvinec, Dapogny and Bailly, "Network Memory Footprint Compression Through Jointly Learnable Codebooks and
     Mappings", ICLR 2024, arXiv 2309.17361. The paper's update could not be read in full; this is a reconstruction from
-    its stated shape. Differs from the paper in: one number a weight, a factor that moves it over the table, stands for
-    the logits of all its entries; rows store the number of their table unless `reorder` sorts them; each row's scale
-    learns too where there is one; the best iterate on held-out samples is kept, never worse there than k-means.
+    its stated shape. Differs from the paper in: one number per weight, a factor that moves it over the table, stands
+    for the logits of all its entries; rows store the number of their table unless `reorder` sorts them; each row's
+    scale is learned too where there is one; the best iterate on held-out samples is kept, never worse there than
+    k-means.
 
     Args:
         mapping_rate: learning rate of the choices, of the logarithm of each weight's factor.

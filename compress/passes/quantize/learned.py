@@ -49,7 +49,7 @@ class LearnedPass(BlockPass):
 
     Args:
         steps: of learning, a block.
-        batch_size: calibration samples a step.
+        batch_size: calibration samples per step.
         learning_rate: of Adam at the start; it falls to zero along a cosine.
         inputs: what the block is fed while learning: its inputs in the `compressed` model, in the `original`, or an
             element-wise random `mix` of both.

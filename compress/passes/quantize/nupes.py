@@ -1,6 +1,6 @@
 """NUPES: a power grid whose codes and exponent are learned together.
 
-Shapes: O rows, I columns, G groups of C = I / G columns; R = O, or 1 for one scale a matrix; L levels.
+Shapes: O rows, I columns, G groups of C = I / G columns; R = O, or 1 for one scale per matrix; L levels.
 """
 
 from __future__ import annotations

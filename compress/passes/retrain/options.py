@@ -42,7 +42,7 @@ class TrainingOptions(Pass):
         rank: of the adapters.
         alpha: what they add is multiplied by alpha / rank.
         steps: of Adam.
-        batch_size: calibration samples a step.
+        batch_size: calibration samples per step.
         learning_rate: the largest; it rises linearly over a tenth of the steps, then falls linearly to zero.
     """
 

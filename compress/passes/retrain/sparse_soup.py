@@ -28,7 +28,7 @@ RATIO = 2.0  # between the learning rates of two copies
 class SparseSoup(EndToEnd, TrainingOptions):
     """Train several copies of a pruned model, each from the same zeros, and take their average.
 
-    The average has the zeros that all copies have. The whole model, and one more set of its matrices a copy, is in
+    The average has the zeros that all copies have. The whole model, and one more set of its matrices per copy, is in
     memory. Normalisations keep their running statistics, which no copy changes.
 
     Source: Zimmer, Spiegel and Pokutta, "Sparse Model Soups", 2023, arXiv 2306.16788. Differs from the paper in: copies

@@ -83,7 +83,7 @@ def compensate(weight: Tensor, factor: Factor, *, tile: int, every: int, begin: 
     """Project the columns of `weight` (O, I) in the factor's order; returns what is lost, W - V (O, I), in that order.
 
     `begin` is called before the columns 0, every, 2*every, ... with the next `every` columns as they stand then;
-    `project` once a column, in order. `tile` is how many columns are worked on at once: it changes the speed and the
+    `project` once per column, in order. `tile` is how many columns are worked on at once: it changes the speed and the
     rounding of the last bit, nothing else.
     """
     columns = weight.shape[1]
