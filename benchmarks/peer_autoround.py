@@ -2,7 +2,7 @@
 
     python benchmarks/peer_autoround.py MODEL TOKENS.npz flexround:BITS:GROUP
 
-Its learned rounding at its own defaults: 200 iterations a block, 8 samples per iteration, affine groups. `seconds` is
+Its learned rounding at its own defaults: 200 iterations per block, 8 samples per iteration, affine groups. `seconds` is
 calibration and compression; reading the model and evaluating it are left out.
 """
 

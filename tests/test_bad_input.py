@@ -309,7 +309,7 @@ def test_a_hub_id_that_cannot_be_fetched_is_named(rtn: Path, out: Path, monkeypa
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     ended = compress_command("run", rtn, "no-such-organisation/no-such-model", "-o", out)
-    assert_refused(ended, 2, out, "no-such-organisation/no-such-model", "no local folder", "from the hub failed")
+    assert_refused(ended, 2, out, "no-such-organisation/no-such-model", "not a local folder", "from the hub failed")
 
 
 def change(folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:

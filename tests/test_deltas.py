@@ -284,7 +284,7 @@ def damaged(file: Path, folder: Path) -> dict[str, tuple[bytes, str]]:
         "nothing": (b"", "truncated or corrupt"),
         "one bit": (bytes(flipped), "is damaged: its content is not what was written"),
         "newer": (whole.replace(b'"version":"1"', b'"version":"2"'), "was written by a newer version"),
-        "a model": ((folder / "plain.safetensors").read_bytes(), "is no compressed delta"),
+        "a model": ((folder / "plain.safetensors").read_bytes(), "is not a compressed delta"),
     }
 
 
@@ -316,7 +316,7 @@ def test_what_is_there_is_never_lost(here: Path, tmp_path: Path) -> None:
         ended = compress_command("apply-delta", base, delta, "-o", tmp_path / out, *more)
         assert (ended.code, said in ended.err) == (2, True), ended.err
     ended = compress_command("apply-delta", base, here / "a", "-o", tmp_path / "out")
-    assert (ended.code, "is no compressed delta" in ended.err) == (2, True)
+    assert (ended.code, "is not a compressed delta" in ended.err) == (2, True)
     ended = compress_command("apply-delta", base, tmp_path / "nowhere", "-o", tmp_path / "out")
     assert (ended.code, "no such folder" in ended.err) == (2, True)
     shutil.copytree(delta, tmp_path / "delta")

@@ -246,7 +246,7 @@ def test_evaluation_data_of_the_wrong_kind_is_said(evaluation: Any, words: str, 
 
 def test_a_model_that_is_no_classifier_cannot_be_evaluated_as_one() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3))
-    with pytest.raises(DataError, match=r"puts out \(samples, classes\) logits; this model puts out \(4, 4, 6, 6\)"):
+    with pytest.raises(DataError, match=r"outputs \(samples, classes\) logits; this model outputs \(4, 4, 6, 6\)"):
         compress.apply(model, [Rtn()], evaluation=(torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)))
 
 

@@ -142,10 +142,13 @@ def test_negative_flips_are_what_was_right_and_is_wrong_now(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"choose": {"scal": [1.0]}}, "scal: is no number of task_arithmetic that can be tried; known: scale, weights"),
-        ({"choose": {"combine": [1.0]}}, "combine: is no number of task_arithmetic"),
+        (
+            {"choose": {"scal": [1.0]}},
+            "scal: is not a number of task_arithmetic that can be tried; known: scale, weights",
+        ),
+        ({"choose": {"combine": [1.0]}}, "combine: is not a number of task_arithmetic"),
         ({"choose": {"scale": []}}, "no value to try"),
-        ({"choose": {"models": [1.0]}}, "models: is no number of task_arithmetic"),
+        ({"choose": {"models": [1.0]}}, "models: is not a number of task_arithmetic"),
         ({"choose": {"scale": ["much"]}}, "is not several by name"),
         ({"by": "negative_flips", "choose": {"scale": [1.0]}}, "task_arithmetic merges several"),
         ({"by": "often"}, "is not one of score, negative_flips"),

@@ -61,7 +61,9 @@ def apply_delta(
     opened = open_model(base)
     file = locate(str(delta))
     if not file.is_file():
-        raise UsageError(f"{delta} is no compressed delta; a merge with compeft or bitdelta writes one into OUT/delta")
+        raise UsageError(
+            f"{delta} is not a compressed delta; a merge with compeft or bitdelta writes one into OUT/delta"
+        )
     for given in (opened.folder, file):
         refuse_destination(destination, given, overwrite)
     if destination.exists() and not overwrite:

@@ -47,7 +47,7 @@ class Activations:
                 self.keep(len(self.hidden) - 1, hidden)
 
     def copy(self) -> Activations:
-        """The same hidden states now, a chain of its own from here on."""
+        """A copy with the same hidden states, independent from here on."""
         other = Activations((), self.trim, self.store)
         other.compute = self.compute
         other.calls, other.hidden, other._mapped = self.calls, list(self.hidden), self._mapped
@@ -79,7 +79,7 @@ class Activations:
         return HiddenSamples(self.hidden, self.compute)
 
     def call_for(self, count: int) -> Call:
-        """How the block is called with any `count` samples. Looked up once: every visit is called alike."""
+        """How the block is called with any `count` samples. Looked up once: every visit has equal arguments."""
         if count not in self._calls_for:
             self._calls_for[count] = self._call_for(count)
         return self._calls_for[count]
@@ -92,7 +92,7 @@ class Activations:
         """
         first, size = self.calls[0], len(self.hidden[0])
         for call, hidden in zip(self.calls, self.hidden, strict=True):
-            if not same_call(first.resized(size, len(hidden)), call):  # the first too: its samples must be called alike
+            if not same_call(first.resized(size, len(hidden)), call):  # the first too: its samples need equal arguments
                 raise UnsupportedModelError(
                     "the blocks get other arguments from batch to batch, so samples cannot be mixed to learn from "
                     "them; use a method that does not learn by reconstruction, such as gptq"

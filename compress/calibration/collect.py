@@ -97,7 +97,7 @@ def _is_cache(value: Any) -> bool:
 
 
 def is_chain(forward: Callable[[], Any], blocks: list[nn.Module]) -> bool:
-    """Whether each block's input was seen to be the output of the one before, all called alike, each exactly once.
+    """Whether each block's input is the output of the one before, and all run exactly once with equal arguments.
 
     Only then may blocks be run one after the other without the model around them.
     """
@@ -148,7 +148,7 @@ def _watched(
     enter: Callable[[int, Any, Call], None],
     leave: Callable[[int, Any], None],
 ) -> None:
-    """Run `forward`; each block's number is told with what it is given and what it puts out."""
+    """Run `forward`; each block's number is told with its input and its output."""
     handles = []
     for i, block in enumerate(blocks):
 

@@ -51,7 +51,7 @@ class Dataset:
         return found
 
     def of(self, inputs: Tensor) -> Dataset:
-        """The same with other inputs, as many."""
+        """This data set with other inputs, of the same number."""
         return replace(self, inputs=inputs)
 
     @staticmethod
@@ -89,7 +89,7 @@ def check_source(source: str) -> str | None:
         if not path.is_file():
             return f"no such file: {source}"
         if path.suffix not in LOCAL:
-            return f"{source} is none of {', '.join(LOCAL)}"
+            return f"{source} is not one of {', '.join(LOCAL)}"
         if path.stat().st_size == 0:
             return f"{source} is empty"
         return None

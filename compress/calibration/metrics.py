@@ -47,7 +47,7 @@ class Quality:
 
 
 def pooled(parts: Sequence[Quality]) -> Quality:
-    """Quality over several sources taken together: every token, or sample, counts alike."""
+    """Quality over several sources taken together: every token, or sample, counts the same."""
     tokens, compared = sum(p.tokens for p in parts), sum(p.kl_tokens for p in parts)
     loss = sum(p.loss * p.tokens for p in parts) / tokens
     kl = sum((p.kl or 0.0) * p.kl_tokens for p in parts) / compared if compared else None
@@ -147,7 +147,7 @@ def measure(
 
 def _check_labels(logits: Tensor, labels: Tensor) -> None:
     if logits.dim() != 2 or len(logits) != len(labels):
-        raise DataError(f"a classifier puts out (samples, classes) logits; this model puts out {tuple(logits.shape)}")
+        raise DataError(f"a classifier outputs (samples, classes) logits; this model outputs {tuple(logits.shape)}")
     if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
         raise DataError(f"labels outside 0..{logits.shape[1] - 1}: the model has no logit for them")
 
@@ -193,7 +193,7 @@ def evaluate(
 
 
 def logits_in(output: Any) -> Tensor:
-    """The logits in what a model puts out: the output itself, or its `logits`."""
+    """The logits of a model's output: the output itself, or its `logits`."""
     found: Tensor = getattr(output, "logits", output)
     return found
 

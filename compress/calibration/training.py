@@ -79,7 +79,7 @@ class ModelData:
     kept: TrainingStore
 
     def part(self, name: str) -> ModelData:
-        """The same for one training of several."""
+        """The same model and data for one training of several, whose state is kept by itself."""
         return replace(self, kept=self.kept.part(name))
 
 
@@ -169,7 +169,7 @@ class Loop:
         rate: step 1, 2, ... -> the learning rate as a share of its largest.
         looks: times the error is measured; the best iterate is kept.
         label: of the progress bar.
-        fused: whether Adam's sums are those of one kernel, which rounds otherwise than one operation after the other.
+        fused: whether Adam runs as one kernel, which rounds differently from one operation after the other.
         spacing: least seconds between two saved states.
     """
 

@@ -78,7 +78,7 @@ class Artifact:
         restated: original weights as a pass wrote them anew without changing what the model computes.
         vectors: parameters that are no site's, such as biases and scales of norms, as passes made them, (1, N) each.
             One that the source does not have is a bias that a layer was given.
-        configured: entries of the source's configuration that are others now.
+        configured: changed entries of the source's configuration, with their new values.
     """
 
     graph: Graph
@@ -108,7 +108,7 @@ class Artifact:
         return site.matrix(self.source.read(self.name_in_source(site.parameter)))
 
     def plain(self) -> Artifact:
-        """The same model before every pass."""
+        """The model as it was before any pass."""
         return replace(self, committed={}, vectors={})
 
     def fits(self) -> bool:

@@ -59,7 +59,7 @@ class FolderSource:
         for file in self._files:
             for tensor, stored in read_header(file).tensors.items():
                 if tensor in self._where:
-                    raise CheckpointError(f"{file}: tensor {tensor} also stands in {self._where[tensor].name}")
+                    raise CheckpointError(f"{file}: tensor {tensor} is also in {self._where[tensor].name}")
                 self._where[tensor] = file
                 self._stored[tensor] = stored
 
@@ -109,7 +109,7 @@ class WrittenSource(FolderSource):
 
     @property
     def file(self) -> Path:
-        """Where it is."""
+        """The path of the file."""
         return self._files[0]
 
 
@@ -139,7 +139,7 @@ class ModuleSource:
 
 
 class ChangedSource:
-    """Another source, some of whose values are others."""
+    """A source with some values of another source replaced."""
 
     def __init__(self, before: Source):
         self.before = before

@@ -120,6 +120,6 @@ def _plain_mapping(node: yaml.MappingNode, path: str, found: Document) -> dict[s
         here = f"{path}.{key}" if path else str(key)
         found.lines[here] = line
         if key in result:
-            found.problems.append(Problem(here, "stands twice", line))
+            found.problems.append(Problem(here, "appears twice", line))
         result[key] = _plain_value(value_node, here, found)
     return result

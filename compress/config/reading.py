@@ -106,7 +106,7 @@ def exporters(texts: Sequence[str]) -> tuple[Exporter, ...]:
     made = _read_exports(entries, findings)
     findings.raise_all()
     if not made:
-        raise UsageError(f"--to {PACKED}: the folder is that already; give one of {', '.join(FORMATS)}")
+        raise UsageError(f"--to {PACKED}: the folder already has that format; give one of {', '.join(FORMATS)}")
     return made
 
 
@@ -184,7 +184,7 @@ def _read_exports(data: Any, findings: _Findings) -> tuple[Exporter, ...]:
     for i, entry in enumerate(entries):
         exporter = None if entry == PACKED else _read_entry(entry, f"export[{i}]", FORMATS, (PACKED,), findings)
         if exporter is not None and any(exporter.key == other.key for other in made):
-            findings.add(f"export[{i}]", f"{exporter.key} stands twice")
+            findings.add(f"export[{i}]", f"{exporter.key} appears twice")
         elif exporter is not None:
             made.append(exporter)
     return tuple(made)

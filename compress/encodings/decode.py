@@ -108,7 +108,10 @@ class Decoder:
         return found
 
     def _scaled(self, found: Tensor, part: slice) -> Tensor:
-        """In place, or on a copy of rows that end within an index: products of what has gaps are summed otherwise."""
+        """Values times their scales, in place, or in a copy of rows that end within an index.
+
+        The copy has no gaps: products with gaps in memory are summed in another order.
+        """
         found = found.contiguous()
         if self.lookup.scale is None:
             return found

@@ -62,7 +62,7 @@ class InputForm:
         return self.scale == "tensor"
 
     def __str__(self) -> str:
-        """In words, for reports."""
+        """The form in words, for reports."""
         return f"{self.kind.words(self)} per {self.scale}"
 
     @property
@@ -142,7 +142,7 @@ class InputGrid(ABC):
         """An input (..., C) float32 -> the same, rounded."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored, as tensors of their own: layers fed alike may share a grid, files share nothing."""
+        """Copies of what is stored: layers with the same inputs may share a grid, files share nothing."""
         return {name: getattr(self, name.removeprefix("input_")).clone() for name in self.stored()}
 
     def apply(self, x: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class LowRankFactors:
 
     Attributes:
         a: (r, I), values in their stored type or codes.
-        b: (O, r), likewise.
+        b: (O, r), the same.
     """
 
     a: Tensor | Uniform
@@ -135,7 +135,7 @@ class LowRankFactors:
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device of the factors."""
         return _numbers(self.b).device
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -149,7 +149,7 @@ class LowRankFactors:
         return b @ a
 
     def rows(self, part: slice) -> LowRankFactors:
-        """For some rows of the weight, sharing memory."""
+        """The factors of some rows of the weight, sharing memory."""
         return LowRankFactors(self.a, self.b[part] if isinstance(self.b, torch.Tensor) else self.b.rows(part))
 
     def tensors(self) -> dict[str, Tensor]:

@@ -362,7 +362,7 @@ def _scale(scale: Tensor, rows: slice) -> Tensor:
 
 
 def _even(x: Tensor) -> Tensor:
-    """With a column of zeros more where their number is odd; contiguous."""
+    """The matrix, contiguous, with one more column of zeros if their number is odd."""
     return (functional.pad(x, (0, 1)) if x.shape[1] % 2 else x).contiguous()
 
 

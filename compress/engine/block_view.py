@@ -119,5 +119,5 @@ class View:
 
 
 def _under(child: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of a child, by name in the child."""
+    """The values that belong to a child, by their names in the child."""
     return {n.removeprefix(f"{child}."): v for n, v in values.items() if n.startswith(f"{child}.")}

@@ -1,4 +1,4 @@
-"""The stage that takes blocks out: how alike hidden states are before and behind them, and the model without them."""
+"""The stage that takes blocks out: how similar hidden states are before and behind them, and the model without them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Shortening(StageRunner):
         """Do the work, or find it done.
 
         Raises:
-            UnsupportedModelError: too few blocks put out what they are given the shape of; or as `shorten.without`.
+            UnsupportedModelError: too few blocks have outputs of the shape of their inputs; or as `shorten.without`.
         """
         pass_, graph = stage.single(DepthPass), context.graph
         may = frozenset(pass_.candidates(graph))
@@ -52,8 +52,8 @@ class Shortening(StageRunner):
             _take_out(state, chosen)
         if len(state.gone) < pass_.blocks:
             raise UnsupportedModelError(
-                f"only {len(state.gone)} blocks of {type(graph.model).__name__} put out hidden states of the shape "
-                f"they are given, and {pass_.key} should take out {pass_.blocks}"
+                f"only {len(state.gone)} blocks of {type(graph.model).__name__} output hidden states of the shape "
+                f"of their inputs, and {pass_.key} should take out {pass_.blocks}"
             )
         section = BlocksDropped(pass_.key, sorted(state.gone), len(graph.blocks), state.distances, state.renamed)
         return StageResult(key_of(key, state.gone), state.context, section)
@@ -116,8 +116,8 @@ def _asked(work: _DepthWork, state: _State, count: int, distance: Distance, last
         context.ledger.commit_row(unit, key, row)
     if not row:
         raise UnsupportedModelError(
-            f"no {count} block(s) of {type(context.graph.model).__name__} put out hidden states of the shape they are "
-            f"given, so {work.pass_.key} cannot take any out"
+            f"no {count} block(s) of {type(context.graph.model).__name__} output hidden states of the shape of "
+            f"their inputs, so {work.pass_.key} cannot take any out"
         )
     asked = {int(i): d for i, d in row.items()}
     state.distances.append({work.blocks[places[i]]: d for i, d in asked.items()})
@@ -125,7 +125,7 @@ def _asked(work: _DepthWork, state: _State, count: int, distance: Distance, last
 
 
 def _take_out(state: _State, chosen: Sequence[int]) -> None:
-    """From now on the model is without these blocks; what was done to others goes by their new names."""
+    """Take these blocks out of the model; what was done to the others is kept under their new names."""
     context, artifact = state.context, state.context.artifact
     old = [name for name, _ in artifact.graph.model.named_parameters(remove_duplicate=False)]
     made = without(artifact.graph, chosen, in_place=context.resident)
@@ -151,7 +151,7 @@ def _take_out(state: _State, chosen: Sequence[int]) -> None:
 def _distances(
     context: Context, batches: Sequence[Tensor], count: int, distance: Distance, last: bool
 ) -> dict[int, float]:
-    """Mean distance by the first block of each run of `count`; runs that put out another shape are left out."""
+    """Mean distance by the first block of each run of `count`; runs whose output has another shape are left out."""
     graph, bars = context.graph, context.bars
     blocks = [graph.model.get_submodule(name) for name in graph.blocks]
     columns = any(s.is_convolution for s in graph.sites if s.block is not None)
@@ -206,7 +206,7 @@ class _Means:
         self.given[batch].append(states(hidden))
 
     def leave(self, batch: int, states: States, index: int, hidden: Tensor) -> None:
-        """A block puts out hidden states."""
+        """Take the hidden states that a block outputs."""
         first = index + 1 - self.count
         if first < 0:
             return

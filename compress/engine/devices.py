@@ -31,7 +31,7 @@ class Devices:
 
     @contextmanager
     def scope(self) -> Iterator[None]:
-        """While open, tensors that are made without a device are made where is computed."""
+        """While open, tensors that are made without a device are made on the device that computes."""
         if self.compute == CPU:  # torch's own default: a mode would only slow every call down
             yield
             return
@@ -39,11 +39,11 @@ class Devices:
             yield
 
     def to_compute(self, value: T) -> T:
-        """A tensor, or something made of tensors such as a weight, where is computed."""
+        """A tensor, or something made of tensors such as a weight, on the device that computes."""
         return moved(value, self.compute)
 
     def to_store(self, value: T) -> T:
-        """The same where it waits."""
+        """A tensor, or something made of tensors, on the device where it waits."""
         return moved(value, self.store)
 
 

@@ -110,7 +110,7 @@ def with_learned(
     Args:
         graph: the model.
         values: names of sites and vectors -> values by parameter name, of those that are learned.
-        again: compute values and activations of a block anew when its gradients are needed, instead of keeping them.
+        again: recompute values and activations of a block when its gradients are needed, instead of keeping them.
         everything: the names of which some are asked for at a time; all sites and vectors by default.
     """
     everything = everything or [*(s.name for s in graph.sites), *graph.vectors()]

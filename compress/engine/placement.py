@@ -178,7 +178,7 @@ def lent(context: Context, artifact: Artifact) -> Iterator[Context]:
 
 
 def take_records(context: Context, records: Iterable[Record], restate: bool = False) -> None:
-    """From now on sites and vectors are as they were committed. `restate`: this is the original from now on."""
+    """Take over committed sites and vectors. `restate`: they count as the original weights from now on."""
     artifact = context.artifact
     for record in records:
         site = artifact.sites.get(record.site)
@@ -243,7 +243,7 @@ def rounded_inputs(
 
 
 def passed_through(grid: collect.RoundInputs) -> collect.RoundInputs:
-    """The same rounding, which gradients pass as if it were not there."""
+    """The same rounding, through which gradients pass as if it were not there."""
     return lambda x: x + (grid(x.detach()) - x.detach())
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def stacks(
     pass_: LinearPass, sites: list[Site], found: dict[str, Statistics], masked: Callable[[Site], bool]
 ) -> list[list[Site]]:
-    """The sites in groups that may be solved as one: fed alike, all or none masked, with the same options."""
+    """Groups of sites that may be solved as one: with the same inputs and options, all masked or none."""
 
     def fits(a: Site, b: Site) -> bool:
         fed_alike = found.get(a.name) is not None and found.get(a.name) is found.get(b.name)

@@ -43,7 +43,7 @@ class Stage:
 
     @property
     def passes(self) -> list[Pass]:
-        """In order."""
+        """The passes in order."""
         return [plan.pass_ for plan in self.plans]
 
     @property

@@ -166,7 +166,7 @@ def _block_statistics(
 def chain_of(context: Context, blocks: list[nn.Module], batches: Sequence[Tensor]) -> Activations | None:
     """What arrives at the first block, if the blocks may be run one after the other without the model around them."""
     graph = context.graph
-    if graph.blocks == ("",) and isinstance(graph.model, PreTrainedModel):  # puts out more than a tensor
+    if graph.blocks == ("",) and isinstance(graph.model, PreTrainedModel):  # outputs more than a tensor
         return None
     with streamed(context):
         if graph.blocks != ("",) and not collect.is_chain(lambda: context.forward(batches[0][:1]), blocks):

@@ -51,7 +51,7 @@ class UnitState:
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def records(self, sites: list[Site]) -> list[Record]:
-        """For the ledger: sites, then vectors."""
+        """The records for the ledger: of sites, then of vectors."""
         made = {**{site.name: self.weights[site.name] for site in sites}, **self.vectors}
         return [Record(name, weight, self.notes.get(name, {})) for name, weight in made.items()]
 
@@ -132,12 +132,12 @@ class Turn:
         return (now.spec.kept if isinstance(now, Packed) else now and now.mask) is not None
 
     def take_vector(self, pass_: Pass, name: str, edit: Edit) -> None:
-        """From now on a vector is as the pass made it."""
+        """Replace a vector by what the pass made of it."""
         store = self.context.artifact.vector_dtype(name)
         self.state.vectors[name] = observed_vector(name, pass_, self.vector(name), edit, store)
 
     def take(self, pass_: Pass, site: Site, made: SolvedSite) -> None:
-        """From now on a site is as the pass made it."""
+        """Replace a site by what the pass made of it."""
         edit, store = made.edit, self.context.artifact.store_dtype(site)
         weight, error = observed(site, pass_, made.before, made.compared, edit, store)
         weight, rounding = attached(pass_.at(site.name), weight, self.state.statistics.get(site.name))

@@ -102,7 +102,7 @@ class Exporter(ABC):
 
 
 def refuse_added(graph: Graph, added: Collection[str]) -> Iterator[str]:
-    """For containers that are read by a plain class of model."""
+    """Why new biases do not fit a container that a plain model class reads; nothing where there are none."""
     if added:
         first = next(iter(added))
         yield (
@@ -112,6 +112,6 @@ def refuse_added(graph: Graph, added: Collection[str]) -> Iterator[str]:
 
 
 def refuse_missing(package: str, extra: str) -> Iterator[str]:
-    """For containers that another library writes or reads, installed with one of this package's extras."""
+    """How to install the library that writes or reads a container, if it is missing; `extra` brings it."""
     if importlib.util.find_spec(package) is None:
         yield f"the Python package {package} is not installed; pip install 'compress-pipeline[{extra}]'"

@@ -22,7 +22,7 @@ NUMBERS = 1 << 24  # logits compared at most: 64 MB of each
 
 @dataclass(frozen=True)
 class Expected:
-    """What the packed model puts out.
+    """The outputs of the packed model.
 
     Attributes:
         inputs: token ids (windows, length), or images.

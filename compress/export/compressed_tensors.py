@@ -5,7 +5,7 @@ whole 32-bit words. Zero points are packed the same way, but along the rows.
 
 The library multiplies in the type of the scales. Unless told to `dequantize`, transformers first turns them into the
 type of the model; told to, it takes them as they are stored. But then it also takes the first layer's setting for all
-layers; and otherwise it cannot read zero points. So zero points are kept only where all layers are alike.
+layers; and otherwise it cannot read zero points. So zero points are kept only where all layers have one scheme.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Packing:
 
     @cached_property
     def schemes(self) -> dict[str, Scheme]:
-        """By layer."""
+        """The scheme of every layer with codes, by name."""
         return schemes(specs_in(self.made))
 
     @property
@@ -104,7 +104,7 @@ class Packing:
         return any(not s.symmetric for s in self.schemes.values())
 
     def layout(self) -> list[tuple[str, list[Entry]]]:
-        """In the model's order, each layer by itself."""
+        """The entries of each layer, in the model's order."""
         found = []
         for owner, parts in self.dense.layout():
             name = owner.removesuffix(".weight")

@@ -100,7 +100,7 @@ class Hf(Exporter):
 
 
 def refuse_rounded(specs: Mapping[str, Spec]) -> Iterator[str]:
-    """For containers of plain weights."""
+    """Why rounded inputs do not fit a container of plain weights; nothing where there are none."""
     rounded = [name for name, spec in specs.items() if spec.inputs is not None]
     if rounded:
         yield (

@@ -72,7 +72,7 @@ def code_of(kinds: Iterable[type], modules: Iterable[str] = (), locate: Locate |
 
 
 def plug_ins(kinds: Iterable[type]) -> list[type]:
-    """Those that are defined outside this package."""
+    """The kinds that are defined outside this package."""
     return [kind for kind in kinds if _is_foreign(kind.__module__)]
 
 

@@ -33,7 +33,7 @@ def resolve(model: str | Path) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(FILES)))
     except Exception as error:  # network, permission and naming errors of many kinds: all the same to the user
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"{name} is no local folder, and fetching it from the hub failed: {reason}") from error
+        raise UsageError(f"{name} is not a local folder, and fetching it from the hub failed: {reason}") from error
 
 
 def refuse_quantized(folder: Path, config: object) -> None:

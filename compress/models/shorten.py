@@ -26,10 +26,10 @@ class Shorter:
     """A model without some of its blocks.
 
     Attributes:
-        graph: what is left, its blocks numbered anew.
+        graph: what is left, with its blocks renumbered.
         before: the model's blocks until then.
         kept: which of them are left.
-        configured: entries of the configuration that are others now.
+        configured: changed entries of the configuration, with their new values.
     """
 
     graph: Graph
@@ -52,7 +52,7 @@ def without(graph: Graph, gone: Sequence[int], in_place: bool = False) -> Shorte
     Args:
         graph: of the model.
         gone: numbers of the blocks.
-        in_place: change the model itself. Otherwise a transformers model is built anew, parameters on the meta device,
+        in_place: change the model itself. Otherwise a transformers model is rebuilt, parameters on the meta device,
             and any other module, which has no configuration to build it from, keeps its blocks: names and shapes are
             those without them all the same.
 
@@ -128,7 +128,7 @@ def count_name(config: transformers.PreTrainedConfig) -> str:
 
 
 def _changes(config: transformers.PreTrainedConfig, count: int, kept: Sequence[int]) -> dict[str, Any]:
-    """Entries of a configuration that are others without some blocks."""
+    """The entries of a configuration that change when only some blocks are kept, with their new values."""
     changes: dict[str, Any] = {count_name(config): len(kept)}
     for name, value in config.to_dict().items():
         if isinstance(value, list | tuple) and len(value) == count and any(part in name for part in PER_BLOCK):

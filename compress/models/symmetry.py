@@ -86,7 +86,7 @@ class Units:
         return {place.tensor for place in self.places}
 
     def among(self, names: set[str]) -> Units | None:
-        """The same of these tensors alone; None where they have no part in it."""
+        """These units with only their places in the given tensors; None if there are none."""
         places = tuple(place for place in self.places if place.tensor in names)
         inner = tuple(found for units in self.inner if (found := units.among(names)))
         return replace(self, places=places, inner=inner) if places else None

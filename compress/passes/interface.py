@@ -101,7 +101,7 @@ class Depth:
 
     Attributes:
         distances: (blocks, distance, last) -> the first block of every run of so many neighbours that may go, and how
-            far what the run puts out is from what it is given: the mean of `distance(before, after)` over calibration
+            far the output of the run is from its input: the mean of `distance(before, after)` over calibration
             data. Both are (samples, positions, width) float64; `last` leaves only the last position of each sample,
             where the model reads from left to right.
     """

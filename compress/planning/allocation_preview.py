@@ -84,7 +84,7 @@ class Allocation:
 
 
 def allocations(plan: Plan) -> dict[str, Allocation]:
-    """Those of a plan, by the path of their pass."""
+    """The allocations of a plan, by the path of their pass."""
     found, worked_on = {}, set[str]()
     for part in (part for stage in plan.stages for part in stage):
         names, p = {site.name for site in part.sites}, part.pass_

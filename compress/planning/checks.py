@@ -1,4 +1,4 @@
-"""What is refused before any work: each impossible thing a function, which yields what is wrong and what to do."""
+"""What is refused before any work: one function per impossible thing, which yields what is wrong and what to do."""
 
 from __future__ import annotations
 

@@ -75,8 +75,8 @@ def check_depth(graph: Graph, pass_: DepthPass) -> None:
     odd = next((i for i, other in enumerate(others, may[0] + 1) if other != first), None)
     if odd is not None:
         raise UnsupportedModelError(
-            f"{graph.blocks[odd]} is made otherwise than {graph.blocks[may[0]]}, so what is left would depend on which "
-            "one goes; `exclude` the layers of other blocks at the beginning and the end"
+            f"{graph.blocks[odd]} is built differently from {graph.blocks[may[0]]}, so what is left would depend on "
+            "which one goes; `exclude` the layers of other blocks at the beginning and the end"
         )
     inside = tuple(f"{name}." for name in graph.blocks)
     shared = next((name for pair in graph.tied.items() for name in pair if name.startswith(inside)), None)

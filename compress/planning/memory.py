@@ -115,7 +115,7 @@ def _training(pipeline: Pipeline, graph: Graph) -> int:
 
 
 def _aligning(graph: Graph) -> int:
-    """To match two models: the tensors of one coupled group in both, twice while they move, and its scores."""
+    """Bytes to match two models: one coupled group's tensors of both, twice while they move, and its scores."""
     sizes = {name: tensor.numel() for name, tensor in graph.tensors()}
     groups = [(set().union(*(u.tensors() for u in g)), max(u.count for u in g)) for g in coupled(graph.units())]
     return max((2 * FLOAT * (4 * sum(sizes[n] for n in names) + 3 * most**2) for names, most in groups), default=0)

@@ -88,7 +88,7 @@ def _layer(name: str, spec: Spec, notes: Mapping[str, Any]) -> Layer:
 
 
 def as_json(rows: Sequence[Layer]) -> list[dict[str, Any]]:
-    """For machines."""
+    """The rows as plain data for JSON."""
     return [asdict(row) for row in rows]
 
 

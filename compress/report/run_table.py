@@ -104,7 +104,7 @@ class RunTable:
         return source_names(Report(self.model, self.rows[:1]))
 
     def _drawn_width(self, columns: Sequence[int]) -> int:
-        """With lines and room between columns."""
+        """The width of some columns with the lines and room between them."""
         return 1 + sum(3 + self.widths[i] for i in columns)
 
     def _lines(self, part: Sequence[int], rows: Sequence[Row]) -> list[list[Segment]]:

@@ -26,7 +26,7 @@ class LayersChanged:
 
     Attributes:
         layers: site -> pass -> notes.
-        fallbacks: what was done otherwise than asked for, in words.
+        fallbacks: where something else was done than asked for, in words.
         trained: pass -> how many numbers it trained.
         parameters: how many the model has.
     """
@@ -64,7 +64,7 @@ class BlocksDropped:
     renamed: Callable[[str], str | None]
 
     def add_to(self, report: Report, against: Changes | None) -> None:
-        """What was told of blocks that stay goes by their new names."""
+        """What was reported of blocks that stay, under their new names."""
         now = ((self.renamed(name), notes) for name, notes in report.layers.items())
         report.layers = {name: notes for name, notes in now if name is not None}
         report.dropped.append(

@@ -46,7 +46,7 @@ class Kernel(ABC):
     @classmethod
     @abstractmethod
     def prepare(cls, spec: Spec, weight: Weight, stored: dict[str, Tensor]) -> Self | None:
-        """From a weight without correction, or None where the kernel does not fit."""
+        """Make the kernel from a weight without correction, or return None where it does not fit."""
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class Kernel(ABC):
 
     @property
     def num_bytes(self) -> int:
-        """That it keeps beside the stored tensors."""
+        """Bytes that the kernel keeps beside the stored tensors."""
         return sum(t.numel() * t.element_size() for t in vars(self).values() if isinstance(t, Tensor))
 
 
@@ -230,7 +230,7 @@ def numbered(weight: Weight, lookup: Lookup) -> tuple[Tensor, Tensor, Tensor] | 
 
 
 def without_extras(spec: Spec) -> Spec:
-    """The same codes and mask, without correction and input grid."""
+    """A spec with the same codes and mask, but without correction and input grid."""
     return replace(spec, low_rank=None, inputs=None)
 
 

@@ -149,7 +149,7 @@ def test_formats_on_the_command_line_take_options() -> None:
         ("onxx", "did you mean onnx"),
         ("onnx:stile=qdq", "did you mean style"),
         ("onnx:accuracy_level=3", "accuracy_level: 3 is not 1 or 4"),
-        ("safetensors", "the folder is that already"),
+        ("safetensors", "the folder already has that format"),
         ("onnx:style", "style"),
     ],
 )
@@ -165,7 +165,7 @@ def test_options_of_a_format_survive_the_resolved_pipeline() -> None:
 
 
 def test_a_format_that_stands_twice_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"export\[1\]: hf stands twice"):
+    with pytest.raises(ConfigError, match=r"export\[1\]: hf appears twice"):
         parse("passes: [rtn]\nexport: [hf, hf]")
 
 

@@ -271,9 +271,9 @@ def test_of_convolutions_channels_are_compared_at_every_place() -> None:
 def test_a_block_that_changes_the_shape_stays() -> None:
     model, x = nn.Sequential(*(Convolved(stride=s) for s in (2, 1, 2))).eval(), torch.randn(8, 6, 16, 16)
     assert dropped(model, x) == [1]
-    with pytest.raises(UnsupportedModelError, match="only 1 blocks of Sequential put out"):
+    with pytest.raises(UnsupportedModelError, match="only 1 blocks of Sequential output"):
         compress.apply(model, [LayerDrop(blocks=2, greedy=False)], x)
-    with pytest.raises(UnsupportedModelError, match="put out hidden states of the shape they are given"):
+    with pytest.raises(UnsupportedModelError, match="output hidden states of the shape of their inputs"):
         compress.apply(model, [LayerDrop(exclude=("1.*",))], x)
 
 
@@ -546,7 +546,7 @@ class Branched(wirings.Model):
 def test_models_without_one_list_of_like_blocks_are_refused_in_words(tokens: Tensor) -> None:
     x = torch.randn(4, wirings.WIDTH)
     mixed = nn.Sequential(nn.Linear(32, 32), wirings.Block(), wirings.Block(), nn.Linear(32, 4))
-    with pytest.raises(ConfigError, match=r"1 is made otherwise than 0.*`exclude`"):
+    with pytest.raises(ConfigError, match=r"1 is built differently from 0.*`exclude`"):
         compress.apply(mixed, [LayerDrop()], x)
     result = compress.apply(mixed, [LayerDrop(exclude=("0", "3"))], x)
     assert [type(m) for m in result.model] == [nn.Linear, wirings.Block, nn.Linear]

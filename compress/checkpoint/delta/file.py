@@ -69,7 +69,7 @@ class Delta:
         source = FolderSource(file.parent, file.name)
         about = read_header(file).metadata
         if about.get("format") != FORMAT:
-            raise CheckpointError(f"{file} is no compressed delta; a merge with compeft or bitdelta writes one")
+            raise CheckpointError(f"{file} is not a compressed delta; a merge with compeft or bitdelta writes one")
         if about.get("version") != VERSION or about.get("coding") not in CODINGS:
             raise CheckpointError(f"{file} was written by a newer version of compress; update to read it")
         if about.get("sha256") != digest_of_data(file):
@@ -93,11 +93,11 @@ class Delta:
 
     @property
     def chunk_size(self) -> int:
-        """Elements."""
+        """Elements per chunk."""
         return int(self.about["chunk"])
 
     def chunks(self, name: str) -> Chunks:
-        """A coded tensor's."""
+        """The chunks of a coded tensor."""
         coding = CODINGS[self.about["coding"]]
         return coding(lambda start, stop: self.source.piece(name, start, stop), self.chunk_size)
 

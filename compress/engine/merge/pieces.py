@@ -91,7 +91,7 @@ class ModelReader:
             yield Piece(name, base, tuple(others), generators, start, total, block, depth, layer, shape)
 
     def kept(self, name: str) -> Pieces:
-        """The same, to be gone through several times: of a tensor that is not large, read once."""
+        """The pieces of a tensor, to be iterated several times; read only once if the tensor is not large."""
         if self.length(name) * (1 + len(self.parents)) > KEPT_ELEMENTS:
             return lambda: self.pieces(name)
         read = list(self.pieces(name))

@@ -42,7 +42,7 @@ class Genai(Onnx):
         yield from super().refusals(graph, specs, added)
         yield from refuse_missing("onnxruntime_genai", "genai")
         if not graph.is_language_model:
-            yield f"it holds language models, and {type(graph.model).__name__} is none; export onnx"
+            yield f"it holds language models, and {type(graph.model).__name__} is not one; export onnx"
 
     def write(self, made: PackedFolder, folder: Path, final: Path, bars: Bars) -> None:
         super().write(made, folder, final, bars)

@@ -90,7 +90,7 @@ class Ops:
         return self.op("Reshape", x, self.ints(*shape))
 
     def cast(self, x: ir.Value, dtype: torch.dtype) -> ir.Value:
-        """To another type."""
+        """A value in another type."""
         return self.op("Cast", x, to=int(ONNX_TYPES[dtype]))
 
     def expand(self, x: ir.Value, *shape: int) -> ir.Value:

@@ -33,7 +33,7 @@ GGUF = {
 
 
 class GatedDecoder(Language):
-    """All that are wired like Llama."""
+    """All models that are wired like Llama."""
 
     wiring = Wiring(("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj"), rotary=True)
     code: ClassVar[tuple[str, ...]] = (
@@ -54,7 +54,7 @@ class GatedDecoder(Language):
 
 
 class Llama(GatedDecoder):
-    """Those that add nothing to it."""
+    """Llama and Mistral, which add nothing to the gated decoder."""
 
     code = ("llama", "mistral")
 

@@ -75,7 +75,7 @@ class LowRank(Budget, BlockPass):
     """Put two thin matrices B A in the place of every matrix, then learn them from the outputs of the block.
 
     They start as the best ones of their rank for the layer's outputs on calibration data. All of a block are then
-    learned together until the block puts out what the original did.
+    learned together until the block's output is what the original's was.
 
     Source: Guo et al., "PELA: Learning Parameter-Efficient Models with Low-Rank Approximation", 2023, arXiv 2310.10700:
     ranks, feature distillation and the weight perturbation; Wang et al., "SVD-LLM", 2024, arXiv 2403.07378: whitening.
@@ -86,7 +86,7 @@ class LowRank(Budget, BlockPass):
 
     Args:
         method: `whitened` factors are best for the layer's outputs on calibration data; `svd` for the matrix alone.
-        steps: of learning, a block; 0 keeps the factors as they start.
+        steps: of learning, per block; 0 keeps the factors as they start.
         batch_size: calibration samples per step.
         learning_rate: of Adam at the start, as a share of the root mean square of a factor; it falls to zero along a
             cosine.

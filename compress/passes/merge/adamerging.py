@@ -138,7 +138,7 @@ class AdaMerging(MergePass):
         return total
 
     def _parts(self, models: Models, trimmed: Mapping[str, list[Limit]], name: str) -> tuple[Tensor, list[Tensor]]:
-        """A tensor of the base, and what each task adds to it, read anew."""
+        """A tensor of the base, and what each task adds to it, read again."""
         base = models.value(0, name)
         deltas = (models.value(k, name) - base for k in range(1, len(self.models) + 1))
         if name not in trimmed:
@@ -160,7 +160,7 @@ class AdaMerging(MergePass):
         return {name: whole.of(name) for name in sizes}
 
     def _noted(self, found: Mapping[str, tuple[float, ...]]) -> dict[str, list[float]]:
-        """For the report: of each tensor, or of all where they are one."""
+        """Coefficients for the report: per tensor, or once where all tensors share them."""
         rounded = {name: [round(c, 4) for c in each] for name, each in found.items()}
         return rounded if self.level == "layer" else {"": next(iter(rounded.values()))}
 

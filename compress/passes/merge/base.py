@@ -176,7 +176,7 @@ class MergePass(Pass):
         for name, values in (self.choose or {}).items():
             if name not in numbers:
                 known = f"known: {', '.join(numbers)}" if numbers else f"{self.key} has none; leave choose out"
-                yield OptionError(f"choose.{name}", f"is no number of {self.key} that can be tried; {known}")
+                yield OptionError(f"choose.{name}", f"is not a number of {self.key} that can be tried; {known}")
             elif not values:
                 yield OptionError(f"choose.{name}", "no value to try; give a list of numbers")
             else:

@@ -42,7 +42,7 @@ class KeptDelta:
 
 @dataclass(frozen=True, kw_only=True)
 class Compeft(DeltaPass):
-    """The base plus the signs of a fine-tune's largest changes, one scale per tensor: a delta of one bit per parameter.
+    """The base plus the signs of a fine-tune's largest changes, one scale per tensor: about one bit per parameter.
 
     Source: Yadav et al., "ComPEFT: Compression for Communicating Parameter Efficient Updates via Sparsification and
     Quantization", 2023, arXiv 2311.13171, section 2. Differs from the paper in: by default what is kept makes up for

@@ -1,6 +1,6 @@
 """A merge with one fine-tune whose delta, what it adds to the base, is also kept in few bits, in a small file.
 
-The pass says what the signs of every piece are. The bytes, the file, and reading it back are others' work.
+The pass says what the signs of every piece are. Other modules turn them into bytes, write the file, and read it back.
 """
 
 from __future__ import annotations

@@ -43,5 +43,5 @@ def flips(found: Mapping[str, Tried]) -> float:
 
 
 def noted(found: Mapping[str, Tried]) -> dict[str, dict[str, Any]]:
-    """For the report."""
+    """The results per source, for the report."""
     return {name: vars(each) for name, each in found.items()}

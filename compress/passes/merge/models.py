@@ -66,7 +66,7 @@ class Models(Protocol):
         """
 
     def tried_alone(self, model: int) -> dict[str, Tried]:
-        """The same of one model, unmerged."""
+        """Source -> how good one model is by itself, unmerged, on the calibration data."""
 
     def running(self) -> AbstractContextManager[Running]:
         """While open, the base is in memory and can be run with other values of its tensors."""

@@ -185,7 +185,7 @@ def along(tensor: str, axis: int, length: int, ordered: Iterable[tuple[Units, Or
 
 
 def coupled(units: Sequence[Units]) -> list[list[Units]]:
-    """Those that share tensors together, so that one such group can be matched without the others."""
+    """Groups of units that share tensors, so that each group can be matched without the others."""
     groups: list[tuple[set[str], list[Units]]] = []
     for each in units:
         names, members = each.tensors(), [each]

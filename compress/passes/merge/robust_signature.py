@@ -114,7 +114,7 @@ class RobustSignature(MergePass):
         return [self._rounded(Signature(share), i, tensor) for i, share in enumerate(shares)]
 
     def _rounded(self, signature: Signature, number: int, tensor: Pieces) -> Signature:
-        """The same with its bounds, where it is rounded."""
+        """The signature with the bounds of its values, if it is to be rounded."""
         if not self.bits:
             return signature
         ends = []

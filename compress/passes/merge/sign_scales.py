@@ -90,7 +90,7 @@ class Distilled:
 
 
 class _Signed:
-    """base + sum of scales times signs; the signs are found anew for the gradient, so nothing large is kept."""
+    """base + sum of scales times signs; the signs are computed again for the gradient, so nothing large is kept."""
 
     @staticmethod
     def forward(ctx: Any, scales: Tensor, fitted: Tensor, name: str, models: Models) -> Tensor:

@@ -29,7 +29,7 @@ def elected(deltas: Sequence[Tensor], weights: Sequence[float], combine: Combine
     """(n,) the weighted sum, or mean, of those of K vectors that have the sign of their weighted sum, place by place.
 
     Args:
-        deltas: K of (n,); zero where a model has no say. Not to be used afterwards.
+        deltas: K of (n,); zero where a model does not count. They are overwritten.
         weights: K.
         combine: the mean is over the weights of those that are summed.
         tie: which sign wins where the weighted sum is zero.

@@ -71,7 +71,7 @@ ReadVectorParts: TypeAlias = "Callable[[], Iterator[Sequence[Tensor]]]"  # a pie
 
 
 def kept_of(share: float, total: int) -> int:
-    """How many elements a share of them is: at least one, unless it is none."""
+    """How many elements a share of them is: at least one, unless the share is zero."""
     return min(total, max(1, int(share * total))) if share > 0 else 0
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class WeightMatching(Average):
     """Put neurons, channels and heads of the others in the order of the base's, then take the mean.
 
-    Networks that were trained from different beginnings compute alike with different neurons at the same place, and
+    Networks that were trained from different beginnings compute the same with different neurons at the same place, and
     their mean computes nothing. Another order of neurons changes nothing that a network computes, so each of the others
     is first put in the order whose weights have the largest inner product with the base's.
 

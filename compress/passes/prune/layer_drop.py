@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDrop(DepthPass):
-    """Drop the blocks whose hidden states are most alike before and behind them.
+    """Drop the blocks whose hidden states before and behind them are most similar.
 
-    What is left is a smaller model of the same kind: fewer blocks, numbered anew, nothing else changed.
+    What is left is a smaller model of the same kind: fewer blocks, renumbered, nothing else changed.
 
     Source: `influence`: Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect",
     2024, arXiv 2403.03853, eq. 1; `angular`: Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers",
@@ -35,7 +35,7 @@ class LayerDrop(DepthPass):
     Args:
         criterion: `influence` drops the blocks of least 1 - cos(input, output), the mean over all tokens, wherever they
             are. `angular` drops one run of neighbouring blocks: the one with the least angle between what it is given
-            and what it puts out, at the last token of each sample.
+            and its output, at the last token of each sample.
         greedy: one block at a time, with influence measured again in the model without it; False drops all at once.
 
     Example:
@@ -83,7 +83,7 @@ def angular(before: Tensor, after: Tensor) -> Tensor:
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """The cosine of the angle between vectors of C numbers. Two that are both zero are alike."""
+    """The cosine of the angle between vectors of C numbers. Two that are both zero count as equal."""
     sizes = (a.square().sum(-1) * b.square().sum(-1)).sqrt()
     alike = (a == b).all(-1)
     return torch.where(alike, 1.0, (a * b).sum(-1) / sizes.clamp(min=torch.finfo(a.dtype).tiny))

@@ -62,7 +62,7 @@ class ActivationOptions(Pass):
         if olive and self.activation_scale == "token":
             yield OptionError("activation_scale", "the olive grid has one scale for the tensor; set it to tensor")
         elif self.activation_scale == "tensor" and isinstance(self, ModelPass):
-            yield OptionError("activation_scale", f"tensor needs calibration data, which {self.key} reads none of")
+            yield OptionError("activation_scale", f"tensor needs calibration data, and {self.key} reads none")
 
     def mistakes(self) -> Iterator[OptionError]:
         yield from super().mistakes()

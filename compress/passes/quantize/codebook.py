@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from compress.encodings import Codebooks
     from compress.passes.base import Target
 
-FLOOR = 0.01  # of the mean importance: a column that calibration hardly used still counts a little
+FLOOR = 0.01  # of the mean importance: a column that calibration hardly used still has some influence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ class CodebookOptions(ActivationOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Codebook(CodebookOptions, LinearPass):
-    """Give every weight the nearest of K free values; rows whose weights are distributed alike share their K values.
+    """Give every weight the nearest of K free values; rows with similarly distributed weights share their K values.
 
     Masked weights stay zero and are left out of the tables.
 

@@ -1,4 +1,4 @@
-"""Which rows share a table: at first those whose weights are distributed alike, then those that a table serves best.
+"""Which rows share a table: at first those with similarly distributed weights, then those that a table serves best.
 
 Shapes: O rows, I columns, M quantiles, G groups and tables, K entries of a table.
 """

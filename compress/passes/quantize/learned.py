@@ -48,7 +48,7 @@ class LearnedPass(BlockPass):
     """Learns how to round a block's matrices from the block's outputs.
 
     Args:
-        steps: of learning, a block.
+        steps: of learning, per block.
         batch_size: calibration samples per step.
         learning_rate: of Adam at the start; it falls to zero along a cosine.
         inputs: what the block is fed while learning: its inputs in the `compressed` model, in the `original`, or an

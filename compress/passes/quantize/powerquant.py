@@ -78,7 +78,7 @@ class PowerOptions(GridOptions):
         return nearest(weight, scale, grid, mask)
 
     def nearest(self, target: Target, grid: PowerGrid) -> Edit:
-        """That, as an edit."""
+        """The matrix rounded to nearest on a grid, as an edit."""
         return Edit(encoding=self.encoded(target, grid), mask=target.mask, notes={"exponent": grid.exponent})
 
 

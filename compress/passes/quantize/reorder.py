@@ -27,7 +27,7 @@ MOST_GROUPS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Reorder(ModelPass):
-    """Put neurons whose weights are distributed alike next to each other; the model computes what it did before.
+    """Put neurons with similarly distributed weights next to each other; the model computes what it did before.
 
     The neurons of an MLP are rows of the layers that make them and columns of the layer that reads them: both are put
     in the new order. So are the values of attention, within their head. `codebook` and `jlcm` with `grouping: runs`
@@ -94,7 +94,7 @@ def sorted_by_group(weights: list[Tensor], axis: Axis, groups: int) -> Tensor:
         (H, S) int64: which channel of a head comes first. Groups follow one another from the narrowest distribution to
         the widest, and channels of a group keep their order.
     """
-    # Makers of different scale count alike.
+    # Makers of different scale count the same.
     features = torch.cat([quantiles(w) / w.square().mean().sqrt().clamp(min=1e-12) for w in weights], dim=1)
     label = group(features, groups).long()
     width = features.square().sum(1)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from compress.passes.interface import Target
 
-NOISE = 0.02  # of the components of scale_lora that start out as nothing: what is alike stays alike for ever
+NOISE = 0.02  # of the components of scale_lora that start without effect; equal ones would stay equal for ever
 
 
 class AdaptedMatrix:
@@ -121,7 +121,7 @@ class Adapter:
         raise NotImplementedError
 
     def merged(self, weight: Tensor, mask: Tensor | None) -> Tensor:
-        """The same, as it will be stored."""
+        """(O, I) -> (O, I), as it will be stored."""
         return self.soft(weight, mask)
 
 

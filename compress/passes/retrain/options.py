@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from compress.passes.base import Target
 
 Train = Literal["bias", "norm", "head", "mask_lora", "scale_lora", "lora_prune", "lora", "full", "scale"]
-HEADS = ("lm_head", "embed_out", "classifier", "score", "head", "fc")  # what models call the layer that puts out logits
+HEADS = ("lm_head", "embed_out", "classifier", "score", "head", "fc")  # what models call the layer that outputs logits
 REWRITES = ("mask_lora", "scale_lora", "lora_prune", "full")  # sets that give a matrix new values
 IN_BLOCKS = (*REWRITES, "lora", "scale")
 ALL_KINDS = frozenset(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PerpReconstruct(Retraining, BlockPass):
-    """Train adapters that keep zeros, biases and norms of one block at a time until it puts out what it did; merge.
+    """Train adapters that keep zeros, biases and norms of one block at a time until its output is what it was; merge.
 
     Never more than a block is in memory. Zeros stay zeros, and the model is exactly as large as before.
 
