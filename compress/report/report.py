@@ -163,7 +163,8 @@ def _merged(merge: dict[str, Any]) -> str:
 def said(delta: Mapping[str, Any]) -> str:
     """The size of a compressed delta."""
     bits, times = delta["bits_per_parameter"], delta["times_smaller"]
-    return f"a delta of {size_text(delta['bytes'])}: {bits:.3f} bits per parameter, {times:.1f} times smaller than the model"
+    size = size_text(delta["bytes"])
+    return f"a delta of {size}: {bits:.3f} bits per parameter, {times:.1f} times smaller than the model"
 
 
 def _block_list(places: Sequence[int]) -> str:
