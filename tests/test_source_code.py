@@ -117,6 +117,18 @@ def test_no_stage_computes_with_an_exporter_or_the_command_line() -> None:
     assert not {"export", "config", "api", "cli"} & rooms
 
 
+def test_what_is_installed_is_a_library_wherever_it_lies_and_a_plug_ins_helper_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, name in (("installed", "borrowed_library"), ("own", "own_helper")):
+        (tmp_path / folder / name).mkdir(parents=True)
+        (tmp_path / folder / name / "__init__.py").touch()
+        monkeypatch.syspath_prepend(tmp_path / folder)
+    (tmp_path / "installed" / "borrowed_library-1.0.dist-info").mkdir()
+    assert located("borrowed_library") is None
+    assert located("own_helper") == tmp_path / "own" / "own_helper" / "__init__.py"
+
+
 def test_another_version_of_a_library_changes_the_keys_of_what_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def found() -> dict[str, str]:
         return {name: code_of([kind for kind in PASSES if kind.key == name]) for name in ("rtn", "codebook")}

@@ -186,9 +186,13 @@ def _loaded_from(module: str) -> Path | None:
 
 @cache
 def _is_library(name: str) -> bool:
-    """Whether a module without a dot is Python's own, compiled or installed. It is not imported."""
+    """Whether a module without a dot is Python's own, compiled or installed, wherever. It is not imported."""
     file = None if name in sys.stdlib_module_names else _loaded_from(name)
-    return file is None or any(file.is_relative_to(folder) for folder in sysconfig.get_paths().values())
+    if file is None or any(file.is_relative_to(folder) for folder in sysconfig.get_paths().values()):
+        return True
+    # Another environment's packages, such as the system's, have what they were installed from beside them.
+    folder = file.parent.parent if file.name == "__init__.py" else file.parent
+    return next(folder.glob("*.dist-info"), None) is not None
 
 
 @cache
