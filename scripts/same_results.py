@@ -32,13 +32,13 @@ WEIGHTS = {".safetensors", ".onnx", ".data", ".gguf"}
 VARYING = {"seconds", "run", "model", "load_seconds", "peak_mb"}
 
 
-def record() -> dict[str, Any]:
+def record(only: list[str]) -> dict[str, Any]:
     """Pipeline -> what it makes."""
     folder = next(f for f in FOLDERS if f.is_dir())
     found = {}
     with tempfile.TemporaryDirectory() as place:
         models = [_changed(Path(place) / f"model-{seed}", seed) for seed in (1, 2)]
-        for file in sorted(folder.glob("*.yaml")):
+        for file in (f for f in sorted(folder.glob("*.yaml")) if not only or f.stem in only):
             print(file.stem, file=sys.stderr, flush=True)
             out = Path(place) / file.stem
             report = compress.run(_small(yaml.safe_load(file.read_text()), models), "demo", out)
@@ -115,13 +115,15 @@ def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("record").add_argument("file", type=Path)
+    recorded = commands.add_parser("record")
+    recorded.add_argument("file", type=Path)
+    recorded.add_argument("--only", nargs="*", default=[], help="pipelines by name; all by default")
     compare = commands.add_parser("compare")
     compare.add_argument("before", type=Path)
     compare.add_argument("after", type=Path)
     given = parser.parse_args()
     if given.command == "record":
-        given.file.write_text(json.dumps(record(), indent=1))
+        given.file.write_text(json.dumps(record(given.only), indent=1))
         return
     before, after = json.loads(given.before.read_text()), json.loads(given.after.read_text())
     found = list(differences(before, after))
