@@ -163,7 +163,7 @@ def test_impossible_choices_are_refused(options: dict[str, object], said: str) -
     ("merge", "option"), [("greedy_soup", "base"), ("adamerging", "steps"), ("bitdelta", "bits"), ("dare", "merge")]
 )
 def test_only_numbers_that_a_merge_can_be_tried_with_are_chosen(merge: str, option: str) -> None:
-    with pytest.raises(ConfigError, match=rf"choose\.{option}: is no number of {merge} that can be tried"):
+    with pytest.raises(ConfigError, match=rf"choose\.{option}: is not a number of {merge} that can be tried"):
         load_pipeline({"passes": [{merge: {"models": ["a"], "choose": {option: [1, 2]}}}]})
 
 
@@ -252,7 +252,7 @@ def test_an_iterate_that_answers_always_the_same_is_never_kept() -> None:
         x = torch.randn(64, 5, generator=torch.Generator().manual_seed(1))[numbers]
         return x + made.mean() * torch.tensor([100.0, 0, 0, 0, 0])
 
-    running = Running(always, 64, textbook.Kept(), ("first.weight",), torch.arange(64) % 2)
+    running = Running(always, 64, textbook.TrainingStore(), ("first.weight",), torch.arange(64) % 2)
     plain = {"first.weight": torch.zeros(2, 2)}
     numbers = torch.arange(64)
     before = sureness(running, lambda names: plain, numbers, 16)
