@@ -18,9 +18,10 @@ from compress.engine.resume import Resume
 from compress.errors import CheckpointError
 from compress.io.atomic import publish, write_text, writing
 from compress.io.safetensors_file import read_header, read_tensors, save_tensors
+from compress.io.source_code import code_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     import torch
@@ -39,6 +40,10 @@ class Record:
 
 class MemoryLedger:
     """Keeps results in memory only: nothing to resume."""
+
+    def code_of(self, kinds: Iterable[type], modules: Iterable[str] = ()) -> str:
+        """What the key of a result must know of the code that computes it: nothing, where no result is kept."""
+        return ""
 
     def load(self, unit: str, key: str) -> list[Record] | None:
         """None: nothing was done before."""
@@ -91,6 +96,10 @@ class FolderLedger(MemoryLedger):
     def __init__(self, folder: Path, resume: Resume | None = None):
         self.folder, self.resume = folder, resume or Resume((), 0, listening=False)
         folder.mkdir(parents=True, exist_ok=True)
+
+    def code_of(self, kinds: Iterable[type], modules: Iterable[str] = ()) -> str:
+        """A hash over the code of some passes and modules, and of what they import."""
+        return code_of(kinds, modules)
 
     def load(self, unit: str, key: str) -> list[Record] | None:
         """The records of a unit finished under this very key, else None."""

@@ -12,7 +12,6 @@ from compress.engine.stage import Stage
 from compress.engine.stages import RUNNERS
 from compress.errors import GateError
 from compress.io.keys import hash_of, key_of
-from compress.io.source_code import code_of
 from compress.logs import LOGGER
 from compress.report.report import Report, in_words
 
@@ -76,7 +75,7 @@ def execute(
             _add(report, row, on_row)
         started = time.perf_counter()
         # A stage is of no use any longer once its passes or its runner, or what these import, are changed.
-        key = key_of(key, code_of(map(type, stage.passes), [type(runner).__module__]))
+        key = key_of(key, context.ledger.code_of(map(type, stage.passes), [type(runner).__module__]))
         result = runner.run(context, stage, data.calibration, key)
         seconds = time.perf_counter() - started
         context, key = result.context, result.key
@@ -103,7 +102,7 @@ def _first_key(pipeline: Pipeline, context: Context, data: Data) -> str:
     """The key of the original model; those of all stages follow from it."""
     return key_of(
         context.artifact.source.fingerprint(),
-        code_of(()),
+        context.ledger.code_of(()),
         pipeline.seed,
         str(context.dtype),
         context.products,

@@ -11,7 +11,6 @@ from compress.calibration.metrics import REFERENCE_NUMBERS, Reference, logits_in
 from compress.checkpoint.packed_layout import spec_at, stored_bytes
 from compress.engine.placement import streamed
 from compress.io.keys import hash_of, key_of
-from compress.io.source_code import code_of
 from compress.report.report import Row
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ def measured_row(
     context: Context, meter: Meter | None, unit: str, name: str, key: str, start: Row | None, seconds: float
 ) -> Row:
     """A row of the report: measured now, or found measured. Without `meter`, of its size only."""
-    key = key_of(key, "row", code_of((), [__name__]), hash_of(meter.data) if meter else None)
+    key = key_of(key, "row", context.ledger.code_of((), [__name__]), hash_of(meter.data) if meter else None)
     found = context.ledger.load_row(unit, key)
     if found is not None:
         if meter:
