@@ -4,8 +4,13 @@ A pipeline of one pass runs on the bundled model, the result is loaded with tran
 file counts when one of its functions runs meanwhile, wherever it was called from. What runs when a module is imported
 does not count: everything is imported before.
 
+Two counts: every file, and those of them that held a weight, which means that one of their functions was given a matrix
+or gave one back, as a tensor, as codes and scales, or as the layer that has it. The others read the pipeline, plan,
+keep, time and report.
+
     python scripts/entered_files.py              # rtn, gptq, flexround and a merge: the counts
-    python scripts/entered_files.py gptq         # one of them: its files, and the functions that ran in them
+    python scripts/entered_files.py gptq         # one of them: its files, and the functions that ran in them;
+                                                 # * before a file that held a weight
 
 Another version of the package is counted with PYTHONPATH=FOLDER before it.
 """
@@ -20,6 +25,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from inspect import CO_OPTIMIZED
 from pathlib import Path
 from types import FrameType
@@ -34,7 +40,8 @@ PIPELINES: dict[str, dict[str, Any]] = {
 }
 PHASES = ("run", "load", "forward")
 
-Entered = dict[str, dict[str, set[str]]]  # file -> phase -> functions
+Entered = dict[str, dict[str, set[str]]]  # file -> phase -> functions; the phase HELD: those that held a weight
+HELD = "held"
 
 
 def main() -> None:
@@ -53,8 +60,9 @@ def show(name: str, found: Entered) -> None:
     for file in sorted(found):
         phases = found[file]
         functions = sorted({f for some in phases.values() for f in some if not f.startswith("<")})
-        print(f"{file:36} {'+'.join(p for p in PHASES if p in phases):16} {', '.join(functions)}")
-    counts = ", ".join(f"{p} {sum(p in phases for phases in found.values())}" for p in PHASES)
+        star = "*" if HELD in phases else " "
+        print(f"{star} {file:36} {'+'.join(p for p in PHASES if p in phases):16} {', '.join(functions)}")
+    counts = ", ".join(f"{p} {sum(p in phases for phases in found.values())}" for p in (*PHASES, HELD))
     print(f"{name}: {len(found)} files ({counts})")
 
 
@@ -86,11 +94,17 @@ def traced(root: Path, phase: str, found: Entered) -> Iterator[None]:
     """Note every function of the files under a folder that is called, in any thread."""
     prefix = f"{root}{os.sep}"
 
-    def note(frame: FrameType, event: str, _: Any) -> None:
+    def note(frame: FrameType, event: str, given: Any) -> None:
         code = frame.f_code
-        if event == "call" and code.co_flags & CO_OPTIMIZED and code.co_filename.startswith(prefix):
-            file = code.co_filename.removeprefix(prefix)
-            found.setdefault(file, {}).setdefault(phase, set()).add(code.co_name)
+        if event not in ("call", "return") or not code.co_flags & CO_OPTIMIZED:
+            return
+        if not code.co_filename.startswith(prefix):
+            return
+        phases = found.setdefault(code.co_filename.removeprefix(prefix), {})
+        phases.setdefault(phase, set()).add(code.co_name)
+        arguments = frame.f_locals.values() if event == "call" else (given,)
+        if code.co_name not in phases.get(HELD, ()) and any(holds_weight(value) for value in arguments):
+            phases.setdefault(HELD, set()).add(code.co_name)
 
     threading.setprofile(note)
     sys.setprofile(note)
@@ -99,6 +113,24 @@ def traced(root: Path, phase: str, found: Entered) -> Iterator[None]:
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
+
+
+def holds_weight(value: Any, depth: int = 2) -> bool:
+    """Whether a value is a matrix of numbers or codes, a layer with one, or an object or collection with one inside."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.dim() >= 2 and value.dtype is not torch.long and not value.is_meta  # not ids, not a mere shape
+    if isinstance(value, torch.nn.Module):
+        made = vars(value).get("_modules") is not None  # not yet while it is being made
+        return made and not any(value.children()) and any(holds_weight(t) for t in value.state_dict().values())
+    if not depth:
+        return False
+    if isinstance(value, dict):
+        return any(holds_weight(item, depth - 1) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(holds_weight(item, depth - 1) for item in value)
+    return is_dataclass(value) and any(holds_weight(item, depth - 1) for item in vars(value).values())
 
 
 if __name__ == "__main__":

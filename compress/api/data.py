@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from compress.calibration.data import Over, Split
+    from compress.calibration.data import Split, Ticking
     from compress.config.pipeline import Calibration
 
 Labelled = tuple[Tensor, Tensor]  # inputs (samples, ...), labels (samples,)
@@ -111,7 +111,7 @@ def given_section(cls: type[Calibration], data: Dataset | None, options: Mapping
     return cls(source=source, samples=max(data.parts.values(), default=len(inputs)), length=length, **options)
 
 
-def read_data(section: Calibration, folder: Path, split: Split, over: Over | None = None) -> Dataset:
+def read_data(section: Calibration, folder: Path, split: Split, over: Ticking | None = None) -> Dataset:
     """The data a `calibration:` or `evaluate:` section describes: images and labels, or tokens by a model's tokenizer.
 
     `over` draws progress, as for `load_tokens`.
@@ -123,7 +123,7 @@ def read_data(section: Calibration, folder: Path, split: Split, over: Over | Non
     return found[""] if "" in found else Dataset.joined(found)
 
 
-def _read_source(section: Calibration, source: str, folder: Path, split: Split, over: Over | None) -> Dataset:
+def _read_source(section: Calibration, source: str, folder: Path, split: Split, over: Ticking | None) -> Dataset:
     if source.endswith(IMAGE_SUFFIX):
         images, labels = load_images(source, section.samples)
         if split == "evaluation" and labels is None:

@@ -61,7 +61,7 @@ def _torch(model: str, section: Evaluation, against: str | None, bars: Bars) -> 
     original = loading.load_model(hub.resolve(against)) if against else None
     quality = evaluate(loaded, given.matched(loaded, data), against=original, progress=_progress(bars))
     weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    return {"model": model, **_facts(quality, section), "bytes": weights}
+    return {"model": model, **_result(quality, section), "bytes": weights}
 
 
 def _progress(bars: Bars) -> Callable[[Iterable[Tensor], int], Iterator[Tensor]]:
@@ -87,7 +87,7 @@ def _onnx(path: Path, section: Evaluation, against: str | None, threads: int, ba
         original = _logits(loading.load_model(hub.resolve(against), torch.float32), labels is None)
         measure(original, inputs, labels=labels, reference=reference, keep=True, progress=_progress(bars))
     quality = measure(opened.runner, inputs, labels=labels, reference=reference, progress=_progress(bars))
-    found = {"model": str(path), **_facts(quality, section), "bytes": opened.bytes, "load_memory": opened.memory}
+    found = {"model": str(path), **_result(quality, section), "bytes": opened.bytes, "load_memory": opened.memory}
     if labels is None:
         found["tokens_per_second"] = opened.tokens_per_second(int(inputs.max()) + 1)
     return found
@@ -99,7 +99,7 @@ def _logits(model: Any, tokens: bool) -> Callable[[Tensor], Tensor]:
     return lambda batch: logits_in(model(batch.float())).float()
 
 
-def _facts(quality: Quality, section: Evaluation) -> dict[str, Any]:
+def _result(quality: Quality, section: Evaluation) -> dict[str, Any]:
     found: dict[str, Any] = {"kl": quality.kl, "kl_tokens": quality.kl_tokens, "source": section.source}
     if quality.accuracy is not None:
         return {"accuracy": quality.accuracy, "samples": quality.tokens, **found}

@@ -105,7 +105,7 @@ def check_source(source: str) -> str | None:
     return None
 
 
-Over = Callable[[Iterable[str], int | None, str], Iterator[str]]
+Ticking = Callable[[Iterable[str], int | None, str], Iterator[str]]
 
 
 def load_tokens(
@@ -117,7 +117,7 @@ def load_tokens(
     split: Split = "calibration",
     field: str = "text",
     subset: str | None = None,
-    over: Over | None = None,
+    over: Ticking | None = None,
 ) -> Tensor:
     """Windows of token ids, evenly spread over the source.
 

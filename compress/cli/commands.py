@@ -41,7 +41,7 @@ VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="say more, 
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="say nothing but errors")]
 
 
-def _version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
         from compress.encodings.format import version
 
@@ -54,7 +54,7 @@ def common(
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
     """Compress language and image models after training: one pipeline file, measured after every pass."""

@@ -29,13 +29,13 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         return codes.contiguous()
     if 8 % bits == 0:
         per_byte = 8 // bits
-        lanes = _padded(codes, per_byte).view(rows, -1, per_byte)
+        lanes = padded(codes, per_byte).view(rows, -1, per_byte)
         packed = lanes[..., 0].clone()
         for i in range(1, per_byte):
             packed |= lanes[..., i] << (bits * i)
         return packed
     # Eight codes fill exactly `bits` bytes: put them in one 64-bit word, then cut the word into bytes.
-    lanes = _padded(codes, 8).view(rows, -1, 8).long()
+    lanes = padded(codes, 8).view(rows, -1, 8).long()
     word = lanes[..., 0].clone()
     for i in range(1, 8):
         word |= lanes[..., i] << (bits * i)
@@ -51,7 +51,7 @@ def unpack_bits(packed: Tensor, bits: int, num_codes: int) -> Tensor:
     if 8 % bits == 0:
         codes = _lanes(bits, str(packed.device)).index_select(0, packed.flatten().int()).view(torch.uint8)
     else:
-        groups = _padded(packed, bits).view(rows, -1, bits).long()
+        groups = padded(packed, bits).view(rows, -1, bits).long()
         word = groups[..., 0].clone()
         for i in range(1, bits):
             word |= groups[..., i] << (8 * i)
@@ -69,6 +69,7 @@ def _lanes(bits: int, device: str) -> Tensor:
         return codes.view({1: torch.int64, 2: torch.int32, 4: torch.int16}[bits])[:, 0]
 
 
-def _padded(values: Tensor, multiple: int) -> Tensor:
+def padded(values: Tensor, multiple: int) -> Tensor:
+    """(R, N) with zeros behind each row, up to a multiple of columns; contiguous."""
     missing = -values.shape[1] % multiple
     return functional.pad(values, (0, missing)) if missing else values.contiguous()

@@ -19,9 +19,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from compress.encodings.bits import padded
 from compress.encodings.uniform import CHUNK
 from compress.encodings.weight import spread, unpack
-from compress.lazy import functional, torch
+from compress.lazy import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -128,21 +129,16 @@ def indices(packed: Tensor, bits: int, count: int) -> Tensor:
     if width == 8:
         return packed.int()
     if width == 16:
-        pairs = _padded(packed, 2).view(len(packed), -1, 2).int()
+        pairs = padded(packed, 2).view(len(packed), -1, 2).int()
         return pairs[..., 0] | pairs[..., 1] << 8
     # Eight codes fill exactly `bits` bytes.
-    groups = _padded(packed, bits).view(len(packed), -1, bits)
+    groups = padded(packed, bits).view(len(packed), -1, bits)
     groups = groups.int() if bits == 3 else groups.long()
     word = groups[..., 0].clone()
     for i in range(1, bits):
         word |= groups[..., i] << (8 * i)
     mask = (1 << width) - 1
     return torch.stack([word >> (width * i) & mask for i in range(8 // count)], -1).int().flatten(1)
-
-
-def _padded(packed: Tensor, multiple: int) -> Tensor:
-    missing = -packed.shape[1] % multiple
-    return functional.pad(packed, (0, missing)) if missing else packed.contiguous()
 
 
 __all__ = ["Decoder", "indices"]

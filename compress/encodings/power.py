@@ -201,7 +201,7 @@ def nearest(weight: Tensor, scale: Tensor, grid: PowerGrid, mask: Tensor | None 
     """(O, I) float32, (R, G) scale of its stored type -> every weight at its nearest level; what is masked, idle."""
     rows, columns = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.uint8)
-    for part, of_scale in _pieces(weight, scale):
+    for part, of_scale in _pieces_and_scales(weight, scale):
         unit = weight[part].reshape(-1, scale.shape[1], columns // scale.shape[1]) / scale[of_scale].float()[..., None]
         codes[part] = grid.nearest(unit).view(-1, columns)
     found = Power(codes, scale, grid.stored_exponent, grid.bits, grid.levels)
@@ -277,7 +277,7 @@ def profile(
     """The profile of an (O, I) float32 weight; what is masked is left out. Arguments as in `fit_scale`."""
     largest = _largest(weight, groups, per_tensor)
     masses, moments = torch.zeros(2, BINS, dtype=torch.float64)
-    for part, of_scale in _pieces(weight, largest):
+    for part, of_scale in _pieces_and_scales(weight, largest):
         top = largest[of_scale][..., None]
         grouped = weight[part].abs().reshape(-1, groups, weight.shape[1] // groups)
         unit = grouped / top.masked_fill(top == 0, 1)
@@ -348,7 +348,7 @@ def _lost(weight: Tensor, scale: Tensor, grid: PowerGrid, mask: Tensor | None, n
     """(R, G): sum of |error|**norm of every group, in units of its scale."""
     rows, groups = weight.shape[0], scale.shape[1]
     found = torch.empty(rows, groups)
-    for part, of_scale in _pieces(weight, scale):
+    for part, of_scale in _pieces_and_scales(weight, scale):
         unit = weight[part].reshape(-1, groups, weight.shape[1] // groups) / scale[of_scale][..., None]
         lost = grid.lost(unit, norm)
         if mask is not None:
@@ -357,7 +357,7 @@ def _lost(weight: Tensor, scale: Tensor, grid: PowerGrid, mask: Tensor | None, n
     return found if len(scale) == rows else found.sum(0, keepdim=True)
 
 
-def _pieces(weight: Tensor, scale: Tensor) -> list[tuple[slice, slice]]:
+def _pieces_and_scales(weight: Tensor, scale: Tensor) -> list[tuple[slice, slice]]:
     """Rows to work on at once, and their scales': temporaries stay in the cache."""
     rows, columns = weight.shape
     step = max(1, CHUNK // columns)

@@ -9,7 +9,7 @@ from compress.engine.learning import learn_block
 from compress.engine.ledger import KeptInLedger
 from compress.engine.placement import take_records
 from compress.engine.stage import StageResult, StageRunner, calibration_batches, layers_changed
-from compress.engine.survey import survey
+from compress.engine.survey import survey_stage
 from compress.engine.sweep import Wanted, gradients, most_needed, sites_by_block, sweep
 from compress.engine.unit import Turn, UnitState, solve_matrices
 from compress.io.keys import key_of
@@ -42,7 +42,7 @@ class BlockSequential(StageRunner):
         batches = context.executor.shard(calibration_batches(data))
         asking = cast("list[LinearPass]", [p for p in passes if p.surveys])
         if asking:
-            found = survey(context, stage.number, asking, batches, key)
+            found = survey_stage(context, stage.number, asking, batches, key)
             allocated = {id(p): now for p, now in zip(asking, found, strict=True)}
             passes = [allocated.get(id(p), p) for p in passes]
         key, records = run_passes(context, stage.number, passes, batches, key)
@@ -59,7 +59,7 @@ def run_passes(
     """
     records: list[Record] = []
     options = [(p.key, p.options()) for p in passes]
-    wanted = _wanted(context.graph, passes)
+    wanted = _wanted_by_passes(context.graph, passes)
     with gradients(wanted):
         for unit in sweep(context, wanted, batches):
             key = key_of(key, stage, unit.name, [s.name for s in unit.sites], options)
@@ -87,7 +87,7 @@ def _worked_on(
     return state.records(unit.sites)
 
 
-def _wanted(graph: Graph, passes: Sequence[LinearPass | BlockPass]) -> Wanted:
+def _wanted_by_passes(graph: Graph, passes: Sequence[LinearPass | BlockPass]) -> Wanted:
     sites = sites_by_block(graph, passes)
     every = [s for each in sites.values() for s in each]
     learning = cast("list[BlockPass]", [p for p in passes if p.reach == "block"])

@@ -85,16 +85,16 @@ def measured_row(
     bits, sparsity = density(context.artifact)
     row = Row(
         name=name,
-        **_facts(whole, asdict(start) if start else None),
+        **_measured_values(whole, asdict(start) if start else None),
         bytes=stored_bytes(context.artifact), bits_per_weight=bits, sparsity=sparsity,
         seconds=round(seconds, 2), peak_mb=round(peak_memory() / 1e6, 1),
-        sources={n: _facts(q, start.sources[n] if start else None) for n, q in parts.items() if n},
+        sources={n: _measured_values(q, start.sources[n] if start else None) for n, q in parts.items() if n},
     )  # fmt: skip
     context.ledger.commit_row(unit, key, {**asdict(row), "kl_tokens": whole.kl_tokens if whole else 0})
     return row
 
 
-def _facts(quality: Quality | None, start: Mapping[str, Any] | None) -> dict[str, float | None]:
+def _measured_values(quality: Quality | None, start: Mapping[str, Any] | None) -> dict[str, float | None]:
     names = ("perplexity", "accuracy", "kl", "negative_flips")
     found = {name: getattr(quality, name) if quality else None for name in names}
     return {**found, "change": change(start, found)}

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 SurveyedSites = list[dict[str, Any]]  # for each pass, site -> what it saw
 
 
-def survey(
+def survey_stage(
     context: Context, stage: int, passes: Sequence[LinearPass], batches: Sequence[Tensor], key: str
 ) -> list[LinearPass]:
     """Show every matrix to passes that survey, and change nothing; the passes with their options for every matrix."""
     seen: SurveyedSites = [{} for _ in passes]
     key, options = key_of(key, "survey"), [(p.key, p.options()) for p in passes]
-    wanted = _wanted(context.graph, passes)
+    wanted = _wanted_by_survey(context.graph, passes)
     with gradients(wanted):
         for unit in sweep(context, wanted, batches):
             key = key_of(key, stage, unit.name, [s.name for s in unit.sites], options)
@@ -44,7 +44,7 @@ def survey(
     return [p.allocated(found) for p, found in zip(passes, seen, strict=True)]
 
 
-def _wanted(graph: Graph, passes: Sequence[LinearPass]) -> Wanted:
+def _wanted_by_survey(graph: Graph, passes: Sequence[LinearPass]) -> Wanted:
     sites = sites_by_block(graph, passes)
     needs = {
         s.name: most_needed([p.survey_needs for p in passes if p.selects(s.name, s.block is not None)])

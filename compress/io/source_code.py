@@ -80,7 +80,7 @@ def fingerprint(modules: Iterable[str], locate: Locate) -> str:
     """A hash over the code of modules and of all that they import, and over the versions of the libraries among it."""
     files, libraries = closure(modules, locate)
     lines = [f"{name} {read_code(file).digest}" for name, file in sorted(files.items())]
-    lines += [f"{name}=={_version(name)}" for name in sorted(libraries | set(ALWAYS))]
+    lines += [f"{name}=={_installed_version(name)}" for name in sorted(libraries | set(ALWAYS))]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -196,7 +196,7 @@ def _is_library(name: str) -> bool:
 
 
 @cache
-def _version(library: str) -> str:
+def _installed_version(library: str) -> str:
     try:
         return version(DISTRIBUTIONS.get(library, library))
     except PackageNotFoundError:

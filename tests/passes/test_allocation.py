@@ -8,7 +8,7 @@ from torch import Tensor
 import compress
 from compress.errors import ConfigError
 from compress.passes import Magnitude, Override, Pass, SparseGpt, Wanda
-from compress.passes.prune.allocation import MOST, Scores, fill, shares, survey, whole_columns
+from compress.passes.prune.allocation import MOST, Scores, allocation_facts, fill, shares, whole_columns
 from compress.passes.prune.spectra import alpha, farms_alpha, hill
 
 KINDS = ("global", "owl", "alphapruning", "farms")
@@ -26,7 +26,7 @@ def heavy(rows: int, columns: int, tail: float, seed: int = 0) -> Tensor:
 
 
 def surveyed(kind: str, weights: dict[str, Tensor]) -> dict[str, dict[str, object]]:
-    return {name: survey(kind, w, w.abs()) for name, w in weights.items()}  # type: ignore[arg-type]
+    return {name: allocation_facts(kind, w, w.abs()) for name, w in weights.items()}  # type: ignore[arg-type]
 
 
 def blocks() -> dict[str, Tensor]:

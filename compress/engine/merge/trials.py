@@ -92,7 +92,7 @@ class Trials(Models):
         row = ledger.load_row(unit, key)
         if row is None:
             with lent(self.context, make()) as merged:
-                row = {name: _facts(quality) for name, quality in self.meter.of(merged).items()}
+                row = {name: _trial_row(quality) for name, quality in self.meter.of(merged).items()}
             ledger.commit_row(unit, key, row)
         return {name: Tried(**facts) for name, facts in row.items()}
 
@@ -127,5 +127,5 @@ class Trials(Models):
             yield Running(logits, len(inputs), kept, tuple(parameters), sources)
 
 
-def _facts(quality: Quality) -> dict[str, float | None]:
+def _trial_row(quality: Quality) -> dict[str, float | None]:
     return {"loss": quality.loss, "accuracy": quality.accuracy, "negative_flips": quality.negative_flips}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_type_hin
 
 from compress.errors import OptionError
 from compress.passes.base import Pass, Reach
-from compress.passes.merge.schedules import count_of, numbers_in, patterns_in, value_at, values_at
+from compress.passes.merge.schedules import model_count, numbers_in, patterns_in, value_at, values_at
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -160,7 +160,7 @@ class MergePass(Pass):
         yield from self._check_choose()
         count = len(self.models) + self.with_base
         for f in fields(self):
-            wanted = count_of(getattr(self, f.name)) if f.name in ("weights", "density") else None
+            wanted = model_count(getattr(self, f.name)) if f.name in ("weights", "density") else None
             if wanted is not None and wanted != count:
                 first = ", the model that the pipeline is run on first" if self.with_base else ""
                 yield OptionError(f.name, f"{wanted} values for {count} models: give one for each{first}")

@@ -13,7 +13,7 @@ from annotated_types import Ge, Le
 from compress.errors import OptionError
 from compress.lazy import torch
 from compress.passes.merge.base import MergePass
-from compress.passes.merge.schedules import PerModel, count_of, values_at
+from compress.passes.merge.schedules import PerModel, model_count, values_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -93,8 +93,8 @@ class RobustSignature(MergePass):
         if self.models and self.count < 1:
             last = ", and the one that is patched" if self.target == "last" else ""
             yield OptionError("models", f"name the standard fine-tune first, then at least one robust one{last}")
-        elif self.models and count_of(self.alpha) not in (None, self.count):
-            yield OptionError("alpha", f"{count_of(self.alpha)} values for {self.count} robust models: one for each")
+        elif self.models and model_count(self.alpha) not in (None, self.count):
+            yield OptionError("alpha", f"{model_count(self.alpha)} values for {self.count} robust models: one for each")
 
     @property
     def looks(self) -> bool:

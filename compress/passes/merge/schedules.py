@@ -78,7 +78,7 @@ def patterns_in(value: object) -> Iterator[str]:
             yield from patterns_in(inner)
 
 
-def count_of(values: PerModel) -> int | None:
+def model_count(values: PerModel) -> int | None:
     """How many models the values are for; None where they are for any number."""
     if not isinstance(values, tuple) or _for_all(values) or len(values) == 1:
         return None

@@ -54,7 +54,7 @@ class Scores:
         return part + float(self.counts[first + 1 :].sum())
 
 
-def survey(kind: Allocate, weight: Tensor, scores: Tensor | None) -> dict[str, Any]:
+def allocation_facts(kind: Allocate, weight: Tensor, scores: Tensor | None) -> dict[str, Any]:
     """What an allocation must know of a layer: JSON-able.
 
     Args:
@@ -78,7 +78,7 @@ def shares(
 
     Args:
         kind: of the allocation.
-        found: layer -> what `survey` found.
+        found: layer -> what `allocation_facts` found.
         share: of zeros over all.
         by: `block` gives all layers of a block the same share, `site` each its own.
         spread: how far apart shares may be; None for the published default.

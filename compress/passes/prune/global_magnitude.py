@@ -13,7 +13,7 @@ from annotated_types import Ge, Lt
 from compress.calibration.training import Loss, train
 from compress.lazy import torch
 from compress.passes.base import Edit, ModelPass, OptionError, Pass
-from compress.passes.prune.selection import count_of, keep_all_but, masked_out
+from compress.passes.prune.selection import count_in_share, keep_all_but, masked_out
 from compress.passes.retrain.options import TrainingOptions
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def smallest_cut(
 
 def max_sparsity(sizes: Sequence[int], min_keep: float) -> float:
     """The largest share of zeros when every layer must keep its minimum."""
-    floor = count_of(sum(sizes), min_keep)
+    floor = count_in_share(sum(sizes), min_keep)
     return sum(max(0, n - floor) for n in sizes) / sum(sizes)
 
 
@@ -159,8 +159,8 @@ def layer_counts(counts: Sequence[int], sizes: Sequence[int], sparsity: float, m
         ValueError: the target cannot be reached.
     """
     total = sum(sizes)
-    budget = count_of(total, sparsity)
-    floor = count_of(total, min_keep)
+    budget = count_in_share(total, sparsity)
+    floor = count_in_share(total, min_keep)
     most = [max(0, n - floor) for n in sizes]
     if sum(most) < budget:
         raise ValueError(f"sparsity {sparsity} cannot be reached: at most {sum(most) / total:.4f}")
@@ -192,7 +192,7 @@ def count_below(names: Sequence[str], load: Callable[[str], Target], sparsity: f
     layers in order.
     """
     upper = torch.stack([torch.bincount(_magnitude_bits(load(name)) >> 16, minlength=1 << 15) for name in names])
-    wanted = count_of(int(upper.sum()), sparsity)
+    wanted = count_in_share(int(upper.sum()), sparsity)
     if not wanted:
         return [0] * len(names)
     high = int(torch.searchsorted(upper.sum(0).cumsum(0), wanted))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from annotated_types import Ge, Lt
 
 from compress.passes.base import Edit, LinearPass, OptionError, Override
-from compress.passes.prune.allocation import SPREAD, Allocate, shares, survey
+from compress.passes.prune.allocation import SPREAD, Allocate, allocation_facts, shares
 from compress.passes.prune.selection import (
     Sparsity,
     check_sparsity,
@@ -76,7 +76,7 @@ class Pruner(LinearPass):
         scores = target.weight.abs()
         if target.statistics is not None and self.survey_needs == "norm":
             scores = scores * target.statistics.norm
-        return survey(self.allocate, target.weight, scores)
+        return allocation_facts(self.allocate, target.weight, scores)
 
     def allocated(self, found: Mapping[str, Any]) -> Self:
         assert isinstance(self.sparsity, float)

@@ -50,14 +50,14 @@ def masked_out(scores: Tensor, mask: Tensor | None) -> Tensor:
     return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 
 
-def count_of(total: int, share: float) -> int:
+def count_in_share(total: int, share: float) -> int:
     """floor(total * share), where 0.57 of 100 is 57 although the product is 56.99999999999999."""
     return math.floor(round(total * share, 6))
 
 
 def keep_rows(scores: Tensor, sparsity: float) -> Tensor:
     """(O, I) scores -> mask with floor(I * sparsity) zeros in every row, lowest scores first."""
-    return _keep_all_but(scores, count_of(scores.shape[1], sparsity))
+    return _keep_all_but(scores, count_in_share(scores.shape[1], sparsity))
 
 
 def keep_pattern(scores: Tensor, keep: int, of: int) -> Tensor:
@@ -68,7 +68,7 @@ def keep_pattern(scores: Tensor, keep: int, of: int) -> Tensor:
 
 def keep_share(scores: Tensor, sparsity: float) -> Tensor:
     """(O, I) scores -> mask with floor(O * I * sparsity) zeros anywhere in the matrix."""
-    return keep_all_but(scores, count_of(scores.numel(), sparsity))
+    return keep_all_but(scores, count_in_share(scores.numel(), sparsity))
 
 
 def keep_all_but(scores: Tensor, count: int) -> Tensor:
