@@ -14,6 +14,7 @@ from compress.config.pipeline import GIVEN
 from compress.errors import DataError
 from compress.models.families import family_of
 from compress.models.graph import Graph
+from compress.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -129,17 +130,9 @@ def _read_source(section: Calibration, source: str, folder: Path, split: Split, 
         if split == "evaluation" and labels is None:
             raise DataError(f"{source} has no tensor `labels` to measure accuracy with")
         return Dataset(images, labels)
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{folder} has no tokenizer that transformers can read, and {split} text needs one: {error}"
-        ) from error
     tokens = load_tokens(
         source,
-        tokenizer,
+        load_tokenizer(folder, f"{split} text"),
         samples=section.samples,
         length=section.length,
         split=split,
