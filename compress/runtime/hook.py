@@ -24,9 +24,8 @@ def install() -> None:
 
 
 def _register_packed() -> None:
-    from compress.runtime.register import register
-
-    register()
+    # The module registers at its end. Where it is what imports transformers, it is only half there now.
+    import compress.runtime.register  # noqa: F401
 
 
 class _Finder(MetaPathFinder):

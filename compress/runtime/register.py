@@ -154,3 +154,6 @@ def register() -> None:
     """Idempotent."""
     AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, CompressConfig)
     AUTO_QUANTIZER_MAPPING.setdefault(METHOD, CompressQuantizer)
+
+
+register()
