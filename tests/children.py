@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from commands import make_text_model, write_text
 
 # Children are forked from a server that has the imports done: real processes, quick to start.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["compress.cli.commands", "compress.api.run", "transformers.models.llama.modeling_llama"]
+    ["compress.cli.commands", "compress.api.run", "transformers.models.llama.modeling_llama", "warm"]
 )
 
 
@@ -61,7 +62,9 @@ def child(folder: Path, model: str, kill_after: int) -> None:
 def start(folder: Path, model: str = "demo", kill_after: int = 0) -> multiprocessing.process.BaseProcess:
     """`compress run pipeline.yaml MODEL -o out` in a folder."""
     process = PROCESSES.Process(target=child, args=(folder, model, kill_after))
-    process.start()
+    with pytest.MonkeyPatch.context() as patched:  # the server looks for `warm` where Python looks by itself only
+        patched.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        process.start()
     return process
 
 
