@@ -134,10 +134,10 @@ def _computing(parent: ast.AST) -> Iterator[ast.stmt]:
             below[:] = [kept for each in below for kept in _without_annotations(each)]
             if not below and part == "body" and not isinstance(parent, ast.Module):
                 below.append(ast.Pass(lineno=1, col_offset=0, end_lineno=1, end_col_offset=0))
-            for each in below:
-                if isinstance(each, ast.stmt):
-                    yield each
-                yield from _computing(each)
+            for node in below:
+                if isinstance(node, ast.stmt):
+                    yield node
+                yield from _computing(node)
 
 
 def _without_annotations(node: ast.AST) -> list[ast.AST]:
