@@ -245,7 +245,7 @@ def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(kind: str, monkeypatc
     monkeypatch.setattr(tokens, "OVERLAP", 300)
     for size in (1000, 1777):
         monkeypatch.setattr(tokens, "PIECE", size)
-        pieces = [LONG[i : i + 50] for i in range(0, len(LONG), 50)]
+        pieces = [LONG[i : i + size - 9] for i in range(0, len(LONG), size - 9)]
         found = list(tokens.tokens_of(tokenizer, pieces))
         assert [i for some in found for i in some] == whole
         assert len(found) > 10, "handed out while it was read"

@@ -33,8 +33,8 @@ PROTOCOLS: dict[str, str] = {
 WIKITEXT_LENGTH = 2048  # tokens of a window, unless another length is given
 BETWEEN = "\n\n"  # texts of `wikitext`
 
-PIECE = 1 << 19  # characters that are tokenized at once; shorter texts are never cut
-OVERLAP = 1 << 13  # characters that two pieces share
+PIECE = 1 << 16  # characters that are tokenized at once; shorter texts are never cut
+OVERLAP = 1 << 12  # characters that two pieces share
 AGREED = 16  # tokens one after the other that must be the same in both
 
 
@@ -185,16 +185,14 @@ def tokens_of(tokenizer: Any, pieces: Iterable[str]) -> Iterator[list[int]]:
     A tokenizer that does not say where its tokens lie is given the whole text.
     """
     held = _Tokenized(tokenizer, "")
-    waiting, size = "", 0
+    waiting, size = "", PIECE
     for piece in pieces:
         waiting += piece
-        size = max(
-            PIECE, len(held.text) - OVERLAP
-        )  # a text that could not be cut is tried again when it is twice as long
         if len(waiting) >= size and _tells_places(tokenizer):
             held, done = held.followed_by(waiting)
             yield done
-            waiting = ""
+            # What could not be cut is tried again when it is twice as long.
+            waiting, size = "", PIECE if done else max(PIECE, len(held.text))
     if waiting:
         held, done = held.followed_by(waiting)
         yield done
