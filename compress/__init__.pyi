@@ -3,8 +3,8 @@ from .api.apply import Result, apply
 from .api.apply_delta import apply_delta
 from .api.export import export_to
 from .api.run import run
-from .calibration.data import load_tokens
 from .calibration.metrics import Quality, evaluate
+from .calibration.tokens import load_tokens
 from .config.pipeline import Pipeline
 from .errors import (
     CheckpointError,

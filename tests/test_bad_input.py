@@ -145,7 +145,7 @@ DATA = {
         ["c.jsonl:3", "'text'"],
     ),
     "json line that is no JSON": ("c.jsonl", b'{"text": "one"}\n{"text\n', ["c.jsonl:2", "'text'"]),
-    "json line that is no object": ("c.jsonl", b'["text"]\n', ["c.jsonl:1", "'text'"]),
+    "json line that is no object": ("c.jsonl", b'["text"]\n', ["c.jsonl: row 1", "'text'"]),
     "json line with a number as text": ("c.jsonl", b'{"text": 5}\n', ["c.jsonl:1", "'text'"]),
     "json line with null as text": ("c.jsonl", b'{"text": null}\n', ["c.jsonl:1", "'text'"]),
     "json line with a list as text": ("c.jsonl", b'{"text": ["a", "b"]}\n', ["c.jsonl:1", "'text'"]),
@@ -725,7 +725,7 @@ def test_a_command_that_is_none_is_bad_usage(arguments: list[str]) -> None:
     assert "Usage: compress" in ended.err
 
 
-@pytest.mark.parametrize("arguments", [["--samples", "0"], ["--length", "1"], ["--samples", "-3"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["--field", "body"], ["--length", "1"], ["--samples", "-3"]], ids=" ".join)
 def test_measuring_nothing_is_refused(arguments: list[str], text_model: Path) -> None:
     ended = compress_command("eval", text_model, *arguments)
     assert ended.code == 2

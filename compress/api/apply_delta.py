@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.api.output_folder import APPLIED, refuse_destination
+from compress.calibration.surroundings import undisturbed
 from compress.checkpoint.delta.file import Delta, locate
 from compress.checkpoint.delta.source import with_delta
 from compress.checkpoint.opening import open_model
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from compress.checkpoint.artifact import Artifact
 
 
+@undisturbed()
 def apply_delta(
     base: str | Path, delta: str | Path, out: str | Path, *, overwrite: bool = False, bars: Bars | None = None
 ) -> dict[str, Any]:

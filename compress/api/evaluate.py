@@ -9,6 +9,7 @@ import torch
 
 from compress.api import data as given
 from compress.calibration.metrics import Reference, evaluate, logits_in, measure
+from compress.calibration.surroundings import undisturbed
 from compress.errors import DataError, UsageError
 from compress.models import hub, loading
 from compress.progress import Bars
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Runtime = Literal["transformers", "onnxruntime"]
 
 
+@undisturbed()
 def measure_model(
     model: str,
     section: Evaluation,
@@ -106,7 +108,8 @@ def _result(quality: Quality, section: Evaluation) -> dict[str, Any]:
     return {
         "perplexity": quality.perplexity,
         "tokens": quality.tokens,
-        "windows": section.samples,
+        "windows": quality.tokens // (section.length - 1),
         "length": section.length,
+        "protocol": section.protocol,
         **found,
     }

@@ -14,6 +14,7 @@ import yaml
 
 from compress.api import data as given
 from compress.calibration.data import Dataset
+from compress.calibration.surroundings import undisturbed
 from compress.config.options import errors_in
 from compress.config.pipeline import GIVEN, Evaluation
 from compress.errors import ConfigError, DataError, Problem, UsageError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from compress.export.compared import Expect
 
 
+@undisturbed()
 def export_to(out: str | Path, exporters: Sequence[Exporter], *, bars: Bars | None = None) -> dict[str, dict[str, Any]]:
     """Write a finished folder's model in other containers, from the same codes; nothing is calibrated again.
 

@@ -16,6 +16,7 @@ from compress.api import data as given
 from compress.api.export import write_all
 from compress.api.output_folder import refuse_destination
 from compress.calibration.metrics import logits_in
+from compress.calibration.surroundings import undisturbed
 from compress.checkpoint import packed_layout
 from compress.checkpoint.delta.file import DELTA, Delta
 from compress.checkpoint.delta.source import with_delta
@@ -58,6 +59,7 @@ LOG = "log.txt"  # in the folder of unfinished work
 LOGITS_TOLERANCE = 0.0  # packed and in-memory results multiply the same numbers in the same order
 
 
+@undisturbed()
 def run(
     pipeline: str | Path | Mapping[str, Any] | Pipeline,
     model: str | Path,

@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compress.calibration.data import batches
+from compress.calibration.given import gathered, token_ids
+from compress.calibration.surroundings import evaluating, undisturbed
 from compress.errors import DataError, NonFiniteError
-from compress.lazy import functional, torch
+from compress.lazy import functional, torch, transformers
+from compress.models.families.transformers_model import called_with_images
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor, nn
+
+    from compress.calibration.given import Kind
 
 TOKENS_AT_ONCE = 8192
 REFERENCE_NUMBERS = (
@@ -108,8 +113,10 @@ def measure(
 
     Raises:
         NonFiniteError: the model's logits are not finite.
-        DataError: labels that the model has no logit for.
+        DataError: labels that the model has no logit for, or windows of one token.
     """
+    if labels is None and tokens.shape[1] < 2:
+        raise DataError("windows have one token; at least two tokens are needed, of which the second is predicted")
     loss = divergence = 0.0
     count = compared = correct = flipped = 0
     parts = batches(tokens, TOKENS_AT_ONCE)
@@ -152,19 +159,24 @@ def _check_labels(logits: Tensor, labels: Tensor) -> None:
         raise DataError(f"labels outside 0..{logits.shape[1] - 1}: the model has no logit for them")
 
 
+@undisturbed()
 def evaluate(
     model: nn.Module,
-    data: Tensor | tuple[Tensor, Tensor],
+    data: Any,
     *,
     against: nn.Module | None = None,
     progress: Callable[[Iterable[Tensor], int], Iterator[Tensor]] | None = None,
 ) -> Quality:
     """Perplexity of a causal language model in memory, or accuracy of a classifier, and divergence from the original.
 
+    Both are measured in evaluation mode and are left in the mode that they were in.
+
     Args:
         model: a language model, called with `input_ids`, that returns an object with `logits`; or a classifier, called
             with inputs, that returns logits or an object with `logits`.
-        data: (windows, length) int64 token ids; for a classifier, its inputs (samples, ...) and labels (samples,).
+        data: (windows, length) integer token ids, as a tensor or an array, a list of windows, what a tokenizer returns
+            (without padding), or a data loader of these; for a classifier, its inputs (samples, ...) and labels
+            (samples,). Several sources by name are measured together.
         against: the original.
         progress: wraps the batches.
 
@@ -179,17 +191,26 @@ def evaluate(
         >>> compress.evaluate(model, tokens, against=model).kl
         0.0
     """
-    tokens, labels = data if isinstance(data, tuple) else (data, None)
-    for each in (model, against):
-        if each is not None and labels is None:
-            _check_tokens(each, tokens)
-        elif each is not None and each.training:
-            raise DataError("the classifier is in training mode, where measuring would change it: call eval() first")
-    reference = None
-    if against is not None:
-        reference = Reference()
-        measure(_logits_of(against, labels), tokens, labels=labels, reference=reference, keep=True, progress=progress)
-    return measure(_logits_of(model, labels), tokens, labels=labels, reference=reference, progress=progress)
+    found = gathered("data", data, _kind(model, data))
+    inputs, labels = found.inputs, found.labels
+    models = [model] if against is None else [model, against]
+    if labels is None:
+        for each in models:
+            inputs = _checked_tokens(each, inputs)
+    with evaluating(*models):
+        reference = None
+        if against is not None:
+            reference = Reference()
+            original = _logits_of(against, labels)
+            measure(original, inputs, labels=labels, reference=reference, keep=True, progress=progress)
+        return measure(_logits_of(model, labels), inputs, labels=labels, reference=reference, progress=progress)
+
+
+def _kind(model: nn.Module, data: Any) -> Kind:
+    """What a model is measured on: a classifier of its own kind says it by its labels."""
+    if isinstance(model, transformers.PreTrainedModel) and called_with_images(model):
+        return "images"
+    return "inputs" if isinstance(data, tuple) else "tokens"
 
 
 def logits_in(output: Any) -> Tensor:
@@ -198,15 +219,15 @@ def logits_in(output: Any) -> Tensor:
     return found
 
 
-def _check_tokens(model: nn.Module, tokens: Tensor) -> None:
+def _checked_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
     config: Any = getattr(model, "config", None)
-    vocabulary, longest = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
-    if tokens.dim() != 2 or tokens.is_floating_point() or tokens.shape[1] < 2:
-        raise DataError(f"tokens must be (windows, length) integers, length at least 2; got {tuple(tokens.shape)}")
-    if vocabulary and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocabulary):
-        raise DataError(f"token ids outside 0..{vocabulary - 1}: they belong to another tokenizer")
+    if isinstance(model, transformers.PreTrainedModel) and called_with_images(model):
+        raise DataError("a model that takes no tokens is evaluated on (inputs, labels), for its accuracy")
+    tokens = token_ids("data", tokens, getattr(config, "vocab_size", None), 2)
+    longest = getattr(config, "max_position_embeddings", None)
     if longest and tokens.shape[1] > longest:
         raise DataError(f"windows of {tokens.shape[1]} tokens are longer than the model's {longest} positions")
+    return tokens
 
 
 def _logits_of(model: nn.Module, labels: Tensor | None) -> Callable[[Tensor], Tensor]:

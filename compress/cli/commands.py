@@ -172,8 +172,15 @@ def evaluate(
     source: Annotated[
         str, typer.Option(help="demo, a .txt / .jsonl / .parquet file, a data set id; images: a .safetensors file")
     ] = "demo",
-    samples: Annotated[int, typer.Option(help="windows, or images")] = 64,
-    length: Annotated[int, typer.Option(help="tokens per window")] = 512,
+    field: Annotated[str, typer.Option(help="the field or column with the text, or the messages of a chat")] = "text",
+    subset: Annotated[str | None, typer.Option(help="the configuration name of a data set id")] = None,
+    protocol: Annotated[
+        str, typer.Option(help="spread; or wikitext, for perplexities to be set beside published ones")
+    ] = "spread",
+    samples: Annotated[
+        int | None, typer.Option(help="windows, or images; 0 for all  [default: 64, of wikitext all]")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="tokens per window  [default: 512, of wikitext 2048]")] = None,
     runtime: Annotated[str, typer.Option(help="transformers, or onnxruntime for a folder that holds ONNX")] = (
         "transformers"
     ),
@@ -187,18 +194,16 @@ def evaluate(
     from typing import get_args
 
     from compress.api import evaluate as measuring
-    from compress.config.pipeline import Evaluation
+    from compress.config.reading import read_evaluation
     from compress.report import sentences
 
-    if samples < 1 or length < 2:
-        raise UsageError(f"--samples {samples} --length {length}: at least one window of two tokens is needed")
     if runtime not in get_args(measuring.Runtime):
         raise UsageError(f"--runtime {runtime}: known: {', '.join(get_args(measuring.Runtime))}")
-    section = Evaluation(source=source, samples=samples, length=length)
+    given = {"source": source, "field": field, "subset": subset, "protocol": protocol}
+    given |= {name: value for name, value in (("samples", samples), ("length", length)) if value is not None}
+    section = read_evaluation(given)
     found = measuring.measure_model(model, section, against=against, runtime=runtime, threads=threads, bars=bars)  # type: ignore[arg-type]
-    print(
-        json.dumps(found, indent=1) if as_json else sentences.evaluation_lines(model, found, against, samples, length)
-    )
+    print(json.dumps(found, indent=1) if as_json else sentences.evaluation_lines(model, found, against))
 
 
 @app.command()

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from compress.config.pipeline import GIVEN
 from compress.engine.measure import Meter, against, measured_row
 from compress.engine.placement import lent
 from compress.engine.stage import Stage
@@ -88,7 +89,9 @@ def execute(
         if pipeline.evaluate:
             _gate(pipeline.evaluate, start, row)
     if pipeline.evaluate and data.evaluation is not None:
-        report.data = {"source": pipeline.evaluate.source, **meter.described(data.evaluation)}
+        named = data.evaluation.labels is None and GIVEN not in pipeline.evaluate.sources.values()
+        protocol = {"protocol": pipeline.evaluate.protocol} if named else {}
+        report.data = {"source": pipeline.evaluate.source, **meter.described(data.evaluation), **protocol}
     return report, context
 
 
