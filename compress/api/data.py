@@ -133,7 +133,7 @@ def _read_source(section: Calibration, source: str, folder: Path, split: Split, 
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file raises whatever its reader meets
         raise DataError(
             f"{folder} has no tokenizer that transformers can read, and {split} text needs one: {error}"
         ) from error
