@@ -133,6 +133,7 @@ def _read_source(section: Calibration, source: str, folder: Path, split: Split, 
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer("a text", add_special_tokens=False, verbose=False)  # some settings are first read when used
     except Exception as error:  # a damaged file raises whatever its reader meets
         raise DataError(
             f"{folder} has no tokenizer that transformers can read, and {split} text needs one: {error}"

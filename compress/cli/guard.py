@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 PATHS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EROFS, errno.ELOOP,
          errno.ENAMETOOLONG, errno.ENOTEMPTY, errno.EBUSY, errno.EINVAL)  # fmt: skip
 MOST_LINES, MOST_LETTERS = 50, 2000  # of what is said of an error, and of one of its lines
+OF_PYTHON = r"<class '(?:\w+\.)*(\w+)'>"  # how libraries name types
 KEPT = "nothing was left half-written; run the same command again"
 
 
@@ -74,10 +76,12 @@ def _flushed(command: Callable[[], Any]) -> int:
 
 def _failed(error: Exception) -> int:
     """The exit code of an error, having said what it is."""
-    from compress.errors import CompressError
+    from compress.errors import CompressError, ConfigError
 
-    if isinstance(error, CompressError):
+    if isinstance(error, ConfigError):
         return _said(str(error), error.exit_code, error)
+    if isinstance(error, CompressError):
+        return _said(" ".join(str(error).split()), error.exit_code, error)
     if isinstance(error, BrokenPipeError):
         return _unread()
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
@@ -102,6 +106,7 @@ def shortened(text: str) -> str:
     """What is said of an error, without what a terminal would obey, and no longer than anybody reads."""
     from compress.logs import printable
 
+    text = re.sub(OF_PYTHON, r"\1", text)
     lines = [line if len(line) <= MOST_LETTERS else f"{line[:MOST_LETTERS]} ..." for line in text.splitlines()]
     more = len(lines) - MOST_LINES
     return printable("\n".join([*lines[:MOST_LINES], *([f"and {more} lines more"] if more > 0 else [])]))

@@ -80,10 +80,18 @@ class Interrupts:
 
     def _raise_again(self, number: int, after: float) -> None:
         """Raise a signal again, if the command has not ended by then."""
-        timer = threading.Timer(after, _thread.interrupt_main, [number])
+        timer = threading.Timer(after, _deliver, [number])
         timer.daemon = True
         timer.start()
         self._timers.append(timer)
+
+
+def _deliver(number: int) -> None:
+    """Send a signal to the main thread, which wakes up where it sleeps, if the system knows how."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:
+        _thread.interrupt_main(number)
 
 
 @contextmanager

@@ -13,13 +13,15 @@ VALUES: tuple[Any, ...] = (
     "float8_e4m3fn", "auto", "${HOME}", "%s%n", [], [[]], {}, [1, 2], {"a": 1}, [None], {"": {}}, [0.5] * 200,
 )  # fmt: skip
 SNIPPETS = (
-    "- gptq.", "- wanda[2:4]", "passes: []", "passes: *a", "a: &a [*a]", "? ", "<<: {}", "!!python/object:os.system x",
-    "!!binary aGk=", "- {}", "- rtn: {bits: 0x10}", "- rtn: {bits: .inf}", "- rtn: {group_size: 1e9}", "seed: 2001-01-01",
-    "seed: " + "9" * 5000, "calibration: {source: /dev/zero}", "calibration: {source: /dev/null}", "evaluate: {source: .}",
-    "evaluate: {source: 'a\\0b'}", "export: [gguf, gguf]", "- " * 800 + "x", "{a: " * 400, "[" * 3000, "\t- rtn", "---",
-    "...", "%YAML 9.9", "- rtn: {include: ['[']}", "- rtn: {include: ['" + "*a" * 40 + "']}", "- rtn: {overrides: [{}]}",
-    "- rtn: {overrides: [{match: '*', overrides: []}]}", "- ties: {models: ['a\\nb']}", "- blockwise: [blockwise: [rtn]]",
-    "- average: {models: [model, model]}", "description: \"\\ud800\"", "- rtn: ~", "- ~", "- 5", "- [rtn]", "- ''",
+    "- gptq.", "- wanda[2:4]", "passes: []", "passes: *a", "a: &a [*a]", "? ", "<<: {}",
+    "!!python/object:os.system x", "!!binary aGk=", "- {}", "- rtn: {bits: 0x10}", "- rtn: {bits: .inf}",
+    "- rtn: {group_size: 1e9}", "seed: 2001-01-01", "seed: " + "9" * 5000, "calibration: {source: /dev/zero}",
+    "calibration: {source: /dev/null}", "evaluate: {source: .}", "evaluate: {source: 'a\\0b'}",
+    "export: [gguf, gguf]", "- " * 800 + "x", "{a: " * 400, "[" * 3000, "\t- rtn", "---", "...", "%YAML 9.9",
+    "- rtn: {include: ['[']}", "- rtn: {include: ['" + "*a" * 40 + "']}", "- rtn: {overrides: [{}]}",
+    "- rtn: {overrides: [{match: '*', overrides: []}]}", "- ties: {models: ['a\\nb']}",
+    "- blockwise: [blockwise: [rtn]]", "- average: {models: [model, model]}", "description: \"\\ud800\"", "- rtn: ~",
+    "- ~", "- 5", "- [rtn]", "- ''",
 )  # fmt: skip
 
 

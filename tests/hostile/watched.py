@@ -34,7 +34,9 @@ class Ended:
 def forked(command: Callable[[], Any], folder: Path) -> Ended:
     """Run `command` with a working folder, in a child of this process."""
     reading, writing = os.pipe()
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which the child does not touch
+        child = os.fork()
     if child == 0:
         os.close(reading)
         try:

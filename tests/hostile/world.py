@@ -15,26 +15,10 @@ import compress
 from compress.api import run as api
 from compress.progress import Bars
 
-WORDS = [
-    "return",
-    "the",
-    "path",
-    "of",
-    "a",
-    "list",
-    "with",
-    "value",
-    "string",
-    "and",
-    "key",
-    "from",
-    "each",
-    "module",
-    "that",
-    "was",
-    "given",
-    "here",
-]
+WORDS = (
+    "return", "the", "path", "of", "a", "list", "with", "value", "string", "and", "key", "from", "each", "module",
+    "that", "was", "given", "here",
+)  # fmt: skip
 TEXT = " ".join(WORDS[(7 * i * i + i) % len(WORDS)] for i in range(400))
 DATA = "{source: words.txt, samples: 4, length: 8}"
 PIPELINE = f"""\
