@@ -127,7 +127,9 @@ def read_tokenizer(folder: Path, split: Split) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer("a text", add_special_tokens=False, verbose=False)  # some settings are first read when used
+        return tokenizer
     except Exception as error:  # the libraries behind it raise many kinds; all mean the same to the user
         raise DataError(
             f"{folder} has no tokenizer that transformers can read, and {split} text needs one: {error}"

@@ -71,7 +71,7 @@ def _progress(bars: Bars) -> Callable[[Iterable[Tensor], int], Iterator[Tensor]]
 
 
 def _onnx(path: Path, section: Evaluation, against: str | None, threads: int, bars: Bars) -> dict[str, Any]:
-    from compress.export.onnx.measure import open_onnx
+    from compress.export.onnx.measure import open_onnx, running
 
     if not path.exists():
         raise UsageError(f"no such file or folder: {path}; --runtime onnxruntime takes what `export: [onnx]` wrote")
@@ -88,10 +88,12 @@ def _onnx(path: Path, section: Evaluation, against: str | None, threads: int, ba
         reference = Reference()
         original = _logits(loading.load_model(hub.resolve(against), torch.float32), labels is None)
         measure(original, inputs, labels=labels, reference=reference, keep=True, progress=_progress(bars))
-    quality = measure(opened.runner, inputs, labels=labels, reference=reference, progress=_progress(bars))
+    with running(path):
+        quality = measure(opened.runner, inputs, labels=labels, reference=reference, progress=_progress(bars))
+        speed = opened.tokens_per_second(int(inputs.max()) + 1) if labels is None else None
     found = {"model": str(path), **_result(quality, section), "bytes": opened.bytes, "load_memory": opened.memory}
     if labels is None:
-        found["tokens_per_second"] = opened.tokens_per_second(int(inputs.max()) + 1)
+        found["tokens_per_second"] = speed
     return found
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from compress import logs
 from compress.cli import completion
+from compress.cli.interrupts import keeping
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -95,7 +97,8 @@ def run(
                 table.add(row)
 
     try:
-        report = api.run(pipeline, model, out, overwrite=overwrite, fresh=fresh, bars=bars, on_row=show)
+        with keeping(f"what was finished is kept in {out}.work; the same command continues where it stopped"):
+            report = api.run(pipeline, model, out, overwrite=overwrite, fresh=fresh, bars=bars, on_row=show)
     finally:
         table.close()
     if existed and not overwrite:
@@ -259,16 +262,23 @@ def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as
     from compress.export.packed import read_quantization
     from compress.report import layers
 
-    config = read_quantization(out)
-    try:
-        notes = json.loads((out / "report.json").read_text())["layers"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{out} is not a folder that compress wrote: {error}") from error
-    rows = layers.layers(config["modules"], notes)
+    rows = layers.layers(read_quantization(out)["modules"], _layer_notes(out))
     if as_json:
         print(json.dumps(layers.as_json(rows), indent=1))
     else:
         layers.show(rows, _console())
+
+
+def _layer_notes(out: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Layer -> pass -> notes, of the report of a folder."""
+    from compress.io.small_file import read_object
+
+    notes = read_object(out / "report.json").get("layers")
+    passes = list(notes.values()) if isinstance(notes, dict) else [None]
+    each = [note for found in passes for note in (found.values() if isinstance(found, dict) else [None])]
+    if not all(isinstance(note, dict) and isinstance(note.get("error"), float | int) for note in each):
+        raise UsageError(f"{out}/report.json is not what a run wrote: its `layers` are damaged; run the pipeline again")
+    return dict(notes)
 
 
 @app.command("list")
@@ -291,21 +301,25 @@ def init(
 
     Editors that know YAML complete and explain its options by the schema that is written beside it.
     """
+    if not str(path).isprintable():
+        raise UsageError(f"{str(path)!r} holds control characters; give another name")
     if path.exists() and not force:
         raise UsageError(f"{path} exists; give another name, or --force")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file in it")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"no such folder: {path.parent}")
     from compress.config import template
 
     if from_mergekit is None:
-        template.write_pipeline(path, template.TEMPLATE.format(name=path))
+        template.write_pipeline(path, template.TEMPLATE.format(name=shlex.quote(str(path))))
         print(path)
         return
     from compress.config.mergekit import convert
 
     found = convert(from_mergekit)
-    template.write_pipeline(path, found.text.replace("PIPELINE", str(path), 1))
-    print(f"{path}: compress run {path} {found.model} -o OUT")
+    template.write_pipeline(path, found.text.replace("PIPELINE", shlex.quote(str(path)), 1))
+    print(f"{path}: compress run {shlex.quote(str(path))} {shlex.quote(found.model)} -o OUT")
 
 
 @app.command()

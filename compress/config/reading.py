@@ -13,11 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
-
 from compress.calibration.texts import LOCAL, check_source, suffix_of
 from compress.calibration.tokens import WIKITEXT_LENGTH
-from compress.config.lines import document, line_of
+from compress.config.lines import MOST_LETTERS, document, line_of
 from compress.config.options import PATTERNS, check_options, errors_in, lists_in, names_in, unknown
 from compress.config.pipeline import (
     FORMATS,
@@ -33,6 +31,7 @@ from compress.config.pipeline import (
 )
 from compress.config.words import known, shown
 from compress.errors import ConfigError, OptionError, Problem, UsageError
+from compress.io.small_file import read_text
 from compress.passes import Override
 
 if TYPE_CHECKING:
@@ -66,11 +65,7 @@ def load_pipeline(source: str | Path | Mapping[str, Any] | Pipeline) -> Pipeline
     path = Path(source)
     if not path.exists() and path.name == str(source) and not path.suffix:
         path = _preset(path.name)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the pipeline {path}: {error}") from error
-    return parse(text, str(path))
+    return parse(read_text(path, MOST_LETTERS), str(path))
 
 
 def _preset(name: str) -> Path:
@@ -103,7 +98,7 @@ def exporters(texts: Sequence[str]) -> tuple[Exporter, ...]:
     for text in texts:
         name, _, options = text.partition(":")
         pairs = [o.partition("=") for o in options.split(",") if o]
-        entries.append({name: {key.strip(): yaml.safe_load(value) for key, _, value in pairs}} if pairs else name)
+        entries.append({name: {key.strip(): _option_value(value) for key, _, value in pairs}} if pairs else name)
     findings = _Findings("--to")
     made = _read_exports(entries, findings)
     findings.raise_all()
@@ -124,6 +119,14 @@ def read_evaluation(options: Mapping[str, Any]) -> Evaluation:
         raise UsageError("\n".join(f"--{p.path.split('.')[1]}: {p.message}" for p in findings.problems))
     assert isinstance(section, Evaluation)
     return section
+
+
+def _option_value(text: str) -> Any:
+    """The value of an option on a command line, as it would be in a file."""
+    read = document(text, "--to")
+    if read.problems:
+        raise ConfigError(read.problems, "--to")
+    return read.values
 
 
 def mistakes(pipeline: Pipeline) -> list[Problem]:

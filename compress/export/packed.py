@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.artifact import Artifact, Packed
 from compress.checkpoint.sources import FolderSource
 from compress.encodings.format import METHOD, WEIGHTS
-from compress.errors import UsageError
+from compress.errors import CheckpointError, UsageError
 from compress.export.base import PackedFolder
+from compress.io.small_file import read_object
 from compress.lazy import torch
 from compress.models import graph as graphs
 from compress.models import loading
@@ -21,17 +21,27 @@ if TYPE_CHECKING:
 
 
 def read_quantization(folder: Path) -> dict[str, Any]:
-    """The section of config.json that describes packed weights.
+    """The section of config.json that describes packed weights, every layer's description checked.
 
     Raises:
         UsageError: the folder is not one that this package wrote.
+        CheckpointError: it describes what this version cannot read.
     """
-    try:
-        section: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{folder} is not a folder that compress wrote: {error}") from error
+    from compress.runtime.register import CompressConfig
+
+    if not folder.is_dir():
+        raise UsageError(f"no such folder: {folder}")
+    section = read_object(folder / "config.json").get("quantization_config")
+    if not isinstance(section, dict):
+        raise UsageError(f"{folder} is not a folder that compress wrote: its config.json describes no packed weights")
     if section.get("quant_method") != METHOD:
-        raise UsageError(f"{folder} was compressed by {section.get('quant_method')}, not by this package")
+        raise UsageError(f"{folder} was compressed by {section.get('quant_method')!r:.100}, not by this package")
+    try:
+        CompressConfig(**section).specs()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}/config.json: {error}; it is damaged, or was written by a newer version: update, or run again"
+        ) from error
     return section
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from compress.errors import CheckpointError, CompressError
+from compress.io.small_file import parse_object
 from compress.lazy import torch
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ DTYPE_NAMES = {
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 LENGTH = 8  # bytes of a header's length; headers are filled up to a multiple of it
+LONGEST_HEADER = 100_000_000  # bytes, as in the library of that name
 DIGEST = "0" * 64  # stands in for a digest until it is known
 OFFSET = 10**15  # no offset takes more digits
 WIDEST = {"dtype": "BF16", "shape": [OFFSET] * 4, "data_offsets": [OFFSET, OFFSET]}
@@ -183,10 +185,12 @@ def read_header(file: Path) -> Header:
             length = int.from_bytes(opened.read(LENGTH), "little")
             if length > size - LENGTH:
                 raise ValueError("the header is incomplete")
-            return _parsed(json.loads(opened.read(length)), LENGTH + length, size)
+            if length > LONGEST_HEADER:
+                raise ValueError(f"a header of {length} bytes")
+            return _parsed(parse_object(opened.read(length), "the header"), LENGTH + length, size)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} does not exist; write or copy the folder again") from error
-    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, CheckpointError) as error:
         raise CheckpointError(f"{file} ({size} bytes) is truncated or corrupt: {error}; fetch it again") from error
     except _UnknownTypeError as error:
         raise CheckpointError(f"{file}: tensors of type {error} are not supported") from error
@@ -205,6 +209,8 @@ def _parsed(header: dict[str, Any], start: int, size: int) -> Header:
         if said["dtype"] not in DTYPE_NAMES:
             raise _UnknownTypeError(said["dtype"])
         (begin, end), shape = said["data_offsets"], tuple(said["shape"])
+        if not all(type(number) is int for number in (begin, end, *shape)):
+            raise TypeError(f"{name} has sizes that are no whole numbers")
         found[name] = stored = StoredTensor(shape, getattr(torch, DTYPE_NAMES[said["dtype"]]), start + begin)
         if min((begin, *shape)) < 0 or end - begin != stored.count * stored.dtype.itemsize:
             raise ValueError(f"{name} of shape {shape} cannot be {end - begin} bytes")

@@ -50,8 +50,23 @@ class CompressConfig(QuantizationConfigMixin):
         self.added_biases = added_biases or []
 
     def specs(self) -> dict[str, Spec]:
-        """The specs, parsed."""
-        return {name: Spec.from_json(spec) for name, spec in self.modules.items()}
+        """The specs, parsed.
+
+        Raises:
+            ValueError: says which module is not described as this version knows it.
+        """
+        if not isinstance(self.modules, dict) or not all(isinstance(spec, dict) for spec in self.modules.values()):
+            raise ValueError("`modules` must map names to descriptions of packed weights")
+        biases = self.added_biases
+        if not isinstance(biases, list) or not all(isinstance(name, str) for name in biases):
+            raise ValueError("`added_biases` must be a list of names")
+        found = {}
+        for name, spec in self.modules.items():
+            try:
+                found[name] = Spec.from_json(spec)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        return found
 
 
 class CompressQuantizer(HfQuantizer):
