@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from compress.api.output_folder import APPLIED, refuse_destination
 from compress.calibration.surroundings import undisturbed
 from compress.checkpoint.delta.file import Delta, locate
@@ -17,8 +15,8 @@ from compress.checkpoint.opening import open_model
 from compress.checkpoint.packed_layout import entries, stored_tensors
 from compress.checkpoint.sources import SINGLE
 from compress.errors import NonFiniteError, UsageError
-from compress.io.atomic import copy, publish, write_json, writing
-from compress.io.safetensors_file import compare_tensors, write_tensors
+from compress.io.atomic import publish, write_json, writing
+from compress.io.safetensors_file import compare_tensors, in_range, write_tensors
 from compress.models.companions import copy_companions
 from compress.progress import Bars
 
@@ -82,7 +80,7 @@ def apply_delta(
             with writing(unfinished / SINGLE):
                 write_tensors(layout, read, unfinished / SINGLE, bars, "weights")
             compared = compare_tensors(layout, read, unfinished / SINGLE, bars, "weights")
-        copy(opened.folder / "config.json", unfinished / "config.json")
+        write_json(opened.settings(opened.dtype), unfinished / "config.json")
         copy_companions(opened.folder, unfinished)
         facts = {"tensors_equal": compared, "delta": checked.facts()}
         about = {"base": str(base), "delta": str(delta), "method": checked.about["method"], **facts}
@@ -100,6 +98,6 @@ def _finite_tensor(model: Artifact, name: str) -> dict[str, Tensor]:
     """A tensor as it is written."""
     found = stored_tensors(model, name)
     for value in found.values():
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if not in_range(value):
             raise NonFiniteError(f"{name} holds NaN or infinity with the delta added; get a clean base")
     return found

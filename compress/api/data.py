@@ -15,6 +15,7 @@ from compress.config.pipeline import GIVEN
 from compress.errors import DataError
 from compress.models.families import family_of
 from compress.models.graph import Graph
+from compress.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -106,7 +107,7 @@ def _read_source(section: Calibration, source: str, folder: Path, split: Split, 
         return Dataset(images, labels)
     tokens = load_tokens(
         source,
-        read_tokenizer(folder, split),
+        load_tokenizer(folder, f"{split} text"),
         samples=section.samples,
         length=section.length,
         split=split,
@@ -116,24 +117,6 @@ def _read_source(section: Calibration, source: str, folder: Path, split: Split, 
         over=over,
     )
     return Dataset(tokens)
-
-
-def read_tokenizer(folder: Path, split: Split) -> Any:
-    """The tokenizer of a model's folder, to read the text of a split with.
-
-    Raises:
-        DataError: there is none that can be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        tokenizer("a text", add_special_tokens=False, verbose=False)  # some settings are first read when used
-        return tokenizer
-    except Exception as error:  # the libraries behind it raise many kinds; all mean the same to the user
-        raise DataError(
-            f"{folder} has no tokenizer that transformers can read, and {split} text needs one: {error}"
-        ) from error
 
 
 def matched(model: PreTrainedModel, data: Dataset) -> Tensor | tuple[Tensor, Tensor]:

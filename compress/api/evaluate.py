@@ -10,8 +10,9 @@ import torch
 from compress.api import data as given
 from compress.calibration.metrics import Reference, evaluate, logits_in, measure
 from compress.calibration.surroundings import undisturbed
+from compress.checkpoint.opening import load_model
 from compress.errors import DataError, UsageError
-from compress.models import hub, loading
+from compress.models import hub
 from compress.progress import Bars
 
 if TYPE_CHECKING:
@@ -58,9 +59,9 @@ def measure_model(
 
 def _torch(model: str, section: Evaluation, against: str | None, bars: Bars) -> dict[str, Any]:
     folder = hub.resolve(model)
+    loaded = load_model(folder)
     data = given.read_data(section, folder, "evaluation", bars.over)
-    loaded = loading.load_model(folder)
-    original = loading.load_model(hub.resolve(against)) if against else None
+    original = load_model(against) if against else None
     quality = evaluate(loaded, given.matched(loaded, data), against=original, progress=_progress(bars))
     weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     return {"model": model, **_result(quality, section), "bytes": weights}
@@ -86,7 +87,7 @@ def _onnx(path: Path, section: Evaluation, against: str | None, threads: int, ba
     reference = None
     if against is not None:
         reference = Reference()
-        original = _logits(loading.load_model(hub.resolve(against), torch.float32), labels is None)
+        original = _logits(load_model(against, torch.float32), labels is None)
         measure(original, inputs, labels=labels, reference=reference, keep=True, progress=_progress(bars))
     with running(path):
         quality = measure(opened.runner, inputs, labels=labels, reference=reference, progress=_progress(bars))

@@ -20,6 +20,7 @@ from compress.calibration.surroundings import undisturbed
 from compress.checkpoint import packed_layout
 from compress.checkpoint.delta.file import DELTA, Delta
 from compress.checkpoint.delta.source import with_delta
+from compress.checkpoint.finite import refuse_non_finite
 from compress.checkpoint.opening import open_model
 from compress.config.pipeline import GATES, Calibration, Evaluation
 from compress.config.reading import load_pipeline
@@ -30,7 +31,7 @@ from compress.engine.ledger import FolderLedger
 from compress.engine.merge import checks as merges
 from compress.engine.placement import Context, streamed
 from compress.engine.resume import Resume
-from compress.errors import CompressError, NonFiniteError, UsageError
+from compress.errors import CompressError, UsageError
 from compress.export.packed import open_packed
 from compress.io.atomic import copy, publish, write_text
 from compress.io.keys import hash_of, key_of
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from compress.checkpoint.artifact import Artifact
     from compress.checkpoint.opening import OpenedModel
     from compress.config.pipeline import Pipeline
     from compress.engine.placement import MadeDelta
@@ -134,8 +134,9 @@ def run(
     if fresh:
         shutil.rmtree(work, ignore_errors=True)
     resources.check_resources(made, destination)
-    _refuse_non_finite(opened.artifact)
     dtype = _dtype(steps, opened)
+    with bars.shown():
+        refuse_non_finite(opened.artifact, dtype, bars)
     names = ["+".join(p.key for p in stage) for stage in steps.passes]
     ledger = FolderLedger(work, Resume(names, len(graph.blocks)))
     context = Context(
@@ -145,6 +146,7 @@ def run(
     with kept_in(work / LOG), bars.shown():
         with context.devices.scope():
             measured, context = manager.execute(steps, made, context, data, str(model), on_row)
+        measured.notes += opened.notes
         ledger.resume.all_done()
         _export(context, opened, steps, measured, data, work / "out", destination, identity, resolved)
     shutil.rmtree(work, ignore_errors=True)
@@ -158,22 +160,11 @@ def row_names(pipeline: str | Path | Mapping[str, Any] | Pipeline) -> list[str]:
     return ["original", *models, *("+".join(p.key for p in stage) for stage in stages)]
 
 
-def _refuse_non_finite(artifact: Artifact) -> None:
-    """NaN or infinity in a tensor that no pass looks at: embeddings, norms, biases."""
-    sites = {s.parameter for s in artifact.graph.sites if s.block is not None}
-    for name, _ in artifact.graph.tensors():
-        if name not in sites:
-            value = artifact.source.read(artifact.name_in_source(name))
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                raise NonFiniteError(f"{name} holds NaN or infinity in the source; get a clean checkpoint")
-
-
 def _dtype(steps: Pipeline, opened: OpenedModel) -> torch.dtype:
-    if steps.dtype != "auto":
-        chosen: torch.dtype = getattr(torch, steps.dtype)
-        return chosen
-    configured = getattr(opened.config, "dtype", None)
-    return configured if isinstance(configured, torch.dtype) else torch.float32
+    if steps.dtype == "auto":
+        return opened.dtype
+    chosen: torch.dtype = getattr(torch, steps.dtype)
+    return chosen
 
 
 def _with_given(steps: Pipeline, data: manager.Data) -> Pipeline:
@@ -225,7 +216,7 @@ def _export(
 ) -> None:
     """Write beside the final name, read back, compare, then rename."""
     shutil.rmtree(partial, ignore_errors=True)
-    config = json.loads((opened.folder / "config.json").read_text())
+    config = opened.settings(context.dtype)
     packed_layout.write_packed(context.artifact, partial, config, opened.folder, version(), context.bars)
     compared = packed_layout.verify(context.artifact, partial, context.bars)
     measured.verified = {"run": identity, "tensors_equal": compared}

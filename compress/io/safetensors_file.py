@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from compress.errors import CheckpointError, CompressError
+from compress.errors import CheckpointError, CompressError, NonFiniteError
 from compress.io.small_file import parse_object
 from compress.lazy import torch
 
@@ -30,6 +30,7 @@ DTYPE_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+NARROW = ("F8", "F6", "F4", "E8M0", "I4", "U4")  # how names of types begin that only quantizers write
 LENGTH = 8  # bytes of a header's length; headers are filled up to a multiple of it
 LONGEST_HEADER = 100_000_000  # bytes, as in the library of that name
 DIGEST = "0" * 64  # stands in for a digest until it is known
@@ -47,14 +48,32 @@ def type_name(dtype: torch.dtype) -> str:
     return next(header for header, ours in DTYPE_NAMES.items() if ours == name)
 
 
+def in_range(values: Tensor, most: float = math.inf) -> bool:
+    """Whether no number is NaN, infinite, or larger than `most`; one pass, nothing the size of the values is made."""
+    if not values.is_floating_point() or not values.numel():
+        return True
+    most = min(most, torch.finfo(values.dtype).max)
+    least, largest = torch.aminmax(values.detach())
+    return bool(least >= -most and largest <= most)  # nor where they are NaN
+
+
 def write_tensors(layout: Layout, read: ReadTensors, file: Path, bars: Bars, heading: str) -> None:
-    """Write a safetensors file, one owner's tensors in memory at a time."""
+    """Write a safetensors file, one owner's tensors in memory at a time.
+
+    Raises:
+        NonFiniteError: one of them holds NaN or infinity.
+    """
     entries = [entry for _, parts in layout for entry in parts]
     with file.open("wb") as out:
         out.write(_opening({"format": "pt"}, entries))
         for owner, parts in bars.over(layout, len(layout), f"write: {heading}", "end"):
             tensors = read(owner)
             for name, _, _ in parts:
+                if not in_range(tensors[name]):
+                    raise NonFiniteError(
+                        f"{name} would be written to {file.name} with NaN or infinity; the numbers are too large for "
+                        "the type they are stored in, or the checkpoint is damaged"
+                    )
                 out.write(bytes_of(tensors[name]))
 
 
@@ -193,7 +212,9 @@ def read_header(file: Path) -> Header:
     except (OSError, ValueError, TypeError, AttributeError, LookupError, CheckpointError) as error:
         raise CheckpointError(f"{file} ({size} bytes) is truncated or corrupt: {error}; fetch it again") from error
     except _UnknownTypeError as error:
-        raise CheckpointError(f"{file}: tensors of type {error} are not supported") from error
+        quantized = str(error).startswith(NARROW)
+        why = "the checkpoint is already quantized; take the uncompressed model" if quantized else "not supported"
+        raise CheckpointError(f"{file} holds tensors of type {error}: {why}") from error
 
 
 class _UnknownTypeError(Exception):

@@ -9,25 +9,36 @@ from safetensors import SafetensorError
 
 from compress.errors import CheckpointError
 from compress.io.heap import align
-from compress.lazy import nn, transformers
+from compress.lazy import nn, torch, transformers
+from compress.models.refusals import read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    import torch
-
 
 def read_config(folder: Path) -> transformers.PreTrainedConfig:
-    """config.json of a folder; custom code is never run."""
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: no config.json; a model is a folder as save_pretrained writes it")
+    """config.json of a folder; custom code is never run.
+
+    Raises:
+        CheckpointError: there is none, or no model of transformers can be made of it.
+    """
+    settings = read_settings(folder)
     try:
         read = transformers.AutoConfig.from_pretrained
         config: transformers.PreTrainedConfig = read(folder, trust_remote_code=False, local_files_only=True)
         return config
     except Exception as error:  # each model's configuration class refuses in its own way
-        raise CheckpointError(f"{folder}/config.json cannot be used: {error}") from error
+        file, kind = folder / "config.json", settings.get("model_type")
+        if kind in transformers.CONFIG_MAPPING:
+            raise CheckpointError(f"{file} cannot be used: {error}") from error
+        own = settings.get("auto_map")
+        why = (
+            "its code comes with the model (auto_map), and such code is never run here"
+            if own
+            else f"transformers {transformers.__version__} does not know it; a newer version may"
+        )
+        raise CheckpointError(f"{file} cannot be used: it describes a model of the type {kind!r}, and {why}") from error
 
 
 def find_tokenizer(folder: Path) -> Any | None:
@@ -46,6 +57,15 @@ def loader(config: transformers.PreTrainedConfig) -> Any:
     return transformers.AutoModelForImageClassification if image else transformers.AutoModelForCausalLM
 
 
+def classes(config: transformers.PreTrainedConfig) -> list[str]:
+    """Names of the classes that `loader` may build of a configuration."""
+    mapping, known = loader(config)._model_mapping, type(config)
+    if known not in mapping:
+        return []
+    found = mapping[known]
+    return [each.__name__ for each in (found if isinstance(found, list | tuple) else [found])]
+
+
 def build(config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
     """The language model or image classifier a configuration describes, parameters on the meta device, buffers real.
 
@@ -59,6 +79,17 @@ def build(config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel
             "config.json describes no causal language model and no image classifier that transformers can build: "
             f"{error}"
         ) from error
+
+
+def parameters_of(config: transformers.PreTrainedConfig) -> int | None:
+    """How many parameters a model of this configuration has; None where that cannot be known without memory."""
+    try:
+        with torch.device("meta"):
+            model = loader(config).from_config(config, trust_remote_code=False)
+    except Exception:  # what is wrong is said where the model is built
+        return None
+    model.tie_weights()
+    return sum(p.numel() for p in model.parameters())
 
 
 def built(make: Callable[[], transformers.PreTrainedModel]) -> transformers.PreTrainedModel:

@@ -32,7 +32,7 @@ def verified(facts: Mapping[str, Any]) -> str:
 
 def run_lines(report: Report, out: object) -> Iterator[str]:
     """Lines below the table of a run: fallbacks, and every folder that was written and read back."""
-    for text in report.fallbacks[:MOST_NOTES]:
+    for text in (*report.notes, *report.fallbacks[:MOST_NOTES]):
         yield f"note: {text}"
     if len(report.fallbacks) > MOST_NOTES:
         yield f"note: {len(report.fallbacks) - MOST_NOTES} more in {out}/report.json"
