@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from compress.api import data as given
-from compress.calibration.metrics import Reference, evaluate, logits_in, measure
+from compress.calibration.metrics import Reference, evaluate, measure
 from compress.errors import DataError, UsageError
 from compress.models import hub, loading
+from compress.models.logits import logits_in, logits_of, rows_at_once
 from compress.progress import Bars
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     from compress.calibration.metrics import Quality
     from compress.config.pipeline import Evaluation
+    from compress.export.onnx.session import Runner
 
 Runtime = Literal["transformers", "onnxruntime"]
 
@@ -86,17 +89,26 @@ def _onnx(path: Path, section: Evaluation, against: str | None, threads: int, ba
         reference = Reference()
         original = _logits(loading.load_model(hub.resolve(against), torch.float32), labels is None)
         measure(original, inputs, labels=labels, reference=reference, keep=True, progress=_progress(bars))
-    quality = measure(opened.runner, inputs, labels=labels, reference=reference, progress=_progress(bars))
+    logits = partial(_onnx_logits, opened.runner)
+    quality = measure(logits, inputs, labels=labels, reference=reference, progress=_progress(bars))
     found = {"model": str(path), **_result(quality, section), "bytes": opened.bytes, "load_memory": opened.memory}
     if labels is None:
         found["tokens_per_second"] = opened.tokens_per_second(int(inputs.max()) + 1)
     return found
 
 
-def _logits(model: Any, tokens: bool) -> Callable[[Tensor], Tensor]:
+def _logits(model: Any, tokens: bool) -> Callable[[Tensor], Tensor | Iterator[Tensor]]:
     if tokens:
-        return lambda batch: logits_in(model(input_ids=batch, use_cache=False)).float()
+        return lambda batch: logits_of(model, lambda: model(input_ids=batch, use_cache=False), batch)
     return lambda batch: logits_in(model(batch.float())).float()
+
+
+def _onnx_logits(runner: Runner, batch: Tensor) -> Tensor | Iterator[Tensor]:
+    """Logits of an ONNX file, which computes those of whole windows: of as many as are not too large."""
+    rows = rows_at_once(len(batch), runner.width * batch[0].numel())
+    if "input_ids" not in runner.inputs or rows == len(batch):
+        return runner(batch)
+    return (runner(part)[:, :-1].flatten(0, 1) for part in batch.split(rows))
 
 
 def _result(quality: Quality, section: Evaluation) -> dict[str, Any]:
