@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from compress.api import data as given
-from compress.calibration.metrics import Reference, evaluate, logits_in, measure
+from compress.calibration.metrics import Reference, evaluate, measure
 from compress.calibration.surroundings import undisturbed
 from compress.checkpoint.opening import load_model
 from compress.errors import DataError, UsageError
 from compress.models import hub
+from compress.models.logits import logits_in, logits_of, rows_at_once
 from compress.progress import Bars
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from compress.calibration.metrics import Quality
     from compress.config.pipeline import Evaluation
+    from compress.export.onnx.session import Runner
 
 Runtime = Literal["transformers", "onnxruntime"]
 
@@ -89,8 +92,9 @@ def _onnx(path: Path, section: Evaluation, against: str | None, threads: int, ba
         reference = Reference()
         original = _logits(load_model(against, torch.float32), labels is None)
         measure(original, inputs, labels=labels, reference=reference, keep=True, progress=_progress(bars))
+    logits = partial(_onnx_logits, opened.runner)
     with running(path):
-        quality = measure(opened.runner, inputs, labels=labels, reference=reference, progress=_progress(bars))
+        quality = measure(logits, inputs, labels=labels, reference=reference, progress=_progress(bars))
         speed = opened.tokens_per_second(int(inputs.max()) + 1) if labels is None else None
     found = {"model": str(path), **_result(quality, section), "bytes": opened.bytes, "load_memory": opened.memory}
     if labels is None:
@@ -98,10 +102,18 @@ def _onnx(path: Path, section: Evaluation, against: str | None, threads: int, ba
     return found
 
 
-def _logits(model: Any, tokens: bool) -> Callable[[Tensor], Tensor]:
+def _logits(model: Any, tokens: bool) -> Callable[[Tensor], Tensor | Iterator[Tensor]]:
     if tokens:
-        return lambda batch: logits_in(model(input_ids=batch, use_cache=False)).float()
+        return lambda batch: logits_of(model, lambda: model(input_ids=batch, use_cache=False), batch)
     return lambda batch: logits_in(model(batch.float())).float()
+
+
+def _onnx_logits(runner: Runner, batch: Tensor) -> Tensor | Iterator[Tensor]:
+    """Logits of an ONNX file, which computes those of whole windows: of as many as are not too large."""
+    rows = rows_at_once(len(batch), runner.width * batch[0].numel())
+    if "input_ids" not in runner.inputs or rows == len(batch):
+        return runner(batch)
+    return (runner(part)[:, :-1].flatten(0, 1) for part in batch.split(rows))
 
 
 def _result(quality: Quality, section: Evaluation) -> dict[str, Any]:

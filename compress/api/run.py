@@ -15,7 +15,6 @@ from compress import progress
 from compress.api import data as given
 from compress.api.export import write_all
 from compress.api.output_folder import refuse_destination
-from compress.calibration.metrics import logits_in
 from compress.calibration.surroundings import undisturbed
 from compress.checkpoint import packed_layout
 from compress.checkpoint.delta.file import DELTA, Delta
@@ -28,6 +27,7 @@ from compress.config.writing import dump
 from compress.encodings.format import WEIGHTS, version
 from compress.engine import manager
 from compress.engine.ledger import FolderLedger
+from compress.engine.measure import logits
 from compress.engine.merge import checks as merges
 from compress.engine.placement import Context, streamed
 from compress.engine.resume import Resume
@@ -39,7 +39,7 @@ from compress.io.safetensors_file import compare_tensors
 from compress.io.source_code import code_of, plug_ins
 from compress.logs import kept_in
 from compress.models import loading
-from compress.models.graph import forward
+from compress.models.logits import pieces
 from compress.passes import MergePass
 from compress.planning import plan, resources
 from compress.report import report
@@ -254,11 +254,10 @@ def _put_delta(made: MadeDelta, folder: Path, context: Context) -> int:
 def _logit_difference(context: Context, folder: Path, inputs: Tensor) -> float:
     """Largest difference of the packed model's logits from the in-memory result's; more than none is an error."""
     loaded = loading.load_model(folder, context.dtype)
-    with torch.no_grad():
-        there = logits_in(forward(replace(context.graph, model=loaded), inputs))
-        with streamed(context):
-            here = logits_in(forward(context.graph, inputs))
-    difference = float((there - here).abs().max())
+    written = replace(context, artifact=replace(context.artifact, graph=replace(context.graph, model=loaded)))
+    with torch.no_grad(), streamed(context) as hold:
+        pairs = zip(pieces(logits(written, inputs)), pieces(logits(context, inputs, hold)), strict=True)
+        difference = max(float((there - here).abs().max()) for there, here in pairs)
     if not difference <= LOGITS_TOLERANCE:
         raise CompressError(f"the written model's logits differ by {difference:.3g} from the in-memory result's")
     return difference

@@ -41,14 +41,6 @@ def read_config(folder: Path) -> transformers.PreTrainedConfig:
         raise CheckpointError(f"{file} cannot be used: it describes a model of the type {kind!r}, and {why}") from error
 
 
-def find_tokenizer(folder: Path) -> Any | None:
-    """The tokenizer of a folder; None where there is none that can be read."""
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception:  # the libraries behind it raise many kinds; all mean the same
-        return None
-
-
 def loader(config: transformers.PreTrainedConfig) -> Any:
     """The class of transformers that loads a model of this configuration."""
     known = type(config)

@@ -10,7 +10,8 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from compress.config.words import shown
-from compress.models import loading
+from compress.errors import DataError
+from compress.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -91,5 +92,7 @@ def _labels(ours: Any, theirs: Any) -> dict[str, tuple[str, str]]:
 
 def _vocabulary(folder: Path) -> dict[int, str]:
     """Number -> token."""
-    tokenizer = loading.find_tokenizer(folder)
-    return {} if tokenizer is None else {number: token for token, number in tokenizer.get_vocab().items()}
+    try:
+        return {number: token for token, number in load_tokenizer(folder).get_vocab().items()}
+    except DataError:  # a folder without one: nothing to compare
+        return {}
