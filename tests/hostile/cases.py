@@ -61,7 +61,7 @@ def only_passes(folder: Path) -> Any:
 
 NEW = ("new", "new.work")
 OUT, HALF = ("out", "out.work"), ("half", "half.work")
-ONNX = ("eval", "plain/onnx", "--runtime", "onnxruntime", *measure("")[2:])
+ONNX = ("eval", "onnx", "--runtime", "onnxruntime", *measure("")[2:])
 INIT = ("init", "new.yaml", "--from-mergekit", "merge.yaml")
 
 TARGETS = (
@@ -79,11 +79,11 @@ TARGETS = (
     Target("table", "words.parquet", mutations.of_bytes, (measure("model", "--source", "words.parquet"),)),
     Target("images", "images.safetensors", mutations.of_header, (measure("model", "--source", "images.safetensors"),)),
     Target("result's configuration", "out/config.json", mutations.of_json,
-           (("inspect", "out"), ("export", "out", "--to", "hf"), measure("out")), OUT, perplexity),
+           (("inspect", "out"), measure("out")), OUT, perplexity),
     Target("result's weights", "out/compress.safetensors", mutations.of_header, (("inspect", "out"), measure("out")),
            OUT, perplexity),
     Target("result's report", "out/report.json", mutations.of_json,
-           (("inspect", "out"), run("p.yaml", "model", "out"), ("export", "out", "--to", "hf")), OUT),
+           (("inspect", "out"), run("p.yaml", "model", "out")), OUT),
     Target("result's pipeline", "out/pipeline.yaml", mutations.of_lines, (("export", "out", "--to", "hf"),), OUT),
     Target("delta", "delta/delta.safetensors", mutations.of_header, (("apply-delta", "model", "delta", "-o", "new"),),
            ("new", "new.partial"), weights_of("new", "model.safetensors")),
@@ -93,7 +93,7 @@ TARGETS = (
            HALF, weights_of("half", "compress.safetensors")),
     Target("unfinished row of a pass", "half.work/s00.json", mutations.of_json, (run("p.yaml", "model", "half"),),
            HALF, weights_of("half", "compress.safetensors")),
-    Target("onnx", "plain/onnx/model.onnx", mutations.of_bytes, (ONNX,)),
+    Target("onnx", "onnx/model.onnx", mutations.of_bytes, (ONNX,)),
     Target("words", "", mutations.of_bytes, ()),
 )  # fmt: skip
 
@@ -107,7 +107,7 @@ WAIT_FOR_HASHES = (
 WORDS = (
     "", " ", "-", "--", "-o", "-x", "--to", "--jump", "--samples", "--length", "--source", "--against", "--runtime",
     "--json", "--threads", "--shares", "--fresh", "--force", "--from-mergekit", "-v", "-q", "model", "out", "p.yaml",
-    "rtn-w4", "demo2", "gpqt-w4", "words.txt", "delta", "plain/onnx", "no/such", "a/b/c", ".", "..", "~", "./",
+    "rtn-w4", "demo2", "gpqt-w4", "words.txt", "delta", "onnx", "no/such", "a/b/c", ".", "..", "~", "./",
     "x" * 300, "x/" * 300, "[/x]", "[red]x", "\n", "a\nb", "\x1b[31m", "ü", "😀", "*", "%s", "{}", "{0}", "=", ":",
     "hf", "onnx:", "hf:", "onnx:mode=", "onnx:=", "onnx:mode=fast,mode=fast", "onnx:mode=[[[", "onnx:mode=&a",
     "onnx:a.b=1", "gguf:x={", ",", "gptq.", "wanda[2:4]", "0", "-1", "1e9", "99999999999999999999", "nan", "true",

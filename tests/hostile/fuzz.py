@@ -6,6 +6,7 @@ nor give another result than it would without the damage where that can be known
 """
 
 import argparse
+import gc
 import os
 import shutil
 import sys
@@ -56,6 +57,8 @@ class Fuzzer:
         self.waiting: list[Fault] = []
         self.expected: dict[str, Any] = {}
         self.verbose = False
+        gc.collect()
+        gc.freeze()  # what is here is copied for no child
         for target in cases.TARGETS:
             if target.result is not None and target.commands:
                 faults = list(self._run(-1, target, self._copy(), target.commands))
