@@ -112,7 +112,7 @@ def run(
     )
     steps = _with_given(steps, data)
     file = str(pipeline) if isinstance(pipeline, str | Path) else "pipeline"
-    made = plan.make(steps, graph, opened.dtypes, file)
+    made = plan.make(steps, graph, opened.dtypes, file, opened.companion_bytes)
     merged = merges.check_models(steps, opened.artifact, file)
     resolved = dump(steps)
     with bars.shown():
@@ -131,7 +131,7 @@ def run(
         raise UsageError(f"{out} exists and is not the result of this run; choose another -o, or give --overwrite")
     if fresh:
         shutil.rmtree(work, ignore_errors=True)
-    resources.check_resources(made, destination)
+    resources.check_resources(made, destination, work)
     _refuse_non_finite(opened.artifact)
     dtype = _dtype(steps, opened)
     names = ["+".join(p.key for p in stage) for stage in steps.passes]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from compress.checkpoint.artifact import open_folder
 from compress.models import graph as graphs
 from compress.models import hub, loading
+from compress.models.companions import companions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,6 +31,11 @@ class OpenedModel:
         """Parameter or buffer name -> stored type."""
         a = self.artifact
         return {n: a.source.dtype(a.name_in_source(n)) for n, _ in a.graph.tensors()}
+
+    @property
+    def companion_bytes(self) -> int:
+        """Bytes of what travels along with the weights, configuration included."""
+        return sum(file.stat().st_size for file in (self.folder / "config.json", *companions(self.folder)))
 
 
 def open_model(model: str | Path) -> OpenedModel:
