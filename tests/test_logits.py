@@ -161,7 +161,7 @@ def test_what_is_learned_is_the_same_in_pieces(
     found = []
     for positions in (48, 10):
         for module in (model_training, loss_in_pieces):
-            monkeypatch.setattr(module, "WHOLE", positions * 256)
+            monkeypatch.setattr(module, "WHOLE_LEARNED", positions * 256)
         monkeypatch.setattr(logits, "PIECE", positions * 256)
         passes = [compress.Magnitude(sparsity=0.5), compress.Perp(objective=objective, train=train, steps=3, rank=2)]
         found.append(compress.apply(llama_maker(num_hidden_layers=1), passes, calibration=tokens).model.state_dict())

@@ -114,7 +114,7 @@ def run(
     )
     steps = _with_given(steps, data)
     file = str(pipeline) if isinstance(pipeline, str | Path) else "pipeline"
-    made = plan.make(steps, graph, opened.dtypes, file)
+    made = plan.make(steps, graph, opened.dtypes, file, opened.companion_bytes)
     merged = merges.check_models(steps, opened.artifact, file)
     resolved = dump(steps)
     with bars.shown():
@@ -133,7 +133,7 @@ def run(
         raise UsageError(f"{out} exists and is not the result of this run; choose another -o, or give --overwrite")
     if fresh:
         shutil.rmtree(work, ignore_errors=True)
-    resources.check_resources(made, destination)
+    resources.check_resources(made, destination, work)
     dtype = _dtype(steps, opened)
     with bars.shown():
         refuse_non_finite(opened.artifact, dtype, bars)

@@ -151,7 +151,7 @@ def show_plan(
 
     opened = opening.open_model(model)
     steps = load_pipeline(pipeline)
-    made = plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline))
+    made = plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline), opened.companion_bytes)
     checks.check_models(steps, opened.artifact, str(pipeline))
     allocations = allocation_preview.allocations(made)
     with bars.shown():

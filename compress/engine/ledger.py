@@ -82,6 +82,9 @@ class MemoryLedger:
     def forget(self, unit: str) -> None:
         """Nothing was written."""
 
+    def forget_tensors(self, unit: str) -> None:
+        """Nothing was kept."""
+
     def load_row(self, unit: str, key: str) -> dict[str, Any] | None:
         """None: nothing was measured before."""
         return None
@@ -172,6 +175,11 @@ class FolderLedger(MemoryLedger):
         """Remove large files of a unit: of a changed pipeline, not finished, or not needed any longer."""
         for other in self.folder.glob(f"{unit}-*"):
             other.unlink()
+
+    def forget_tensors(self, unit: str) -> None:
+        """Remove what `commit_tensors` kept of a unit and of its parts: the work is finished."""
+        (self.folder / f"{unit}.safetensors").unlink(missing_ok=True)
+        self.forget(unit)
 
     def load_row(self, unit: str, key: str) -> dict[str, Any] | None:
         """What was measured under this very key, else None."""

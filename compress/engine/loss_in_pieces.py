@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 from compress.engine.learned_values import swapped, with_learned
-from compress.models.logits import Body, rows_at_once, stopped, vocabulary
+from compress.models.logits import WHOLE_LEARNED, Body, rows_at_once, stopped, vocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from compress.engine.placement import Context
-
-WHOLE = 1 << 24  # logits of a batch that are computed at once while training: 64 MB, and gradients
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def loss_in_pieces(own: BeforeHead, meant: BeforeHead | Tensor) -> Tensor:
         rows, targets, of_piece = own.rows.flatten(0, 1), meant.rows.flatten(0, 1), _divergence(own, meant)
     else:
         rows, targets, of_piece = own.rows[:, :-1].flatten(0, 1), meant[:, 1:].flatten(), _cross_entropy(own)
-    size = rows_at_once(len(rows), vocabulary(own.model), WHOLE)
+    size = rows_at_once(len(rows), vocabulary(own.model), WHOLE_LEARNED)
     total = torch.zeros((), device=rows.device)
     for part, target in zip(rows.split(size), targets.split(size), strict=True):
         total = total + checkpoint(of_piece, part, target, use_reentrant=False)

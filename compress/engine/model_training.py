@@ -12,9 +12,9 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss
 from compress.calibration.precision import learning
 from compress.calibration.training import ModelData
 from compress.engine.learned_values import with_learned
-from compress.engine.loss_in_pieces import WHOLE, loss_in_pieces, rows_before_head
+from compress.engine.loss_in_pieces import loss_in_pieces, rows_before_head
 from compress.engine.placement import bring_buffers, bring_in, evict, grids_of, rounded_inputs, tie
-from compress.models.logits import bodies, logits_in, rows_at_once, vocabulary
+from compress.models.logits import WHOLE_LEARNED, bodies, logits_in, rows_at_once, vocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -71,7 +71,7 @@ def model_data(context: Context, samples: Tensor, kind: Loss, checkpointing: boo
 
     def large(batch: Tensor) -> bool:
         width = vocabulary(graph.model) if graph.is_language_model and bodies(graph.model) else 0
-        return rows_at_once(batch.numel(), width, WHOLE) < batch.numel()
+        return rows_at_once(batch.numel(), width, WHOLE_LEARNED) < batch.numel()
 
     def in_pieces(make: Make, batch: Tensor, again: bool) -> Tensor:
         own = rows_before_head(context, batch, values(make), again)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 WHOLE = 1 << 25  # logits of a batch that are computed at once, while measuring: 128 MB
-PIECE = 1 << 23  # those of a piece where a batch has more: 32 MB
+WHOLE_LEARNED = 1 << 24  # the same while learning, where gradients come on top: 64 MB
+PIECE = 1 << 23  # logits of a piece of a batch that has more: 32 MB
 
 
 def logits_in(output: Any) -> Tensor:
