@@ -43,6 +43,9 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Identifies the content."""
 
+    def files(self) -> list[Path]:
+        """The files that it reads."""
+
 
 class FolderSource:
     """A folder as `save_pretrained` writes it, or one file of a folder, read one tensor at a time.
@@ -103,6 +106,9 @@ class FolderSource:
     def fingerprint(self) -> str:
         return fingerprint_of(self._files, self.folder / "config.json")
 
+    def files(self) -> list[Path]:
+        return list(self._files)
+
 
 class WrittenSource(FolderSource):
     """One file that this run has written: names as in the model, tied ones once, in the order of a result."""
@@ -137,6 +143,9 @@ class ModuleSource:
     def fingerprint(self) -> str:
         return "in memory"
 
+    def files(self) -> list[Path]:
+        return []
+
 
 class ChangedSource:
     """A source with some values of another source replaced."""
@@ -167,3 +176,7 @@ class ChangedSource:
     def fingerprint(self) -> str:
         """Identifies the content."""
         return self.before.fingerprint()
+
+    def files(self) -> list[Path]:
+        """The files that it reads."""
+        return self.before.files()

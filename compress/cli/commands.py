@@ -251,14 +251,19 @@ def apply_delta(
 @app.command()
 def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as_json: JsonOption = False) -> None:
     """List every stored weight: kind, bits, sparsity, error, bytes, and how its layer rounds its inputs."""
-    from compress.export.packed import read_quantization
+    from compress.api.output_folder import refuse_changed
+    from compress.encodings import Spec
+    from compress.export.packed import read_quantization, refuse_missing_layers
     from compress.report import layers
 
+    refuse_changed(out)
     config = read_quantization(out)
     try:
-        notes = json.loads((out / "report.json").read_text())["layers"]
+        notes = json.loads((out / "report.json").read_text(encoding="utf-8"))["layers"]
+        specs = {name: Spec.from_json(spec) for name, spec in config["modules"].items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{out} is not a folder that compress wrote: {error}") from error
+    refuse_missing_layers(out, specs)
     rows = layers.layers(config["modules"], notes)
     if as_json:
         print(json.dumps(layers.as_json(rows), indent=1))

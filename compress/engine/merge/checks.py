@@ -15,15 +15,16 @@ if TYPE_CHECKING:
 
     from compress.calibration.data import Dataset
     from compress.checkpoint.artifact import Artifact
+    from compress.checkpoint.sources import Source
     from compress.config.pipeline import Pipeline
     from compress.models.graph import Graph
 
 
-def check_models(pipeline: Pipeline, base: Artifact, file: str = "pipeline") -> list[str]:
+def check_models(pipeline: Pipeline, base: Artifact, file: str = "pipeline") -> list[Source]:
     """Open everything that is merged, and refuse what does not fit; reads headers, no weight.
 
     Returns:
-        What identifies the content of each model, in order.
+        The values of each model, in order.
 
     Raises:
         ConfigError: every misfit at once.
@@ -32,7 +33,7 @@ def check_models(pipeline: Pipeline, base: Artifact, file: str = "pipeline") -> 
     for path, pass_ in _merges(pipeline):
         for i, model in enumerate(pass_.models):
             try:
-                found.append(open_parent(model, base, pass_).source.fingerprint())
+                found.append(open_parent(model, base, pass_).source)
             except UsageError as error:
                 place = f"{path}.models[{i}]"
                 problems.append(Problem(place, str(error), line_of(pipeline.lines, place)))
