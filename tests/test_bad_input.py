@@ -563,14 +563,14 @@ def test_a_full_disk_keeps_what_is_finished_and_the_same_command_then_finishes(
     moment: str, error: Exception, gptq: Path, text_model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[object] = []
-    save_tensors_before, write_before, text_before = ledger.save_tensors, exporter._write_weights, api.write_text
+    save_tensors_before, write_before, text_before = ledger.save_sealed, exporter._write_weights, api.write_text
 
-    def save(*args: Any, **options: Any) -> None:
+    def save(*args: Any, **options: Any) -> str:
         calls.append(args)
         if moment == "second block" and len(calls) == 2:
             Path(args[1]).write_bytes(b"half")
             raise error
-        save_tensors_before(*args, **options)
+        return save_tensors_before(*args, **options)
 
     def write(artifact: Any, file: Path, bars: Any) -> None:
         if moment == "export":
@@ -586,7 +586,7 @@ def test_a_full_disk_keeps_what_is_finished_and_the_same_command_then_finishes(
 
     work = out.with_name("out.work")
     with monkeypatch.context() as patched:
-        patched.setattr(ledger, "save_tensors", save)
+        patched.setattr(ledger, "save_sealed", save)
         patched.setattr(exporter, "_write_weights", write)
         patched.setattr(api, "write_text", write_text)
         ended = compress_command("run", gptq, text_model, "-o", out)

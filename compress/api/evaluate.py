@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from compress.api import data as given
+from compress.api.output_folder import refuse_changed
 from compress.calibration.metrics import Reference, evaluate, measure
 from compress.calibration.surroundings import undisturbed
 from compress.checkpoint.opening import load_model
@@ -51,6 +52,7 @@ def measure_model(
 
     Raises:
         UsageError: no such model, or a runtime that is not installed.
+        CheckpointError: a folder whose files are not what its manifest says.
         DataError: nothing that can be read.
     """
     bars = bars or Bars()
@@ -62,6 +64,7 @@ def measure_model(
 
 def _torch(model: str, section: Evaluation, against: str | None, bars: Bars) -> dict[str, Any]:
     folder = hub.resolve(model)
+    refuse_changed(folder)
     loaded = load_model(folder)
     data = given.read_data(section, folder, "evaluation", bars.over)
     original = load_model(against) if against else None
@@ -80,6 +83,7 @@ def _onnx(path: Path, section: Evaluation, against: str | None, threads: int, ba
     if not path.exists():
         raise UsageError(f"no such file or folder: {path}; --runtime onnxruntime takes what `export: [onnx]` wrote")
     folder = path if path.is_dir() else path.parent
+    refuse_changed(folder)
     tokenizer = folder if (folder / "tokenizer.json").is_file() else folder.parent
     data = given.read_data(section, tokenizer, "evaluation", bars.over)
     inputs, labels = data.inputs, data.labels

@@ -259,10 +259,15 @@ def apply_delta(
 @app.command()
 def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as_json: JsonOption = False) -> None:
     """List every stored weight: kind, bits, sparsity, error, bytes, and how its layer rounds its inputs."""
-    from compress.export.packed import read_quantization
+    from compress.api.output_folder import refuse_changed
+    from compress.encodings import Spec
+    from compress.export.packed import read_quantization, refuse_missing_layers
     from compress.report import layers
 
-    rows = layers.layers(read_quantization(out)["modules"], _layer_notes(out))
+    refuse_changed(out)
+    modules = read_quantization(out)["modules"]
+    refuse_missing_layers(out, {name: Spec.from_json(spec) for name, spec in modules.items()})
+    rows = layers.layers(modules, _layer_notes(out))
     if as_json:
         print(json.dumps(layers.as_json(rows), indent=1))
     else:

@@ -272,7 +272,7 @@ def test_a_model_that_cannot_be_traced_is_an_error_that_says_so(
     with pytest.raises(CompressError, match=r"OPTForCausalLM cannot be exported .*data-dependent control flow"):
         compress.export_to(out, [Onnx()])
     assert not (out / "onnx").exists()
-    assert not (out / "onnx.partial").exists()
+    assert not out.with_name(f"{out.name}.work").exists()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -17,15 +17,16 @@ if TYPE_CHECKING:
 
     from compress.calibration.data import Dataset
     from compress.checkpoint.artifact import Artifact
+    from compress.checkpoint.sources import Source
     from compress.config.pipeline import Pipeline
     from compress.models.graph import Graph
 
 
-def check_models(pipeline: Pipeline, base: Artifact, file: str = "pipeline") -> list[str]:
+def check_models(pipeline: Pipeline, base: Artifact, file: str = "pipeline") -> list[Source]:
     """Open everything that is merged, and refuse what does not fit; reads headers, no weight.
 
     Returns:
-        What identifies the content of each model, in order.
+        The values of each model, in order.
 
     Raises:
         ConfigError: every misfit at once.
@@ -41,7 +42,7 @@ def check_models(pipeline: Pipeline, base: Artifact, file: str = "pipeline") -> 
         for i, model in enumerate(pass_.models):
             try:
                 parent = open_parent(model, base, pass_)
-                found.append(parent.source.fingerprint())
+                found.append(parent.source)
                 other = _other_meaning(base, parent, pass_)
                 differing |= other.keys()
                 _refuse_other_meaning(model, other, pass_)
