@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := test
-.PHONY: demo test real coverage floor wheel check fmt bench clean
+.PHONY: demo test real fuzz coverage floor wheel check fmt bench clean
 
 demo: $(STAMP)  ## compress the bundled model to 4 bits and let the result write something
 	@$(BIN)/compress run gptq-w4 demo -o demo-out --overwrite
@@ -21,6 +21,9 @@ test: $(STAMP)  ## run the tests in two processes; `make test ARGS="-k gptq"` pa
 
 real: $(STAMP)  ## the tests that need a real model, another engine or minutes
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m real $(ARGS)
+
+fuzz: $(STAMP)  ## damage every file that is read, 5,000 times; `make fuzz ARGS="--seed 7 --cases 300"`
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/hostile/fuzz.py $(ARGS)
 
 coverage: $(STAMP)  ## the tests, and at the end how many lines of the package they run
 	@$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered $(ARGS)

@@ -78,5 +78,6 @@ class ConfigError(UsageError):
         lines = []
         for p in problems:
             where = f"{file}:{p.line}" if p.line else file
-            lines.append(f"{where}: {p.path}: {p.message}" if p.path else f"{where}: {p.message}")
+            said = f"{where}: {p.path}: {p.message}" if p.path else f"{where}: {p.message}"
+            lines.append(" ".join(said.splitlines()))
         super().__init__("\n".join(lines))

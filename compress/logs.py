@@ -15,11 +15,16 @@ LOGGER = logging.getLogger("compress")
 PROGRESS = logging.getLogger("compress.progress")  # lines that stand for bars
 
 
+def printable(text: str) -> str:
+    """Text as a terminal may be given it: control characters, which it would obey, are spelled out."""
+    return "".join(c if c.isprintable() or c in "\n " else c.encode("unicode_escape").decode() for c in text)
+
+
 class Stderr(logging.Handler):
     """Prints to what is stderr now: a terminal with bars puts something else in its place."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        print(printable(self.format(record)), file=sys.stderr, flush=True)
 
 
 class _LogFile(logging.FileHandler):
@@ -71,9 +76,18 @@ def kept_in(file: Path) -> Iterator[None]:
     LOGGER.propagate = False
     try:
         yield
+    except BaseException as error:
+        _note(handler, error)
+        raise
     finally:
         for each in added:
             LOGGER.removeHandler(each)
         handler.close()
         LOGGER.setLevel(level)
         LOGGER.propagate = propagate
+
+
+def _note(handler: logging.Handler, error: BaseException) -> None:
+    """Write what ended the work, and where, into the log file only: the command line says it in its own way."""
+    where = (type(error), error, error.__traceback__)
+    handler.emit(LOGGER.makeRecord(LOGGER.name, logging.ERROR, __file__, 0, "ended by:", (), where))

@@ -145,7 +145,7 @@ DATA = {
         ["c.jsonl:3", "'text'"],
     ),
     "json line that is no JSON": ("c.jsonl", b'{"text": "one"}\n{"text\n', ["c.jsonl:2", "'text'"]),
-    "json line that is no object": ("c.jsonl", b'["text"]\n', ["c.jsonl:1", "'text'"]),
+    "json line that is no object": ("c.jsonl", b'["text"]\n', ["c.jsonl: row 1", "'text'"]),
     "json line with a number as text": ("c.jsonl", b'{"text": 5}\n', ["c.jsonl:1", "'text'"]),
     "json line with null as text": ("c.jsonl", b'{"text": null}\n', ["c.jsonl:1", "'text'"]),
     "json line with a list as text": ("c.jsonl", b'{"text": ["a", "b"]}\n', ["c.jsonl:1", "'text'"]),
@@ -563,14 +563,14 @@ def test_a_full_disk_keeps_what_is_finished_and_the_same_command_then_finishes(
     moment: str, error: Exception, gptq: Path, text_model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[object] = []
-    save_tensors_before, write_before, text_before = ledger.save_tensors, exporter._write_weights, api.write_text
+    save_tensors_before, write_before, text_before = ledger.save_sealed, exporter._write_weights, api.write_text
 
-    def save(*args: Any, **options: Any) -> None:
+    def save(*args: Any, **options: Any) -> str:
         calls.append(args)
         if moment == "second block" and len(calls) == 2:
             Path(args[1]).write_bytes(b"half")
             raise error
-        save_tensors_before(*args, **options)
+        return save_tensors_before(*args, **options)
 
     def write(artifact: Any, file: Path, bars: Any) -> None:
         if moment == "export":
@@ -586,7 +586,7 @@ def test_a_full_disk_keeps_what_is_finished_and_the_same_command_then_finishes(
 
     work = out.with_name("out.work")
     with monkeypatch.context() as patched:
-        patched.setattr(ledger, "save_tensors", save)
+        patched.setattr(ledger, "save_sealed", save)
         patched.setattr(exporter, "_write_weights", write)
         patched.setattr(api, "write_text", write_text)
         ended = compress_command("run", gptq, text_model, "-o", out)
@@ -682,9 +682,9 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_an_interrupted_run_says_so_and_the_same_command_ends_with_the_same_bytes(
-    name: str, gptq: Path, text_model: Path, out: Path
+    name: str, code: int, gptq: Path, text_model: Path, out: Path
 ) -> None:
     arguments = ["run", str(gptq), str(text_model), "-o", str(out)]
     ended = subprocess.run(
@@ -702,8 +702,8 @@ def test_an_interrupted_run_says_so_and_the_same_command_ends_with_the_same_byte
     straight = out.with_name("straight")
     assert compress_command("run", gptq, text_model, "-o", straight).code == 0
     assert (out / "compress.safetensors").read_bytes() == (straight / "compress.safetensors").read_bytes()
-    assert ended.returncode == 130, ended.stderr
-    assert "same command continues" in ended.stderr
+    assert ended.returncode == code, ended.stderr
+    assert f"kept in {work}; the same command continues" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert [line.split()[1] for line in ended.stdout.splitlines() if line.startswith("│")] == ["original"]
 
@@ -723,7 +723,7 @@ def test_a_command_that_is_none_is_bad_usage(arguments: list[str]) -> None:
     assert "Usage: compress" in ended.err
 
 
-@pytest.mark.parametrize("arguments", [["--samples", "0"], ["--length", "1"], ["--samples", "-3"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["--field", "body"], ["--length", "1"], ["--samples", "-3"]], ids=" ".join)
 def test_measuring_nothing_is_refused(arguments: list[str], text_model: Path) -> None:
     ended = compress_command("eval", text_model, *arguments)
     assert ended.code == 2

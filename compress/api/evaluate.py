@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from compress.api import data as given
-from compress.calibration.metrics import Reference, evaluate, logits_in, measure
+from compress.api.output_folder import refuse_changed
+from compress.calibration.metrics import Reference, evaluate, measure
+from compress.calibration.surroundings import undisturbed
 from compress.checkpoint.opening import load_model
 from compress.errors import DataError, UsageError
 from compress.models import hub
+from compress.models.logits import logits_in, logits_of, rows_at_once
 from compress.progress import Bars
 
 if TYPE_CHECKING:
@@ -21,10 +25,12 @@ if TYPE_CHECKING:
 
     from compress.calibration.metrics import Quality
     from compress.config.pipeline import Evaluation
+    from compress.export.onnx.session import Runner
 
 Runtime = Literal["transformers", "onnxruntime"]
 
 
+@undisturbed()
 def measure_model(
     model: str,
     section: Evaluation,
@@ -46,6 +52,7 @@ def measure_model(
 
     Raises:
         UsageError: no such model, or a runtime that is not installed.
+        CheckpointError: a folder whose files are not what its manifest says.
         DataError: nothing that can be read.
     """
     bars = bars or Bars()
@@ -57,6 +64,7 @@ def measure_model(
 
 def _torch(model: str, section: Evaluation, against: str | None, bars: Bars) -> dict[str, Any]:
     folder = hub.resolve(model)
+    refuse_changed(folder)
     loaded = load_model(folder)
     data = given.read_data(section, folder, "evaluation", bars.over)
     original = load_model(against) if against else None
@@ -70,11 +78,12 @@ def _progress(bars: Bars) -> Callable[[Iterable[Tensor], int], Iterator[Tensor]]
 
 
 def _onnx(path: Path, section: Evaluation, against: str | None, threads: int, bars: Bars) -> dict[str, Any]:
-    from compress.export.onnx.measure import open_onnx
+    from compress.export.onnx.measure import open_onnx, running
 
     if not path.exists():
         raise UsageError(f"no such file or folder: {path}; --runtime onnxruntime takes what `export: [onnx]` wrote")
     folder = path if path.is_dir() else path.parent
+    refuse_changed(folder)
     tokenizer = folder if (folder / "tokenizer.json").is_file() else folder.parent
     data = given.read_data(section, tokenizer, "evaluation", bars.over)
     inputs, labels = data.inputs, data.labels
@@ -87,17 +96,28 @@ def _onnx(path: Path, section: Evaluation, against: str | None, threads: int, ba
         reference = Reference()
         original = _logits(load_model(against, torch.float32), labels is None)
         measure(original, inputs, labels=labels, reference=reference, keep=True, progress=_progress(bars))
-    quality = measure(opened.runner, inputs, labels=labels, reference=reference, progress=_progress(bars))
+    logits = partial(_onnx_logits, opened.runner)
+    with running(path):
+        quality = measure(logits, inputs, labels=labels, reference=reference, progress=_progress(bars))
+        speed = opened.tokens_per_second(int(inputs.max()) + 1) if labels is None else None
     found = {"model": str(path), **_result(quality, section), "bytes": opened.bytes, "load_memory": opened.memory}
     if labels is None:
-        found["tokens_per_second"] = opened.tokens_per_second(int(inputs.max()) + 1)
+        found["tokens_per_second"] = speed
     return found
 
 
-def _logits(model: Any, tokens: bool) -> Callable[[Tensor], Tensor]:
+def _logits(model: Any, tokens: bool) -> Callable[[Tensor], Tensor | Iterator[Tensor]]:
     if tokens:
-        return lambda batch: logits_in(model(input_ids=batch, use_cache=False)).float()
+        return lambda batch: logits_of(model, lambda: model(input_ids=batch, use_cache=False), batch)
     return lambda batch: logits_in(model(batch.float())).float()
+
+
+def _onnx_logits(runner: Runner, batch: Tensor) -> Tensor | Iterator[Tensor]:
+    """Logits of an ONNX file, which computes those of whole windows: of as many as are not too large."""
+    rows = rows_at_once(len(batch), runner.width * batch[0].numel())
+    if "input_ids" not in runner.inputs or rows == len(batch):
+        return runner(batch)
+    return (runner(part)[:, :-1].flatten(0, 1) for part in batch.split(rows))
 
 
 def _result(quality: Quality, section: Evaluation) -> dict[str, Any]:
@@ -107,7 +127,8 @@ def _result(quality: Quality, section: Evaluation) -> dict[str, Any]:
     return {
         "perplexity": quality.perplexity,
         "tokens": quality.tokens,
-        "windows": section.samples,
+        "windows": quality.tokens // (section.length - 1),
         "length": section.length,
+        "protocol": section.protocol,
         **found,
     }

@@ -28,11 +28,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight committed to a file: read when asked for."""
+    """A weight committed to a file: read when asked for.
+
+    Attributes:
+        seal: that the file must bear whenever it is read; empty for one that bears none.
+    """
 
     file: Path
     site: str
     spec: Spec
+    seal: str = ""
 
     def tensors(self) -> dict[str, Tensor]:
         """Its stored tensors."""
@@ -60,7 +65,7 @@ class Packed:
 
     def _read(self, leaves: Iterable[str]) -> dict[str, Tensor]:
         names = {f"{self.site}.{leaf}": leaf for leaf in leaves}
-        return {names[name]: value for name, value in read_tensors(self.file, names).items()}
+        return {names[name]: value for name, value in read_tensors(self.file, names, self.seal).items()}
 
 
 @dataclass

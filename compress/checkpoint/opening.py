@@ -13,7 +13,7 @@ from compress.lazy import torch, transformers
 from compress.logs import LOGGER
 from compress.models import graph as graphs
 from compress.models import hub, loading, refusals
-from compress.models.companions import without_code
+from compress.models.companions import companions, without_code
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,6 +54,11 @@ class OpenedModel:
             return found
         found.pop("torch_dtype", None)  # the old name; a loader would otherwise round once more
         return {**found, "dtype": str(dtype).removeprefix("torch.")}
+
+    @property
+    def companion_bytes(self) -> int:
+        """Bytes of what travels along with the weights, configuration included."""
+        return sum(file.stat().st_size for file in (self.folder / "config.json", *companions(self.folder)))
 
 
 def open_model(model: str | Path) -> OpenedModel:

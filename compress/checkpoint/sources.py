@@ -43,6 +43,9 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Identifies the content."""
 
+    def files(self) -> list[Path]:
+        """The files that it reads."""
+
 
 class FolderSource:
     """A folder as `save_pretrained` writes it, or one file of a folder, read one tensor at a time.
@@ -91,6 +94,9 @@ class FolderSource:
 
     def fingerprint(self) -> str:
         return fingerprint_of(self._files, self.folder / "config.json")
+
+    def files(self) -> list[Path]:
+        return list(self._files)
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -163,6 +169,9 @@ class ModuleSource:
     def fingerprint(self) -> str:
         return "in memory"
 
+    def files(self) -> list[Path]:
+        return []
+
 
 class ChangedSource:
     """A source with some values of another source replaced."""
@@ -193,3 +202,7 @@ class ChangedSource:
     def fingerprint(self) -> str:
         """Identifies the content."""
         return self.before.fingerprint()
+
+    def files(self) -> list[Path]:
+        """The files that it reads."""
+        return self.before.files()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from compress import logs
 from compress.cli import completion
+from compress.cli.interrupts import keeping
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -95,7 +97,8 @@ def run(
                 table.add(row)
 
     try:
-        report = api.run(pipeline, model, out, overwrite=overwrite, fresh=fresh, bars=bars, on_row=show)
+        with keeping(f"what was finished is kept in {out}.work; the same command continues where it stopped"):
+            report = api.run(pipeline, model, out, overwrite=overwrite, fresh=fresh, bars=bars, on_row=show)
     finally:
         table.close()
     if existed and not overwrite:
@@ -148,7 +151,7 @@ def show_plan(
 
     opened = opening.open_model(model)
     steps = load_pipeline(pipeline)
-    made = plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline))
+    made = plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline), opened.companion_bytes)
     checks.check_models(steps, opened.artifact, str(pipeline))
     allocations = allocation_preview.allocations(made)
     with bars.shown():
@@ -172,8 +175,15 @@ def evaluate(
     source: Annotated[
         str, typer.Option(help="demo, a .txt / .jsonl / .parquet file, a data set id; images: a .safetensors file")
     ] = "demo",
-    samples: Annotated[int, typer.Option(help="windows, or images")] = 64,
-    length: Annotated[int, typer.Option(help="tokens per window")] = 512,
+    field: Annotated[str, typer.Option(help="the field or column with the text, or the messages of a chat")] = "text",
+    subset: Annotated[str | None, typer.Option(help="the configuration name of a data set id")] = None,
+    protocol: Annotated[
+        str, typer.Option(help="spread; or wikitext, for perplexities to be set beside published ones")
+    ] = "spread",
+    samples: Annotated[
+        int | None, typer.Option(help="windows, or images; 0 for all  [default: 64, of wikitext all]")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="tokens per window  [default: 512, of wikitext 2048]")] = None,
     runtime: Annotated[str, typer.Option(help="transformers, or onnxruntime for a folder that holds ONNX")] = (
         "transformers"
     ),
@@ -187,18 +197,16 @@ def evaluate(
     from typing import get_args
 
     from compress.api import evaluate as measuring
-    from compress.config.pipeline import Evaluation
+    from compress.config.reading import read_evaluation
     from compress.report import sentences
 
-    if samples < 1 or length < 2:
-        raise UsageError(f"--samples {samples} --length {length}: at least one window of two tokens is needed")
     if runtime not in get_args(measuring.Runtime):
         raise UsageError(f"--runtime {runtime}: known: {', '.join(get_args(measuring.Runtime))}")
-    section = Evaluation(source=source, samples=samples, length=length)
+    given = {"source": source, "field": field, "subset": subset, "protocol": protocol}
+    given |= {name: value for name, value in (("samples", samples), ("length", length)) if value is not None}
+    section = read_evaluation(given)
     found = measuring.measure_model(model, section, against=against, runtime=runtime, threads=threads, bars=bars)  # type: ignore[arg-type]
-    print(
-        json.dumps(found, indent=1) if as_json else sentences.evaluation_lines(model, found, against, samples, length)
-    )
+    print(json.dumps(found, indent=1) if as_json else sentences.evaluation_lines(model, found, against))
 
 
 @app.command()
@@ -251,19 +259,31 @@ def apply_delta(
 @app.command()
 def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as_json: JsonOption = False) -> None:
     """List every stored weight: kind, bits, sparsity, error, bytes, and how its layer rounds its inputs."""
-    from compress.export.packed import read_quantization
+    from compress.api.output_folder import refuse_changed
+    from compress.encodings import Spec
+    from compress.export.packed import read_quantization, refuse_missing_layers
     from compress.report import layers
 
-    config = read_quantization(out)
-    try:
-        notes = json.loads((out / "report.json").read_text())["layers"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{out} is not a folder that compress wrote: {error}") from error
-    rows = layers.layers(config["modules"], notes)
+    refuse_changed(out)
+    modules = read_quantization(out)["modules"]
+    refuse_missing_layers(out, {name: Spec.from_json(spec) for name, spec in modules.items()})
+    rows = layers.layers(modules, _layer_notes(out))
     if as_json:
         print(json.dumps(layers.as_json(rows), indent=1))
     else:
         layers.show(rows, _console())
+
+
+def _layer_notes(out: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Layer -> pass -> notes, of the report of a folder."""
+    from compress.io.small_file import read_object
+
+    notes = read_object(out / "report.json").get("layers")
+    passes = list(notes.values()) if isinstance(notes, dict) else [None]
+    each = [note for found in passes for note in (found.values() if isinstance(found, dict) else [None])]
+    if not all(isinstance(note, dict) and isinstance(note.get("error"), float | int) for note in each):
+        raise UsageError(f"{out}/report.json is not what a run wrote: its `layers` are damaged; run the pipeline again")
+    return dict(notes)
 
 
 @app.command("list")
@@ -286,21 +306,25 @@ def init(
 
     Editors that know YAML complete and explain its options by the schema that is written beside it.
     """
+    if not str(path).isprintable():
+        raise UsageError(f"{str(path)!r} holds control characters; give another name")
     if path.exists() and not force:
         raise UsageError(f"{path} exists; give another name, or --force")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file in it")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"no such folder: {path.parent}")
     from compress.config import template
 
     if from_mergekit is None:
-        template.write_pipeline(path, template.TEMPLATE.format(name=path))
+        template.write_pipeline(path, template.TEMPLATE.format(name=shlex.quote(str(path))))
         print(path)
         return
     from compress.config.mergekit import convert
 
     found = convert(from_mergekit)
-    template.write_pipeline(path, found.text.replace("PIPELINE", str(path), 1))
-    print(f"{path}: compress run {path} {found.model} -o OUT")
+    template.write_pipeline(path, found.text.replace("PIPELINE", shlex.quote(str(path)), 1))
+    print(f"{path}: compress run {shlex.quote(str(path))} {shlex.quote(found.model)} -o OUT")
 
 
 @app.command()

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MOST_VALUES = 100_000  # of a file, aliases spelled out: a few lines of aliases of aliases stand for billions
+MOST_LETTERS = 200_000  # of a file; the longest pipelines that people write have some thousands
+MOST_LETTERS_OF_KEY = 200  # a path repeats the keys that it goes through
 MOST_INTEGER_BITS = 64  # of a whole number
 EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # YAML 1.1 takes 1e-2, without a point, for a text
 
@@ -53,11 +55,14 @@ def line_of(lines: Mapping[str, int], path: str) -> int | None:
 
 
 def document(text: str, file: str) -> Document:
-    """Read YAML text.
+    """Read YAML text, in bounded time and memory.
 
     Raises:
-        ConfigError: not YAML, or without end.
+        ConfigError: not YAML, too long, or without end.
     """
+    if len(text) > MOST_LETTERS:
+        said = f"holds {len(text):,} letters, and no more than {MOST_LETTERS:,} are read; is it the right file?"
+        raise ConfigError([Problem("", said)], file)
     try:
         node = yaml.compose(text, Loader=Loader)
         if node is None:
@@ -115,6 +120,9 @@ def _plain_mapping(node: yaml.MappingNode, path: str, found: Document) -> dict[s
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
             found.problems.append(Problem(path, "a key must be a word", line))
+            continue
+        if len(key_node.value) > MOST_LETTERS_OF_KEY:
+            found.problems.append(Problem(path, f"a key has {len(key_node.value)} letters", line))
             continue
         key = key_node.value
         here = f"{path}.{key}" if path else str(key)

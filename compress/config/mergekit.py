@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from compress.errors import ConfigError, Problem, UsageError
+from compress.config.lines import MOST_LETTERS, document
+from compress.errors import ConfigError, Problem
+from compress.io.small_file import read_text
+from compress.logs import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -56,13 +60,10 @@ def convert(file: Path) -> Converted:
         UsageError: no such file.
         ConfigError: everything that is not mergekit's, or has no place in a pipeline.
     """
-    try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {file}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError([Problem("", f"not YAML: {error}")], str(file)) from error
-    reader = _Reader(data if isinstance(data, dict) else {})
+    read = document(read_text(file, MOST_LETTERS), str(file))
+    if read.problems or not isinstance(read.values, dict):
+        raise ConfigError(read.problems or [Problem("", "must be a mapping with `merge_method:`")], str(file))
+    reader = _Reader(read.values)
     found = reader.converted()
     if reader.problems or found is None:
         raise ConfigError(reader.problems, str(file))
@@ -94,6 +95,10 @@ class _Reader:
         if not names or None in names:
             self.problem("models", "must be a list of entries with `model:`, a folder or hub id each")
             return None
+        for name in filter(None, (base, *names)):
+            if not name.isprintable():
+                self.problem("models", f"{name!r:.200} is no name of a model: it holds control characters")
+                return None
         if method == "linear":
             first = str(names[0])
             if base is not None and base not in names:
@@ -111,8 +116,8 @@ class _Reader:
         if self.problems:
             return None
         text = yaml.dump({"passes": [{MERGEKIT_METHODS[method][0]: options}]}, sort_keys=False, width=120)
-        head = [f"run it on {first}: compress run PIPELINE {first} -o OUT", *self.notes]
-        return Converted(first, "".join(f"# {line}\n" for line in head) + str(text))
+        head = [f"run it: compress run PIPELINE {shlex.quote(first)} -o OUT", *self.notes]
+        return Converted(first, "".join(map(comment, head)) + str(text))
 
     def _sources(self) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
         """The entries for each model; and what holds for all, the nearest first."""
@@ -132,7 +137,8 @@ class _Reader:
             return [], shared
         sources = [_as_mapping(entry) for entry in _list(slices[0].get("sources"))]
         ranges = [source.get("layer_range") for source in sources]
-        if any(r != ranges[0] for r in ranges) or (ranges and ranges[0] and ranges[0][0] != 0):
+        fine = [r is None or (isinstance(r, list) and len(r) == 2 and r[0] == 0) for r in ranges]
+        if not all(fine) or any(r != ranges[0] for r in ranges):
             self.problem("slices[0]", f"pipelines merge whole models; layer_range {ranges} is a part of them")
         elif ranges and ranges[0]:
             self.notes.append(f"layer_range {ranges[0]} was taken for all blocks of the models")
@@ -209,6 +215,11 @@ class _Reader:
                 continue
             value = [float(n) for n in numbers] if isinstance(value, list) else float(numbers[0])
             yield ("*" if part in (None, "*") else f"*{_literal(str(part))}*"), value
+
+
+def comment(text: str) -> str:
+    """A line of a YAML file that is no part of its values, whatever words of the user's are in it."""
+    return f"# {printable(' '.join(text.split()))}\n"
 
 
 def _literal(text: str) -> str:

@@ -50,6 +50,10 @@ class CodebookForm(Form):
     period: int = 0
     family: ClassVar[str] = "codebook"
 
+    def __post_init__(self) -> None:
+        if self.entries > 2**self.bits or self.num_tables > MOST_TABLES:
+            raise ValueError(f"{self.num_tables} tables of {self.entries} values for codes of {self.bits} bits")
+
     def tables(self, shape: tuple[int, int]) -> StoredShapes:
         found: StoredShapes = {"table": ((self.num_tables, self.entries), getattr(torch, self.table_dtype))}
         if self.num_tables > 1 and self.period:

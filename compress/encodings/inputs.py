@@ -20,10 +20,11 @@ Shapes: C channels, the last dimension; an input is (..., C). T tokens.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from compress.encodings.outlier_victim import quantize_dequantize, search
+from compress.encodings.stated import made_from
 from compress.lazy import function, torch
 
 if TYPE_CHECKING:
@@ -89,14 +90,9 @@ class InputForm:
         Raises:
             ValueError: an unknown field or value: the file was written by a newer version.
         """
-        known = {f.name for f in fields(cls)}
-        if set(data) - known:
-            raise ValueError(f"fields {sorted(set(data) - known)} of an input's grid are not known to this version")
-        if {f.name for f in fields(cls) if f.default is MISSING} - set(data):
-            raise ValueError("the bits of an input's grid are missing")
-        form = cls(**data)
+        form = made_from(cls, data, "an input's grid")
         if (form.grid, form.scale) not in INPUT_GRIDS or form.normal not in form.kind.normals(form.bits):
-            raise ValueError(f"the grid {dict(data)} of an input is not known to this version")
+            raise ValueError(f"the grid {dict(data)!r:.200} of an input is not known to this version")
         return form
 
 

@@ -10,10 +10,11 @@ Shapes: O = out features, I = in features, r = rank.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
 from compress.encodings.bits import pack_bits, row_bytes, unpack_bits
+from compress.encodings.stated import made_from
 from compress.encodings.uniform import UniformForm
 from compress.lazy import torch
 
@@ -94,11 +95,7 @@ class LowRankForm:
         Raises:
             ValueError: an unknown field: the file was written by a newer version.
         """
-        unknown = set(data) - {f.name for f in fields(cls)}
-        missing = {f.name for f in fields(cls) if f.default is MISSING} - set(data)
-        if unknown or missing:
-            raise ValueError(f"fields {sorted(unknown | missing)} of a low-rank correction are unknown or missing")
-        return cls(**data)
+        return made_from(cls, data, "a low-rank correction")
 
 
 @dataclass(frozen=True)

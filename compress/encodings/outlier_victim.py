@@ -149,6 +149,10 @@ class OutlierVictimForm(Form):
     stores_idle: ClassVar[bool] = True  # a victim's identifier is what makes its partner an outlier
     whole: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if self.normal not in PAIR_TYPES or PAIR_TYPES[self.normal].bits != self.bits:
+            raise ValueError(f"the type {self.normal!r} of {self.bits} bits is not known to this version")
+
     def tables(self, shape: tuple[int, int]) -> StoredShapes:
         return {"scale": ((shape[0], 1), getattr(torch, self.scale_dtype))}
 

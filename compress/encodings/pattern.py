@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from compress.encodings.bits import pack_bits, row_bytes, unpack_bits
 from compress.lazy import functional, torch
@@ -45,15 +45,15 @@ class Pattern:
     of: int
 
     @classmethod
-    def parse(cls, text: str) -> Self:
+    def parse(cls, text: Any) -> Self:
         """The inverse of `str`.
 
         Raises:
             ValueError: a pattern that is not known: the file was written by a newer version.
         """
         known = {str(p): p for of in RUN_WIDTHS for p in (cls(keep, of) for keep in range(1, of))}
-        if text not in known:
-            raise ValueError(f"pattern {text!r} of a mask is not known to this version; it reads {sorted(known)}")
+        if not isinstance(text, str) or text not in known:
+            raise ValueError(f"pattern {text!r:.100} of a mask is not known to this version; it reads {sorted(known)}")
         return known[text]
 
     def __str__(self) -> str:

@@ -19,7 +19,7 @@ mask itself, whoever made it. A bitmap of such a mask is read too.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
 from compress.encodings.bits import pack_bits, row_bytes, unpack_bits
@@ -29,6 +29,7 @@ from compress.encodings.low_rank import LowRankForm
 from compress.encodings.outlier_victim import OutlierVictimForm
 from compress.encodings.pattern import Pattern, find_pattern
 from compress.encodings.power import PowerForm
+from compress.encodings.stated import DTYPES, divides, made_from, whole
 from compress.encodings.uniform import UniformForm
 from compress.lazy import functional, torch
 
@@ -147,7 +148,7 @@ class Spec:
         rest = dict(data)
         layout, family = rest.pop("layout", None), rest.pop("encoding", None)
         if layout != LAYOUT:
-            raise ValueError(f"weight layout {layout!r} is not known to this version; it reads {LAYOUT!r}")
+            raise ValueError(f"weight layout {layout!r:.100} is not known to this version; it reads {LAYOUT!r}")
         own: dict[str, Any] = {k: rest.pop(k) for k in ("shape", "kept", "value_dtype") if k in rest}
         if "inputs" in rest:
             own["inputs"] = InputForm.from_json(rest.pop("inputs"))
@@ -157,20 +158,16 @@ class Spec:
             own["pattern"] = Pattern.parse(rest.pop("pattern"))
             if "kept" not in own:
                 raise ValueError(f"the number of kept weights is missing beside the pattern {own['pattern']}")
-        form = None
-        if family is not None and family not in FORMS:
-            raise ValueError(f"encoding {family!r} is not known to this version; it reads {sorted(FORMS)}")
-        known = {f.name for f in fields(FORMS[family])} if family else set()
-        if set(rest) - known:
-            raise ValueError(f"fields {sorted(set(rest) - known)} of a packed weight are not known to this version")
-        if family:
-            needed = {f.name for f in fields(FORMS[family]) if f.default is MISSING}
-            if needed - set(rest):
-                raise ValueError(f"fields {sorted(needed - set(rest))} of a packed weight are missing")
-            form = FORMS[family](**rest)
-        elif own.get("value_dtype", "") is None and ("low_rank" not in own or "kept" in own):
+        if family is not None and (not isinstance(family, str) or family not in FORMS):
+            raise ValueError(f"encoding {family!r:.100} is not known to this version; it reads {sorted(FORMS)}")
+        if rest and not family:
+            raise ValueError(f"fields {sorted(map(str, rest))} of a packed weight are not known to this version")
+        form = made_from(FORMS[family], rest, "a packed weight") if family else None
+        if not family and own.get("value_dtype", "") is None and ("low_rank" not in own or "kept" in own):
             raise ValueError("a packed weight without values has a low-rank form, and no mask")
-        return cls(tuple(own.pop("shape")), form, **own)
+        own["shape"] = _stated_shape(own)
+        _check_parts(own["shape"], form, own)
+        return cls(form=form, **own)
 
     def tensors(self) -> StoredShapes:
         """Shape and type of every stored tensor."""
@@ -210,6 +207,30 @@ class Spec:
     def num_bytes(self) -> int:
         """Stored bytes, everything counted."""
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.tensors().values())
+
+
+def _stated_shape(own: Mapping[str, Any]) -> tuple[int, int]:
+    """The shape that a file states, and its other numbers checked against it."""
+    shape, kept, dtype = own.get("shape"), own.get("kept", 0), own.get("value_dtype")
+    if not (isinstance(shape, list | tuple) and len(shape) == 2 and all(map(whole, shape))):
+        raise ValueError(f"shape {shape!r:.100} of a packed weight is not two whole numbers")
+    if not whole(kept, shape[0] * shape[1], least=0):
+        raise ValueError(f"{kept!r:.100} kept weights of a shape {shape}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"values of type {dtype!r:.100} are not known to this version")
+    return shape[0], shape[1]
+
+
+def _check_parts(shape: tuple[int, int], form: Form | None, own: Mapping[str, Any]) -> None:
+    """Groups, runs and rows that share a table must fill a weight."""
+    pattern, low_rank = own.get("pattern"), own.get("low_rank")
+    columns, rows = {"columns": shape[1]}, {"rows": shape[0]}
+    divides({"columns": getattr(form, "groups", 1)}, columns)
+    divides({"rows": getattr(form, "period", 0)}, rows)
+    divides({"columns": pattern.of if pattern else 1}, columns)
+    divides({"columns": low_rank.a_groups if low_rank else 1}, columns)
+    if pattern and own["kept"] * pattern.of != shape[0] * shape[1] * pattern.keep:
+        raise ValueError(f"{own['kept']} kept weights do not fit the pattern {pattern} of a shape {shape}")
 
 
 def spec_of(weight: Weight) -> Spec:

@@ -93,6 +93,9 @@ class Hf(Exporter):
         yield from refuse_added(graph, added)
         yield from refuse_rounded(specs)
 
+    def expected_bytes(self, spec: Spec, computed: torch.dtype) -> int:
+        return spec.shape[0] * spec.shape[1] * computed.itemsize
+
     def write(self, made: PackedFolder, folder: Path, final: Path, bars: Bars) -> None:
         write_dense(Dense(made.artifact, made.dtype), folder, made.folder, bars, self.key)
 

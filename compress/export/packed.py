@@ -2,38 +2,63 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.artifact import Artifact, Packed
+from compress.checkpoint.matching import RUNNING
 from compress.checkpoint.opening import read_config
 from compress.checkpoint.sources import FolderSource
 from compress.encodings.format import METHOD, WEIGHTS
-from compress.errors import UsageError
+from compress.errors import CheckpointError, UsageError
 from compress.export.base import PackedFolder
+from compress.io.safetensors_file import read_header, refuse_other_tensors
+from compress.io.small_file import read_object
 from compress.lazy import torch
 from compress.models import graph as graphs
 from compress.models import loading
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from compress.encodings import Spec
 
 
 def read_quantization(folder: Path) -> dict[str, Any]:
-    """The section of config.json that describes packed weights.
+    """The section of config.json that describes packed weights, every layer's description checked.
 
     Raises:
         UsageError: the folder is not one that this package wrote.
+        CheckpointError: it describes what this version cannot read.
     """
-    try:
-        section: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{folder} is not a folder that compress wrote: {error}") from error
+    from compress.runtime.register import CompressConfig
+
+    if not folder.is_dir():
+        raise UsageError(f"no such folder: {folder}")
+    section = read_object(folder / "config.json").get("quantization_config")
+    if not isinstance(section, dict):
+        raise UsageError(f"{folder} is not a folder that compress wrote: its config.json describes no packed weights")
     if section.get("quant_method") != METHOD:
-        raise UsageError(f"{folder} was compressed by {section.get('quant_method')}, not by this package")
+        raise UsageError(f"{folder} was compressed by {section.get('quant_method')!r:.100}, not by this package")
+    try:
+        CompressConfig(**section).specs()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}/config.json: {error}; it is damaged, or was written by a newer version: update, or run again"
+        ) from error
     return section
+
+
+def refuse_missing_layers(folder: Path, specs: Mapping[str, Spec]) -> None:
+    """Refuse a folder whose weights are not there, or lack a layer that config.json packs; reads the header alone.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
+    there = {name: stored.shape for name, stored in read_header(folder / WEIGHTS).tensors.items()}
+    wanted = {f"{m}.{leaf}": shape for m, spec in specs.items() for leaf, (shape, _) in spec.tensors().items()}
+    more = {name: shape for name, shape in there.items() if name not in wanted}
+    refuse_other_tensors(there, {**wanted, **more}, (), str(folder / WEIGHTS))
 
 
 def open_packed(folder: Path, dtype: torch.dtype | None = None) -> PackedFolder:
@@ -59,9 +84,29 @@ def open_packed(folder: Path, dtype: torch.dtype | None = None) -> PackedFolder:
     unknown = sorted(committed.keys() - {s.name for s in graph.sites})
     if unknown:
         raise UsageError(f"{folder}: config.json packs {unknown[0]}, which its model does not have")
+    artifact = Artifact(graph, source, dict(graph.tied), {**committed})
+    _refuse_other_tensors(artifact, folder)
     configured = getattr(config, "dtype", None)
     found = dtype or (configured if isinstance(configured, torch.dtype) else torch.float32)
-    return PackedFolder(folder, Artifact(graph, source, dict(graph.tied), {**committed}), found)
+    return PackedFolder(folder, artifact, found)
+
+
+def _refuse_other_tensors(artifact: Artifact, folder: Path) -> None:
+    """Refuse a file that lacks a tensor of the model, or holds another."""
+    graph, wanted = artifact.graph, {}
+    for name, tensor in graph.tensors():
+        site = artifact.made_site(name)
+        if site is not None:
+            leaves = artifact.committed[site.name].spec.tensors()
+            wanted |= {f"{site.name}.{leaf}": shape for leaf, (shape, _) in leaves.items()}
+        elif name not in graph.tied:
+            wanted[name] = tuple(tensor.shape)
+    refuse_other_tensors(
+        {name: artifact.source.shape(name) for name in artifact.source.names()},
+        wanted,
+        {name for name in graph.buffers if not name.endswith(RUNNING)},
+        str(folder / WEIGHTS),
+    )
 
 
 def specs_in(made: PackedFolder) -> dict[str, Spec]:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from compress.errors import CheckpointError, CompressError, NonFiniteError
+from compress.io.small_file import parse_object
 from compress.lazy import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -31,6 +32,8 @@ DTYPE_NAMES = {
 }  # fmt: skip
 NARROW = ("F8", "F6", "F4", "E8M0", "I4", "U4")  # how names of types begin that only quantizers write
 LENGTH = 8  # bytes of a header's length; headers are filled up to a multiple of it
+LONGEST_HEADER = 100_000_000  # bytes, as in the library of that name
+SEAL = "sha256"  # entry of a header's text: SHA-256 of the rest of the header and of the data
 DIGEST = "0" * 64  # stands in for a digest until it is known
 OFFSET = 10**15  # no offset takes more digits
 WIDEST = {"dtype": "BF16", "shape": [OFFSET] * 4, "data_offsets": [OFFSET, OFFSET]}
@@ -75,29 +78,35 @@ def write_tensors(layout: Layout, read: ReadTensors, file: Path, bars: Bars, hea
                 out.write(bytes_of(tensors[name]))
 
 
-def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file of tensors that are in memory."""
+def save_sealed(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> str:
+    """Write a safetensors file of tensors that are in memory; returns its seal, which the header holds as well."""
+    digest = hashlib.sha256()
+    for tensor in tensors.values():
+        digest.update(bytes_of(tensor))
+    entries = [(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
+    seal = _seal(metadata, _header_entries(entries), digest.hexdigest())
     with file.open("wb") as out:
-        out.write(_opening(metadata, [(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]))
+        out.write(_opening({**metadata, SEAL: seal}, entries))
         for tensor in tensors.values():
             out.write(bytes_of(tensor))
+    return seal
 
 
 def write_as_made(
     file: Path,
     tensors: Iterable[tuple[str, Tensor]],
     names: Iterable[str],
-    metadata: Callable[[str], Mapping[str, str]],
+    metadata: Mapping[str, str],
 ) -> None:
-    """Write a safetensors file of tensors whose sizes are not known before they are made.
+    """Write a sealed safetensors file of tensors whose sizes are not known before they are made.
 
     Args:
         file: to write.
         tensors: each with its name; one in memory at a time.
         names: all of them, in their order.
-        metadata: what the header says besides, from the SHA-256 of everything behind the header.
+        metadata: what the header says besides.
     """
-    room = len(_encoded(metadata(DIGEST), dict.fromkeys(names, WIDEST)))
+    room = len(_encoded({**metadata, SEAL: DIGEST}, dict.fromkeys(names, WIDEST)))
     room += -room % LENGTH
     entries: dict[str, Any] = {}
     digest, position = hashlib.sha256(), 0
@@ -111,19 +120,45 @@ def write_as_made(
             position += len(data)
         out.seek(0)
         out.write(room.to_bytes(LENGTH, "little"))
-        out.write(_encoded(metadata(digest.hexdigest()), entries).ljust(room))
+        seal = _seal(metadata, entries, digest.hexdigest())
+        out.write(_encoded({**metadata, SEAL: seal}, entries).ljust(room))
+
+
+def seal_of(file: Path) -> str:
+    """The seal that a file should have by what is in it now.
+
+    Raises:
+        CheckpointError: truncated or corrupt.
+    """
+    read_header(file)
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(LENGTH), "little")
+        header = json.loads(opened.read(length))
+        metadata = header.pop("__metadata__", {})
+        metadata.pop(SEAL, None)
+        return _seal(metadata, header, hashlib.file_digest(opened, "sha256").hexdigest())
+
+
+def _seal(metadata: Mapping[str, str], entries: Mapping[str, Any], data: str) -> str:
+    """`data`: SHA-256 of everything behind the header."""
+    return hashlib.sha256(_encoded(metadata, entries) + data.encode()).hexdigest()
 
 
 def _opening(metadata: Mapping[str, str], entries: Sequence[Entry]) -> bytes:
     """Everything before the data."""
+    text = _encoded(metadata, _header_entries(entries))
+    text += b" " * (-len(text) % LENGTH)
+    return len(text).to_bytes(LENGTH, "little") + text
+
+
+def _header_entries(entries: Sequence[Entry]) -> dict[str, Any]:
+    """What a header says of tensors that lie one behind the other."""
     header: dict[str, Any] = {}
     position = 0
     for name, shape, dtype in entries:
         header[name] = _header_entry(dtype, shape, position)
         position = header[name]["data_offsets"][1]
-    text = _encoded(metadata, header)
-    text += b" " * (-len(text) % LENGTH)
-    return len(text).to_bytes(LENGTH, "little") + text
+    return header
 
 
 def _header_entry(dtype: torch.dtype, shape: tuple[int, ...], begin: int) -> dict[str, Any]:
@@ -202,10 +237,12 @@ def read_header(file: Path) -> Header:
             length = int.from_bytes(opened.read(LENGTH), "little")
             if length > size - LENGTH:
                 raise ValueError("the header is incomplete")
-            return _parsed(json.loads(opened.read(length)), LENGTH + length, size)
+            if length > LONGEST_HEADER:
+                raise ValueError(f"a header of {length} bytes")
+            return _parsed(parse_object(opened.read(length), "the header"), LENGTH + length, size)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} does not exist; write or copy the folder again") from error
-    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, CheckpointError) as error:
         raise CheckpointError(f"{file} ({size} bytes) is truncated or corrupt: {error}; fetch it again") from error
     except _UnknownTypeError as error:
         quantized = str(error).startswith(NARROW)
@@ -226,6 +263,8 @@ def _parsed(header: dict[str, Any], start: int, size: int) -> Header:
         if said["dtype"] not in DTYPE_NAMES:
             raise _UnknownTypeError(said["dtype"])
         (begin, end), shape = said["data_offsets"], tuple(said["shape"])
+        if not all(type(number) is int for number in (begin, end, *shape)):
+            raise TypeError(f"{name} has sizes that are no whole numbers")
         found[name] = stored = StoredTensor(shape, getattr(torch, DTYPE_NAMES[said["dtype"]]), start + begin)
         if min((begin, *shape)) < 0 or end - begin != stored.count * stored.dtype.itemsize:
             raise ValueError(f"{name} of shape {shape} cannot be {end - begin} bytes")
@@ -262,18 +301,50 @@ def read_piece(file: Path, stored: StoredTensor, start: int, stop: int) -> Tenso
     return found
 
 
-def read_tensors(file: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+def read_tensors(file: Path, names: Iterable[str] | None = None, seal: str = "") -> dict[str, Tensor]:
     """Some tensors of a small file, or all.
 
     Raises:
-        CheckpointError: truncated or corrupt, or one of them is missing.
+        CheckpointError: truncated or corrupt, one of them is missing, or the file bears another seal than this.
     """
-    there = read_header(file).tensors
+    header = read_header(file)
+    there = header.tensors
+    if seal and header.metadata.get(SEAL) != seal:
+        raise CheckpointError(f"{file} was replaced while this run was using it; give the same command again")
     wanted = list(there if names is None else names)
     missing = [name for name in wanted if name not in there]
     if missing:
         raise CheckpointError(f"{file} has no tensor {missing[0]}; it was written by another program, or is damaged")
     return {name: read_tensor(file, there[name]) for name in wanted}
+
+
+Shapes: TypeAlias = "Mapping[str, tuple[int, ...]]"
+
+
+def refuse_other_tensors(there: Shapes, wanted: Shapes, optional: Collection[str], where: str) -> None:
+    """Refuse a file that does not hold just what a model wants.
+
+    Args:
+        there: name -> shape of each tensor of the file.
+        wanted: name -> shape of each tensor of the model.
+        optional: those that may be missing.
+        where: what the file is called.
+
+    Raises:
+        CheckpointError: one is missing, of another shape, or more than the model has.
+    """
+    damaged = "the folder is damaged: write it again"
+    for name, shape in wanted.items():
+        if name not in there:
+            if name not in optional:
+                raise CheckpointError(f"{where}: {name} is missing; {damaged}")
+        elif there[name] != shape:
+            raise CheckpointError(
+                f"{where}: {name} has shape {there[name]}, not {shape}: a mismatch with config.json; {damaged}"
+            )
+    more = sorted(there.keys() - wanted.keys())
+    if more:
+        raise CheckpointError(f"{where}: {more[0]} belongs to nothing that config.json describes; {damaged}")
 
 
 def digest_of_data(file: Path) -> str:

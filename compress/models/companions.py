@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from compress.io.atomic import copy, write_json
+from compress.logs import LOGGER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,13 +24,16 @@ CODE = "auto_map"  # names classes in files of code, which do not travel along
 
 
 def companions(folder: Path) -> list[Path]:
-    """The files of a model's folder that belong to it, weights and config.json left out."""
-    return sorted({found for pattern in COMPANIONS for found in folder.glob(pattern) if found.is_file()})
+    """The files of a model's folder that belong to it and are copied, weights and config.json left out."""
+    return [found for found in _matching(folder) if _lies_in(found, folder)]
 
 
 def copy_companions(source: Path, folder: Path) -> None:
     """Copy the tokenizer's files and their like; what names code that is not copied is left out of them."""
-    for found in companions(source):
+    for found in _matching(source):
+        if not _lies_in(found, source):
+            LOGGER.warning("%s is a link that leads out of the model's folder; it is not copied", found)
+            continue
         target = folder / found.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         settings = _naming_code(found)
@@ -37,6 +41,18 @@ def copy_companions(source: Path, folder: Path) -> None:
             copy(found, target)
         else:
             write_json(without_code(settings), target)
+
+
+def _matching(source: Path) -> list[Path]:
+    return sorted({found for pattern in COMPANIONS for found in source.glob(pattern) if found.is_file()})
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether a file lies in a folder, links followed; the hub's cache links to the blobs beside its snapshots."""
+    inside = [folder.resolve()]
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parent.parent / "blobs")
+    return any(place in path.resolve().parents for place in inside)
 
 
 def without_code(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ def load_tokenizer(folder: Path, needed: str = "text") -> Any:
     """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer("a text", add_special_tokens=False, verbose=False)  # some settings are first read when used
     except Exception as error:  # each class, and the libraries below, fail in their own way
         why = _reason(folder, error)
         raise DataError(f"{folder} has no tokenizer that can be used, and {needed} needs one: {why}") from error

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from compress.calibration.data import IMAGE_SUFFIX
+from compress.calibration.texts import IMAGE_SUFFIX, is_images
 from compress.config.pipeline import GATES, GIVEN
 from compress.errors import Problem
 
@@ -226,7 +226,7 @@ def data_sections(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
     images, model = graph.is_image_model, type(graph.model).__name__
     for name, section in (("calibration", pipeline.calibration), ("evaluate", pipeline.evaluate)):
         for source in section.sources.values() if section else ():
-            if source != GIVEN and source.endswith(IMAGE_SUFFIX) != images:
+            if source != GIVEN and is_images(source) != images:
                 wanted = f"images from a {IMAGE_SUFFIX} file" if images else "text"
                 yield Problem(f"{name}.source", f"{source}: {model} takes {wanted}")
         if section and longest and section.length > longest:

@@ -182,7 +182,8 @@ def _measured_on(report: Report) -> str:
     source = d["source"] if isinstance(d["source"], str) else ", ".join(d["source"].values())
     if "samples" in d:
         return f"accuracy on {source}, {d['samples']} samples{kl}"
-    return f"perplexity on {source}, {d['windows']} windows of {d['length']}, {d['tokens']} tokens{kl}"
+    protocol = f", protocol {d['protocol']}" if "protocol" in d else ""
+    return f"perplexity on {source}, {d['windows']} windows of {d['length']}, {d['tokens']} tokens{protocol}{kl}"
 
 
 def markdown(report: Report) -> str:

@@ -24,7 +24,7 @@ def install() -> None:
 
 
 def _register_packed() -> None:
-    # The module registers at its end. Where it is what imports transformers, it is only half there now.
+    # Done by importing it; where it is what imports transformers, that is under way.
     import compress.runtime.register  # noqa: F401
 
 

@@ -119,7 +119,7 @@ def test_what_cannot_be_is_a_defect(broken: LowRankFactors) -> None:
 
 
 def test_fields_of_a_newer_version_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown or missing"):
+    with pytest.raises(ValueError, match=r"shine.*not known"):
         LowRankForm.from_json({"rank": 3, "shine": 1})
-    with pytest.raises(ValueError, match="unknown or missing"):
+    with pytest.raises(ValueError, match=r"rank.*missing"):
         LowRankForm.from_json({})

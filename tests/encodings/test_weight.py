@@ -286,6 +286,35 @@ def test_a_pattern_without_the_number_of_kept_weights_is_refused() -> None:
         Spec.from_json({"shape": [2, 12], "layout": "compress-1", "pattern": "2:4"})
 
 
+IMPOSSIBLE: dict[str, dict[str, object]] = {
+    "no shape": {"shape": None},
+    "a shape of texts": {"shape": ["4", "8"]},
+    "a shape of fractions": {"shape": [4.0, 8.0]},
+    "three sizes": {"shape": [4, 8, 2]},
+    "more kept than there are": {"kept": 33},
+    "bits as a text": {"bits": "4"},
+    "no bits": {"bits": 0},
+    "true for a number": {"groups": True},
+    "groups that do not fill a row": {"groups": 3},
+    "a number for true": {"symmetric": 1},
+    "a type that is none": {"scale_dtype": "load"},
+    "a family that is a list": {"encoding": ["uniform"]},
+    "a pattern that is a list": {"pattern": ["2:4"], "kept": 16},
+    "another number than the pattern keeps": {"pattern": "2:4", "kept": 8},
+    "a correction that is a list": {"low_rank": [1]},
+    "a correction of a negative rank": {"low_rank": {"rank": -1}},
+    "an input's grid that is a text": {"inputs": "int8"},
+}
+
+
+@pytest.mark.parametrize("changed", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_what_no_weight_can_be_is_a_value_error(changed: dict[str, object]) -> None:
+    good = {"shape": [4, 8], "layout": "compress-1", "encoding": "uniform", "bits": 4, "groups": 2}
+    assert Spec.from_json(good).num_bytes
+    with pytest.raises(ValueError, match=r"."):
+        Spec.from_json({**good, **changed})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_packing_leaves_the_weight_alone(kind: str) -> None:
     weight = make(kind, bits=8)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from compress.errors import UsageError
+from compress.errors import CheckpointError, CompressError, UsageError
 from compress.export.onnx.session import Runner, open_session
 from compress.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 STEPS, WARM = 48, 8  # tokens generated, and of these not counted
 PROMPT = 16
@@ -58,10 +63,27 @@ def open_onnx(path: Path, threads: int = 0) -> Loaded:
     except ImportError as error:
         raise UsageError("onnxruntime must be installed: pip install compress-pipeline[onnx]") from error
     before = _resident()
-    runner = Runner(open_session(files[0], threads=threads))
+    with running(files[0]):
+        runner = Runner(open_session(files[0], threads=threads))
     after = _resident()
     size = sum(p.stat().st_size for p in files[0].parent.glob(f"{files[0].name}*"))
     return Loaded(runner, size, None if before is None or after is None else after - before)
+
+
+@contextmanager
+def running(path: Path) -> Iterator[None]:
+    """While open, what onnxruntime has against a file is said in one sentence.
+
+    Raises:
+        CheckpointError: it cannot be opened or run.
+    """
+    try:
+        yield
+    except (CompressError, MemoryError):
+        raise
+    except Exception as error:  # a damaged graph fails wherever it is first used
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{path} cannot be run by onnxruntime: {reason}; export it again") from error
 
 
 def _resident() -> int | None:
