@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint.artifact import RUNNING, Artifact, Packed
+from compress.checkpoint.artifact import Artifact, Packed
+from compress.checkpoint.matching import RUNNING
 from compress.checkpoint.sources import FolderSource
 from compress.encodings.format import METHOD, WEIGHTS
 from compress.errors import CheckpointError, UsageError

@@ -16,7 +16,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress.checkpoint.artifact import RUNNING
+from compress.checkpoint.matching import RUNNING
 from compress.encodings import Spec
 from compress.encodings.format import METHOD, WEIGHTS
 from compress.errors import CheckpointError
