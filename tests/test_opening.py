@@ -470,3 +470,13 @@ def test_whatever_is_wrong_with_a_tokenizer_is_one_sentence(
 def test_broken_settings_of_generation_are_found_before_work(text: str, folder: Path) -> None:
     (folder / "generation_config.json").write_text(text)
     both_refuse(folder, "generation_config.json")
+
+
+def test_a_compressed_folder_is_checked_for_absurd_settings_too(folder: Path, tmp_path: Path) -> None:
+    from compress.export.packed import open_packed
+
+    compress.run(RTN, folder, tmp_path / "out")
+    configure(tmp_path / "out", num_hidden_layers=10_000)
+    for opening in (load_model, open_packed):
+        with pytest.raises(CheckpointError, match="num_hidden_layers is 10000"):
+            opening(tmp_path / "out")

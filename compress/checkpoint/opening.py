@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.matching import match
 from compress.checkpoint.sources import FolderSource
+from compress.encodings.format import WEIGHTS
 from compress.errors import CheckpointError, UnsupportedModelError
 from compress.lazy import torch, transformers
 from compress.logs import LOGGER
@@ -75,9 +76,7 @@ def open_folder(folder: Path) -> OpenedModel:
     settings = refusals.read_settings(folder)
     refusals.refuse_quantized(folder, settings)
     source = FolderSource(folder)
-    refusals.refuse_counts(folder, settings, _count(source))
-    config = loading.read_config(folder)
-    refusals.refuse_counts(folder, config.to_dict(), _count(source))
+    config = read_config(folder, source)
     notes = refusals.refuse_other_tasks(folder, settings, config, loading.classes(config))
     _refuse_larger(folder, config, source)
     _refuse_generation(folder)
@@ -100,12 +99,27 @@ def load_model(model: str | Path, dtype: torch.dtype | None = None) -> Any:
     folder = hub.resolve(model)
     refusals.refuse_adapter(folder)
     if refusals.read_settings(folder).get("quantization_config"):
+        if (folder / WEIGHTS).is_file():
+            read_config(folder, FolderSource(folder, WEIGHTS))
+        _refuse_generation(folder)
         return loading.load_model(folder, dtype)
     try:
         own = open_folder(folder).dtype
     except UnsupportedModelError:  # which passes cannot work on, but transformers can run
         own = _dtype(loading.read_config(folder), FolderSource(folder))
     return loading.load_model(folder, dtype or own)
+
+
+def read_config(folder: Path, source: FolderSource) -> Any:
+    """config.json as transformers reads it, refused where it describes more parts than the files hold.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of another model.
+    """
+    refusals.refuse_counts(folder, refusals.read_settings(folder), _count(source))  # else reading takes for ever
+    config = loading.read_config(folder)
+    refusals.refuse_counts(folder, config.to_dict(), _count(source))  # what it leaves out has a value too
+    return config
 
 
 def _count(source: FolderSource) -> int:

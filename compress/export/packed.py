@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.artifact import Artifact, Packed
 from compress.checkpoint.matching import RUNNING
+from compress.checkpoint.opening import read_config
 from compress.checkpoint.sources import FolderSource
 from compress.encodings.format import METHOD, WEIGHTS
 from compress.errors import CheckpointError, UsageError
@@ -74,11 +75,11 @@ def open_packed(folder: Path, dtype: torch.dtype | None = None) -> PackedFolder:
     from compress.runtime.register import CompressConfig, add_biases
 
     section = CompressConfig(**read_quantization(folder))
-    config = loading.read_config(folder)
+    source = FolderSource(folder, WEIGHTS)
+    config = read_config(folder, source)
     model = loading.build(config)
     add_biases(model, section.added_biases)
     graph = graphs.find(model)
-    source = FolderSource(folder, WEIGHTS)
     committed = {name: Packed(folder / WEIGHTS, name, spec) for name, spec in section.specs().items()}
     unknown = sorted(committed.keys() - {s.name for s in graph.sites})
     if unknown:

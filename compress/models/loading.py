@@ -13,7 +13,7 @@ from compress.lazy import nn, torch, transformers
 from compress.models.refusals import read_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
 
@@ -29,16 +29,20 @@ def read_config(folder: Path) -> transformers.PreTrainedConfig:
         config: transformers.PreTrainedConfig = read(folder, trust_remote_code=False, local_files_only=True)
         return config
     except Exception as error:  # each model's configuration class refuses in its own way
-        file, kind = folder / "config.json", settings.get("model_type")
-        if kind in transformers.CONFIG_MAPPING:
-            raise CheckpointError(f"{file} cannot be used: {error}") from error
-        own = settings.get("auto_map")
-        why = (
-            "its code comes with the model (auto_map), and such code is never run here"
-            if own
-            else f"transformers {transformers.__version__} does not know it; a newer version may"
-        )
-        raise CheckpointError(f"{file} cannot be used: it describes a model of the type {kind!r}, and {why}") from error
+        file = folder / "config.json"
+        raise CheckpointError(f"{file} cannot be used: {_reason(settings, error)}") from error
+
+
+def _reason(settings: Mapping[str, Any], error: Exception) -> str:
+    """Why transformers makes nothing of the content of a config.json."""
+    kind = settings.get("model_type")
+    if not isinstance(kind, str):
+        return "it does not say the model_type, by which transformers knows the kind of model; fetch it again"
+    if kind in transformers.CONFIG_MAPPING:
+        return str(error)
+    if settings.get("auto_map"):
+        return f"the code of a {kind!r} comes with the model (auto_map), and such code is never run here"
+    return f"transformers {transformers.__version__} does not know a {kind!r}; a newer version may"
 
 
 def loader(config: transformers.PreTrainedConfig) -> Any:
@@ -62,15 +66,12 @@ def build(config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel
     """The language model or image classifier a configuration describes, parameters on the meta device, buffers real.
 
     Raises:
-        CheckpointError: neither a causal language model nor an image classifier transformers knows.
+        CheckpointError: transformers cannot build it.
     """
     try:
         return built(lambda: loader(config).from_config(config, trust_remote_code=False))
     except Exception as error:  # as above: a wrong value surfaces wherever the model's code first uses it
-        raise CheckpointError(
-            "config.json describes no causal language model and no image classifier that transformers can build: "
-            f"{error}"
-        ) from error
+        raise CheckpointError(f"transformers cannot build the model that config.json describes: {error}") from error
 
 
 def parameters_of(config: transformers.PreTrainedConfig) -> int | None:
@@ -126,7 +127,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
         model = loader(read_config(folder)).from_pretrained(folder, dtype=dtype or "auto").eval()
         align(model)
         return model
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, SafetensorError) as error:
         files = ", ".join(sorted(p.name for p in folder.glob("*.safetensors"))) or "no safetensors"
         raise CheckpointError(f"{folder} ({files}) cannot be loaded: {error}") from error
     finally:
