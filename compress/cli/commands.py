@@ -119,7 +119,9 @@ def check(
     from compress.config.reading import load_pipeline
 
     steps = load_pipeline(pipeline)
+    notes: list[str] = []
     if model is not None:
+        from compress.api.amounts import check_amounts
         from compress.checkpoint import opening
         from compress.engine.merge import checks
         from compress.planning import plan
@@ -127,7 +129,10 @@ def check(
         opened = opening.open_model(model)
         plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline))
         checks.check_models(steps, opened.artifact, str(pipeline))
+        notes = check_amounts(steps, opened, str(pipeline))
     print(f"{pipeline}: fine" + (f" for {model}" if model else ""))
+    for note in notes:
+        print(f"note: {note}")
 
 
 @app.command("plan")
@@ -143,6 +148,7 @@ def show_plan(
 ) -> None:
     """Show what each pass will touch and cost, before any work. Only --shares reads weights."""
     bars = _bars(verbose, quiet)
+    from compress.api.amounts import check_amounts
     from compress.checkpoint import opening
     from compress.config.reading import load_pipeline
     from compress.engine.merge import checks
@@ -153,6 +159,7 @@ def show_plan(
     steps = load_pipeline(pipeline)
     made = plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline), opened.companion_bytes)
     checks.check_models(steps, opened.artifact, str(pipeline))
+    notes = check_amounts(steps, opened, str(pipeline))
     allocations = allocation_preview.allocations(made)
     with bars.shown():
         shares = allocation_preview.known_shares(allocations, opened.artifact, bars) if with_shares else {}
@@ -162,7 +169,7 @@ def show_plan(
         return
     console = _console()
     console.print(report.table(shown))
-    for line in report.lines(shown, console.width, console.options.ascii_only):
+    for line in (*report.lines(shown, console.width, console.options.ascii_only), *(f"note: {n}" for n in notes)):
         console.print(line, soft_wrap=True)
     if with_shares and not allocations:
         console.print("--shares: no pass gives layers different shares of zeros", soft_wrap=True)
