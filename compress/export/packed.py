@@ -41,12 +41,13 @@ def read_quantization(folder: Path) -> dict[str, Any]:
     if section.get("quant_method") != METHOD:
         raise UsageError(f"{folder} was compressed by {section.get('quant_method')!r:.100}, not by this package")
     try:
-        CompressConfig(**section).specs()
+        made = CompressConfig(**section)
+        made.specs()
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder}/config.json: {error}; it is damaged, or was written by a newer version: update, or run again"
         ) from error
-    return section
+    return {**section, "modules": made.modules, "added_biases": made.added_biases}
 
 
 def refuse_missing_layers(folder: Path, specs: Mapping[str, Spec]) -> None:
