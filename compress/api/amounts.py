@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compress.api.data import read_tokenizer
 from compress.calibration.texts import LOCAL, is_images, suffix_of
 from compress.calibration.tokens import count_tokens, too_few
 from compress.config.lines import line_of
 from compress.config.pipeline import GIVEN
 from compress.config.reading import idle_options
 from compress.errors import ConfigError, DataError, Problem
+from compress.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +44,7 @@ def check_amounts(steps: Pipeline, opened: OpenedModel, file: str = "pipeline") 
             continue
         try:
             wanted = section.length * max(1, section.samples)
-            tokenizer = read_tokenizer(opened.folder, split)
+            tokenizer = load_tokenizer(opened.folder, f"{split} text")
             found = count_tokens(source, tokenizer, wanted, split, section.field, section.protocol)
             if found < wanted:
                 raise DataError(too_few(source, found, section.samples, section.length))

@@ -209,7 +209,7 @@ def evaluate(
 
     if runtime not in get_args(measuring.Runtime):
         raise UsageError(f"--runtime {runtime}: known: {', '.join(get_args(measuring.Runtime))}")
-    given = {"source": source, "field": field, "subset": subset, "protocol": protocol}
+    given: dict[str, Any] = {"source": source, "field": field, "subset": subset, "protocol": protocol}
     given |= {name: value for name, value in (("samples", samples), ("length", length)) if value is not None}
     section = read_evaluation(given)
     found = measuring.measure_model(model, section, against=against, runtime=runtime, threads=threads, bars=bars)  # type: ignore[arg-type]
@@ -288,7 +288,8 @@ def _layer_notes(out: Path) -> dict[str, dict[str, dict[str, Any]]]:
     notes = read_object(out / "report.json").get("layers")
     passes = list(notes.values()) if isinstance(notes, dict) else [None]
     each = [note for found in passes for note in (found.values() if isinstance(found, dict) else [None])]
-    if not all(isinstance(note, dict) and isinstance(note.get("error"), float | int) for note in each):
+    whole = all(isinstance(note, dict) and isinstance(note.get("error"), float | int) for note in each)
+    if not isinstance(notes, dict) or not whole:
         raise UsageError(f"{out}/report.json is not what a run wrote: its `layers` are damaged; run the pipeline again")
     return dict(notes)
 

@@ -94,11 +94,14 @@ def open_packed(folder: Path, dtype: torch.dtype | None = None) -> PackedFolder:
 
 def _refuse_other_tensors(artifact: Artifact, folder: Path) -> None:
     """Refuse a file that lacks a tensor of the model, or holds another."""
-    graph, wanted = artifact.graph, {}
+    graph = artifact.graph
+    wanted: dict[str, tuple[int, ...]] = {}
     for name, tensor in graph.tensors():
         site = artifact.made_site(name)
         if site is not None:
-            leaves = artifact.committed[site.name].spec.tensors()
+            packed = artifact.committed[site.name]
+            assert isinstance(packed, Packed)
+            leaves = packed.spec.tensors()
             wanted |= {f"{site.name}.{leaf}": shape for leaf, (shape, _) in leaves.items()}
         elif name not in graph.tied:
             wanted[name] = tuple(tensor.shape)
