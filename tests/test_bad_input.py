@@ -145,7 +145,7 @@ DATA = {
         ["c.jsonl:3", "'text'"],
     ),
     "json line that is no JSON": ("c.jsonl", b'{"text": "one"}\n{"text\n', ["c.jsonl:2", "'text'"]),
-    "json line that is no object": ("c.jsonl", b'["text"]\n', ["c.jsonl: row 1", "'text'"]),
+    "json line that is no object": ("c.jsonl", b'["text"]\n', ["c.jsonl:1", "'text'"]),
     "json line with a number as text": ("c.jsonl", b'{"text": 5}\n', ["c.jsonl:1", "'text'"]),
     "json line with null as text": ("c.jsonl", b'{"text": null}\n', ["c.jsonl:1", "'text'"]),
     "json line with a list as text": ("c.jsonl", b'{"text": ["a", "b"]}\n', ["c.jsonl:1", "'text'"]),
@@ -167,6 +167,24 @@ def test_unusable_text_is_refused_before_any_work(
     pipeline = write_pipeline(tmp_path / "p.yaml", "".join(sections) + f"passes: [{{{GPTQ}}}]\n")
     assert_refused(compress_command("run", pipeline, text_model, "-o", out), 2, out, *words)
     assert not list(tmp_path.glob("out*")), "nothing was started"
+
+
+AMOUNTS = {
+    "to calibrate with": ("calibration: {source: TEXT, samples: 900, length: 64}\n", "calibration.source: "),
+    "to measure with": ("evaluate: {source: {a: TEXT}, samples: 900, length: 64}\n", "evaluate.source.a: "),
+    "for one window": ("evaluate: {source: SHORT, protocol: wikitext, length: 128}\n", "evaluate.source: "),
+}
+
+
+@pytest.mark.parametrize(("section", "where"), AMOUNTS.values(), ids=AMOUNTS.keys())
+def test_too_few_tokens_for_a_run_are_too_few_for_check_and_plan(
+    section: str, where: str, text: Path, text_model: Path, tmp_path: Path, out: Path
+) -> None:
+    section = section.replace("TEXT", str(text)).replace("SHORT", str(write_text(tmp_path / "short.txt", words=50)))
+    good = "" if section.startswith("calibration") else f"calibration: {{source: {text}, samples: 4, length: 32}}\n"
+    pipeline = write_pipeline(tmp_path / "p.yaml", good + section + f"passes: [{{{GPTQ}}}]\n")
+    for command in ("check", "plan"):
+        assert_refused(compress_command(command, pipeline, text_model), 2, out, where, "tokens, ", "lower samples or")
 
 
 def parquet(path: Path, **columns: list[Any]) -> Path:

@@ -144,8 +144,8 @@ def test_quality_is_the_same_in_pieces(room: int, tokens: Tensor, monkeypatch: p
 def test_the_original_may_come_in_other_pieces_than_the_model(tokens: Tensor) -> None:
     model = KINDS["llama"]().eval()
     reference, rows = metrics.Reference(), called(model, tokens).detach()[:, :-1].flatten(0, 1)
-    metrics.measure(lambda _: iter(rows.split(7)), tokens, reference=reference, keep=True)
-    found = metrics.measure(lambda _: iter(rows.split(9)), tokens, reference=reference)
+    metrics.measure(lambda _: iter(torch.split(rows, 7)), tokens, reference=reference, keep=True)
+    found = metrics.measure(lambda _: iter(torch.split(rows, 9)), tokens, reference=reference)
     assert (found.kl, found.kl_tokens, found.negative_flips) == (0.0, 44, 0.0)
 
 

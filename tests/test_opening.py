@@ -405,14 +405,17 @@ def test_a_number_that_the_computing_type_cannot_hold_is_refused(folder: Path) -
 
 
 def test_a_plain_export_that_overflows_its_type_is_not_written(folder: Path, tmp_path: Path) -> None:
-    from compress.export.packed import open_packed
+    from compress.api.export import export_to
+    from compress.io.manifest import write_manifest
 
     change(folder, lambda t: t[GATE].view(-1)[:1].fill_(1e5))
     compress.run(RTN, folder, tmp_path / "out")
-    made = open_packed(tmp_path / "out", torch.float16)
+    pipeline = tmp_path / "out" / "pipeline.yaml"
+    pipeline.write_text(pipeline.read_text().replace("dtype: auto", "dtype: float16"))
+    write_manifest(tmp_path / "out")
     with pytest.raises(NonFiniteError, match=f"{GATE} holds numbers that are too large for float16"):
-        compress.Hf().write(made, tmp_path / "hf", tmp_path / "hf", Bars(drawn=False))
-    assert not list((tmp_path / "hf").iterdir())
+        export_to(tmp_path / "out", [compress.Hf()])
+    assert not list((tmp_path / "out").glob("hf*"))
 
 
 # --- tokenizers and settings ------------------------------------------------------------------------------------------

@@ -468,12 +468,6 @@ IDLE = {
         "passes",
         "nothing would be done",
     ),
-    "a field of what has none": (
-        "calibration: {field: body}\npasses: [gptq]",
-        "calibration.field",
-        "demo has no fields",
-    ),
-    "a configuration of a file": ("calibration: {subset: raw}\npasses: [gptq]", "calibration.subset", "demo has none"),
 }
 
 

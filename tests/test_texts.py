@@ -93,8 +93,8 @@ WRONG: dict[str, tuple[str, bytes, list[str]]] = {
     "null": ("c.jsonl", lines({"text": TEXT}, {"text": None}), ["c.jsonl:2", "null", "leave such rows out"]),
     "half a pair": ("c.jsonl", b'{"text": "\\ud800"}', ["half a character"]),
     "endless nesting": ("c.json", b"[" * 100_000, ["not JSON"]),
-    "an array of texts": ("c.json", b'["a", "b"]', ["c.json: row 1", "a text"]),
-    "one object in many lines": ("c.json", b'{\n"text": "a"\n}', ["c.json:1", "one array of objects"]),
+    "an array of texts": ("c.json", b'["a", "b"]', ["c.json:1: row 1", "a text"]),
+    "one object in many lines": ("c.json", b'{\n"text": "a"\n}', ["c.json:1", "one array of them"]),
 }
 
 

@@ -117,7 +117,7 @@ def _onnx_logits(runner: Runner, batch: Tensor) -> Tensor | Iterator[Tensor]:
     rows = rows_at_once(len(batch), runner.width * batch[0].numel())
     if "input_ids" not in runner.inputs or rows == len(batch):
         return runner(batch)
-    return (runner(part)[:, :-1].flatten(0, 1) for part in batch.split(rows))
+    return (runner(part)[:, :-1].flatten(0, 1) for part in torch.split(batch, rows))
 
 
 def _result(quality: Quality, section: Evaluation) -> dict[str, Any]:

@@ -56,11 +56,12 @@ from compress.report import report
 from compress.report.report import Report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
     from compress.checkpoint.opening import OpenedModel
+    from compress.checkpoint.sources import Source
     from compress.config.pipeline import Pipeline
     from compress.engine.placement import MadeDelta
     from compress.report.report import Row
@@ -144,22 +145,16 @@ def run(
         if fresh:
             clear(work)
         resources.check_resources(made, destination, work)
-        dtype = _dtype(steps, opened)
         with bars.shown():
-            refuse_non_finite(opened.artifact, dtype, bars)
-        read = [file for source in sources for file in source.files()]
-        watch = Watch.over([*read, opened.folder / "config.json", *companions(opened.folder)])
-        names = ["+".join(p.key for p in stage) for stage in steps.passes]
-        ledger = FolderLedger(work, Resume(names, len(graph.blocks)), watch.refuse_changed)
-        context = Context(
-            artifact=opened.artifact, given=opened.artifact, ledger=ledger,
-            seed=steps.seed, dtype=dtype, products=steps.products, resident=False, bars=bars,
-        )  # fmt: skip
+            refuse_non_finite(opened.artifact, _dtype(steps, opened), bars)
+        watch = _watch(opened, sources)
+        resume = Resume(["+".join(p.key for p in stage) for stage in steps.passes], len(graph.blocks))
+        context = _context(steps, opened, FolderLedger(work, resume, watch.refuse_changed), bars)
         with kept_in(work / LOG), bars.shown():
             with context.devices.scope():
                 measured, context = manager.execute(steps, made, context, data, str(model), on_row)
             measured.notes += opened.notes
-            ledger.resume.all_done()
+            resume.all_done()
             _export(context, opened, steps, measured, data, destination, identity, resolved)
             watch.refuse_changed()
             publish_folder(work / RESULT, destination)
@@ -172,6 +167,20 @@ def row_names(pipeline: str | Path | Mapping[str, Any] | Pipeline) -> list[str]:
     stages = load_pipeline(pipeline).passes
     models = [model for stage in stages for pass_ in stage if isinstance(pass_, MergePass) for model in pass_.models]
     return ["original", *models, *("+".join(p.key for p in stage) for stage in stages)]
+
+
+def _watch(opened: OpenedModel, sources: Sequence[Source]) -> Watch:
+    """Everything that is read of a model, and of those that are merged into it."""
+    read = [file for source in sources for file in source.files()]
+    return Watch.over([*read, opened.folder / "config.json", *companions(opened.folder)])
+
+
+def _context(steps: Pipeline, opened: OpenedModel, ledger: FolderLedger, bars: progress.Bars) -> Context:
+    """What the first stage works in."""
+    return Context(
+        artifact=opened.artifact, given=opened.artifact, ledger=ledger,
+        seed=steps.seed, dtype=_dtype(steps, opened), products=steps.products, resident=False, bars=bars,
+    )  # fmt: skip
 
 
 def _dtype(steps: Pipeline, opened: OpenedModel) -> torch.dtype:

@@ -188,7 +188,7 @@ def _predictions(found: Tensor | Iterator[Tensor], tokens: bool) -> Iterator[Ten
         return
     pieces = [found[:, :-1].flatten(0, 1)] if isinstance(found, torch.Tensor) else found
     for piece in pieces:
-        yield from (part.float() for part in piece.split(rows_at_once(*piece.shape)))
+        yield from (part.float() for part in torch.split(piece, rows_at_once(*piece.shape)))
 
 
 def _check_labels(logits: Tensor, labels: Tensor) -> None:

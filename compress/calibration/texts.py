@@ -118,7 +118,7 @@ def read_texts(source: str, split: Split, field: str, subset: str | None, render
     if suffix == ".parquet":
         rows, count = _parquet(path, field)
     elif suffix in (".json", ".jsonl"):
-        rows, count = _json(path), None
+        rows, count = _json(path, field), None
     else:
         rows, count = _hub(source, split, subset)
     return Texts(((_text_in(row, field, place, render),) for place, row in rows), count)
@@ -161,7 +161,7 @@ def _no_utf8(path: Path, place: int, error: UnicodeDecodeError) -> DataError:
     )
 
 
-def _json(path: Path) -> Rows:
+def _json(path: Path, field: str) -> Rows:
     """An object on each line, or one array of objects."""
     with path.open("rb") as file:
         _refuse_utf16(path, file)
@@ -170,16 +170,16 @@ def _json(path: Path) -> Rows:
         begin = file.read(64).lstrip()[:1]
         file.seek(place)
         if begin == b"[":
-            rows = _parsed(file.read(), path, path, place)
-            yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
+            rows = _parsed(file.read(), path, f"{path}:1", place, field)
+            yield from ((f"{path}:1: row {number}", row) for number, row in enumerate(rows, 1))
             return
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield f"{path}:{number}", _parsed(line, path, f"{path}:{number}", place)
+                yield f"{path}:{number}", _parsed(line, path, f"{path}:{number}", place, field)
             place += len(line)
 
 
-def _parsed(data: bytes, path: Path, where: object, start: int) -> Any:
+def _parsed(data: bytes, path: Path, where: str, start: int, field: str) -> Any:
     """JSON that begins at byte `start` of a file."""
     try:
         return json.loads(data.decode("utf-8"))
@@ -187,7 +187,7 @@ def _parsed(data: bytes, path: Path, where: object, start: int) -> Any:
         raise _no_utf8(path, start + error.start, error) from error
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{where}: not JSON ({error}); a file holds an object with the text on each line, or one array of objects"
+            f"{where}: not JSON ({error}); a file holds an object with the field {field!r} on each line, or an array"
         ) from error
 
 

@@ -195,7 +195,8 @@ def _refuse_extra(folder: Path, graph: Graph, source: Source, spelling: _Spellin
     model: Any = graph.model
     computed = {name for name, _ in model.named_buffers()}
     declared = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    ignored, unknown = [], []
+    ignored: list[str] = []
+    unknown: list[str] = []
     for name in sorted(extra):
         spellings = spelling.of(name)
         if not computed.isdisjoint(spellings) or COMPUTED.search(spellings[0]):

@@ -73,9 +73,9 @@ class FolderSource:
                     )
                 self._where[tensor] = file
                 self._stored[tensor] = stored
-        lost = sorted((listed or {}).keys() - self._where.keys())
-        if lost:
-            raise CheckpointError(f"{index}: names {lost[0]}, which is not in {listed[lost[0]]}; fetch both again")
+        for tensor, where in (listed or {}).items():
+            if tensor not in self._where:
+                raise CheckpointError(f"{index}: names {tensor}, which is not in {where}; fetch both again")
 
     def names(self) -> Iterable[str]:
         return self._where

@@ -119,7 +119,9 @@ def check(
     from compress.config.reading import load_pipeline
 
     steps = load_pipeline(pipeline)
+    notes: list[str] = []
     if model is not None:
+        from compress.api.amounts import check_amounts
         from compress.checkpoint import opening
         from compress.engine.merge import checks
         from compress.planning import plan
@@ -127,7 +129,10 @@ def check(
         opened = opening.open_model(model)
         plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline))
         checks.check_models(steps, opened.artifact, str(pipeline))
+        notes = check_amounts(steps, opened, str(pipeline))
     print(f"{pipeline}: fine" + (f" for {model}" if model else ""))
+    for note in notes:
+        print(f"note: {note}")
 
 
 @app.command("plan")
@@ -143,6 +148,7 @@ def show_plan(
 ) -> None:
     """Show what each pass will touch and cost, before any work. Only --shares reads weights."""
     bars = _bars(verbose, quiet)
+    from compress.api.amounts import check_amounts
     from compress.checkpoint import opening
     from compress.config.reading import load_pipeline
     from compress.engine.merge import checks
@@ -153,6 +159,7 @@ def show_plan(
     steps = load_pipeline(pipeline)
     made = plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline), opened.companion_bytes)
     checks.check_models(steps, opened.artifact, str(pipeline))
+    notes = check_amounts(steps, opened, str(pipeline))
     allocations = allocation_preview.allocations(made)
     with bars.shown():
         shares = allocation_preview.known_shares(allocations, opened.artifact, bars) if with_shares else {}
@@ -162,7 +169,7 @@ def show_plan(
         return
     console = _console()
     console.print(report.table(shown))
-    for line in report.lines(shown, console.width, console.options.ascii_only):
+    for line in (*report.lines(shown, console.width, console.options.ascii_only), *(f"note: {n}" for n in notes)):
         console.print(line, soft_wrap=True)
     if with_shares and not allocations:
         console.print("--shares: no pass gives layers different shares of zeros", soft_wrap=True)
@@ -202,7 +209,7 @@ def evaluate(
 
     if runtime not in get_args(measuring.Runtime):
         raise UsageError(f"--runtime {runtime}: known: {', '.join(get_args(measuring.Runtime))}")
-    given = {"source": source, "field": field, "subset": subset, "protocol": protocol}
+    given: dict[str, Any] = {"source": source, "field": field, "subset": subset, "protocol": protocol}
     given |= {name: value for name, value in (("samples", samples), ("length", length)) if value is not None}
     section = read_evaluation(given)
     found = measuring.measure_model(model, section, against=against, runtime=runtime, threads=threads, bars=bars)  # type: ignore[arg-type]
@@ -281,7 +288,8 @@ def _layer_notes(out: Path) -> dict[str, dict[str, dict[str, Any]]]:
     notes = read_object(out / "report.json").get("layers")
     passes = list(notes.values()) if isinstance(notes, dict) else [None]
     each = [note for found in passes for note in (found.values() if isinstance(found, dict) else [None])]
-    if not all(isinstance(note, dict) and isinstance(note.get("error"), float | int) for note in each):
+    whole = all(isinstance(note, dict) and isinstance(note.get("error"), float | int) for note in each)
+    if not isinstance(notes, dict) or not whole:
         raise UsageError(f"{out}/report.json is not what a run wrote: its `layers` are damaged; run the pipeline again")
     return dict(notes)
 

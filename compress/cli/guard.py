@@ -130,8 +130,8 @@ def _unexpected(error: Exception) -> int:
     """A mistake of this package or of a library."""
     hint = "the traceback is above" if _trace(error) else "`compress -v COMMAND` shows the traceback"
     text = " ".join(str(error).split()) or "no message"
-    said = f"error: unexpected {type(error).__name__}: {shortened(text)}"
-    print(f"{said}; a fault of compress, not of yours: please report it ({hint})", file=sys.stderr)
+    said = f"error: unexpected {type(error).__name__}: {shortened(text)}; a fault of compress, not of yours"
+    print(f"{said}: please report it ({hint})", file=sys.stderr)
     return FAULT
 
 

@@ -115,6 +115,8 @@ def read_evaluation(options: Mapping[str, Any]) -> Evaluation:
     """
     findings = _Findings("options")
     section = _read_section(Evaluation, dict(options), "evaluate", findings)
+    if section is not None:
+        findings.add_options("evaluate", idle_options(section))
     if findings.problems:
         raise UsageError("\n".join(f"--{p.path.split('.')[1]}: {p.message}" for p in findings.problems))
     assert isinstance(section, Evaluation)
@@ -305,7 +307,6 @@ def _read_section(cls: type[Calibration], data: Any, path: str, findings: _Findi
             findings.add(f"{path}.{name}", large_share(data[name]))
     section = cls(**_values(cls, given, path, findings))
     findings.add_options(path, check_options(cls, vars(section)).outside)
-    findings.add_options(path, _idle(section))
     if not section.sources:
         findings.add(f"{path}.source", "names no source; give one, or several such as {maths: a.jsonl}")
     for name, source in section.sources.items():
@@ -314,7 +315,7 @@ def _read_section(cls: type[Calibration], data: Any, path: str, findings: _Findi
     return section
 
 
-def _idle(section: Calibration) -> Iterator[OptionError]:
+def idle_options(section: Calibration) -> Iterator[OptionError]:
     """Options that change nothing for any of the sources."""
     sources = [*section.sources.values()]
     listed = ", ".join(sources)

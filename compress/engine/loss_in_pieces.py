@@ -90,7 +90,7 @@ def loss_in_pieces(own: BeforeHead, meant: BeforeHead | Tensor) -> Tensor:
         rows, targets, of_piece = own.rows[:, :-1].flatten(0, 1), meant[:, 1:].flatten(), _cross_entropy(own)
     size = rows_at_once(len(rows), vocabulary(own.model), WHOLE_LEARNED)
     total = torch.zeros((), device=rows.device)
-    for part, target in zip(rows.split(size), targets.split(size), strict=True):
+    for part, target in zip(torch.split(rows, size), torch.split(targets, size), strict=True):
         total = total + checkpoint(of_piece, part, target, use_reentrant=False)
     return total / len(rows)
 

@@ -41,12 +41,13 @@ def read_quantization(folder: Path) -> dict[str, Any]:
     if section.get("quant_method") != METHOD:
         raise UsageError(f"{folder} was compressed by {section.get('quant_method')!r:.100}, not by this package")
     try:
-        CompressConfig(**section).specs()
+        made = CompressConfig(**section)
+        made.specs()
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder}/config.json: {error}; it is damaged, or was written by a newer version: update, or run again"
         ) from error
-    return section
+    return {**section, "modules": made.modules, "added_biases": made.added_biases}
 
 
 def refuse_missing_layers(folder: Path, specs: Mapping[str, Spec]) -> None:
@@ -93,11 +94,14 @@ def open_packed(folder: Path, dtype: torch.dtype | None = None) -> PackedFolder:
 
 def _refuse_other_tensors(artifact: Artifact, folder: Path) -> None:
     """Refuse a file that lacks a tensor of the model, or holds another."""
-    graph, wanted = artifact.graph, {}
+    graph = artifact.graph
+    wanted: dict[str, tuple[int, ...]] = {}
     for name, tensor in graph.tensors():
         site = artifact.made_site(name)
         if site is not None:
-            leaves = artifact.committed[site.name].spec.tensors()
+            packed = artifact.committed[site.name]
+            assert isinstance(packed, Packed)
+            leaves = packed.spec.tensors()
             wanted |= {f"{site.name}.{leaf}": shape for leaf, (shape, _) in leaves.items()}
         elif name not in graph.tied:
             wanted[name] = tuple(tensor.shape)

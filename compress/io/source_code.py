@@ -170,9 +170,9 @@ def _imports(statements: Sequence[ast.stmt]) -> Iterator[Imported]:
         elif isinstance(node, ast.Import):
             whole |= {alias.asname or alias.name for alias in node.names if alias.name == PACKAGE}
             yield from (Imported(alias.name) for alias in node.names)
-    for node in (inner for statement in statements for inner in ast.walk(statement)) if whole else ():
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in whole:
-            yield Imported(PACKAGE, node.attr)
+    for each in (inner for statement in statements for inner in ast.walk(statement)) if whole else ():
+        if isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name) and each.value.id in whole:
+            yield Imported(PACKAGE, each.attr)
 
 
 def _resolved(imported: Imported, importer: str, file: Path, locate: Locate) -> str:

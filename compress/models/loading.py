@@ -78,10 +78,10 @@ def parameters_of(config: transformers.PreTrainedConfig) -> int | None:
     """How many parameters a model of this configuration has; None where that cannot be known without memory."""
     try:
         with torch.device("meta"):
-            model = loader(config).from_config(config, trust_remote_code=False)
+            model: nn.Module = loader(config).from_config(config, trust_remote_code=False)
     except Exception:  # what is wrong is said where the model is built
         return None
-    model.tie_weights()
+    model.tie_weights()  # type: ignore[operator]
     return sum(p.numel() for p in model.parameters())
 
 

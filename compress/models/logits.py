@@ -158,7 +158,7 @@ def pieces(found: Tensor | Iterator[Tensor]) -> Iterator[Tensor]:
 
 def _pieces(body: Body, rows: int, hold: Callable[[], AbstractContextManager[None]]) -> Iterator[Tensor]:
     with hold():
-        for hidden in body.hidden[:, :-1].flatten(0, 1).split(rows):
+        for hidden in torch.split(body.hidden[:, :-1].flatten(0, 1), rows):
             yield body.logits(hidden)
 
 

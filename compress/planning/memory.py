@@ -11,6 +11,7 @@ from compress.export.compared import NUMBERS as COMPARED
 from compress.models.logits import PIECE, WHOLE, WHOLE_LEARNED, bodies, vocabulary
 from compress.passes import MergePass
 from compress.passes.merge.permutation import coupled
+from compress.passes.retrain.options import TrainingOptions
 from compress.planning.need import Need, most
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 FLOAT, TOKEN = 4, 8
 INTERPRETER = 560 << 20  # Python, torch, transformers and a tokenizer, before any work
-TRAINING = 5  # numbers per weight of a model that is trained as a whole, adapters not counted
+TRAINING = 5  # numbers per weight of a model that is trained as a whole, adapters not counted; one more per copy
 LEARNING = 18  # numbers per weight while it is learned: values, gradients, moments, the best so far, temporaries
 ACTIVATIONS = 1 << 30  # bytes; more of them lie in files
 READING = 8  # bytes for each of a file of text while it is read and tokenized
@@ -143,7 +144,9 @@ def _training(pass_: Pass, data: Calibration | None, graph: Graph) -> int:
     tokens = getattr(pass_, "batch_size", 1) * (data.length if data else 0)
     weights = sum(p.numel() for p in graph.model.parameters())
     whole = WHOLE_LEARNED if pass_.reach == "model" else sys.maxsize  # merges hold all of a batch
-    return TRAINING * weights * FLOAT + _flowing(graph, tokens) + _logits(graph, tokens, whole, LEARNED_LOGITS)
+    copies = pass_.trainings if isinstance(pass_, TrainingOptions) else 1
+    logits = _logits(graph, tokens, whole, LEARNED_LOGITS)
+    return (TRAINING - 1 + copies) * weights * FLOAT + _flowing(graph, tokens) + logits
 
 
 def _merging(pass_: MergePass, graph: Graph) -> int:

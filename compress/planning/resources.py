@@ -52,7 +52,7 @@ def check_resources(plan: Plan, destination: Path, work: Path) -> None:
 
 
 def _mb(size: int) -> str:
-    return f"{size / 1e6:.0f} MB"
+    return f"{size / 1e6:.1f} MB"
 
 
 def _said(need: Need) -> str:

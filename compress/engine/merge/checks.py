@@ -31,7 +31,7 @@ def check_models(pipeline: Pipeline, base: Artifact, file: str = "pipeline") -> 
     Raises:
         ConfigError: every misfit at once.
     """
-    found: list[str] = []
+    found: list[Source] = []
     problems: list[Problem] = []
 
     def refuse(place: str, message: str) -> None:
@@ -48,7 +48,7 @@ def check_models(pipeline: Pipeline, base: Artifact, file: str = "pipeline") -> 
                 _refuse_other_meaning(model, other, pass_)
             except UsageError as error:
                 refuse(f"{path}.models[{i}]", str(error))
-        for name in pass_.accept if len(found) == len(pass_.models) and not problems else ():
+        for name in pass_.accept if not problems else ():
             if not any(_is_named(name, field) for field in differing):
                 said = f"they differ in {', '.join(sorted(differing))}" if differing else "they differ in nothing"
                 refuse(f"{path}.accept", f"{name}: no model differs from the base in it; {said}")
