@@ -315,6 +315,8 @@ def test_code_of_the_folder_is_never_run_and_never_named_in_what_is_written(fold
         assert "auto_map" not in json.loads((made / "config.json").read_text())
         assert json.loads((made / "tokenizer_config.json").read_text()) == {"eos_token": "x"}
         assert not list(made.glob("*.py"))
+    configure(folder, architectures=["LLaMAForCausalLM"])
+    assert open_folder(folder).notes, "an old spelling is no other class"
     configure(folder, architectures=["Own"])
     both_refuse(folder, "Own", "auto_map", "never run")
     configure(folder, model_type="own")
@@ -363,6 +365,12 @@ def test_without_a_type_in_its_configuration_a_model_has_the_type_of_its_weights
         loaded = transformers.AutoModelForCausalLM.from_pretrained(made)
         assert loaded.dtype == load_model(made).dtype == kind
         assert compress.evaluate(loaded, evaluation_tokens).perplexity == report.rows[-1].perplexity
+
+
+def test_a_file_of_float64_is_computed_with_in_float32(folder: Path) -> None:
+    configure(folder, dtype=None)
+    change(folder, lambda t: t.update({name: value.double() for name, value in t.items()}))
+    assert open_folder(folder).dtype == load_model(folder).dtype == torch.float32
 
 
 def test_the_type_that_a_pipeline_sets_is_the_type_of_the_result(folder: Path, tmp_path: Path) -> None:

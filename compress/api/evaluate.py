@@ -12,9 +12,9 @@ from compress.api import data as given
 from compress.api.output_folder import refuse_changed
 from compress.calibration.metrics import Reference, evaluate, measure
 from compress.calibration.surroundings import undisturbed
-from compress.checkpoint.opening import load_model
+from compress.checkpoint.opening import load_model, measured_in
 from compress.errors import DataError, UsageError
-from compress.models import hub
+from compress.models import hub, loading
 from compress.models.logits import logits_in, logits_of, rows_at_once
 from compress.progress import Bars
 
@@ -65,8 +65,9 @@ def measure_model(
 def _torch(model: str, section: Evaluation, against: str | None, bars: Bars) -> dict[str, Any]:
     folder = hub.resolve(model)
     refuse_changed(folder)
-    loaded = load_model(folder)
+    dtype = measured_in(folder)
     data = given.read_data(section, folder, "evaluation", bars.over)
+    loaded = loading.load_model(folder, dtype)
     original = load_model(against) if against else None
     quality = evaluate(loaded, given.matched(loaded, data), against=original, progress=_progress(bars))
     weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))

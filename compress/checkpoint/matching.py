@@ -71,9 +71,12 @@ def match(folder: Path, source: FolderSource, graph: Graph) -> Matched:
     assert isinstance(model, transformers.PreTrainedModel)
     spelling = _Spelling(model)
     found = _placed(source, graph, spelling)
-    ignored = _refuse_extra(folder, graph, source, spelling, found.extra)
+    quantized = next((name for name in found.extra if name.endswith(QUANTIZED)), None)
+    if quantized is not None:
+        _already_quantized(folder, f"it has tensors such as {quantized}")
     renamed: dict[str, str] = {}
     absent = _refuse_missing(folder, graph, source, spelling, found)
+    ignored = _refuse_extra(folder, graph, source, spelling, found.extra)
     for name, tensor in graph.tensors():
         stored = found.places.get(name)
         if stored is None:
@@ -212,9 +215,6 @@ def _refuse_extra(folder: Path, graph: Graph, source: Source, spelling: _Spellin
 
 def _refuse_unknown(folder: Path, graph: Graph, source: Source, spelling: _Spelling, unknown: Sequence[str]) -> None:
     """Say what the first telling tensor without a place is."""
-    quantized = next((name for name in unknown if name.endswith(QUANTIZED)), None)
-    if quantized is not None:
-        _already_quantized(folder, f"it has tensors such as {quantized}")
     kind = type(graph.model).__name__
     layers = {name.rpartition(".")[0] for name, _ in graph.model.named_parameters()}
     biases = [n for n in unknown if n.endswith(".bias")]

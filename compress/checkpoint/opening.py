@@ -87,7 +87,7 @@ def open_folder(folder: Path) -> OpenedModel:
 
 
 def load_model(model: str | Path, dtype: torch.dtype | None = None) -> Any:
-    """A model in memory, to be measured: checked as `open_model` does where it is not compressed already.
+    """A model in memory, to be measured, after `measured_in` has checked it.
 
     Args:
         model: `demo`, a folder or a hub id; a compressed folder, or one that transformers can unpack, too.
@@ -97,17 +97,29 @@ def load_model(model: str | Path, dtype: torch.dtype | None = None) -> Any:
         UsageError: it cannot be found or loaded.
     """
     folder = hub.resolve(model)
+    own = measured_in(folder)
+    return loading.load_model(folder, dtype or own)
+
+
+def measured_in(folder: Path) -> torch.dtype | None:
+    """The type that a folder's model is measured in; None for what a loader of quantized weights decides.
+
+    What is not compressed already is checked as `open_model` does, before anything of its size is loaded.
+
+    Raises:
+        UsageError: it cannot be measured.
+    """
     refusals.refuse_adapter(folder)
     if refusals.read_settings(folder).get("quantization_config"):
         if (folder / WEIGHTS).is_file():
             read_config(folder, FolderSource(folder, WEIGHTS))
         _refuse_generation(folder)
-        return loading.load_model(folder, dtype)
+        return None
     try:
-        own = open_folder(folder).dtype
+        return open_folder(folder).dtype
     except UnsupportedModelError:  # which passes cannot work on, but transformers can run
-        own = _dtype(loading.read_config(folder), FolderSource(folder))
-    return loading.load_model(folder, dtype or own)
+        source = FolderSource(folder)
+        return _dtype(read_config(folder, source), source)
 
 
 def read_config(folder: Path, source: FolderSource) -> Any:
@@ -156,4 +168,5 @@ def _dtype(config: Any, source: FolderSource) -> torch.dtype:
     if isinstance(configured, torch.dtype):
         return configured
     stored = (source.dtype(name) for name in source.names())
-    return next((dtype for dtype in stored if dtype.is_floating_point), torch.float32)
+    found = next((dtype for dtype in stored if dtype.is_floating_point), torch.float32)
+    return torch.float32 if found == torch.float64 else found  # which nothing computes in

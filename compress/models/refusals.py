@@ -153,16 +153,16 @@ def refuse_other_tasks(
     listed = [n for n in architectures if isinstance(n, str)] if isinstance(architectures, list) else []
     own_code = bool(settings.get("auto_map"))
     base = built[0].split("For")[0].removesuffix("LMHeadModel")
-    known = not listed or listed[0] in (*built, f"{base}Model")
+    known = not listed or listed[0].lower() in (name.lower() for name in (*built, f"{base}Model"))  # MPT, Mpt
     if not known and own_code:
         raise CheckpointError(
-            f"{kind}a {listed[0]}, whose code comes with the model (auto_map in config.json). Such code is never run "
-            "here, and transformers has no class of that name: a model of a class that transformers has is needed"
+            f"{kind}a {listed[0]:.80}, whose code comes with the model (auto_map in config.json). Such code is never "
+            "run here, and transformers has no class of that name: a model of a class that it has is needed"
         )
     if not known and hasattr(transformers, listed[0]):
-        raise CheckpointError(f"{kind}a {listed[0]}, and what transformers can build of it is a {built[0]}; {only}")
+        raise CheckpointError(f"{kind}a {listed[0]:.80}, and what transformers can build of it is a {built[0]}; {only}")
     if not known:
-        return [f"config.json calls the model a {listed[0]}, which transformers does not have; it is a {built[0]}"]
+        return [f"config.json calls the model a {listed[0]:.80}, which transformers does not have; it is a {built[0]}"]
     if own_code:
         return [
             "the model comes with code of its own (auto_map in config.json), which is never run: it is transformers' "
