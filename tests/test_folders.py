@@ -58,7 +58,7 @@ def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 # --- what is the user's -----------------------------------------------------------------------------------------------
 
 
-def foreign(name: str, text: str = "of the user") -> Callable[[Path], None]:
+def foreign(name: str, text: str = "of the user") -> Callable[[Path], object]:
     def put(here: Path) -> None:
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_text(text)
@@ -66,11 +66,11 @@ def foreign(name: str, text: str = "of the user") -> Callable[[Path], None]:
     return put
 
 
-def moved(source: str, name: str) -> Callable[[Path], None]:
+def moved(source: str, name: str) -> Callable[[Path], object]:
     return lambda here: (here / source).rename(here / name)
 
 
-def linked(name: str, target: str) -> Callable[[Path], None]:
+def linked(name: str, target: str) -> Callable[[Path], object]:
     def put(here: Path) -> None:
         (here / target).mkdir(exist_ok=True)
         (here / name).symlink_to(target)
@@ -80,7 +80,7 @@ def linked(name: str, target: str) -> Callable[[Path], None]:
 
 RUN = ("run", "p.yaml", "model", "-o", "out")
 APPLY = ("apply-delta", "model", "made/delta", "-o", "out")
-REFUSED: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] = {
+REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "notes in a result": (foreign("out/notes.txt"), (*RUN, "--overwrite"), "notes.txt"),
     "notes in an export": (foreign("out/hf/notes.txt"), (*RUN, "--overwrite"), "hf/notes.txt"),
     "a changed model card": (foreign("out/README.md"), (*RUN, "--overwrite"), "README.md"),

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.artifact import RUNNING, Artifact, Packed
+from compress.checkpoint.packed_layout import spec_at
 from compress.checkpoint.sources import FolderSource
 from compress.encodings.format import METHOD, WEIGHTS
 from compress.errors import UsageError
@@ -83,11 +84,12 @@ def open_packed(folder: Path, dtype: torch.dtype | None = None) -> PackedFolder:
 
 def _refuse_other_tensors(artifact: Artifact, folder: Path) -> None:
     """Refuse a file that lacks a tensor of the model, or holds another."""
-    graph, wanted = artifact.graph, {}
+    graph = artifact.graph
+    wanted: dict[str, tuple[int, ...]] = {}
     for name, tensor in graph.tensors():
         site = artifact.made_site(name)
         if site is not None:
-            leaves = artifact.committed[site.name].spec.tensors()
+            leaves = spec_at(artifact, site.name).tensors()
             wanted |= {f"{site.name}.{leaf}": shape for leaf, (shape, _) in leaves.items()}
         elif name not in graph.tied:
             wanted[name] = tuple(tensor.shape)
