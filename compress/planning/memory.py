@@ -145,7 +145,8 @@ def _training(pass_: Pass, data: Calibration | None, graph: Graph) -> int:
     weights = sum(p.numel() for p in graph.model.parameters())
     whole = WHOLE_LEARNED if pass_.reach == "model" else sys.maxsize  # merges hold all of a batch
     copies = pass_.trainings if isinstance(pass_, TrainingOptions) else 1
-    return (TRAINING - 1 + copies) * weights * FLOAT + _flowing(graph, tokens) + _logits(graph, tokens, whole, LEARNED_LOGITS)
+    logits = _logits(graph, tokens, whole, LEARNED_LOGITS)
+    return (TRAINING - 1 + copies) * weights * FLOAT + _flowing(graph, tokens) + logits
 
 
 def _merging(pass_: MergePass, graph: Graph) -> int:
