@@ -171,7 +171,7 @@ def _report(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UsageError(f"no such folder: {folder}")
     try:
-        noted: dict[str, Any] = json.loads((folder / "report.json").read_text())
+        noted: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         noted["verified"]["tensors_equal"]
         return noted
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -181,7 +181,7 @@ def _report(folder: Path) -> dict[str, Any]:
 def _recorded_evaluation(folder: Path) -> tuple[torch.dtype | None, Evaluation | None]:
     """The type it computed in, and what it was evaluated on, if that can be read again."""
     try:
-        written = yaml.safe_load((folder / "pipeline.yaml").read_text())
+        written = yaml.safe_load((folder / "pipeline.yaml").read_text(encoding="utf-8"))
         section = written.get("evaluate")
         again = section is not None and section["source"] != GIVEN
         dtype = None if written["dtype"] == "auto" else getattr(torch, written["dtype"])

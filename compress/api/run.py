@@ -200,7 +200,7 @@ def _data(steps: Pipeline, opened: OpenedModel, data: manager.Data, bars: progre
 def _finished(destination: Path, identity: str, steps: Pipeline) -> Report | None:
     """The report of a whole folder that this very run wrote earlier."""
     try:
-        data = json.loads((destination / "report.json").read_text())
+        data = json.loads((destination / "report.json").read_text(encoding="utf-8"))
         same = data["verified"]["run"] == identity
         rows = [report.Row(**row) for row in data.pop("rows")]
         needed = [WEIGHTS, "config.json", "pipeline.yaml"]
@@ -225,7 +225,7 @@ def _export(
 ) -> None:
     """Write beside the final name, read back, compare, then rename."""
     shutil.rmtree(partial, ignore_errors=True)
-    config = json.loads((opened.folder / "config.json").read_text())
+    config = json.loads((opened.folder / "config.json").read_text(encoding="utf-8"))
     packed_layout.write_packed(context.artifact, partial, config, opened.folder, version(), context.bars)
     compared = packed_layout.verify(context.artifact, partial, context.bars)
     measured.verified = {"run": identity, "tensors_equal": compared}

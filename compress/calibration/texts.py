@@ -187,7 +187,7 @@ def _parsed(data: bytes, path: Path, where: str, start: int, field: str) -> Any:
         raise _no_utf8(path, start + error.start, error) from error
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{where}: not JSON ({error}); a file holds an object with the field {field!r} on each line, or one array of them"
+            f"{where}: not JSON ({error}); a file holds an object with {field!r} on each line, or one array of them"
         ) from error
 
 

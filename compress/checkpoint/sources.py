@@ -73,7 +73,7 @@ class FolderSource:
             hint = f"; {pickled[0].name} is a pickle, which is never loaded: convert it first" if pickled else ""
             raise CheckpointError(f"{self.folder}: no {SINGLE} and no {INDEX}{hint}")
         try:
-            named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             if not named or not all(isinstance(name, str) for name in named):
                 raise ValueError("weight_map must map tensor names to file names")
         except (ValueError, KeyError, AttributeError, TypeError) as error:

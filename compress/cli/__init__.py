@@ -6,6 +6,7 @@ Nothing heavy is imported before the guard is up: Ctrl-C ends with one line whil
 from __future__ import annotations
 
 import atexit
+import io
 import os
 import signal
 import sys
@@ -22,6 +23,9 @@ NO_ROOM = (28, 122)  # ENOSPC, EDQUOT
 def main() -> None:
     """The console script."""
     interrupts = Interrupts()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks ends no command
+            stream.reconfigure(errors="replace")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     code = guarded(_command, interrupts)

@@ -268,7 +268,7 @@ def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as
 
     config = read_quantization(out)
     try:
-        notes = json.loads((out / "report.json").read_text())["layers"]
+        notes = json.loads((out / "report.json").read_text(encoding="utf-8"))["layers"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{out} is not a folder that compress wrote: {error}") from error
     rows = layers.layers(config["modules"], notes)

@@ -182,7 +182,7 @@ class FolderLedger(MemoryLedger):
     def _read_row(self, unit: str, key: str) -> dict[str, Any] | None:
         file = self.folder / f"{unit}.json"
         try:
-            data = json.loads(file.read_text())
+            data = json.loads(file.read_text(encoding="utf-8"))
             row: dict[str, Any] = data["row"]
             return row if data["key"] == key else None
         except (OSError, ValueError, KeyError, TypeError):

@@ -27,7 +27,9 @@ def read_quantization(folder: Path) -> dict[str, Any]:
         UsageError: the folder is not one that this package wrote.
     """
     try:
-        section: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
+        section: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))[
+            "quantization_config"
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder} is not a folder that compress wrote: {error}") from error
     if section.get("quant_method") != METHOD:

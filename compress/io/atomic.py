@@ -19,7 +19,7 @@ def write_text(file: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     temporary = file.with_suffix(".partial")
     with writing(temporary):
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
     publish(temporary, file)
 
 

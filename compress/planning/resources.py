@@ -39,7 +39,7 @@ def check_resources(plan: Plan, destination: Path) -> None:
 def available_memory() -> int | None:
     """Bytes, where the system says."""
     try:
-        with open("/proc/meminfo") as file:
+        with open("/proc/meminfo", encoding="utf-8") as file:
             for line in file:
                 if line.startswith("MemAvailable:"):
                     return int(line.split()[1]) << 10
