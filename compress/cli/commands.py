@@ -264,16 +264,16 @@ def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as
         layers.show(rows, _console())
 
 
-def _layer_notes(out: Path) -> dict[str, dict[str, dict[str, Any]]]:
+def _layer_notes(out: Path) -> dict[str, Any]:
     """Layer -> pass -> notes, of the report of a folder."""
     from compress.io.small_file import read_object
 
     notes = read_object(out / "report.json").get("layers")
-    passes = list(notes.values()) if isinstance(notes, dict) else [None]
-    each = [note for found in passes for note in (found.values() if isinstance(found, dict) else [None])]
+    found: dict[str, Any] = notes if isinstance(notes, dict) else {"": None}
+    each = [note for passes in found.values() for note in (passes.values() if isinstance(passes, dict) else [None])]
     if not all(isinstance(note, dict) and isinstance(note.get("error"), float | int) for note in each):
         raise UsageError(f"{out}/report.json is not what a run wrote: its `layers` are damaged; run the pipeline again")
-    return dict(notes)
+    return found
 
 
 @app.command("list")

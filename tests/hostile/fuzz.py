@@ -152,7 +152,7 @@ def offline() -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError("there is no network")
 
-    huggingface_hub.snapshot_download = refuse
+    huggingface_hub.snapshot_download = refuse  # type: ignore[assignment]
     os.environ["HF_HUB_OFFLINE"] = "1"
     huggingface_hub.constants.HF_HUB_OFFLINE = True
 
