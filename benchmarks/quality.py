@@ -42,7 +42,7 @@ def write_tokens(file: Path, model: Path) -> None:
     """The demo source, cut for `model`; what it calibrates on and what it evaluates on share no module."""
     from transformers import AutoTokenizer
 
-    from compress.calibration.data import load_tokens
+    from compress.calibration.tokens import load_tokens
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     (samples, length), (windows, width) = CALIBRATION, EVALUATION

@@ -3,8 +3,9 @@ from .api.apply import Result, apply
 from .api.apply_delta import apply_delta
 from .api.export import export_to
 from .api.run import run
-from .calibration.data import load_tokens
+from .api.verify import verify
 from .calibration.metrics import Quality, evaluate
+from .calibration.tokens import load_tokens
 from .config.pipeline import Pipeline
 from .errors import (
     CheckpointError,
@@ -129,4 +130,5 @@ __all__ = [
     "register",
     "run",
     "speed_up",
+    "verify",
 ]

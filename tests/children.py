@@ -8,14 +8,17 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 from commands import make_text_model, write_text
 
 # Children are forked from a server that has the imports done: real processes, quick to start.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["compress.cli.commands", "compress.api.run", "transformers.models.llama.modeling_llama"]
-)
+    ["warm", "compress.cli.commands", "compress.api.run", "compress.api.export", "compress.api.apply_delta",
+     "compress.report.run_table", "transformers.models.llama.modeling_llama"]
+)  # fmt: skip
 
 
 def prepare(folder: Path, pipeline: str, **changes: object) -> tuple[Path, Path]:
@@ -52,7 +55,7 @@ def child(folder: Path, model: str, kill_after: int) -> None:
 
         return finish_and_count
 
-    ledger.publish = api.publish = counted(ledger.publish)
+    ledger.publish = counted(ledger.publish)
     ledger.write_text = api.write_text = counted(ledger.write_text)
     sys.argv = ["compress", "run", "pipeline.yaml", model, "-o", "out"]
     cli.main()
@@ -61,7 +64,9 @@ def child(folder: Path, model: str, kill_after: int) -> None:
 def start(folder: Path, model: str = "demo", kill_after: int = 0) -> multiprocessing.process.BaseProcess:
     """`compress run pipeline.yaml MODEL -o out` in a folder."""
     process = PROCESSES.Process(target=child, args=(folder, model, kill_after))
-    process.start()
+    with pytest.MonkeyPatch.context() as patched:  # the server looks for `warm` where Python looks by itself only
+        patched.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        process.start()
     return process
 
 
@@ -76,13 +81,14 @@ def run(folder: Path, model: str = "demo", kill_after: int = 0) -> int | None:
 
 
 def unfinished(folder: Path) -> dict[str, int]:
-    """What `out.work` holds and when it was written, the log left out, which every run goes on with."""
-    found = (path for path in (folder / "out.work").iterdir() if path.name != "log.txt")
+    """What `out.work` holds and when it was written; what every run writes anew is left out."""
+    anew = ("log.txt", "lock.json", "dependencies.json")
+    found = (path for path in (folder / "out.work").iterdir() if path.name not in anew)
     return {path.name: path.stat().st_mtime_ns for path in found}
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Every file of a finished folder; of the report only what does not measure time or memory."""
+    """Every file of a finished folder; of the report, and its digest, only what does not measure time or memory."""
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         data = path.read_bytes()
@@ -94,5 +100,73 @@ def contents(folder: Path) -> dict[str, str]:
                 for notes in layer.values():
                     notes.pop("seconds", None)  # what trains the whole model has none
             data = json.dumps(report).encode()
+        if path.name == "manifest.json":
+            manifest = json.loads(data)
+            del manifest["sha256"]
+            manifest["files"].pop("report.json", None)
+            data = json.dumps(manifest).encode()
         found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
     return found
+
+
+# --- stopped anywhere -------------------------------------------------------------------------------------------------
+
+CHANGING = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate")
+
+
+def count_changes(at_change: Callable[[int], None]) -> None:
+    """Call back before every change to a file or folder of this process: its number, from 1."""
+    number = 0
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal number
+        opened = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (opened and not str(arguments[0]).startswith("/dev/")) or event in CHANGING:
+            number += 1
+            at_change(number)
+
+    sys.addaudithook(hook)
+
+
+def command_child(folder: Path, arguments: list[str], stop_at: int, sign: int) -> None:
+    """A command, which sends itself a signal before its n-th change on the disk, and notes how many there were."""
+    import torch
+
+    from compress import cli
+
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    said = os.open(folder / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 2)
+    os.dup2(said, 1)
+    last = 0
+
+    def at_change(number: int) -> None:
+        nonlocal last
+        last = number
+        if number == stop_at:
+            os.kill(os.getpid(), sign)
+
+    count_changes(at_change)
+    sys.argv = ["compress", *arguments]
+    try:
+        cli.main()
+    finally:
+        os.write(said, f"\nchanges: {last}\n".encode())
+
+
+def start_command(
+    folder: Path, arguments: list[str], stop_at: int = 0, sign: int = signal.SIGKILL
+) -> multiprocessing.process.BaseProcess:
+    """`compress ARGUMENTS` in a folder, all that it says in stderr.txt."""
+    process = PROCESSES.Process(target=command_child, args=(folder, arguments, stop_at, sign))
+    process.start()
+    return process
+
+
+def end_command(process: multiprocessing.process.BaseProcess) -> int | None:
+    """The exit code of a command, once it has ended."""
+    process.join(100)
+    code = process.exitcode
+    process.close()
+    return code

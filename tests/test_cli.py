@@ -20,6 +20,7 @@ from compress.cli import commands
 from compress.config import schema
 from compress.engine import manager
 from compress.errors import UsageError
+from compress.io import lock
 from compress.passes import PASSES
 from compress.report import bars as draw
 from compress.report import report
@@ -61,8 +62,8 @@ def test_run_prints_one_row_for_the_original_and_one_for_every_pass(here: Path) 
 
 def test_run_writes_a_folder_with_everything_that_is_needed(here: Path) -> None:
     assert {f.name for f in (here / "out").iterdir()} == {
-        "README.md", "compress.safetensors", "config.json", "generation_config.json", "pipeline.yaml", "report.json",
-        "tokenizer.json", "tokenizer_config.json",
+        "README.md", "compress.safetensors", "config.json", "generation_config.json", "manifest.json", "pipeline.yaml",
+        "report.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert not (here / "out.work").exists()
 
@@ -127,8 +128,7 @@ def test_an_error_goes_to_stderr_and_nothing_to_stdout(here: Path, tmp_path: Pat
 
 def test_fresh_starts_over(here: Path, tmp_path: Path, rtn: Path) -> None:
     out, work = tmp_path / "out", tmp_path / "out.work"
-    work.mkdir()
-    (work / "s00-b0000.safetensors").write_bytes(b"old")
+    leave_work(work, "s00-b0000.safetensors", b"old")
     assert compress_command("run", rtn, here / "model", "-o", out, "--fresh").code == 0
     assert not work.exists()
 
@@ -136,12 +136,17 @@ def test_fresh_starts_over(here: Path, tmp_path: Path, rtn: Path) -> None:
 def test_damaged_unfinished_work_is_done_again(here: Path, tmp_path: Path, rtn: Path) -> None:
     assert compress_command("run", rtn, here / "model", "-o", tmp_path / "one").code == 0
     work = tmp_path / "two.work"
-    work.mkdir()
-    (work / "s00-b0000.safetensors").write_bytes(b"old")
-    (work / "original.json").write_text("{")
+    leave_work(work, "s00-b0000.safetensors", b"old")
+    leave_work(work, "original.json", b"{")
     assert compress_command("run", rtn, here / "model", "-o", tmp_path / "two").code == 0
     one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
     assert one["compress.safetensors"] == two["compress.safetensors"]
+
+
+def leave_work(work: Path, name: str, data: bytes) -> None:
+    """A file as an interrupted run leaves it."""
+    with lock.held(work):
+        (work / name).write_bytes(data)
 
 
 def draw_table(found: report.Report, console: Console) -> None:
@@ -199,7 +204,7 @@ def test_overwriting_a_finished_run_gives_the_same_bytes(here: Path, tmp_path: P
     assert compress_command("run", rtn, here / "model", "-o", out, "--overwrite").code == 0
     after = files_of(out)
     assert before.keys() == after.keys()
-    assert {n for n in after if after[n] != before[n]} <= {"report.json"}
+    assert {n for n in after if after[n] != before[n]} <= {"report.json", "manifest.json"}
 
 
 def test_a_run_on_a_changed_model_is_another_run(tmp_path: Path, rtn: Path) -> None:

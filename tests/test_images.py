@@ -250,9 +250,12 @@ def test_a_model_that_is_no_classifier_cannot_be_evaluated_as_one() -> None:
         compress.apply(model, [Rtn()], evaluation=(torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)))
 
 
-def test_a_classifier_in_training_mode_is_not_measured(digits: Digits) -> None:
-    with pytest.raises(DataError, match=r"call eval\(\) first"):
-        compress.evaluate(copy.deepcopy(digits.model).train(), digits.evaluation)
+def test_a_classifier_in_training_mode_is_measured_as_it_is_used(digits: Digits) -> None:
+    model = copy.deepcopy(digits.model).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert compress.evaluate(model, digits.evaluation) == compress.evaluate(digits.model, digits.evaluation)
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items()), "no running mean moved"
 
 
 def test_a_language_model_has_no_labels(tiny_llama: LlamaForCausalLM, tokens: Tensor) -> None:
@@ -608,7 +611,7 @@ def test_a_language_model_takes_no_images(tiny_folder: Path, file: Path, tmp_pat
         ({"pixels": torch.zeros(4, 1)}, 2, "no tensor `images`; it has pixels"),
         ({"images": torch.zeros(4, 1, 16, 16)}, 2, "no tensor `labels`"),
         ({"images": torch.zeros(4, 1, 16, 16), "labels": torch.zeros(3)}, 2, r"(3,) labels for 4 images"),
-        ({"images": torch.zeros(4, 1, 16, 16), "labels": torch.zeros(4)}, 5, "holds 4 images; 5 were asked for"),
+        ({"images": torch.zeros(4, 1, 16, 16), "labels": torch.zeros(4).long()}, 5, "holds 4 images; 5 were asked for"),
         (None, 2, "cannot be read"),
     ],
     ids=["no images", "no labels", "too few labels", "too few images", "damaged"],

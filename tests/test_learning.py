@@ -530,7 +530,7 @@ def test_the_memory_estimate_of_a_plan_counts_what_is_learned() -> None:
 
     def estimated(pass_: Pass) -> int:
         pipeline = Pipeline(passes=((pass_,),), calibration=Calibration(samples=8, length=32))
-        return plan.make(pipeline, graph, dtypes).peak_memory
+        return plan.make(pipeline, graph, dtypes).memory.total
 
     weights = sum(rows * columns for rows, columns in (site.shape for site in graph.in_block(0)))
     assert estimated(FlexRound()) - estimated(Rtn()) > 10 * 4 * weights

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import signal
 import weakref
@@ -24,7 +25,7 @@ from compress.checkpoint.sources import FolderSource
 from compress.config.reading import parse
 from compress.engine import block_stage
 from compress.engine.merge import pieces
-from compress.errors import ConfigError, MergeError, NonFiniteError
+from compress.errors import ConfigError, DataError, MergeError, NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -304,6 +305,77 @@ def test_models_that_do_not_fit_are_all_refused_at_once(tmp_path: Path, three: l
         assert f"{gpt2} is a GPT2LMHeadModel and the base is a LlamaForCausalLM" in ended.err
         assert "models[3]: no such folder" in ended.err
     assert not (tmp_path / "out.work").exists()
+
+
+OTHER_MEANING: dict[str, tuple[dict[str, Any], str]] = {
+    "rope": ({"rope_theta": 500000.0}, "rope_theta (10000.0 in the base, 500000.0 here)"),
+    "scaled rope": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+        "rope_type ('default' in the base, 'linear' here)",
+    ),
+    "heads of the same shape": (
+        {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8},
+        "num_attention_heads (4 in the base, 8 here)",
+    ),
+    "another activation": ({"hidden_act": "gelu"}, "hidden_act ('silu' in the base, 'gelu' here)"),
+    "another norm": ({"rms_norm_eps": 1e-3}, "rms_norm_eps (1e-06 in the base, 0.001 here)"),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), OTHER_MEANING.values(), ids=OTHER_MEANING.keys())
+def test_models_that_fit_but_mean_something_else_are_refused_or_accepted_by_name(
+    changes: dict[str, Any], said: str, tmp_path: Path, three: list[Path]
+) -> None:
+    other = folder_of(tmp_path / "other", make_llama(**changes))
+    merge: dict[str, Any] = {"models": [*others(three), str(other)]}
+    refused = refusal(three[0], {"average": merge})
+    assert f"passes[0].average.models[2]: {other} differs from the base in " in refused
+    assert said in refused
+    with pytest.raises(ConfigError, match="differs from the base"):
+        compress.apply(make_llama(), [Average(models=(str(other),))])
+    fields = re.findall(r"accept: \[(.*?)\]", refused)[0]
+    accepted = [name.rpartition(".")[2] for name in fields.split(", ")]
+    assert merged(tmp_path, three[0], {"average": {**merge, "accept": accepted}})
+
+
+def test_what_changes_nothing_that_is_computed_may_differ(tmp_path: Path, three: list[Path]) -> None:
+    other = Path(shutil.copytree(three[1], tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    config |= {"max_position_embeddings": 4096, "use_cache": False, "attention_dropout": 0.1, "bos_token_id": 3}
+    config |= {"unsloth_version": "1", "_name_or_path": "a/b", "transformers_version": "4.1.0", "dtype": "bfloat16"}
+    (other / "config.json").write_text(json.dumps(config))
+    assert merged(tmp_path, three[0], {"average": {"models": [str(other)]}})
+
+
+def test_what_is_accepted_must_differ(three: list[Path]) -> None:
+    said = refusal(three[0], {"average": {"models": others(three), "accept": ["rope_teta"]}})
+    assert "passes[0].average.accept: rope_teta: no model differs from the base in it; they differ in nothing" in said
+
+
+def test_a_tokenizer_that_numbers_tokens_otherwise_is_refused_unless_no_row_is_merged(tmp_path: Path) -> None:
+    base = make_text_model(tmp_path / "base")
+    other = make_changed(tmp_path / "other", base, 1)
+    shutil.copy(base / "tokenizer.json", other / "tokenizer.json")
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[10:12]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer, indent=1))
+    merge: dict[str, Any] = {"models": [str(other)]}
+    said = refusal(base, {"average": merge})
+    assert f"tokenizer ({first!r} as token " in said
+    assert f"{second!r} and 1 more here)" in said
+    assert merged(tmp_path, base, {"average": {**merge, "accept": ["tokenizer"]}})
+    assert merged(tmp_path, base, {"average": {**merge, "exclude": ["*embed_tokens*", "lm_head*"]}})
+    tokenizer["model"]["vocab"] = {**vocabulary, first: vocabulary[second], second: vocabulary[first]}
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert merged(tmp_path, base, {"average": merge}), "the same, written otherwise"
+
+
+def test_a_merge_that_goes_by_the_loss_is_not_judged_on_single_tokens(tmp_path: Path, three: list[Path]) -> None:
+    merge = {"slerp": {"models": others(three)[:1], "choose": {"t": [0.5]}}}
+    with pytest.raises(DataError, match="at least two tokens"):
+        compress.run({"passes": [merge]}, three[0], tmp_path / "out", calibration=torch.ones(4, 1, dtype=torch.long))
 
 
 def test_a_parameter_that_the_others_lack_is_refused(tmp_path: Path, three: list[Path]) -> None:

@@ -56,7 +56,7 @@ VALID = {
     "everything": FULL,
     "one bare method": "passes: [rtn]",
     "options of null": "passes: [{rtn: }]",
-    "no passes": "passes: []",
+    "no passes": "passes: []\nexport: [hf]",
     "a pattern without quotes": "passes: [{magnitude: {sparsity: 2:4}}]",
     "a long pattern": "passes: [{magnitude: {sparsity: 16:32}}]",
     "a very small number": "passes: [{global_magnitude: {min_keep: 0.000001}}]",
@@ -277,7 +277,7 @@ def test_the_resolved_file_runs_again_to_identical_bytes(tmp_path: Path) -> None
     assert one.keys() == two.keys()
     assert {"compress.safetensors", "config.json", "pipeline.yaml", "README.md"} <= one.keys()
     differing = {name for name in one if one[name] != two[name]}
-    assert differing <= {"report.json"}, "only the report may differ, which states seconds and memory"
+    assert differing <= {"report.json", "manifest.json"}, "only the report, which states seconds, and its digest"
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -433,12 +433,49 @@ def test_a_number_may_be_written_in_any_usual_way(written: str, meant: float) ->
 
 
 @pytest.mark.parametrize(
-    ("written", "meant"), [("10%", 0.1), ("'2.5 %'", 0.025), ("0.1", 0.1), ("0", 0.0), ("3", 3.0), ("null", None)]
+    ("written", "meant"),
+    [("10%", 0.1), ("'2.5 %'", 0.025), ("0.1", 0.1), ("0", 0.0), ("1", 1.0), ("300%", 3.0), ("null", None)],
 )
 def test_the_gate_is_a_percentage_or_a_share(written: str, meant: float | None) -> None:
     section = parse(f"passes: [rtn]\nevaluate: {{max_increase: {written}}}").evaluate
     assert section is not None
     assert section.max_increase == pytest.approx(meant)
+    written_again = parse(dump(parse(f"passes: [rtn]\nevaluate: {{max_increase: {written}}}"))).evaluate
+    assert written_again == section, "above 1 too, where a plain number is refused"
+
+
+IDLE = {
+    "a gate above 1 that may mean per cent": (
+        "evaluate: {max_increase: 10}\npasses: [rtn]",
+        "evaluate.max_increase",
+        "10%",
+    ),
+    "a fall of more than all": ("evaluate: {max_drop: 2}\npasses: [rtn]", "evaluate.max_drop", "2%"),
+    "bits beside a scheme": ("passes: [{rtn: {scheme: w4g32, bits: 3}}]", "passes[0].rtn.bits", "scheme: w4g32"),
+    "groups beside a scheme": (
+        "passes: [{rtn: {scheme: w4, group_size: 64}}]",
+        "passes[0].rtn.group_size",
+        "one of the two",
+    ),
+    "both in an override": (
+        "passes: [{rtn: {overrides: [{match: '*', scheme: w8, bits: 8}]}}]",
+        "passes[0].rtn.overrides[0].bits",
+        "scheme: w8",
+    ),
+    "nothing to do": ("passes: []", "passes", "nothing would be done"),
+    "nothing to do but to write the packed folder": (
+        "passes: []\nexport: [safetensors]",
+        "passes",
+        "nothing would be done",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "path", "words"), IDLE.values(), ids=IDLE.keys())
+def test_a_setting_without_effect_is_refused(text: str, path: str, words: str) -> None:
+    where, message, _ = only_problem(text)
+    assert where == path
+    assert words in message
 
 
 @pytest.mark.parametrize(

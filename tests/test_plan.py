@@ -102,6 +102,32 @@ def test_include_and_exclude_choose_the_layers(tiny_llama: nn.Module) -> None:
     assert sites == {"model.layers.1.mlp.gate_proj", "model.layers.1.mlp.down_proj", "lm_head"}
 
 
+IDLE = {
+    "{include: ['*.mlp.*'], overrides: [{match: '*.q_proj', bits: 8}]}": (
+        "overrides[0]",
+        "only layers that rtn leaves alone",
+    ),
+    "{exclude: ['*.q_proj'], overrides: [{match: '*', bits: 8}, {match: '*.q_proj', bits: 3}]}": (
+        "overrides[1]",
+        "leaves",
+    ),
+    "{overrides: [{match: 'lm_head', bits: 8}]}": ("overrides[0]", "it works on layers like model.layers.0"),
+    "{overrides: [{match: '*.q_proj', bits: 8}, {match: '*_proj', bits: 3}]}": ("overrides[0]", "the last one wins"),
+    "{include: ['*.q_proj', '*.k_proj'], exclude: ['*.k_proj']}": ("include", "`exclude` leaves alone"),
+}
+
+
+@pytest.mark.parametrize(("options", "where", "words"), [(o, *said) for o, said in IDLE.items()], ids=IDLE.keys())
+def test_a_pattern_that_changes_nothing_is_refused(options: str, where: str, words: str, tiny_llama: nn.Module) -> None:
+    (problem,) = refused(tiny_llama, f"passes: [{{rtn: {options}}}]").problems
+    assert problem.path == f"passes[0].rtn.{where}"
+    assert words in problem.message
+
+
+def test_an_override_that_wins_somewhere_is_fine(tiny_llama: nn.Module) -> None:
+    planned(tiny_llama, "passes: [{rtn: {overrides: [{match: '*_proj', bits: 8}, {match: '*.q_proj', bits: 3}]}}]")
+
+
 def test_fused_passes_are_one_stage(tiny_llama: nn.Module) -> None:
     made = planned(tiny_llama, CALIBRATION + "passes: [{blockwise: [wanda, gptq]}, {rtn: {include: [lm_head]}}]")
     assert [[p.path for p in stage] for stage in made.stages] == [
@@ -123,7 +149,6 @@ ESTIMATED = {
     "pruned twice": "{magnitude: {sparsity: 0.3}}, {magnitude: {sparsity: 0.6, include: ['*.mlp.*']}}",
     "fused": "{blockwise: [{magnitude: {sparsity: 2:4}}, {rtn: {bits: 4}}]}",
     "low rank": "{low_rank: {ratio: 0.4, steps: 0, method: svd, overrides: [{match: '*.mlp.*', ratio: 0.7}]}}",
-    "nothing": "",
 }
 
 
@@ -188,15 +213,15 @@ def test_zeros_by_two_rules_that_do_not_nest_are_planned_and_written_as_a_bitmap
 def test_peak_memory_does_not_grow_with_the_number_of_blocks(llama_maker: Callable[..., nn.Module]) -> None:
     text = CALIBRATION + "passes: [gptq]"
     few, many = (planned(llama_maker(num_hidden_layers=n), text) for n in (2, 6))
-    assert many.peak_memory == few.peak_memory
+    assert many.memory.total == few.memory.total
     assert many.original_bytes > few.original_bytes
 
 
 def test_peak_memory_grows_with_the_calibration_data(tiny_llama: nn.Module) -> None:
-    few, many = (
-        planned(tiny_llama, f"calibration: {{samples: {n}, length: 128}}\npasses: [gptq]").peak_memory for n in (8, 800)
-    )
-    assert many - few == 792 * 128 * 64 * 4
+    texts = [f"calibration: {{samples: {n}, length: 128}}\npasses: [gptq]" for n in (8, 800)]
+    few, many = (planned(tiny_llama, text).memory.parts for text in texts)
+    assert many["activations"] - few["activations"] == 792 * 128 * 64 * 4
+    assert many["data"] - few["data"] == 792 * 128 * 8
 
 
 # --- where sparsity goes ----------------------------------------------------------------------------------------------

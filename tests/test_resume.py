@@ -2,11 +2,9 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 
-import pytest
-from children import contents, prepare, run, start, unfinished
+from children import contents, prepare, run, unfinished
 
 PASSES = """\
 passes:
@@ -20,37 +18,6 @@ calibration: {{source: calibration.txt, samples: 4, length: 32}}
 evaluate: {{source: calibration.txt, samples: 2, length: 32}}
 {PASSES}"""
 BLOCKS = 3
-
-
-def test_killed_after_every_file_it_finishes_the_run_ends_bit_identical(tmp_path: Path) -> None:
-    whole, killed = prepare(tmp_path, PIPELINE, num_hidden_layers=BLOCKS)
-    assert run(whole, "model") == 0
-    kills = 0
-    while run(killed, "model", kill_after=max(1, kills - 2 * BLOCKS)):  # the final write begins anew: kill ever later
-        assert not (killed / "out").exists(), "a half result looks finished"
-        kills += 1
-        assert kills < 30, "no progress from kill to kill"
-    assert kills >= 2 * BLOCKS
-    assert contents(killed / "out") == contents(whole / "out")
-    assert not (killed / "out.work").exists()
-
-
-def test_killed_during_the_final_write_the_run_ends_bit_identical(tmp_path: Path) -> None:
-    pipeline = PASSES.replace("passes:", "calibration: {source: demo, samples: 4, length: 64}\npasses:")
-    for name in ("whole", "killed"):  # the demo model: large enough that its write takes a while
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "pipeline.yaml").write_text(pipeline)
-    assert run(tmp_path / "whole") == 0
-    partial = tmp_path / "killed" / "out.work" / "out"
-    process = start(tmp_path / "killed")
-    while process.is_alive() and not partial.exists():
-        time.sleep(0.002)
-    process.kill()
-    process.join()
-    if (tmp_path / "killed" / "out").exists():
-        pytest.skip("the write was over before the kill")
-    assert run(tmp_path / "killed") == 0
-    assert contents(tmp_path / "killed" / "out") == contents(tmp_path / "whole" / "out")
 
 
 def test_a_changed_later_pass_keeps_the_work_before_it(tmp_path: Path) -> None:

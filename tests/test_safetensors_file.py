@@ -13,12 +13,12 @@ from torch import Tensor
 from compress.errors import CheckpointError
 from compress.io.safetensors_file import (
     DTYPE_NAMES,
-    digest_of_data,
     read_header,
     read_piece,
     read_tensor,
     read_tensors,
-    save_tensors,
+    save_sealed,
+    seal_of,
     write_as_made,
 )
 
@@ -42,10 +42,10 @@ def assert_equal(found: dict[str, Tensor], meant: dict[str, Tensor]) -> None:
 
 def test_what_is_written_here_is_what_the_library_reads(tmp_path: Path) -> None:
     file, meant = tmp_path / "a.safetensors", tensors()
-    save_tensors(meant, file, {"key": "value"})
+    seal = save_sealed(meant, file, {"key": "value"})
     assert_equal(load_file(file), meant)
     with safe_open(file, "pt") as opened:
-        assert opened.metadata() == {"key": "value"}
+        assert opened.metadata() == {"key": "value", "sha256": seal}
 
 
 def test_what_the_library_writes_is_what_is_read_here(tmp_path: Path) -> None:
@@ -62,11 +62,28 @@ def test_what_the_library_writes_is_what_is_read_here(tmp_path: Path) -> None:
         assert torch.equal(piece, value.flatten()[middle])
 
 
-def test_tensors_of_unknown_sizes_are_written_behind_a_header_with_their_digest(tmp_path: Path) -> None:
+def test_tensors_of_unknown_sizes_are_written_behind_a_sealed_header(tmp_path: Path) -> None:
     file, meant = tmp_path / "a.safetensors", tensors()
-    write_as_made(file, iter(meant.items()), meant, lambda digest: {"sha256": digest, "more": "é"})
+    write_as_made(file, iter(meant.items()), meant, {"more": "é"})
     assert_equal(load_file(file), meant)
-    assert read_header(file).metadata == {"sha256": digest_of_data(file), "more": "é"}
+    assert read_header(file).metadata == {"sha256": seal_of(file), "more": "é"}
+
+
+def test_a_seal_stands_for_every_byte_that_means_anything(tmp_path: Path) -> None:
+    file, meant = tmp_path / "a.safetensors", {"ab": torch.arange(4.0), "b": torch.ones(3, dtype=torch.bool)}
+    seal = save_sealed(meant, file, {"key": "value"})
+    assert read_tensors(file, seal=seal).keys() == meant.keys()
+    whole = file.read_bytes()
+    for position in range(len(whole)):
+        file.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        try:
+            kept = read_header(file).metadata.get("sha256") == seal_of(file)
+        except CheckpointError:
+            continue
+        assert not kept or read_header(file).metadata != {"key": "value", "sha256": seal}, position
+    save_sealed({"ab": torch.zeros(4)}, file, {"key": "value"})
+    with pytest.raises(CheckpointError, match="was replaced while this run was using it"):
+        read_tensors(file, seal=seal)
 
 
 def header_of(file: Path) -> tuple[dict[str, dict[str, object]], bytes]:
@@ -95,7 +112,7 @@ def put(file: Path, header: object, data: bytes) -> None:
 )
 def test_a_header_that_contradicts_its_file_is_refused(tmp_path: Path, name: str, change: dict[str, object]) -> None:
     file = tmp_path / "a.safetensors"
-    save_tensors({"a": torch.ones(4), "b": torch.ones(4)}, file, {})
+    save_sealed({"a": torch.ones(4), "b": torch.ones(4)}, file, {})
     header, data = header_of(file)
     put(file, header, data)
     assert read_tensors(file).keys() == {"a", "b"}
@@ -107,7 +124,7 @@ def test_a_header_that_contradicts_its_file_is_refused(tmp_path: Path, name: str
 
 def test_a_file_that_is_cut_short_anywhere_or_goes_on_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
-    save_tensors({"a": torch.ones(4)}, file, {})
+    save_sealed({"a": torch.ones(4)}, file, {})
     whole = file.read_bytes()
     for data in (*(whole[:size] for size in range(len(whole))), whole + b"\0"):
         file.write_bytes(data)
@@ -123,9 +140,9 @@ def test_a_file_that_is_cut_short_anywhere_or_goes_on_is_refused(tmp_path: Path)
 def test_types_that_are_not_known_and_tensors_that_are_missing_are_named(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     put(file, {"a": {"dtype": "F8_E5M2", "shape": [1], "data_offsets": [0, 1]}}, b"\0")
-    with pytest.raises(CheckpointError, match="tensors of type F8_E5M2 are not supported"):
+    with pytest.raises(CheckpointError, match="tensors of type F8_E5M2: the checkpoint is already quantized"):
         read_header(file)
-    save_tensors({"a": torch.ones(4)}, file, {})
+    save_sealed({"a": torch.ones(4)}, file, {})
     with pytest.raises(CheckpointError, match="has no tensor b"):
         read_tensors(file, ["a", "b"])
     with pytest.raises(CheckpointError, match="does not exist"):

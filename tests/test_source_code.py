@@ -133,10 +133,12 @@ def test_another_version_of_a_library_changes_the_keys_of_what_uses_it(monkeypat
     def found() -> dict[str, str]:
         return {name: code_of([kind for kind in PASSES if kind.key == name]) for name in ("rtn", "codebook")}
 
-    before, version = found(), source_code._version
+    before, version = found(), source_code._installed_version
     for library, affected in (("torch", {"rtn", "codebook"}), ("transformers", {"rtn", "codebook"}),
                               ("sklearn", {"codebook"})):  # fmt: skip
-        monkeypatch.setattr(source_code, "_version", lambda name, new=library: "0" if name == new else version(name))
+        monkeypatch.setattr(
+            source_code, "_installed_version", lambda name, new=library: "0" if name == new else version(name)
+        )
         after = found()
         assert {name for name in before if before[name] != after[name]} == affected
 

@@ -98,3 +98,13 @@ def test_the_script_for_shell_completion_is_printed(tmp_path: Path) -> None:
     )
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "_COMPRESS_COMPLETE=complete_bash" in ended.stdout
+
+
+def test_the_plug_in_may_be_what_imports_transformers_first() -> None:
+    code = (
+        "import compress.runtime.register\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
+        "assert AUTO_QUANTIZER_MAPPING['compress'] is compress.runtime.register.CompressQuantizer"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr

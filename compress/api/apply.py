@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from compress import progress
 from compress.api import data as given
 from compress.calibration import collect
+from compress.calibration.surroundings import evaluating, undisturbed
 from compress.checkpoint.artifact import Artifact
 from compress.checkpoint.sources import ModuleSource
 from compress.config.pipeline import Calibration, Evaluation, Pipeline
-from compress.config.reading import mistakes
+from compress.config.reading import MOST_SHARE, large_share, mistakes
 from compress.encodings import Weight
 from compress.engine import manager
 from compress.engine.devices import Devices
 from compress.engine.ledger import MemoryLedger
 from compress.engine.merge import checks as merges
 from compress.engine.placement import Context
-from compress.errors import ConfigError
+from compress.errors import ConfigError, Problem
 from compress.models import graph as graphs
 from compress.planning import plan
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     import torch
     from torch import nn
 
@@ -48,6 +51,7 @@ class Result:
     report: Report
 
 
+@undisturbed()
 def apply(
     model: nn.Module,
     passes: Sequence[Pass | Sequence[Pass]],
@@ -66,15 +70,16 @@ def apply(
     Args:
         model: a transformers causal language model or image classifier, or any module with Linear or Conv2d layers.
         passes: in order; a nested list is fused block by block, as `blockwise:` in a pipeline file.
-        calibration: (samples, length) int64 token ids for a language model, else inputs (samples, ...), or those and
-            (samples,) integer labels; from several sources, a mapping of their names to such data.
+        calibration: (samples, length) integer token ids for a language model, else inputs (samples, ...), or those and
+            (samples,) integer labels: as tensors or arrays, a list of samples, what a tokenizer or an image processor
+            returns (without padding), or a data loader; from several sources, a mapping of their names to such data.
         evaluation: (windows, length) token ids of a language model, to measure perplexity and KL after every pass; of
             a classifier, its inputs and (samples,) integer labels, to measure accuracy and KL; from several sources, a
             mapping of their names to such data.
-        max_increase: the gate: largest relative increase of perplexity.
+        max_increase: the gate: largest relative increase of perplexity, 0.1 for 10 %.
         max_drop: the gate of a classifier: largest fall of accuracy, 0.01 for one point.
         seed: of every random choice.
-        inplace: change `model` itself instead of a copy.
+        inplace: change `model` itself instead of a copy; its parts stay in training or evaluation mode, as they are.
         store_dtype: the type that changed dense weights are kept in; None keeps each parameter's own. A model loaded in
             float32 from a bfloat16 file gives the command line's numbers with torch.bfloat16.
         products: how float32 matrices are multiplied while calibrating: `bfloat16` rounds the factors, `float32` does
@@ -97,23 +102,44 @@ def apply(
         0.5
     """
     stages = tuple(tuple(p) if isinstance(p, Sequence) else (p,) for p in passes)
-    model = (model if inplace else copy.deepcopy(model)).eval()
+    gates = {"max_increase": max_increase, "max_drop": max_drop}
+    steps = Pipeline(passes=stages, seed=seed, products=products)
+    problems = [*mistakes(steps), *_mistaken_gates(gates, evaluation is not None)]
+    if problems:
+        raise ConfigError(problems, "apply")
+    if inplace:
+        with evaluating(model):
+            return _applied(model, steps, calibration, evaluation, gates, store_dtype)
+    return _applied(copy.deepcopy(model).eval(), steps, calibration, evaluation, gates, store_dtype)
+
+
+def _mistaken_gates(gates: Mapping[str, float | None], measured: bool) -> Iterator[Problem]:
+    for name, limit in gates.items():
+        if limit is not None and not measured:
+            yield Problem(name, "changes nothing without evaluation data: give `evaluation`")
+        if limit is not None and limit > MOST_SHARE:
+            yield Problem(name, large_share(limit))
+
+
+def _applied(
+    model: nn.Module,
+    steps: Pipeline,
+    calibration: given.Given | None,
+    evaluation: given.Given | None,
+    gates: Mapping[str, float | None],
+    store_dtype: torch.dtype | None,
+) -> Result:
+    """What the passes of `steps` make of the module itself, which is in evaluation mode; see `apply`."""
     graph = graphs.find(model)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     data = manager.Data(
         given.dataset(graph, "calibration", calibration, dtype), given.dataset(graph, "evaluation", evaluation, dtype)
     )
-    gates = {"max_increase": max_increase, "max_drop": max_drop}
-    pipeline = Pipeline(
-        passes=stages,
+    pipeline = replace(
+        steps,
         calibration=given.given_section(Calibration, data.calibration, {}),
         evaluate=given.given_section(Evaluation, data.evaluation, gates),
-        seed=seed,
-        products=products,
     )
-    problems = mistakes(pipeline)
-    if problems:
-        raise ConfigError(problems, "apply")
     source = _RecastSource(model, store_dtype)
     artifact = Artifact(graph, source, dict(graph.tied))
     dtypes = {name: tensor.dtype for name, tensor in graph.tensors()}
@@ -122,8 +148,8 @@ def apply(
     merges.check_data(pipeline, data.calibration, graph, "apply")
     devices = Devices(compute=next(iter(model.parameters())).device)
     context = Context(
-        artifact=artifact, given=artifact, ledger=MemoryLedger(), seed=seed, dtype=dtype, products=products,
-        resident=True, bars=progress.Bars(), devices=devices,
+        artifact=artifact, given=artifact, ledger=MemoryLedger(), seed=steps.seed, dtype=dtype,
+        products=steps.products, resident=True, bars=progress.Bars(), devices=devices,
     )  # fmt: skip
     with devices.scope():
         measured, context = manager.execute(pipeline, made, context, data, type(model).__name__)

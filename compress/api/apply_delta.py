@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from compress.api.output_folder import APPLIED, refuse_destination
+from compress.api.output_folder import (
+    APPLIED,
+    RESULT,
+    clear_result,
+    publish_folder,
+    refuse_destination,
+    working_for,
+)
+from compress.calibration.surroundings import undisturbed
 from compress.checkpoint.delta.file import Delta, locate
 from compress.checkpoint.delta.source import with_delta
 from compress.checkpoint.opening import open_model
 from compress.checkpoint.packed_layout import entries, stored_tensors
 from compress.checkpoint.sources import SINGLE
 from compress.errors import NonFiniteError, UsageError
-from compress.io.atomic import copy, publish, write_json, writing
-from compress.io.safetensors_file import compare_tensors, write_tensors
-from compress.models.companions import copy_companions
+from compress.io.atomic import write_json, writing
+from compress.io.keys import Watch
+from compress.io.safetensors_file import compare_tensors, in_range, write_tensors
+from compress.models.companions import companions, copy_companions
 from compress.progress import Bars
 
 if TYPE_CHECKING:
@@ -27,13 +33,14 @@ if TYPE_CHECKING:
     from compress.checkpoint.artifact import Artifact
 
 
+@undisturbed()
 def apply_delta(
     base: str | Path, delta: str | Path, out: str | Path, *, overwrite: bool = False, bars: Bars | None = None
 ) -> dict[str, Any]:
     """Write the model that a base and a compressed delta make, as a plain folder that transformers loads.
 
-    One tensor is in memory at a time. Configuration and tokenizer are the base's. The folder is written beside its
-    final name, read back, compared, and renamed; its `delta.json` says what it was made from.
+    One tensor is in memory at a time. Configuration and tokenizer are the base's. The folder is written into
+    OUT.work, read back, compared, and moved; its `delta.json` says what it was made from.
 
     Args:
         base: the very model that the delta was made from: `demo`, a local folder or a hub id.
@@ -46,7 +53,8 @@ def apply_delta(
         How many tensors were read back equal, and the delta's size.
 
     Raises:
-        UsageError: another base, a damaged delta, an `out` that would be lost: before anything is written.
+        UsageError: another base, a damaged delta, an `out` that would be lost, or in which another process works:
+            before anything is written.
         NonFiniteError: the sum does not fit into the base's type.
 
     Example:
@@ -64,40 +72,39 @@ def apply_delta(
         raise UsageError(
             f"{delta} is not a compressed delta; a merge with compeft or bitdelta writes one into OUT/delta"
         )
-    for given in (opened.folder, file):
-        refuse_destination(destination, given, overwrite)
-    if destination.exists() and not overwrite:
-        raise UsageError(f"{out} exists; choose another -o, or give --overwrite")
+    refuse_destination(destination, {"model": [opened.folder], "delta": [file]}, overwrite)
+    _refuse_existing(destination, overwrite)
     checked = Delta.open(file)
     checked.refuse_other(opened.artifact, str(delta))
     model = with_delta(opened.artifact, checked)
     layout, read = list(entries(model)), partial(_finite_tensor, model)
-    unfinished = destination.parent / f"{destination.name}.partial"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        with bars.shown():
-            with writing(unfinished / SINGLE):
-                write_tensors(layout, read, unfinished / SINGLE, bars, "weights")
-            compared = compare_tensors(layout, read, unfinished / SINGLE, bars, "weights")
-        copy(opened.folder / "config.json", unfinished / "config.json")
-        copy_companions(opened.folder, unfinished)
+    with working_for(destination) as work, clear_result(work), bars.shown():
+        _refuse_existing(destination, overwrite)  # what another process may have made or put back
+        watch = Watch.over([*model.source.files(), opened.folder / "config.json", *companions(opened.folder)])
+        made = work / RESULT
+        made.mkdir()
+        with writing(made / SINGLE):
+            write_tensors(layout, read, made / SINGLE, bars, "weights")
+        compared = compare_tensors(layout, read, made / SINGLE, bars, "weights")
+        write_json(opened.settings(opened.dtype), made / "config.json")
+        copy_companions(opened.folder, made)
         facts = {"tensors_equal": compared, "delta": checked.facts()}
         about = {"base": str(base), "delta": str(delta), "method": checked.about["method"], **facts}
-        write_json(about, unfinished / APPLIED)
-        publish(unfinished / SINGLE, unfinished / SINGLE)
-        if destination.exists():
-            shutil.rmtree(destination)
-        unfinished.rename(destination)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        write_json(about, made / APPLIED)
+        watch.refuse_changed()
+        publish_folder(made, destination)
     return facts
+
+
+def _refuse_existing(destination: Path, overwrite: bool) -> None:
+    if destination.exists() and not overwrite:
+        raise UsageError(f"{destination} exists; choose another -o, or give --overwrite")
 
 
 def _finite_tensor(model: Artifact, name: str) -> dict[str, Tensor]:
     """A tensor as it is written."""
     found = stored_tensors(model, name)
     for value in found.values():
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if not in_range(value):
             raise NonFiniteError(f"{name} holds NaN or infinity with the delta added; get a clean base")
     return found

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from compress.calibration.data import IMAGE_SUFFIX, Dataset, load_images, load_tokens
+from compress.calibration.data import Dataset, load_images
+from compress.calibration.given import gathered, token_ids
+from compress.calibration.texts import is_images
+from compress.calibration.tokens import load_tokens
 from compress.config.pipeline import GIVEN
 from compress.errors import DataError
 from compress.models.families import family_of
 from compress.models.graph import Graph
+from compress.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
+    from torch import Tensor
     from transformers import PreTrainedModel
 
-    from compress.calibration.data import Split, Ticking
+    from compress.calibration.given import Kind
+    from compress.calibration.texts import Split, Ticking
     from compress.config.pipeline import Calibration
 
-Labelled = tuple[Tensor, Tensor]  # inputs (samples, ...), labels (samples,)
-Given = Tensor | Labelled | Mapping[str, Tensor | Labelled]  # one source, or several by name
+Given = Any  # one source, or several by name: what `calibration/given.py` takes
 
 
 def dataset(graph: Graph, name: Split, data: Given | None, dtype: torch.dtype) -> Dataset | None:
@@ -35,35 +39,15 @@ def dataset(graph: Graph, name: Split, data: Given | None, dtype: torch.dtype) -
     """
     if data is None:
         return None
-    if isinstance(data, Mapping):
-        if not data:
-            raise DataError(f"{name} names no source; give at least one, such as {{'maths': tokens}}")
-        return model_inputs(
-            graph, name, Dataset.joined({n: labelled(graph, name, part) for n, part in data.items()}), dtype
-        )
-    return model_inputs(graph, name, labelled(graph, name, data), dtype)
+    found = gathered(name, data, kind_of(graph))
+    if name == "evaluation" and found.labels is None and not graph.is_language_model:
+        raise DataError("a model that takes no tokens is evaluated on (inputs, labels), for its accuracy")
+    return model_inputs(graph, name, found, dtype)
 
 
-def labelled(graph: Graph, name: Split, data: Tensor | Labelled) -> Dataset:
-    """Inputs with labels, which language models have none of, and others need where they are evaluated.
-
-    Raises:
-        DataError: labels missing, not wanted, or of the wrong kind.
-    """
-    inputs, labels = data if isinstance(data, tuple) else (data, None)
-    if graph.is_language_model:
-        if isinstance(data, tuple):
-            raise DataError(f"{name} of a language model is (windows, length) token ids, without labels")
-        return Dataset(inputs)
-    if labels is None:
-        if name == "evaluation":
-            raise DataError("a model that takes no tokens is evaluated on (inputs, labels), for its accuracy")
-        return Dataset(inputs)
-    if labels.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64) or labels.shape != inputs.shape[:1]:
-        raise DataError(
-            f"labels must be ({len(inputs)},) integers, one per input; got {labels.dtype} {tuple(labels.shape)}"
-        )
-    return Dataset(inputs, labels.long())
+def kind_of(graph: Graph) -> Kind:
+    """What a model is called with."""
+    return "tokens" if graph.is_language_model else "images" if graph.is_image_model else "inputs"
 
 
 def model_inputs(graph: Graph, name: str, data: Dataset, dtype: torch.dtype) -> Dataset:
@@ -73,22 +57,14 @@ def model_inputs(graph: Graph, name: str, data: Dataset, dtype: torch.dtype) -> 
         DataError: the model cannot take it.
     """
     inputs = data.inputs
+    if graph.is_language_model:
+        vocabulary: int = graph.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        return data.of(token_ids(name, inputs, vocabulary, 2 if name == "evaluation" else 1))
     if inputs.numel() == 0:
         raise DataError(f"{name} is empty: shape {tuple(inputs.shape)}")
-    if graph.is_language_model:
-        return data.of(_tokens(graph, name, inputs))
     if inputs.is_floating_point() and not torch.isfinite(inputs).all():
         raise DataError(f"{name} holds NaN or infinity")
     return data.of(_images(graph, name, inputs).to(dtype)) if graph.is_image_model else data
-
-
-def _tokens(graph: Graph, name: str, tokens: Tensor) -> Tensor:
-    if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise DataError(f"{name} must be (samples, length) integer token ids; got {tokens.dtype} {tuple(tokens.shape)}")
-    vocabulary = graph.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    if int(tokens.max()) >= vocabulary or int(tokens.min()) < 0:
-        raise DataError(f"{name} has token ids outside 0..{vocabulary - 1}: they belong to another tokenizer")
-    return tokens.long()
 
 
 def _images(graph: Graph, name: str, images: Tensor) -> Tensor:
@@ -124,42 +100,33 @@ def read_data(section: Calibration, folder: Path, split: Split, over: Ticking | 
 
 
 def _read_source(section: Calibration, source: str, folder: Path, split: Split, over: Ticking | None) -> Dataset:
-    if source.endswith(IMAGE_SUFFIX):
+    if is_images(source):
         images, labels = load_images(source, section.samples)
         if split == "evaluation" and labels is None:
             raise DataError(f"{source} has no tensor `labels` to measure accuracy with")
         return Dataset(images, labels)
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        tokenizer("a text", add_special_tokens=False, verbose=False)  # some settings are first read when used
-    except Exception as error:  # a damaged file raises whatever its reader meets
-        raise DataError(
-            f"{folder} has no tokenizer that transformers can read, and {split} text needs one: {error}"
-        ) from error
     tokens = load_tokens(
         source,
-        tokenizer,
+        load_tokenizer(folder, f"{split} text"),
         samples=section.samples,
         length=section.length,
         split=split,
         field=section.field,
         subset=section.subset,
+        protocol=section.protocol,
         over=over,
     )
     return Dataset(tokens)
 
 
-def matched(model: PreTrainedModel, data: Dataset) -> Tensor | Labelled:
+def matched(model: PreTrainedModel, data: Dataset) -> Tensor | tuple[Tensor, Tensor]:
     """Data as read, for `evaluate` of a loaded model.
 
     Raises:
         DataError: images for a language model, or text for an image model.
     """
     graph, dtype = Graph(model, (), (), family_of(model)), getattr(model.config, "dtype", None)
-    whole = labelled(graph, "evaluation", data.inputs if data.labels is None else (data.inputs, data.labels))
-    if whole.labels is None:
-        return whole.inputs
-    images = _images(graph, "evaluation", whole.inputs)
-    return images.to(dtype if isinstance(dtype, torch.dtype) else images.dtype), whole.labels
+    given = data.inputs if data.labels is None else (data.inputs, data.labels)
+    whole = dataset(graph, "evaluation", given, dtype if isinstance(dtype, torch.dtype) else torch.float32)
+    assert whole is not None
+    return whole.inputs if whole.labels is None else (whole.inputs, whole.labels)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from compress.api import data as given
-from compress.calibration.metrics import Reference, evaluate, logits_in, measure
+from compress.api.output_folder import refuse_changed
+from compress.calibration.metrics import Reference, evaluate, measure
+from compress.calibration.surroundings import undisturbed
+from compress.checkpoint.opening import load_model
 from compress.errors import DataError, UsageError
-from compress.models import hub, loading
+from compress.models import hub
+from compress.models.logits import logits_in, logits_of, rows_at_once
 from compress.progress import Bars
 
 if TYPE_CHECKING:
@@ -20,10 +25,12 @@ if TYPE_CHECKING:
 
     from compress.calibration.metrics import Quality
     from compress.config.pipeline import Evaluation
+    from compress.export.onnx.session import Runner
 
 Runtime = Literal["transformers", "onnxruntime"]
 
 
+@undisturbed()
 def measure_model(
     model: str,
     section: Evaluation,
@@ -45,6 +52,7 @@ def measure_model(
 
     Raises:
         UsageError: no such model, or a runtime that is not installed.
+        CheckpointError: a folder whose files are not what its manifest says.
         DataError: nothing that can be read.
     """
     bars = bars or Bars()
@@ -56,9 +64,10 @@ def measure_model(
 
 def _torch(model: str, section: Evaluation, against: str | None, bars: Bars) -> dict[str, Any]:
     folder = hub.resolve(model)
+    refuse_changed(folder)
+    loaded = load_model(folder)
     data = given.read_data(section, folder, "evaluation", bars.over)
-    loaded = loading.load_model(folder)
-    original = loading.load_model(hub.resolve(against)) if against else None
+    original = load_model(against) if against else None
     quality = evaluate(loaded, given.matched(loaded, data), against=original, progress=_progress(bars))
     weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     return {"model": model, **_result(quality, section), "bytes": weights}
@@ -74,6 +83,7 @@ def _onnx(path: Path, section: Evaluation, against: str | None, threads: int, ba
     if not path.exists():
         raise UsageError(f"no such file or folder: {path}; --runtime onnxruntime takes what `export: [onnx]` wrote")
     folder = path if path.is_dir() else path.parent
+    refuse_changed(folder)
     tokenizer = folder if (folder / "tokenizer.json").is_file() else folder.parent
     data = given.read_data(section, tokenizer, "evaluation", bars.over)
     inputs, labels = data.inputs, data.labels
@@ -84,10 +94,11 @@ def _onnx(path: Path, section: Evaluation, against: str | None, threads: int, ba
     reference = None
     if against is not None:
         reference = Reference()
-        original = _logits(loading.load_model(hub.resolve(against), torch.float32), labels is None)
+        original = _logits(load_model(against, torch.float32), labels is None)
         measure(original, inputs, labels=labels, reference=reference, keep=True, progress=_progress(bars))
+    logits = partial(_onnx_logits, opened.runner)
     with running(path):
-        quality = measure(opened.runner, inputs, labels=labels, reference=reference, progress=_progress(bars))
+        quality = measure(logits, inputs, labels=labels, reference=reference, progress=_progress(bars))
         speed = opened.tokens_per_second(int(inputs.max()) + 1) if labels is None else None
     found = {"model": str(path), **_result(quality, section), "bytes": opened.bytes, "load_memory": opened.memory}
     if labels is None:
@@ -95,10 +106,18 @@ def _onnx(path: Path, section: Evaluation, against: str | None, threads: int, ba
     return found
 
 
-def _logits(model: Any, tokens: bool) -> Callable[[Tensor], Tensor]:
+def _logits(model: Any, tokens: bool) -> Callable[[Tensor], Tensor | Iterator[Tensor]]:
     if tokens:
-        return lambda batch: logits_in(model(input_ids=batch, use_cache=False)).float()
+        return lambda batch: logits_of(model, lambda: model(input_ids=batch, use_cache=False), batch)
     return lambda batch: logits_in(model(batch.float())).float()
+
+
+def _onnx_logits(runner: Runner, batch: Tensor) -> Tensor | Iterator[Tensor]:
+    """Logits of an ONNX file, which computes those of whole windows: of as many as are not too large."""
+    rows = rows_at_once(len(batch), runner.width * batch[0].numel())
+    if "input_ids" not in runner.inputs or rows == len(batch):
+        return runner(batch)
+    return (runner(part)[:, :-1].flatten(0, 1) for part in torch.split(batch, rows))
 
 
 def _result(quality: Quality, section: Evaluation) -> dict[str, Any]:
@@ -108,7 +127,8 @@ def _result(quality: Quality, section: Evaluation) -> dict[str, Any]:
     return {
         "perplexity": quality.perplexity,
         "tokens": quality.tokens,
-        "windows": section.samples,
+        "windows": quality.tokens // (section.length - 1),
         "length": section.length,
+        "protocol": section.protocol,
         **found,
     }

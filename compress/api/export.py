@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,29 +11,40 @@ import torch
 import yaml
 
 from compress.api import data as given
+from compress.api.output_folder import (
+    RESULT,
+    clear_result,
+    mend,
+    publish_folder,
+    refuse_changed,
+    refuse_foreign,
+    working_for,
+)
 from compress.calibration.data import Dataset
+from compress.calibration.surroundings import undisturbed
 from compress.config.options import errors_in
 from compress.config.pipeline import GIVEN, Evaluation
 from compress.errors import ConfigError, DataError, Problem, UsageError
 from compress.export.compared import Expected, some_tokens
 from compress.export.hf import loaded
 from compress.export.packed import added_in, open_packed, specs_in
-from compress.io.atomic import publish, write_text
 from compress.io.heap import give_back
+from compress.io.manifest import replace_file
 from compress.progress import Bars
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Mapping, Sequence
 
     from compress.export import Exporter, PackedFolder
     from compress.export.compared import Expect
 
 
+@undisturbed()
 def export_to(out: str | Path, exporters: Sequence[Exporter], *, bars: Bars | None = None) -> dict[str, dict[str, Any]]:
     """Write a finished folder's model in other containers, from the same codes; nothing is calibrated again.
 
-    Each is written beside its final name OUT/<key>, read back, run beside the packed model where it can be run here,
-    and renamed at the end; one that is there already is replaced. The result is also noted in OUT/report.json.
+    Each is written into OUT.work, read back, run beside the packed model where it can be run here, and moved to
+    OUT/<key> at the end; one that is there already is replaced. The result is also noted in OUT/report.json.
 
     Args:
         out: a folder that `run` wrote.
@@ -47,7 +56,8 @@ def export_to(out: str | Path, exporters: Sequence[Exporter], *, bars: Bars | No
 
     Raises:
         ConfigError: a container that cannot hold this model; nothing is written.
-        UsageError: not a finished folder.
+        UsageError: not a finished folder, or another process works in it.
+        CheckpointError: the folder is damaged.
         CompressError: what was written is not what was meant.
 
     Example:
@@ -59,6 +69,9 @@ def export_to(out: str | Path, exporters: Sequence[Exporter], *, bars: Bars | No
         0.0
     """
     folder, bars = Path(out).absolute(), bars or Bars()
+    if not folder.is_dir():
+        raise UsageError(f"no such folder: {folder}")
+    refuse_changed(folder)
     noted = _report(folder)
     dtype, section = _recorded_evaluation(folder)
     made = open_packed(folder, dtype)
@@ -66,36 +79,45 @@ def export_to(out: str | Path, exporters: Sequence[Exporter], *, bars: Bars | No
     evaluated = _evaluation_data(made, section, bars)
     found: dict[str, dict[str, Any]] = {}
     for exporter in exporters:
-        final, partial = folder / exporter.key, folder / f"{exporter.key}.partial"
-        with _removed_afterwards(partial), bars.shown():
-            found |= write_all(made, [exporter], folder, evaluated, bars, suffix=".partial")
-            if final.exists():
-                shutil.rmtree(final)
-            partial.rename(final)
-    write_text(folder / "report.json", json.dumps({**noted, "verified": noted["verified"] | found}, indent=1) + "\n")
+        refuse_foreign(folder / exporter.key)
+    with working_for(folder) as work, clear_result(work):
+        for exporter in exporters:
+            mend(folder / exporter.key)
+            with bars.shown():
+                found |= write_all(made, [exporter], {exporter.key: work / RESULT}, folder, evaluated, bars)
+            publish_folder(work / RESULT, folder / exporter.key)
+        told = {**noted, "verified": noted["verified"] | found}
+        replace_file(folder, "report.json", json.dumps(told, indent=1) + "\n")
     return found
 
 
 def write_all(
     made: PackedFolder,
     exporters: Sequence[Exporter],
+    folders: Mapping[str, Path],
     final: Path,
     evaluated: Dataset | None,
     bars: Bars,
-    suffix: str = "",
 ) -> dict[str, dict[str, Any]]:
-    """Write, read back and compare each in its folder in `made.folder`; returns what was found of each."""
+    """Write, read back and compare each; returns what was found of each.
+
+    Args:
+        made: the packed model.
+        exporters: in order.
+        folders: key of each -> where it is written.
+        final: OUT, where it will lie as OUT/<key>.
+        evaluated: what it is compared with the packed model on.
+        bars: progress.
+    """
     expect = _expecting(made, evaluated)
     found: dict[str, dict[str, Any]] = {}
     for exporter in exporters:
-        folder = made.folder / f"{exporter.key}{suffix}"
+        folder = folders[exporter.key]
         exporter.write(made, folder, final / exporter.key, bars)
         facts = exporter.verify(made, folder, bars)
         tolerance = exporter.tolerance(specs_in(made))
         if tolerance is not None and expect is not None:
             facts |= compared(exporter, made, folder, expect, tolerance)
-        for written in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".onnx", ".data", ".gguf")):
-            publish(written, written)
         found[exporter.key] = facts
     return found
 
@@ -166,10 +188,8 @@ def _evaluation_data(made: PackedFolder, section: Evaluation | None, bars: Bars)
 
 
 def _report(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise UsageError(f"no such folder: {folder}")
     try:
-        noted: dict[str, Any] = json.loads((folder / "report.json").read_text())
+        noted: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         noted["verified"]["tensors_equal"]
         return noted
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -179,20 +199,10 @@ def _report(folder: Path) -> dict[str, Any]:
 def _recorded_evaluation(folder: Path) -> tuple[torch.dtype | None, Evaluation | None]:
     """The type it computed in, and what it was evaluated on, if that can be read again."""
     try:
-        written = yaml.safe_load((folder / "pipeline.yaml").read_text())
+        written = yaml.safe_load((folder / "pipeline.yaml").read_text(encoding="utf-8"))
         section = written.get("evaluate")
         again = section is not None and section["source"] != GIVEN
         dtype = None if written["dtype"] == "auto" else getattr(torch, written["dtype"])
         return dtype, Evaluation(**section) if again else None
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{folder}/pipeline.yaml is not what a run wrote: {error}") from error
-
-
-@contextmanager
-def _removed_afterwards(partial: Path) -> Iterator[None]:
-    """A half-written folder is removed."""
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        yield
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

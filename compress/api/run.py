@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,50 +13,63 @@ import torch
 from compress import progress
 from compress.api import data as given
 from compress.api.export import write_all
-from compress.api.output_folder import refuse_destination
-from compress.calibration.metrics import logits_in
+from compress.api.output_folder import (
+    LOG,
+    RESULT,
+    clear,
+    inputs_of,
+    publish_folder,
+    refuse_destination,
+    work_of,
+    working_for,
+)
+from compress.calibration.surroundings import undisturbed
 from compress.checkpoint import packed_layout
 from compress.checkpoint.delta.file import DELTA, Delta
 from compress.checkpoint.delta.source import with_delta
+from compress.checkpoint.finite import refuse_non_finite
 from compress.checkpoint.opening import open_model
 from compress.config.pipeline import GATES, Calibration, Evaluation
 from compress.config.reading import load_pipeline
 from compress.config.writing import dump
-from compress.encodings.format import WEIGHTS, version
+from compress.encodings.format import version
 from compress.engine import manager
 from compress.engine.ledger import FolderLedger
+from compress.engine.measure import logits
 from compress.engine.merge import checks as merges
 from compress.engine.placement import Context, streamed
 from compress.engine.resume import Resume
-from compress.errors import CompressError, NonFiniteError, UsageError
+from compress.errors import CheckpointError, CompressError, UsageError
 from compress.export.packed import open_packed
-from compress.io.atomic import copy, publish, write_text
-from compress.io.keys import hash_of, key_of
+from compress.io.atomic import copy, remove_made, write_text
+from compress.io.keys import Watch, hash_of, key_of
+from compress.io.manifest import verify_folder
 from compress.io.safetensors_file import compare_tensors
 from compress.io.source_code import code_of, plug_ins
 from compress.logs import kept_in
 from compress.models import loading
-from compress.models.graph import forward
+from compress.models.companions import companions
+from compress.models.logits import pieces
 from compress.passes import MergePass
 from compress.planning import plan, resources
 from compress.report import report
 from compress.report.report import Report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
-    from compress.checkpoint.artifact import Artifact
     from compress.checkpoint.opening import OpenedModel
+    from compress.checkpoint.sources import Source
     from compress.config.pipeline import Pipeline
     from compress.engine.placement import MadeDelta
     from compress.report.report import Row
 
-LOG = "log.txt"  # in the folder of unfinished work
 LOGITS_TOLERANCE = 0.0  # packed and in-memory results multiply the same numbers in the same order
 
 
+@undisturbed()
 def run(
     pipeline: str | Path | Mapping[str, Any] | Pipeline,
     model: str | Path,
@@ -102,9 +114,8 @@ def run(
     """
     steps = load_pipeline(pipeline)
     destination, bars = Path(out).absolute(), bars or progress.Bars()
-    work = destination.parent / f"{destination.name}.work"
     opened = open_model(model)
-    refuse_destination(destination, opened.folder, overwrite)
+    refuse_destination(destination, inputs_of(steps, opened.folder, pipeline), overwrite)
     graph = opened.artifact.graph
     data = manager.Data(
         given.dataset(graph, "calibration", calibration, _dtype(steps, opened)),
@@ -112,7 +123,7 @@ def run(
     )
     steps = _with_given(steps, data)
     file = str(pipeline) if isinstance(pipeline, str | Path) else "pipeline"
-    made = plan.make(steps, graph, opened.dtypes, file)
+    made = plan.make(steps, graph, opened.dtypes, file, opened.companion_bytes)
     merged = merges.check_models(steps, opened.artifact, file)
     resolved = dump(steps)
     with bars.shown():
@@ -120,32 +131,34 @@ def run(
     merges.check_data(steps, data.calibration, graph, file)
     hashes = [hash_of(each) for each in (data.calibration, data.evaluation)]
     own = plug_ins(type(pass_) for stage in steps.passes for pass_ in stage)
-    identity = key_of(opened.artifact.source.fingerprint(), resolved, hashes, *merged, *([code_of(own)] if own else []))
-    finished = _finished(destination, identity, steps)
-    if finished and not (overwrite or fresh):
-        shutil.rmtree(work, ignore_errors=True)
-        for row in finished.rows:
-            on_row(row)
-        return finished
-    if destination.exists() and not overwrite:
-        raise UsageError(f"{out} exists and is not the result of this run; choose another -o, or give --overwrite")
-    if fresh:
-        shutil.rmtree(work, ignore_errors=True)
-    resources.check_resources(made, destination)
-    _refuse_non_finite(opened.artifact)
-    dtype = _dtype(steps, opened)
-    names = ["+".join(p.key for p in stage) for stage in steps.passes]
-    ledger = FolderLedger(work, Resume(names, len(graph.blocks)))
-    context = Context(
-        artifact=opened.artifact, given=opened.artifact, ledger=ledger,
-        seed=steps.seed, dtype=dtype, products=steps.products, resident=False, bars=bars,
-    )  # fmt: skip
-    with kept_in(work / LOG), bars.shown():
-        with context.devices.scope():
-            measured, context = manager.execute(steps, made, context, data, str(model), on_row)
-        ledger.resume.all_done()
-        _export(context, opened, steps, measured, data, work / "out", destination, identity, resolved)
-    shutil.rmtree(work, ignore_errors=True)
+    sources = [opened.artifact.source, *merged]
+    identity = key_of([s.fingerprint() for s in sources], resolved, hashes, *([code_of(own)] if own else []))
+    with working_for(destination) as work:
+        finished = None if overwrite or fresh else _finished(destination, identity, steps)
+        if finished:
+            clear(work)
+            for row in finished.rows:
+                on_row(row)
+            return finished
+        if destination.exists() and not overwrite:
+            raise UsageError(f"{out} exists and is not the result of this run; choose another -o, or give --overwrite")
+        if fresh:
+            clear(work)
+        resources.check_resources(made, destination, work)
+        with bars.shown():
+            refuse_non_finite(opened.artifact, _dtype(steps, opened), bars)
+        watch = _watch(opened, sources)
+        resume = Resume(["+".join(p.key for p in stage) for stage in steps.passes], len(graph.blocks))
+        context = _context(steps, opened, FolderLedger(work, resume, watch.refuse_changed), bars)
+        with kept_in(work / LOG), bars.shown():
+            with context.devices.scope():
+                measured, context = manager.execute(steps, made, context, data, str(model), on_row)
+            measured.notes += opened.notes
+            resume.all_done()
+            _export(context, opened, steps, measured, data, destination, identity, resolved)
+            watch.refuse_changed()
+            publish_folder(work / RESULT, destination)
+        clear(work)
     return measured
 
 
@@ -156,22 +169,25 @@ def row_names(pipeline: str | Path | Mapping[str, Any] | Pipeline) -> list[str]:
     return ["original", *models, *("+".join(p.key for p in stage) for stage in stages)]
 
 
-def _refuse_non_finite(artifact: Artifact) -> None:
-    """NaN or infinity in a tensor that no pass looks at: embeddings, norms, biases."""
-    sites = {s.parameter for s in artifact.graph.sites if s.block is not None}
-    for name, _ in artifact.graph.tensors():
-        if name not in sites:
-            value = artifact.source.read(artifact.name_in_source(name))
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                raise NonFiniteError(f"{name} holds NaN or infinity in the source; get a clean checkpoint")
+def _watch(opened: OpenedModel, sources: Sequence[Source]) -> Watch:
+    """Everything that is read of a model, and of those that are merged into it."""
+    read = [file for source in sources for file in source.files()]
+    return Watch.over([*read, opened.folder / "config.json", *companions(opened.folder)])
+
+
+def _context(steps: Pipeline, opened: OpenedModel, ledger: FolderLedger, bars: progress.Bars) -> Context:
+    """What the first stage works in."""
+    return Context(
+        artifact=opened.artifact, given=opened.artifact, ledger=ledger,
+        seed=steps.seed, dtype=_dtype(steps, opened), products=steps.products, resident=False, bars=bars,
+    )  # fmt: skip
 
 
 def _dtype(steps: Pipeline, opened: OpenedModel) -> torch.dtype:
-    if steps.dtype != "auto":
-        chosen: torch.dtype = getattr(torch, steps.dtype)
-        return chosen
-    configured = getattr(opened.config, "dtype", None)
-    return configured if isinstance(configured, torch.dtype) else torch.float32
+    if steps.dtype == "auto":
+        return opened.dtype
+    chosen: torch.dtype = getattr(torch, steps.dtype)
+    return chosen
 
 
 def _with_given(steps: Pipeline, data: manager.Data) -> Pipeline:
@@ -196,18 +212,30 @@ def _data(steps: Pipeline, opened: OpenedModel, data: manager.Data, bars: progre
 
 
 def _finished(destination: Path, identity: str, steps: Pipeline) -> Report | None:
-    """The report of a whole folder that this very run wrote earlier."""
+    """The report of a whole folder that this very run wrote earlier.
+
+    Raises:
+        UsageError: it wrote the folder, which was damaged since.
+    """
     try:
-        data = json.loads((destination / "report.json").read_text())
-        same = data["verified"]["run"] == identity
+        data = json.loads((destination / "report.json").read_text(encoding="utf-8"))
+        if data["verified"]["run"] != identity:
+            return None
         rows = [report.Row(**row) for row in data.pop("rows")]
-        needed = [WEIGHTS, "config.json", "pipeline.yaml"]
-        needed += [f"{exporter.key}/{file}" for exporter in steps.export for file in exporter.files]
+        found = Report(rows=rows, **data)
+        needed = [f"{exporter.key}/{file}" for exporter in steps.export for file in exporter.files]
         needed += [f"delta/{DELTA}" for merge in data["merged"] if "delta" in merge]
-        whole = all((destination / name).is_file() for name in needed)
-        return Report(rows=rows, **data) if same and whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    try:
+        marked = verify_folder(destination, everything=True) is not None
+        lost = [name for name in needed if not (destination / name).is_file()]
+        said = "" if marked and not lost else f"it lacks {lost[0]}" if lost else "it has no manifest.json"
+    except CheckpointError as error:
+        said = str(error)
+    if said:
+        raise UsageError(f"{destination} is the result of this run, but {said}; --overwrite writes it again")
+    return found
 
 
 def _export(
@@ -216,14 +244,14 @@ def _export(
     steps: Pipeline,
     measured: Report,
     data: manager.Data,
-    partial: Path,
     destination: Path,
     identity: str,
     resolved: str,
 ) -> None:
-    """Write beside the final name, read back, compare, then rename."""
-    shutil.rmtree(partial, ignore_errors=True)
-    config = json.loads((opened.folder / "config.json").read_text())
+    """Write the result into the folder of unfinished work, read it back and compare."""
+    partial = work_of(destination) / RESULT
+    remove_made(partial)
+    config = opened.settings(context.dtype)
     packed_layout.write_packed(context.artifact, partial, config, opened.folder, version(), context.bars)
     compared = packed_layout.verify(context.artifact, partial, context.bars)
     measured.verified = {"run": identity, "tensors_equal": compared}
@@ -231,16 +259,13 @@ def _export(
         measured.verified["max_logit_difference"] = _logit_difference(context, partial, data.evaluation.inputs[:2])
     if steps.export:
         made = open_packed(partial, context.dtype)
-        measured.verified |= write_all(made, steps.export, destination, data.evaluation, context.bars)
+        written = {exporter.key: partial / exporter.key for exporter in steps.export}
+        measured.verified |= write_all(made, steps.export, written, destination, data.evaluation, context.bars)
     if context.delta is not None:
         measured.verified["delta"] = {"tensors_equal": _put_delta(context.delta, partial / "delta", context)}
     write_text(partial / "pipeline.yaml", resolved)
     write_text(partial / "report.json", measured.to_json())
     write_text(partial / "README.md", report.card(measured, resolved, loading.loader(opened.config).__name__))
-    publish(partial / WEIGHTS, partial / WEIGHTS)
-    if destination.exists():
-        shutil.rmtree(destination)
-    partial.rename(destination)
 
 
 def _put_delta(made: MadeDelta, folder: Path, context: Context) -> int:
@@ -253,19 +278,16 @@ def _put_delta(made: MadeDelta, folder: Path, context: Context) -> int:
     copy(made.file, folder / DELTA)
     model = with_delta(context.given, Delta.open(folder / DELTA))
     layout, read = list(packed_layout.entries(model)), partial(packed_layout.stored_tensors, model)
-    compared = compare_tensors(layout, read, made.merged, context.bars, "delta")
-    publish(folder / DELTA, folder / DELTA)
-    return compared
+    return compare_tensors(layout, read, made.merged, context.bars, "delta")
 
 
 def _logit_difference(context: Context, folder: Path, inputs: Tensor) -> float:
     """Largest difference of the packed model's logits from the in-memory result's; more than none is an error."""
     loaded = loading.load_model(folder, context.dtype)
-    with torch.no_grad():
-        there = logits_in(forward(replace(context.graph, model=loaded), inputs))
-        with streamed(context):
-            here = logits_in(forward(context.graph, inputs))
-    difference = float((there - here).abs().max())
+    written = replace(context, artifact=replace(context.artifact, graph=replace(context.graph, model=loaded)))
+    with torch.no_grad(), streamed(context) as hold:
+        pairs = zip(pieces(logits(written, inputs)), pieces(logits(context, inputs, hold)), strict=True)
+        difference = max(float((there - here).abs().max()) for there, here in pairs)
     if not difference <= LOGITS_TOLERANCE:
         raise CompressError(f"the written model's logits differ by {difference:.3g} from the in-memory result's")
     return difference

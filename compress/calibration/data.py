@@ -1,14 +1,11 @@
-"""Where calibration and evaluation data come from: the bundled source, local files, a Hugging Face data set."""
+"""Samples that passes learn from or are measured on: of one source or several, images from a file, batches."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from compress.demo import data as demo
 from compress.errors import CheckpointError, DataError
 from compress.io.safetensors_file import read_header, read_tensors
 from compress.lazy import torch
@@ -18,9 +15,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-Split = Literal["calibration", "evaluation"]
-IMAGE_SUFFIX = ".safetensors"
-LOCAL = (".txt", ".jsonl", ".parquet", IMAGE_SUFFIX)
 NUMBERS_AT_ONCE = 1 << 21  # of inputs that are no token ids
 
 
@@ -76,155 +70,12 @@ class Dataset:
         )
 
 
-def check_source(source: str) -> str | None:
-    """What is wrong with a `source`, before any of it is read; None if nothing can be seen."""
-    if source == "demo":
-        return None
-    path = Path(source)
-    try:
-        there = path.exists()
-    except OSError as error:
-        return f"cannot be looked up: {error.strerror}"
-    if path.suffix in LOCAL or there:
-        if not path.is_file():
-            return f"no such file: {source}"
-        if path.suffix not in LOCAL:
-            return f"{source} is not one of {', '.join(LOCAL)}"
-        if path.stat().st_size == 0:
-            return f"{source} is empty"
-        return None
-    if source.count("/") > 1 or source.startswith("."):
-        return f"no such file: {source}"
-    try:
-        import datasets  # noqa: F401
-    except ImportError:
-        return (
-            f"{source!r} is neither 'demo' nor a local {', '.join(LOCAL)} file; the id of a Hugging Face data set "
-            "needs the extra: pip install 'compress-pipeline[datasets]'"
-        )
-    return None
-
-
-Ticking = Callable[[Iterable[str], int | None, str], Iterator[str]]
-
-
-def load_tokens(
-    source: str,
-    tokenizer: Any,
-    *,
-    samples: int,
-    length: int,
-    split: Split = "calibration",
-    field: str = "text",
-    subset: str | None = None,
-    over: Ticking | None = None,
-) -> Tensor:
-    """Windows of token ids, evenly spread over the source.
-
-    Args:
-        source: `demo`, a .txt, .jsonl or .parquet file, or the id of a Hugging Face data set.
-        tokenizer: of the model that will see the tokens.
-        samples: number of windows.
-        length: tokens per window.
-        split: for `demo`, which half of the standard library's documentation; for a data set id, its `train` split
-            calibrates and its `test` split evaluates.
-        field: the field or column that holds the text.
-        subset: the configuration name of a data set id.
-        over: draws progress over the texts: (texts, how many or None, label).
-
-    Returns:
-        (samples, length) int64.
-
-    Raises:
-        DataError: nothing there, no such field, or fewer tokens than asked for.
-    """
-    problem = check_source(source)
-    if problem:
-        raise DataError(problem)
-    if source.endswith(IMAGE_SUFFIX):
-        raise DataError(f"{source} holds images; tokens come from a text")
-    texts = _texts(source, split, field, subset)
-    separator = tokenizer.eos_token_id
-    stream: list[int] = []
-    known = len(texts) if isinstance(texts, Sized) else None
-    for text in texts if over is None else over(texts, known, f"tokenize {split}: texts"):
-        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if separator is not None:
-            stream.append(separator)
-    return windows(torch.tensor(stream), samples, length, source)
-
-
-def windows(stream: Tensor, samples: int, length: int, source: str) -> Tensor:
-    """(samples, length) windows of a (T,) stream of tokens, evenly spread, none overlapping.
-
-    Raises:
-        DataError: the stream is too short.
-    """
-    available = len(stream) // length
-    if available < samples:
-        raise DataError(
-            f"{source} holds {len(stream)} tokens, {available} windows of {length}; {samples} were asked for: "
-            "lower samples or length, or give more text"
-        )
-    chosen = [i * available // samples for i in range(samples)]
-    return stream[: available * length].view(available, length)[chosen].long()
-
-
-def _texts(source: str, split: Split, field: str, subset: str | None) -> Iterable[str]:
-    if source == "demo":
-        return demo.texts(split)
-    path = Path(source)
-    if path.suffix == ".txt":
-        return [path.read_text(encoding="utf-8", errors="replace")]
-    if path.suffix == ".jsonl":
-        return _jsonl(path, field)
-    if path.suffix == ".parquet":
-        return _parquet(path, field)
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(source, subset, split="train" if split == "calibration" else "test")
-        return list(rows[field])
-    except Exception as error:  # the library raises many kinds; all mean the same to the user
-        raise DataError(f"data set {source!r}, split for {split}, column {field!r}: {error}") from error
-
-
-def _jsonl(path: Path, field: str) -> Iterable[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[field]
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{path}:{number}: not a JSON object with a {field!r} field ({error})") from error
-            yield _checked_text(text, f"{path}:{number}: {field!r}")
-
-
-def _parquet(path: Path, field: str) -> Iterable[str]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError(f"{path}: reading parquet needs: pip install 'compress-pipeline[parquet]'") from error
-    try:
-        values = pyarrow.parquet.read_table(path, columns=[field])[field].to_pylist()
-    except (OSError, KeyError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: no readable column {field!r} ({error})") from error
-    return [_checked_text(text, f"{path}: row {number} of {field!r}") for number, text in enumerate(values, 1)]
-
-
-def _checked_text(text: Any, place: str) -> str:
-    if not isinstance(text, str):
-        raise DataError(f"{place} is {type(text).__name__}, not a text")
-    return text
-
-
 def load_images(source: str, samples: int) -> tuple[Tensor, Tensor | None]:
     """Images, evenly spread over a .safetensors file, and their labels where it has them.
 
     Args:
         source: a file with a tensor `images` (N, ...), as the model takes them, and a tensor `labels` (N,) of integers.
-        samples: number of images.
+        samples: number of images; 0 for all.
 
     Returns:
         (samples, ...) and (samples,) int64, or None.
@@ -242,9 +93,12 @@ def load_images(source: str, samples: int) -> tuple[Tensor, Tensor | None]:
     images, labels = found["images"], found.get("labels")
     if labels is not None and labels.shape != images.shape[:1]:
         raise DataError(f"{source}: {tuple(labels.shape)} labels for {len(images)} images")
-    if len(images) < samples:
+    if labels is not None and labels.is_floating_point():
+        raise DataError(f"{source}: labels are {labels.dtype}; they must be the whole numbers of the classes")
+    if len(images) < max(1, samples):
         raise DataError(f"{source} holds {len(images)} images; {samples} were asked for: lower samples, or give more")
-    chosen = [i * len(images) // samples for i in range(samples)]
+    wanted = samples or len(images)
+    chosen = [i * len(images) // wanted for i in range(wanted)]
     return images[chosen], None if labels is None else labels[chosen].long()
 
 

@@ -7,13 +7,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compress.calibration.data import batches
+from compress.calibration.given import gathered, token_ids
+from compress.calibration.surroundings import evaluating, undisturbed
 from compress.errors import DataError, NonFiniteError
-from compress.lazy import functional, torch
+from compress.lazy import functional, torch, transformers
+from compress.models.families.transformers_model import called_with_images
+from compress.models.logits import logits_in, logits_of, rows_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor, nn
+
+    from compress.calibration.given import Kind
 
 TOKENS_AT_ONCE = 8192
 REFERENCE_NUMBERS = (
@@ -70,25 +76,49 @@ def perplexity_of(loss: float) -> float:
 
 
 class Reference:
-    """The original model's log-probabilities on the first evaluation windows, and what it predicts right on all."""
+    """The original model's log-probabilities of the first predictions, and what it predicts right of all.
+
+    Attributes:
+        compared: of how many predictions the log-probabilities are kept.
+    """
 
     def __init__(self, numbers: int = REFERENCE_NUMBERS) -> None:
-        self.parts: list[Tensor] = []
-        self.right: list[Tensor] = []
-        self.numbers = numbers
+        self._parts: list[Tensor] = []
+        self._right: list[Tensor] = []
+        self._numbers = numbers
+        self.compared = 0
 
     def keep(self, logits: Tensor, right: Tensor) -> None:
-        """Keep a batch; its log-probabilities only as long as there is room."""
-        self.right.append(right)
-        if logits.numel() <= self.numbers:
-            self.parts.append(functional.log_softmax(logits, dim=-1))
-            self.numbers -= logits.numel()
+        """Keep (n, classes) predictions; their log-probabilities only as long as there is room."""
+        self._right.append(right)
+        if logits.numel() <= self._numbers:
+            self._parts.append(functional.log_softmax(logits, dim=-1))
+            self._numbers -= logits.numel()
+            self.compared += len(logits)
         else:
-            self.numbers = 0  # those that are kept are the first
+            self._numbers = 0  # those that are kept are the first
+
+    def right(self, start: int, stop: int) -> Tensor:
+        """Whether predictions of these numbers are right."""
+        return _rows(self._right, start, stop)
+
+    def log_probabilities(self, start: int, stop: int) -> Tensor:
+        """(stop - start, classes), of numbers below `compared`."""
+        return _rows(self._parts, start, stop)
+
+
+def _rows(parts: Sequence[Tensor], start: int, stop: int) -> Tensor:
+    """Rows of tensors that lie one after the other."""
+    found, offset = [], 0
+    for part in parts:
+        if max(start, offset) < min(stop, offset + len(part)):
+            found.append(part[max(0, start - offset) : stop - offset])
+        offset += len(part)
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def measure(
-    logits: Callable[[Tensor], Tensor],
+    logits: Callable[[Tensor], Tensor | Iterator[Tensor]],
     tokens: Tensor,
     *,
     labels: Tensor | None = None,
@@ -99,7 +129,9 @@ def measure(
     """Evaluate a causal language model or, with labels, a classifier.
 
     Args:
-        logits: (rows, length) token ids -> (rows, length, vocabulary); of a classifier, inputs -> (rows, classes).
+        logits: (rows, length) token ids -> (rows, length, vocabulary), or, so that a large vocabulary fits into memory,
+            (n, vocabulary) in turn for all positions but the last of each row; of a classifier, inputs ->
+            (rows, classes).
         tokens: (windows, length) int64; of a classifier, inputs (samples, ...).
         labels: (samples,) int64.
         reference: of the original; compared with, or filled when `keep`.
@@ -108,41 +140,55 @@ def measure(
 
     Raises:
         NonFiniteError: the model's logits are not finite.
-        DataError: labels that the model has no logit for.
+        DataError: labels that the model has no logit for, or windows of one token.
     """
+    if labels is None and tokens.shape[1] < 2:
+        raise DataError("windows have one token; at least two tokens are needed, of which the second is predicted")
     loss = divergence = 0.0
     count = compared = correct = flipped = 0
     parts = batches(tokens, TOKENS_AT_ONCE)
     with torch.no_grad():
-        for number, batch in enumerate(progress(parts, len(parts)) if progress else parts):
-            out = logits(batch)
-            if labels is None:
-                out, wanted = out[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten()
-            else:
-                out, wanted = out.float(), labels[count : count + len(batch)]
-                _check_labels(out, wanted)
-            wanted = wanted.to(out.device)
-            right = out.argmax(1) == wanted
-            correct += int(right.sum())
-            total = functional.cross_entropy(out, wanted, reduction="sum").item()
-            if not math.isfinite(total):
-                raise NonFiniteError("the model's logits on the evaluation data are NaN or infinite")
-            loss += total
-            count += len(wanted)
-            if reference is not None and keep:
-                reference.keep(out, right)
-            elif reference is not None:
-                flipped += int((reference.right[number] & ~right).sum())
-                if number < len(reference.parts):
-                    own = functional.log_softmax(out, dim=-1)
-                    divergence += functional.kl_div(
-                        own, reference.parts[number], reduction="sum", log_target=True
-                    ).item()
-                    compared += len(wanted)
+        for batch in progress(parts, len(parts)) if progress else parts:
+            first = count
+            for out in _predictions(logits(batch), labels is None):
+                if labels is None:
+                    wanted = batch[:, 1:].flatten()[count - first :][: len(out)]
+                else:
+                    wanted = labels[count : count + len(batch)]
+                    _check_labels(out, wanted)
+                wanted = wanted.to(out.device)
+                right = out.argmax(1) == wanted
+                correct += int(right.sum())
+                total = functional.cross_entropy(out, wanted, reduction="sum").item()
+                if not math.isfinite(total):
+                    raise NonFiniteError("the model's logits on the evaluation data are NaN or infinite")
+                loss += total
+                start, count = count, count + len(wanted)
+                if reference is not None and keep:
+                    reference.keep(out, right)
+                elif reference is not None:
+                    flipped += int((reference.right(start, count) & ~right).sum())
+                    both = min(count, reference.compared)
+                    if both > start:
+                        own = functional.log_softmax(out[: both - start], dim=-1)
+                        theirs = reference.log_probabilities(start, both)
+                        divergence += functional.kl_div(own, theirs, reduction="sum", log_target=True).item()
+                        compared += both - start
     kl = max(0.0, divergence / compared) if compared else None
     flips = flipped / count if reference is not None and not keep else None
     perplexity, accuracy = (perplexity_of(loss / count), None) if labels is None else (None, correct / count)
     return Quality(perplexity, count, kl, compared, accuracy, flips, loss / count)
+
+
+def _predictions(found: Tensor | Iterator[Tensor], tokens: bool) -> Iterator[Tensor]:
+    """Logits in pieces of one size, whoever made them: (n, vocabulary), or all (rows, classes) of a classifier."""
+    if not tokens:
+        assert isinstance(found, torch.Tensor)
+        yield found.float()
+        return
+    pieces = [found[:, :-1].flatten(0, 1)] if isinstance(found, torch.Tensor) else found
+    for piece in pieces:
+        yield from (part.float() for part in torch.split(piece, rows_at_once(*piece.shape)))
 
 
 def _check_labels(logits: Tensor, labels: Tensor) -> None:
@@ -152,19 +198,24 @@ def _check_labels(logits: Tensor, labels: Tensor) -> None:
         raise DataError(f"labels outside 0..{logits.shape[1] - 1}: the model has no logit for them")
 
 
+@undisturbed()
 def evaluate(
     model: nn.Module,
-    data: Tensor | tuple[Tensor, Tensor],
+    data: Any,
     *,
     against: nn.Module | None = None,
     progress: Callable[[Iterable[Tensor], int], Iterator[Tensor]] | None = None,
 ) -> Quality:
     """Perplexity of a causal language model in memory, or accuracy of a classifier, and divergence from the original.
 
+    Both are measured in evaluation mode and are left in the mode that they were in.
+
     Args:
         model: a language model, called with `input_ids`, that returns an object with `logits`; or a classifier, called
             with inputs, that returns logits or an object with `logits`.
-        data: (windows, length) int64 token ids; for a classifier, its inputs (samples, ...) and labels (samples,).
+        data: (windows, length) integer token ids, as a tensor or an array, a list of windows, what a tokenizer returns
+            (without padding), or a data loader of these; for a classifier, its inputs (samples, ...) and labels
+            (samples,). Several sources by name are measured together.
         against: the original.
         progress: wraps the batches.
 
@@ -179,37 +230,40 @@ def evaluate(
         >>> compress.evaluate(model, tokens, against=model).kl
         0.0
     """
-    tokens, labels = data if isinstance(data, tuple) else (data, None)
-    for each in (model, against):
-        if each is not None and labels is None:
-            _check_tokens(each, tokens)
-        elif each is not None and each.training:
-            raise DataError("the classifier is in training mode, where measuring would change it: call eval() first")
-    reference = None
-    if against is not None:
-        reference = Reference()
-        measure(_logits_of(against, labels), tokens, labels=labels, reference=reference, keep=True, progress=progress)
-    return measure(_logits_of(model, labels), tokens, labels=labels, reference=reference, progress=progress)
+    found = gathered("data", data, _kind(model, data))
+    inputs, labels = found.inputs, found.labels
+    models = [model] if against is None else [model, against]
+    if labels is None:
+        for each in models:
+            inputs = _checked_tokens(each, inputs)
+    with evaluating(*models):
+        reference = None
+        if against is not None:
+            reference = Reference()
+            original = _logits_of(against, labels)
+            measure(original, inputs, labels=labels, reference=reference, keep=True, progress=progress)
+        return measure(_logits_of(model, labels), inputs, labels=labels, reference=reference, progress=progress)
 
 
-def logits_in(output: Any) -> Tensor:
-    """The logits of a model's output: the output itself, or its `logits`."""
-    found: Tensor = getattr(output, "logits", output)
-    return found
+def _kind(model: nn.Module, data: Any) -> Kind:
+    """What a model is measured on: a classifier of its own kind says it by its labels."""
+    if isinstance(model, transformers.PreTrainedModel) and called_with_images(model):
+        return "images"
+    return "inputs" if isinstance(data, tuple) else "tokens"
 
 
-def _check_tokens(model: nn.Module, tokens: Tensor) -> None:
+def _checked_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
     config: Any = getattr(model, "config", None)
-    vocabulary, longest = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
-    if tokens.dim() != 2 or tokens.is_floating_point() or tokens.shape[1] < 2:
-        raise DataError(f"tokens must be (windows, length) integers, length at least 2; got {tuple(tokens.shape)}")
-    if vocabulary and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocabulary):
-        raise DataError(f"token ids outside 0..{vocabulary - 1}: they belong to another tokenizer")
+    if isinstance(model, transformers.PreTrainedModel) and called_with_images(model):
+        raise DataError("a model that takes no tokens is evaluated on (inputs, labels), for its accuracy")
+    tokens = token_ids("data", tokens, getattr(config, "vocab_size", None), 2)
+    longest = getattr(config, "max_position_embeddings", None)
     if longest and tokens.shape[1] > longest:
         raise DataError(f"windows of {tokens.shape[1]} tokens are longer than the model's {longest} positions")
+    return tokens
 
 
-def _logits_of(model: nn.Module, labels: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _logits_of(model: nn.Module, labels: Tensor | None) -> Callable[[Tensor], Tensor | Iterator[Tensor]]:
     if labels is None:
-        return lambda batch: logits_in(model(input_ids=batch, use_cache=False))
+        return lambda batch: logits_of(model, lambda: model(input_ids=batch, use_cache=False), batch)
     return lambda batch: logits_in(model(batch.clone()))  # a first layer may work in place

@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint.sources import FolderSource
 from compress.encodings import Weight, unpack
-from compress.errors import CheckpointError, NonFiniteError
+from compress.errors import NonFiniteError
 from compress.io.safetensors_file import read_tensors
-from compress.lazy import torch, transformers
+from compress.lazy import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,16 +25,19 @@ if TYPE_CHECKING:
     from compress.models.graph import Graph
     from compress.models.site import Site
 
-RUNNING = ("running_mean", "running_var")  # without them a batch normalisation is another one
-
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight committed to a file: read when asked for."""
+    """A weight committed to a file: read when asked for.
+
+    Attributes:
+        seal: that the file must bear whenever it is read; empty for one that bears none.
+    """
 
     file: Path
     site: str
     spec: Spec
+    seal: str = ""
 
     def tensors(self) -> dict[str, Tensor]:
         """Its stored tensors."""
@@ -63,7 +65,7 @@ class Packed:
 
     def _read(self, leaves: Iterable[str]) -> dict[str, Tensor]:
         names = {f"{self.site}.{leaf}": leaf for leaf in leaves}
-        return {names[name]: value for name, value in read_tensors(self.file, names).items()}
+        return {names[name]: value for name, value in read_tensors(self.file, names, self.seal).items()}
 
 
 @dataclass
@@ -161,82 +163,6 @@ class Artifact:
         if self.added(name):
             return torch.zeros(self.sites[name.removesuffix(".bias")].shape[0], dtype=self.vector_dtype(name))
         return self.source.read(self.name_in_source(name))
-
-
-def open_folder(folder: Path, graph: Graph) -> Artifact:
-    """A folder's weights matched with the model its configuration describes.
-
-    Raises:
-        CheckpointError: names or shapes do not fit the model.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    source = FolderSource(folder)
-    there = set(source.names())
-    model = graph.model
-    assert isinstance(model, transformers.PreTrainedModel)
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    # Old spellings that transformers renames while loading, such as GPT-NeoX's embed_out for lm_head.
-    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-    spelled = {_transformers_name(name, renamings): name for name in source.names()}
-    tied: dict[str, list[str]] = {}
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        tied.setdefault(graph.tied.get(name, name), []).append(name)
-    tied.update((name, [name]) for name in graph.buffers)
-    shapes = {name: tuple(tensor.shape) for name, tensor in graph.tensors()}
-    renamed, missing, absent = {}, [], []
-    for names in tied.values():
-        spellings = [s for n in names for s in (n, n.removeprefix(prefix), prefix + n)]
-        stored = next((s for s in spellings if s in there), None) or next(
-            (spelled[s] for s in spellings if s in spelled), None
-        )
-        if stored is None:
-            if names[0] in graph.buffers and not names[0].endswith(RUNNING):
-                absent.append(names[0])  # as the model computes it; batch counts are read by nothing but training
-            else:
-                missing.append(names[0])
-            continue
-        shape = shapes[names[0]]
-        if source.shape(stored) != shape:
-            raise CheckpointError(
-                f"{folder}: {stored} has shape {source.shape(stored)}, but config.json says {shape}; "
-                "the configuration belongs to another model"
-            )
-        renamed.update({n: stored for n in names if n != stored})
-    if missing:
-        raise CheckpointError(
-            f"{folder}: {len(missing)} parameters or buffers of {type(model).__name__} are not in the files, such as "
-            f"{missing[0]} (the files have, for example, {min(there)}); "
-            "load it with transformers and save it again with save_pretrained"
-        )
-    _refuse_more_blocks(folder, graph, there)
-    graph = replace(graph, buffers=tuple(name for name in graph.buffers if name not in absent))
-    return Artifact(graph, source, renamed)
-
-
-def _transformers_name(name: str, renamings: Iterable[Any]) -> str:
-    """The name that transformers looks for, every renaming applied in turn."""
-    for renaming in renamings:
-        name, _ = renaming.rename_source_key(name)
-    return name
-
-
-def _refuse_more_blocks(folder: Path, graph: Graph, stored: set[str]) -> None:
-    """A configuration with fewer blocks than the files would silently drop the rest."""
-    # A block may lie in a list that lies in a list: stages.0.layers.1.
-    parts = [name.split(".") for name in graph.blocks]
-    known = {".".join(p[: i + 1]) for p in parts for i, part in enumerate(p) if part.isdigit()}
-    lists = {name.rpartition(".")[0] for name in known}
-    for name in sorted(stored):
-        for prefix in lists:
-            tail = name.removeprefix(f"{prefix}.")
-            block = f"{prefix}.{tail.split('.')[0]}"
-            if prefix and tail != name and tail.split(".")[0].isdigit() and block not in known:
-                raise CheckpointError(
-                    f"{folder}: {name} belongs to block {block}, but config.json describes only {len(graph.blocks)} "
-                    "blocks; the rest would be dropped. Correct the number of layers in config.json"
-                )
 
 
 def finite_weight(site: Site, weight: Weight) -> Tensor:

@@ -1,29 +1,45 @@
-"""A model folder, matched with its structure."""
+"""What a model folder is: its files, its structure, its type. Whoever takes a model asks here, and gets one answer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint.artifact import open_folder
+from compress.checkpoint.matching import match
+from compress.checkpoint.sources import FolderSource
+from compress.encodings.format import WEIGHTS
+from compress.errors import CheckpointError, UnsupportedModelError
+from compress.lazy import torch, transformers
+from compress.logs import LOGGER
 from compress.models import graph as graphs
-from compress.models import hub, loading
+from compress.models import hub, loading, refusals
+from compress.models.companions import companions, without_code
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
-
     from compress.checkpoint.artifact import Artifact
+
+MOST_PARAMETERS = 4  # times those in the files: what a configuration may describe before its model is built
 
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model folder, matched with its structure."""
+    """A model folder, matched with its structure.
+
+    Attributes:
+        folder: where it is.
+        config: as transformers reads it.
+        artifact: its weights.
+        dtype: the type it computes in: what config.json says, else that of the first weights in the files.
+        notes: sentences on what was left out, or taken for something else; they are logged too.
+    """
 
     folder: Path
     config: Any
     artifact: Artifact
+    dtype: torch.dtype
+    notes: tuple[str, ...] = ()
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -31,11 +47,113 @@ class OpenedModel:
         a = self.artifact
         return {n: a.source.dtype(a.name_in_source(n)) for n, _ in a.graph.tensors()}
 
+    def settings(self, dtype: torch.dtype) -> dict[str, Any]:
+        """config.json for a model that is to be loaded in a type; of the source's, all but names of code."""
+        found = without_code(refusals.read_settings(self.folder))
+        if getattr(self.config, "dtype", None) == dtype:
+            return found
+        found.pop("torch_dtype", None)  # the old name; a loader would otherwise round once more
+        return {**found, "dtype": str(dtype).removeprefix("torch.")}
+
+    @property
+    def companion_bytes(self) -> int:
+        """Bytes of what travels along with the weights, configuration included."""
+        return sum(file.stat().st_size for file in (self.folder / "config.json", *companions(self.folder)))
+
 
 def open_model(model: str | Path) -> OpenedModel:
-    """Resolve, check and match a model; reads headers, no weight."""
+    """Resolve, check and match a model; reads headers, and weights only where two of them claim one place.
+
+    Raises:
+        UsageError: it cannot be found, or is nothing that can be compressed; before anything of its size is built.
+    """
+    return open_folder(hub.resolve(model))
+
+
+def open_folder(folder: Path) -> OpenedModel:
+    """Check and match a model's folder; as `open_model`."""
+    refusals.refuse_adapter(folder)
+    settings = refusals.read_settings(folder)
+    refusals.refuse_quantized(folder, settings)
+    source = FolderSource(folder)
+    config = read_config(folder, source)
+    notes = refusals.refuse_other_tasks(folder, settings, config, loading.classes(config))
+    _refuse_larger(folder, config, source)
+    _refuse_generation(folder)
+    matched = match(folder, source, graphs.find(loading.build(config)))
+    for note in (*notes, *matched.notes):
+        LOGGER.warning("%s: %s", folder, note)
+    return OpenedModel(folder, config, matched.artifact, _dtype(config, source), (*notes, *matched.notes))
+
+
+def load_model(model: str | Path, dtype: torch.dtype | None = None) -> Any:
+    """A model in memory, to be measured: checked as `open_model` does where it is not compressed already.
+
+    Args:
+        model: `demo`, a folder or a hub id; a compressed folder, or one that transformers can unpack, too.
+        dtype: that it is loaded in; by default its own.
+
+    Raises:
+        UsageError: it cannot be found or loaded.
+    """
     folder = hub.resolve(model)
+    refusals.refuse_adapter(folder)
+    if refusals.read_settings(folder).get("quantization_config"):
+        if (folder / WEIGHTS).is_file():
+            read_config(folder, FolderSource(folder, WEIGHTS))
+        _refuse_generation(folder)
+        return loading.load_model(folder, dtype)
+    try:
+        own = open_folder(folder).dtype
+    except UnsupportedModelError:  # which passes cannot work on, but transformers can run
+        own = _dtype(loading.read_config(folder), FolderSource(folder))
+    return loading.load_model(folder, dtype or own)
+
+
+def read_config(folder: Path, source: FolderSource) -> Any:
+    """config.json as transformers reads it, refused where it describes more parts than the files hold.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of another model.
+    """
+    refusals.refuse_counts(folder, refusals.read_settings(folder), _count(source))  # else reading takes for ever
     config = loading.read_config(folder)
-    hub.refuse_quantized(folder, config)
-    graph = graphs.find(loading.build(config))
-    return OpenedModel(folder, config, open_folder(folder, graph))
+    refusals.refuse_counts(folder, config.to_dict(), _count(source))  # what it leaves out has a value too
+    return config
+
+
+def _count(source: FolderSource) -> int:
+    """The most blocks, or experts, that the files can hold: tensors, and slices of those with three dimensions."""
+    shapes = [source.shape(name) for name in source.names()]
+    return len(shapes) + max((shape[0] for shape in shapes if len(shape) > 2), default=0)
+
+
+def _refuse_larger(folder: Path, config: Any, source: FolderSource) -> None:
+    """A configuration of a much larger model would take the memory of that one."""
+    stored = sum(torch.Size(source.shape(name)).numel() for name in source.names())
+    described = loading.parameters_of(config)
+    if described is not None and described > MOST_PARAMETERS * stored:
+        raise CheckpointError(
+            f"{folder}: config.json describes a model of {described} parameters, and the files hold {stored}; the "
+            "configuration belongs to another model: fetch both from one place"
+        )
+
+
+def _refuse_generation(folder: Path) -> None:
+    """What the finished model would not load with is found now."""
+    file = folder / "generation_config.json"
+    if file.is_file():
+        try:
+            transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # it is checked by many kinds of code
+            raise CheckpointError(
+                f"{file} cannot be used: {error}; correct it, or take it out of the folder"
+            ) from error
+
+
+def _dtype(config: Any, source: FolderSource) -> torch.dtype:
+    configured = getattr(config, "dtype", None)
+    if isinstance(configured, torch.dtype):
+        return configured
+    stored = (source.dtype(name) for name in source.names())
+    return next((dtype for dtype in stored if dtype.is_floating_point), torch.float32)

@@ -11,7 +11,7 @@ from compress.io.keys import fingerprint_of
 from compress.io.safetensors_file import read_header, read_piece, read_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     import torch
     from torch import Tensor, nn
@@ -43,47 +43,39 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Identifies the content."""
 
+    def files(self) -> list[Path]:
+        """The files that it reads."""
+
 
 class FolderSource:
     """A folder as `save_pretrained` writes it, or one file of a folder, read one tensor at a time.
 
     Raises:
-        CheckpointError: nothing to read, a truncated or corrupt file, an index that points outside its folder.
+        CheckpointError: nothing to read, a truncated or corrupt file, an index that points outside its folder or says
+            something else than the files.
     """
 
     def __init__(self, folder: Path, name: str | None = None):
         self.folder = folder
         self._where: dict[str, Path] = {}
         self._stored: dict[str, StoredTensor] = {}
-        self._files = self._find_files() if name is None else [folder / name]
+        index = folder / INDEX
+        listed = _read_index(index) if name is None and index.is_file() else None
+        self._files = _find_files(folder, listed) if name is None else [folder / name]
         for file in self._files:
             for tensor, stored in read_header(file).tensors.items():
                 if tensor in self._where:
                     raise CheckpointError(f"{file}: tensor {tensor} is also in {self._where[tensor].name}")
+                if listed is not None and listed.get(tensor) != file.name:
+                    raise CheckpointError(
+                        f"{file} holds {tensor}, but {INDEX} does not name it there: files and index are of two "
+                        "models or versions; fetch all of them from one place"
+                    )
                 self._where[tensor] = file
                 self._stored[tensor] = stored
-
-    def _find_files(self) -> list[Path]:
-        index = self.folder / INDEX
-        if not index.is_file():
-            single = self.folder / SINGLE
-            if single.is_file():
-                return [single]
-            pickled = sorted(self.folder.glob("*.bin")) + sorted(self.folder.glob("*.pt"))
-            hint = f"; {pickled[0].name} is a pickle, which is never loaded: convert it first" if pickled else ""
-            raise CheckpointError(f"{self.folder}: no {SINGLE} and no {INDEX}{hint}")
-        try:
-            named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            if not named or not all(isinstance(name, str) for name in named):
-                raise ValueError("weight_map must map tensor names to file names")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index}: not a safetensors index: {error}") from error
-        for name in named:
-            if Path(name).name != name:
-                raise CheckpointError(f"{index}: names {name!r}, which is outside its folder; refused")
-            if not (self.folder / name).is_file():
-                raise CheckpointError(f"{index}: names {name}, which does not exist; download or copy it")
-        return [self.folder / name for name in named]
+        for tensor, where in (listed or {}).items():
+            if tensor not in self._where:
+                raise CheckpointError(f"{index}: names {tensor}, which is not in {where}; fetch both again")
 
     def names(self) -> Iterable[str]:
         return self._where
@@ -102,6 +94,46 @@ class FolderSource:
 
     def fingerprint(self) -> str:
         return fingerprint_of(self._files, self.folder / "config.json")
+
+    def files(self) -> list[Path]:
+        return list(self._files)
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Tensor name -> name of its file."""
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        listed: dict[str, str] = content["weight_map"]
+        if not listed or not all(isinstance(name, str) for name in listed.values()):
+            raise ValueError("weight_map must map tensor names to file names")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: not a safetensors index: {error}") from error
+    if not isinstance(content.get("metadata"), dict):  # which transformers asks for
+        raise CheckpointError(f'{index}: not a whole safetensors index: add "metadata": {{}}, or fetch it again')
+    return listed
+
+
+def _find_files(folder: Path, listed: Mapping[str, str] | None) -> list[Path]:
+    """The files that hold the weights: one, or those that the index names."""
+    single = folder / SINGLE
+    if listed is None:
+        if single.is_file():
+            return [single]
+        pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
+        hint = f"; {pickled[0].name} is a pickle, which is never loaded: convert it first" if pickled else ""
+        raise CheckpointError(f"{folder}: no {SINGLE} and no {INDEX}{hint}")
+    named = sorted(set(listed.values()))
+    for name in named:
+        if Path(name).name != name:
+            raise CheckpointError(f"{folder / INDEX}: names {name!r}, which is outside its folder; refused")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / INDEX}: names {name}, which does not exist; download or copy it")
+    if SINGLE not in named and single.is_file():
+        raise CheckpointError(
+            f"{folder} holds two models: {SINGLE}, and {INDEX} with {named[0]} and other files. Take out the one that "
+            "is not meant"
+        )
+    return [folder / name for name in named]
 
 
 class WrittenSource(FolderSource):
@@ -137,6 +169,9 @@ class ModuleSource:
     def fingerprint(self) -> str:
         return "in memory"
 
+    def files(self) -> list[Path]:
+        return []
+
 
 class ChangedSource:
     """A source with some values of another source replaced."""
@@ -167,3 +202,7 @@ class ChangedSource:
     def fingerprint(self) -> str:
         """Identifies the content."""
         return self.before.fingerprint()
+
+    def files(self) -> list[Path]:
+        """The files that it reads."""
+        return self.before.files()

@@ -119,7 +119,9 @@ def check(
     from compress.config.reading import load_pipeline
 
     steps = load_pipeline(pipeline)
+    notes: list[str] = []
     if model is not None:
+        from compress.api.amounts import check_amounts
         from compress.checkpoint import opening
         from compress.engine.merge import checks
         from compress.planning import plan
@@ -127,7 +129,10 @@ def check(
         opened = opening.open_model(model)
         plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline))
         checks.check_models(steps, opened.artifact, str(pipeline))
+        notes = check_amounts(steps, opened, str(pipeline))
     print(f"{pipeline}: fine" + (f" for {model}" if model else ""))
+    for note in notes:
+        print(f"note: {note}")
 
 
 @app.command("plan")
@@ -143,6 +148,7 @@ def show_plan(
 ) -> None:
     """Show what each pass will touch and cost, before any work. Only --shares reads weights."""
     bars = _bars(verbose, quiet)
+    from compress.api.amounts import check_amounts
     from compress.checkpoint import opening
     from compress.config.reading import load_pipeline
     from compress.engine.merge import checks
@@ -151,8 +157,9 @@ def show_plan(
 
     opened = opening.open_model(model)
     steps = load_pipeline(pipeline)
-    made = plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline))
+    made = plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline), opened.companion_bytes)
     checks.check_models(steps, opened.artifact, str(pipeline))
+    notes = check_amounts(steps, opened, str(pipeline))
     allocations = allocation_preview.allocations(made)
     with bars.shown():
         shares = allocation_preview.known_shares(allocations, opened.artifact, bars) if with_shares else {}
@@ -162,7 +169,7 @@ def show_plan(
         return
     console = _console()
     console.print(report.table(shown))
-    for line in report.lines(shown, console.width, console.options.ascii_only):
+    for line in (*report.lines(shown, console.width, console.options.ascii_only), *(f"note: {n}" for n in notes)):
         console.print(line, soft_wrap=True)
     if with_shares and not allocations:
         console.print("--shares: no pass gives layers different shares of zeros", soft_wrap=True)
@@ -175,8 +182,15 @@ def evaluate(
     source: Annotated[
         str, typer.Option(help="demo, a .txt / .jsonl / .parquet file, a data set id; images: a .safetensors file")
     ] = "demo",
-    samples: Annotated[int, typer.Option(help="windows, or images")] = 64,
-    length: Annotated[int, typer.Option(help="tokens per window")] = 512,
+    field: Annotated[str, typer.Option(help="the field or column with the text, or the messages of a chat")] = "text",
+    subset: Annotated[str | None, typer.Option(help="the configuration name of a data set id")] = None,
+    protocol: Annotated[
+        str, typer.Option(help="spread; or wikitext, for perplexities to be set beside published ones")
+    ] = "spread",
+    samples: Annotated[
+        int | None, typer.Option(help="windows, or images; 0 for all  [default: 64, of wikitext all]")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="tokens per window  [default: 512, of wikitext 2048]")] = None,
     runtime: Annotated[str, typer.Option(help="transformers, or onnxruntime for a folder that holds ONNX")] = (
         "transformers"
     ),
@@ -190,18 +204,16 @@ def evaluate(
     from typing import get_args
 
     from compress.api import evaluate as measuring
-    from compress.config.pipeline import Evaluation
+    from compress.config.reading import read_evaluation
     from compress.report import sentences
 
-    if samples < 1 or length < 2:
-        raise UsageError(f"--samples {samples} --length {length}: at least one window of two tokens is needed")
     if runtime not in get_args(measuring.Runtime):
         raise UsageError(f"--runtime {runtime}: known: {', '.join(get_args(measuring.Runtime))}")
-    section = Evaluation(source=source, samples=samples, length=length)
+    given: dict[str, Any] = {"source": source, "field": field, "subset": subset, "protocol": protocol}
+    given |= {name: value for name, value in (("samples", samples), ("length", length)) if value is not None}
+    section = read_evaluation(given)
     found = measuring.measure_model(model, section, against=against, runtime=runtime, threads=threads, bars=bars)  # type: ignore[arg-type]
-    print(
-        json.dumps(found, indent=1) if as_json else sentences.evaluation_lines(model, found, against, samples, length)
-    )
+    print(json.dumps(found, indent=1) if as_json else sentences.evaluation_lines(model, found, against))
 
 
 @app.command()
@@ -254,26 +266,32 @@ def apply_delta(
 @app.command()
 def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as_json: JsonOption = False) -> None:
     """List every stored weight: kind, bits, sparsity, error, bytes, and how its layer rounds its inputs."""
-    from compress.export.packed import read_quantization
+    from compress.api.output_folder import refuse_changed
+    from compress.encodings import Spec
+    from compress.export.packed import read_quantization, refuse_missing_layers
     from compress.report import layers
 
-    rows = layers.layers(read_quantization(out)["modules"], _layer_notes(out))
+    refuse_changed(out)
+    modules = read_quantization(out)["modules"]
+    refuse_missing_layers(out, {name: Spec.from_json(spec) for name, spec in modules.items()})
+    rows = layers.layers(modules, _layer_notes(out))
     if as_json:
         print(json.dumps(layers.as_json(rows), indent=1))
     else:
         layers.show(rows, _console())
 
 
-def _layer_notes(out: Path) -> dict[str, Any]:
+def _layer_notes(out: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """Layer -> pass -> notes, of the report of a folder."""
     from compress.io.small_file import read_object
 
     notes = read_object(out / "report.json").get("layers")
-    found: dict[str, Any] = notes if isinstance(notes, dict) else {"": None}
-    each = [note for passes in found.values() for note in (passes.values() if isinstance(passes, dict) else [None])]
-    if not all(isinstance(note, dict) and isinstance(note.get("error"), float | int) for note in each):
+    passes = list(notes.values()) if isinstance(notes, dict) else [None]
+    each = [note for found in passes for note in (found.values() if isinstance(found, dict) else [None])]
+    whole = all(isinstance(note, dict) and isinstance(note.get("error"), float | int) for note in each)
+    if not isinstance(notes, dict) or not whole:
         raise UsageError(f"{out}/report.json is not what a run wrote: its `layers` are damaged; run the pipeline again")
-    return found
+    return dict(notes)
 
 
 @app.command("list")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import Ge, MinLen
 
 from compress.calibration.precision import Products  # noqa: TC001  (the type of an option)
+from compress.calibration.tokens import Protocol  # noqa: TC001  (the type of an option)
 from compress.export import EXPORTERS
 from compress.passes import PASSES
 
@@ -32,12 +33,16 @@ class Calibration:
     """The data that passes learn from.
 
     Args:
-        source: `demo`, a .txt / .jsonl / .parquet file, or the id of a Hugging Face data set; for an image model a
-            .safetensors file. Several by name, such as {maths: a.jsonl, code: b.jsonl}: quality is reported of each.
+        source: `demo`, a .txt / .jsonl / .json / .parquet file, or the id of a Hugging Face data set; for an image
+            model a .safetensors file. Several by name, such as {maths: a.jsonl, code: b.jsonl}: quality is reported of
+            each.
         samples: windows of tokens, or images, of each source.
-        length: tokens per window.
-        field: the field or column that holds the text.
+        length: tokens per window; with `protocol: wikitext` 2048 unless it is given.
+        field: the field or column that holds the text, or the messages of a chat; `a.b` is the field b inside of a.
         subset: the configuration name of a data set id.
+        protocol: how windows are made of texts. `spread`: each text ends with the tokenizer's end token, and windows
+            are spread evenly. `wikitext`, as published perplexities have it: texts are joined by blank lines, with the
+            tokenizer's own start and end tokens.
     """
 
     source: str | Mapping[Annotated[str, MinLen(1)], str] = "demo"
@@ -45,6 +50,7 @@ class Calibration:
     length: Annotated[int, Ge(2)] = 512
     field: str = "text"
     subset: str | None = None
+    protocol: Protocol = "spread"
 
     @property
     def sources(self) -> Mapping[str, str]:
@@ -57,6 +63,8 @@ class Evaluation(Calibration):
     """The data that quality is measured on, and the gate.
 
     Args:
+        samples: windows of tokens, or images, of each source; 0 for all that there are, which is what
+            `protocol: wikitext` measures unless a number is given.
         after: `each` pass, or only at the `end`.
         max_increase: the largest allowed increase of perplexity over the original, such as 10% or 0.1; the run fails
             with exit code 3 above it.
@@ -64,7 +72,7 @@ class Evaluation(Calibration):
             or 0.01 for one point.
     """
 
-    samples: Annotated[int, Ge(1)] = 64
+    samples: Annotated[int, Ge(0)] = 64
     after: Literal["each", "end"] = "each"
     max_increase: Annotated[float, Ge(0)] | None = None
     max_drop: Annotated[float, Ge(0)] | None = None

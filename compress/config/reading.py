@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from compress.calibration.data import check_source
+from compress.calibration.texts import LOCAL, check_source, suffix_of
+from compress.calibration.tokens import WIKITEXT_LENGTH
 from compress.config.lines import MOST_LETTERS, document, line_of
 from compress.config.options import PATTERNS, check_options, errors_in, lists_in, names_in, unknown
 from compress.config.pipeline import (
@@ -29,20 +30,21 @@ from compress.config.pipeline import (
     walk,
 )
 from compress.config.words import known, shown
-from compress.errors import ConfigError, Problem, UsageError
+from compress.errors import ConfigError, OptionError, Problem, UsageError
 from compress.io.small_file import read_text
 from compress.passes import Override
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
-    from compress.errors import OptionError
     from compress.export import Exporter
     from compress.passes import Pass
 
     Named = TypeVar("Named", Pass, Exporter)
 SECTIONS: dict[str, type[Calibration]] = {"calibration": Calibration, "evaluate": Evaluation}
 PERCENTAGE = r"\d+(\.\d+)? *%"
+MOST_SHARE = 1.0  # that a plain number may be: above, it may be meant as per cent
+NOTHING_TO_DO = "no method: nothing would be done. Name one, such as gptq, or a format to write in `export:`"
 SCHEME = r"w(\d+)(?:g(\d+))?"
 
 
@@ -105,6 +107,22 @@ def exporters(texts: Sequence[str]) -> tuple[Exporter, ...]:
     return made
 
 
+def read_evaluation(options: Mapping[str, Any]) -> Evaluation:
+    """What a command measures on, from its options: those of an `evaluate:` section.
+
+    Raises:
+        UsageError: every mistake at once.
+    """
+    findings = _Findings("options")
+    section = _read_section(Evaluation, dict(options), "evaluate", findings)
+    if section is not None:
+        findings.add_options("evaluate", idle_options(section))
+    if findings.problems:
+        raise UsageError("\n".join(f"--{p.path.split('.')[1]}: {p.message}" for p in findings.problems))
+    assert isinstance(section, Evaluation)
+    return section
+
+
 def _option_value(text: str) -> Any:
     """The value of an option on a command line, as it would be in a file."""
     read = document(text, "--to")
@@ -117,7 +135,8 @@ def mistakes(pipeline: Pipeline) -> list[Problem]:
     """Every impossible option of passes and exporters that were made in Python."""
     made: list[tuple[str, Pass | Exporter]] = [(path, pass_) for path, _, pass_ in walk(pipeline)]
     made += [(f"export.{exporter.key}", exporter) for exporter in pipeline.export]
-    return [Problem(f"{path}.{e.option}", e.message) for path, each in made for e in errors_in(each)]
+    idle = [] if pipeline.passes or pipeline.export else [Problem("passes", NOTHING_TO_DO)]
+    return [*idle, *(Problem(f"{path}.{e.option}", e.message) for path, each in made for e in errors_in(each))]
 
 
 @dataclass(frozen=True)
@@ -154,6 +173,8 @@ def _read_pipeline(data: Any, findings: _Findings) -> Pipeline:
             parts[name] = _read_section(cls, data[name], name, findings)
     if "export" in data:
         parts["export"] = _read_exports(data["export"], findings)
+    if data.get("passes") == [] and not parts.get("export"):
+        findings.add("passes", NOTHING_TO_DO)
     parts |= _values(Settings, {name: data[name] for name in settings if name in data}, "", findings)
     findings.raise_all()
     return Pipeline(**parts, lines=findings.lines)
@@ -247,6 +268,8 @@ def _read_options(
     schemed = {"scheme"} if "bits" in names else set()
     findings.add_options(path, unknown(cls, options, {*names, *schemed}))
     short = _scheme(options["scheme"], path, names, findings) if schemed & options.keys() else {}
+    for name in short.keys() & options.keys():
+        findings.add(f"{path}.{name}", f"scheme: {options['scheme']} says it already; give one of the two")
     return _values(cls, short | {name: options[name] for name in names if name in options}, path, findings)
 
 
@@ -277,6 +300,11 @@ def _read_section(cls: type[Calibration], data: Any, path: str, findings: _Findi
     names = names_in(cls)
     findings.add_options(path, unknown(cls, data, names))
     given = {name: _share(data[name]) if name in GATES else data[name] for name in names if name in data}
+    if data.get("protocol") == "wikitext":
+        given = {"length": WIKITEXT_LENGTH, **({"samples": 0} if cls is Evaluation else {}), **given}
+    for name in {*GATES} & data.keys():
+        if isinstance(data[name], int | float) and data[name] > MOST_SHARE:
+            findings.add(f"{path}.{name}", large_share(data[name]))
     section = cls(**_values(cls, given, path, findings))
     findings.add_options(path, check_options(cls, vars(section)).outside)
     if not section.sources:
@@ -285,6 +313,21 @@ def _read_section(cls: type[Calibration], data: Any, path: str, findings: _Findi
         if wrong := check_source(source):
             findings.add(f"{path}.source.{name}" if name else f"{path}.source", wrong)
     return section
+
+
+def idle_options(section: Calibration) -> Iterator[OptionError]:
+    """Options that change nothing for any of the sources."""
+    sources = [*section.sources.values()]
+    listed = ", ".join(sources)
+    if section.field != "text" and all(source == "demo" or suffix_of(source) == ".txt" for source in sources):
+        yield OptionError("field", f"changes nothing: {listed} has no fields")
+    if section.subset is not None and all(source == "demo" or suffix_of(source) in LOCAL for source in sources):
+        yield OptionError("subset", f"chooses a configuration of a data set id; {listed} has none")
+
+
+def large_share(value: float) -> str:
+    """What is said of a gate that is a plain number above 1."""
+    return f"{value:g} would allow {value:.0%}; for {value:g} per cent give {value / 100:g}, or in a file '{value:g}%'"
 
 
 def _share(value: Any) -> Any:

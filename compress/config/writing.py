@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from compress.config.lines import Dumper
-from compress.config.pipeline import PACKED
+from compress.config.pipeline import GATES, PACKED
 from compress.passes.merge.schedules import Matched
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def dump(pipeline: Pipeline) -> str:
     for name in ("calibration", "evaluate"):
         section = getattr(pipeline, name)
         if section is not None:
-            data[name] = {f.name: written_value(getattr(section, f.name)) for f in fields(section)}
+            data[name] = {f.name: _written_option(f.name, getattr(section, f.name)) for f in fields(section)}
     data["passes"] = [
         _written_pass(stage[0]) if len(stage) == 1 else {"blockwise": [_written_pass(p) for p in stage]}
         for stage in pipeline.passes
@@ -34,6 +34,13 @@ def dump(pipeline: Pipeline) -> str:
     data["export"] = [PACKED, *map(_exporter, pipeline.export)]
     data |= {"seed": pipeline.seed, "dtype": pipeline.dtype, "products": pipeline.products}
     return str(yaml.dump(data, Dumper=Dumper, sort_keys=False, width=120))
+
+
+def _written_option(name: str, value: Any) -> Any:
+    """A gate above 1 as per cent, which is how it is given."""
+    if name in GATES and value is not None and value > 1:
+        return f"{100 * value!r}%"
+    return written_value(value)
 
 
 def written_value(value: Any) -> Any:

@@ -1,23 +1,26 @@
 """What is done already: one file per unit of work, named by stage and unit, accepted only under its key.
 
-A key is a hash over everything the result depends on (source, calibration, seed, code, every pass so far), so a changed
-pipeline keeps the work before the change and redoes the rest. A file is written under another name, flushed to disk and
-renamed: it is whole or it is not there. Failures are never recorded.
+A key is a hash over all that the result depends on (source, calibration, seed, threads, code, every pass so far), so a
+changed pipeline keeps the work before the change and redoes the rest. A file is written under another name, flushed to
+disk and renamed: it is whole or it is not there. Each bears a SHA-256 of itself: one that was damaged is done again.
+Failures are never recorded.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from compress.calibration.training import TrainingStore
 from compress.checkpoint.artifact import Packed
 from compress.encodings import Spec, Weight, pack
-from compress.engine.resume import Resume
+from compress.engine.resume import Dependencies, Resume
 from compress.errors import CheckpointError
-from compress.io.atomic import publish, write_text, writing
-from compress.io.safetensors_file import read_header, read_tensors, save_tensors
+from compress.io.atomic import publish, write_json, write_text, writing
+from compress.io.keys import digest_of_file, key_of
+from compress.io.safetensors_file import SEAL, read_header, read_tensors, save_sealed, seal_of
 from compress.io.source_code import code_of
 
 if TYPE_CHECKING:
@@ -25,6 +28,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+
+DEPENDENCIES = "dependencies.json"
+# Every name of a file of a ledger, whole or half written.
+UNITS = re.compile(r"(original|dependencies|s\d\d+(-.*)?)\.(safetensors|json|partial)")
 
 Opened = TypeVar("Opened")
 
@@ -44,6 +51,9 @@ class MemoryLedger:
     def code_of(self, kinds: Iterable[type], modules: Iterable[str] = ()) -> str:
         """What the key of a result must know of the code that computes it: nothing, where no result is kept."""
         return ""
+
+    def depends_on(self, now: Dependencies) -> None:
+        """Results are going to depend on this; nothing is kept, so nothing is compared."""
 
     def load(self, unit: str, key: str) -> list[Record] | None:
         """None: nothing was done before."""
@@ -82,6 +92,9 @@ class MemoryLedger:
     def forget(self, unit: str) -> None:
         """Nothing was written."""
 
+    def forget_tensors(self, unit: str) -> None:
+        """Nothing was kept."""
+
     def load_row(self, unit: str, key: str) -> dict[str, Any] | None:
         """None: nothing was measured before."""
         return None
@@ -93,9 +106,20 @@ class MemoryLedger:
 class FolderLedger(MemoryLedger):
     """Keeps every finished unit as a file in a folder, and tells `resume` what it finds and misses."""
 
-    def __init__(self, folder: Path, resume: Resume | None = None):
-        self.folder, self.resume = folder, resume or Resume((), 0, listening=False)
+    def __init__(self, folder: Path, resume: Resume | None = None, check: Callable[[], None] = lambda: None):
+        """`check` is called before anything is kept, and raises where it must not be."""
+        self.folder, self.resume, self.check = folder, resume or Resume((), 0, listening=False), check
         folder.mkdir(parents=True, exist_ok=True)
+
+    def depends_on(self, now: Dependencies) -> None:
+        """Say what of the finished work is of no use any longer, and why; remember what the next depends on."""
+        file = self.folder / DEPENDENCIES
+        try:
+            before = Dependencies(**json.loads(file.read_text(encoding="utf-8")))
+            self.resume.changed(before, now, [p.stem for p in self.folder.iterdir() if UNITS.fullmatch(p.name)])
+        except (OSError, ValueError, TypeError, LookupError, AttributeError):
+            pass  # the first run, or damaged: it only serves to say more
+        write_json(asdict(now), file)
 
     def code_of(self, kinds: Iterable[type], modules: Iterable[str] = ()) -> str:
         """A hash over the code of some passes and modules, and of what they import."""
@@ -113,39 +137,43 @@ class FolderLedger(MemoryLedger):
             return None
         try:
             metadata = read_header(file).metadata
-            if metadata.get("key") != key:
+            if metadata.get("key") != key or (seal := metadata[SEAL]) != seal_of(file):
                 return None
             entries = json.loads(metadata["records"])
-        except (CheckpointError, KeyError, ValueError):
+            specs = {site: Spec.from_json(said["spec"]) for site, said in entries.items()}
+            return [Record(site, Packed(file, site, specs[site], seal), e["notes"]) for site, e in entries.items()]
+        except (CheckpointError, LookupError, ValueError):
             return None  # not ours, or damaged since: it is simply done again
-        return [Record(site, Packed(file, site, Spec.from_json(e["spec"])), e["notes"]) for site, e in entries.items()]
 
     def commit(self, unit: str, key: str, records: list[Record]) -> list[Record]:
         """Write a unit's packed weights; returned records read from the file."""
         tensors: dict[str, torch.Tensor] = {}
-        entries = {}
-        done = []
+        entries: dict[str, Any] = {}
+        specs: dict[str, Spec] = {}
         file = self.folder / f"{unit}.safetensors"
         for record in records:
             assert isinstance(record.weight, Weight)
             spec, packed = pack(record.weight)
             tensors.update({f"{record.site}.{leaf}": value for leaf, value in packed.items()})
+            specs[record.site] = spec
             entries[record.site] = {"spec": spec.to_json(), "notes": record.notes}
-            done.append(Record(record.site, Packed(file, record.site, spec), record.notes))
-        self._save(file, tensors, {"key": key, "records": json.dumps(entries)})
-        return done
+        seal = self._save(file, tensors, {"key": key, "records": json.dumps(entries)})
+        return [Record(r.site, Packed(file, r.site, specs[r.site], seal), r.notes) for r in records]
 
-    def _save(self, file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    def _save(self, file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+        self.check()
         temporary = file.with_suffix(".partial")
         with writing(temporary):
-            save_tensors(tensors, temporary, metadata)
+            seal = save_sealed(tensors, temporary, metadata)
         publish(temporary, file)
+        return seal
 
     def load_tensors(self, unit: str, key: str) -> dict[str, torch.Tensor] | None:
         """What was kept under this very key, else None."""
         file = self.folder / f"{unit}.safetensors"
         try:
-            if read_header(file).metadata.get("key") != key:
+            metadata = read_header(file).metadata
+            if metadata.get("key") != key or metadata.get(SEAL) != seal_of(file):
                 return None
             tensors = read_tensors(file)
         except CheckpointError:
@@ -158,20 +186,32 @@ class FolderLedger(MemoryLedger):
         self._save(self.folder / f"{unit}.safetensors", dict(tensors), {"key": key})
 
     def make_file(self, unit: str, key: str, write: Callable[[Path], None]) -> Path:
-        """A large file that `write` writes, unless it is there, whole, under this very key."""
-        file = self.folder / f"{unit}-{key[:16]}.safetensors"
-        if not file.is_file():
-            self.forget(unit)
-            temporary = file.with_suffix(".partial")
-            with writing(temporary):
-                write(temporary)
-            publish(temporary, file)
+        """A large file that `write` writes, unless it is there, whole, under this very key.
+
+        Its name ends with the SHA-256 of what is in it.
+        """
+        begin = f"{unit}-{key[:16]}"
+        for file in self.folder.glob(f"{begin}-*.safetensors"):
+            if file.stem == f"{begin}-{digest_of_file(file)}":
+                return file
+        self.forget(unit)
+        temporary = self.folder / f"{begin}.partial"
+        with writing(temporary):
+            write(temporary)
+        self.check()
+        file = self.folder / f"{begin}-{digest_of_file(temporary)}.safetensors"
+        publish(temporary, file)
         return file
 
     def forget(self, unit: str) -> None:
         """Remove large files of a unit: of a changed pipeline, not finished, or not needed any longer."""
         for other in self.folder.glob(f"{unit}-*"):
             other.unlink()
+
+    def forget_tensors(self, unit: str) -> None:
+        """Remove what `commit_tensors` kept of a unit and of its parts: the work is finished."""
+        (self.folder / f"{unit}.safetensors").unlink(missing_ok=True)
+        self.forget(unit)
 
     def load_row(self, unit: str, key: str) -> dict[str, Any] | None:
         """What was measured under this very key, else None."""
@@ -182,16 +222,18 @@ class FolderLedger(MemoryLedger):
     def _read_row(self, unit: str, key: str) -> dict[str, Any] | None:
         file = self.folder / f"{unit}.json"
         try:
-            data = json.loads(file.read_text())
+            data = json.loads(file.read_text(encoding="utf-8"))
             row: dict[str, Any] = data["row"]
-            return row if data["key"] == key else None
-        except (OSError, ValueError, KeyError, TypeError):
+            whole = data["key"] == key and data[SEAL] == key_of(key, row)
+            return row if whole else None
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return None
 
     def commit_row(self, unit: str, key: str, row: Mapping[str, Any]) -> None:
         """Write what was measured."""
+        self.check()
         file = self.folder / f"{unit}.json"
-        write_text(file, json.dumps({"key": key, "row": dict(row)}))
+        write_text(file, json.dumps({"key": key, "row": dict(row), SEAL: key_of(key, dict(row))}))
 
 
 class KeptInLedger(TrainingStore):

@@ -6,8 +6,12 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
+from compress.config.pipeline import GIVEN
 from compress.engine.measure import Meter, against, measured_row
 from compress.engine.placement import lent
+from compress.engine.resume import Dependencies
 from compress.engine.stage import Stage
 from compress.engine.stages import RUNNERS
 from compress.errors import GateError
@@ -61,7 +65,9 @@ def execute(
         GateError: perplexity rose above the gate, or accuracy fell below it; what is finished stays in the ledger.
     """
     report, meter = Report(model_name), Meter(context, data.evaluation)
-    key = begin = _first_key(pipeline, context, data)
+    depends = _dependencies(pipeline, plan, context, data)
+    context.ledger.depends_on(depends)
+    key = begin = key_of(depends.facts)
     start = measured_row(context, meter, "original", "original", key, None, 0.0)
     _add(report, start, on_row)
     others: dict[str, Row] = {}
@@ -74,8 +80,7 @@ def execute(
             others[row.name] = row
             _add(report, row, on_row)
         started = time.perf_counter()
-        # A stage is of no use any longer once its passes or its runner, or what these import, are changed.
-        key = key_of(key, context.ledger.code_of(map(type, stage.passes), [type(runner).__module__]))
+        key = key_of(key, depends.stages[number]["code"])
         result = runner.run(context, stage, data.calibration, key)
         seconds = time.perf_counter() - started
         context, key = result.context, result.key
@@ -88,7 +93,9 @@ def execute(
         if pipeline.evaluate:
             _gate(pipeline.evaluate, start, row)
     if pipeline.evaluate and data.evaluation is not None:
-        report.data = {"source": pipeline.evaluate.source, **meter.described(data.evaluation)}
+        named = data.evaluation.labels is None and GIVEN not in pipeline.evaluate.sources.values()
+        protocol = {"protocol": pipeline.evaluate.protocol} if named else {}
+        report.data = {"source": pipeline.evaluate.source, **meter.described(data.evaluation), **protocol}
     return report, context
 
 
@@ -98,16 +105,25 @@ def _add(report: Report, row: Row, on_row: Callable[[Row], None]) -> None:
     on_row(row)
 
 
-def _first_key(pipeline: Pipeline, context: Context, data: Data) -> str:
-    """The key of the original model; those of all stages follow from it."""
-    return key_of(
-        context.artifact.source.fingerprint(),
-        context.ledger.code_of(()),
-        pipeline.seed,
-        str(context.dtype),
-        context.products,
-        hash_of(data.calibration),
-    )
+def _dependencies(pipeline: Pipeline, plan: Plan, context: Context, data: Data) -> Dependencies:
+    """What the key of the original model is made of, and what the keys of all stages, which follow from it, add."""
+    facts = {
+        "the model": context.artifact.source.fingerprint(),
+        "the calibration data": hash_of(data.calibration),
+        "the number of threads": torch.get_num_threads(),  # sums are split among them, and so rounded otherwise
+        "the seed": pipeline.seed,
+        "the type of numbers": str(context.dtype),
+        "the precision of products": context.products,
+        "the code of compress, or torch or transformers,": context.ledger.code_of(()),
+    }
+    stages = []
+    for number, plans in enumerate(plan.stages):
+        stage = Stage(number, plans)
+        # A stage is of no use any longer once its passes or its runner, or what these import, are changed.
+        code = context.ledger.code_of(map(type, stage.passes), [type(RUNNERS[stage.reach]).__module__])
+        options = key_of([(p.key, p.options()) for p in stage.passes])
+        stages.append({"name": stage.name, "options": options, "code": code})
+    return Dependencies(facts, stages)
 
 
 def _measure_others(

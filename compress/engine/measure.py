@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import resource
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from compress.calibration.metrics import REFERENCE_NUMBERS, Reference, logits_in, measure, pooled
+from compress.calibration.metrics import REFERENCE_NUMBERS, Reference, measure, pooled
 from compress.checkpoint.packed_layout import spec_at, stored_bytes
 from compress.engine.placement import streamed
 from compress.io.keys import hash_of, key_of
+from compress.models.logits import logits_in, logits_of
 from compress.report.report import Row
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor
 
     from compress.calibration.data import Dataset
     from compress.calibration.metrics import Quality
     from compress.checkpoint.artifact import Artifact
     from compress.encodings import Spec
-    from compress.engine.placement import Context
+    from compress.engine.placement import Context, Hold
 
 
 class Meter:
@@ -52,10 +56,10 @@ class Meter:
         return self._measure(context, "evaluate: batches", keep=False)
 
     def _measure(self, context: Context, label: str, keep: bool) -> dict[str, Quality]:
-        with streamed(context):
+        with streamed(context) as hold:
             return {
                 name: measure(
-                    lambda batch: logits_in(context.forward(batch)),
+                    lambda batch: logits(context, batch, hold),
                     part.inputs,
                     labels=part.labels,
                     reference=self.references[name],
@@ -64,6 +68,13 @@ class Meter:
                 )
                 for name, part in self.parts.items()
             }
+
+
+def logits(context: Context, batch: Tensor, hold: Hold = nullcontext) -> Tensor | Iterator[Tensor]:
+    """What a model that can be called makes of a batch: whole, or in pieces where a vocabulary is large."""
+    if not context.graph.is_language_model:
+        return logits_in(context.forward(batch))
+    return logits_of(context.graph.model, lambda: context.forward(batch), batch, hold=hold)
 
 
 def measured_row(

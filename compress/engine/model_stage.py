@@ -47,6 +47,7 @@ class WholeModel(StageRunner):
                     if name not in done:
                         record = work.record(name, edit)
                         done[name] = context.commit(units[name], key, [record])
+            context.ledger.forget_tensors(f"{stage.unit}-training")
         records = [r for name in units if name in done for r in done[name]]
         take_records(context, records, restate=pass_.preserves)
         return StageResult(key, context, layers_changed(artifact, records))

@@ -1,4 +1,4 @@
-"""A whole model as a ModelPass may see it and train it: the only file that runs a model with learned values inside."""
+"""A whole model as a ModelPass may see it and train it."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss
-from torch.utils.checkpoint import checkpoint
 
-from compress.calibration.metrics import logits_in
 from compress.calibration.precision import learning
 from compress.calibration.training import ModelData
+from compress.engine.learned_values import with_learned
+from compress.engine.loss_in_pieces import loss_in_pieces, rows_before_head
 from compress.engine.placement import bring_buffers, bring_in, evict, grids_of, rounded_inputs, tie
+from compress.models.logits import WHOLE_LEARNED, bodies, logits_in, rows_at_once, vocabulary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
-    from torch import nn
+    from torch import Tensor
 
     from compress.calibration.training import Loss, Make, TrainingStore
     from compress.engine.placement import Context
-    from compress.models.graph import Graph
 
 
 @contextmanager
@@ -67,14 +66,32 @@ def model_data(context: Context, samples: Tensor, kind: Loss, checkpointing: boo
 
         return made
 
+    def before(names: Collection[str]) -> dict[str, Tensor]:
+        return _values_of(original, sites, names)
+
+    def large(batch: Tensor) -> bool:
+        width = vocabulary(graph.model) if graph.is_language_model and bodies(graph.model) else 0
+        return rows_at_once(batch.numel(), width, WHOLE_LEARNED) < batch.numel()
+
+    def in_pieces(make: Make, batch: Tensor, again: bool) -> Tensor:
+        own = rows_before_head(context, batch, values(make), again)
+        if kind == "next_token":
+            return loss_in_pieces(own, batch)
+        with torch.no_grad():
+            theirs = rows_before_head(context, batch, before, False)
+        return loss_in_pieces(own, theirs)
+
     def loss(make: Make, numbers: Tensor) -> Tensor:
         batch = context.devices.to_compute(samples[numbers.to(samples.device)])
+        again = checkpointing and torch.is_grad_enabled()
         with learning(context.products, torch.empty(0, dtype=context.dtype)):
-            with with_learned(graph, values(make), checkpointing and torch.is_grad_enabled()):
+            if large(batch):
+                return in_pieces(make, batch, again)
+            with with_learned(graph, values(make), again):
                 out = logits_in(context.forward(batch)).float()
             if kind == "next_token":
                 return cross_entropy(out[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
-            with torch.no_grad(), with_learned(graph, lambda names: _values_of(original, sites, names), False):
+            with torch.no_grad(), with_learned(graph, before, False):
                 wanted = logits_in(context.forward(batch)).float()
         if graph.is_language_model or graph.is_image_model:
             own, wanted = (log_softmax(x, -1).flatten(0, -2) for x in (out, wanted))
@@ -96,66 +113,3 @@ def _original(context: Context) -> dict[str, Tensor]:
 def _values_of(values: Mapping[str, Tensor], sites: Mapping[str, Any], names: Collection[str]) -> dict[str, Tensor]:
     wanted = {sites[n].parameter if n in sites else n for n in names}
     return {n: v for n, v in values.items() if n in wanted}
-
-
-@contextmanager
-def with_learned(
-    graph: Graph,
-    values: Callable[[Collection[str]], Mapping[str, Tensor]],
-    again: bool,
-    everything: Sequence[str] | None = None,
-) -> Iterator[None]:
-    """While open, parameters have learned values when the model runs.
-
-    Args:
-        graph: the model.
-        values: names of sites and vectors -> values by parameter name, of those that are learned.
-        again: recompute values and activations of a block when its gradients are needed, instead of keeping them.
-        everything: the names of which some are asked for at a time; all sites and vectors by default.
-    """
-    everything = everything or [*(s.name for s in graph.sites), *graph.vectors()]
-    inside: set[str] = set()
-    model, blocks = graph.model, []
-    for name in graph.blocks if graph.blocks != ("",) else ():
-        names = [n for n in everything if f"{n}.".startswith(f"{name}.")]
-        inside.update(names)
-        blocks.append((model.get_submodule(name), names))
-
-    def around(block: nn.Module, names: Sequence[str]) -> Callable[..., Any]:
-        inner = block.forward
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            # What comes in is needed again as it was, and a block may begin with a layer that works in place.
-            mine = [a.clone() if again and isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-            with swapped(model, values(names)):
-                return inner(*mine, **kwargs)
-
-        return (lambda *args, **kwargs: checkpoint(run, *args, use_reentrant=False, **kwargs)) if again else run
-
-    try:
-        for block, names in blocks:
-            block.forward = around(block, names)
-        with swapped(model, values([n for n in everything if n not in inside])):
-            yield
-    finally:
-        for block, _ in blocks:
-            block.__dict__.pop("forward", None)  # the class's own again
-
-
-@contextmanager
-def swapped(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """While open, parameters have other values."""
-    places: list[tuple[dict[str, Any], str]] = [
-        (model.get_submodule(name.rpartition(".")[0])._parameters, name.rpartition(".")[2]) for name in values
-    ]
-    before = [parameters[leaf] for parameters, leaf in places]
-    try:
-        for (parameters, leaf), value in zip(places, values.values(), strict=True):
-            parameters[leaf] = value
-        yield
-    finally:
-        for (parameters, leaf), value in zip(places, before, strict=True):
-            parameters[leaf] = value
-
-
-__all__ = ["in_memory", "model_data", "swapped", "with_learned"]

@@ -6,7 +6,7 @@ and forgotten again; a model that a caller holds in memory stays there, and resu
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from compress.io.heap import give_back
 from compress.models.graph import forward
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from compress.models.graph import Graph
     from compress.models.site import Site
     from compress.progress import Bars
+
+    Hold = Callable[[], AbstractContextManager[None]]  # while open, parts of the model stay in memory
 
 
 @dataclass(frozen=True)
@@ -204,16 +206,19 @@ def make_room(context: Context, name: str) -> None:
 
 
 @contextmanager
-def streamed(context: Context) -> Iterator[None]:
-    """While open, the model can be called: every part is brought in when it runs and evicted when it is done."""
-    with rounded_inputs(context, grids_of(context, context.graph.sites)), _streamed(context):
-        yield
+def streamed(context: Context) -> Iterator[Hold]:
+    """While open, the model can be called: every part is brought in when it runs and evicted when it is done.
+
+    Within what it gives, parts stay where they are until that is closed.
+    """
+    with rounded_inputs(context, grids_of(context, context.graph.sites)), _streamed(context) as hold:
+        yield hold
 
 
 @contextmanager
-def _streamed(context: Context) -> Iterator[None]:
+def _streamed(context: Context) -> Iterator[Hold]:
     if context.resident:
-        yield
+        yield nullcontext
         return
     model = context.graph.model
     bring_buffers(context)
@@ -222,10 +227,27 @@ def _streamed(context: Context) -> Iterator[None]:
     for name, module in model.named_modules():
         if module._parameters and name not in parts and not name.startswith(inside):
             parts[name] = module
-    with collect.around(
-        parts, lambda name: bring_in(context, name, parts[name]), lambda name: evict(context, name, parts[name])
-    ):
-        yield
+    held: list[str] | None = None
+
+    def leave(name: str) -> None:
+        if held is None:
+            evict(context, name, parts[name])
+        else:
+            held.append(name)
+
+    @contextmanager
+    def hold() -> Iterator[None]:
+        nonlocal held
+        held = []
+        try:
+            yield
+        finally:
+            names, held = dict.fromkeys(held), None
+            for name in names:
+                evict(context, name, parts[name])
+
+    with collect.around(parts, lambda name: bring_in(context, name, parts[name]), leave):
+        yield hold
 
 
 def grids_of(context: Context, sites: Iterable[Site], now: Mapping[str, Weight] | None = None) -> dict[str, InputGrid]:

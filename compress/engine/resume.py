@@ -1,17 +1,50 @@
-"""What an interrupted run had finished, and where it goes on, in words."""
+"""What an interrupted run had finished, where it goes on, and what of it is of no use any longer, in words."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress.logs import LOGGER
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 UNIT = re.compile(r"s(?P<stage>\d+)(?:-(?P<survey>survey-)?(?:b(?P<block>\d+)|(?P<layer>\d+)|(?P<other>.+)))?$")
+
+
+@dataclass(frozen=True)
+class Dependencies:
+    """What the results of a run depend on.
+
+    Attributes:
+        facts: of the whole run: what it is called -> its value. One that means nothing to a reader is a hash.
+        stages: of each in order `name`, `options` and `code`.
+    """
+
+    facts: Mapping[str, Any]
+    stages: Sequence[Mapping[str, Any]]
+
+    def first_change(self, before: Dependencies) -> tuple[int, str] | None:
+        """The first stage whose results are others than before, and why; None where nothing that was there changed."""
+        for name, value in self.facts.items():
+            was = before.facts.get(name)
+            if was != value:
+                return 0, f"{name} changed" if is_hash(value) else f"{name} is {value}, and was {was}"
+        for number, (now, was) in enumerate(zip(self.stages, before.stages, strict=False)):
+            if now["name"] != was["name"]:
+                return number, f"pass {number + 1} is {now['name']}, and was {was['name']}"
+            for part in ("options", "code"):
+                if now[part] != was[part]:
+                    return number, f"the {part} of {now['name']} changed"
+        return None
+
+
+def is_hash(value: Any) -> bool:
+    """Whether a value is a SHA-256, or several."""
+    values = value if isinstance(value, list) else [value]
+    return all(each is None or (isinstance(each, str) and len(each) == 64) for each in values)
 
 
 @dataclass
@@ -27,6 +60,18 @@ class Resume:
     blocks: int
     found: list[str] = field(default_factory=list)
     listening: bool = True
+
+    def changed(self, before: Dependencies, now: Dependencies, units: Sequence[str]) -> None:
+        """Say which of the finished units of a former run are done again, and why."""
+        found = now.first_change(before)
+        if found is None:
+            return
+        stage, reason = found
+        matches = [match for unit in units if (match := UNIT.match(unit))]
+        everything = stage == 0
+        if any(int(match["stage"]) >= stage for match in matches) or (everything and "original" in units):
+            place = "starting over" if everything else f"starting over from {now.stages[stage]['name']} on"
+            LOGGER.warning("%s: %s since the run that was interrupted", place, reason)
 
     def loaded(self, unit: str, found: bool) -> None:
         """A unit of work was looked for."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from compress.models.graph import Graph
     from compress.progress import Bars
 
+FLOAT = 4
 Logits: TypeAlias = "Callable[[Tensor], Tensor]"  # token ids (rows, length), or images -> logits float32
 
 
@@ -49,11 +50,13 @@ class Exporter(ABC):
     Attributes:
         files: without one of these the folder is not whole.
         computes: the type it is compared in; None for the pipeline's own.
+        libraries: bytes of memory that what it imports takes.
     """
 
     key: ClassVar[str]
     files: ClassVar[tuple[str, ...]]
     computes: ClassVar[str | None] = None
+    libraries: ClassVar[int] = 0
 
     def check(self) -> Iterator[OptionError]:
         """Every option that the others make impossible; types and ranges are declared on the fields."""
@@ -72,6 +75,20 @@ class Exporter(ABC):
             added: layers that were given a bias their class of model has not.
         """
         return iter(())
+
+    def expected_bytes(self, spec: Spec, computed: torch.dtype) -> int:
+        """About how much it writes of a layer that was worked on, rather more than less.
+
+        Args:
+            spec: of the layer in the packed folder.
+            computed: the type that the pipeline computes in.
+        """
+        numbers = spec.shape[0] * spec.shape[1]
+        if spec.form is None:
+            return max(spec.num_bytes, numbers * FLOAT)
+        # Not every container knows every width: codes of up to 4 bits take 4, others 8, and their scales.
+        narrow = 5 * numbers // 8
+        return max(spec.num_bytes, narrow if spec.num_bytes <= narrow else 9 * numbers // 8)
 
     @abstractmethod
     def write(self, made: PackedFolder, folder: Path, final: Path, bars: Bars) -> None:

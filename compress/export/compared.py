@@ -37,10 +37,13 @@ class Expected:
     @classmethod
     def of(cls, logits: Logits, inputs: Tensor, labels: Tensor | None) -> Expected:
         """Run the packed model on as many of the inputs as are compared."""
-        first = logits(inputs[:1])
-        count = min(len(inputs), max(1, NUMBERS // first.numel()))
-        if first.numel() > NUMBERS and labels is None:
-            inputs = inputs[:, : max(2, NUMBERS // first.shape[-1])]
+        # Two tokens of a window tell how many logits a whole one has, which may be too many.
+        numbers = (
+            logits(inputs[:1]).numel() if labels is not None else logits(inputs[:1, :2]).shape[-1] * inputs.shape[1]
+        )
+        count = min(len(inputs), max(1, NUMBERS // numbers))
+        if numbers > NUMBERS and labels is None:
+            inputs = inputs[:, : max(2, NUMBERS * inputs.shape[1] // numbers)]
         inputs, labels = inputs[:count], None if labels is None else labels[:count]
         return cls(inputs, labels, [logits(batch) for batch in batches(inputs, TOKENS_AT_ONCE)])
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.checkpoint.packed_layout import spec_at
 from compress.checkpoint.sources import SINGLE
+from compress.errors import NonFiniteError
 from compress.export.base import Exporter, refuse_added
 from compress.io.atomic import write_json, writing
-from compress.io.safetensors_file import compare_tensors, write_tensors
+from compress.io.safetensors_file import compare_tensors, in_range, write_tensors
 from compress.lazy import torch
 from compress.models import loading
 from compress.models.companions import copy_companions
@@ -65,7 +66,13 @@ class Dense:
             return {name: self.artifact.tensor(name)}
         weight = self.artifact.weight(site)
         value = site.value(weight.dequantize() if self.corrected else weight.base())
-        return {name: value.to(self._dtype(site))}
+        dtype = self._dtype(site)
+        if not in_range(value, torch.finfo(dtype).max):
+            raise NonFiniteError(
+                f"{name} holds numbers that are too large for {dtype}, which the pipeline computes in; set `dtype: "
+                "bfloat16` or `dtype: float32` in the pipeline".replace("torch.", "")
+            )
+        return {name: value.to(dtype)}
 
     def _dtype(self, site: Site) -> torch.dtype:
         if self.dtype is not None:
@@ -85,6 +92,9 @@ class Hf(Exporter):
     def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:
         yield from refuse_added(graph, added)
         yield from refuse_rounded(specs)
+
+    def expected_bytes(self, spec: Spec, computed: torch.dtype) -> int:
+        return spec.shape[0] * spec.shape[1] * computed.itemsize
 
     def write(self, made: PackedFolder, folder: Path, final: Path, bars: Bars) -> None:
         write_dense(Dense(made.artifact, made.dtype), folder, made.folder, bars, self.key)

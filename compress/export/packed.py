@@ -5,16 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.artifact import Artifact, Packed
+from compress.checkpoint.matching import RUNNING
+from compress.checkpoint.opening import read_config
 from compress.checkpoint.sources import FolderSource
 from compress.encodings.format import METHOD, WEIGHTS
 from compress.errors import CheckpointError, UsageError
 from compress.export.base import PackedFolder
+from compress.io.safetensors_file import read_header, refuse_other_tensors
 from compress.io.small_file import read_object
 from compress.lazy import torch
 from compress.models import graph as graphs
 from compress.models import loading
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from compress.encodings import Spec
@@ -46,6 +50,18 @@ def read_quantization(folder: Path) -> dict[str, Any]:
     return {**section, "modules": made.modules, "added_biases": made.added_biases}
 
 
+def refuse_missing_layers(folder: Path, specs: Mapping[str, Spec]) -> None:
+    """Refuse a folder whose weights are not there, or lack a layer that config.json packs; reads the header alone.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
+    there = {name: stored.shape for name, stored in read_header(folder / WEIGHTS).tensors.items()}
+    wanted = {f"{m}.{leaf}": shape for m, spec in specs.items() for leaf, (shape, _) in spec.tensors().items()}
+    more = {name: shape for name, shape in there.items() if name not in wanted}
+    refuse_other_tensors(there, {**wanted, **more}, (), str(folder / WEIGHTS))
+
+
 def open_packed(folder: Path, dtype: torch.dtype | None = None) -> PackedFolder:
     """A finished folder; reads headers, no weight.
 
@@ -60,18 +76,41 @@ def open_packed(folder: Path, dtype: torch.dtype | None = None) -> PackedFolder:
     from compress.runtime.register import CompressConfig, add_biases
 
     section = CompressConfig(**read_quantization(folder))
-    config = loading.read_config(folder)
+    source = FolderSource(folder, WEIGHTS)
+    config = read_config(folder, source)
     model = loading.build(config)
     add_biases(model, section.added_biases)
     graph = graphs.find(model)
-    source = FolderSource(folder, WEIGHTS)
     committed = {name: Packed(folder / WEIGHTS, name, spec) for name, spec in section.specs().items()}
     unknown = sorted(committed.keys() - {s.name for s in graph.sites})
     if unknown:
         raise UsageError(f"{folder}: config.json packs {unknown[0]}, which its model does not have")
+    artifact = Artifact(graph, source, dict(graph.tied), {**committed})
+    _refuse_other_tensors(artifact, folder)
     configured = getattr(config, "dtype", None)
     found = dtype or (configured if isinstance(configured, torch.dtype) else torch.float32)
-    return PackedFolder(folder, Artifact(graph, source, dict(graph.tied), {**committed}), found)
+    return PackedFolder(folder, artifact, found)
+
+
+def _refuse_other_tensors(artifact: Artifact, folder: Path) -> None:
+    """Refuse a file that lacks a tensor of the model, or holds another."""
+    graph = artifact.graph
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, tensor in graph.tensors():
+        site = artifact.made_site(name)
+        if site is not None:
+            packed = artifact.committed[site.name]
+            assert isinstance(packed, Packed)
+            leaves = packed.spec.tensors()
+            wanted |= {f"{site.name}.{leaf}": shape for leaf, (shape, _) in leaves.items()}
+        elif name not in graph.tied:
+            wanted[name] = tuple(tensor.shape)
+    refuse_other_tensors(
+        {name: artifact.source.shape(name) for name in artifact.source.names()},
+        wanted,
+        {name for name in graph.buffers if not name.endswith(RUNNING)},
+        str(folder / WEIGHTS),
+    )
 
 
 def specs_in(made: PackedFolder) -> dict[str, Spec]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.errors import CompressError
-from compress.export.base import Exporter, refuse_added
+from compress.export.base import FLOAT, Exporter, refuse_added
 from compress.export.hf import Dense, Hf, refuse_rounded, verify_dense, write_dense
 from compress.io.atomic import write_json, writing
 from compress.io.safetensors_file import compare_tensors, write_tensors
@@ -137,6 +137,10 @@ class Peft(Exporter):
                 f"PEFT corrects a convolution only if it is a plain Conv2d without groups, dilation and padding other "
                 f"than zeros, and {strange[0]} is not ({len(strange)} in all); `exclude` them in eora, or export hf"
             )
+
+    def expected_bytes(self, spec: Spec, computed: torch.dtype) -> int:
+        adapter = FLOAT * spec.low_rank.rank * sum(spec.shape) if spec.low_rank else 0
+        return Hf().expected_bytes(spec, computed) + adapter
 
     def write(self, made: PackedFolder, folder: Path, final: Path, bars: Bars) -> None:
         """Write the adapter. PEFT looks the base up by the path it will have in `final`."""

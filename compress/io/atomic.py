@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def write_text(file: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     temporary = file.with_suffix(".partial")
     with writing(temporary):
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
     publish(temporary, file)
 
 
@@ -36,9 +36,42 @@ def copy(source: Path, file: Path) -> None:
 
 def publish(temporary: Path, final: Path) -> None:
     """Flush a finished file to disk and give it its name."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
+    _flush(temporary)
     temporary.replace(final)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush every file and folder in a folder, and the folder itself, to disk."""
+    for place, _, files in os.walk(folder):
+        for name in files:
+            _flush(os.path.join(place, name))
+        flush_names(place)
+
+
+def flush_names(folder: Path | str) -> None:
+    """Flush which names a folder holds: what was renamed in it is still so after a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush(file: Path | str) -> None:
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def remove_made(folder: Path) -> None:
+    """Remove a folder that this program made, file by file; a link in it goes, and what it points to stays."""
+    for place, folders, files in os.walk(folder, topdown=False):
+        for name in files:
+            os.unlink(os.path.join(place, name))
+        for name in folders:
+            path = os.path.join(place, name)
+            os.unlink(path) if os.path.islink(path) else os.rmdir(path)
+    if folder.is_dir():
+        folder.rmdir()
 
 
 class writing:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
+from compress.errors import CheckpointError
 from compress.io.safetensors_file import bytes_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
-
-SAMPLES, SAMPLE = 64, 4096  # pieces of a file that stand for all of it, and bytes of one
 
 
 class Samples(Protocol):
@@ -56,18 +57,47 @@ def digest(tensor: Tensor) -> str:
 
 
 def fingerprint_of(files: Sequence[Path], config: Path) -> str:
-    """A hash of large files by name, size, change time and samples of their bytes, and of the whole of a small one.
+    """A hash of the whole of some files and their names, and of a configuration, which need not be there."""
+    found = [(path.name, digest_of_file(path)) for path in files]
+    return key_of(found, digest_of_file(config) if config.is_file() else None)
 
-    It is cheap, and differs for a changed file. `config` need not be there.
+
+def digest_of_file(file: Path) -> str:
+    """SHA-256 of a whole file, which is read once as long as its size, change time and place on the disk stay."""
+    stat = file.stat()
+    return _digest(file.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@cache
+def _digest(file: Path, _size: int, _changed: int, _inode: int) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Files that must stay as they are while a run reads them.
+
+    Attributes:
+        digests: file -> SHA-256 of it at the start.
     """
-    found = hashlib.sha256()
-    for path in files:
-        stat = path.stat()
-        found.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-        with path.open("rb") as file:
-            for start in range(0, stat.st_size, max(1, stat.st_size // SAMPLES)):
-                file.seek(start)
-                found.update(file.read(SAMPLE))
-    if config.is_file():  # the values of a module of its own class stand alone
-        found.update(config.read_bytes())
-    return found.hexdigest()
+
+    digests: Mapping[Path, str]
+
+    @classmethod
+    def over(cls, files: Iterable[Path]) -> Watch:
+        """Each file, read once."""
+        return cls({file: digest_of_file(file) for file in files})
+
+    def refuse_changed(self) -> None:
+        """Refuse to go on with files that were replaced since the start.
+
+        Raises:
+            CheckpointError: names one.
+        """
+        for file, digest in self.digests.items():
+            if not file.is_file() or digest_of_file(file) != digest:
+                raise CheckpointError(
+                    f"{file} was changed or removed while this run was reading it, so nothing more was kept; give the "
+                    "same command again when it no longer changes"
+                )

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from compress.errors import CheckpointError, CompressError
+from compress.errors import CheckpointError, CompressError, NonFiniteError
 from compress.io.small_file import parse_object
 from compress.lazy import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -30,8 +30,10 @@ DTYPE_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+NARROW = ("F8", "F6", "F4", "E8M0", "I4", "U4")  # how names of types begin that only quantizers write
 LENGTH = 8  # bytes of a header's length; headers are filled up to a multiple of it
 LONGEST_HEADER = 100_000_000  # bytes, as in the library of that name
+SEAL = "sha256"  # entry of a header's text: SHA-256 of the rest of the header and of the data
 DIGEST = "0" * 64  # stands in for a digest until it is known
 OFFSET = 10**15  # no offset takes more digits
 WIDEST = {"dtype": "BF16", "shape": [OFFSET] * 4, "data_offsets": [OFFSET, OFFSET]}
@@ -47,40 +49,64 @@ def type_name(dtype: torch.dtype) -> str:
     return next(header for header, ours in DTYPE_NAMES.items() if ours == name)
 
 
+def in_range(values: Tensor, most: float = math.inf) -> bool:
+    """Whether no number is NaN, infinite, or larger than `most`; one pass, nothing the size of the values is made."""
+    if not values.is_floating_point() or not values.numel():
+        return True
+    most = min(most, torch.finfo(values.dtype).max)
+    least, largest = torch.aminmax(values.detach())
+    return bool(least >= -most and largest <= most)  # nor where they are NaN
+
+
 def write_tensors(layout: Layout, read: ReadTensors, file: Path, bars: Bars, heading: str) -> None:
-    """Write a safetensors file, one owner's tensors in memory at a time."""
+    """Write a safetensors file, one owner's tensors in memory at a time.
+
+    Raises:
+        NonFiniteError: one of them holds NaN or infinity.
+    """
     entries = [entry for _, parts in layout for entry in parts]
     with file.open("wb") as out:
         out.write(_opening({"format": "pt"}, entries))
         for owner, parts in bars.over(layout, len(layout), f"write: {heading}", "end"):
             tensors = read(owner)
             for name, _, _ in parts:
+                if not in_range(tensors[name]):
+                    raise NonFiniteError(
+                        f"{name} would be written to {file.name} with NaN or infinity; the numbers are too large for "
+                        "the type they are stored in, or the checkpoint is damaged"
+                    )
                 out.write(bytes_of(tensors[name]))
 
 
-def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file of tensors that are in memory."""
+def save_sealed(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> str:
+    """Write a safetensors file of tensors that are in memory; returns its seal, which the header holds as well."""
+    digest = hashlib.sha256()
+    for tensor in tensors.values():
+        digest.update(bytes_of(tensor))
+    entries = [(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
+    seal = _seal(metadata, _header_entries(entries), digest.hexdigest())
     with file.open("wb") as out:
-        out.write(_opening(metadata, [(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]))
+        out.write(_opening({**metadata, SEAL: seal}, entries))
         for tensor in tensors.values():
             out.write(bytes_of(tensor))
+    return seal
 
 
 def write_as_made(
     file: Path,
     tensors: Iterable[tuple[str, Tensor]],
     names: Iterable[str],
-    metadata: Callable[[str], Mapping[str, str]],
+    metadata: Mapping[str, str],
 ) -> None:
-    """Write a safetensors file of tensors whose sizes are not known before they are made.
+    """Write a sealed safetensors file of tensors whose sizes are not known before they are made.
 
     Args:
         file: to write.
         tensors: each with its name; one in memory at a time.
         names: all of them, in their order.
-        metadata: what the header says besides, from the SHA-256 of everything behind the header.
+        metadata: what the header says besides.
     """
-    room = len(_encoded(metadata(DIGEST), dict.fromkeys(names, WIDEST)))
+    room = len(_encoded({**metadata, SEAL: DIGEST}, dict.fromkeys(names, WIDEST)))
     room += -room % LENGTH
     entries: dict[str, Any] = {}
     digest, position = hashlib.sha256(), 0
@@ -94,19 +120,45 @@ def write_as_made(
             position += len(data)
         out.seek(0)
         out.write(room.to_bytes(LENGTH, "little"))
-        out.write(_encoded(metadata(digest.hexdigest()), entries).ljust(room))
+        seal = _seal(metadata, entries, digest.hexdigest())
+        out.write(_encoded({**metadata, SEAL: seal}, entries).ljust(room))
+
+
+def seal_of(file: Path) -> str:
+    """The seal that a file should have by what is in it now.
+
+    Raises:
+        CheckpointError: truncated or corrupt.
+    """
+    read_header(file)
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(LENGTH), "little")
+        header = json.loads(opened.read(length))
+        metadata = header.pop("__metadata__", {})
+        metadata.pop(SEAL, None)
+        return _seal(metadata, header, hashlib.file_digest(opened, "sha256").hexdigest())
+
+
+def _seal(metadata: Mapping[str, str], entries: Mapping[str, Any], data: str) -> str:
+    """`data`: SHA-256 of everything behind the header."""
+    return hashlib.sha256(_encoded(metadata, entries) + data.encode()).hexdigest()
 
 
 def _opening(metadata: Mapping[str, str], entries: Sequence[Entry]) -> bytes:
     """Everything before the data."""
+    text = _encoded(metadata, _header_entries(entries))
+    text += b" " * (-len(text) % LENGTH)
+    return len(text).to_bytes(LENGTH, "little") + text
+
+
+def _header_entries(entries: Sequence[Entry]) -> dict[str, Any]:
+    """What a header says of tensors that lie one behind the other."""
     header: dict[str, Any] = {}
     position = 0
     for name, shape, dtype in entries:
         header[name] = _header_entry(dtype, shape, position)
         position = header[name]["data_offsets"][1]
-    text = _encoded(metadata, header)
-    text += b" " * (-len(text) % LENGTH)
-    return len(text).to_bytes(LENGTH, "little") + text
+    return header
 
 
 def _header_entry(dtype: torch.dtype, shape: tuple[int, ...], begin: int) -> dict[str, Any]:
@@ -193,7 +245,9 @@ def read_header(file: Path) -> Header:
     except (OSError, ValueError, TypeError, AttributeError, LookupError, CheckpointError) as error:
         raise CheckpointError(f"{file} ({size} bytes) is truncated or corrupt: {error}; fetch it again") from error
     except _UnknownTypeError as error:
-        raise CheckpointError(f"{file}: tensors of type {error} are not supported") from error
+        quantized = str(error).startswith(NARROW)
+        why = "the checkpoint is already quantized; take the uncompressed model" if quantized else "not supported"
+        raise CheckpointError(f"{file} holds tensors of type {error}: {why}") from error
 
 
 class _UnknownTypeError(Exception):
@@ -247,18 +301,50 @@ def read_piece(file: Path, stored: StoredTensor, start: int, stop: int) -> Tenso
     return found
 
 
-def read_tensors(file: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+def read_tensors(file: Path, names: Iterable[str] | None = None, seal: str = "") -> dict[str, Tensor]:
     """Some tensors of a small file, or all.
 
     Raises:
-        CheckpointError: truncated or corrupt, or one of them is missing.
+        CheckpointError: truncated or corrupt, one of them is missing, or the file bears another seal than this.
     """
-    there = read_header(file).tensors
+    header = read_header(file)
+    there = header.tensors
+    if seal and header.metadata.get(SEAL) != seal:
+        raise CheckpointError(f"{file} was replaced while this run was using it; give the same command again")
     wanted = list(there if names is None else names)
     missing = [name for name in wanted if name not in there]
     if missing:
         raise CheckpointError(f"{file} has no tensor {missing[0]}; it was written by another program, or is damaged")
     return {name: read_tensor(file, there[name]) for name in wanted}
+
+
+Shapes: TypeAlias = "Mapping[str, tuple[int, ...]]"
+
+
+def refuse_other_tensors(there: Shapes, wanted: Shapes, optional: Collection[str], where: str) -> None:
+    """Refuse a file that does not hold just what a model wants.
+
+    Args:
+        there: name -> shape of each tensor of the file.
+        wanted: name -> shape of each tensor of the model.
+        optional: those that may be missing.
+        where: what the file is called.
+
+    Raises:
+        CheckpointError: one is missing, of another shape, or more than the model has.
+    """
+    damaged = "the folder is damaged: write it again"
+    for name, shape in wanted.items():
+        if name not in there:
+            if name not in optional:
+                raise CheckpointError(f"{where}: {name} is missing; {damaged}")
+        elif there[name] != shape:
+            raise CheckpointError(
+                f"{where}: {name} has shape {there[name]}, not {shape}: a mismatch with config.json; {damaged}"
+            )
+    more = sorted(there.keys() - wanted.keys())
+    if more:
+        raise CheckpointError(f"{where}: {more[0]} belongs to nothing that config.json describes; {damaged}")
 
 
 def digest_of_data(file: Path) -> str:

@@ -11,19 +11,20 @@ import hashlib
 import secrets
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
+from types import CodeType
 from typing import TypeAlias
 
 PACKAGE = "compress"
 ROOT = Path(__file__).parent.parent
 LAZY = {"torch": "torch", "nn": "torch", "functional": "torch", "np": "numpy", "transformers": "transformers"}
 ALWAYS = ("torch", "transformers")  # every result depends on them
-DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # that are not called as what is imported
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "PyYAML"}  # that are not called as what is imported
 
 Locate: TypeAlias = Callable[[str], Path | None]  # full name of a module -> its file, None of what is a library's
 
@@ -119,32 +120,59 @@ def read_code(file: Path) -> SourceFile:
 
 @cache
 def _parsed_code(file: Path, _changed: int, _size: int) -> SourceFile:
-    tree = _Computing().visit(ast.parse(file.read_bytes()))
-    return SourceFile(hashlib.sha256(ast.dump(tree).encode()).hexdigest(), tuple(_imports(tree)))
+    tree = ast.parse(file.read_bytes())
+    statements = list(_computing(tree))
+    compiled = compile(tree, "", "exec", dont_inherit=True)
+    return SourceFile(hashlib.sha256(repr(_instructions(compiled)).encode()).hexdigest(), tuple(_imports(statements)))
 
 
-class _Computing(ast.NodeTransformer):
-    """Leaves out docstrings and what only type checkers read."""
+def _computing(parent: ast.AST) -> Iterator[ast.stmt]:
+    """Every statement below, after docstrings and what only type checkers read were taken out of the tree."""
+    for part in ("body", "orelse", "finalbody", "handlers", "cases"):
+        below = getattr(parent, part, None)
+        if isinstance(below, list):
+            below[:] = [kept for each in below for kept in _without_annotations(each)]
+            if not below and part == "body" and not isinstance(parent, ast.Module):
+                below.append(ast.Pass(lineno=1, col_offset=0, end_lineno=1, end_col_offset=0))
+            for node in below:
+                if isinstance(node, ast.stmt):
+                    yield node
+                yield from _computing(node)
 
-    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
-        return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
 
-    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
-        self.generic_visit(node)
-        return node.orelse if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING" else node
+def _without_annotations(node: ast.AST) -> list[ast.AST]:
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        return []
+    if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        return list(node.orelse)
+    return [node]
 
 
-def _imports(tree: ast.AST) -> Iterator[Imported]:
+def _instructions(value: object) -> object:
+    """What a compiled file, function or constant does, wherever in the file it stands."""
+    if isinstance(value, CodeType):
+        names = value.co_names, value.co_varnames, value.co_freevars, value.co_cellvars
+        shape = value.co_argcount, value.co_posonlyargcount, value.co_kwonlyargcount, value.co_flags
+        constants = [_instructions(each) for each in value.co_consts]
+        return value.co_name, shape, value.co_code, value.co_exceptiontable, names, constants
+    if isinstance(value, tuple):
+        return tuple(_instructions(each) for each in value)
+    if isinstance(value, frozenset):  # in another order in every process
+        return "frozenset", sorted(repr(_instructions(each)) for each in value)
+    return value
+
+
+def _imports(statements: Sequence[ast.stmt]) -> Iterator[Imported]:
     whole = set()  # what the package itself is called
-    for node in ast.walk(tree):
+    for node in statements:
         if isinstance(node, ast.ImportFrom):
             yield from (Imported(node.module or "", alias.name, node.level) for alias in node.names)
         elif isinstance(node, ast.Import):
             whole |= {alias.asname or alias.name for alias in node.names if alias.name == PACKAGE}
             yield from (Imported(alias.name) for alias in node.names)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in whole:
-            yield Imported(PACKAGE, node.attr)
+    for each in (inner for statement in statements for inner in ast.walk(statement)) if whole else ():
+        if isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name) and each.value.id in whole:
+            yield Imported(PACKAGE, each.attr)
 
 
 def _resolved(imported: Imported, importer: str, file: Path, locate: Locate) -> str:
@@ -200,4 +228,6 @@ def _installed_version(library: str) -> str:
     try:
         return version(DISTRIBUTIONS.get(library, library))
     except PackageNotFoundError:
+        if find_spec(library) is None:  # optional, and not installed
+            return ""
         return " ".join(sorted(version(name) for name in set(packages_distributions().get(library, ()))))

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compress.errors import CheckpointError, UsageError
+from compress.errors import UsageError
+from compress.models.companions import COMPANIONS
+from compress.models.refusals import ADAPTER, QUANTIZERS_FILES
 
 DEMO = Path(__file__).parent.parent / "demo" / "model"
-FILES = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt")
+# Weights in the layout that transformers reads, compressed folders, deltas, and adapters to tell them by. No weights in
+# another layout or type of file, and no code.
+FETCHED = (
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "compress.safetensors",
+    "delta.safetensors", "config.json", "report.json", "pipeline.yaml", *ADAPTER, *QUANTIZERS_FILES, *COMPANIONS,
+)  # fmt: skip
 
 
 def resolve(model: str | Path) -> Path:
@@ -15,7 +22,6 @@ def resolve(model: str | Path) -> Path:
 
     Raises:
         UsageError: neither a folder nor a hub id that can be fetched.
-        CheckpointError: the folder holds a model that is already quantized.
     """
     if str(model) == "demo":
         return DEMO
@@ -30,18 +36,7 @@ def resolve(model: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(FETCHED)))
     except Exception as error:  # network, permission and naming errors of many kinds: all the same to the user
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"{name} is not a local folder, and fetching it from the hub failed: {reason}") from error
-
-
-def refuse_quantized(folder: Path, config: object) -> None:
-    """Passes start from dense weights."""
-    there = getattr(config, "quantization_config", None)
-    if there:
-        method = there.get("quant_method") if isinstance(there, dict) else getattr(there, "quant_method", "?")
-        raise CheckpointError(
-            f"{folder} is already quantized ({method}); a pipeline starts from the uncompressed model. To measure use "
-            "`compress eval`"
-        )

@@ -9,25 +9,40 @@ from safetensors import SafetensorError
 
 from compress.errors import CheckpointError
 from compress.io.heap import align
-from compress.lazy import nn, transformers
+from compress.lazy import nn, torch, transformers
+from compress.models.refusals import read_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
-
-    import torch
 
 
 def read_config(folder: Path) -> transformers.PreTrainedConfig:
-    """config.json of a folder; custom code is never run."""
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: no config.json; a model is a folder as save_pretrained writes it")
+    """config.json of a folder; custom code is never run.
+
+    Raises:
+        CheckpointError: there is none, or no model of transformers can be made of it.
+    """
+    settings = read_settings(folder)
     try:
         read = transformers.AutoConfig.from_pretrained
         config: transformers.PreTrainedConfig = read(folder, trust_remote_code=False, local_files_only=True)
         return config
     except Exception as error:  # each model's configuration class refuses in its own way
-        raise CheckpointError(f"{folder}/config.json cannot be used: {error}") from error
+        file = folder / "config.json"
+        raise CheckpointError(f"{file} cannot be used: {_reason(settings, error)}") from error
+
+
+def _reason(settings: Mapping[str, Any], error: Exception) -> str:
+    """Why transformers makes nothing of the content of a config.json."""
+    kind = settings.get("model_type")
+    if not isinstance(kind, str):
+        return "it does not say the model_type, by which transformers knows the kind of model; fetch it again"
+    if kind in transformers.CONFIG_MAPPING:
+        return str(error)
+    if settings.get("auto_map"):
+        return f"the code of a {kind!r} comes with the model (auto_map), and such code is never run here"
+    return f"transformers {transformers.__version__} does not know a {kind!r}; a newer version may"
 
 
 def loader(config: transformers.PreTrainedConfig) -> Any:
@@ -38,19 +53,36 @@ def loader(config: transformers.PreTrainedConfig) -> Any:
     return transformers.AutoModelForImageClassification if image else transformers.AutoModelForCausalLM
 
 
+def classes(config: transformers.PreTrainedConfig) -> list[str]:
+    """Names of the classes that `loader` may build of a configuration."""
+    mapping, known = loader(config)._model_mapping, type(config)
+    if known not in mapping:
+        return []
+    found = mapping[known]
+    return [each.__name__ for each in (found if isinstance(found, list | tuple) else [found])]
+
+
 def build(config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
     """The language model or image classifier a configuration describes, parameters on the meta device, buffers real.
 
     Raises:
-        CheckpointError: neither a causal language model nor an image classifier transformers knows.
+        CheckpointError: transformers cannot build it.
     """
     try:
         return built(lambda: loader(config).from_config(config, trust_remote_code=False))
     except Exception as error:  # as above: a wrong value surfaces wherever the model's code first uses it
-        raise CheckpointError(
-            "config.json describes no causal language model and no image classifier that transformers can build: "
-            f"{error}"
-        ) from error
+        raise CheckpointError(f"transformers cannot build the model that config.json describes: {error}") from error
+
+
+def parameters_of(config: transformers.PreTrainedConfig) -> int | None:
+    """How many parameters a model of this configuration has; None where that cannot be known without memory."""
+    try:
+        with torch.device("meta"):
+            model: nn.Module = loader(config).from_config(config, trust_remote_code=False)
+    except Exception:  # what is wrong is said where the model is built
+        return None
+    model.tie_weights()  # type: ignore[operator]
+    return sum(p.numel() for p in model.parameters())
 
 
 def built(make: Callable[[], transformers.PreTrainedModel]) -> transformers.PreTrainedModel:
@@ -95,7 +127,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
         model = loader(read_config(folder)).from_pretrained(folder, dtype=dtype or "auto").eval()
         align(model)
         return model
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, SafetensorError) as error:
         files = ", ".join(sorted(p.name for p in folder.glob("*.safetensors"))) or "no safetensors"
         raise CheckpointError(f"{folder} ({files}) cannot be loaded: {error}") from error
     finally:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from compress.calibration.data import IMAGE_SUFFIX
+from compress.calibration.texts import IMAGE_SUFFIX, is_images
 from compress.config.pipeline import GATES, GIVEN
 from compress.errors import Problem
 
@@ -40,6 +40,45 @@ def unmatched_patterns(path: str, pass_: Pass, names: Sequence[str], what: str) 
     for option, p in pass_.patterns():
         if not any(fnmatchcase(name, p) for name in names):
             yield Problem(f"{path}.{option}", f"{p!r} matches no {what}; {what}s are named like {listed(names, 2)}")
+
+
+def idle_patterns(
+    path: str, pass_: Pass, names: Sequence[str], worked_on: Sequence[str], what: str
+) -> Iterator[Problem]:
+    """Patterns that match something, but nothing that they could change.
+
+    Args:
+        path: of the pass in the pipeline.
+        pass_: with its options.
+        names: of everything that the model has of its kind.
+        worked_on: those that the pass works on.
+        what: has a name: `layer` or `tensor`.
+    """
+    if not worked_on:
+        return  # which is said of the pass itself
+    rest = f"{what}s that {pass_.key} leaves alone"
+    for option, pattern in pass_.patterns():
+        there = any(fnmatchcase(name, pattern) for name in names)
+        if there and option == "include" and not any(fnmatchcase(name, pattern) for name in worked_on):
+            yield Problem(f"{path}.{option}", f"{pattern!r} matches only {what}s that `exclude` leaves alone")
+        elif there and option not in ("include", "exclude") and not any(fnmatchcase(n, pattern) for n in worked_on):
+            option = option if option != "overrides" else f"overrides[{_number(pass_, pattern)}]"
+            yield Problem(
+                f"{path}.{option}", f"{pattern!r} matches only {rest}; it works on {what}s like {worked_on[0]}"
+            )
+    for number, override in enumerate(pass_.overrides):
+        later = pass_.overrides[number + 1 :]
+        matched = [name for name in worked_on if fnmatchcase(name, override.match)]
+        if matched and all(any(fnmatchcase(name, other.match) for other in later) for name in matched):
+            yield Problem(
+                f"{path}.overrides[{number}]",
+                f"changes nothing: every {what} that {override.match!r} matches is also matched by a later override, "
+                "and the last one wins",
+            )
+
+
+def _number(pass_: Pass, pattern: str) -> int:
+    return next(number for number, override in enumerate(pass_.overrides) if override.match == pattern)
 
 
 def fused_whole(path: str, pass_: Pass, fused: bool) -> Iterator[Problem]:
@@ -226,7 +265,7 @@ def data_sections(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
     images, model = graph.is_image_model, type(graph.model).__name__
     for name, section in (("calibration", pipeline.calibration), ("evaluate", pipeline.evaluate)):
         for source in section.sources.values() if section else ():
-            if source != GIVEN and source.endswith(IMAGE_SUFFIX) != images:
+            if source != GIVEN and is_images(source) != images:
                 wanted = f"images from a {IMAGE_SUFFIX} file" if images else "text"
                 yield Problem(f"{name}.source", f"{source}: {model} takes {wanted}")
         if section and longest and section.length > longest:

@@ -1,69 +1,183 @@
-"""Forecasts of the memory and the disk that a run needs, in bytes. Reads no weight."""
+"""Forecast of the memory that a run needs, in bytes, at the moment when it needs most. Reads no weight."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.calibration.metrics import REFERENCE_NUMBERS
-from compress.calibration.metrics import TOKENS_AT_ONCE as EVALUATED_AT_ONCE
+from compress.calibration.metrics import REFERENCE_NUMBERS, TOKENS_AT_ONCE
+from compress.export.compared import NUMBERS as COMPARED
+from compress.models.logits import PIECE, WHOLE, WHOLE_LEARNED, bodies, vocabulary
 from compress.passes import MergePass
 from compress.passes.merge.permutation import coupled
+from compress.passes.retrain.options import TrainingOptions
+from compress.planning.need import Need, most
 
 if TYPE_CHECKING:
-    from compress.config.pipeline import Pipeline
+    from collections.abc import Mapping, Sequence
+
+    from compress.config.pipeline import Calibration, Pipeline
     from compress.models.graph import Graph
     from compress.passes import Pass
+    from compress.planning.state import PassPlan
 
-BASELINE = 450 << 20  # Python, torch and transformers, before any work
-FLOAT = 4
-TRAINING = 5  # numbers per weight of a model that is trained as a whole, adapters not counted
+FLOAT, TOKEN = 4, 8
+INTERPRETER = 560 << 20  # Python, torch, transformers and a tokenizer, before any work
+TRAINING = 5  # numbers per weight of a model that is trained as a whole, adapters not counted; one more per copy
 LEARNING = 18  # numbers per weight while it is learned: values, gradients, moments, the best so far, temporaries
 ACTIVATIONS = 1 << 30  # bytes; more of them lie in files
+READING = 8  # bytes for each of a file of text while it is read and tokenized
+EXPORTING = 2  # a container while it is written, and loaded again
+KEPT_NUMBERS = 1 << 26  # of models that are read again and again
+MEASURING = 6  # logits, their log-probabilities, those of the original, and temporaries
+CHECKING = 3  # logits of both models, and their difference
+LEARNED_LOGITS = 6  # the same, and gradients
 
 
-def peak(pipeline: Pipeline, graph: Graph) -> int:
-    """The interpreter, the largest of what is held by turns, and the activations.
+def peak(
+    pipeline: Pipeline, stages: Sequence[Sequence[PassPlan]], graph: Graph, final: int, exported: Sequence[int]
+) -> Need:
+    """The moment of a run that needs most: reading data, evaluating, a stage, checking the result, or exporting it.
 
     Args:
         pipeline: parsed.
+        stages: planned.
         graph: the model after the last pass.
-    """
-    passes = _all_passes(pipeline)
-    calibrated = any(p.calibrated for p in passes)
-    return (
-        BASELINE
-        + (_measuring(graph) if pipeline.evaluate else 0)
-        + max(_outside(graph) * 2, _solving(graph, passes), _training(pipeline, graph))
-        + (_aligning(graph) if any(isinstance(p, MergePass) and p.aligns for p in passes) else 0)
-        + (_activations(pipeline, graph) if calibrated else 0)
-    )
-
-
-def disk(pipeline: Pipeline, original: int, final: int) -> int:
-    """Beside and at the destination: a state after each stage, the result, and models that are written whole.
-
-    Args:
-        pipeline: parsed.
-        original: bytes of the weights before.
         final: bytes of the weights afterwards.
+        exported: bytes of each container that is written.
     """
-    merges = [p for p in _all_passes(pipeline) if isinstance(p, MergePass)]
-    tries = any(p.judged for p in merges)
-    states = len(pipeline.passes) - len(merges) + 1
-    return final * states + original * (len(pipeline.export) + len(merges) + tries)
+    windows = _windows(pipeline.calibration) + _windows(pipeline.evaluate)
+    held = {"interpreter": INTERPRETER, "data": windows}
+    moments = [Need("reading data", {**held, "data": windows + _reading(pipeline)})]
+    if pipeline.evaluate:
+        kept = _predictions(graph, pipeline.evaluate)
+        held["evaluation"] = min(REFERENCE_NUMBERS, kept) * FLOAT
+        moments.append(_joined("evaluating", held, _evaluating(graph, pipeline.evaluate)))
+    for stage in stages:
+        parts = _stage(pipeline, [part.pass_ for part in stage], graph)
+        moments.append(_joined(f"running {stage[0].path}", held, parts))
+    moments.append(_joined("checking the result", held, _checking(pipeline, graph, final)))
+    for exporter, size in zip(pipeline.export, exported, strict=True):
+        parts = {"weights": final, "exports": exporter.libraries + EXPORTING * size, **_comparing(pipeline, graph)}
+        moments.append(_joined(f"exporting {exporter.key}", held, parts))
+    return most(moments)
 
 
-def _all_passes(pipeline: Pipeline) -> list[Pass]:
-    return [p for stage in pipeline.passes for p in stage]
+def _joined(moment: str, held: Mapping[str, int], parts: Mapping[str, int]) -> Need:
+    return Need(moment, {name: held.get(name, 0) + parts.get(name, 0) for name in dict.fromkeys((*held, *parts))})
 
 
-def _learns_blocks(passes: list[Pass]) -> bool:
-    return any(p.reach == "block" for p in passes)
+# --- data and what they become ---------------------------------------------------------------------------------------
+
+
+def _windows(section: Calibration | None) -> int:
+    return TOKEN * _tokens(section) if section else 0
+
+
+def _tokens(section: Calibration) -> int:
+    return section.samples * len(section.sources) * section.length
+
+
+def _reading(pipeline: Pipeline) -> int:
+    """The largest file of text, while it is tokenized."""
+    sections = [s for s in (pipeline.calibration, pipeline.evaluate) if s]
+    files = [Path(source) for section in sections for source in section.sources.values()]
+    sizes = [file.stat().st_size for file in files if file.is_file()]
+    return READING * max(sizes, default=0)
 
 
 def _configured(graph: Graph, name: str, default: int) -> int:
-    value: int = getattr(getattr(graph.model, "config", None), name, default)
-    return value
+    value = getattr(getattr(graph.model, "config", None), name, default)
+    return value if isinstance(value, int) else default
+
+
+def _flowing(graph: Graph, tokens: int) -> int:
+    """What is between the layers of a block while so many tokens run through it."""
+    width = _widest(graph)
+    return tokens * FLOAT * (6 * _configured(graph, "hidden_size", width) + 3 * width)
+
+
+def _logits(graph: Graph, tokens: int, whole: int, copies: int) -> int:
+    """Logits of a batch, or of a piece where they are computed in pieces, and what is made of them."""
+    numbers = tokens * vocabulary(graph.model)
+    return copies * FLOAT * (PIECE if numbers > whole and bodies(graph.model) else numbers)
+
+
+def _predictions(graph: Graph, section: Calibration) -> int:
+    return _tokens(section) * vocabulary(graph.model)
+
+
+# --- moments ---------------------------------------------------------------------------------------------------------
+
+
+def _evaluating(graph: Graph, section: Calibration) -> dict[str, int]:
+    tokens = min(max(TOKENS_AT_ONCE, section.length), _tokens(section))
+    return {
+        "weights": 2 * max(_block(graph), _outside(graph)),
+        "activations": _flowing(graph, tokens),
+        "evaluation": _logits(graph, tokens, WHOLE, MEASURING),
+    }
+
+
+def _stage(pipeline: Pipeline, passes: Sequence[Pass], graph: Graph) -> dict[str, int]:
+    """The largest part of the model that is there at a time, and what a pass needs beside it."""
+    calibrated = any(p.calibrated for p in passes)
+    learns = any(p.reach == "block" for p in passes)
+    data = pipeline.calibration
+    tokens = _tokens(data) if data and calibrated else 0
+    hidden = _configured(graph, "hidden_size", _widest(graph))
+    return {
+        "weights": max(2 * _outside(graph), (_block(graph) if calibrated else 0) + 4 * _largest(graph)),
+        "statistics": 4 * _widest(graph) ** 2 * FLOAT if any(p.needs == "gram" for p in passes) else 0,
+        # Learning keeps what arrives at a block, what arrives in the original model, and what comes out there.
+        "activations": (3 if learns else 1) * min(tokens * hidden * FLOAT, ACTIVATIONS),
+        "training": (_block(graph) * LEARNING if learns else 0) + sum(_training(p, data, graph) for p in passes),
+        "merging": sum(_merging(p, graph) for p in passes if isinstance(p, MergePass)),
+    }
+
+
+def _training(pass_: Pass, data: Calibration | None, graph: Graph) -> int:
+    """The model, what its matrices start as and become, and a batch's logits and their gradients."""
+    if not pass_.trains_whole:
+        return 0
+    tokens = getattr(pass_, "batch_size", 1) * (data.length if data else 0)
+    weights = sum(p.numel() for p in graph.model.parameters())
+    whole = WHOLE_LEARNED if pass_.reach == "model" else sys.maxsize  # merges hold all of a batch
+    copies = pass_.trainings if isinstance(pass_, TrainingOptions) else 1
+    logits = _logits(graph, tokens, whole, LEARNED_LOGITS)
+    return (TRAINING - 1 + copies) * weights * FLOAT + _flowing(graph, tokens) + logits
+
+
+def _merging(pass_: MergePass, graph: Graph) -> int:
+    """What is kept of the models where they are read again and again, and what matching two of them takes."""
+    weights = sum(p.numel() for p in graph.model.parameters())
+    read_again = pass_.judged or pass_.learns
+    kept = min(KEPT_NUMBERS, weights * (1 + len(pass_.models))) * FLOAT if read_again else 0
+    return kept + (_aligning(graph) if pass_.aligns else 0)
+
+
+def _checking(pipeline: Pipeline, graph: Graph, final: int) -> dict[str, int]:
+    """The written model is loaded, and both are run on two samples."""
+    section = pipeline.evaluate
+    tokens = 2 * section.length if section else 0
+    return {
+        "weights": (final if section else 0) + 2 * max(_block(graph), _outside(graph)),
+        "activations": _flowing(graph, tokens),
+        "evaluation": _logits(graph, tokens, WHOLE, CHECKING),
+    }
+
+
+def _comparing(pipeline: Pipeline, graph: Graph) -> dict[str, int]:
+    """What an exported model is compared on, logits of both and what is made of them."""
+    if not pipeline.evaluate:
+        return {}
+    numbers = min(COMPARED, _predictions(graph, pipeline.evaluate))
+    tokens = min(_tokens(pipeline.evaluate), numbers // max(1, vocabulary(graph.model)))
+    return {"activations": _flowing(graph, tokens), "evaluation": MEASURING * numbers * FLOAT}
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
 
 
 def _outside(graph: Graph) -> int:
@@ -71,51 +185,26 @@ def _outside(graph: Graph) -> int:
     return max((p.numel() for p in graph.model.parameters()), default=0) * FLOAT
 
 
+def _largest(graph: Graph) -> int:
+    """The largest matrix that passes work on."""
+    return max((s.shape[0] * s.shape[1] for s in graph.sites), default=0) * FLOAT
+
+
 def _widest(graph: Graph) -> int:
     return max((s.shape[1] for s in graph.sites), default=0)
 
 
-def _solving(graph: Graph, passes: list[Pass]) -> int:
-    """The largest block where data run through it, its statistics, and the workspace of the largest matrix."""
+def _block(graph: Graph) -> int:
+    """The largest block."""
     in_blocks: dict[int, int] = {}
     for site in graph.sites:
         if site.block is not None:
             in_blocks[site.block] = in_blocks.get(site.block, 0) + site.shape[0] * site.shape[1]
-    block = max(in_blocks.values(), default=0) * FLOAT * (LEARNING if _learns_blocks(passes) else 1)
-    largest = max((s.shape[0] * s.shape[1] for s in graph.sites), default=0) * FLOAT
-    statistics = 4 * _widest(graph) ** 2 * FLOAT if any(p.needs == "gram" for p in passes) else 0
-    return (block if any(p.calibrated for p in passes) else 0) + statistics + 4 * largest
-
-
-def _activations(pipeline: Pipeline, graph: Graph) -> int:
-    """What the calibration data are at the entrance of a block.
-
-    Learning keeps what arrives at a block, what arrives in the original model, and what comes out there.
-    """
-    data = pipeline.calibration
-    tokens = data.samples * len(data.sources) * data.length if data else 0
-    hidden = _configured(graph, "hidden_size", _widest(graph))
-    return (3 if _learns_blocks(_all_passes(pipeline)) else 1) * min(tokens * hidden * FLOAT, ACTIVATIONS)
-
-
-def _measuring(graph: Graph) -> int:
-    """A batch's logits, their log-probabilities and temporaries, and the original's for the divergence."""
-    return 5 * EVALUATED_AT_ONCE * _configured(graph, "vocab_size", 0) * FLOAT + REFERENCE_NUMBERS * FLOAT
-
-
-def _training(pipeline: Pipeline, graph: Graph) -> int:
-    """The model, what its matrices start as and become, and a batch's logits and their gradients."""
-    training = [p for p in _all_passes(pipeline) if p.trains_whole]
-    if not training:
-        return 0
-    length = pipeline.calibration.length if pipeline.calibration else 0
-    tokens = max(getattr(p, "batch_size", 1) for p in training) * length
-    weights = sum(p.numel() for p in graph.model.parameters())
-    return TRAINING * weights * FLOAT + 6 * tokens * _configured(graph, "vocab_size", 0) * FLOAT
+    return max(in_blocks.values(), default=0) * FLOAT
 
 
 def _aligning(graph: Graph) -> int:
     """Bytes to match two models: one coupled group's tensors of both, twice while they move, and its scores."""
     sizes = {name: tensor.numel() for name, tensor in graph.tensors()}
     groups = [(set().union(*(u.tensors() for u in g)), max(u.count for u in g)) for g in coupled(graph.units())]
-    return max((2 * FLOAT * (4 * sum(sizes[n] for n in names) + 3 * most**2) for names, most in groups), default=0)
+    return max((2 * FLOAT * (4 * sum(sizes[n] for n in names) + 3 * units**2) for names, units in groups), default=0)

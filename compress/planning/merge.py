@@ -23,6 +23,7 @@ def plan(state: PlanState, path: str, pass_: Pass, *, fused: bool, first: bool) 
     names = [name for name, _ in state.graph.tensors()]
     problems = (
         *checks.unmatched_patterns(path, pass_, names, "tensor"),
+        *checks.idle_patterns(path, pass_, names, [n for n in names if pass_.selects(n, True)], "tensor"),
         *checks.fused_whole(path, pass_, fused),
         *_late(state, path, pass_),
         *_no_tensor(state.graph, path, pass_),

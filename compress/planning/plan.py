@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from compress.config.lines import line_of
 from compress.config.pipeline import walk
 from compress.errors import ConfigError
-from compress.planning import checks, depth, memory, merge, sites
+from compress.planning import checks, depth, disk, memory, merge, sites
 from compress.planning.state import PassPlan, initial
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from compress.errors import Problem
     from compress.models.graph import Graph
     from compress.passes.base import Reach
+    from compress.planning.need import Need
     from compress.planning.state import Planner
 
 PLANNERS: dict[Reach, Planner] = {
@@ -38,18 +39,24 @@ class Plan:
     Attributes:
         stages: passes that run together, in order.
         final_bytes: expected size of the weights afterwards.
-        peak_memory: estimate in bytes, the interpreter included.
-        disk: bytes needed beside and at the destination while running.
+        memory: when most is needed, and what for; the interpreter is included.
+        disk: beside and at the destination, the same.
     """
 
     stages: tuple[tuple[PassPlan, ...], ...]
     original_bytes: int
     final_bytes: int
-    peak_memory: int
-    disk: int
+    memory: Need
+    disk: Need
 
 
-def make(pipeline: Pipeline, graph: Graph, dtypes: Mapping[str, torch.dtype], file: str = "pipeline") -> Plan:
+def make(
+    pipeline: Pipeline,
+    graph: Graph,
+    dtypes: Mapping[str, torch.dtype],
+    file: str = "pipeline",
+    companions: int = 0,
+) -> Plan:
     """Plan a pipeline on a model.
 
     Args:
@@ -57,6 +64,7 @@ def make(pipeline: Pipeline, graph: Graph, dtypes: Mapping[str, torch.dtype], fi
         graph: the model, parameters possibly on the meta device.
         dtypes: parameter name -> type it is stored in.
         file: for messages.
+        companions: bytes of what travels along with the weights, such as a tokenizer.
 
     Raises:
         ConfigError: every impossible thing at once.
@@ -75,8 +83,14 @@ def make(pipeline: Pipeline, graph: Graph, dtypes: Mapping[str, torch.dtype], fi
     if problems:
         raise ConfigError([replace(p, line=line_of(pipeline.lines, p.path)) for p in problems], file)
     final = state.final_bytes()
-    peak, disk = memory.peak(pipeline, state.graph), memory.disk(pipeline, original, final)
-    return Plan(tuple(map(tuple, stages)), original, final, peak, disk)
+    exported = [disk.exported(exporter, pipeline, state) for exporter in pipeline.export]
+    return Plan(
+        tuple(map(tuple, stages)),
+        original,
+        final,
+        memory.peak(pipeline, stages, state.graph, final, exported),
+        disk.peak(stages, state, original, companions, exported),
+    )
 
 
 __all__ = ["PLANNERS", "PassPlan", "Plan", "make"]

@@ -54,7 +54,9 @@ def _in_free_order(graph: Graph, chosen: Sequence[Site]) -> tuple[Site, ...]:
 def _problems(case: Case, chosen: tuple[Site, ...], fused: bool, first: bool) -> Iterator[Problem]:
     """Every impossible thing. `chosen`: the sites that the patterns select, more than the pass works on."""
     path, pass_ = case.path, case.pass_
-    yield from checks.unmatched_patterns(path, pass_, [s.name for s in case.state.graph.sites], "layer")
+    names = [s.name for s in case.state.graph.sites]
+    yield from checks.unmatched_patterns(path, pass_, names, "layer")
+    yield from checks.idle_patterns(path, pass_, names, [s.name for s in chosen], "layer")
     yield from checks.fused_whole(path, pass_, fused)
     if pass_.preserves:
         yield from checks.channel_order(replace(case, sites=chosen), free=case.sites)

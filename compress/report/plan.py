@@ -77,8 +77,12 @@ def as_json(shown: Shown) -> str:
     totals = {
         "original_bytes": plan.original_bytes,
         "final_bytes": plan.final_bytes,
-        "peak_memory": plan.peak_memory,
-        "disk": plan.disk,
+        "peak_memory": plan.memory.total,
+        "peak_memory_when": plan.memory.moment,
+        "peak_memory_of": dict(plan.memory.parts),
+        "disk": plan.disk.total,
+        "disk_when": plan.disk.moment,
+        "disk_of": dict(plan.disk.parts),
     }
     return json.dumps({"passes": rows(shown), **totals}, indent=1)
 
@@ -105,8 +109,11 @@ def lines(shown: Shown, width: int, ascii_only: bool) -> Iterator[RenderableType
     plan = shown.plan
     yield Text(
         f"weights {size_text(plan.original_bytes)} -> about {size_text(plan.final_bytes)}; peak memory about "
-        f"{size_text(plan.peak_memory)}; disk while running about {size_text(plan.disk)}"
+        f"{size_text(plan.memory.total)}; disk while running about {size_text(plan.disk.total)}"
     )
+    for name, need in (("memory", plan.memory), ("disk", plan.disk)):
+        made_of = sorted(need.parts.items(), key=lambda part: -part[1])
+        yield Text(f"{name}, most while {need.moment}: {', '.join(f'{k} {size_text(v)}' for k, v in made_of)}")
     for path, allocation in shown.allocations.items():
         yield Text(f"{path}: {shown.said(path)}")
         if path in shown.shares:

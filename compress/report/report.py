@@ -52,6 +52,7 @@ class Report:
     data: dict[str, Any] = field(default_factory=dict)  # what perplexity was measured on
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # site -> pass -> notes
     fallbacks: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what of the source was left out, or taken for something else
     trained: list[dict[str, Any]] = field(default_factory=list)  # pass, numbers it trained, parameters of the model
     dropped: list[dict[str, Any]] = field(default_factory=list)  # pass, blocks it took out, of how many, distances
     merged: list[dict[str, Any]] = field(default_factory=list)  # pass, models, tensors it merged, delta, changes
@@ -181,7 +182,8 @@ def _measured_on(report: Report) -> str:
     source = d["source"] if isinstance(d["source"], str) else ", ".join(d["source"].values())
     if "samples" in d:
         return f"accuracy on {source}, {d['samples']} samples{kl}"
-    return f"perplexity on {source}, {d['windows']} windows of {d['length']}, {d['tokens']} tokens{kl}"
+    protocol = f", protocol {d['protocol']}" if "protocol" in d else ""
+    return f"perplexity on {source}, {d['windows']} windows of {d['length']}, {d['tokens']} tokens{protocol}{kl}"
 
 
 def markdown(report: Report) -> str:
@@ -194,6 +196,8 @@ def markdown(report: Report) -> str:
 def card(report: Report, pipeline: str, loader: str = "AutoModelForCausalLM") -> str:
     """The model card: README.md of the folder. `loader` is the class of transformers that loads it."""
     fallbacks = "".join(f"- {text}\n" for text in report.fallbacks) or "None.\n"
+    notes = "".join(f"- {text}\n" for text in report.notes)
+    notes = f"## Notes on the source\n\n{notes}\n" if notes else ""
     return (
         "---\nlibrary_name: transformers\ntags: [compress]\n---\n\n"
         f"# {report.model}, compressed\n\n"
@@ -201,5 +205,6 @@ def card(report: Report, pipeline: str, loader: str = "AutoModelForCausalLM") ->
         f'model = {loader}.from_pretrained("this folder")  # stays packed in memory\n```\n\n'
         f"{markdown(report)}\n{caption(report)[0].upper()}{caption(report)[1:]}.\n\n"
         f"## Fallbacks\n\n{fallbacks}\n"
+        f"{notes}"
         f"## Pipeline\n\n```yaml\n{pipeline}```\n"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from compress.calibration.tokens import PROTOCOLS
 from compress.report.report import size_text
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def verified(facts: Mapping[str, Any]) -> str:
 
 def run_lines(report: Report, out: object) -> Iterator[str]:
     """Lines below the table of a run: fallbacks, and every folder that was written and read back."""
-    for text in report.fallbacks[:MOST_NOTES]:
+    for text in (*report.notes, *report.fallbacks[:MOST_NOTES]):
         yield f"note: {text}"
     if len(report.fallbacks) > MOST_NOTES:
         yield f"note: {len(report.fallbacks) - MOST_NOTES} more in {out}/report.json"
@@ -41,25 +42,24 @@ def run_lines(report: Report, out: object) -> Iterator[str]:
             yield f"{out}/{name}: {verified(facts)}"
 
 
-def evaluation_lines(model: str, found: Mapping[str, Any], against: str | None, samples: int, length: int) -> str:
+def evaluation_lines(model: str, found: Mapping[str, Any], against: str | None) -> str:
     """What `eval` measured of a model: quality, divergence from the original, size, and on what.
 
     Args:
         model: as it was given.
         found: as `api.evaluate.measured` returns it.
         against: the original.
-        samples: windows that were asked for.
-        length: tokens of each.
     """
     if "accuracy" in found:
         said, unit, data = f"accuracy {found['accuracy']:.2%}", "images", f"{found['samples']} images"
     else:
         said, unit = f"perplexity {found['perplexity']:.3f}", "tokens"
-        data = f"{samples} windows of {length}, {found['tokens']} tokens"
+        data = f"{found['windows']} windows of {found['length']}, {found['tokens']} tokens"
     kl = "" if found["kl"] is None else f", KL to {against} {found['kl']:.4f} on {found['kl_tokens']} {unit}"
     text = f"{model}: {said}{kl}, weights {size_text(found['bytes'])}"
     if found.get("load_memory") is not None:
         text += f", {size_text(found['load_memory'])} of memory to load"
     if found.get("tokens_per_second") is not None:
         text += f", {found['tokens_per_second']:.0f} tokens per second, one after the other"
-    return f"{text}\n({found['source']}, {data})"
+    protocol = f"\nprotocol {found['protocol']}: {PROTOCOLS[found['protocol']]}" if "protocol" in found else ""
+    return f"{text}\n({found['source']}, {data}){protocol}"

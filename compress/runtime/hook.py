@@ -24,9 +24,8 @@ def install() -> None:
 
 
 def _register_packed() -> None:
-    from compress.runtime.register import register
-
-    register()
+    # Done by importing it; where it is what imports transformers, that is under way.
+    import compress.runtime.register  # noqa: F401
 
 
 class _Finder(MetaPathFinder):

@@ -16,11 +16,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from compress.checkpoint.matching import RUNNING
 from compress.encodings import Spec
 from compress.encodings.format import METHOD, WEIGHTS
 from compress.errors import CheckpointError
 from compress.io.heap import align
-from compress.io.safetensors_file import read_header
+from compress.io.manifest import MANIFEST, verify_folder
+from compress.io.safetensors_file import read_header, refuse_other_tensors
 from compress.runtime.conv import PackedConv2d
 from compress.runtime.linear import PackedLinear
 
@@ -35,19 +37,25 @@ class CompressConfig(QuantizationConfigMixin):
         modules: module name -> the spec of its packed weight.
         version: of the package that wrote it, for people.
         added_biases: modules with a bias that their class of model has not.
+        verify: compare the folder's files with its manifest before any is read.
     """
+
+    verify = False
 
     def __init__(
         self,
         modules: dict[str, dict[str, Any]] | None = None,
         version: str = "",
         added_biases: list[str] | None = None,
+        verify: bool = False,
         **_: Any,
     ):
         self.quant_method = METHOD  # type: ignore[assignment]
         self.modules = modules or {}
         self.version = version
         self.added_biases = added_biases or []
+        if verify:  # a wish of whoever loads, which is not saved otherwise
+            self.verify = True
 
     def specs(self) -> dict[str, Spec]:
         """The specs, parsed.
@@ -79,11 +87,15 @@ class CompressQuantizer(HfQuantizer):
     ) -> None:
         config = self.quantization_config
         assert isinstance(config, CompressConfig)
-        specs = config.specs()
-        if checkpoint_files:
-            _refuse_incomplete(checkpoint_files, specs, config.added_biases)
         add_biases(model, config.added_biases)
-        replace_modules(model, specs)
+        replace_modules(model, config.specs())
+        try:
+            if checkpoint_files and config.verify:
+                _refuse_changed(Path(checkpoint_files[0]).parent)
+            if checkpoint_files:
+                _refuse_other_tensors(model, checkpoint_files, config.added_biases)
+        except CheckpointError as error:
+            raise ValueError(str(error)) from error
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         align(model)
@@ -112,6 +124,11 @@ class CompressQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Codes do not train."""
         return False
+
+
+def _refuse_changed(folder: Path) -> None:
+    if verify_folder(folder) is None:
+        raise CheckpointError(f"{folder} has no {MANIFEST}, which verify=True needs; write or fetch the folder again")
 
 
 def add_biases(model: nn.Module, names: list[str]) -> None:
@@ -146,26 +163,46 @@ def _packed_module(old: nn.Module, spec: Spec, dtype: torch.dtype) -> PackedModu
     return PackedLinear(spec, bias=has_bias, transposed=not isinstance(old, nn.Linear), dtype=dtype)
 
 
-def _refuse_incomplete(files: list[str], specs: dict[str, Spec], biases: list[str]) -> None:
-    """Transformers only warns about missing tensors, older versions about wrong shapes too, and go on without them."""
+def _refuse_other_tensors(model: nn.Module, files: list[str], biases: list[str]) -> None:
+    """Transformers only warns about missing tensors, older versions about wrong shapes too, and go on without them.
+
+    What is tied is there once. Buffers that are not in the file are as the model computes them, except statistics.
+    """
     there: dict[str, tuple[int, ...]] = {}
     for file in files:
-        try:
-            there.update((name, tuple(entry.shape)) for name, entry in read_header(Path(file)).tensors.items())
-        except CheckpointError as error:
-            raise ValueError(str(error)) from error
-    stored = {f"{m}.{leaf}": shape for m, spec in specs.items() for leaf, (shape, _) in spec.tensors().items()}
-    for name in (*stored, *(f"{module}.bias" for module in biases)):
-        if name not in there:
-            raise ValueError(f"{', '.join(files)}: {name} is missing; the folder is damaged: write it again")
-        if there[name] != stored.get(name, there[name]):
-            raise ValueError(
-                f"{', '.join(files)}: {name} has shape {there[name]}, not {stored[name]}: a mismatch with config.json; "
-                "the folder is damaged: write it again"
-            )
+        there.update((name, tuple(entry.shape)) for name, entry in read_header(Path(file)).tensors.items())
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear | PackedConv2d)}
+    needed = {f"{name}.{leaf}" for name, module in packed.items() for leaf in module.spec.tensors()}
+    buffers = {name for name, _ in model.named_buffers() if not name.endswith(RUNNING)} - needed
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    pairs = [*ties.items(), *((source, target) for target, source in ties.items())]
+    tied = {name for name, other in pairs if other in there}
+    if there.keys() - wanted.keys():
+        there = _renamed(model, there)
+    optional = (buffers | tied) - {f"{module}.bias" for module in biases}
+    refuse_other_tensors(there, wanted, optional, ", ".join(files))
+
+
+def _renamed(model: nn.Module, there: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Tensors by the names that this version of transformers gives them while loading."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    found = {}
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]  # type: ignore[arg-type]
+    for old, shape in there.items():
+        name = old
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        found[name] = shape
+    return found
 
 
 def register() -> None:
     """Idempotent."""
     AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, CompressConfig)
     AUTO_QUANTIZER_MAPPING.setdefault(METHOD, CompressQuantizer)
+
+
+register()

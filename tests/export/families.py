@@ -115,7 +115,7 @@ RECIPES: dict[str, Recipe] = {
     "2:4, corrected in 8": lambda at: [
         Magnitude(sparsity="2:4", include=at), Eora(rank=4, adapter_bits=8, include=at)
     ],
-    "two factors": lambda at: [LowRank(ratio=0.5, include=at)],
+    "two factors": lambda at: [LowRank(ratio=0.5, steps=2, include=at)],
 }  # fmt: skip
 ROUNDED: dict[str, Recipe] = {
     "inputs of 8 bits per token": lambda at: [Rtn(bits=4, activation_bits=8, include=at)],

@@ -38,7 +38,10 @@ CASES: dict[str, list[Pass]] = {
     "sparse": [Magnitude(sparsity="2:4"), Rtn(bits=4, group_size=16, symmetric=True)],
     "sparse_asymmetric": [Magnitude(sparsity=0.5), Rtn(bits=3)],
     "some": [Magnitude(sparsity=0.5), Rtn(bits=4, exclude=("*.mlp.*",))],
-    "bfloat16_factors": [LowRank(ratio=0.7, include=("*.mlp.*",)), Rtn(bits=4, symmetric=True, exclude=("*.mlp.*",))],
+    "bfloat16_factors": [
+        LowRank(ratio=0.7, steps=2, include=("*.mlp.*",)),
+        Rtn(bits=4, symmetric=True, exclude=("*.mlp.*",)),
+    ],
     "odd": [Rtn(bits=3)],
     "odd_symmetric": [Rtn(bits=5, symmetric=True)],
     "odd_mixed": [Rtn(bits=3, overrides=(Override("*.k_proj", {"bits": 7}),))],

@@ -49,7 +49,7 @@ def test_the_export_is_noted_in_the_report_and_the_run_still_counts_as_finished(
     assert after["verified"] == before["verified"] | found
     assert after["rows"] == before["rows"]
     assert write("llama", tmp_path, [Rtn(bits=4)]).verified["hf"]["max_logit_difference"] == 0
-    assert not (tmp_path / "out" / "hf.partial").exists()
+    assert not (tmp_path / "out.work").exists()
 
 
 def test_exporting_again_replaces_the_folder(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_failed_export_leaves_the_one_before_it(tmp_path: Path, monkeypatch: p
     with pytest.raises(CompressError, match="no"):
         compress.export_to(tmp_path / "out", [Hf()])
     assert (tmp_path / "out" / "hf" / "model.safetensors").read_bytes() == before
-    assert not (tmp_path / "out" / "hf.partial").exists()
+    assert not (tmp_path / "out.work").exists()
 
 
 def test_without_evaluation_data_arbitrary_tokens_are_compared(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 W4 = Rtn(bits=4, group_size=32, symmetric=True)
 FACTORS: list[Pass] = [
-    LowRank(ratio=0.7, include=("*.mlp.*",)),
+    LowRank(ratio=0.7, steps=2, include=("*.mlp.*",)),
     Rtn(bits=4, symmetric=True, exclude=("*.mlp.*",)),
 ]
 TOKENS = {"bos_token_id": 0, "eos_token_id": 0}

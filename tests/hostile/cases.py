@@ -97,13 +97,6 @@ TARGETS = (
     Target("words", "", mutations.of_bytes, ()),
 )  # fmt: skip
 
-# What only hashes in OUT, in units and in a delta's head tell from what was written. Until they are there, faults of
-# these are counted and not reported; a name is taken off this list when its file is hashed.
-WAIT_FOR_HASHES = (
-    "result's configuration", "result's weights", "result's report", "result's pipeline", "delta", "unfinished unit",
-    "unfinished row", "unfinished row of a pass",
-)  # fmt: skip
-
 WORDS = (
     "", " ", "-", "--", "-o", "-x", "--to", "--jump", "--samples", "--length", "--source", "--against", "--runtime",
     "--json", "--threads", "--shares", "--fresh", "--force", "--from-mergekit", "-v", "-q", "model", "out", "p.yaml",

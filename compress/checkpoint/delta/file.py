@@ -1,7 +1,8 @@
 """The file of a delta: safetensors, written one tensor at a time, opened only if it is whole and for this base.
 
 A tensor that is coded stands there as bytes, uint8; any other as it is in the fine-tune; one that is not there is the
-base's. The metadata say how it was coded, what base it belongs to, and the SHA-256 of everything behind the header.
+base's. The metadata say how it was coded, what base it belongs to, and a SHA-256 of header and data. In files of the
+first version it is one of the data alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from compress.checkpoint.delta.base import class_of, described_tensors, refuse_o
 from compress.checkpoint.delta.codings import CODINGS
 from compress.checkpoint.sources import FolderSource
 from compress.errors import CheckpointError
-from compress.io.safetensors_file import digest_of_data, read_header, write_as_made
+from compress.io.safetensors_file import SEAL, digest_of_data, read_header, seal_of, write_as_made
 from compress.lazy import torch
 from compress.models import hub
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from compress.progress import Bars
 
 DELTA = "delta.safetensors"
-FORMAT, VERSION = "compress-delta", "1"
+FORMAT, VERSION, FIRST = "compress-delta", "2", "1"
 
 
 def locate(model: str) -> Path:
@@ -70,9 +71,9 @@ class Delta:
         about = read_header(file).metadata
         if about.get("format") != FORMAT:
             raise CheckpointError(f"{file} is not a compressed delta; a merge with compeft or bitdelta writes one")
-        if about.get("version") != VERSION or about.get("coding") not in CODINGS:
+        if about.get("version") not in (FIRST, VERSION) or about.get("coding") not in CODINGS:
             raise CheckpointError(f"{file} was written by a newer version of compress; update to read it")
-        if about.get("sha256") != digest_of_data(file):
+        if about.get(SEAL) != (digest_of_data(file) if about["version"] == FIRST else seal_of(file)):
             raise CheckpointError(f"{file} is damaged: its content is not what was written; fetch it again")
         return cls(file, source, about)
 
@@ -142,4 +143,4 @@ def write_delta(
         "model": class_of(base), "tensors": json.dumps(described_tensors(base), separators=(",", ":")),
     }  # fmt: skip
     made = ((name, payload(name)) for name in bars.over(names, len(names), f"{method}: delta"))
-    write_as_made(file, made, names, lambda digest: about | {"sha256": digest})
+    write_as_made(file, made, names, about)

@@ -15,6 +15,7 @@ from compress.lazy import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -67,6 +68,10 @@ class DeltaSource:
     def fingerprint(self) -> str:
         """Identifies the delta; the base has a fingerprint of its own."""
         return key_of(self._delta.about["sha256"], self._delta.about["tensors"])
+
+    def files(self) -> list[Path]:
+        """The files that it reads."""
+        return [*self._base.source.files(), self._delta.file]
 
     def _signs(self, name: str, start: int, stop: int) -> Iterator[Signs]:
         size, total = self._delta.chunk_size, torch.Size(self.shape(name)).numel()

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
-from compress.checkpoint.artifact import Artifact, open_folder
+from compress.checkpoint.artifact import Artifact
 from compress.checkpoint.delta.file import Delta, locate
 from compress.checkpoint.delta.source import with_delta
+from compress.checkpoint.opening import open_folder
 from compress.checkpoint.sources import FolderSource
 from compress.errors import UsageError
-from compress.models import graph as graphs
-from compress.models import hub, loading
 
 if TYPE_CHECKING:
     from compress.models.graph import Graph
@@ -38,11 +37,8 @@ def open_parent(model: str, base: Artifact, pass_: MergePass) -> Artifact:
     elif not isinstance(graph.model, PreTrainedModel):  # a module of its own class: its folder has nothing but values
         parent = Artifact(graph, FolderSource(place), dict(graph.tied))
     else:
-        config = loading.read_config(place)
-        hub.refuse_quantized(place, config)
-        found = graphs.find(loading.build(config))
-        _refuse_other_make(model, graph, found)
-        parent = open_folder(place, found)
+        parent = open_folder(place).artifact
+        _refuse_other_make(model, graph, parent.graph)
     _refuse_other_shapes(model, graph, parent, pass_)
     return parent
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.calibration.metrics import logits_in
 from compress.calibration.precision import learning
+from compress.engine.learned_values import with_learned
 from compress.engine.ledger import KeptInLedger
 from compress.engine.measure import Meter
-from compress.engine.model_training import in_memory, with_learned
+from compress.engine.model_training import in_memory
 from compress.engine.placement import lent
 from compress.io.keys import hash_of, key_of
+from compress.models.logits import logits_in
 from compress.passes.merge.base import MergePass
 from compress.passes.merge.models import Models, Running, Tried
 

@@ -46,6 +46,7 @@ class Onnx(Exporter):
     key: ClassVar[str] = "onnx"
     files: ClassVar[tuple[str, ...]] = (MODEL, DATA)
     computes: ClassVar[str | None] = "float32"
+    libraries: ClassVar[int] = 250 << 20
 
     @property
     def written_as(self) -> Style:

@@ -58,6 +58,12 @@ class Runner:
         return logits
 
     @property
+    def width(self) -> int:
+        """How many tokens or classes it gives logits for; 0 where the file does not say."""
+        found = next((o.shape[-1] for o in self.session.get_outputs() if o.name == "logits"), 0)
+        return found if isinstance(found, int) else 0
+
+    @property
     def decodes(self) -> bool:
         """Whether it goes on from what it kept."""
         return "past_key_values.0.key" in self.inputs

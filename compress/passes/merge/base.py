@@ -72,6 +72,8 @@ class MergePass(Pass):
         models: the others, each a local folder or a hub id. The model that the pipeline is run on is the base.
         vocabulary: of different sizes: `refuse` them, or merge the rows that all have in `common`; the further rows of
             the base stay as they are, so its tokenizer still fits.
+        accept: what a model may differ in from the base although its weights fit: fields of its configuration, such as
+            rope_theta, or `tokenizer`; otherwise such models are refused.
         choose: options whose values are chosen by trying them on the calibration data, such as {scale: [0.2, 0.4]}; of
             several options every combination is tried.
         by: what is chosen: the best `score` (accuracy of a classifier, else loss, mean over the sources of the data);
@@ -80,6 +82,7 @@ class MergePass(Pass):
 
     models: tuple[str, ...] = ()
     vocabulary: Literal["refuse", "common"] = "refuse"
+    accept: tuple[str, ...] = ()
     choose: Mapping[str, tuple[float, ...]] | None = None
     by: Rule = "score"
 
@@ -90,7 +93,7 @@ class MergePass(Pass):
     with_base: ClassVar[bool] = False  # the base has values of its own in what is given for each model
     aligns: ClassVar[bool] = False  # it puts the units of the others in the order of the base's before it merges
     # The same for every tensor.
-    common: ClassVar[frozenset[str]] = frozenset({"models", "vocabulary", "scope", "choose", "by"})
+    common: ClassVar[frozenset[str]] = frozenset({"models", "vocabulary", "accept", "scope", "choose", "by"})
 
     @property
     def judged(self) -> bool:

@@ -79,6 +79,17 @@ class TrainingOptions(Pass):
         head = "head" in self.train and name.rpartition(".")[2] in HEADS
         return ("head",) if head else self.of_matrices
 
+    @property
+    def trainings(self) -> int:
+        """How often the model is trained, each time with a state of its own."""
+        return 1
+
+    def learned_of(self, name: str, shape: tuple[int, int]) -> int:
+        """About how many numbers are learned of a site."""
+        rows, columns = shape
+        known = {"full": rows * columns, "scale": rows * max(1, columns // 16)}
+        return sum(known.get(kind, self.rank * (rows + columns)) for kind in self.sets_of(name))
+
     def trainables(self, targets: Mapping[str, Target], vectors: Mapping[str, Tensor]) -> Trainables:
         """Everything, as it starts."""
         passes = {name: self.at(name) for name in targets}

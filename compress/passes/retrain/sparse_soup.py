@@ -68,6 +68,10 @@ class SparseSoup(EndToEnd, TrainingOptions):
             if name in self.train:
                 yield OptionError("train", f"{name} cannot be averaged here; name sets such as mask_lora, full or norm")
 
+    @property
+    def trainings(self) -> int:
+        return self.models * self.phases
+
     def refusal(self, kind: str) -> str | None:
         if kind == "dense" and self.sparsity is None:
             return None  # a soup of dense models is a soup

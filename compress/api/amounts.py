@@ -1,0 +1,66 @@
+"""Whether the texts that a pipeline names have enough tokens, before it is run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compress.calibration.texts import LOCAL, is_images, suffix_of
+from compress.calibration.tokens import count_tokens, too_few
+from compress.config.lines import line_of
+from compress.config.pipeline import GIVEN
+from compress.config.reading import idle_options
+from compress.errors import ConfigError, DataError, Problem
+from compress.models.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from compress.calibration.texts import Split
+    from compress.checkpoint.opening import OpenedModel
+    from compress.config.pipeline import Calibration, Pipeline
+
+# Tokens that `demo` has with every tokenizer, which are not counted: reading it takes seconds.
+DEMO_TOKENS: dict[Split, int] = {"calibration": 1 << 16, "evaluation": 1 << 15}
+
+
+def check_amounts(steps: Pipeline, opened: OpenedModel, file: str = "pipeline") -> list[str]:
+    """Count the tokens of local texts, each only until there are enough.
+
+    Returns:
+        Sentences on what was not counted, and on options that change nothing.
+
+    Raises:
+        ConfigError: every source that cannot be read, or has too few.
+    """
+    sections = [("calibration", steps.calibration), ("evaluate", steps.evaluate)]
+    notes = [f"{path}.{idle}" for path, section in sections if section for idle in idle_options(section)]
+    problems: list[Problem] = []
+    for path, source, section, split in _needed(steps):
+        known = source == "demo" and section.samples * section.length <= DEMO_TOKENS[split]
+        if known or source == GIVEN or is_images(source) or not opened.artifact.graph.is_language_model:
+            continue
+        if source != "demo" and suffix_of(source) not in LOCAL:
+            notes.append(f"{path}: the tokens of {source} are counted only when it is run")
+            continue
+        try:
+            wanted = section.length * max(1, section.samples)
+            tokenizer = load_tokenizer(opened.folder, f"{split} text")
+            found = count_tokens(source, tokenizer, wanted, split, section.field, section.protocol)
+            if found < wanted:
+                raise DataError(too_few(source, found, section.samples, section.length))
+        except DataError as error:
+            problems.append(Problem(path, str(error), line_of(steps.lines, path)))
+    if problems:
+        raise ConfigError(problems, file)
+    return notes
+
+
+def _needed(steps: Pipeline) -> Iterator[tuple[str, str, Calibration, Split]]:
+    """(path, source, section, split) of every source that a run would read."""
+    sections: list[tuple[str, Calibration | None, Split]] = [("evaluate", steps.evaluate, "evaluation")]
+    if any(pass_.calibrated for stage in steps.passes for pass_ in stage):
+        sections.insert(0, ("calibration", steps.calibration, "calibration"))
+    for path, section, split in sections:
+        for name, source in section.sources.items() if section else ():
+            assert section is not None
+            yield f"{path}.source.{name}" if name else f"{path}.source", source, section, split

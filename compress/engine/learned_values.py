@@ -1,0 +1,76 @@
+"""Models that run with learned values in the place of their own."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+    from torch import nn
+
+    from compress.models.graph import Graph
+
+
+@contextmanager
+def with_learned(
+    graph: Graph,
+    values: Callable[[Collection[str]], Mapping[str, Tensor]],
+    again: bool,
+    everything: Sequence[str] | None = None,
+) -> Iterator[None]:
+    """While open, parameters have learned values when the model runs.
+
+    Args:
+        graph: the model.
+        values: names of sites and vectors -> values by parameter name, of those that are learned.
+        again: recompute values and activations of a block when its gradients are needed, instead of keeping them.
+        everything: the names of which some are asked for at a time; all sites and vectors by default.
+    """
+    everything = everything or [*(s.name for s in graph.sites), *graph.vectors()]
+    inside: set[str] = set()
+    model, blocks = graph.model, []
+    for name in graph.blocks if graph.blocks != ("",) else ():
+        names = [n for n in everything if f"{n}.".startswith(f"{name}.")]
+        inside.update(names)
+        blocks.append((model.get_submodule(name), names))
+
+    def around(block: nn.Module, names: Sequence[str]) -> Callable[..., Any]:
+        inner = block.forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            # What comes in is needed again as it was, and a block may begin with a layer that works in place.
+            mine = [a.clone() if again and isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+            with swapped(model, values(names)):
+                return inner(*mine, **kwargs)
+
+        return (lambda *args, **kwargs: checkpoint(run, *args, use_reentrant=False, **kwargs)) if again else run
+
+    try:
+        for block, names in blocks:
+            block.forward = around(block, names)
+        with swapped(model, values([n for n in everything if n not in inside])):
+            yield
+    finally:
+        for block, _ in blocks:
+            block.__dict__.pop("forward", None)  # the class's own again
+
+
+@contextmanager
+def swapped(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """While open, parameters have other values."""
+    places: list[tuple[dict[str, Any], str]] = [
+        (model.get_submodule(name.rpartition(".")[0])._parameters, name.rpartition(".")[2]) for name in values
+    ]
+    before = [parameters[leaf] for parameters, leaf in places]
+    try:
+        for (parameters, leaf), value in zip(places, values.values(), strict=True):
+            parameters[leaf] = value
+        yield
+    finally:
+        for (parameters, leaf), value in zip(places, before, strict=True):
+            parameters[leaf] = value
