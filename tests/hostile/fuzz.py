@@ -55,7 +55,7 @@ class Fuzzer:
         self.good = world.make(folder / "good")
         self.endings: Counter[str] = Counter()
         self.expected: dict[str, Any] = {}
-        self.verbose = False
+        self.verbose = self.shows = False
         gc.collect()
         gc.freeze()  # what is here is copied for no child
         for target in cases.TARGETS:
@@ -66,7 +66,9 @@ class Fuzzer:
 
     def run(self, numbers: Sequence[int]) -> Iterator[Fault]:
         """Run cases; each fault of each."""
-        for number in numbers:
+        for done, number in enumerate(numbers):
+            if self.verbose and done and done % 100 == 0:
+                print(f"{done} of {len(numbers)}", flush=True)
             yield from self._case(number)
 
     def _case(self, number: int) -> Iterator[Fault]:
@@ -100,7 +102,7 @@ class Fuzzer:
         for words in commands:
             ended = watched.forked(lambda words=words: _command(words), folder)  # type: ignore[misc]
             self.endings[f"{target.name}: {ended.code}"] += 1
-            if self.verbose:
+            if self.shows:
                 print(f"compress {' '.join(map(repr, words))}\n{ended.code}\n{ended.out}{ended.err}")
             for said in wrong(ended):
                 yield Fault(self.seed, number, target.name, f"compress {' '.join(map(repr, words))}: {said}")
@@ -169,7 +171,7 @@ def main() -> None:
         numbers = range(given.cases) if given.case is None else [given.case]
     with tempfile.TemporaryDirectory() as folder:
         fuzzer = Fuzzer(Path(folder), given.seed)
-        fuzzer.verbose = given.case is not None
+        fuzzer.verbose, fuzzer.shows = True, given.case is not None
         print(f"seed {given.seed}, {len(numbers)} cases", flush=True)
         count = 0
         for fault in fuzzer.run(numbers):
