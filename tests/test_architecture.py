@@ -220,6 +220,15 @@ def test_files_are_written_by_the_atomic_writer() -> None:
     assert found == {"io/atomic.py", "io/safetensors_file.py", "export/onnx/files.py"}
 
 
+def test_no_module_needs_a_library_that_only_some_systems_have() -> None:
+    some = {"fcntl", "grp", "pwd", "resource", "termios"}
+    for file in FILES:
+        for node in tree(file).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not some & set(names), f"{name_of(file)}: import it where it is used, or say what is done without"
+
+
 def test_a_function_is_short_and_a_docstring_is_a_sentence() -> None:
     for file in FILES:
         lines = file.read_text(encoding="utf-8").splitlines()
