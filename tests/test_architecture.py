@@ -25,7 +25,7 @@ HOOKS = {
     "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_hook",
     "register_module_forward_hook", "register_module_forward_pre_hook",
 }  # fmt: skip
-OPENERS = {"Delta"}  # whose `open` opens no text
+OPENERS = {"Delta", "os"}  # whose `open` opens no text
 PICKLES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 UNSAFE_YAML = {"load", "unsafe_load", "full_load", "Loader", "UnsafeLoader", "FullLoader"}
 
@@ -196,10 +196,8 @@ def test_every_text_file_is_read_and_written_as_utf_8() -> None:
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
             modes = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
             of_a_file = not (isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) in OPENERS)
-            text = name in ("read_text", "FileHandler") or (
-                name == "open" and of_a_file and not any("b" in m for m in modes)
-            )
-            text |= name == "write_text" and isinstance(node.func, ast.Attribute)
+            text = name == "open" and of_a_file and not any("b" in m for m in modes)
+            text |= name in ("read_text", "write_text", "FileHandler") and isinstance(node.func, ast.Attribute)
             if text and not any(k.arg == "encoding" and ast.unparse(k.value) == "'utf-8'" for k in node.keywords):
                 wrong.append(f"{name_of(file)}:{node.lineno}: {name}")
     assert not wrong

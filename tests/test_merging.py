@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import compress
 from compress import Average, TaskArithmetic
+from compress.checkpoint import finite
 from compress.checkpoint.sources import FolderSource
 from compress.config.reading import parse
 from compress.engine import block_stage
@@ -472,7 +473,8 @@ def test_a_merge_alone_is_written_once_where_the_disk_has_links(
 def test_a_few_pieces_of_one_tensor_are_in_memory_whatever_the_models_size(
     tmp_path: Path, three: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "PIECE", 1000)
+    for module in (pieces, finite):
+        monkeypatch.setattr(module, "PIECE", 1000)
     alive: set[int] = set()
     numbers = itertools.count()
     most = 0
