@@ -25,6 +25,7 @@ HOOKS = {
     "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_hook",
     "register_module_forward_hook", "register_module_forward_pre_hook",
 }  # fmt: skip
+OPENERS = {"Delta"}  # whose `open` opens no text
 PICKLES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 UNSAFE_YAML = {"load", "unsafe_load", "full_load", "Loader", "UnsafeLoader", "FullLoader"}
 
@@ -185,6 +186,25 @@ def test_headers_of_safetensors_are_read_and_written_in_one_file_only() -> None:
     assert users == {"models/loading.py"}, "which catches what transformers raises"
 
 
+def test_every_text_file_is_read_and_written_as_utf_8() -> None:
+    """Whatever the locale: a mode with `b`, or an encoding that is named."""
+    wrong = []
+    for file in FILES:
+        for node in ast.walk(tree(file)):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            modes = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            of_a_file = not (isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) in OPENERS)
+            text = name in ("read_text", "FileHandler") or (
+                name == "open" and of_a_file and not any("b" in m for m in modes)
+            )
+            text |= name == "write_text" and isinstance(node.func, ast.Attribute)
+            if text and not any(k.arg == "encoding" and ast.unparse(k.value) == "'utf-8'" for k in node.keywords):
+                wrong.append(f"{name_of(file)}:{node.lineno}: {name}")
+    assert not wrong
+
+
 def test_files_are_written_by_the_atomic_writer() -> None:
     found = set()
     for file in FILES:
@@ -198,6 +218,15 @@ def test_files_are_written_by_the_atomic_writer() -> None:
                     found.add(name_of(file))
     # Constants of a graph, inside of `writing`: their order and places are those of the format.
     assert found == {"io/atomic.py", "io/safetensors_file.py", "export/onnx/files.py"}
+
+
+def test_no_module_needs_a_library_that_only_some_systems_have() -> None:
+    some = {"fcntl", "grp", "pwd", "resource", "termios"}
+    for file in FILES:
+        for node in tree(file).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not some & set(names), f"{name_of(file)}: import it where it is used, or say what is done without"
 
 
 def test_a_function_is_short_and_a_docstring_is_a_sentence() -> None:

@@ -446,7 +446,7 @@ def test_the_plan_says_with_what_it_is_merged_and_counts_the_merged_checkpoint(
             "plan", write_pipeline(tmp_path / "r.yaml", "passes: [rtn: {bits: 4}]"), three[0], "--json"
         ).out
     )
-    assert found["disk"] - alone["disk"] == found["original_bytes"]
+    assert found["original_bytes"] <= found["disk"] - alone["disk"] < 1.1 * found["original_bytes"]  # and a header
     assert found["final_bytes"] == alone["final_bytes"]
 
 

@@ -14,6 +14,7 @@ from compress.calibration.training import ModelData
 from compress.engine.learned_values import with_learned
 from compress.engine.loss_in_pieces import loss_in_pieces, rows_before_head
 from compress.engine.placement import bring_buffers, bring_in, evict, grids_of, rounded_inputs, tie
+from compress.io.heap import bound_heap
 from compress.models.logits import WHOLE_LEARNED, bodies, logits_in, rows_at_once, vocabulary
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def model_data(context: Context, samples: Tensor, kind: Loss, checkpointing: boo
         return rows_at_once(batch.numel(), width, WHOLE_LEARNED) < batch.numel()
 
     def in_pieces(make: Make, batch: Tensor, again: bool) -> Tensor:
+        bound_heap()
         own = rows_before_head(context, batch, values(make), again)
         if kind == "next_token":
             return loss_in_pieces(own, batch)

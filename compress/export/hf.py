@@ -144,7 +144,7 @@ def write_dense(dense: Dense, folder: Path, source: Path, bars: Bars, heading: s
 
 def plain_config(source: Path, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of the packed folder `source` without what is packed, to be loaded in a type."""
-    config: dict[str, Any] = json.loads((source / "config.json").read_text())
+    config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
     del config["quantization_config"]
     config.pop("torch_dtype", None)  # the old name; a loader would otherwise round once more
     return {**config, "dtype": str(dtype).removeprefix("torch.")}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from compress.checkpoint.artifact import Artifact, Packed
 from compress.checkpoint.matching import RUNNING
 from compress.checkpoint.opening import read_config
+from compress.checkpoint.packed_layout import spec_at
 from compress.checkpoint.sources import FolderSource
 from compress.encodings.format import METHOD, WEIGHTS
 from compress.errors import CheckpointError, UsageError
@@ -99,9 +100,7 @@ def _refuse_other_tensors(artifact: Artifact, folder: Path) -> None:
     for name, tensor in graph.tensors():
         site = artifact.made_site(name)
         if site is not None:
-            packed = artifact.committed[site.name]
-            assert isinstance(packed, Packed)
-            leaves = packed.spec.tensors()
+            leaves = spec_at(artifact, site.name).tensors()
             wanted |= {f"{site.name}.{leaf}": shape for leaf, (shape, _) in leaves.items()}
         elif name not in graph.tied:
             wanted[name] = tuple(tensor.shape)

@@ -52,7 +52,7 @@ def read_vocabulary(folder: Path, config: Any) -> Vocabulary:
     """
     file, size = folder / "tokenizer.json", config.vocab_size
     try:
-        data = json.loads(file.read_text())
+        data = json.loads(file.read_text(encoding="utf-8"))
         model = data["model"]
         if model.get("type") != "BPE" or model.get("byte_fallback"):
             kind = "BPE of characters" if model.get("byte_fallback") else model.get("type")
@@ -130,7 +130,7 @@ def _template_ends(post_processor: Mapping[str, Any] | None) -> tuple[str | None
 def _chat(folder: Path) -> str | None:
     template = folder / "chat_template.jinja"
     if template.is_file():
-        return template.read_text()
+        return template.read_text(encoding="utf-8")
     config = folder / "tokenizer_config.json"
-    found = json.loads(config.read_text()).get("chat_template") if config.is_file() else None
+    found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
     return found if isinstance(found, str) else None

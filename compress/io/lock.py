@@ -7,7 +7,6 @@ and one that was killed has it no longer. Where a file system knows no locks, th
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -20,12 +19,18 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import UsageError
 from compress.logs import LOGGER
 
+try:
+    import fcntl
+except ImportError:  # on Windows the file alone decides
+    fcntl = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LOCK = "lock.json"
 FORMAT = "compress-work"
 UNLOCKABLE = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)
+SHARED, ALONE = (1, 2) if fcntl is None else (fcntl.LOCK_SH, fcntl.LOCK_EX)
 ROOM = 512  # bytes of the file
 PATIENCE = 1.0  # seconds until who has just taken a lock has said who it is
 
@@ -83,7 +88,7 @@ def refuse_others(folder: Path) -> None:
     if names:
         descriptor = os.open(folder / LOCK, os.O_RDONLY)
         try:
-            _lock(descriptor, folder, fcntl.LOCK_SH)
+            _lock(descriptor, folder, SHARED)
         finally:
             os.close(descriptor)
 
@@ -121,13 +126,13 @@ def _taken(folder: Path) -> int:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         except FileNotFoundError:
             continue  # whoever had it has just removed it
         except OSError as error:
             raise UsageError(f"{folder}, where unfinished work is kept, cannot be made: {error.strerror}") from error
         try:
-            _lock(descriptor, folder, fcntl.LOCK_EX)
+            _lock(descriptor, folder, ALONE)
             if os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK)):
                 return descriptor
         except FileNotFoundError:
@@ -142,7 +147,7 @@ def _lock(descriptor: int, folder: Path, kind: int) -> None:
     end = time.monotonic() + PATIENCE
     while True:
         try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            _flock(descriptor, kind)
             return
         except OSError as error:
             holder = _holder(folder)
@@ -160,6 +165,13 @@ def _lock(descriptor: int, folder: Path, kind: int) -> None:
                     f"{folder} is in use by {who}; wait until it has ended, or choose another -o"
                 ) from error
         time.sleep(0.01)
+
+
+def _flock(descriptor: int, kind: int) -> None:
+    """Take the kernel's lock of a file, or fail at once."""
+    if fcntl is None:
+        raise OSError(errno.ENOSYS, "there are no locks of files")
+    fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
 
 
 def _holder(folder: Path) -> Holder | None:
@@ -187,7 +199,8 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 def _say(descriptor: int, holder: dict[str, Any] | None) -> None:
     data = json.dumps({"format": FORMAT, "holder": holder}).encode()
-    os.pwrite(descriptor, data.ljust(ROOM), 0)  # in one go, and never shorter than what stood there
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.write(descriptor, data.ljust(ROOM))  # in one go, and never shorter than what stood there
     os.fsync(descriptor)
 
 

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from compress.io.heap import bound_heap
 from compress.lazy import torch
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ def logits_of(
     rows = rows_at_once(tokens.numel(), vocabulary(model))
     if rows == tokens.numel():
         return logits_in(call())
+    bound_heap()  # pieces come and go, and some of what is made of them stays
     body = stopped(model, call)
     return _pieces(body, rows, hold) if isinstance(body, Body) else body
 

@@ -86,22 +86,21 @@ TARGETS = (
            (("inspect", "out"), run("p.yaml", "model", "out")), OUT),
     Target("result's pipeline", "out/pipeline.yaml", mutations.of_lines, (("export", "out", "--to", "hf"),), OUT),
     Target("delta", "delta/delta.safetensors", mutations.of_header, (("apply-delta", "model", "delta", "-o", "new"),),
-           ("new", "new.partial"), weights_of("new", "model.safetensors")),
+           NEW, weights_of("new", "model.safetensors")),
     Target("unfinished unit", "half.work/s00-b0000.safetensors", mutations.of_header, (run("p.yaml", "model", "half"),),
            HALF, weights_of("half", "compress.safetensors")),
     Target("unfinished row", "half.work/original.json", mutations.of_json, (run("p.yaml", "model", "half"),),
            HALF, weights_of("half", "compress.safetensors")),
     Target("unfinished row of a pass", "half.work/s00.json", mutations.of_json, (run("p.yaml", "model", "half"),),
            HALF, weights_of("half", "compress.safetensors")),
+    Target("manifest", "out/manifest.json", mutations.of_json, (measure("out"), run("p.yaml", "model", "out")), OUT,
+           weights_of("out", "compress.safetensors")),
+    Target("mark of unfinished work", "half.work/lock.json", mutations.of_json, (run("p.yaml", "model", "half"),), HALF,
+           weights_of("half", "compress.safetensors")),
+    Target("what unfinished work depends on", "half.work/dependencies.json", mutations.of_json,
+           (run("p.yaml", "model", "half"),), HALF, weights_of("half", "compress.safetensors")),
     Target("onnx", "onnx/model.onnx", mutations.of_bytes, (ONNX,)),
     Target("words", "", mutations.of_bytes, ()),
-)  # fmt: skip
-
-# What only hashes in OUT, in units and in a delta's head tell from what was written. Until they are there, faults of
-# these are counted and not reported; a name is taken off this list when its file is hashed.
-WAIT_FOR_HASHES = (
-    "result's configuration", "result's weights", "result's report", "result's pipeline", "delta", "unfinished unit",
-    "unfinished row", "unfinished row of a pass",
 )  # fmt: skip
 
 WORDS = (

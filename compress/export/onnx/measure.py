@@ -90,6 +90,6 @@ def _resident() -> int | None:
     try:
         import resource
 
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
     except (OSError, ImportError, IndexError, ValueError):
         return None
