@@ -347,6 +347,14 @@ def test_a_configuration_of_a_giant_is_refused_before_it_is_built(
     both_refuse(folder, "config.json", "fetch both from one place")
 
 
+def test_buffers_of_a_giant_are_not_made_either(tmp_path: Path) -> None:
+    size = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 32, "rotary_dim": 4}
+    transformers.GPTJForCausalLM(transformers.GPTJConfig(n_positions=32, **size)).save_pretrained(tmp_path)
+    assert open_folder(tmp_path).artifact.graph.blocks
+    configure(tmp_path, n_positions=10**10)
+    both_refuse(tmp_path, "config.json", "computed numbers")
+
+
 # --- type -------------------------------------------------------------------------------------------------------------
 
 

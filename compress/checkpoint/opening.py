@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from compress.checkpoint.artifact import Artifact
 
+MOST_COMPUTED = 1 << 26  # numbers that a model of any size may compute, such as causal masks
 MOST_PARAMETERS = 4  # times those in the files: what a configuration may describe before its model is built
 
 
@@ -143,11 +144,11 @@ def _count(source: FolderSource) -> int:
 def _refuse_larger(folder: Path, config: Any, source: FolderSource) -> None:
     """A configuration of a much larger model would take the memory of that one."""
     stored = sum(torch.Size(source.shape(name)).numel() for name in source.names())
-    described = loading.parameters_of(config)
-    if described is not None and described > MOST_PARAMETERS * stored:
+    parameters, buffers = loading.sizes_of(config) or (0, 0)
+    if parameters > MOST_PARAMETERS * stored or buffers > max(MOST_PARAMETERS * stored, MOST_COMPUTED):
         raise CheckpointError(
-            f"{folder}: config.json describes a model of {described} parameters, and the files hold {stored}; the "
-            "configuration belongs to another model: fetch both from one place"
+            f"{folder}: config.json describes a model of {parameters} parameters and {buffers} computed numbers, and "
+            f"the files hold {stored}; the configuration belongs to another model: fetch both from one place"
         )
 
 

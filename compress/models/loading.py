@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
+MOST_WORDS = 300  # characters of another library's message
+
 
 def read_config(folder: Path) -> transformers.PreTrainedConfig:
     """config.json of a folder; custom code is never run.
@@ -39,10 +41,15 @@ def _reason(settings: Mapping[str, Any], error: Exception) -> str:
     if not isinstance(kind, str):
         return "it does not say the model_type, by which transformers knows the kind of model; fetch it again"
     if kind in transformers.CONFIG_MAPPING:
-        return str(error)
+        return one_line(error)
     if settings.get("auto_map"):
         return f"the code of a {kind!r} comes with the model (auto_map), and such code is never run here"
     return f"transformers {transformers.__version__} does not know a {kind!r}; a newer version may"
+
+
+def one_line(error: Exception) -> str:
+    """What another library says, as part of a sentence."""
+    return " ".join(str(error).split())[:MOST_WORDS]
 
 
 def loader(config: transformers.PreTrainedConfig) -> Any:
@@ -71,18 +78,20 @@ def build(config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel
     try:
         return built(lambda: loader(config).from_config(config, trust_remote_code=False))
     except Exception as error:  # as above: a wrong value surfaces wherever the model's code first uses it
-        raise CheckpointError(f"transformers cannot build the model that config.json describes: {error}") from error
+        raise CheckpointError(
+            f"transformers cannot build the model that config.json describes: {one_line(error)}"
+        ) from error
 
 
-def parameters_of(config: transformers.PreTrainedConfig) -> int | None:
-    """How many parameters a model of this configuration has; None where that cannot be known without memory."""
+def sizes_of(config: transformers.PreTrainedConfig) -> tuple[int, int] | None:
+    """How many numbers the parameters and the buffers of a model have; None where that takes memory to know."""
     try:
         with torch.device("meta"):
-            model: nn.Module = loader(config).from_config(config, trust_remote_code=False)
+            model = loader(config).from_config(config, trust_remote_code=False)
     except Exception:  # what is wrong is said where the model is built
         return None
-    model.tie_weights()  # type: ignore[operator]
-    return sum(p.numel() for p in model.parameters())
+    model.tie_weights()
+    return sum(p.numel() for p in model.parameters()), sum(b.numel() for b in model.buffers())
 
 
 def built(make: Callable[[], transformers.PreTrainedModel]) -> transformers.PreTrainedModel:
@@ -129,7 +138,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
         return model
     except (OSError, ValueError, LookupError, AttributeError, TypeError, SafetensorError) as error:
         files = ", ".join(sorted(p.name for p in folder.glob("*.safetensors"))) or "no safetensors"
-        raise CheckpointError(f"{folder} ({files}) cannot be loaded: {error}") from error
+        raise CheckpointError(f"{folder} ({files}) cannot be loaded: {one_line(error)}") from error
     finally:
         if shown:
             logging.enable_progress_bar()
