@@ -128,10 +128,9 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 FILLING = {
-    "rtn": "passes: [{rtn: {scheme: w4g32}}]",
     "two stages": "passes: [magnitude, {rtn: {scheme: w4g32}}]",
     "perp": "passes: [magnitude, {perp: {steps: 4, train: [norm, mask_lora, full]}}]",
-    "soup": "passes: [magnitude, {sparse_soup: {steps: 2, models: 2}}, rtn]",
+    "soup": "passes: [{sparse_soup: {steps: 2, models: 2}}]",
     "merge": "passes: [{average: {models: [MODEL]}}, rtn]",
     "merge, tried": "passes: [{interpolate: {models: [MODEL], choose: {alpha: [0.25, 0.5]}}}, rtn]\nexport: [hf]",
     "delta": "passes: [{compeft: {models: [MODEL]}}]",

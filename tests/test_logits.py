@@ -155,7 +155,12 @@ def test_what_is_learned_is_the_same_in_pieces(
 ) -> None:
     rows: list[int] = []
     head = logits.Body.logits
-    monkeypatch.setattr(logits.Body, "logits", lambda self, hidden: rows.append(len(hidden)) or head(self, hidden))
+
+    def counted(self: logits.Body, hidden: Tensor) -> Tensor:
+        rows.append(len(hidden))
+        return head(self, hidden)
+
+    monkeypatch.setattr(logits.Body, "logits", counted)
     tokens = torch.randint(256, (6, 12), generator=torch.Generator().manual_seed(1))
     train = ("norm", "mask_lora", "head")
     found = []
@@ -179,7 +184,12 @@ def test_parts_of_a_model_on_disk_are_read_once_for_all_pieces_of_a_batch(
 ) -> None:
     reads: list[str] = []
     read = FolderSource.read
-    monkeypatch.setattr(FolderSource, "read", lambda self, name: reads.append(name) or read(self, name))
+
+    def counted(self: FolderSource, name: str) -> Tensor:
+        reads.append(name)
+        return read(self, name)
+
+    monkeypatch.setattr(FolderSource, "read", counted)
 
     def measured(positions: int) -> tuple[int, Report]:
         monkeypatch.setattr(logits, "WHOLE", positions * 256)
