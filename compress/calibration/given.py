@@ -111,6 +111,7 @@ def _source(name: str, data: Any, kind: Kind) -> Dataset:
         raise DataError(f"{name} of a language model is (windows, length) token ids, without labels; got a tuple")
     if isinstance(data, tuple) and len(data) != 2:
         raise DataError(f"{name} is a tuple of {len(data)}; with labels it is (inputs, labels)")
+    labels: Tensor | None
     if isinstance(data, tuple):
         inputs, labels = _batch(name, data[0], kind)[0], _tensor(f"{name}, its labels", data[1], kind)
     else:

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -206,7 +206,7 @@ def evaluate(
 
     if runtime not in get_args(measuring.Runtime):
         raise UsageError(f"--runtime {runtime}: known: {', '.join(get_args(measuring.Runtime))}")
-    given = {"source": source, "field": field, "subset": subset, "protocol": protocol}
+    given: dict[str, Any] = {"source": source, "field": field, "subset": subset, "protocol": protocol}
     given |= {name: value for name, value in (("samples", samples), ("length", length)) if value is not None}
     section = read_evaluation(given)
     found = measuring.measure_model(model, section, against=against, runtime=runtime, threads=threads, bars=bars)  # type: ignore[arg-type]
