@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,8 +27,12 @@ def _register_packed() -> None:
     import compress.runtime.register  # noqa: F401
 
 
-class _Finder(MetaPathFinder):
-    """Finds that one module as it would be found without it, and registers once the module has run."""
+class _Finder:
+    """Finds that one module as it would be found without it, and registers once the module has run.
+
+    It has no base class: `importlib.abc` takes longer to import than all else, and until that is done and the command
+    line listens, Ctrl-C is a traceback.
+    """
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != QUANTIZERS:
