@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import compress
 from compress import Average, TaskArithmetic
+from compress.checkpoint import finite
 from compress.checkpoint.sources import FolderSource
 from compress.config.reading import parse
 from compress.engine import block_stage
@@ -473,6 +474,7 @@ def test_a_few_pieces_of_one_tensor_are_in_memory_whatever_the_models_size(
     tmp_path: Path, three: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pieces, "PIECE", 1000)
+    monkeypatch.setattr(finite, "PIECE", 1000)  # of all weights, before any work
     alive: set[int] = set()
     numbers = itertools.count()
     most = 0
