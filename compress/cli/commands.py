@@ -89,7 +89,7 @@ def run(
     from compress.report import run_table, sentences
 
     existed, console = out.exists(), _console()
-    table = run_table.RunTable(console, model, api.row_names(pipeline))
+    table = run_table.RunTable(console, logs.printable(model), api.row_names(pipeline))
 
     def show(row: Row) -> None:
         if not as_json:
@@ -108,7 +108,7 @@ def run(
         return
     table.finish(report)
     for text in sentences.run_lines(report, out):
-        console.print(text, soft_wrap=True)
+        console.print(logs.printable(text), soft_wrap=True)
 
 
 @app.command()
@@ -130,9 +130,9 @@ def check(
         plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline))
         checks.check_models(steps, opened.artifact, str(pipeline))
         notes = check_amounts(steps, opened, str(pipeline))
-    print(f"{pipeline}: fine" + (f" for {model}" if model else ""))
+    _say(f"{pipeline}: fine" + (f" for {model}" if model else ""))
     for note in notes:
-        print(f"note: {note}")
+        _say(f"note: {note}")
 
 
 @app.command("plan")
@@ -163,7 +163,7 @@ def show_plan(
     allocations = allocation_preview.allocations(made)
     with bars.shown():
         shares = allocation_preview.known_shares(allocations, opened.artifact, bars) if with_shares else {}
-    shown = report.Shown(made, allocations, shares, f"{pipeline} on {model}")
+    shown = report.Shown(made, allocations, shares, logs.printable(f"{pipeline} on {model}"))
     if as_json:
         print(report.as_json(shown))
         return
@@ -213,7 +213,7 @@ def evaluate(
     given |= {name: value for name, value in (("samples", samples), ("length", length)) if value is not None}
     section = read_evaluation(given)
     found = measuring.measure_model(model, section, against=against, runtime=runtime, threads=threads, bars=bars)  # type: ignore[arg-type]
-    print(json.dumps(found, indent=1) if as_json else sentences.evaluation_lines(model, found, against))
+    _say(json.dumps(found, indent=1) if as_json else sentences.evaluation_lines(model, found, against))
 
 
 @app.command()
@@ -240,7 +240,7 @@ def export(
         print(json.dumps(found, indent=1))
         return
     for name, facts in found.items():
-        print(f"{out}/{name}: {sentences.verified(facts)}")
+        _say(f"{out}/{name}: {sentences.verified(facts)}")
 
 
 @app.command("apply-delta")
@@ -260,7 +260,7 @@ def apply_delta(
 
     found = applying.apply_delta(base, delta, out, overwrite=overwrite, bars=bars)
     text = f"{out}: {sentences.verified(found)}; {report.said(found['delta'])}"
-    print(json.dumps(found, indent=1) if as_json else text)
+    _say(json.dumps(found, indent=1) if as_json else text)
 
 
 @app.command()
@@ -332,7 +332,7 @@ def init(
 
     found = convert(from_mergekit)
     template.write_pipeline(path, found.text.replace("PIPELINE", shlex.quote(str(path)), 1))
-    print(f"{path}: compress run {shlex.quote(str(path))} {shlex.quote(found.model)} -o OUT")
+    _say(f"{path}: compress run {shlex.quote(str(path))} {shlex.quote(found.model)} -o OUT")
 
 
 @app.command()
@@ -341,6 +341,11 @@ def schema() -> None:
     from compress.config.schema import schema as make
 
     print(json.dumps(make(), indent=1))
+
+
+def _say(text: object) -> None:
+    """Print a result; names in it may be anybody's."""
+    print(logs.printable(str(text)))
 
 
 def _console() -> Console:

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
+    """Write a small file whole or not at all; halves of letters, which UTF-8 has no bytes for, are spelled out."""
     temporary = file.with_suffix(".partial")
     with writing(temporary):
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     publish(temporary, file)
 
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compress.encodings import Spec
+from compress.logs import printable
 from compress.report import bars
 from compress.report.report import size_text
 
@@ -114,7 +115,7 @@ def table(rows: Sequence[Layer]) -> Table:
         drawn.add_column("inputs", overflow="fold")
     for row in rows:
         text = (
-            row.layer + (" (fallback)" if row.fallback else ""),
+            printable(row.layer) + (" (fallback)" if row.fallback else ""),
             "x".join(map(str, row.shape)),
             *("" if value is None else str(value) for value in (row.encoding, row.bits, row.group_size)),
             *([_rank(row)] if corrected else []),

@@ -14,7 +14,7 @@ from compress.cli import commands
 from compress.config import lines, mergekit, reading
 from compress.errors import CheckpointError, ConfigError, UsageError
 from compress.export.packed import read_quantization
-from compress.io import small_file
+from compress.io import atomic, small_file
 from compress.io.safetensors_file import read_header
 
 LAUGHS = "\n".join(f"a{i}: &a{i} [{', '.join(f'*a{i - 1}' if i else 'x' for _ in range(10))}]" for i in range(7))
@@ -99,6 +99,19 @@ def test_a_new_pipeline_has_a_name_that_is_one_line(tmp_path: Path, monkeypatch:
     assert command("init", "a # b.yaml") == 0
     assert reading.load_pipeline("a # b.yaml").seed == 0
     assert {path.name for path in tmp_path.iterdir()} == {"a # b.yaml", "compress.schema.json"}
+
+
+def test_names_are_printed_without_what_a_terminal_would_obey(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "\x1b[2J.yaml").write_text("passes: [rtn]")
+    assert command("check", tmp_path / "\x1b[2J.yaml") == 0
+    assert "\\x1b[2J.yaml: fine" in capsys.readouterr().out
+
+
+def test_half_a_letter_is_spelled_out_in_a_file(tmp_path: Path) -> None:
+    atomic.write_text(tmp_path / "note", "a \ud800 model")
+    assert (tmp_path / "note").read_text(encoding="utf-8") == "a \\ud800 model"
 
 
 # --- small files ------------------------------------------------------------------------------------------------------
