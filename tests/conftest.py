@@ -1,6 +1,7 @@
 """Fixtures every test may use. Nothing here reads the network or the bundled model."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,8 +35,11 @@ def seeded() -> Iterator[None]:
     """Every test starts from one seed and leaves no global setting behind."""
     torch.manual_seed(0)
     dtype = torch.get_default_dtype()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     torch.set_default_dtype(dtype)
+    for number, handler in handlers.items():  # a command ignores signals when it has ended
+        signal.signal(number, handler)
 
 
 def make_llama(**changes: object) -> LlamaForCausalLM:

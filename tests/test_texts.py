@@ -94,7 +94,7 @@ WRONG: dict[str, tuple[str, bytes, list[str]]] = {
     "half a pair": ("c.jsonl", b'{"text": "\\ud800"}', ["half a character"]),
     "endless nesting": ("c.json", b"[" * 100_000, ["not JSON"]),
     "an array of texts": ("c.json", b'["a", "b"]', ["c.json:1: row 1", "a text"]),
-    "one object in many lines": ("c.json", b'{\n"text": "a"\n}', ["c.json:1", "one array of them"]),
+    "one object in many lines": ("c.json", b'{\n"text": "a"\n}', ["c.json:1", "or an array"]),
 }
 
 

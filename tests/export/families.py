@@ -14,6 +14,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -56,6 +58,11 @@ def _gpt2() -> PreTrainedModel:
     return GPT2LMHeadModel(config)
 
 
+def _gpt() -> PreTrainedModel:
+    config = OpenAIGPTConfig(vocab_size=256, n_embd=64, n_layer=2, n_head=4, n_positions=64, initializer_range=0.1)
+    return OpenAIGPTLMHeadModel(config)
+
+
 def _opt() -> PreTrainedModel:
     return OPTForCausalLM(OPTConfig(**SIZES, **LONGEST, ffn_dim=128, word_embed_proj_dim=64, init_std=0.1))
 
@@ -75,10 +82,11 @@ def _vit() -> PreTrainedModel:
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": _llama,
     "llama-tied-bfloat16": lambda: _llama(tie_word_embeddings=True).bfloat16(),
+    "gpt": _gpt,
     "gpt2": _gpt2,
     "opt": _opt,
     "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, **LONGEST, **WIDE)),
-    "bert": lambda: BertLMHeadModel(BertConfig(**SIZES, **LONGEST, **WIDE)),
+    "bert": lambda: BertLMHeadModel(BertConfig(**SIZES, **LONGEST, **WIDE, is_decoder=True)),
     "resnet": _resnet,
     "vit": _vit,
 }

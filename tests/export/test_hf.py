@@ -100,7 +100,7 @@ def test_its_configuration_is_the_sources_and_names_no_quantization(written: Pat
     assert there == json.loads((folder / "model" / "config.json").read_text())
     assert there["dtype"] == "bfloat16"
     assert {p.name for p in (folder / "out" / "hf").iterdir()} == {
-        "config.json", "model.safetensors", "generation_config.json", "tokenizer.json"
+        "config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "manifest.json"
     }  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def test_the_finished_folder_is_not_written_again_unless_a_file_is_missing(tmp_p
     assert again == first
     assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
     (tmp_path / "out" / "hf" / "model.safetensors").unlink()
-    with pytest.raises(compress.UsageError, match="not the result of this run"):
+    with pytest.raises(compress.UsageError, match=r"is the result of this run, but .*--overwrite writes it again"):
         write("llama", tmp_path, [Rtn(bits=4)], "hf")
 
 

@@ -50,7 +50,7 @@ def _traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def exported(out: Path, family: str, to: Onnx) -> dict[str, Any]:
     made, data = open_packed(out), inputs_of(family)
     refuse_exports(made, [to])
-    return write_all(made, [to], out, Dataset(*data), Bars())[to.key]
+    return write_all(made, [to], {to.key: out / to.key}, out, Dataset(*data), Bars())[to.key]
 
 
 def packed(family: str, folder: Path, *passes: Pass) -> Path:
@@ -122,8 +122,8 @@ def test_any_number_of_rows_and_tokens_is_taken(tmp_path: Path) -> None:
 
 
 def test_padded_positions_are_left_out(tmp_path: Path) -> None:
-    out = packed("bert", tmp_path, Rtn(bits=4))
-    exported(out, "bert", Onnx(accuracy_level=1))
+    out = packed("gpt", tmp_path, Rtn(bits=4))
+    exported(out, "gpt", Onnx(accuracy_level=1))
     session, tokens = open_session(out / "onnx" / MODEL), torch.randint(256, (2, 12))
     mask = torch.ones_like(tokens)
     mask[1, 7:] = 0
@@ -288,8 +288,8 @@ def test_genai_generates_the_tokens_that_transformers_does(family: str, tmp_path
 def test_genai_refuses_what_generates_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"export\.genai: it holds language models, and ResNet"):
         exported(packed("resnet", tmp_path, Rtn(bits=4)), "resnet", Genai())
-    with pytest.raises(CompressError, match="BertLMHeadModel keeps no cache"):
-        exported(packed("bert", tmp_path / "bert", Rtn(bits=4)), "bert", Genai())
+    with pytest.raises(CompressError, match="OpenAIGPTLMHeadModel keeps no cache"):
+        exported(packed("gpt", tmp_path / "gpt", Rtn(bits=4)), "gpt", Genai())
 
 
 def test_the_accuracy_level_of_a_written_file_can_be_changed(tmp_path: Path) -> None:
