@@ -3,7 +3,8 @@
     python benchmarks/forecast.py FOLDER [NAME ...]
 
 FOLDER is where models, texts and results go. Memory is the largest resident memory of the process, and disk the most
-that lay in the folder of the run at a look every few milliseconds. Prints a table, kept in results/forecast.json.
+that lay in the folder of the run at a look every few milliseconds. Prints a table, kept in results/forecast.json. With
+names, only these rows are measured again.
 """
 
 import json
@@ -151,15 +152,16 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help=f"some of: {', '.join(PIPELINES)}")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    rows = []
+    file = runner.RESULTS / FILE
+    rows = {each["pipeline"]: each for each in json.loads(file.read_text())["rows"]} if file.exists() else {}
     for name in args.names or PIPELINES:
-        rows.append(row(name, args.folder))
-        print(
-            {k: v if isinstance(v, str) else round(v / 1e6, 2) for k, v in rows[-1].items()},
-            file=sys.stderr,
-            flush=True,
-        )
-    runner.write(FILE, {"machine": runner.machine(), "rows": rows})
+        rows[name] = row(name, args.folder)
+        print(show([rows[name]]), file=sys.stderr, flush=True)
+        runner.write(FILE, {"machine": runner.machine(), "rows": list(rows.values())})
+    print(show(list(rows.values())))
+
+
+def show(rows: list[dict[str, Any]]) -> str:
     head = ("pipeline", "memory planned MB", "used", "planned / used", "disk planned MB", "used", "planned / used")
     table = []
     for r in rows:
@@ -168,7 +170,7 @@ def main() -> None:
             plan, use = r[f"{what} planned"], r[f"{what} used"]
             cells += [f"{plan / 1e6:.1f}", f"{use / 1e6:.1f}", f"{plan / use:.2f}"]
         table.append(cells)
-    print(runner.table(head, table))
+    return runner.table(head, table)
 
 
 if __name__ == "__main__":

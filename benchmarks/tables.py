@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import digits
+import forecast
 import generate
 import memory
 import merge
@@ -79,6 +80,7 @@ def main() -> None:
         ("generate", generate.show),
         ("merge", merge.show),
         ("digits", digits.show),
+        ("forecast", forecast.show),
         ("specialists_deltas", specialists_deltas.show),
     ):
         file = runner.RESULTS / f"{name}.json"

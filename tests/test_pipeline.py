@@ -22,7 +22,20 @@ from compress.config.reading import load_pipeline, parse
 from compress.config.schema import schema
 from compress.config.writing import dump
 from compress.errors import ConfigError, UsageError
-from compress.passes import PASSES, GlobalMagnitude, Gptq, Magnitude, Override, Pass, Pcb, Rtn, SparseGpt, Ties, Wanda
+from compress.passes import (
+    PASSES,
+    GlobalMagnitude,
+    Gptq,
+    Magnitude,
+    Override,
+    Pass,
+    Pcb,
+    Perp,
+    Rtn,
+    SparseGpt,
+    Ties,
+    Wanda,
+)
 from compress.passes.merge.schedules import Matched
 
 SCHEMA = schema()
@@ -798,6 +811,7 @@ def test_what_only_reads_imports_nothing_heavy(code: str, modules: set[str]) -> 
         (Gptq(damping="1e-2"), "damping", "'1e-2' is not a number above 0"),  # type: ignore[arg-type]
         (Gptq(damping=math.nan), "damping", "nan is not a number above 0"),
         (Gptq(include="*.q_proj"), "include", "'*.q_proj' is not a list"),  # type: ignore[arg-type]
+        (Perp(train=("all",)), "train", "['all'] is not a list of some of bias, norm, head"),  # type: ignore[arg-type]
         (Gptq(overrides=(Override("*", {"bits": 1}),)), "overrides[0].bits", "1 is not between 2 and 8"),
         (Gptq(overrides=(Override("*", {"bist": 3}),)), "overrides[0].bist", "did you mean bits?"),
         (Gptq(overrides=(Override("*", {"include": ()}),)), "overrides[0].include", "unknown option of gptq"),

@@ -74,6 +74,8 @@ def _described_list(item: Mapping[str, Any]) -> str:
         return "a list of {match: pattern, value: number or list over depth}"
     if item.get("type") == "number":
         return "a list of numbers over depth"
+    if "enum" in item:
+        return f"a list of some of {', '.join(item['enum'])}"
     return "a list of such values, one for each model" if "anyOf" in item else "a list"
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 FLOAT, TOKEN = 4, 8
 INTERPRETER = 560 << 20  # Python, torch, transformers and a tokenizer, before any work
-TRAINING = 5  # numbers per weight of a model that is trained as a whole, adapters not counted; one more per copy
+TRAINING = 6  # numbers per weight of a model that is trained as a whole, adapters not counted; one more per copy
 LEARNING = 18  # numbers per weight while it is learned: values, gradients, moments, the best so far, temporaries
 ACTIVATIONS = 1 << 30  # bytes; more of them lie in files
 READING = 8  # bytes for each of a file of text while it is read and tokenized
