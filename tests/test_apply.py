@@ -23,7 +23,9 @@ from transformers import (
 
 import compress
 from compress import (
+    AdaRound,
     DataError,
+    FlexRound,
     GlobalMagnitude,
     Gptq,
     Magnitude,
@@ -143,6 +145,17 @@ def test_the_calibration_inputs_given_are_left_untouched(model: nn.Sequential) -
     compress.apply(model, [Wanda(), Gptq()], calibration=x)
     assert torch.equal(x, before)
     assert unchanged(model, weights)
+
+
+@pytest.mark.parametrize(
+    "pass_", [FlexRound(steps=2, group_size=8), AdaRound(steps=2, group_size=8)], ids=lambda p: p.key
+)
+def test_weights_too_large_to_learn_with_are_named_and_no_defect(pass_: Pass) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    with torch.no_grad():
+        model[0].weight[1, 1] = 3e38
+    with pytest.raises(NonFiniteError, match=r"0 holds weights as large as 3e\+38, .* get a clean checkpoint"):
+        compress.apply(model, [pass_], torch.randn(4, 8, 16))
 
 
 def test_a_second_pass_sees_the_same_calibration_inputs_as_the_first() -> None:

@@ -114,6 +114,15 @@ def test_an_index_that_says_something_else_than_the_files_is_refused(
     both_refuse(folder, INDEX, *words)
 
 
+def test_a_file_that_is_not_there_is_named_before_what_the_index_lacks(folder: Path) -> None:
+    shard(folder)
+    (folder / WEIGHTS).unlink()
+    (folder / INDEX).write_text(json.dumps({"weight_map": json.loads((folder / INDEX).read_text())["weight_map"]}))
+    both_refuse(folder, INDEX, '"metadata"')
+    (folder / SHARDS[1]).unlink()
+    both_refuse(folder, INDEX, f"names {SHARDS[1]}, which does not exist")
+
+
 def test_companions_are_one_list_that_is_fetched_and_copied_and_holds_no_code(tmp_path: Path) -> None:
     from huggingface_hub.utils import filter_repo_objects
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from compress.errors import CheckpointError
 from compress.io.keys import fingerprint_of
@@ -60,8 +60,11 @@ class FolderSource:
         self._where: dict[str, Path] = {}
         self._stored: dict[str, StoredTensor] = {}
         index = folder / INDEX
-        listed = _read_index(index) if name is None and index.is_file() else None
+        content = _read_index(index) if name is None and index.is_file() else {}
+        listed: dict[str, str] | None = content.get("weight_map")
         self._files = _find_files(folder, listed) if name is None else [folder / name]
+        if content and not isinstance(content.get("metadata"), dict):  # which transformers asks for
+            raise CheckpointError(f'{index}: not a whole safetensors index: add "metadata": {{}}, or fetch it again')
         for file in self._files:
             for tensor, stored in read_header(file).tensors.items():
                 if tensor in self._where:
@@ -99,18 +102,16 @@ class FolderSource:
         return list(self._files)
 
 
-def _read_index(index: Path) -> dict[str, str]:
-    """Tensor name -> name of its file."""
+def _read_index(index: Path) -> dict[str, Any]:
+    """Its content; `weight_map` is tensor name -> name of its file."""
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        listed: dict[str, str] = content["weight_map"]
+        content: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+        listed = content["weight_map"]
         if not listed or not all(isinstance(name, str) for name in listed.values()):
             raise ValueError("weight_map must map tensor names to file names")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index}: not a safetensors index: {error}") from error
-    if not isinstance(content.get("metadata"), dict):  # which transformers asks for
-        raise CheckpointError(f'{index}: not a whole safetensors index: add "metadata": {{}}, or fetch it again')
-    return listed
+    return content
 
 
 def _find_files(folder: Path, listed: Mapping[str, str] | None) -> list[Path]:

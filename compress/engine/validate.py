@@ -11,7 +11,7 @@ import torch
 
 from compress.encodings import Weight
 from compress.encodings.uniform import CHUNK
-from compress.errors import CompressError
+from compress.errors import CompressError, NonFiniteError
 from compress.passes.prune.selection import pattern
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from compress.passes.base import Edit, Pass
 
 Refuse = Callable[[str], CompressError]
+HUGE = 1e19  # the square of a larger number overflows float32
 
 
 def observed(
@@ -33,9 +34,16 @@ def observed(
     Raises:
         CompressError: the edit has the wrong shape, is not finite, has codes out of range, revives a zero, or breaks
             the pattern it promised. This is a defect of the pass, never of the user's input.
+        NonFiniteError: the same, of weights that are too large to compute with.
     """
 
     def refuse(what: str) -> CompressError:
+        largest = float(old.abs().max())
+        if largest > HUGE:
+            return NonFiniteError(
+                f"{site.name} holds weights as large as {largest:.3g}, with which {pass_.key} overflows ({what}); "
+                "get a clean checkpoint, or exclude it"
+            )
         return CompressError(f"{pass_.key} on {site.name}: {what}; this is a defect, please report it")
 
     if edit.mask is not None and tuple(edit.mask.shape) != site.shape:
