@@ -238,3 +238,15 @@ def test_a_function_is_short_and_a_docstring_is_a_sentence() -> None:
                 body = [line.strip() for line in lines[node.lineno - 1 : node.end_lineno]]
                 code = sum(bool(line) and not line.startswith("#") for line in body) - len(text.splitlines())
                 assert code <= MOST_LINES_OF_A_FUNCTION, f"{name_of(file)}:{node.lineno}: {node.name}"
+
+
+def test_json_that_is_nested_too_deeply_is_caught_wherever_it_is_read() -> None:
+    for file in FILES:
+        caught, read = set(), set()
+        for node in ast.walk(tree(file)):
+            types = [ast.unparse(h.type) for h in node.handlers if h.type] if isinstance(node, ast.Try) else []
+            if isinstance(node, ast.Try) and "RecursionError" in " ".join(types):
+                caught |= {inner for each in node.body for inner in ast.walk(each)}
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "json.loads":
+                read.add(node)
+        assert read <= caught, f"{name_of(file)}: {', '.join(str(call.lineno) for call in read - caught)}"

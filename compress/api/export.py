@@ -192,7 +192,7 @@ def _report(folder: Path) -> dict[str, Any]:
         noted: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         noted["verified"]["tensors_equal"]
         return noted
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{folder} is not a finished folder that compress wrote: {error}") from error
 
 
@@ -204,5 +204,5 @@ def _recorded_evaluation(folder: Path) -> tuple[torch.dtype | None, Evaluation |
         again = section is not None and section["source"] != GIVEN
         dtype = None if written["dtype"] == "auto" else getattr(torch, written["dtype"])
         return dtype, Evaluation(**section) if again else None
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{folder}/pipeline.yaml is not what a run wrote: {error}") from error

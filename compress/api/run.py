@@ -225,7 +225,7 @@ def _finished(destination: Path, identity: str, steps: Pipeline) -> Report | Non
         found = Report(rows=rows, **data)
         needed = [f"{exporter.key}/{file}" for exporter in steps.export for file in exporter.files]
         needed += [f"delta/{DELTA}" for merge in data["merged"] if "delta" in merge]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     try:
         marked = verify_folder(destination, everything=True) is not None

@@ -117,7 +117,7 @@ class FolderLedger(MemoryLedger):
         try:
             before = Dependencies(**json.loads(file.read_text(encoding="utf-8")))
             self.resume.changed(before, now, [p.stem for p in self.folder.iterdir() if UNITS.fullmatch(p.name)])
-        except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             pass  # the first run, or damaged: it only serves to say more
         write_json(asdict(now), file)
 
@@ -142,7 +142,7 @@ class FolderLedger(MemoryLedger):
             entries = json.loads(metadata["records"])
             specs = {site: Spec.from_json(said["spec"]) for site, said in entries.items()}
             return [Record(site, Packed(file, site, specs[site], seal), e["notes"]) for site, e in entries.items()]
-        except (CheckpointError, LookupError, ValueError):
+        except (CheckpointError, LookupError, ValueError, RecursionError):
             return None  # not ours, or damaged since: it is simply done again
 
     def commit(self, unit: str, key: str, records: list[Record]) -> list[Record]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,6 +11,7 @@ from compress.errors import NonFiniteError
 from compress.export.base import Exporter, refuse_added
 from compress.io.atomic import write_json, writing
 from compress.io.safetensors_file import compare_tensors, in_range, write_tensors
+from compress.io.small_file import read_object
 from compress.lazy import torch
 from compress.models import loading
 from compress.models.companions import copy_companions
@@ -144,7 +144,7 @@ def write_dense(dense: Dense, folder: Path, source: Path, bars: Bars, heading: s
 
 def plain_config(source: Path, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of the packed folder `source` without what is packed, to be loaded in a type."""
-    config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = read_object(source / "config.json")
     del config["quantization_config"]
     config.pop("torch_dtype", None)  # the old name; a loader would otherwise round once more
     return {**config, "dtype": str(dtype).removeprefix("torch.")}

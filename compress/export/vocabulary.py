@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import UsageError
+from compress.io.small_file import read_object
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -85,7 +86,7 @@ def read_vocabulary(folder: Path, config: Any) -> Vocabulary:
             f"{folder} has no tokenizer.json, and llama.cpp reads the tokenizer from the same file; save it there with "
             "save_pretrained, or export hf"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{file} is not a tokenizer that can be written: {error!r}; export hf") from error
 
 
@@ -132,5 +133,5 @@ def _chat(folder: Path) -> str | None:
     if template.is_file():
         return template.read_text(encoding="utf-8")
     config = folder / "tokenizer_config.json"
-    found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+    found = read_object(config).get("chat_template") if config.is_file() else None
     return found if isinstance(found, str) else None

@@ -193,7 +193,7 @@ def _read(file: Path) -> dict[str, Any] | None:
         if found["holder"]:
             Holder(**found["holder"])
         return found
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

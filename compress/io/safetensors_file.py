@@ -133,7 +133,7 @@ def seal_of(file: Path) -> str:
     read_header(file)
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(LENGTH), "little")
-        header = json.loads(opened.read(length))
+        header = parse_object(opened.read(length), "the header")
         metadata = header.pop("__metadata__", {})
         metadata.pop(SEAL, None)
         return _seal(metadata, header, hashlib.file_digest(opened, "sha256").hexdigest())

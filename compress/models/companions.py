@@ -66,6 +66,6 @@ def _naming_code(file: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None  # copied as it is
     return found if isinstance(found, dict) and CODE in found else None

@@ -54,7 +54,7 @@ def refuse_adapter(folder: Path) -> None:
         return
     try:
         base = json.loads((folder / ADAPTER[0]).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         base = None
     of = f" of {base}" if isinstance(base, str) else ""
     beside = any(folder.glob("model*.safetensors"))

@@ -17,6 +17,7 @@ from compress.checkpoint.delta.codings import CODINGS
 from compress.checkpoint.sources import FolderSource
 from compress.errors import CheckpointError
 from compress.io.safetensors_file import SEAL, digest_of_data, read_header, seal_of, write_as_made
+from compress.io.small_file import parse_object
 from compress.lazy import torch
 from compress.models import hub
 
@@ -83,7 +84,7 @@ class Delta:
         Raises:
             UsageError: names what differs.
         """
-        refuse_other(base, self.about["model"], json.loads(self.about["tensors"]), called)
+        refuse_other(base, self.about["model"], parse_object(self.about["tensors"], str(self.file)), called)
 
     def __contains__(self, name: str) -> bool:
         return name in self.source.names()
