@@ -45,7 +45,11 @@ def _words() -> list[str]:
 
     for word in sys.argv[1:]:
         if any("\ud800" <= letter <= "\udfff" for letter in word):
-            raise UsageError(f"{word!a} is not UTF-8; rename the file or folder")
+            try:
+                meant = word.encode(sys.getfilesystemencoding(), "surrogateescape").decode("utf-8")
+            except UnicodeError as error:
+                raise UsageError(f"{word!a} is not UTF-8; rename the file or folder") from error
+            raise UsageError(f"{meant!a} cannot be a name where the system's encoding is not UTF-8; set PYTHONUTF8=1")
     return sys.argv[1:]
 
 
