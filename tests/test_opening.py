@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel, GPT2Confi
 
 import compress
 from compress.checkpoint.finite import refuse_non_finite
-from compress.checkpoint.opening import load_model, open_folder, open_model
+from compress.checkpoint.opening import load_measured, open_folder, open_model
 from compress.errors import CheckpointError, DataError, NonFiniteError, UsageError
 from compress.models import hub
 from compress.models.companions import companions, copy_companions
@@ -72,7 +72,7 @@ def shard(folder: Path, listed: Callable[[dict[str, str]], object] = lambda _: N
 def both_refuse(folder: Path, *words: str) -> None:
     """What passes start from and what is measured are one thing: both say the same."""
     said = []
-    for opening in (open_model, load_model):
+    for opening in (open_model, load_measured):
         with pytest.raises(UsageError) as caught:
             opening(folder)
         said.append(str(caught.value))
@@ -88,7 +88,7 @@ def test_a_single_file_beside_another_models_index_is_refused_by_both_names(fold
     shard(folder)
     both_refuse(folder, WEIGHTS, INDEX, "two models")
     (folder / WEIGHTS).unlink()
-    assert open_folder(folder).artifact.stored == set(load_model(folder).state_dict())
+    assert open_folder(folder).artifact.stored == set(load_measured(folder).state_dict())
 
 
 def test_an_index_that_names_only_the_single_file_is_no_second_model(folder: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused_by_both
 def test_what_is_advised_for_a_head_of_its_own_gives_the_model_that_transformers_loads(tied: Path) -> None:
     change(tied, other_head)
     configure(tied, tie_word_embeddings=False)
-    artifact, loaded = open_folder(tied).artifact, load_model(tied)
+    artifact, loaded = open_folder(tied).artifact, load_measured(tied)
     assert torch.equal(artifact.tensor(HEAD), loaded.lm_head.weight)
     assert torch.equal(artifact.tensor(EMBEDDING), loaded.model.embed_tokens.weight)
     configure(tied, tie_word_embeddings=True)
@@ -376,18 +376,18 @@ def test_without_a_type_in_its_configuration_a_model_has_the_type_of_its_weights
     change(folder, lambda t: t.update({name: value.to(kind) for name, value in t.items()}))
     out = tmp_path / "out"
     report = compress.run({**RTN, "export": ["hf"]}, folder, out, evaluation=evaluation_tokens)
-    assert open_folder(folder).dtype == load_model(folder).dtype == kind
+    assert open_folder(folder).dtype == load_measured(folder).dtype == kind
     for made in (out, out / "hf"):
         assert json.loads((made / "config.json").read_text())["dtype"] == dtype
         loaded = transformers.AutoModelForCausalLM.from_pretrained(made)
-        assert loaded.dtype == load_model(made).dtype == kind
+        assert loaded.dtype == load_measured(made).dtype == kind
         assert compress.evaluate(loaded, evaluation_tokens).perplexity == report.rows[-1].perplexity
 
 
 def test_a_file_of_float64_is_computed_with_in_float32(folder: Path) -> None:
     configure(folder, dtype=None)
     change(folder, lambda t: t.update({name: value.double() for name, value in t.items()}))
-    assert open_folder(folder).dtype == load_model(folder).dtype == torch.float32
+    assert open_folder(folder).dtype == load_measured(folder).dtype == torch.float32
 
 
 def test_the_type_that_a_pipeline_sets_is_the_type_of_the_result(folder: Path, tmp_path: Path) -> None:
@@ -502,6 +502,6 @@ def test_a_compressed_folder_is_checked_for_absurd_settings_too(folder: Path, tm
 
     compress.run(RTN, folder, tmp_path / "out")
     configure(tmp_path / "out", num_hidden_layers=10_000)
-    for opening in (load_model, open_packed):
+    for opening in (load_measured, open_packed):
         with pytest.raises(CheckpointError, match="num_hidden_layers is 10000"):
             opening(tmp_path / "out")

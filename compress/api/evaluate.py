@@ -12,7 +12,7 @@ from compress.api import data as given
 from compress.api.output_folder import refuse_changed
 from compress.calibration.metrics import Reference, evaluate, measure
 from compress.calibration.surroundings import undisturbed
-from compress.checkpoint.opening import load_model, measured_in
+from compress.checkpoint.opening import load_measured, measured_in
 from compress.errors import DataError, UsageError
 from compress.models import hub, loading
 from compress.models.logits import logits_in, logits_of, rows_at_once
@@ -68,7 +68,7 @@ def _torch(model: str, section: Evaluation, against: str | None, bars: Bars) -> 
     dtype = measured_in(folder)
     data = given.read_data(section, folder, "evaluation", bars.over)
     loaded = loading.load_model(folder, dtype)
-    original = load_model(against) if against else None
+    original = load_measured(against) if against else None
     quality = evaluate(loaded, given.matched(loaded, data), against=original, progress=_progress(bars))
     weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     return {"model": model, **_result(quality, section), "bytes": weights}
@@ -95,7 +95,7 @@ def _onnx(path: Path, section: Evaluation, against: str | None, threads: int, ba
     reference = None
     if against is not None:
         reference = Reference()
-        original = _logits(load_model(against, torch.float32), labels is None)
+        original = _logits(load_measured(against, torch.float32), labels is None)
         measure(original, inputs, labels=labels, reference=reference, keep=True, progress=_progress(bars))
     logits = partial(_onnx_logits, opened.runner)
     with running(path):

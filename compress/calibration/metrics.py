@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from compress.calibration.given import Kind
 
 TOKENS_AT_ONCE = 8192
-REFERENCE_NUMBERS = (
-    1 << 26
-)  # log-probabilities of the original kept for the KL: 256 MB; windows beyond are not compared
+# Log-probabilities of the original that are kept for the KL: 256 MB; windows beyond are not compared.
+REFERENCE_NUMBERS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,13 @@ class Reference:
         """Whether predictions of these numbers are right."""
         return _rows(self._right, start, stop)
 
-    def log_probabilities(self, start: int, stop: int) -> Tensor:
-        """(stop - start, classes), of numbers below `compared`."""
-        return _rows(self._parts, start, stop)
+    def divergence(self, logits: Tensor, start: int) -> tuple[float, int]:
+        """KL from the original, summed over predictions from number `start` on, and how many it has kept of them."""
+        count = min(len(logits), self.compared - start)
+        if count <= 0:
+            return 0.0, 0
+        own, theirs = functional.log_softmax(logits[:count], dim=-1), _rows(self._parts, start, start + count)
+        return functional.kl_div(own, theirs, reduction="sum", log_target=True).item(), count
 
 
 def _rows(parts: Sequence[Tensor], start: int, stop: int) -> Tensor:
@@ -168,12 +171,9 @@ def measure(
                     reference.keep(out, right)
                 elif reference is not None:
                     flipped += int((reference.right(start, count) & ~right).sum())
-                    both = min(count, reference.compared)
-                    if both > start:
-                        own = functional.log_softmax(out[: both - start], dim=-1)
-                        theirs = reference.log_probabilities(start, both)
-                        divergence += functional.kl_div(own, theirs, reduction="sum", log_target=True).item()
-                        compared += both - start
+                    added, both = reference.divergence(out, start)
+                    divergence += added
+                    compared += both
     kl = max(0.0, divergence / compared) if compared else None
     flips = flipped / count if reference is not None and not keep else None
     perplexity, accuracy = (perplexity_of(loss / count), None) if labels is None else (None, correct / count)

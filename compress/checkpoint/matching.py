@@ -69,7 +69,7 @@ def match(folder: Path, source: FolderSource, graph: Graph) -> Matched:
     """
     model = graph.model
     assert isinstance(model, transformers.PreTrainedModel)
-    spelling = _Spelling(model)
+    spelling = Spelling(model)
     found = _placed(source, graph, spelling)
     quantized = next((name for name in found.extra if name.endswith(QUANTIZED)), None)
     if quantized is not None:
@@ -94,7 +94,7 @@ def match(folder: Path, source: FolderSource, graph: Graph) -> Matched:
     return Matched(Artifact(graph, source, renamed), tuple(notes))
 
 
-def _refuse_missing(folder: Path, graph: Graph, source: Source, spelling: _Spelling, found: _Found) -> set[str]:
+def _refuse_missing(folder: Path, graph: Graph, source: Source, spelling: Spelling, found: _Found) -> set[str]:
     """Refuse a parameter without a tensor; returns the buffers without one, which the model computes."""
     without = [name for name, _ in graph.tensors() if name not in found.places]
     absent = {name for name in without if name in graph.buffers and not name.endswith(RUNNING)}
@@ -114,7 +114,7 @@ def _refuse_missing(folder: Path, graph: Graph, source: Source, spelling: _Spell
     return absent
 
 
-class _Spelling:
+class Spelling:
     """How a name of the files may be spelled in the model: as it is, with or without the base model's prefix."""
 
     def __init__(self, model: Any):
@@ -139,7 +139,7 @@ class _Spelling:
         return [s for n in both for s in (n, n.removeprefix(self.prefix), self.prefix + n)]
 
 
-def _placed(source: Source, graph: Graph, spelling: _Spelling) -> _Found:
+def _placed(source: Source, graph: Graph, spelling: Spelling) -> _Found:
     """Every name of the files, under that in the model."""
     names = {name: name for name in graph.buffers}
     names |= {name: graph.tied.get(name, name) for name, _ in graph.model.named_parameters(remove_duplicate=False)}
@@ -193,7 +193,7 @@ def _refuse_two(folder: Path, source: Source, name: str, stored: Sequence[str]) 
                 )
 
 
-def _refuse_extra(folder: Path, graph: Graph, source: Source, spelling: _Spelling, extra: Sequence[str]) -> list[str]:
+def _refuse_extra(folder: Path, graph: Graph, source: Source, spelling: Spelling, extra: Sequence[str]) -> list[str]:
     """Refuse tensors that the model has no place for; returns those that transformers declares to ignore."""
     model: Any = graph.model
     computed = {name for name, _ in model.named_buffers()}
@@ -213,7 +213,7 @@ def _refuse_extra(folder: Path, graph: Graph, source: Source, spelling: _Spellin
     return ignored
 
 
-def _refuse_unknown(folder: Path, graph: Graph, source: Source, spelling: _Spelling, unknown: Sequence[str]) -> None:
+def _refuse_unknown(folder: Path, graph: Graph, source: Source, spelling: Spelling, unknown: Sequence[str]) -> None:
     """Say what the first telling tensor without a place is."""
     kind = type(graph.model).__name__
     layers = {name.rpartition(".")[0] for name, _ in graph.model.named_parameters()}

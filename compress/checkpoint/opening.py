@@ -77,7 +77,7 @@ def open_folder(folder: Path) -> OpenedModel:
     settings = refusals.read_settings(folder)
     refusals.refuse_quantized(folder, settings)
     source = FolderSource(folder)
-    config = read_config(folder, source)
+    config = fitting_config(folder, source)
     notes = refusals.refuse_other_tasks(folder, settings, config, loading.classes(config))
     _refuse_larger(folder, config, source)
     _refuse_generation(folder)
@@ -87,7 +87,7 @@ def open_folder(folder: Path) -> OpenedModel:
     return OpenedModel(folder, config, matched.artifact, _dtype(config, source), (*notes, *matched.notes))
 
 
-def load_model(model: str | Path, dtype: torch.dtype | None = None) -> Any:
+def load_measured(model: str | Path, dtype: torch.dtype | None = None) -> Any:
     """A model in memory, to be measured, after `measured_in` has checked it.
 
     Args:
@@ -113,17 +113,17 @@ def measured_in(folder: Path) -> torch.dtype | None:
     refusals.refuse_adapter(folder)
     if refusals.read_settings(folder).get("quantization_config"):
         if (folder / WEIGHTS).is_file():
-            read_config(folder, FolderSource(folder, WEIGHTS))
+            fitting_config(folder, FolderSource(folder, WEIGHTS))
         _refuse_generation(folder)
         return None
     try:
         return open_folder(folder).dtype
     except UnsupportedModelError:  # which passes cannot work on, but transformers can run
         source = FolderSource(folder)
-        return _dtype(read_config(folder, source), source)
+        return _dtype(fitting_config(folder, source), source)
 
 
-def read_config(folder: Path, source: FolderSource) -> Any:
+def fitting_config(folder: Path, source: FolderSource) -> Any:
     """config.json as transformers reads it, refused where it describes more parts than the files hold.
 
     Raises:

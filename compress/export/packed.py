@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.artifact import Artifact, Packed
 from compress.checkpoint.matching import RUNNING
-from compress.checkpoint.opening import read_config
+from compress.checkpoint.opening import fitting_config
 from compress.checkpoint.packed_layout import spec_at
 from compress.checkpoint.sources import FolderSource
 from compress.encodings.format import METHOD, WEIGHTS
@@ -78,7 +78,7 @@ def open_packed(folder: Path, dtype: torch.dtype | None = None) -> PackedFolder:
 
     section = CompressConfig(**read_quantization(folder))
     source = FolderSource(folder, WEIGHTS)
-    config = read_config(folder, source)
+    config = fitting_config(folder, source)
     model = loading.build(config)
     add_biases(model, section.added_biases)
     graph = graphs.find(model)

@@ -65,11 +65,16 @@ def fingerprint_of(files: Sequence[Path], config: Path) -> str:
 def digest_of_file(file: Path) -> str:
     """SHA-256 of a whole file, which is read once as long as its size, change time and place on the disk stay."""
     stat = file.stat()
-    return _digest(file.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    return _known_digest(file.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
 @cache
-def _digest(file: Path, _size: int, _changed: int, _inode: int) -> str:
+def _known_digest(file: Path, _size: int, _changed: int, _inode: int) -> str:
+    return digest_now(file)
+
+
+def digest_now(file: Path) -> str:
+    """SHA-256 of a whole file as it is on the disk now, whatever was known of it."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import CheckpointError
 from compress.io.atomic import flush_names, write_text
-from compress.io.keys import key_of
+from compress.io.keys import digest_now, key_of
 from compress.io.safetensors_file import read_header
 
 if TYPE_CHECKING:
@@ -201,14 +201,8 @@ def replace_file(folder: Path, name: str, text: str) -> None:
     flush_names(folder)
 
 
-def _digest(file: Path) -> str:
-    """SHA-256 of a whole file as it is on the disk now, whatever was known of it."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def _described(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": _digest(file)}
+    return {"bytes": file.stat().st_size, "sha256": digest_now(file)}
 
 
 def _compare(folder: Path, name: str, manifest: Manifest) -> None:
@@ -219,7 +213,7 @@ def _compare(folder: Path, name: str, manifest: Manifest) -> None:
     wanted = [each for each in (manifest.files[name], manifest.replacing.get(name)) if each is not None]
     if all(each["bytes"] != size for each in wanted):
         said = f"it has {size} bytes and was written with {wanted[0]['bytes']}"
-    elif _digest(file) in [each["sha256"] for each in wanted]:
+    elif digest_now(file) in [each["sha256"] for each in wanted]:
         return
     else:
         said = _differing_tensor(file, manifest.tensors.get(name, {}))

@@ -32,7 +32,7 @@ def read_text(file: Path, most: int = MOST) -> str:
             raise UsageError(f"{file} has more than {most:,} bytes, too many for what it should be; give another file")
         return found.decode("utf-8")
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a zero in the name
-        raise UsageError(f"cannot read {file}: {error}") from error
+        raise UsageError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress.checkpoint.matching import RUNNING
+from compress.checkpoint.matching import RUNNING, Spelling
 from compress.encodings import Spec
 from compress.encodings.format import METHOD, WEIGHTS
 from compress.errors import CheckpointError
@@ -179,24 +179,10 @@ def _refuse_other_tensors(model: nn.Module, files: list[str], biases: list[str])
     pairs = [*ties.items(), *((source, target) for target, source in ties.items())]
     tied = {name for name, other in pairs if other in there}
     if there.keys() - wanted.keys():
-        there = _renamed(model, there)
+        spelling = Spelling(model)  # the names that this version of transformers gives them while loading
+        there = {spelling.renamed(name): shape for name, shape in there.items()}
     optional = (buffers | tied) - {f"{module}.bias" for module in biases}
     refuse_other_tensors(there, wanted, optional, ", ".join(files))
-
-
-def _renamed(model: nn.Module, there: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Tensors by the names that this version of transformers gives them while loading."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    found = {}
-    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]  # type: ignore[arg-type]
-    for old, shape in there.items():
-        name = old
-        for renaming in renamings:
-            name, _ = renaming.rename_source_key(name)
-        found[name] = shape
-    return found
 
 
 def register() -> None:
