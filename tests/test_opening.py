@@ -17,10 +17,12 @@ from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel, GPT2Confi
 import compress
 from compress.checkpoint.finite import refuse_non_finite
 from compress.checkpoint.opening import load_measured, open_folder, open_model
+from compress.config.reading import load_pipeline
 from compress.errors import CheckpointError, DataError, NonFiniteError, UsageError
 from compress.models import hub
 from compress.models.companions import companions, copy_companions
 from compress.models.tokenizers import load_tokenizer
+from compress.planning import plan
 from compress.progress import Bars
 
 WEIGHTS = "model.safetensors"
@@ -388,6 +390,22 @@ def test_a_file_of_float64_is_computed_with_in_float32(folder: Path) -> None:
     configure(folder, dtype=None)
     change(folder, lambda t: t.update({name: value.double() for name, value in t.items()}))
     assert open_folder(folder).dtype == load_measured(folder).dtype == torch.float32
+
+
+def test_exports_are_planned_in_the_type_of_the_weights_where_config_json_names_none(folder: Path) -> None:
+    def half(tensors: dict[str, Tensor]) -> None:
+        tensors.update({name: value.half() for name, value in tensors.items()})
+
+    def planned() -> int:
+        opened = open_folder(folder)
+        return plan.make(steps, opened.artifact.graph, opened.dtypes).disk.total
+
+    steps = load_pipeline({**RTN, "export": ["hf"]})
+    change(folder, half)
+    configure(folder, dtype="float16")
+    said = planned()
+    configure(folder, dtype=None)
+    assert planned() == said
 
 
 def test_the_type_that_a_pipeline_sets_is_the_type_of_the_result(folder: Path, tmp_path: Path) -> None:

@@ -165,9 +165,4 @@ def _refuse_generation(folder: Path) -> None:
 
 
 def _dtype(config: Any, source: FolderSource) -> torch.dtype:
-    configured = getattr(config, "dtype", None)
-    if isinstance(configured, torch.dtype):
-        return configured
-    stored = (source.dtype(name) for name in source.names())
-    found = next((dtype for dtype in stored if dtype.is_floating_point), torch.float32)
-    return torch.float32 if found == torch.float64 else found  # which nothing computes in
+    return loading.computes_in(config, (source.dtype(name) for name in source.names()))

@@ -13,7 +13,7 @@ from compress.lazy import nn, torch, transformers
 from compress.models.refusals import read_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
 MOST_WORDS = 300  # characters of another library's message
@@ -50,6 +50,15 @@ def _reason(settings: Mapping[str, Any], error: Exception) -> str:
 def one_line(error: Exception) -> str:
     """What another library says, as part of a sentence."""
     return " ".join(str(error).split())[:MOST_WORDS]
+
+
+def computes_in(config: Any, stored: Iterable[torch.dtype]) -> torch.dtype:
+    """The type that a model computes in: what its configuration says, else that of the first weights in the files."""
+    configured = getattr(config, "dtype", None)
+    if isinstance(configured, torch.dtype):
+        return configured
+    found = next((dtype for dtype in stored if dtype.is_floating_point), torch.float32)
+    return torch.float32 if found == torch.float64 else found  # which nothing computes in
 
 
 def loader(config: transformers.PreTrainedConfig) -> Any:

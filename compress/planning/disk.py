@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from compress.lazy import torch
+from compress.models.loading import computes_in
 from compress.passes.merge.base import MergePass
 from compress.passes.retrain.options import TrainingOptions
 from compress.planning.need import Need, most
@@ -116,5 +117,4 @@ def _computed(pipeline: Pipeline, state: PlanState) -> torch.dtype:
     if pipeline.dtype != "auto":
         chosen: torch.dtype = getattr(torch, pipeline.dtype)
         return chosen
-    configured = getattr(getattr(state.graph.model, "config", None), "dtype", None)
-    return configured if isinstance(configured, torch.dtype) else torch.float32
+    return computes_in(getattr(state.graph.model, "config", None), state.dtypes.values())
