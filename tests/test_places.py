@@ -161,7 +161,7 @@ def test_a_batch_that_does_not_fit_is_divided_and_that_is_said(
         "going on with parts of it, 1/2",  # of the four windows that are measured on
         "going on with parts of it, 1/4",  # of the eight that are calibrated with
     ]
-    assert found.report.rows[-1].perplexity == pytest.approx(expected.report.rows[-1].perplexity, rel=1e-3)
+    assert found.report.rows[-1].perplexity == pytest.approx(expected.report.rows[-1].perplexity, rel=1e-2)
 
 
 def test_a_sample_that_does_not_fit_is_an_error_in_words(tiny_llama: LlamaForCausalLM, tokens: Tensor) -> None:
