@@ -15,6 +15,7 @@ from torch import nn
 from compress.calibration import collect
 from compress.calibration.activation_cache import Activations
 from compress.calibration.precision import products
+from compress.encodings import Weight
 from compress.engine.devices import Devices
 from compress.engine.executor import SingleProcess
 from compress.io.heap import give_back
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from compress.calibration.collect import Call
     from compress.calibration.precision import Products
     from compress.checkpoint.artifact import Artifact
-    from compress.encodings import InputGrid, Weight
+    from compress.encodings import InputGrid
     from compress.engine.executor import Executor
     from compress.engine.ledger import MemoryLedger, Record
     from compress.models.graph import Graph
@@ -100,7 +101,10 @@ class Context:
         return self.devices.to_compute(self.artifact.original(site))
 
     def tensor(self, name: str) -> Tensor:
-        """A parameter or buffer as the model takes it, where is computed."""
+        """A parameter or buffer as the model takes it, where is computed: codes move there, not what they mean."""
+        site = self.artifact.made_site(name)
+        if site is not None:
+            return site.value(self.weight(site).dequantize())
         return self.devices.to_compute(self.artifact.tensor(name))
 
     def forward(self, inputs: Tensor) -> Any:
@@ -140,6 +144,12 @@ def value_of(context: Context, name: str) -> Tensor:
     with products("float32"):  # a correction is the same, wherever it is multiplied out
         value = context.tensor(name)
     return value.to(context.dtype) if value.is_floating_point() else value
+
+
+def _value_made(context: Context, site: Site, weight: Weight) -> Tensor:
+    """A site's parameter of a weight that was just made, as `value_of` gives it."""
+    with products("float32"):
+        return site.value(weight.dequantize()).to(context.dtype)
 
 
 def evict(context: Context, prefix: str, module: nn.Module) -> None:
@@ -188,9 +198,19 @@ def lent(context: Context, artifact: Artifact) -> Iterator[Context]:
         tie(context.graph)
 
 
-def take_records(context: Context, records: Iterable[Record], restate: bool = False) -> None:
-    """Take over committed sites and vectors. `restate`: they count as the original weights from now on."""
+def take_records(
+    context: Context, records: Iterable[Record], restate: bool = False, made: Iterable[Record] = ()
+) -> None:
+    """Take over committed sites and vectors.
+
+    Args:
+        context: whose artifact and, where it is in memory, whose model takes them.
+        records: as they are kept.
+        restate: they count as the original weights from now on.
+        made: the same records where they were computed: what they mean need not be moved there again.
+    """
     artifact = context.artifact
+    here = {record.site: record.weight for record in made}
     for record in records:
         site = artifact.sites.get(record.site)
         if site is None:
@@ -202,8 +222,12 @@ def take_records(context: Context, records: Iterable[Record], restate: bool = Fa
             if restate:
                 artifact.restated[record.site] = record.weight
         if context.resident:
-            name = site.parameter if site else record.site
-            set_value(context.graph.model, name, value_of(context, name))
+            name, weight = site.parameter if site else record.site, here.get(record.site)
+            if site is not None and isinstance(weight, Weight):
+                value = _value_made(context, site, weight)
+            else:
+                value = value_of(context, name)
+            set_value(context.graph.model, name, value)
 
 
 def make_room(context: Context, name: str) -> None:
