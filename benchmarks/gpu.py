@@ -118,7 +118,9 @@ def passes_in_memory(size: Size, most: int, device: torch.device) -> Iterator[Ro
         model = model_of(size, count, device)
         held = sum(p.nbytes for p in model.parameters()) / 1e9
         seconds, memory = timed(device, lambda m=model, p=pass_: compress.apply(m, [p], tokens, inplace=True))  # type: ignore[misc]
-        yield Row(f"{name}, per block", seconds / count, "s", memory, f"{count} blocks, whose model takes {held:.2f} GB")
+        yield Row(
+            f"{name}, per block", seconds / count, "s", memory, f"{count} blocks, whose model takes {held:.2f} GB"
+        )
         del model
 
 
@@ -129,13 +131,16 @@ def run_from_disk(size: Size, most: int, device: torch.device) -> Iterator[Row]:
     else:
         limits = {"device": LIMIT}
     with tempfile.TemporaryDirectory() as folder:
-        model_of(size, most, torch.device("cpu") if size is SMOKE else device).to("cpu").save_pretrained(f"{folder}/model")
+        model_of(size, most, torch.device("cpu") if size is SMOKE else device).to("cpu").save_pretrained(
+            f"{folder}/model"
+        )
         group = 32 if size is SMOKE else 128
         steps = {"passes": [{"gptq": {"bits": 4, "group_size": group}}], "device": device.type, "max_memory": limits}
         for attempt in ("first", "second"):
             out = Path(folder, attempt)
             seconds, memory = timed(
-                device, lambda o=out: compress.run(steps, f"{folder}/model", o, calibration=tokens_of(size))  # type: ignore[misc]
+                device,
+                lambda o=out: compress.run(steps, f"{folder}/model", o, calibration=tokens_of(size)),  # type: ignore[misc]
             )
             yield Row(f"run: gptq from disk, {attempt} time, per block", seconds / most, "s", memory, f"{most} blocks")
         files = [*Path(folder, "first").glob("*.safetensors")]
@@ -167,7 +172,9 @@ def main() -> None:
         except Exception:  # the other parts are worth their time all the same
             traceback.print_exc()
     if not given.smoke:
-        RESULTS.write_text(json.dumps({"device": device_name(device), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        RESULTS.write_text(
+            json.dumps({"device": device_name(device), "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

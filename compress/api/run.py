@@ -40,6 +40,7 @@ from compress.engine.devices import devices_of
 from compress.engine.ledger import FolderLedger
 from compress.engine.merge import checks as merges
 from compress.engine.placement import Context
+from compress.engine.read_ahead import ReadAhead
 from compress.engine.resume import Resume
 from compress.errors import CheckpointError, UsageError
 from compress.export.packed import open_packed
@@ -187,6 +188,7 @@ def _context(
     return Context(
         artifact=opened.artifact, given=opened.artifact, ledger=ledger, seed=steps.seed, dtype=_dtype(steps, opened),
         products=steps.products, resident=False, bars=bars, devices=devices_of(made),
+        ahead=ReadAhead(made.places.compute) if made.places.compute.type == "cuda" else None,
     )  # fmt: skip
 
 

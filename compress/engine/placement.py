@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from compress.encodings import InputGrid
     from compress.engine.executor import Executor
     from compress.engine.ledger import MemoryLedger, Record
+    from compress.engine.read_ahead import ReadAhead
     from compress.models.graph import Graph
     from compress.models.site import Site
     from compress.progress import Bars
@@ -70,6 +71,7 @@ class Context:
         bars: progress.
         executor: who does the work.
         devices: where is computed, and where what is finished waits.
+        ahead: reads the next block while a device works on this one; None where the processor computes.
         divided: how many parts usual batches are divided into, because the device has no room for whole ones.
         delta: a compressed one that was made, and belongs into the result.
     """
@@ -84,6 +86,7 @@ class Context:
     bars: Bars
     executor: Executor = field(default_factory=SingleProcess)
     devices: Devices = field(default_factory=Devices)
+    ahead: ReadAhead | None = None
     divided: int = 1
     delta: MadeDelta | None = None
 
@@ -94,7 +97,7 @@ class Context:
 
     def weight(self, site: Site) -> Weight:
         """A site as it stands now, where is computed."""
-        return self.devices.to_compute(self.artifact.weight(site))
+        return self.devices.to_compute(self.artifact.weight(site, self.devices.compute))
 
     def original(self, site: Site) -> Tensor:
         """(out, in) as `Artifact.original` has it, where is computed."""
@@ -105,7 +108,8 @@ class Context:
         site = self.artifact.made_site(name)
         if site is not None:
             return site.value(self.weight(site).dequantize())
-        return self.devices.to_compute(self.artifact.tensor(name))
+        ahead = None if self.ahead is None or name in self.artifact.vectors else self.ahead.take(name)
+        return self.devices.to_compute(self.artifact.tensor(name)) if ahead is None else ahead
 
     def forward(self, inputs: Tensor) -> Any:
         """What the model makes of inputs, wherever they wait."""
@@ -118,8 +122,9 @@ class Context:
 
     def commit(self, unit: str, key: str, records: Iterable[Record]) -> list[Record]:
         """Keep a finished unit, where it waits; returns its records as they are kept."""
-        stored = [replace(record, weight=self.devices.to_store(record.weight)) for record in records]
-        return self.executor.commit(self.ledger, unit, key, stored)
+        # What is written is packed where it was computed, and then is small.
+        stored = (replace(r, weight=self.devices.to_store(r.weight)) if self.ledger.in_memory else r for r in records)
+        return self.executor.commit(self.ledger, unit, key, list(stored))
 
 
 def bring_in(context: Context, prefix: str, module: nn.Module) -> None:
