@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from compress.calibration.precision import products
 from compress.errors import SolveError
 from compress.lazy import torch
+from compress.passes.solvers.projections import Keeping, Rounding
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 GATHERED = 4  # tiles read at once: every reading touches the whole matrix
 REACH = 1024  # columns whose errors are applied to a tile at once
-PIECE = 1 << 18  # numbers reversed at once
+PIECE = 1 << 18  # numbers reversed at once on a processor, whose cache holds them
+LARGE_PIECE = 1 << 24  # and on other devices, where every operation has to be sent
 CHUNK = 16  # columns whose errors are applied one by one; those before it in the tile are applied together
 
 Begin: TypeAlias = "Callable[[int, Tensor], None]"  # (first column, current columns (O, width)): decide scales or masks
@@ -57,7 +59,7 @@ class Factor:
         damped.diagonal()[dead[reverse]] = 1.0  # an input that is always zero constrains nothing
         failed = torch.empty((), dtype=torch.int32)
         torch.linalg.cholesky_ex(damped, out=(damped, failed))  # in place: these are the largest tensors there are
-        if failed or not torch.isfinite(damped.diagonal()).all():
+        if not bool((failed == 0) & torch.isfinite(damped.diagonal()).all()):
             raise SolveError("the Gram matrix of the inputs is not positive definite at this damping")
         _reverse(damped.T.view(-1))
         self.upper = damped
@@ -70,8 +72,9 @@ class Factor:
 def _reverse(flat: Tensor) -> None:
     """In place, a piece of either end at a time."""
     left, right = 0, len(flat)
+    piece = PIECE if flat.device.type == "cpu" else LARGE_PIECE
     while right - left > 1:
-        size = min(PIECE, (right - left) // 2)
+        size = min(piece, (right - left) // 2)
         first, last = flat[left : left + size], flat[right - size : right]
         kept = first.flip(0)
         first.copy_(last.flip(0))
@@ -79,13 +82,18 @@ def _reverse(flat: Tensor) -> None:
         left, right = left + size, right - size
 
 
-def compensate(weight: Tensor, factor: Factor, *, tile: int, every: int, begin: Begin, project: Project) -> Tensor:
+def compensate(
+    weight: Tensor, factor: Factor, *, tile: int, every: int, begin: Begin | None, project: Project
+) -> Tensor:
     """Project the columns of `weight` (O, I) in the factor's order; returns what is lost, W - V (O, I), in that order.
 
-    `begin` is called before the columns 0, every, 2*every, ... with the next `every` columns as they stand then;
-    `project` once per column, in order. `tile` is how many columns are worked on at once: it changes the speed and the
-    rounding of the last bit, nothing else.
+    `begin` is called before the columns 0, every, 2*every, ... with the next `every` columns as they stand then; it is
+    None where nothing is to be decided. `project` is called once per column, in order; one that is stated as data, a
+    `Rounding` or `Keeping`, is carried out by a kernel where the device has one. `tile` is how many columns are worked
+    on at once: it changes the speed and the rounding of the last bit, nothing else.
     """
+    if isinstance(project, Rounding | Keeping) and _has_kernel(weight):
+        return _by_kernel(weight, factor, tile, every, begin, project)
     columns = weight.shape[1]
     tile = _aligned(tile, every)
     chunk = _aligned(CHUNK, every)
@@ -94,7 +102,7 @@ def compensate(weight: Tensor, factor: Factor, *, tile: int, every: int, begin: 
     room = torch.empty(2, tile, weight.shape[0])  # the same for every tile: what is freed and asked for again adds up
     for a in range(0, columns, tile):
         b = min(a + tile, columns)
-        if every > tile and a % every == 0:
+        if begin and every > tile and a % every == 0:
             wide = slice(a, min(a + every, columns))
             given = _columns(weight, factor, wide)
             begin(a, _current(given, lost, factor, wide, torch.empty_like(given)).T)
@@ -108,7 +116,7 @@ def compensate(weight: Tensor, factor: Factor, *, tile: int, every: int, begin: 
         first = 0  # `now` holds the effect of all errors before this column, up to the end of its chunk
         with products("float32"):  # rounding the factors of these small products would take longer than it saves
             for j in range(b - a):
-                if every <= tile and j % every == 0:
+                if begin and every <= tile and j % every == 0:
                     known = first if j % chunk else 0
                     group = slice(j, min(j + every, b - a))
                     push = inverse[known:j, group].T @ errors[known:j]
@@ -121,6 +129,32 @@ def compensate(weight: Tensor, factor: Factor, *, tile: int, every: int, begin: 
                 torch.sub(given[j], chosen, out=lost[a + j])
                 torch.sub(value, chosen, out=errors[j]).div_(pivots[j])
     return lost.T
+
+
+def _has_kernel(weight: Tensor) -> bool:
+    if weight.device.type == "cpu" or weight.dtype != torch.float32:
+        return False
+    from compress.runtime.triton_kernels import usable  # imports Triton
+
+    return usable(weight.device)
+
+
+def _by_kernel(
+    weight: Tensor, factor: Factor, tile: int, every: int, begin: Begin | None, projection: Rounding | Keeping
+) -> Tensor:
+    from compress.passes.solvers import column_kernel as kernel
+
+    choice = projection.choice if isinstance(projection, Keeping) else None
+    tile = min(tile, kernel.WIDEST)
+    if choice and choice.of <= min(kernel.MOST_OF, tile):
+        tile, begin = _aligned(tile, choice.of), None  # chosen where it is projected
+    elif choice:
+        projection = Keeping(projection.kept)
+    if begin:
+        tile = every if every <= kernel.WIDEST else _aligned(tile, every)
+    return kernel.compensated(
+        weight, factor.upper, factor.order, tile=tile, every=every, begin=begin, projection=projection
+    )
 
 
 def _columns(weight: Tensor, factor: Factor, part: slice) -> Tensor:
