@@ -27,7 +27,8 @@ Search = Literal["minmax", "mse"]
 SEARCH_NORM = 2.4  # exponent of the error that the mse search minimises, as in GPTQ's and BRECQ's public code
 SEARCH_STEPS = 100
 SEARCH_SMALLEST = 20  # the narrowest range tried, in steps of 1 / SEARCH_STEPS
-CHUNK = 1 << 18  # weights worked on at once: temporaries stay in the cache
+CHUNK = 1 << 18  # weights worked on at once on a processor: temporaries stay in the cache
+LARGE_CHUNK = 1 << 26  # and on other devices, where every operation has to be sent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +137,17 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return grouped.view(rows, columns)
 
 
+def rows_at_once(matrix: Tensor) -> int:
+    """How many rows of (O, I) to work on at once."""
+    most = CHUNK if matrix.device.type == "cpu" else LARGE_CHUNK
+    return max(1, most // max(1, matrix.shape[1]))
+
+
 def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """(O, I) float32 -> (O, I) uint8 codes: nearest grid point, ties to even."""
     rows, columns = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.uint8)
-    step = max(1, CHUNK // columns)
+    step = rows_at_once(weight)
     for start in range(0, rows, step):
         part = slice(start, start + step) if scale.shape[0] > 1 else slice(None)
         piece = weight[start : start + step]

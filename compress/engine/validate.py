@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from compress.encodings import Weight
-from compress.encodings.uniform import CHUNK
+from compress.encodings.uniform import rows_at_once
 from compress.errors import CompressError, NonFiniteError
 from compress.passes.prune.selection import pattern
 
@@ -70,7 +70,7 @@ def observed(
 def _relative_error(weight: Weight, old: Tensor) -> float:
     """||new - old|| / ||old||, a few rows at a time: temporaries stay in the cache."""
     lost = size = 0.0
-    step = max(1, CHUNK // old.shape[1])
+    step = rows_at_once(old)
     for start in range(0, len(old), step):
         rows = slice(start, start + step)
         was = old[rows]

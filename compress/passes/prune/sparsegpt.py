@@ -96,7 +96,9 @@ def solve(
     diagonal = diagonal.masked_fill(factor.dead, 0.0)  # weights of inputs that are always zero cost nothing
     n_of_m = pattern(sparsity)
     every = n_of_m[1] if n_of_m else min(tile, columns)
-    chosen = torch.ones(columns, rows, dtype=torch.bool) if mask is None else mask.T.clone(memory_format=torch.contiguous_format)
+    chosen = torch.ones(columns, rows, dtype=torch.bool)
+    if mask is not None:
+        chosen.copy_(mask.T)
 
     def begin(start: int, current: Tensor) -> None:
         stop = start + current.shape[1]

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="valid-type, no-untyped-def, no-untyped-call, untyped-decorator"
+# mypy: disable-error-code="valid-type, operator, no-untyped-def, no-untyped-call, untyped-decorator"
 """The columns of a tile projected one after the other inside one kernel, for graphics processors.
 
 The same algorithm as `obs.py`, which has its formulas. There every column is a handful of operations on all rows; here
@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.calibration.precision import products
-from compress.passes.solvers.projections import Keeping, Rounding
-from compress.runtime.triton_kernels import constexpr, jit
+from compress.passes.solvers.projections import Rounding
+from compress.runtime.triton_kernels import constexpr, jit  # noqa: TC001 - read when a kernel is compiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
+
+    from compress.passes.solvers.projections import Keeping
 
 try:
     import triton
@@ -33,8 +35,8 @@ except ImportError:
 
 WIDEST = 128  # columns a program holds in registers
 MOST_OF = 32  # columns chosen among inside the kernel: each is compared with each
-ROWS = 16  # of a program
-WARPS = 4
+ROWS = 4  # of a program: what 255 registers hold
+WARPS = 1  # then columns are exchanged without barriers
 ROUND, KEEP, CHOOSE = 0, 1, 2
 
 
@@ -43,7 +45,7 @@ def project(
     now, given, inverse, lost, codes, kept, scales, zeros, group, size, rows, width, groups_row, KIND: constexpr,
     MASKED: constexpr, HIGHEST: constexpr, OWN: constexpr, KEPT: constexpr, OF: constexpr, T: constexpr, BR: constexpr,
 ):  # fmt: skip
-    """`now` and `given` are (O, t), `inverse` (t, t), and what is written (t, O), as `kept` is. `OWN`: scales per row."""
+    """`now`, `given` are (O, t), `inverse` (t, t), what is written (t, O), as `kept` is. `OWN`: scales have rows."""
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     c = tl.arange(0, T)
     inside = (r < rows)[:, None] & (c < width)[None, :]
@@ -62,7 +64,7 @@ def project(
         weighed = tl.load(size + c, mask=c < width, other=0.0)[None, :]
     for j in range(width):
         here = (c == j)[None, :]
-        if KIND == 2:
+        if KIND == 2:  # noqa: SIM102 - known when compiled: `keep` is there only then
             if j % OF == 0:
                 score = tile * weighed
                 score = tl.where(keep != 0, score * score, float("-inf"))
@@ -123,23 +125,22 @@ def compensated(
         part = slice(a, min(a + tile, columns))
         if begin and a % every == 0:
             wide = slice(a, min(a + every, columns))
-            begin(a, _current(weight, upper, order, lost, wide, _inverses(upper[wide, wide], every)[0]))
-        given = weight.index_select(1, order[part])
-        now = _current(weight, upper, order, lost, part, inverses[number], given)
+            begin(a, _current(weight, upper, order, lost, wide, _inverses(upper[wide, wide], every)[0])[1])
+        given, now = _current(weight, upper, order, lost, part, inverses[number])
         _launch(projection, now, given, inverses[number], lost, part)
     return lost.T
 
 
 def _current(
-    weight: Tensor, upper: Tensor, order: Tensor, lost: Tensor, part: slice, inverse: Tensor, given: Tensor | None = None
-) -> Tensor:
-    """(O, t) columns as they stand after everything before them has been compensated."""
-    given = weight.index_select(1, order[part]) if given is None else given
+    weight: Tensor, upper: Tensor, order: Tensor, lost: Tensor, part: slice, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(O, t) columns, and as they stand after everything before them has been compensated."""
+    given = weight.index_select(1, order[part])
     if not part.start:
-        return given
+        return given, given
     with products("float32"):
         spread = upper[: part.start, part] @ inverse
-    return torch.addmm(given, lost[: part.start].T, spread)
+    return given, torch.addmm(given, lost[: part.start].T, spread)
 
 
 def _inverses(upper: Tensor, tile: int) -> list[Tensor]:

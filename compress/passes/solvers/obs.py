@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from compress.calibration.precision import products
 from compress.errors import SolveError
 from compress.lazy import torch
+from compress.passes.solvers.device import has_kernels
 from compress.passes.solvers.projections import Keeping, Rounding
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def compensate(
     `Rounding` or `Keeping`, is carried out by a kernel where the device has one. `tile` is how many columns are worked
     on at once: it changes the speed and the rounding of the last bit, nothing else.
     """
-    if isinstance(project, Rounding | Keeping) and _has_kernel(weight):
+    if isinstance(project, Rounding | Keeping) and has_kernels(weight):
         return _by_kernel(weight, factor, tile, every, begin, project)
     columns = weight.shape[1]
     tile = _aligned(tile, every)
@@ -131,14 +132,6 @@ def compensate(
     return lost.T
 
 
-def _has_kernel(weight: Tensor) -> bool:
-    if weight.device.type == "cpu" or weight.dtype != torch.float32:
-        return False
-    from compress.runtime.triton_kernels import usable  # imports Triton
-
-    return usable(weight.device)
-
-
 def _by_kernel(
     weight: Tensor, factor: Factor, tile: int, every: int, begin: Begin | None, projection: Rounding | Keeping
 ) -> Tensor:
@@ -148,7 +141,7 @@ def _by_kernel(
     tile = min(tile, kernel.WIDEST)
     if choice and choice.of <= min(kernel.MOST_OF, tile):
         tile, begin = _aligned(tile, choice.of), None  # chosen where it is projected
-    elif choice:
+    elif isinstance(projection, Keeping):
         projection = Keeping(projection.kept)
     if begin:
         tile = every if every <= kernel.WIDEST else _aligned(tile, every)
