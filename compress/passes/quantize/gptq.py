@@ -127,7 +127,7 @@ def solve(
 
     def begin(start: int, current: Tensor) -> None:
         found = fit(current, bits, symmetric=grid.symmetric, search=grid.scale_search)
-        scales[start // width], zeros[start // width] = found[0][:, 0], found[1][:, 0]
+        rounding.put(start // width, found[0][:, 0], found[1][:, 0])
 
     codes = torch.empty(columns, rows, dtype=torch.uint8)
     kept = None if mask is None else mask.T.contiguous()[order]

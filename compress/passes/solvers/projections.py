@@ -1,6 +1,7 @@
-"""What columns are projected onto, stated as data: called for a column, or read whole by a kernel.
+"""What columns are projected onto, stated as data: done column by column, or read whole by a kernel.
 
-Shapes: O rows, I columns in the order of the factor, G groups of columns; R = O, or 1 for one scale per matrix.
+Shapes: O rows, I columns in the order of the factor, t of them in a tile, G groups of columns; R = O, or 1 for one
+scale per matrix.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Rounding:
     """To the nearest point of a grid, ties to even; weights that are masked go to zero.
 
     Attributes:
-        scales, zeros: (G, R) float32. A group's are read when its first column is projected, no earlier.
+        scales, zeros: (G, R) float32, changed by `put` only. A group's are read when its first column is projected.
         group: (I,) int64, the group of every column.
         highest: the largest code.
         kept: (I, O) bool, True = kept; None where all are.
@@ -35,18 +36,52 @@ class Rounding:
     codes: Tensor
 
     @cached_property
-    def _groups(self) -> list[int]:
-        found: list[int] = self.group.cpu().tolist()
-        return found
+    def lowest(self) -> Tensor:
+        """(G, R), what the smallest code stands for, in units of the scale."""
+        return -self.zeros
 
-    def __call__(self, j: int, value: Tensor) -> Tensor:
-        """(O,) column `j` as it stands -> what is kept of it."""
-        s, z = self.scales[self._groups[j]], self.zeros[self._groups[j]]
-        code = (value / s).round_().add_(z).clamp_(0, self.highest)
+    @cached_property
+    def highest_unit(self) -> Tensor:
+        """(G, R), what the largest code stands for."""
+        return self.highest - self.zeros
+
+    def put(self, group: int, scale: Tensor, zero: Tensor) -> None:
+        """The grid of a group, (R,) both."""
+        self.scales[group], self.zeros[group] = scale, zero
+        self.lowest[group], self.highest_unit[group] = -self.zeros[group], self.highest - self.zeros[group]
+
+    def tile(self, part: slice, chosen: Tensor) -> RoundingTile:
+        """The projection of some columns into `chosen` (t, O)."""
+        return RoundingTile(self, part, chosen)
+
+
+class RoundingTile:
+    """The columns of one tile, counted from its first."""
+
+    def __init__(self, rounding: Rounding, part: slice, chosen: Tensor):
+        self.rounding, self.part = rounding, part
+        self.groups = rounding.group[part].tolist()
+        self.units = torch.empty_like(chosen)  # values in units of the scale
+        self.rows, self.chosen = self.units.unbind(), chosen.unbind()
+        self.kept = None if rounding.kept is None else rounding.kept[part]
+        self.scales, self.lowest, self.highest = (
+            t.unbind() for t in (rounding.scales, rounding.lowest, rounding.highest_unit)
+        )
+
+    def __call__(self, j: int, value: Tensor) -> None:
+        """Round column `j`, which stands as (O,) `value`."""
+        group, unit = self.groups[j], self.rows[j]
+        scale = self.scales[group]
+        torch.div(value, scale, out=unit).round_()
+        torch.clamp(unit, self.lowest[group], self.highest[group], out=unit)
         if self.kept is not None:
-            code = torch.where(self.kept[j], code, z)
-        self.codes[j].copy_(code)
-        return code.sub_(z).mul_(s)
+            unit.mul_(self.kept[j])
+        torch.mul(unit, scale, out=self.chosen[j])
+
+    def finish(self) -> None:
+        """Write the codes."""
+        self.units += self.rounding.zeros[self.rounding.group[self.part]]
+        self.rounding.codes[self.part] = self.units.to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -75,9 +110,23 @@ class Keeping:
     kept: Tensor
     choice: Choice | None = None
 
-    def __call__(self, j: int, value: Tensor) -> Tensor:
-        """(O,) column `j` as it stands -> what is kept of it."""
-        return value * self.kept[j]
+    def tile(self, part: slice, chosen: Tensor) -> KeepingTile:
+        """The projection of some columns into `chosen` (t, O)."""
+        return KeepingTile(self.kept[part], chosen)
 
 
-__all__ = ["Choice", "Keeping", "Rounding"]
+class KeepingTile:
+    """The columns of one tile, counted from its first."""
+
+    def __init__(self, kept: Tensor, chosen: Tensor):
+        self.kept, self.chosen = kept.unbind(), chosen.unbind()
+
+    def __call__(self, j: int, value: Tensor) -> None:
+        """Zero what is not kept of column `j`, which stands as (O,) `value`."""
+        torch.mul(value, self.kept[j], out=self.chosen[j])
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+
+__all__ = ["Choice", "Keeping", "KeepingTile", "Rounding", "RoundingTile"]
