@@ -40,6 +40,16 @@ def products(kind: Products | None) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add (M, K) @ (K, N) to a float32 total in place, summed in float32; on CUDA factors may stay narrower."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif left.device.type == "cuda" and left.element_size() < total.element_size():
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left.float(), right.float())
+
+
 @contextmanager
 def learning(kind: Products, example: Tensor) -> Iterator[None]:
     """While open, layers that are learned with compute as `kind` says, for inputs like `example`.

@@ -24,13 +24,10 @@ class Range:
     The sample is every `stride`-th token. Whenever it outgrows `MOST_NUMBERS`, every other one is dropped: it depends
     on the order of the tokens, never on how they came in batches.
 
-    Attributes:
-        low: the smallest number seen so far, or zero.
-        high: the largest, or zero.
     """
 
     def __init__(self) -> None:
-        self.low = self.high = 0.0
+        self._ends: Tensor | None = None
         self._seen, self._stride = 0, 1
         self._kept: list[Tensor] = []
         self._fitted: dict[InputForm, InputGrid] = {}
@@ -38,14 +35,26 @@ class Range:
     def update(self, inputs: Tensor) -> None:
         """Add (..., C) inputs, all finite."""
         x = inputs.detach().reshape(-1, inputs.shape[-1])
-        low, high = x.aminmax()
-        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+        ends = torch.stack(x.aminmax())  # read when they are asked for: reading waits for the device
+        ends = torch.stack([ends[0].clamp(max=0), ends[1].clamp(min=0)])
+        before = ends if self._ends is None else self._ends
+        self._ends = torch.stack([torch.minimum(before[0], ends[0]), torch.maximum(before[1], ends[1])])
         first, self._seen = -self._seen, self._seen + len(x)
         while -(-self._seen // self._stride) > max(1, MOST_NUMBERS // x.shape[1]):
             self._kept = [torch.cat(self._kept)[::2].clone()] if self._kept else []
             self._stride *= 2
         self._kept.append(x[first % self._stride :: self._stride].to(torch.float32, copy=True))
         self._fitted.clear()
+
+    @property
+    def low(self) -> float:
+        """The smallest number seen so far, or zero."""
+        return 0.0 if self._ends is None else float(self._ends[0])
+
+    @property
+    def high(self) -> float:
+        """The largest, or zero."""
+        return 0.0 if self._ends is None else float(self._ends[1])
 
     @property
     def sample(self) -> Tensor:

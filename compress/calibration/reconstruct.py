@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from compress.calibration.draws import draw
 from compress.calibration.training import Learner, Loop, TrainingStore, learn
-from compress.lazy import torch
+from compress.lazy import function, torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -53,10 +53,11 @@ class HiddenSamples:
         """(B, ...) some of the samples, in the order asked for."""
         places = [self._place[n] for n in numbers.tolist()]
         first = self.batches[places[0][0]]
-        taken = torch.empty(len(places), *first.shape[1:], dtype=first.dtype, device=first.device)
+        device = first.device if self.device is None else self.device
+        taken = torch.empty(len(places), *first.shape[1:], dtype=first.dtype, device=device)
         for i, (batch, row) in enumerate(places):
-            taken[i] = self.batches[batch][row]
-        return taken if self.device is None else taken.to(self.device)
+            taken[i] = self.batches[batch][row].to(device, non_blocking=True)  # from pinned memory nothing waits for it
+        return taken
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,14 @@ class BlockData:
         inputs: what arrives from the compressed blocks before it.
         original_inputs: what arrives at it in the original model.
         outputs: what the original block makes of `original_inputs`.
+        dtype: the type that `call` computes in, to which it rounds weights; None: that of the weights.
     """
 
     call: Callable[[Weights, Tensor, Tensor], Tensor]
     inputs: HiddenSamples
     original_inputs: HiddenSamples
     outputs: HiddenSamples
+    dtype: torch.dtype | None = None
 
 
 class LearnedWeights(Protocol):
@@ -192,18 +195,23 @@ class _ByBlock(_Reconstruction):
     def __init__(self, learned: LearnedWeights, data: BlockData, recipe: Recipe, generator: torch.Generator):
         super().__init__(learned, recipe)
         self.data, self.generator, count = data, generator, len(data.outputs)
-        self.held = torch.arange(count)[:: min(HELD_OUT, count)]
-        self.trained = torch.tensor([n for n in range(count) if n not in set(self.held.tolist())] or self.held.tolist())
-        self.order = torch.empty(0, dtype=torch.long)
+        # Numbers of samples stay where they are read: to say which sample comes next must not wait for a device.
+        self.held = torch.arange(count, device="cpu")[:: min(HELD_OUT, count)]
+        held = self.held.tolist()
+        self.trained = torch.tensor([n for n in range(count) if n not in set(held)] or held, device="cpu")
+        self.order = torch.empty(0, dtype=torch.long, device="cpu")
         self.scale = _mean_square(data.outputs, self.held, recipe.batch_size)
 
     def error(self) -> float:
-        weights, total, data = self.learned.hard(), 0.0, self.data
+        weights, data = self.learned.hard(), self.data
         with torch.no_grad():
-            for part in torch.split(self.held, self.recipe.batch_size):
-                made = data.call(weights, data.inputs.take(part), part)
-                total += float((made.float() - data.outputs.take(part).float()).square().sum())
+            parts = [self._held_error(weights, part) for part in torch.split(self.held, self.recipe.batch_size)]
+        total: float = sum(torch.stack(parts).tolist())
         return total / (self.scale * _numel(data.outputs, self.held))
+
+    def _held_error(self, weights: Weights, part: Tensor) -> Tensor:
+        made = self.data.call(weights, self.data.inputs.take(part), part)
+        return (made.float() - self.data.outputs.take(part).float()).square().sum()
 
     def loss(self, weights: Weights) -> Tensor:
         if len(self.order) == 0:
@@ -211,7 +219,7 @@ class _ByBlock(_Reconstruction):
         size = self.recipe.batch_size
         part, self.order = self.order[:size], self.order[size:]
         made = self.data.call(weights, _inputs(self.data, self.recipe.inputs, part, self.generator), part)
-        return (made.float() - self.data.outputs.take(part).float()).square().mean() / self.scale
+        return _mean_square_error(made, self.data.outputs.take(part)) / self.scale
 
     def randomness(self) -> dict[str, Tensor]:
         return {"generator": self.generator.get_state(), "order": self.order.clone()}
@@ -247,6 +255,30 @@ def _inputs(data: BlockData, kind: Inputs, part: Tensor, generator: torch.Genera
         return inputs
     chosen = draw(generator, inputs.shape, "uniform", inputs) < MIX
     return torch.where(chosen, inputs, data.original_inputs.take(part))
+
+
+def _mean_square_error(made: Tensor, wanted: Tensor) -> Tensor:
+    if made.device.type == "cuda":
+        error: Tensor = function(_SquareError).apply(made, wanted)
+        return error
+    return (made.float() - wanted.float()).square().mean()
+
+
+class _SquareError:
+    # One sample after the other: the whole as float32, several times over, would be the peak of the memory.
+    @staticmethod
+    def forward(ctx: Any, made: Tensor, wanted: Tensor) -> Tensor:
+        ctx.save_for_backward(made, wanted)
+        errors = [(a.float() - b.float()).square().sum() for a, b in zip(made, wanted, strict=True)]
+        return torch.stack(errors).sum() / made.numel()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        made, wanted = ctx.saved_tensors
+        factor, back = gradients[0] * (2 / made.numel()), torch.empty_like(made)
+        for a, b, into in zip(made, wanted, back, strict=True):
+            into.copy_((a.float() - b.float()) * factor)
+        return back, None
 
 
 def _numel(samples: HiddenSamples, numbers: Tensor) -> int:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 ON_DEVICE = 1 << 25  # numbers: every call on a device costs time, and it has no cache that this could spill out of
 
 
-def rows_at_once(most: int, columns: int, device: torch.device) -> int:
+def rows_in_piece(most: int, columns: int, device: torch.device) -> int:
     """At least one row.
 
     Args:

@@ -75,7 +75,8 @@ class View:
             with learning(self.context.products, hidden):
                 return self.chain.call_for(len(numbers)).run(self.block, hidden, self._values({**fixed, **weights}))
 
-        return BlockData(call, self.chain.samples(), self.original.samples(), self.outputs.samples())
+        samples = self.chain.samples(), self.original.samples(), self.outputs.samples()
+        return BlockData(call, *samples, self.context.dtype)
 
     def parts(self, learned: Callable[[], Weights], fixed: Weights) -> Iterator[tuple[tuple[str, ...], BlockData]]:
         """The children of the block that hold sites: names of their sites and vectors, and how to run each.
