@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Gt, Lt
 
 from compress.calibration.reconstruct import BLOCK_ERROR, Inputs, Recipe, by_block, by_layer
+from compress.encodings.counting import sums_by_number
 from compress.errors import SolveError
-from compress.lazy import function, torch
+from compress.lazy import function
 from compress.passes.base import BlockPass, Edit, OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    import torch
     from torch import Tensor
 
     from compress.calibration.statistics import Need
@@ -152,5 +154,5 @@ class _LookUp:
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
         (index,) = ctx.saved_tensors
-        total = torch.bincount(index.flatten(), gradients[0].flatten().double(), minlength=ctx.size)
+        total = sums_by_number(index.flatten(), gradients[0].flatten().double(), ctx.size)
         return total.to(gradients[0].dtype), None
