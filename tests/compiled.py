@@ -1,27 +1,60 @@
-"""Run by `test_kernels.py`: the CUDA kernels, compiled for a device that need not be there."""
+"""Run by `test_kernels.py`: the CUDA kernels, compiled for devices that need not be there."""
+
+import re
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from compress.runtime import triton_kernels
+from compress.runtime.launch import EACH, GATHER, ONE, PAIRS, RECORDS, SLABS, STEPS, TABLE
 
-TYPES = {"codes": "*u8", "table": "*fp32", "first": "*i32", "zero": "*u8", "scale": "*fp16"}
-SIZES = {
-    "vector": {"BN": 16, "BK": 128},
-    "matrix": {"BM": 16, "BN": 32, "BK": 64, "WIDE": False},
-}
+TYPES = {"words": "*i32", "tables": "*i32", "first": "*i32", "zero": "*u8", "scale": "*fp16"}
+PRODUCT = {"GROUP": 128, "SHARED": True, "ESCAPE": -1, "P": 4}
+NARROW = {"FULL": True, "BM": 8, "TWICE": False, "EARLY": False, "WIDTH": 4}
+WIDE = {"BM": 64, "STAGES": 3}
+ALIGNED = ("K", "N", "G", "stride")
+
+
+def compiled(name: str, given: str, architecture: int = 90, **constants: object) -> str:
+    """The kernel between Triton's language and machine code, where layouts are seen."""
+    function = getattr(triton_kernels, name)
+    constants = PRODUCT | (NARROW if name == "narrow" else WIDE) | constants
+    types = TYPES | {"x": f"*{given}", "y": f"*{given}", "table": f"*{given}"} | dict.fromkeys(constants, "constexpr")
+    signature = {argument: types.get(argument, "i32") for argument in function.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, argument in enumerate(function.arg_names)
+        if signature[argument].startswith("*") or argument in ALIGNED
+    }
+    source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": 4, "num_stages": 1 if name == "narrow" else 3}
+    found = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    assert found.asm["cubin"]
+    return str(found.asm["ttgir"])
 
 
 def main() -> None:
-    for lookup, bits, given in ((0, 3, "fp32"), (1, 4, "bf16"), (2, 8, "fp16")):
-        for name, sizes in SIZES.items():
-            function = getattr(triton_kernels, name)
-            constants = sizes | {"BITS": bits, "LOOKUP": lookup, "ROWS": 1}
-            types = TYPES | {"x": f"*{given}", "y": f"*{given}"} | dict.fromkeys(constants, "constexpr")
-            signature = {argument: types.get(argument, "i32") for argument in function.arg_names}
-            source = ASTSource(function, signature, constexprs=constants)
-            assert triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]
+    quick = {
+        "steps": {"MODE": STEPS, "BITS": 4, "GROUPS": RECORDS, "ZEROS": True, "WIDTH": 8},
+        "steps from the middle": {"MODE": STEPS, "BITS": 3, "GROUPS": ONE, "ZEROS": False},
+        "table of each row": {"MODE": TABLE, "BITS": 4, "GROUPS": RECORDS, "ZEROS": False, "SHARED": False},
+        "pairs": {"MODE": PAIRS, "BITS": 4, "GROUPS": ONE, "ZEROS": False, "ESCAPE": 8},
+        "read one by one": {"MODE": GATHER, "BITS": 8, "GROUPS": SLABS, "ZEROS": False, "GROUP": 32, "ESCAPE": 128},
+    }
+    for name, constants in quick.items():
+        for given, rows in (("bf16", 8), ("fp16", 16)):
+            text = compiled("narrow", given, BM=rows, **constants)
+            # A weight that is decoded in another order than the product wants goes through shared memory.
+            assert set(re.findall(r"kWidth = (\d+)", text)) == {str(constants.get("WIDTH", 4))}, (name, given)
+            assert "local_alloc" not in text, (name, given)
+    constants = {"BITS": 4, "GROUPS": EACH, "ZEROS": True, "FULL": False, "TWICE": True}
+    assert compiled("narrow", "fp32", MODE=STEPS, **constants)
+    assert compiled("narrow", "bf16", MODE=TABLE, **(constants | {"EARLY": True}))
+    for architecture in (80, 90):
+        text = compiled("wide", "bf16", architecture, **{k: v for k, v in quick["steps"].items() if k != "WIDTH"})
+        assert architecture == 80 or "warp_group_dot" in text
+    assert compiled("wide", "fp16", MODE=PAIRS, BITS=4, GROUPS=SLABS, ZEROS=False, GROUP=32)
 
 
 if __name__ == "__main__":
