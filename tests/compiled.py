@@ -6,7 +6,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from compress.passes.quantize import division_kernel
+from compress.passes.quantize import division_kernel, entry_kernel
 from compress.passes.solvers import column_kernel
 from compress.runtime import triton_kernels
 
@@ -37,6 +37,8 @@ def solvers() -> None:
         chosen = {"OWN": 1, "BN": 8, "BC": 128}
         compiled(division_kernel.divide_back, SIZE_TYPES | {"gradient": gradient}, chosen)
     compiled(division_kernel.divide, SIZE_TYPES, chosen)
+    for index in ("*u8", "*i64"):
+        compiled(entry_kernel.sum_entries, {"index": index, "columns": "i32"}, {"K": 16, "BLOCK": 1024})
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compress.lazy import function
 from compress.passes import Gptq, LinearPass, SparseGpt, Wanda
-from compress.passes.quantize import division_kernel
+from compress.passes.quantize import division_kernel, learned
 from compress.passes.quantize.flexround import Divide
 from compress.passes.solvers import obs
 from compress.runtime import triton_kernels
@@ -27,11 +27,17 @@ SOLVERS: dict[str, LinearPass] = {
 }
 # rows, groups, columns of a group, rows of scales
 DIVISIONS = {"groups": (5, 3, 16, 5), "rows": (3, 1, 1100, 3), "one scale": (4, 1, 37, 1)}
+LOOK_UPS = {"one table": (1, 1030), "tables of rows": (3, 7)}  # tables, columns
 
 
 def anywhere(tensor: Tensor) -> bool:
     """Stands for `has_kernels`."""
     return tensor.dtype == torch.float32
+
+
+def nowhere(tensor: Tensor) -> bool:
+    """Stands for `has_kernels`."""
+    return False
 
 
 def solved(pass_: LinearPass, masked: bool) -> list[Tensor]:
@@ -57,14 +63,26 @@ def divided(kernel: bool, rows: int, groups: int, columns: int, scales: int, dev
         drawn(scales, groups, 1).abs() / 5 + 0.1,
         torch.full((1,), -7.0, device=device),
     )
-    learned = [(drawn(*shape) / 10).requires_grad_() for shape in (first.shape, w.shape, (rows, groups, 1))]
-    s1, s2, s3 = learned
+    own = [(drawn(*shape) / 10).requires_grad_() for shape in (first.shape, w.shape, (rows, groups, 1))]
+    s1, s2, s3 = own
     low = low.expand(first.shape).contiguous()
     if kernel:
         made: Tensor = function(division_kernel.FusedDivide).apply(w, first, s1, s2, s3, low, 15)
     else:
         made = function(Divide).apply(w, first, s1, s2 + s3, low, low + 15)
-    return [made, *torch.autograd.grad(made, learned, drawn(*made.shape))]
+    return [made, *torch.autograd.grad(made, own, drawn(*made.shape))]
+
+
+def looked_up(kernel: bool, tables: int, columns: int, device: str = "cpu") -> list[Tensor]:
+    """Entries of tables of eight, and the gradient of the tables."""
+    generator = torch.Generator().manual_seed(0)
+    entries = torch.randn(tables, 8, generator=generator).to(device).requires_grad_()
+    index = torch.randint(0, 8, (5, columns), generator=generator).to(device)
+    before, learned.has_kernels = learned.has_kernels, anywhere if kernel else nowhere
+    found = learned.look_up(entries, index, (torch.arange(5, device=device) % tables) if tables > 1 else None)
+    made = [found, *torch.autograd.grad(found.sin().sum(), [entries])]
+    learned.has_kernels = before
+    return made
 
 
 def off(found: list[Tensor], expected: list[Tensor]) -> list[float]:
@@ -86,10 +104,16 @@ def main() -> None:
             obs.has_kernels = before
     for name, sizes in DIVISIONS.items():
         found[f"flexround, {name}"] = off(divided(True, *sizes), divided(False, *sizes))
+    for name, (tables, columns) in LOOK_UPS.items():
+        found[f"entries, {name}"] = off(looked_up(True, tables, columns), looked_up(False, tables, columns))
     print(json.dumps(found))
 
 
-CASES = [f"{name}{masked}" for name in SOLVERS for masked in ("", ", masked")] + [f"flexround, {n}" for n in DIVISIONS]
+CASES = (
+    [f"{name}{masked}" for name in SOLVERS for masked in ("", ", masked")]
+    + [f"flexround, {n}" for n in DIVISIONS]
+    + [f"entries, {n}" for n in LOOK_UPS]
+)
 
 if __name__ == "__main__":
     main()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreted_solvers import CASES, DIVISIONS, SOLVERS, divided, off
+from interpreted_solvers import CASES, DIVISIONS, LOOK_UPS, SOLVERS, divided, looked_up, off
 from textbook import inputs, weight
 
 from compress.calibration.statistics import Statistics
@@ -73,3 +73,12 @@ def test_flexround_makes_the_same_weights_and_gradients_on_a_device(name: str) -
     expected = divided(False, *DIVISIONS[name])
     found = divided(True, *DIVISIONS[name], device="cuda")
     assert max(off([t.cpu() for t in found], expected)) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", LOOK_UPS)
+def test_entries_get_the_same_gradients_on_a_device(name: str) -> None:
+    with torch.device("cuda"):
+        found = looked_up(True, *LOOK_UPS[name], device="cuda")
+    assert max(off([t.cpu() for t in found], looked_up(False, *LOOK_UPS[name]))) < 1e-5
