@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from compress.encodings.base import Encoding, Form
 from compress.encodings.bits import pack_bits, row_bytes, unpack_bits
 from compress.encodings.lookup import Table
+from compress.encodings.pieces import rows_in_piece
 from compress.lazy import torch
 
 if TYPE_CHECKING:
@@ -27,8 +28,7 @@ Search = Literal["minmax", "mse"]
 SEARCH_NORM = 2.4  # exponent of the error that the mse search minimises, as in GPTQ's and BRECQ's public code
 SEARCH_STEPS = 100
 SEARCH_SMALLEST = 20  # the narrowest range tried, in steps of 1 / SEARCH_STEPS
-CHUNK = 1 << 18  # weights worked on at once on a processor: temporaries stay in the cache
-LARGE_CHUNK = 1 << 26  # and on other devices, where every operation has to be sent
+CHUNK = 1 << 18  # weights worked on at once: temporaries stay in the cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,17 +137,11 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return grouped.view(rows, columns)
 
 
-def rows_at_once(matrix: Tensor) -> int:
-    """How many rows of (O, I) to work on at once."""
-    most = CHUNK if matrix.device.type == "cpu" else LARGE_CHUNK
-    return max(1, most // max(1, matrix.shape[1]))
-
-
 def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """(O, I) float32 -> (O, I) uint8 codes: nearest grid point, ties to even."""
     rows, columns = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.uint8)
-    step = rows_at_once(weight)
+    step = rows_in_piece(CHUNK, columns, weight.device)
     for start in range(0, rows, step):
         part = slice(start, start + step) if scale.shape[0] > 1 else slice(None)
         piece = weight[start : start + step]
