@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge, Lt
 
-from compress.encodings.uniform import rows_at_once
+from compress.encodings.pieces import rows_in_piece
+from compress.encodings.uniform import CHUNK
 from compress.lazy import torch
 from compress.passes.base import OptionError
 
@@ -69,7 +70,7 @@ def keep_pattern(scores: Tensor, keep: int, of: int) -> Tensor:
     if of > MOST_COMPARED:
         return _keep_all_but(runs, of - keep).view(scores.shape)
     found = torch.empty(runs.shape, dtype=torch.bool)
-    at_once = rows_at_once(runs)
+    at_once = rows_in_piece(CHUNK, of, runs.device)
     for start in range(0, len(runs), at_once):
         part = slice(start, start + at_once)
         found[part] = (_places(runs[part].T.contiguous()) >= of - keep).T
