@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from compress.encodings.weight import Spec
 
 
-
 class Decoder:
     """What a quantized weight is, by tiles of rows; what is not quick to look up goes through `unpack`.
 
