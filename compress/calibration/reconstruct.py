@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from compress.calibration.draws import draw
+from compress.calibration.shares import ALONE, Shares
 from compress.calibration.training import Learner, Loop, TrainingStore, learn
 from compress.lazy import torch
 
@@ -49,6 +50,11 @@ class HiddenSamples:
     def __len__(self) -> int:
         return len(self._place)
 
+    @property
+    def example(self) -> Tensor:
+        """(...) a sample, on the device that samples are taken to; of no use but for its shape."""
+        return self.take(torch.zeros(1, dtype=torch.long))[0]
+
     def take(self, numbers: Tensor) -> Tensor:
         """(B, ...) some of the samples, in the order asked for."""
         places = [self._place[n] for n in numbers.tolist()]
@@ -69,12 +75,19 @@ class BlockData:
         inputs: what arrives from the compressed blocks before it.
         original_inputs: what arrives at it in the original model.
         outputs: what the original block makes of `original_inputs`.
+        shares: how processes share the samples, each of which is held by one.
     """
 
     call: Callable[[Weights, Tensor, Tensor], Tensor]
     inputs: HiddenSamples
     original_inputs: HiddenSamples
     outputs: HiddenSamples
+    shares: Shares = ALONE
+
+    @property
+    def count(self) -> int:
+        """N, those of other processes too."""
+        return sum(self.shares.counts) or len(self.outputs)
 
 
 class LearnedWeights(Protocol):
@@ -168,7 +181,7 @@ class _Reconstruction(Learner):
     not_finite = "the block's outputs are not finite"
 
     def __init__(self, learned: LearnedWeights, recipe: Recipe):
-        self.learned, self.recipe = learned, recipe
+        self.learned, self.recipe, self.shares = learned, recipe, ALONE
         self.tensors = [t for ts, _ in learned.groups() for t in ts]
 
     def groups(self) -> list[tuple[list[Tensor], float]]:
@@ -177,41 +190,54 @@ class _Reconstruction(Learner):
     def gradients(self, step: int) -> Tensor:
         progress = (step - 1) / self.recipe.steps
         value = self.loss(self.learned.soft(progress))
-        penalty = self.learned.penalty(progress)
+        penalty = self.learned.penalty(progress) if self.shares.leads else None
         if penalty is not None:
             value = value + penalty
-        torch.autograd.backward(value, inputs=self.tensors)
-        return value.detach()
+        return self.shares.backward(value, self.tensors)
 
     def loss(self, weights: Weights) -> Tensor:
-        """The distance from what should come out, on the next samples."""
+        """The distance from what should come out, on the next samples: the part of this process in their mean."""
         raise NotImplementedError
 
 
 class _ByBlock(_Reconstruction):
     def __init__(self, learned: LearnedWeights, data: BlockData, recipe: Recipe, generator: torch.Generator):
         super().__init__(learned, recipe)
-        self.data, self.generator, count = data, generator, len(data.outputs)
+        self.data, self.generator, self.shares, count = data, generator, data.shares, data.count
         self.held = torch.arange(count)[:: min(HELD_OUT, count)]
         self.trained = torch.tensor([n for n in range(count) if n not in set(self.held.tolist())] or self.held.tolist())
         self.order = torch.empty(0, dtype=torch.long)
-        self.scale = _mean_square(data.outputs, self.held, recipe.batch_size)
+        self.scale = _mean_square(data, self.held, recipe.batch_size)
 
     def error(self) -> float:
         weights, total, data = self.learned.hard(), 0.0, self.data
         with torch.no_grad():
             for part in torch.split(self.held, self.recipe.batch_size):
-                made = data.call(weights, data.inputs.take(part), part)
-                total += float((made.float() - data.outputs.take(part).float()).square().sum())
-        return total / (self.scale * _numel(data.outputs, self.held))
+                own, _ = self.shares.own(part)
+                if len(own):
+                    made = data.call(weights, data.inputs.take(own), own)
+                    total += float((made.float() - data.outputs.take(own).float()).square().sum())
+        return self.shares.total(total) / (self.scale * _numel(data, self.held))
 
     def loss(self, weights: Weights) -> Tensor:
         if len(self.order) == 0:
             self.order = self.trained[draw(self.generator, (len(self.trained),), "permutation", self.trained)]
         size = self.recipe.batch_size
         part, self.order = self.order[:size], self.order[size:]
-        made = self.data.call(weights, _inputs(self.data, self.recipe.inputs, part, self.generator), part)
-        return (made.float() - self.data.outputs.take(part).float()).square().mean() / self.scale
+        chosen = self._mixed(len(part))
+        own, places = self.shares.own(part)
+        if len(own) == 0:  # other processes hold all of them
+            return torch.zeros((), device=self.tensors[0].device)
+        made = self.data.call(weights, _inputs(self.data, self.recipe.inputs, own, chosen, places), own)
+        lost = (made.float() - self.data.outputs.take(own).float()).square().mean()
+        return lost * (len(own) / len(part)) / self.scale
+
+    def _mixed(self, count: int) -> Tensor | None:
+        """Where the inputs of so many samples are those of the compressed chain, of all processes' samples."""
+        if self.recipe.inputs != "mix":
+            return None
+        example = self.data.inputs.example
+        return draw(self.generator, (count, *example.shape), "uniform", example) < MIX
 
     def randomness(self) -> dict[str, Tensor]:
         return {"generator": self.generator.get_state(), "order": self.order.clone()}
@@ -239,22 +265,23 @@ class _ByLayer(_Reconstruction):
             return float(self.loss(self.learned.hard()))
 
 
-def _inputs(data: BlockData, kind: Inputs, part: Tensor, generator: torch.Generator) -> Tensor:
+def _inputs(data: BlockData, kind: Inputs, own: Tensor, chosen: Tensor | None, places: Tensor) -> Tensor:
     if kind == "original":
-        return data.original_inputs.take(part)
-    inputs = data.inputs.take(part)
-    if kind == "compressed":
+        return data.original_inputs.take(own)
+    inputs = data.inputs.take(own)
+    if chosen is None:
         return inputs
-    chosen = draw(generator, inputs.shape, "uniform", inputs) < MIX
-    return torch.where(chosen, inputs, data.original_inputs.take(part))
+    return torch.where(chosen[places.to(chosen.device)], inputs, data.original_inputs.take(own))
 
 
-def _numel(samples: HiddenSamples, numbers: Tensor) -> int:
-    return samples.take(numbers[:1]).numel() * len(numbers)
+def _numel(data: BlockData, numbers: Tensor) -> int:
+    return data.outputs.example.numel() * len(numbers)
 
 
-def _mean_square(samples: HiddenSamples, numbers: Tensor, at_once: int) -> float:
+def _mean_square(data: BlockData, numbers: Tensor, at_once: int) -> float:
     total = 0.0
     for part in torch.split(numbers, at_once):
-        total += float(samples.take(part).float().square().sum())
-    return total / _numel(samples, numbers) or 1.0
+        own, _ = data.shares.own(part)
+        if len(own):
+            total += float(data.outputs.take(own).float().square().sum())
+    return data.shares.total(total) / _numel(data, numbers) or 1.0
