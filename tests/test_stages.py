@@ -161,7 +161,7 @@ def test_the_sweep_shards_batches_reduces_statistics_maps_over_matrices_and_comm
     run(context, tokens, SparseGpt(sparsity=0.5), Gptq(bits=4))
     by_block = [{s.name for s in context.graph.in_block(i)} for i in range(2)]
     assert executor.asked == [
-        ("shard", len(calibration_batches(Dataset(tokens)))),
+        ("shard", len(calibration_batches(context, Dataset(tokens)))),
         ("reduce", by_block[0]), ("map", None), ("map", None), ("commit", "s00-b0000"),
         ("reduce", by_block[1]), ("map", None), ("map", None), ("commit", "s00-b0001"),
     ]  # fmt: skip

@@ -16,6 +16,7 @@ from compress.checkpoint.opening import load_measured, measured_in
 from compress.errors import DataError, UsageError
 from compress.models import hub, loading
 from compress.models.logits import logits_in, logits_of, rows_at_once
+from compress.planning.places import chosen_device, device_name
 from compress.progress import Bars
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def measure_model(
     against: str | None = None,
     runtime: Runtime = "transformers",
     threads: int = 0,
+    device: str | None = None,
     bars: Bars | None = None,
 ) -> dict[str, Any]:
     """Quality and size; of an ONNX file also its speed and the memory that loading it takes.
@@ -48,6 +50,7 @@ def measure_model(
         against: the original, for the divergence.
         runtime: what runs the model.
         threads: of onnxruntime; 0 for its own choice.
+        device: what transformers computes on: `auto`, which None stands for, `cpu`, `cuda`, `cuda:1`.
         bars: progress; by default, bars where stderr is a terminal.
 
     Raises:
@@ -56,22 +59,25 @@ def measure_model(
         DataError: nothing that can be read.
     """
     bars = bars or Bars()
+    if runtime == "onnxruntime" and device is not None:
+        raise UsageError("device chooses what transformers computes on; onnxruntime computes on the processor")
     with bars.shown():
         if runtime == "onnxruntime":
             return _onnx(Path(model), section, against, threads, bars)
-        return _torch(model, section, against, bars)
+        return _torch(model, section, against, chosen_device(device or "auto"), bars)
 
 
-def _torch(model: str, section: Evaluation, against: str | None, bars: Bars) -> dict[str, Any]:
+def _torch(model: str, section: Evaluation, against: str | None, device: torch.device, bars: Bars) -> dict[str, Any]:
     folder = hub.resolve(model)
     refuse_changed(folder)
     dtype = measured_in(folder)
     data = given.read_data(section, folder, "evaluation", bars.over)
     loaded = loading.load_model(folder, dtype)
     original = load_measured(against) if against else None
-    quality = evaluate(loaded, given.matched(loaded, data), against=original, progress=_progress(bars))
+    matched = given.matched(loaded, data)
+    quality = evaluate(loaded, matched, against=original, device=device, progress=_progress(bars))
     weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    return {"model": model, **_result(quality, section), "bytes": weights}
+    return {"model": model, **_result(quality, section), "bytes": weights, "device": device_name(device)}
 
 
 def _progress(bars: Bars) -> Callable[[Iterable[Tensor], int], Iterator[Tensor]]:

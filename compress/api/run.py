@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from compress.api.output_folder import (
     work_of,
     working_for,
 )
+from compress.api.reloaded import logit_difference
 from compress.calibration.surroundings import undisturbed
 from compress.checkpoint import packed_layout
 from compress.checkpoint.delta.file import DELTA, Delta
@@ -34,39 +36,36 @@ from compress.config.reading import load_pipeline
 from compress.config.writing import dump
 from compress.encodings.format import version
 from compress.engine import manager
+from compress.engine.devices import devices_of
 from compress.engine.ledger import FolderLedger
-from compress.engine.measure import logits
 from compress.engine.merge import checks as merges
-from compress.engine.placement import Context, streamed
+from compress.engine.placement import Context
 from compress.engine.resume import Resume
-from compress.errors import CheckpointError, CompressError, UsageError
+from compress.errors import CheckpointError, UsageError
 from compress.export.packed import open_packed
 from compress.io.atomic import copy, remove_made, write_text
 from compress.io.keys import Watch, hash_of, key_of
 from compress.io.manifest import verify_folder
 from compress.io.safetensors_file import compare_tensors
 from compress.io.source_code import code_of, plug_ins
-from compress.logs import kept_in
+from compress.logs import LOGGER, kept_in
 from compress.models import loading
 from compress.models.companions import companions
-from compress.models.logits import pieces
 from compress.passes import MergePass
 from compress.planning import plan, resources
+from compress.planning.places import places
 from compress.report import report
 from compress.report.report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from torch import Tensor
-
     from compress.checkpoint.opening import OpenedModel
     from compress.checkpoint.sources import Source
     from compress.config.pipeline import Pipeline
     from compress.engine.placement import MadeDelta
+    from compress.planning.places import Places
     from compress.report.report import Row
-
-LOGITS_TOLERANCE = 0.0  # packed and in-memory results multiply the same numbers in the same order
 
 
 @undisturbed()
@@ -79,6 +78,7 @@ def run(
     evaluation: given.Given | None = None,
     overwrite: bool = False,
     fresh: bool = False,
+    device: str | None = None,
     bars: progress.Bars | None = None,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> Report:
@@ -95,6 +95,7 @@ def run(
         evaluation: the same, for measuring; of an image model, (images, labels).
         overwrite: replace an existing `out`.
         fresh: forget what an interrupted run had finished.
+        device: what computes, instead of the pipeline's choice: `auto`, `cpu`, `cuda`, `cuda:1`.
         bars: progress; by default, bars where stderr is a terminal. Log records go to the logger `compress`.
         on_row: is given every row of the report as soon as it is measured, also where the gate then fails.
 
@@ -113,6 +114,8 @@ def run(
         'rtn'
     """
     steps = load_pipeline(pipeline)
+    steps = steps if device is None else replace(steps, device=device)
+    where = places(steps.device, steps.max_memory)
     destination, bars = Path(out).absolute(), bars or progress.Bars()
     opened = open_model(model)
     refuse_destination(destination, inputs_of(steps, opened.folder, pipeline), overwrite)
@@ -123,7 +126,7 @@ def run(
     )
     steps = _with_given(steps, data)
     file = str(pipeline) if isinstance(pipeline, str | Path) else "pipeline"
-    made = plan.make(steps, graph, opened.dtypes, file, opened.companion_bytes)
+    made = plan.make(steps, graph, opened.dtypes, file, opened.companion_bytes, where)
     merged = merges.check_models(steps, opened.artifact, file)
     resolved = dump(steps)
     with bars.shown():
@@ -132,7 +135,8 @@ def run(
     hashes = [hash_of(each) for each in (data.calibration, data.evaluation)]
     own = plug_ins(type(pass_) for stage in steps.passes for pass_ in stage)
     sources = [opened.artifact.source, *merged]
-    identity = key_of([s.fingerprint() for s in sources], resolved, hashes, *([code_of(own)] if own else []))
+    meant = dump(replace(steps, device="auto", max_memory={}))  # what results depend on
+    identity = key_of([s.fingerprint() for s in sources], meant, hashes, where.name, *([code_of(own)] if own else []))
     with working_for(destination) as work:
         finished = None if overwrite or fresh else _finished(destination, identity, steps)
         if finished:
@@ -149,13 +153,14 @@ def run(
             refuse_non_finite(opened.artifact, _dtype(steps, opened), bars)
         watch = _watch(opened, sources)
         resume = Resume(["+".join(p.key for p in stage) for stage in steps.passes], len(graph.blocks))
-        context = _context(steps, opened, FolderLedger(work, resume, watch.refuse_changed), bars)
+        context = _context(steps, opened, FolderLedger(work, resume, watch.refuse_changed), bars, made)
+        LOGGER.log(logging.INFO if where.apart else logging.DEBUG, "computing on %s", where.name)
         with kept_in(work / LOG), bars.shown():
             with context.devices.scope():
                 measured, context = manager.execute(steps, made, context, data, str(model), on_row)
             measured.notes += opened.notes
             resume.all_done()
-            _export(context, opened, steps, measured, data, destination, identity, resolved)
+            _export(context, opened, steps, measured, data, destination, identity, resolved, where)
             watch.refuse_changed()
             publish_folder(work / RESULT, destination)
         clear(work)
@@ -175,11 +180,13 @@ def _watch(opened: OpenedModel, sources: Sequence[Source]) -> Watch:
     return Watch.over([*read, opened.folder / "config.json", *companions(opened.folder)])
 
 
-def _context(steps: Pipeline, opened: OpenedModel, ledger: FolderLedger, bars: progress.Bars) -> Context:
+def _context(
+    steps: Pipeline, opened: OpenedModel, ledger: FolderLedger, bars: progress.Bars, made: plan.Plan
+) -> Context:
     """What the first stage works in."""
     return Context(
-        artifact=opened.artifact, given=opened.artifact, ledger=ledger,
-        seed=steps.seed, dtype=_dtype(steps, opened), products=steps.products, resident=False, bars=bars,
+        artifact=opened.artifact, given=opened.artifact, ledger=ledger, seed=steps.seed, dtype=_dtype(steps, opened),
+        products=steps.products, resident=False, bars=bars, devices=devices_of(made),
     )  # fmt: skip
 
 
@@ -247,6 +254,7 @@ def _export(
     destination: Path,
     identity: str,
     resolved: str,
+    where: Places,
 ) -> None:
     """Write the result into the folder of unfinished work, read it back and compare."""
     partial = work_of(destination) / RESULT
@@ -256,7 +264,8 @@ def _export(
     compared = packed_layout.verify(context.artifact, partial, context.bars)
     measured.verified = {"run": identity, "tensors_equal": compared}
     if data.evaluation is not None:
-        measured.verified["max_logit_difference"] = _logit_difference(context, partial, data.evaluation.inputs[:2])
+        few = data.evaluation.inputs[:2]
+        measured.verified["max_logit_difference"] = logit_difference(context, partial, few, where)
     if steps.export:
         made = open_packed(partial, context.dtype)
         written = {exporter.key: partial / exporter.key for exporter in steps.export}
@@ -279,15 +288,3 @@ def _put_delta(made: MadeDelta, folder: Path, context: Context) -> int:
     model = with_delta(context.given, Delta.open(folder / DELTA))
     layout, read = list(packed_layout.entries(model)), partial(packed_layout.stored_tensors, model)
     return compare_tensors(layout, read, made.merged, context.bars, "delta")
-
-
-def _logit_difference(context: Context, folder: Path, inputs: Tensor) -> float:
-    """Largest difference of the packed model's logits from the in-memory result's; more than none is an error."""
-    loaded = loading.load_model(folder, context.dtype)
-    written = replace(context, artifact=replace(context.artifact, graph=replace(context.graph, model=loaded)))
-    with torch.no_grad(), streamed(context) as hold:
-        pairs = zip(pieces(logits(written, inputs)), pieces(logits(context, inputs, hold)), strict=True)
-        difference = max(float((there - here).abs().max()) for there, here in pairs)
-    if not difference <= LOGITS_TOLERANCE:
-        raise CompressError(f"the written model's logits differ by {difference:.3g} from the in-memory result's")
-    return difference

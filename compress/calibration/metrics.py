@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +129,7 @@ def measure(
     reference: Reference | None = None,
     keep: bool = False,
     progress: Callable[[Iterable[Tensor], int], Iterator[Tensor]] | None = None,
+    divided: int = 1,
 ) -> Quality:
     """Evaluate a causal language model or, with labels, a classifier.
 
@@ -140,6 +142,7 @@ def measure(
         reference: of the original; compared with, or filled when `keep`.
         keep: fill `reference` instead of comparing with it.
         progress: wraps the batches.
+        divided: how many parts a usual batch is divided into.
 
     Raises:
         NonFiniteError: the model's logits are not finite.
@@ -149,7 +152,7 @@ def measure(
         raise DataError("windows have one token; at least two tokens are needed, of which the second is predicted")
     loss = divergence = 0.0
     count = compared = correct = flipped = 0
-    parts = batches(tokens, TOKENS_AT_ONCE)
+    parts = batches(tokens, TOKENS_AT_ONCE, divided)
     with torch.no_grad():
         for batch in progress(parts, len(parts)) if progress else parts:
             first = count
@@ -204,6 +207,7 @@ def evaluate(
     data: Any,
     *,
     against: nn.Module | None = None,
+    device: torch.device | str | None = None,
     progress: Callable[[Iterable[Tensor], int], Iterator[Tensor]] | None = None,
 ) -> Quality:
     """Perplexity of a causal language model in memory, or accuracy of a classifier, and divergence from the original.
@@ -217,6 +221,7 @@ def evaluate(
             (without padding), or a data loader of these; for a classifier, its inputs (samples, ...) and labels
             (samples,). Several sources by name are measured together.
         against: the original.
+        device: where both are measured, one after the other, each moved there and back again; None for where each is.
         progress: wraps the batches.
 
     Raises:
@@ -240,9 +245,31 @@ def evaluate(
         reference = None
         if against is not None:
             reference = Reference()
-            original = _logits_of(against, labels)
-            measure(original, inputs, labels=labels, reference=reference, keep=True, progress=progress)
-        return measure(_logits_of(model, labels), inputs, labels=labels, reference=reference, progress=progress)
+            with _moved(against, device):
+                original = _logits_of(against, labels)
+                measure(original, inputs, labels=labels, reference=reference, keep=True, progress=progress)
+        with _moved(model, device):
+            logits = _logits_of(model, labels)
+            return measure(logits, inputs, labels=labels, reference=reference, progress=progress)
+
+
+@contextmanager
+def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[None]:
+    """While open, a model is on another device."""
+    before = _device_of(model)
+    if device is None or before is None or before == torch.device(device):
+        yield
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(before)
+
+
+def _device_of(model: nn.Module) -> torch.device | None:
+    """Where a model is; None where it has no parameters and no buffers."""
+    return next((tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors), None)
 
 
 def _kind(model: nn.Module, data: Any) -> Kind:
@@ -264,6 +291,12 @@ def _checked_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def _logits_of(model: nn.Module, labels: Tensor | None) -> Callable[[Tensor], Tensor | Iterator[Tensor]]:
+    device = _device_of(model)
+
+    def of_tokens(batch: Tensor) -> Tensor | Iterator[Tensor]:
+        here = batch.to(device)
+        return logits_of(model, lambda: model(input_ids=here, use_cache=False), here)
+
     if labels is None:
-        return lambda batch: logits_of(model, lambda: model(input_ids=batch, use_cache=False), batch)
-    return lambda batch: logits_in(model(batch.clone()))  # a first layer may work in place
+        return of_tokens
+    return lambda batch: logits_in(model(batch.to(device, copy=True)))  # a first layer may work in place

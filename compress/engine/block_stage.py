@@ -39,7 +39,7 @@ class BlockSequential(StageRunner):
 
     def run(self, context: Context, stage: Stage, data: Dataset | None, key: str) -> StageResult:
         passes = cast("list[LinearPass | BlockPass]", stage.passes)
-        batches = context.executor.shard(calibration_batches(data))
+        batches = context.executor.shard(calibration_batches(context, data))
         asking = cast("list[LinearPass]", [p for p in passes if p.surveys])
         if asking:
             found = survey_stage(context, stage.number, asking, batches, key)

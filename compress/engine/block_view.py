@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from compress.calibration import collect
-from compress.calibration.activation_cache import Activations
 from compress.calibration.precision import learning
 from compress.calibration.reconstruct import BlockData
 from compress.engine.placement import grids_of, present
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from compress.calibration.activation_cache import Activations
     from compress.calibration.reconstruct import Weights
     from compress.encodings import Weight
     from compress.engine.placement import Context
@@ -93,7 +93,7 @@ class View:
         now = self._values({**fixed, **learned})
         runs = self.chain.forwards(self.block, now)
         arrivals = (collect.arrival(run, module) for run in runs)
-        inputs = Activations(arrivals, trim=not self.context.resident, store=self.context.devices.store)
+        inputs = self.context.waiting(arrivals)
         outputs = inputs.copy()
         original = _under(child, self.original_values())
         for number, made in enumerate(outputs.forwards(module, original)):

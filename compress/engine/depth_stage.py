@@ -46,7 +46,7 @@ class Shortening(StageRunner):
         pass_, graph = stage.single(DepthPass), context.graph
         may = frozenset(pass_.candidates(graph))
         key = key_of(key, stage.number, pass_.key, pass_.options(), sorted(may))
-        work = _DepthWork(pass_, stage.unit, key, calibration_batches(data), may, graph.blocks)
+        work = _DepthWork(pass_, stage.unit, key, calibration_batches(context, data), may, graph.blocks)
         state = _State(context, list(range(len(graph.blocks))))
         for chosen in pass_.run(Depth(partial(_asked, work, state))):
             _take_out(state, chosen)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from compress.calibration import collect
+from compress.calibration.activation_cache import Activations
 from compress.calibration.precision import products
 from compress.engine.devices import Devices
 from compress.engine.executor import SingleProcess
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from compress.calibration.collect import Call
     from compress.calibration.precision import Products
     from compress.checkpoint.artifact import Artifact
     from compress.encodings import InputGrid, Weight
@@ -67,6 +69,7 @@ class Context:
         bars: progress.
         executor: who does the work.
         devices: where is computed, and where what is finished waits.
+        divided: how many parts usual batches are divided into, because the device has no room for whole ones.
         delta: a compressed one that was made, and belongs into the result.
     """
 
@@ -80,6 +83,7 @@ class Context:
     bars: Bars
     executor: Executor = field(default_factory=SingleProcess)
     devices: Devices = field(default_factory=Devices)
+    divided: int = 1
     delta: MadeDelta | None = None
 
     @property
@@ -102,6 +106,11 @@ class Context:
     def forward(self, inputs: Tensor) -> Any:
         """What the model makes of inputs, wherever they wait."""
         return forward(self.graph, self.devices.to_compute(inputs))
+
+    def waiting(self, arrivals: Iterable[tuple[Tensor, Call]]) -> Activations:
+        """What arrives at a block, where it waits for it."""
+        devices = self.devices
+        return Activations(arrivals, trim=not self.resident, store=devices.activations, room=devices.room)
 
     def commit(self, unit: str, key: str, records: Iterable[Record]) -> list[Record]:
         """Keep a finished unit, where it waits; returns its records as they are kept."""

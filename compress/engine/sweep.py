@@ -16,7 +16,6 @@ import torch
 from transformers import PreTrainedModel
 
 from compress.calibration import collect
-from compress.calibration.activation_cache import Activations
 from compress.calibration.precision import products
 from compress.engine.block_view import View
 from compress.engine.placement import present, set_value, streamed, value_of
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from compress.calibration.activation_cache import Activations
     from compress.calibration.reconstruct import Weights
     from compress.calibration.statistics import Need, Statistics
     from compress.engine.placement import Context
@@ -173,7 +173,7 @@ def chain_of(context: Context, blocks: list[nn.Module], batches: Sequence[Tensor
             return None
         arrivals = (collect.arrival(partial(context.forward, batch), blocks[0]) for batch in batches)
         arrived = context.bars.over(arrivals, len(batches), "embed: batches")
-        return Activations(arrived, trim=not context.resident, store=context.devices.store)
+        return context.waiting(arrived)
 
 
 def _original_chain(context: Context, blocks: list[nn.Module], batches: Sequence[Tensor]) -> Activations | None:

@@ -43,11 +43,26 @@ def check_resources(plan: Plan, destination: Path, work: Path) -> None:
             f"the run needs about {_mb(needed)} on the disk of {parent}, which has {_mb(free)} free "
             f"({_said(plan.disk)}); make room, or choose another disk for -o"
         )
-    memory = available_memory()
+    memory, limit = available_memory(), plan.places.host_limit
     if memory is not None and memory < plan.memory.total:
         raise ResourceError(
             f"the run needs about {_mb(plan.memory.total)} of memory, and {_mb(memory)} are available "
             f"({_said(plan.memory)}); fewer or shorter samples need less"
+        )
+    if limit is not None and limit < plan.memory.total:
+        raise ResourceError(
+            f"the run needs about {_mb(plan.memory.total)} of memory, and max_memory.host allows {_mb(limit)} "
+            f"({_said(plan.memory)}); allow more, or give fewer or shorter samples"
+        )
+    _check_device(plan)
+
+
+def _check_device(plan: Plan) -> None:
+    need, limit = plan.device, plan.places.device_limit
+    if need is not None and limit is not None and limit < need.total:
+        raise ResourceError(
+            f"the run needs about {_mb(need.total)} on {plan.places.compute}, where it may take {_mb(limit)} "
+            f"({_said(need)}); give a larger max_memory.device where there is more, shorter samples, or device: cpu"
         )
 
 
