@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from compress.calibration.draws import draw
-from compress.calibration.shares import ALONE, Shares
+from compress.calibration.shares import ALONE
 from compress.calibration.training import Learner, Loop, TrainingStore, learn
 from compress.lazy import torch
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from compress.calibration.shares import Shares
     from compress.calibration.training import Label, Outcome
 
 Inputs = Literal["compressed", "original", "mix"]

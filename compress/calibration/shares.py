@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from compress.lazy import torch
 
@@ -99,4 +99,35 @@ class Shares:
 
 ALONE = Shares()
 
-__all__ = ["ALONE", "Shares"]
+
+class Together(Protocol):
+    """Processes that measure something together.
+
+    Attributes:
+        rank: the number of this process, from 0.
+        world: how many processes there are.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world(self) -> int: ...
+
+    def gathered(self, value: Any) -> list[Any]:
+        """What every process says, in the order of the processes; something that JSON holds."""
+
+
+class _Lone(Together):
+    """One process, which measures everything."""
+
+    rank: int = 0
+    world: int = 1
+
+    def gathered(self, value: Any) -> list[Any]:
+        return [value]
+
+
+LONE = _Lone()
+
+__all__ = ["ALONE", "LONE", "Shares", "Together"]

@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias
 
 from compress.calibration.draws import draw
-from compress.calibration.shares import ALONE, Shares
+from compress.calibration.shares import ALONE
 from compress.errors import SolveError
 from compress.lazy import torch
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
+
+    from compress.calibration.shares import Shares
 
 Loss = Literal["next_token", "distill"]
 Label = str | Callable[[], str]  # of a progress bar; a function is asked again at every step

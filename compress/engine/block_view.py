@@ -75,7 +75,9 @@ class View:
             with learning(self.context.products, hidden):
                 return self.chain.call_for(len(numbers)).run(self.block, hidden, self._values({**fixed, **weights}))
 
-        return BlockData(call, self.chain.samples(), self.original.samples(), self.outputs.samples())
+        outputs = self.outputs.samples()
+        shares = self.context.executor.shares(len(outputs))
+        return BlockData(call, self.chain.samples(), self.original.samples(), outputs, shares)
 
     def parts(self, learned: Callable[[], Weights], fixed: Weights) -> Iterator[tuple[tuple[str, ...], BlockData]]:
         """The children of the block that hold sites: names of their sites and vectors, and how to run each.
@@ -104,7 +106,8 @@ class View:
                 own = _under(child, self._values({**fixed, **weights}))
                 return inputs.call_for(len(numbers)).run(module, hidden, own)
 
-        return BlockData(call, inputs.samples(), inputs.samples(), outputs.samples())
+        shares = self.context.executor.shares(len(inputs.samples()))
+        return BlockData(call, inputs.samples(), inputs.samples(), outputs.samples(), shares)
 
     def _values(self, weights: Weights) -> dict[str, Tensor]:
         """Values of sites and vectors by name in the block, as its modules take them."""
