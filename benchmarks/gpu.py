@@ -1,9 +1,9 @@
 """Passes and kernels on a graphics processor: a random model of the shape of a Llama of 8 B, a few blocks of it.
 
-    python benchmarks/gpu.py [--smoke] [--only PART ...] [--blocks 4] [--seconds 360]
+    python benchmarks/gpu.py [--smoke] [--only PART ...] [--blocks 4]
 
-Needs no network, and of this repository only `compress` and this folder. `--smoke` runs everything on the processor, with
-a tiny model, to see that it runs. Prints one table, and keeps it in results/gpu.json where it ran on a device.
+Needs no network, and of this repository only `compress` and this folder. `--smoke` runs everything on the processor,
+with a tiny model, to see that it runs. Prints one table, and keeps it in results/gpu.json where it ran on a device.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -118,25 +119,25 @@ def passes_in_memory(size: Size, most: int, device: torch.device) -> Iterator[Ro
         model = model_of(size, count, device)
         held = sum(p.nbytes for p in model.parameters()) / 1e9
         seconds, memory = timed(device, lambda m=model, p=pass_: compress.apply(m, [p], tokens, inplace=True))  # type: ignore[misc]
-        yield Row(f"{name}, per block", seconds / count, "s", memory, f"{count} blocks, whose model takes {held:.2f} GB")
+        yield Row(
+            f"{name}, per block", seconds / count, "s", memory, f"{count} blocks, whose model takes {held:.2f} GB"
+        )
         del model
 
 
 def run_from_disk(size: Size, most: int, device: torch.device) -> Iterator[Row]:
-    """`compress.run` of gptq, one block on the device at a time, within LIMIT of its memory; twice, to the same bits."""
-    if device.type != "cuda":
-        limits = {}
-    else:
-        limits = {"device": LIMIT}
+    """`compress.run` of gptq, a block on the device at a time, within LIMIT of its memory; twice, to the same bits."""
+    limits = {"device": LIMIT} if device.type == "cuda" else {}
     with tempfile.TemporaryDirectory() as folder:
-        model_of(size, most, torch.device("cpu") if size is SMOKE else device).to("cpu").save_pretrained(f"{folder}/model")
+        model_of(size, most, torch.device("cpu") if size is SMOKE else device).to("cpu").save_pretrained(
+            f"{folder}/model"
+        )
         group = 32 if size is SMOKE else 128
         steps = {"passes": [{"gptq": {"bits": 4, "group_size": group}}], "device": device.type, "max_memory": limits}
         for attempt in ("first", "second"):
             out = Path(folder, attempt)
-            seconds, memory = timed(
-                device, lambda o=out: compress.run(steps, f"{folder}/model", o, calibration=tokens_of(size))  # type: ignore[misc]
-            )
+            work = partial(compress.run, steps, f"{folder}/model", out, calibration=tokens_of(size))
+            seconds, memory = timed(device, work)
             yield Row(f"run: gptq from disk, {attempt} time, per block", seconds / most, "s", memory, f"{most} blocks")
         files = [*Path(folder, "first").glob("*.safetensors")]
         same = all(file.read_bytes() == Path(folder, "second", file.name).read_bytes() for file in files)
@@ -167,7 +168,9 @@ def main() -> None:
         except Exception:  # the other parts are worth their time all the same
             traceback.print_exc()
     if not given.smoke:
-        RESULTS.write_text(json.dumps({"device": device_name(device), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        RESULTS.write_text(
+            json.dumps({"device": device_name(device), "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import compress
+from compress.api import run as running
 from compress.calibration.data import Dataset
 from compress.config.reading import parse
 from compress.engine.devices import Devices, devices_of
 from compress.engine.ledger import MemoryLedger
 from compress.engine.placement import Context
+from compress.engine.read_ahead import ReadAhead
 from compress.engine.room import with_room
 from compress.errors import ConfigError, ResourceError, UsageError
 from compress.models import graph as graphs
@@ -126,6 +129,41 @@ def test_a_plan_says_where_it_computes(tiny_folder: Path, tmp_path: Path) -> Non
     found = json.loads(compress_command("plan", pipeline, tiny_folder, "--json").out)
     assert found["device"] == "cpu"
     assert found["device_memory"] is None
+
+
+# --- reading ahead ----------------------------------------------------------------------------------------------------
+
+
+def test_blocks_that_are_read_ahead_are_those_of_the_model(
+    tiny_folder: Path, tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = {
+        "passes": [
+            {"reorder": {}},
+            {"wanda": {"sparsity": "2:4"}},
+            {"layer_drop": {"blocks": 1}},
+            {"gptq": {"bits": 4}},
+        ]
+    }
+    compress.run(steps, tiny_folder, tmp_path / "plain", calibration=tokens, evaluation=tokens)
+    taken: list[str] = []
+    make, take = running._context, ReadAhead.take
+
+    def ahead(*given: Any) -> Context:
+        return replace(make(*given), ahead=ReadAhead(torch.device("cpu")))
+
+    def noted(self: ReadAhead, name: str) -> Tensor | None:
+        found = take(self, name)
+        taken.extend([name] if found is not None else [])
+        return found
+
+    monkeypatch.setattr(running, "_context", ahead)
+    monkeypatch.setattr(ReadAhead, "take", noted)
+    compress.run(steps, tiny_folder, tmp_path / "ahead", calibration=tokens, evaluation=tokens)
+    assert "model.layers.1.self_attn.q_proj.weight" in taken
+    files = [*(tmp_path / "plain").glob("*.safetensors")]
+    assert files
+    assert all((tmp_path / "ahead" / file.name).read_bytes() == file.read_bytes() for file in files)
 
 
 # --- no room ---------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from compress.engine.merge import checks as merges
 from compress.engine.placement import Context
 from compress.errors import ConfigError, Problem
 from compress.models import graph as graphs
-from compress.planning import plan
+from compress.planning import plan, resources
 from compress.planning.places import chosen_device, places_on
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from compress.calibration.precision import Products
+    from compress.config.pipeline import MemoryOf
     from compress.passes import Pass
     from compress.report.report import Report
 
@@ -67,6 +68,7 @@ def apply(
     store_dtype: torch.dtype | None = None,
     products: Products = "bfloat16",
     device: str | None = None,
+    max_memory: Mapping[MemoryOf, str] | None = None,
 ) -> Result:
     """Run passes over a module in memory.
 
@@ -89,6 +91,7 @@ def apply(
             not and is several times slower on processors that have both.
         device: what computes, and where the compressed module then is: `auto`, `cpu`, `cuda`, `cuda:1`; None for where
             the module is. Activations wait there too if they fit, else in the host's memory.
+        max_memory: what the passes may take beside the module, such as {"device": "12GB"}; by default what is free.
 
     Returns:
         The compressed module and what is stored of every weight.
@@ -97,6 +100,8 @@ def apply(
         ConfigError: impossible options or orders.
         DataError: calibration missing or of the wrong kind.
         GateError: the gate was not met.
+        ResourceError: more than `max_memory` is needed, or a device has no room.
+        UsageError: a device that is not there, or a size that is none.
 
     Example:
         >>> import compress
@@ -108,7 +113,7 @@ def apply(
     """
     stages = tuple(tuple(p) if isinstance(p, Sequence) else (p,) for p in passes)
     gates = {"max_increase": max_increase, "max_drop": max_drop}
-    steps = Pipeline(passes=stages, seed=seed, products=products)
+    steps = Pipeline(passes=stages, seed=seed, products=products, max_memory=max_memory or {})
     problems = [*mistakes(steps), *_mistaken_gates(gates, evaluation is not None)]
     if problems:
         raise ConfigError(problems, "apply")
@@ -153,8 +158,10 @@ def _applied(
     source = _RecastSource(model, store_dtype)
     artifact = Artifact(graph, source, dict(graph.tied))
     dtypes = {name: tensor.dtype for name, tensor in graph.tensors()}
-    where = places_on(_device_of(model), {})
+    where = places_on(_device_of(model), steps.max_memory)
     made = plan.make(pipeline, graph, dtypes, where=where)
+    if steps.max_memory:
+        resources.check_memory(made)
     merges.check_models(pipeline, artifact, "apply")
     merges.check_data(pipeline, data.calibration, graph, "apply")
     devices = devices_of(made)

@@ -43,6 +43,7 @@ from compress.engine.executor import SingleProcess
 from compress.engine.ledger import FolderLedger
 from compress.engine.merge import checks as merges
 from compress.engine.placement import Context
+from compress.engine.read_ahead import ReadAhead
 from compress.engine.resume import Resume
 from compress.errors import CheckpointError, UsageError
 from compress.export.packed import open_packed
@@ -188,11 +189,12 @@ class _Work:
 
     def context(self, ledger: MemoryLedger) -> Context:
         """What the first stage works in."""
-        opened, steps = self.opened, self.steps
+        opened, steps, compute = self.opened, self.steps, self.plan.places.compute
         return Context(
             artifact=opened.artifact, given=opened.artifact, ledger=ledger, seed=steps.seed,
             dtype=_dtype(steps, opened), products=steps.products, resident=False, bars=self.bars,
             executor=self.executor, devices=devices_of(self.plan),
+            ahead=ReadAhead(compute) if compute.type == "cuda" else None,
         )  # fmt: skip
 
     def execute(self, context: Context, on_row: Callable[[Row], None] = lambda row: None) -> tuple[Report, Context]:

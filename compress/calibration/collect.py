@@ -251,6 +251,9 @@ def statistics(
             with suppress(_Stop):
                 forward()
             once = all(reached[name] == 1 for name in modules) if number == 0 else once
+        for name, leader in leaders.items():
+            if name == leader:
+                found[name].check(name)
     finally:
         last.clear()  # the hooks refer to it, and each other, until the next garbage collection
         for handle in handles:

@@ -28,14 +28,10 @@ class Range:
 
     Args:
         start: how many tokens other processes see before the first of this one.
-
-    Attributes:
-        low: the smallest number seen so far, or zero.
-        high: the largest, or zero.
     """
 
     def __init__(self, start: int = 0) -> None:
-        self.low = self.high = 0.0
+        self._ends: Tensor | None = None
         self._start, self._seen, self._stride = start, start, 1
         self._kept: list[Tensor] = []
         self._fitted: dict[InputForm, InputGrid] = {}
@@ -43,8 +39,10 @@ class Range:
     def update(self, inputs: Tensor) -> None:
         """Add (..., C) inputs, all finite."""
         x = inputs.detach().reshape(-1, inputs.shape[-1])
-        low, high = x.aminmax()
-        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+        ends = torch.stack(x.aminmax())  # read when they are asked for: reading waits for the device
+        ends = torch.stack([ends[0].clamp(max=0), ends[1].clamp(min=0)])
+        before = ends if self._ends is None else self._ends
+        self._ends = torch.stack([torch.minimum(before[0], ends[0]), torch.maximum(before[1], ends[1])])
         first, self._seen = -self._seen, self._seen + len(x)
         while -(-self._seen // self._stride) > max(1, MOST_NUMBERS // x.shape[1]):
             self._thin()
@@ -77,9 +75,20 @@ class Range:
             while part._stride < stride:
                 part._thin()
             made._kept += part._kept
-            made.low, made.high = min(made.low, facts["low"]), max(made.high, facts["high"])
+        ends = min(facts["low"] for facts, _ in parts), max(facts["high"] for facts, _ in parts)
+        made._ends = torch.tensor(ends, dtype=torch.float64)
         made._stride, made._seen = stride, max(int(facts["seen"]) for facts, _ in parts)
         return made
+
+    @property
+    def low(self) -> float:
+        """The smallest number seen so far, or zero."""
+        return 0.0 if self._ends is None else float(self._ends[0])
+
+    @property
+    def high(self) -> float:
+        """The largest, or zero."""
+        return 0.0 if self._ends is None else float(self._ends[1])
 
     @property
     def sample(self) -> Tensor:

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from compress.calibration.draws import draw
 from compress.calibration.shares import ALONE
 from compress.calibration.training import Learner, Loop, TrainingStore, learn
-from compress.lazy import torch
+from compress.lazy import function, torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -54,16 +54,17 @@ class HiddenSamples:
     @property
     def example(self) -> Tensor:
         """(...) a sample, on the device that samples are taken to; of no use but for its shape."""
-        return self.take(torch.zeros(1, dtype=torch.long))[0]
+        return self.take(torch.zeros(1, dtype=torch.long, device="cpu"))[0]
 
     def take(self, numbers: Tensor) -> Tensor:
         """(B, ...) some of the samples, in the order asked for."""
         places = [self._place[n] for n in numbers.tolist()]
         first = self.batches[places[0][0]]
-        taken = torch.empty(len(places), *first.shape[1:], dtype=first.dtype, device=first.device)
+        device = first.device if self.device is None else self.device
+        taken = torch.empty(len(places), *first.shape[1:], dtype=first.dtype, device=device)
         for i, (batch, row) in enumerate(places):
-            taken[i] = self.batches[batch][row]
-        return taken if self.device is None else taken.to(self.device)
+            taken[i] = self.batches[batch][row].to(device, non_blocking=True)  # from pinned memory nothing waits for it
+        return taken
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class BlockData:
         original_inputs: what arrives at it in the original model.
         outputs: what the original block makes of `original_inputs`.
         shares: how processes share the samples, each of which is held by one.
+        dtype: the type that `call` computes in, to which it rounds weights; None: that of the weights.
     """
 
     call: Callable[[Weights, Tensor, Tensor], Tensor]
@@ -84,6 +86,7 @@ class BlockData:
     original_inputs: HiddenSamples
     outputs: HiddenSamples
     shares: Shares = ALONE
+    dtype: torch.dtype | None = None
 
     @property
     def count(self) -> int:
@@ -205,20 +208,24 @@ class _ByBlock(_Reconstruction):
     def __init__(self, learned: LearnedWeights, data: BlockData, recipe: Recipe, generator: torch.Generator):
         super().__init__(learned, recipe)
         self.data, self.generator, self.shares, count = data, generator, data.shares, data.count
-        self.held = torch.arange(count)[:: min(HELD_OUT, count)]
-        self.trained = torch.tensor([n for n in range(count) if n not in set(self.held.tolist())] or self.held.tolist())
-        self.order = torch.empty(0, dtype=torch.long)
+        # Numbers of samples stay where they are read: to say which sample comes next must not wait for a device.
+        self.held = torch.arange(count, device="cpu")[:: min(HELD_OUT, count)]
+        held = self.held.tolist()
+        self.trained = torch.tensor([n for n in range(count) if n not in set(held)] or held, device="cpu")
+        self.order = torch.empty(0, dtype=torch.long, device="cpu")
         self.scale = _mean_square(data, self.held, recipe.batch_size)
 
     def error(self) -> float:
-        weights, total, data = self.learned.hard(), 0.0, self.data
+        weights, data = self.learned.hard(), self.data
         with torch.no_grad():
-            for part in torch.split(self.held, self.recipe.batch_size):
-                own, _ = self.shares.own(part)
-                if len(own):
-                    made = data.call(weights, data.inputs.take(own), own)
-                    total += float((made.float() - data.outputs.take(own).float()).square().sum())
+            owned = (self.shares.own(part)[0] for part in torch.split(self.held, self.recipe.batch_size))
+            parts = [self._held_error(weights, own) for own in owned if len(own)]
+        total: float = sum(torch.stack(parts).tolist()) if parts else 0.0
         return self.shares.total(total) / (self.scale * _numel(data, self.held))
+
+    def _held_error(self, weights: Weights, part: Tensor) -> Tensor:
+        made = self.data.call(weights, self.data.inputs.take(part), part)
+        return (made.float() - self.data.outputs.take(part).float()).square().sum()
 
     def loss(self, weights: Weights) -> Tensor:
         if len(self.order) == 0:
@@ -230,7 +237,7 @@ class _ByBlock(_Reconstruction):
         if len(own) == 0:  # other processes hold all of them
             return torch.zeros((), device=self.tensors[0].device)
         made = self.data.call(weights, _inputs(self.data, self.recipe.inputs, own, chosen, places), own)
-        lost = (made.float() - self.data.outputs.take(own).float()).square().mean()
+        lost = _mean_square_error(made, self.data.outputs.take(own))
         return lost * (len(own) / len(part)) / self.scale
 
     def _mixed(self, count: int) -> Tensor | None:
@@ -273,6 +280,30 @@ def _inputs(data: BlockData, kind: Inputs, own: Tensor, chosen: Tensor | None, p
     if chosen is None:
         return inputs
     return torch.where(chosen[places.to(chosen.device)], inputs, data.original_inputs.take(own))
+
+
+def _mean_square_error(made: Tensor, wanted: Tensor) -> Tensor:
+    if made.device.type == "cuda":
+        error: Tensor = function(_SquareError).apply(made, wanted)
+        return error
+    return (made.float() - wanted.float()).square().mean()
+
+
+class _SquareError:
+    # One sample after the other: the whole as float32, several times over, would be the peak of the memory.
+    @staticmethod
+    def forward(ctx: Any, made: Tensor, wanted: Tensor) -> Tensor:
+        ctx.save_for_backward(made, wanted)
+        errors = [(a.float() - b.float()).square().sum() for a, b in zip(made, wanted, strict=True)]
+        return torch.stack(errors).sum() / made.numel()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        made, wanted = ctx.saved_tensors
+        factor, back = gradients[0] * (2 / made.numel()), torch.empty_like(made)
+        for a, b, into in zip(made, wanted, back, strict=True):
+            into.copy_((a.float() - b.float()) * factor)
+        return back, None
 
 
 def _numel(data: BlockData, numbers: Tensor) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from compress.calibration.precision import products
+from compress.calibration.precision import product, products
 from compress.errors import NonFiniteError
 from compress.lazy import torch
 
@@ -57,15 +57,20 @@ class Statistics:
             NonFiniteError: an input is NaN or infinite; `name` says whose.
         """
         x = inputs.detach().reshape(-1, inputs.shape[-1])
-        wide = x.float()
         if self._sum is None:
-            self._squares += wide.square().sum(0)
+            self._squares += _square_sums(x)
         else:
-            panels = self._opened()
-            with products("bfloat16" if x.dtype == torch.bfloat16 else None):
-                for start, panel in zip(self._starts(), panels, strict=True):
-                    panel += wide[:, start:].T @ wide[:, start : start + self._step]
-            self._sum += wide.sum(0)
+            self._add_gram(x)
+        self.tokens += x.shape[0]
+        if x.device.type == "cpu":
+            self.check(name)
+
+    def check(self, name: str) -> None:
+        """Look whether all inputs so far were finite: `update` does not where looking would wait for the device.
+
+        Raises:
+            NonFiniteError: as `update`.
+        """
         squares = self.square_sum
         if not torch.isfinite(squares).all():
             bad = int((~torch.isfinite(squares)).nonzero()[0])
@@ -73,7 +78,14 @@ class Statistics:
                 f"the inputs of {name} are not finite (feature {bad}) on the calibration data; "
                 "look for NaN weights before it, or run with dtype: float32"
             )
-        self.tokens += x.shape[0]
+
+    def _add_gram(self, x: Tensor) -> None:
+        assert self._sum is not None
+        wide = x.float() if x.device.type == "cpu" else x  # processors round to bfloat16 in their products, if at all
+        with products("bfloat16" if x.dtype == torch.bfloat16 else None):
+            for start, panel in zip(self._starts(), self._opened(), strict=True):
+                panel.add_(product(wide[:, start:].T, wide[:, start : start + self._step]))
+        self._sum += wide.sum(0, dtype=torch.float32)
 
     def sums(self) -> Iterator[Tensor]:
         """Everything that is summed up, a part at a time: sums over more inputs may be written into its place."""
@@ -138,3 +150,11 @@ class Statistics:
     def norm(self) -> Tensor:
         """(I,) float32, the 2-norm of every input feature over all tokens."""
         return self.square_sum.sqrt().float()
+
+
+def _square_sums(x: Tensor) -> Tensor:
+    """(T, I) -> (I,) sums of squares, float32 within a batch."""
+    if x.device.type == "cuda":
+        norms: Tensor = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32)  # makes no copy as wide
+        return norms.square()
+    return x.float().square().sum(0)

@@ -231,15 +231,16 @@ def learn(
     for step in over(range(run.step + 1, loop.steps + 1), loop.steps - run.step, partial(run.label, loop.label)):
         for group in optimizer.param_groups:
             group["lr"] = group["most"] * loop.rate(step)
+        looks = step % look == 0 or step == loop.steps
         with torch.enable_grad():
-            run.loss = learner.gradients(step)
-        if not torch.isfinite(run.loss):
+            run.took(learner.gradients(step))
+        if (looks or run.at_hand) and not run.finite():
             break  # diverged: what was best stays
         optimizer.step()
         optimizer.zero_grad()
         learner.after(step)
         run.step = step
-        if step % look == 0 or step == loop.steps:
+        if looks:
             run.look()
             if time.monotonic() - saved >= loop.spacing:
                 kept.save(run.state())
@@ -327,8 +328,20 @@ class _Run:
         self.iterate = [t for group in optimizer.param_groups for t in group["params"]] + learner.state()
         self.step = self.best_step = 0
         self.start = self.best = math.nan
-        self.loss: Tensor | None = None
+        self.loss: float | None = None  # as it was last read
+        self.losses: list[Tensor] = []  # not read yet
+        self.at_hand = all(t.device.type == "cpu" for t in self.iterate)  # elsewhere, reading waits for the device
         self.kept: list[Tensor] = []
+
+    def took(self, loss: Tensor) -> None:
+        """Take note of the loss of a step."""
+        self.losses.append(loss)
+
+    def finite(self) -> bool:
+        """Read the losses; whether all of them are finite."""
+        losses, self.losses = torch.stack(self.losses).tolist(), []
+        self.loss = losses[-1]
+        return all(math.isfinite(loss) for loss in losses)
 
     def begin(self) -> None:
         """Measure the start, which is the best so far."""
@@ -350,7 +363,7 @@ class _Run:
 
     def label(self, label: str) -> str:
         """What the progress bar says."""
-        return f"{label}: steps" if self.loss is None else f"{label}: steps, loss {float(self.loss):.4f}"
+        return f"{label}: steps" if self.loss is None else f"{label}: steps, loss {self.loss:.4f}"
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the rest depends on."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from compress.encodings.bits import padded
+from compress.encodings.pieces import rows_in_piece
 from compress.encodings.uniform import CHUNK
 from compress.encodings.weight import spread, unpack
 from compress.lazy import torch
@@ -75,7 +76,7 @@ class Decoder:
     def tiles(self, most: int = CHUNK) -> Iterator[slice]:
         """Rows to work on at once, of at most so many weights where a row has not more."""
         rows, columns = self.shape
-        step = max(1, most // columns)
+        step = rows_in_piece(most, columns, self.tensors[next(iter(self.tensors))].device)
         return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
     def dequantize(self) -> Tensor:

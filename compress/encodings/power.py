@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from compress.encodings.base import Encoding, Form
 from compress.encodings.lookup import Table
+from compress.encodings.pieces import rows_in_piece
 from compress.encodings.uniform import CHUNK, SEARCH_NORM, narrowest, scale_defect, stored_scale
 from compress.lazy import torch
 
@@ -360,6 +361,6 @@ def _lost(weight: Tensor, scale: Tensor, grid: PowerGrid, mask: Tensor | None, n
 def _pieces_and_scales(weight: Tensor, scale: Tensor) -> list[tuple[slice, slice]]:
     """Rows to work on at once, and their scales': temporaries stay in the cache."""
     rows, columns = weight.shape
-    step = max(1, CHUNK // columns)
+    step = rows_in_piece(CHUNK, columns, weight.device)
     parts = [slice(start, start + step) for start in range(0, rows, step)]
     return [(part, part if len(scale) == rows else slice(None)) for part in parts]

@@ -75,9 +75,9 @@ class View:
             with learning(self.context.products, hidden):
                 return self.chain.call_for(len(numbers)).run(self.block, hidden, self._values({**fixed, **weights}))
 
-        outputs = self.outputs.samples()
-        shares = self.context.executor.shares(len(outputs))
-        return BlockData(call, self.chain.samples(), self.original.samples(), outputs, shares)
+        samples = self.chain.samples(), self.original.samples(), self.outputs.samples()
+        shares = self.context.executor.shares(len(samples[2]))
+        return BlockData(call, *samples, shares, self.context.dtype)
 
     def parts(self, learned: Callable[[], Weights], fixed: Weights) -> Iterator[tuple[tuple[str, ...], BlockData]]:
         """The children of the block that hold sites: names of their sites and vectors, and how to run each.

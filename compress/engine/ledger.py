@@ -48,7 +48,13 @@ class Record:
 
 
 class MemoryLedger:
-    """Keeps results in memory only: nothing to resume."""
+    """Keeps results in memory only: nothing to resume.
+
+    Attributes:
+        in_memory: whether weights are kept as they are given, and not packed into files.
+    """
+
+    in_memory = True
 
     def code_of(self, kinds: Iterable[type], modules: Iterable[str] = ()) -> str:
         """What the key of a result must know of the code that computes it: nothing, where no result is kept."""
@@ -106,6 +112,8 @@ class MemoryLedger:
 class FolderLedger(MemoryLedger):
     """Keeps every finished unit as a file in a folder, and tells `resume` what it finds and misses."""
 
+    in_memory = False
+
     def __init__(self, folder: Path, resume: Resume | None = None, check: Callable[[], None] = lambda: None):
         """`check` is called before anything is kept, and raises where it must not be."""
         self.folder, self.resume, self.check = folder, resume or Resume((), 0, listening=False), check
@@ -140,7 +148,7 @@ class FolderLedger(MemoryLedger):
         for record in records:
             assert isinstance(record.weight, Weight)
             spec, packed = pack(record.weight)
-            tensors.update({f"{record.site}.{leaf}": value for leaf, value in packed.items()})
+            tensors.update({f"{record.site}.{leaf}": value.cpu() for leaf, value in packed.items()})
             specs[record.site] = spec
             entries[record.site] = {"spec": spec.to_json(), "notes": record.notes}
         seal = self._save(file, tensors, {"key": key, "records": json.dumps(entries)})

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compress.config.pipeline import DEVICE
+from compress.config.pipeline import DEVICE, SIZE
 from compress.errors import UsageError
 from compress.lazy import torch
 
@@ -108,6 +108,12 @@ def places_on(compute: torch.device, max_memory: Mapping[MemoryOf, str]) -> Plac
 
 
 def size_in_bytes(text: str) -> int:
-    """12GB -> 12 * 10**9; GiB and the like count in powers of two."""
-    number, unit = re.fullmatch(r"([\d.]+) *(\w+)", text).groups()  # type: ignore[union-attr]  # a checked option
+    """12GB -> 12 * 10**9; GiB and the like count in powers of two.
+
+    Raises:
+        UsageError: no size.
+    """
+    if not re.fullmatch(SIZE, text):
+        raise UsageError(f"max_memory: {text!r} is not a size such as 12GB")
+    number, unit = re.fullmatch(r"([\d.]+) *(\w+)", text).groups()  # type: ignore[union-attr]  # which has both
     return int(float(number) * UNITS[unit])

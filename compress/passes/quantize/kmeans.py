@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from compress.encodings.pieces import rows_in_piece
 from compress.lazy import functional, torch
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def points(values: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     mass, moment = torch.zeros(CELLS, dtype=torch.float64), torch.zeros(CELLS, dtype=torch.float64)
     # A power of two loses no bit, and puts what is nearly too small for float16 far below the largest value.
     unit = 2.0 ** min(15 - math.frexp(float(values.abs().max()))[1], 126)
-    rows = max(1, CHUNK // values.shape[1])
+    rows = rows_in_piece(CHUNK, values.shape[1], values.device)
     for some, counted in zip(torch.split(values, rows), torch.split(weights, rows), strict=True):
         half = (some * unit).half() + 0.0  # one zero, not two
         cell = half.flatten().view(torch.int16).int() & (CELLS - 1)

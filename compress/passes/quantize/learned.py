@@ -83,7 +83,9 @@ class LearnedPass(BlockPass):
         raise NotImplementedError
 
     def run(self, block: Block) -> Iterator[tuple[str, Edit]]:
-        learned = _LearnedBlock({name: self.at(name).start(t) for name, t in block.targets.items()}, block.targets)
+        starts = {name: self.at(name).start(t) for name, t in block.targets.items()}
+        computed = block.data.dtype if block.data and self.objective == "block" else None
+        learned = _LearnedBlock(starts, block.targets, computed)
         recipe = Recipe(self.steps, self.batch_size, self.inputs)
         if self.objective == "layer":
             grams = {name: gram for name, t in block.targets.items() if (gram := _gram(t)) is not None}
@@ -107,6 +109,7 @@ class _LearnedBlock:
 
     parts: Mapping[str, LearnedRounding]
     targets: Mapping[str, Target]
+    dtype: torch.dtype | None  # that the block computes in: no wider copy waits for it
 
     def groups(self) -> list[tuple[list[Tensor], float]]:
         return [group for part in self.parts.values() for group in part.groups()]
@@ -123,7 +126,8 @@ class _LearnedBlock:
 
     def _masked(self, name: str, weight: Tensor) -> Tensor:
         mask = self.targets[name].mask
-        return weight if mask is None else weight * mask
+        masked = weight if mask is None else weight * mask
+        return masked if self.dtype is None else masked.to(self.dtype)
 
 
 def _gram(target: Target) -> Tensor | None:
