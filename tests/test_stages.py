@@ -101,8 +101,8 @@ class Half(SingleProcess):
     def reduce(self, seen: Mapping[str, Statistics]) -> None:
         for statistics in {id(s): s for s in seen.values()}.values():
             statistics.tokens *= 2
-            assert statistics._gram is not None
-            statistics._gram.mul_(2)
+            for part in statistics.sums():
+                part.mul_(2)
 
 
 def codes(context: Context) -> dict[str, Tensor]:

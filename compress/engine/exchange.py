@@ -6,9 +6,8 @@ Everything here is called by every process of the group, in the same order.
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from compress.io.safetensors_file import bytes_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -131,21 +131,16 @@ class Exchange:
                 found[name] = room.view(getattr(torch, dtype)).view(shape)
         return facts, found
 
-    def copied(self, file: Path, size: int, to: Path | None) -> None:
-        """Give a file of process 0 to those that have named a place for it."""
-        opened = file.open("rb") if self.rank == 0 else to.open("wb") if to else None
-        try:
+    def pieces(self, file: Path, size: int) -> Iterator[memoryview]:
+        """A file of process 0, piece by piece, in every process. `size`: of all of it, in bytes."""
+        with file.open("rb") if self.rank == 0 else nullcontext() as opened:
             for start in range(0, size, PIECE):
                 piece = torch.empty(min(PIECE, size - start), dtype=torch.uint8, device="cpu")
-                if self.rank == 0 and opened is not None:
+                if opened is not None:
                     opened.readinto(bytes_of(piece))
                 with self._heard():
                     dist.broadcast(piece, src=0)
-                if self.rank and opened is not None:
-                    opened.write(bytes_of(piece))
-        finally:
-            if opened is not None:
-                opened.close()
+                yield bytes_of(piece)
 
     @contextmanager
     def _heard(self) -> Iterator[None]:

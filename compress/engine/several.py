@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from compress.calibration.ranges import Range
 from compress.calibration.shares import Shares
 from compress.calibration.statistics import Statistics
@@ -48,21 +50,27 @@ class SeveralProcesses(Executor):
         return self.exchange.world
 
     def shard(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Those of the same number of samples for each, give or take one, that stand one behind the other."""
+        """Those of as many batches for each, give or take one, that stand one behind the other.
+
+        A batch is run by one process, as if it were the only one: only where there are fewer than processes are they
+        divided, and what comes out of a part may differ in its last digit from what comes out of a whole one.
+        """
         samples = sum(map(len, batches))
         if 0 < samples < self.world:
             raise DataError(
                 f"{samples} calibration samples cannot be shared by {self.world} processes; give more samples, or "
                 "start fewer processes"
             )
-        start, stop = samples * self.rank // self.world, samples * (self.rank + 1) // self.world
-        found, first = [], 0
-        for batch in batches:
-            part = batch[max(0, start - first) : max(0, stop - first)]
-            if len(part):
-                found.append(part)
-            first += len(batch)
-        return found
+        if len(batches) < self.world:
+            batches = [sample[None] for batch in batches for sample in batch]
+            start, stop = self._own(len(batches))
+            return [torch.cat(batches[start:stop])] if batches else []
+        start, stop = self._own(len(batches))
+        return batches[start:stop]
+
+    def _own(self, count: int) -> tuple[int, int]:
+        """The first of so many things that this process takes, and the first that the next one does."""
+        return count * self.rank // self.world, count * (self.rank + 1) // self.world
 
     def shares(self, held: int | None = None) -> Shares:
         counts = () if held is None else tuple(self.gathered(held))

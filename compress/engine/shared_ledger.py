@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.engine.ledger import MemoryLedger, records_in, tensors_in
 from compress.errors import CheckpointError
+from compress.io.atomic import write_pieces
 from compress.io.source_code import code_of
 
 if TYPE_CHECKING:
@@ -141,9 +142,12 @@ class SharedLedger(MemoryLedger):
         sees = mine is not None or _identity(file) == identity
         if all(self.exchange.gathered(sees)):
             return file
-        copy = None if sees else self.copies / file.name
-        self.exchange.copied(file, identity[0], copy)
-        return copy or file
+        pieces = self.exchange.pieces(file, identity[0])
+        if sees:
+            list(pieces)
+            return file
+        write_pieces(self.copies / file.name, pieces)
+        return self.copies / file.name
 
 
 def _identity(file: Path) -> list[int]:
