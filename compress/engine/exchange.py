@@ -41,7 +41,7 @@ class Exchange:
 
     @classmethod
     def here(cls) -> Exchange:
-        """Of the process group that this process is in."""
+        """The exchange of the process group that this process is in."""
         return cls(dist.get_rank(), dist.get_world_size())
 
     def add(self, tensors: Sequence[Tensor]) -> None:

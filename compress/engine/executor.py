@@ -76,7 +76,7 @@ class Executor(Protocol):
         carrier: Carrier[Done],
         cost: Callable[[Work], float] = lambda _: 1.0,
     ) -> Iterator[Done]:
-        """As `map`, but only process 0 is given anything. Others run through it all the same."""
+        """The same as `map` for process 0; others are given nothing, and run through it all the same."""
 
     def gathered(self, value: Any) -> list[Any]:
         """What every process says, in rank order; something that JSON holds."""
