@@ -30,7 +30,7 @@ TOGETHER = ("run", "eval")  # the commands that several processes share
 MEETING = timedelta(minutes=10)  # until all processes are there
 WORKING = timedelta(days=30)  # until one answers the others; whether it is alive is seen at once
 GRACE = 5.0  # seconds in which a process that was told to end does so
-LINGER = 3.0  # seconds that process 0, which holds what all look into, waits for the others to end
+PATIENCE = 1.0  # seconds in which a process that goes says so
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,8 @@ class _Company:
         self.store: Any = None
         self.group: Any = None
         self.threads: list[threading.Thread] = []
+        self.missed = threading.Event()
+        self.told: int | None = None  # the exit code of another process that said that it has failed
         self.going = False  # in good order or not: the end of another process is none of its business any longer
 
     def meet(self) -> None:
@@ -183,65 +185,59 @@ class _Company:
             self.going = True
             self._tell(0)
             for thread in self.threads:
-                thread.join(LINGER)
+                thread.join(PATIENCE)
             dist.destroy_process_group()
 
     def fail(self, code: int) -> int | None:
         """End the others. Returns the exit code of the run where another process has said why; else this one must."""
         self.going = True
-        first = not self._failed_before(code)
-        said = None if first else self._code()
-        self._tell(1)
-        if self.here.rank == 0:
-            end = time.monotonic() + LINGER
-            for thread in self.threads:
-                thread.join(max(0.0, end - time.monotonic()))
-        return said
+        other = self._failed_before(code)
+        self._tell(1 + code if other is None else 1 + other)
+        return other
 
-    def _failed_before(self, code: int) -> bool:
-        """Whether another process failed before this one; remembers it where none did."""
+    def _failed_before(self, code: int) -> int | None:
+        """The exit code of the process that failed before this one; remembers this one's where none did."""
         mine = f"{self.here.rank} {code}"
         try:
-            return bool(self.store.compare_set("failed", "", mine).decode() != mine)
+            first = self.store.compare_set("failed", "", mine).decode()
+            return None if first == mine else int(first.split()[1])
         except (RuntimeError, AttributeError):  # whoever holds the store is gone, or it was never reached
-            return self.here.rank > 1
+            self.missed.wait(PATIENCE)
+            return self.told if self.here.rank < 2 else self.told or 1
 
-    def _code(self) -> int:
-        """The exit code of the process that failed first."""
-        try:
-            return int(self.store.get("failed").decode().split()[1])
-        except (RuntimeError, AttributeError):
-            return 1
-
-    def _tell(self, ended: int) -> None:
-        """Say to those that watch this process that it goes: 0 in good order, 1 because something failed."""
+    def _tell(self, said: int) -> None:
+        """Say to those that watch this process that it goes: 0 in good order, 1 + exit code where something failed."""
         import torch
         from torch import distributed as dist
 
         for other in self.watched if self.group is not None else ():
             with suppress(RuntimeError):  # it is gone already
-                dist.send(torch.tensor([ended], device="cpu"), dst=other, group=self.group)
+                dist.send(torch.tensor([said], device="cpu"), dst=other, group=self.group)
 
     def _watch(self, other: int) -> None:
         """Wait for another process to go; in a thread of its own."""
         import torch
         from torch import distributed as dist
 
-        ended = torch.zeros(1, dtype=torch.int64, device="cpu")
+        said = torch.zeros(1, dtype=torch.int64, device="cpu")
         try:
-            dist.recv(ended, src=other, group=self.group)
-            failed = bool(ended)
+            dist.recv(said, src=other, group=self.group)
+            if not said:
+                return
+            self.told = int(said) - 1
         except RuntimeError:  # the connection has broken: it was killed, or its machine was
-            failed = True
-        if not failed or self.going:
+            pass
+        self.missed.set()
+        if self.going:
             return
         lost = _Lost(other, self.here.world)
         self.interrupts.stop(lost)
         time.sleep(GRACE)
         # The main thread is deep in some library, which it does not come back from.
-        if not self._failed_before(lost.exit_code):
+        code = self.fail(lost.exit_code)
+        if code is None:
             print(f"{lost.said}; give the same command again to go on", file=sys.__stderr__, flush=True)
-        os._exit(self._code())
+        os._exit(lost.exit_code if code is None else code)
 
 
 __all__ = ["Place", "executor", "place", "refuse_alone", "shared"]
