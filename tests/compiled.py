@@ -1,11 +1,14 @@
 """Run by `test_kernels.py`: the CUDA kernels, compiled for devices that need not be there."""
 
 import re
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from compress.passes.quantize import division_kernel, entry_kernel
+from compress.passes.solvers import column_kernel
 from compress.runtime import triton_kernels
 from compress.runtime.launch import EACH, GATHER, ONE, PAIRS, RECORDS, SLABS, STEPS, TABLE
 
@@ -34,6 +37,30 @@ def compiled(name: str, given: str, architecture: int = 90, **constants: object)
     return str(found.asm["ttgir"])
 
 
+COLUMN_TYPES = {"codes": "*u8", "kept": "*i8", "group": "*i64", "rows": "i32", "width": "i32", "groups_row": "i32"}
+SIZE_TYPES = {"N": "i32", "G": "i32", "C": "i32", "HIGHEST": "fp32"}
+
+
+def machine_code(function: Any, types: dict[str, str], constants: dict[str, Any], warps: int = 4) -> None:
+    """Compile a kernel whose other arguments are float32."""
+    types = dict.fromkeys(function.arg_names, "*fp32") | types | dict.fromkeys(constants, "constexpr")
+    signature = {argument: types[argument] for argument in function.arg_names}
+    source = ASTSource(function, signature, constexprs=constants)
+    assert triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": warps}).asm["cubin"]
+
+
+def solvers() -> None:
+    for kind, masked in ((0, False), (0, True), (1, True), (2, True)):
+        chosen = {"KIND": kind, "MASKED": masked, "HIGHEST": 15.0, "OWN": 1, "KEPT": 2, "OF": 4, "T": 128}
+        machine_code(column_kernel.project, COLUMN_TYPES, chosen | {"BR": column_kernel.ROWS}, column_kernel.WARPS)
+    for gradient in ("*fp32", "*bf16"):
+        chosen = {"OWN": 1, "BN": 8, "BC": 128}
+        machine_code(division_kernel.divide_back, SIZE_TYPES | {"gradient": gradient}, chosen)
+    machine_code(division_kernel.divide, SIZE_TYPES, chosen)
+    for index in ("*u8", "*i64"):
+        machine_code(entry_kernel.sum_entries, {"index": index, "columns": "i32"}, {"K": 16, "BLOCK": 1024})
+
+
 def main() -> None:
     quick = {
         "steps": {"MODE": STEPS, "BITS": 4, "GROUPS": RECORDS, "ZEROS": True, "WIDTH": 8},
@@ -55,6 +82,7 @@ def main() -> None:
         text = compiled("wide", "bf16", architecture, **{k: v for k, v in quick["steps"].items() if k != "WIDTH"})
         assert architecture == 80 or "warp_group_dot" in text
     assert compiled("wide", "fp16", MODE=PAIRS, BITS=4, GROUPS=SLABS, ZEROS=False, GROUP=32)
+    solvers()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from compress.runtime import kernels, launch, lookup
 from compress.runtime.arrange import arrange, arranged_bytes, restore
 from compress.runtime.linear import PackedLinear
 from compress.runtime.lookup import GpuLookup
+from compress.runtime.low_bit import Int8
 from compress.runtime.pairs import Pairs
 from compress.runtime.speed import EXACT_KERNELS, LARGEST_ERROR, ROUNDED, LayerSpeed
 
@@ -76,6 +77,14 @@ def test_odd_shapes_are_as_exact(name: str, spare_bits: float) -> None:
 def test_kernels_that_round_stay_within_the_error_they_state(name: str) -> None:
     for mask in ("", "2:4", "half"):
         check(weight(name, mask=mask, rank=2), torch.randn(8, 64), 1.5 * LARGEST_ERROR, exact=False, spare_bits=40)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 20, 37, 66])
+def test_a_product_of_torch_is_never_asked_for_columns_that_it_reads_beyond(columns: int) -> None:
+    """`_weight_int8pack_mm` reads sixteen columns at once: a wrong result, or the end of the process."""
+    made = layer(weight("uniform 8", 19, columns))
+    assert Int8.prepare(made.spec, unpack(made.spec, made.stored()), made.stored()) is None
+    check(weight("uniform 8", 19, columns), torch.randn(3, columns), 1.5 * LARGEST_ERROR, exact=False, spare_bits=40)
 
 
 @pytest.mark.parametrize("kind", [*EXACT_KERNELS, *ROUNDED], ids=lambda kind: kind.name)

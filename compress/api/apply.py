@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from compress import progress
 from compress.api import data as given
 from compress.calibration import collect
@@ -17,21 +19,22 @@ from compress.config.pipeline import Calibration, Evaluation, Pipeline
 from compress.config.reading import MOST_SHARE, large_share, mistakes
 from compress.encodings import Weight
 from compress.engine import manager
-from compress.engine.devices import Devices
+from compress.engine.devices import devices_of
 from compress.engine.ledger import MemoryLedger
 from compress.engine.merge import checks as merges
 from compress.engine.placement import Context
 from compress.errors import ConfigError, Problem
 from compress.models import graph as graphs
-from compress.planning import plan
+from compress.planning import plan, resources
+from compress.planning.places import chosen_device, places_on
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    import torch
     from torch import nn
 
     from compress.calibration.precision import Products
+    from compress.config.pipeline import MemoryOf
     from compress.passes import Pass
     from compress.report.report import Report
 
@@ -42,7 +45,7 @@ class Result:
 
     Attributes:
         model: the compressed module; its weights are the dequantized ones, and it rounds inputs that are quantized.
-        weights: site name -> what is stored: codes, mask, values.
+        weights: site name -> what is stored: codes, mask, values; on the device that computed them if it has room.
         report: sizes, errors and, with evaluation data, perplexity or accuracy after every pass.
     """
 
@@ -64,6 +67,8 @@ def apply(
     inplace: bool = False,
     store_dtype: torch.dtype | None = None,
     products: Products = "bfloat16",
+    device: str | None = None,
+    max_memory: Mapping[MemoryOf, str] | None = None,
 ) -> Result:
     """Run passes over a module in memory.
 
@@ -84,6 +89,9 @@ def apply(
             float32 from a bfloat16 file gives the command line's numbers with torch.bfloat16.
         products: how float32 matrices are multiplied while calibrating: `bfloat16` rounds the factors, `float32` does
             not and is several times slower on processors that have both.
+        device: what computes, and where the compressed module then is: `auto`, `cpu`, `cuda`, `cuda:1`; None for where
+            the module is. Activations wait there too if they fit, else in the host's memory.
+        max_memory: what the passes may take beside the module, such as {"device": "12GB"}; by default what is free.
 
     Returns:
         The compressed module and what is stored of every weight.
@@ -92,6 +100,8 @@ def apply(
         ConfigError: impossible options or orders.
         DataError: calibration missing or of the wrong kind.
         GateError: the gate was not met.
+        ResourceError: more than `max_memory` is needed, or a device has no room.
+        UsageError: a device that is not there, or a size that is none.
 
     Example:
         >>> import compress
@@ -103,14 +113,19 @@ def apply(
     """
     stages = tuple(tuple(p) if isinstance(p, Sequence) else (p,) for p in passes)
     gates = {"max_increase": max_increase, "max_drop": max_drop}
-    steps = Pipeline(passes=stages, seed=seed, products=products)
+    steps = Pipeline(passes=stages, seed=seed, products=products, max_memory=max_memory or {})
     problems = [*mistakes(steps), *_mistaken_gates(gates, evaluation is not None)]
     if problems:
         raise ConfigError(problems, "apply")
+    compute = _device_of(model) if device is None else chosen_device(device)
     if inplace:
         with evaluating(model):
-            return _applied(model, steps, calibration, evaluation, gates, store_dtype)
-    return _applied(copy.deepcopy(model).eval(), steps, calibration, evaluation, gates, store_dtype)
+            return _applied(model.to(compute), steps, calibration, evaluation, gates, store_dtype)
+    return _applied(copy.deepcopy(model).to(compute).eval(), steps, calibration, evaluation, gates, store_dtype)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _mistaken_gates(gates: Mapping[str, float | None], measured: bool) -> Iterator[Problem]:
@@ -143,10 +158,13 @@ def _applied(
     source = _RecastSource(model, store_dtype)
     artifact = Artifact(graph, source, dict(graph.tied))
     dtypes = {name: tensor.dtype for name, tensor in graph.tensors()}
-    made = plan.make(pipeline, graph, dtypes)
+    where = places_on(_device_of(model), steps.max_memory)
+    made = plan.make(pipeline, graph, dtypes, where=where)
+    if steps.max_memory:
+        resources.check_memory(made)
     merges.check_models(pipeline, artifact, "apply")
     merges.check_data(pipeline, data.calibration, graph, "apply")
-    devices = Devices(compute=next(iter(model.parameters())).device)
+    devices = devices_of(made, resident=True)
     context = Context(
         artifact=artifact, given=artifact, ledger=MemoryLedger(), seed=steps.seed, dtype=dtype,
         products=steps.products, resident=True, bars=progress.Bars(), devices=devices,

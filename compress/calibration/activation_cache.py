@@ -22,14 +22,25 @@ if TYPE_CHECKING:
     from compress.calibration.reconstruct import Weights
 
 LARGEST_BUFFER = 1 << 30  # bytes of activations kept in memory; more is memory-mapped to a temporary file
+CPU = "cpu"
 
 
 class Activations:
     """The hidden states every calibration batch arrives with at the block that comes next, and how it is called."""
 
-    def __init__(self, arrivals: Iterable[tuple[Tensor, Call]], trim: bool, store: torch.device):
-        """`trim`: give freed memory back after every batch. `store`: where hidden states wait."""
+    def __init__(
+        self, arrivals: Iterable[tuple[Tensor, Call]], trim: bool, store: torch.device, room: int | None = None
+    ):
+        """Takes what arrives.
+
+        Args:
+            arrivals: the hidden states of each batch, and how the block is called.
+            trim: give freed memory back after every batch.
+            store: where hidden states wait.
+            room: bytes of them that memory takes; what is beyond lies in files. None is LARGEST_BUFFER.
+        """
         self.trim, self.store = trim, store
+        self.room = LARGEST_BUFFER if room is None else room
         self.compute = store  # where they arrive
         self.calls: list[Call] = []
         self.hidden: list[Tensor] = []
@@ -40,15 +51,18 @@ class Activations:
         for hidden, call in arrivals:
             self.compute = hidden.device
             self.calls.append(call)
-            self.hidden.append(hidden.to(store))
+            self.hidden.append(hidden)
             size += hidden.nbytes
-            if size > LARGEST_BUFFER:
-                self._mapped.add(len(self.hidden) - 1)
-                self.keep(len(self.hidden) - 1, hidden)
+            number = len(self.hidden) - 1
+            if store.type == CPU and size > self.room:
+                self._mapped.add(number)
+                self.keep(number, hidden)
+            elif hidden.device != store:
+                self.keep(number, hidden)
 
     def copy(self) -> Activations:
         """A copy with the same hidden states, independent from here on."""
-        other = Activations((), self.trim, self.store)
+        other = Activations((), self.trim, self.store, self.room)
         other.compute = self.compute
         other.calls, other.hidden, other._mapped = self.calls, list(self.hidden), self._mapped
         for number in self._own:  # the other chain's buffer will be written to
@@ -58,24 +72,28 @@ class Activations:
     def forwards(self, block: nn.Module, weights: Weights | None = None) -> Iterator[Callable[[], Tensor]]:
         """One call per batch that runs a block on what arrives; `weights` replace parameters of the block by name."""
         for number, call in enumerate(self.calls):
-            yield partial(call.run, block, self.hidden[number].to(self.compute), weights)
+            # Out of pinned memory, the copy and what is computed before it go on side by side.
+            yield partial(call.run, block, self.hidden[number].to(self.compute, non_blocking=True), weights)
             if self.trim:
                 give_back()
 
     def keep(self, number: int, output: Tensor) -> None:
         """Put a batch's hidden states in the place of what was there."""
         # Only memory of our own is written to: what arrived may be the caller's tensor, or another block's argument.
-        output = output.to(self.store)
         buffer = self._own.get(number)
         if buffer is not None and buffer.shape == output.shape and buffer.dtype == output.dtype:
             buffer.copy_(output)
         elif number in self._mapped:
-            self.hidden[number] = self._own[number] = _mapped(output)
+            self.hidden[number] = self._own[number] = _mapped(output.to(self.store))
+        elif _pins(output.device, self.store):
+            self.hidden[number] = _pinned(output)  # what was there may still be on its way: torch frees it after that
         else:
-            self.hidden[number] = output
+            self.hidden[number] = output.to(self.store)
 
     def samples(self) -> HiddenSamples:
         """All samples, whatever batch they are in."""
+        if _pins(self.compute, self.store):  # the processor reads them: what is still on its way has to arrive
+            torch.cuda.current_stream(self.compute).synchronize()
         return HiddenSamples(self.hidden, self.compute)
 
     def call_for(self, count: int) -> Call:
@@ -98,6 +116,17 @@ class Activations:
                     "them; use a method that does not learn by reconstruction, such as gptq"
                 )
         return first.resized(size, count)
+
+
+def _pins(compute: torch.device, store: torch.device) -> bool:
+    """Whether hidden states wait in memory that a device can copy to and from by itself."""
+    return compute.type == "cuda" and store.type == CPU
+
+
+def _pinned(hidden: Tensor) -> Tensor:
+    """The same values in pinned memory, once the device has come to this copy."""
+    made = torch.empty(hidden.shape, dtype=hidden.dtype, device=CPU, pin_memory=True)
+    return made.copy_(hidden, non_blocking=True)
 
 
 def _mapped(hidden: Tensor) -> Tensor:

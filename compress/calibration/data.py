@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+CALIBRATED_AT_ONCE = 2048  # tokens, or positions, of a batch that calibration data runs through the model in
 NUMBERS_AT_ONCE = 1 << 21  # of inputs that are no token ids
 
 
@@ -102,10 +103,13 @@ def load_images(source: str, samples: int) -> tuple[Tensor, Tensor | None]:
     return images[chosen], None if labels is None else labels[chosen].long()
 
 
-def batches(tokens: Tensor, tokens_at_once: int) -> list[Tensor]:
-    """Samples in batches of about so many tokens (or NUMBERS_AT_ONCE), all of one size where that is possible."""
+def batches(tokens: Tensor, tokens_at_once: int, divided: int = 1) -> list[Tensor]:
+    """Samples in batches of about so many tokens (or NUMBERS_AT_ONCE), all of one size where that is possible.
+
+    `divided`: how many parts such a batch is divided into.
+    """
     if tokens.dim() == 2 and not tokens.is_floating_point():
         rows = tokens_at_once // tokens.shape[1]
     else:
         rows = min(tokens_at_once, NUMBERS_AT_ONCE // max(1, tokens[0].numel()))
-    return list(torch.split(tokens, max(1, min(len(tokens), rows))))
+    return list(torch.split(tokens, max(1, min(len(tokens), rows) // divided)))

@@ -40,6 +40,13 @@ def products(kind: Products | None) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """(M, K) @ (K, N), float32 and summed up in float32; on CUDA factors may stay narrower."""
+    if left.device.type == "cuda" and left.element_size() < torch.float32.itemsize:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
 @contextmanager
 def learning(kind: Products, example: Tensor) -> Iterator[None]:
     """While open, layers that are learned with compute as `kind` says, for inputs like `example`.

@@ -43,9 +43,10 @@ class Packed:
         """Its stored tensors."""
         return self._read(self.spec.tensors())
 
-    def load(self) -> Weight:
-        """The weight."""
-        return unpack(self.spec, self.tensors())
+    def load(self, device: torch.device | None = None) -> Weight:
+        """The weight; with `device` it is moved there as it is stored, and unpacked there."""
+        found = self.tensors()
+        return unpack(self.spec, found if device is None else {name: t.to(device) for name, t in found.items()})
 
     @property
     def inputs(self) -> InputGrid | None:
@@ -133,11 +134,11 @@ class Artifact:
             return self.store_dtype(self.sites[parameter.removesuffix(".bias")])
         return self.source.dtype(self.name_in_source(parameter))
 
-    def weight(self, site: Site) -> Weight:
-        """A site as it stands now."""
+    def weight(self, site: Site, device: torch.device | None = None) -> Weight:
+        """A site as it stands now. `device`: where what is packed is unpacked."""
         done = self.committed.get(site.name)
         if done is not None:
-            return done.load() if isinstance(done, Packed) else done
+            return done.load(device) if isinstance(done, Packed) else done
         return Weight(self.original(site))
 
     def inputs(self, site: str) -> InputGrid | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compress import logs
-from compress.cli import completion
+from compress.cli import completion, ranks
 from compress.cli.interrupts import keeping
 from compress.errors import UsageError
 
@@ -38,6 +38,9 @@ PipelineArg = Annotated[
     ),
 ]
 ModelArg = Annotated[str, typer.Argument(help="demo, a local folder, or a hub id")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="what computes: auto, cpu, cuda, cuda:1  [default: the pipeline's choice, or auto]")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
 VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="say more, with the traceback of an error")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="say nothing but errors")]
@@ -53,6 +56,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def common(
+    context: typer.Context,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
     version: Annotated[
@@ -60,6 +64,7 @@ def common(
     ] = False,
 ) -> None:
     """Compress language and image models after training: one pipeline file, measured after every pass."""
+    ranks.refuse_alone(context.invoked_subcommand)
     _bars(verbose, quiet)
 
 
@@ -79,6 +84,7 @@ def run(
     out: Annotated[Path, typer.Option("-o", "--out", help="the folder to write")],
     overwrite: Annotated[bool, typer.Option(help="replace an existing folder")] = False,
     fresh: Annotated[bool, typer.Option(help="forget what an interrupted run had finished")] = False,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
@@ -98,7 +104,8 @@ def run(
 
     try:
         with keeping(f"what was finished is kept in {out}.work; the same command continues where it stopped"):
-            report = api.run(pipeline, model, out, overwrite=overwrite, fresh=fresh, bars=bars, on_row=show)
+            options: dict[str, Any] = {"overwrite": overwrite, "fresh": fresh, "device": device}
+            report = api.run(pipeline, model, out, executor=ranks.executor(), bars=bars, on_row=show, **options)
     finally:
         table.close()
     if existed and not overwrite:
@@ -124,10 +131,11 @@ def check(
         from compress.api.amounts import check_amounts
         from compress.checkpoint import opening
         from compress.engine.merge import checks
-        from compress.planning import plan
+        from compress.planning import places, plan
 
         opened = opening.open_model(model)
-        plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline))
+        where = places.places(steps.device, steps.max_memory)
+        plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline), where=where)
         checks.check_models(steps, opened.artifact, str(pipeline))
         notes = check_amounts(steps, opened, str(pipeline))
     _say(f"{pipeline}: fine" + (f" for {model}" if model else ""))
@@ -142,6 +150,7 @@ def show_plan(
     with_shares: Annotated[
         bool, typer.Option("--shares", help="read the weights, and show how many of each block become zero")
     ] = False,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
@@ -152,12 +161,13 @@ def show_plan(
     from compress.checkpoint import opening
     from compress.config.reading import load_pipeline
     from compress.engine.merge import checks
-    from compress.planning import allocation_preview, plan
+    from compress.planning import allocation_preview, places, plan
     from compress.report import plan as report
 
     opened = opening.open_model(model)
     steps = load_pipeline(pipeline)
-    made = plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline), opened.companion_bytes)
+    where = places.places(device or steps.device, steps.max_memory)
+    made = plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline), opened.companion_bytes, where)
     checks.check_models(steps, opened.artifact, str(pipeline))
     notes = check_amounts(steps, opened, str(pipeline))
     allocations = allocation_preview.allocations(made)
@@ -195,6 +205,7 @@ def evaluate(
         "transformers"
     ),
     threads: Annotated[int, typer.Option(help="of onnxruntime; 0 leaves it the choice")] = 0,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
@@ -212,7 +223,9 @@ def evaluate(
     given: dict[str, Any] = {"source": source, "field": field, "subset": subset, "protocol": protocol}
     given |= {name: value for name, value in (("samples", samples), ("length", length)) if value is not None}
     section = read_evaluation(given)
-    found = measuring.measure_model(model, section, against=against, runtime=runtime, threads=threads, bars=bars)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"runtime": runtime, "threads": threads, "device": device}
+    options["executor"] = ranks.executor()
+    found = measuring.measure_model(model, section, against=against, bars=bars, **options)
     _say(json.dumps(found, indent=1) if as_json else sentences.evaluation_lines(model, found, against))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, MinLen
+from pydantic import Field
 
 from compress.calibration.precision import Products  # noqa: TC001  (the type of an option)
 from compress.calibration.tokens import Protocol  # noqa: TC001  (the type of an option)
@@ -26,6 +27,12 @@ PRESETS = Path(__file__).parent / "presets"  # ready-made pipelines, by name
 PACKED = "safetensors"  # OUT itself, which is always written
 GATES = ("max_increase", "max_drop")
 GIVEN = "given from Python"  # the source of tensors that no file holds
+DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
+SIZE = r"^\d+(\.\d+)? *([KMGT]i?)?B$"  # such as 12GB
+
+DeviceName = Annotated[str, Field(pattern=DEVICE, examples=["auto", "cpu", "cuda", "cuda:1"])]
+Size = Annotated[str, Field(pattern=SIZE, examples=["12GB"])]
+MemoryOf = Literal["device", "host"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +94,20 @@ class Settings:
         dtype: what calibration and evaluation compute in; `auto` is what the model's configuration says.
         products: how float32 matrices are multiplied while calibrating: `bfloat16` rounds the factors and sums in
             float32, several times quicker where the processor can; `float32` does not round. Evaluation never rounds.
+        device: what computes: `auto` takes the graphics processor where there is one, or `cpu`, `cuda`, `cuda:1`.
+        max_memory: the most that the run may take of the memory of the `device` that computes and of the `host`, such
+            as {device: 12GB, host: 32GB}; what is not given is what is free. A run that needs more is refused before it
+            begins.
         description: free text.
     """
 
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     products: Products = "bfloat16"
+    device: DeviceName = "auto"
+    max_memory: Annotated[Mapping[MemoryOf, Size], Field(examples=["{device: 12GB, host: 32GB}"])] = field(
+        default_factory=dict
+    )
     description: str = ""
 
 

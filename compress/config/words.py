@@ -41,6 +41,8 @@ def described(rule: Mapping[str, Any]) -> str:
     """What a JSON schema of one value allows."""
     if "anyOf" in rule:
         return " or ".join(map(described, rule["anyOf"]))
+    if "examples" in rule:
+        return f"one like {', '.join(rule['examples'])}"
     if "enum" in rule:
         numbers = rule.get("type") == "integer"
         return " or ".join(map(str, rule["enum"])) if numbers else f"one of {', '.join(rule['enum'])}"

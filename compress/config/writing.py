@@ -32,7 +32,9 @@ def dump(pipeline: Pipeline) -> str:
         for stage in pipeline.passes
     ]
     data["export"] = [PACKED, *map(_exporter, pipeline.export)]
-    data |= {"seed": pipeline.seed, "dtype": pipeline.dtype, "products": pipeline.products}
+    data |= {name: getattr(pipeline, name) for name in ("seed", "dtype", "products", "device")}
+    if pipeline.max_memory:
+        data["max_memory"] = dict(pipeline.max_memory)
     return str(yaml.dump(data, Dumper=Dumper, sort_keys=False, width=120))
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from compress.encodings.base import Encoding, Form
 from compress.encodings.bits import pack_bits, row_bytes, unpack_bits
 from compress.encodings.lookup import Table
+from compress.encodings.pieces import rows_in_piece
 from compress.encodings.uniform import CHUNK, narrowest
 from compress.lazy import torch
 
@@ -176,7 +177,7 @@ def nearest(weight: Tensor, table: Tensor, row_group: Tensor, scale: Tensor | No
     wide = table.float()
     borders = (wide[:, 1:] + wide[:, :-1]) / 2
     codes = torch.empty(rows, columns, dtype=torch.uint8)
-    step = max(1, CHUNK // columns)
+    step = rows_in_piece(CHUNK, columns, weight.device)
     for start in range(0, rows, step):
         part = slice(start, start + step)
         piece = weight[part] if scale is None else unscaled(weight[part], scale[part])

@@ -20,6 +20,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from compress.encodings.bits import padded
+from compress.encodings.pieces import rows_in_piece
 from compress.encodings.uniform import CHUNK
 from compress.encodings.weight import spread, unpack
 from compress.lazy import torch
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.encodings.weight import Spec
-
-ELSEWHERE = 1 << 24  # weights worked on at once where there is no processor's cache to stay in
 
 
 class Decoder:
@@ -80,9 +79,8 @@ class Decoder:
         By default so many that temporaries stay in the cache of a processor, or give another device enough to do.
         """
         rows, columns = self.shape
-        if most is None:
-            most = CHUNK if next(iter(self.tensors.values())).device.type == "cpu" else ELSEWHERE
-        step = max(1, most // columns)
+        device = next(iter(self.tensors.values())).device
+        step = rows_in_piece(CHUNK, columns, device) if most is None else max(1, most // columns)
         return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
     def dequantize(self) -> Tensor:

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from compress.encodings.base import Encoding, Form
 from compress.encodings.lookup import Table
+from compress.encodings.pieces import rows_in_piece
 from compress.encodings.uniform import CHUNK, narrowest, scale_defect, stored_scale
 from compress.lazy import functional, torch
 
@@ -352,7 +353,7 @@ def _outliers(magnitude: Tensor, columns: int, type_: PairType, double_outlier: 
 
 def _pieces(x: Tensor) -> Iterator[slice]:
     rows, columns = x.shape
-    step = max(1, CHUNK // max(columns, 1))
+    step = rows_in_piece(CHUNK, columns, x.device)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 

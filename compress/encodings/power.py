@@ -15,7 +15,9 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from compress.encodings.base import Encoding, Form
+from compress.encodings.counting import sums_by_number
 from compress.encodings.lookup import Table
+from compress.encodings.pieces import rows_in_piece
 from compress.encodings.uniform import CHUNK, SEARCH_NORM, narrowest, scale_defect, stored_scale
 from compress.lazy import torch
 
@@ -286,8 +288,8 @@ def profile(
             mass = mass * mask[part].reshape(unit.shape)
         # Bins narrow towards zero, as levels do.
         bins = unit.sqrt().mul_(BINS - 1).long().flatten()
-        masses += torch.bincount(bins, mass.flatten(), BINS)
-        moments += torch.bincount(bins, (mass * unit).flatten(), BINS)
+        masses += sums_by_number(bins, mass.flatten(), BINS)
+        moments += sums_by_number(bins, (mass * unit).flatten(), BINS)
     there = masses > 0
     return Profile((moments[there] / masses[there]).float(), masses[there])
 
@@ -360,6 +362,6 @@ def _lost(weight: Tensor, scale: Tensor, grid: PowerGrid, mask: Tensor | None, n
 def _pieces_and_scales(weight: Tensor, scale: Tensor) -> list[tuple[slice, slice]]:
     """Rows to work on at once, and their scales': temporaries stay in the cache."""
     rows, columns = weight.shape
-    step = max(1, CHUNK // columns)
+    step = rows_in_piece(CHUNK, columns, weight.device)
     parts = [slice(start, start + step) for start in range(0, rows, step)]
     return [(part, part if len(scale) == rows else slice(None)) for part in parts]

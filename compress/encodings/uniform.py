@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from compress.encodings.base import Encoding, Form
 from compress.encodings.bits import pack_bits, row_bytes, unpack_bits
 from compress.encodings.lookup import Table
+from compress.encodings.pieces import rows_in_piece
 from compress.lazy import torch
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Te
     """(O, I) float32 -> (O, I) uint8 codes: nearest grid point, ties to even."""
     rows, columns = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.uint8)
-    step = max(1, CHUNK // columns)
+    step = rows_in_piece(CHUNK, columns, weight.device)
     for start in range(0, rows, step):
         part = slice(start, start + step) if scale.shape[0] > 1 else slice(None)
         piece = weight[start : start + step]

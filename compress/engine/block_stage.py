@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from compress.engine.learning import learn_block
-from compress.engine.ledger import KeptInLedger
+from compress.engine.ledger import KeptInLedger, Record
 from compress.engine.placement import take_records
 from compress.engine.stage import StageResult, StageRunner, calibration_batches, layers_changed
 from compress.engine.survey import survey_stage
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from compress.calibration.data import Dataset
     from compress.calibration.statistics import Need
     from compress.calibration.training import TrainingStore
-    from compress.engine.ledger import Record
     from compress.engine.placement import Context
     from compress.engine.stage import Stage
     from compress.engine.sweep import Unit
@@ -39,7 +38,7 @@ class BlockSequential(StageRunner):
 
     def run(self, context: Context, stage: Stage, data: Dataset | None, key: str) -> StageResult:
         passes = cast("list[LinearPass | BlockPass]", stage.passes)
-        batches = context.executor.shard(calibration_batches(data))
+        batches = context.executor.shard(calibration_batches(context, data))
         asking = cast("list[LinearPass]", [p for p in passes if p.surveys])
         if asking:
             found = survey_stage(context, stage.number, asking, batches, key)
@@ -64,14 +63,14 @@ def run_passes(
         for unit in sweep(context, wanted, batches):
             key = key_of(key, stage, unit.name, [s.name for s in unit.sites], options)
             file = f"s{stage:02d}-{unit.name}"
-            done = context.ledger.load(file, key)
+            done, made = context.ledger.load(file, key), list[Record]()
             if done is None:
                 made = _worked_on(context, stage, passes, unit, KeptInLedger(context.ledger, f"{file}-training", key))
                 done = context.commit(file, key, made)
                 context.ledger.forget(file)  # states of learning, which are of no use any longer
-                del made
             records += done
-            take_records(context, done)
+            take_records(context, done, made=made)
+            del made  # of no use before the next unit
     return key, records
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from compress.calibration import collect
-from compress.calibration.activation_cache import Activations
 from compress.calibration.precision import learning
 from compress.calibration.reconstruct import BlockData
 from compress.engine.placement import grids_of, present
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from compress.calibration.activation_cache import Activations
     from compress.calibration.reconstruct import Weights
     from compress.encodings import Weight
     from compress.engine.placement import Context
@@ -75,7 +75,9 @@ class View:
             with learning(self.context.products, hidden):
                 return self.chain.call_for(len(numbers)).run(self.block, hidden, self._values({**fixed, **weights}))
 
-        return BlockData(call, self.chain.samples(), self.original.samples(), self.outputs.samples())
+        samples = self.chain.samples(), self.original.samples(), self.outputs.samples()
+        shares = self.context.executor.shares(len(samples[2]))
+        return BlockData(call, *samples, shares, self.context.dtype)
 
     def parts(self, learned: Callable[[], Weights], fixed: Weights) -> Iterator[tuple[tuple[str, ...], BlockData]]:
         """The children of the block that hold sites: names of their sites and vectors, and how to run each.
@@ -93,7 +95,7 @@ class View:
         now = self._values({**fixed, **learned})
         runs = self.chain.forwards(self.block, now)
         arrivals = (collect.arrival(run, module) for run in runs)
-        inputs = Activations(arrivals, trim=not self.context.resident, store=self.context.devices.store)
+        inputs = self.context.waiting(arrivals)
         outputs = inputs.copy()
         original = _under(child, self.original_values())
         for number, made in enumerate(outputs.forwards(module, original)):
@@ -104,7 +106,8 @@ class View:
                 own = _under(child, self._values({**fixed, **weights}))
                 return inputs.call_for(len(numbers)).run(module, hidden, own)
 
-        return BlockData(call, inputs.samples(), inputs.samples(), outputs.samples())
+        shares = self.context.executor.shares(len(inputs.samples()))
+        return BlockData(call, inputs.samples(), inputs.samples(), outputs.samples(), shares)
 
     def _values(self, weights: Weights) -> dict[str, Tensor]:
         """Values of sites and vectors by name in the block, as its modules take them."""

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from compress.calibration.data import CALIBRATED_AT_ONCE
+from compress.calibration.metrics import TOKENS_AT_ONCE
 from compress.config.pipeline import GIVEN
 from compress.engine.measure import Meter, against, measured_row
 from compress.engine.placement import lent
 from compress.engine.resume import Dependencies
+from compress.engine.room import with_room
 from compress.engine.stage import Stage
 from compress.engine.stages import RUNNERS
 from compress.errors import GateError
 from compress.io.keys import hash_of, key_of
 from compress.logs import LOGGER
+from compress.planning.places import device_name
 from compress.report.report import Report, in_words
 
 if TYPE_CHECKING:
@@ -68,7 +73,7 @@ def execute(
     depends = _dependencies(pipeline, plan, context, data)
     context.ledger.depends_on(depends)
     key = begin = key_of(depends.facts)
-    start = measured_row(context, meter, "original", "original", key, None, 0.0)
+    start, context = with_room(context, data.evaluation, TOKENS_AT_ONCE, partial(_original, meter, begin))
     _add(report, start, on_row)
     others: dict[str, Row] = {}
     stages = list(enumerate(plan.stages))
@@ -81,12 +86,14 @@ def execute(
             _add(report, row, on_row)
         started = time.perf_counter()
         key = key_of(key, depends.stages[number]["code"])
-        result = runner.run(context, stage, data.calibration, key)
+        work = partial(runner.run, stage=stage, data=data.calibration, key=key)
+        result, _ = with_room(context, data.calibration, CALIBRATED_AT_ONCE, work)
         seconds = time.perf_counter() - started
         context, key = result.context, result.key
         last = number + 1 == len(plan.stages)
         due = last or pipeline.evaluate is None or pipeline.evaluate.after == "each"
-        row = measured_row(context, meter if due else None, stage.unit, stage.name, key, start, seconds)
+        measured = partial(_measured, meter if due else None, stage, key, start, seconds)
+        row, context = with_room(context, data.evaluation, TOKENS_AT_ONCE, measured)
         _add(report, row, on_row)
         found = [others[name] for name in compared if name in others]
         result.section.add_to(report, against(row, found) if compared else None)
@@ -97,6 +104,14 @@ def execute(
         protocol = {"protocol": pipeline.evaluate.protocol} if named else {}
         report.data = {"source": pipeline.evaluate.source, **meter.described(data.evaluation), **protocol}
     return report, context
+
+
+def _original(meter: Meter, key: str, context: Context) -> Row:
+    return measured_row(context, meter, "original", "original", key, None, 0.0)
+
+
+def _measured(meter: Meter | None, stage: Stage, key: str, start: Row, seconds: float, context: Context) -> Row:
+    return measured_row(context, meter, stage.unit, stage.name, key, start, seconds)
 
 
 def _add(report: Report, row: Row, on_row: Callable[[Row], None]) -> None:
@@ -111,16 +126,20 @@ def _dependencies(pipeline: Pipeline, plan: Plan, context: Context, data: Data) 
         "the model": context.artifact.source.fingerprint(),
         "the calibration data": hash_of(data.calibration),
         "the number of threads": torch.get_num_threads(),  # sums are split among them, and so rounded otherwise
+        "the device": device_name(context.devices.compute),
         "the seed": pipeline.seed,
         "the type of numbers": str(context.dtype),
         "the precision of products": context.products,
+        # Sums over calibration data are split among them. Whatever needs none is the same, however many they are.
+        "the number of processes": context.executor.world if data.calibration is not None else 1,
         "the code of compress, or torch or transformers,": context.ledger.code_of(()),
     }
     stages = []
     for number, plans in enumerate(plan.stages):
         stage = Stage(number, plans)
         # A stage is of no use any longer once its passes or its runner, or what these import, are changed.
-        code = context.ledger.code_of(map(type, stage.passes), [type(RUNNERS[stage.reach]).__module__])
+        run_by = [type(RUNNERS[stage.reach]).__module__, type(context.executor).__module__]
+        code = context.ledger.code_of(map(type, stage.passes), run_by)
         options = key_of([(p.key, p.options()) for p in stage.passes])
         stages.append({"name": stage.name, "options": options, "code": code})
     return Dependencies(facts, stages)

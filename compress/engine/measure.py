@@ -43,15 +43,16 @@ class Meter:
         windows, length = data.inputs.shape
         return {"windows": windows, "length": length, "tokens": windows * (length - 1), "kl_tokens": self.kl_tokens}
 
-    def original(self) -> dict[str, Quality]:
+    def original(self, context: Context) -> dict[str, Quality]:
         """The original's quality on every source; remembers its predictions."""
         self.references = {name: Reference(REFERENCE_NUMBERS // len(self.parts)) for name in self.parts}
-        return self._measure(self.plain, "evaluate original: batches", keep=True)
+        plain = replace(self.plain, divided=context.divided)
+        return self._measure(plain, "evaluate original: batches", keep=True)
 
     def of(self, context: Context) -> dict[str, Quality]:
         """A model as it stands now, on every source."""
         if not self.references:
-            self.original()
+            self.original(context)
         return self._measure(context, "evaluate: batches", keep=False)
 
     def _measure(self, context: Context, label: str, keep: bool) -> dict[str, Quality]:
@@ -64,6 +65,8 @@ class Meter:
                     reference=self.references[name],
                     keep=keep,
                     progress=lambda items, total: context.bars.over(items, total, label, "end"),
+                    divided=context.divided,
+                    together=context.executor,
                 )
                 for name, part in self.parts.items()
             }
@@ -88,7 +91,7 @@ def measured_row(
         return Row(**found)
     parts: Mapping[str, Quality] = {}
     if meter and meter.parts:
-        parts = meter.original() if unit == "original" else meter.of(context)
+        parts = meter.original(context) if unit == "original" else meter.of(context)
     whole = pooled(list(parts.values())) if parts else None
     if meter:
         meter.kl_tokens = whole.kl_tokens if whole else 0

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from compress.calibration import collect
+from compress.calibration.activation_cache import Activations
 from compress.calibration.precision import products
+from compress.encodings import Weight
 from compress.engine.devices import Devices
 from compress.engine.executor import SingleProcess
 from compress.io.heap import give_back
@@ -27,11 +29,13 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from compress.calibration.collect import Call
     from compress.calibration.precision import Products
     from compress.checkpoint.artifact import Artifact
-    from compress.encodings import InputGrid, Weight
+    from compress.encodings import InputGrid
     from compress.engine.executor import Executor
     from compress.engine.ledger import MemoryLedger, Record
+    from compress.engine.read_ahead import ReadAhead
     from compress.models.graph import Graph
     from compress.models.site import Site
     from compress.progress import Bars
@@ -67,6 +71,8 @@ class Context:
         bars: progress.
         executor: who does the work.
         devices: where is computed, and where what is finished waits.
+        ahead: reads the next block while a device works on this one; None where the processor computes.
+        divided: how many parts usual batches are divided into, because the device has no room for whole ones.
         delta: a compressed one that was made, and belongs into the result.
     """
 
@@ -80,6 +86,8 @@ class Context:
     bars: Bars
     executor: Executor = field(default_factory=SingleProcess)
     devices: Devices = field(default_factory=Devices)
+    ahead: ReadAhead | None = None
+    divided: int = 1
     delta: MadeDelta | None = None
 
     @property
@@ -89,24 +97,34 @@ class Context:
 
     def weight(self, site: Site) -> Weight:
         """A site as it stands now, where is computed."""
-        return self.devices.to_compute(self.artifact.weight(site))
+        return self.devices.to_compute(self.artifact.weight(site, self.devices.compute))
 
     def original(self, site: Site) -> Tensor:
         """(out, in) as `Artifact.original` has it, where is computed."""
         return self.devices.to_compute(self.artifact.original(site))
 
     def tensor(self, name: str) -> Tensor:
-        """A parameter or buffer as the model takes it, where is computed."""
-        return self.devices.to_compute(self.artifact.tensor(name))
+        """A parameter or buffer as the model takes it, where is computed: codes move there, not what they mean."""
+        site = self.artifact.made_site(name)
+        if site is not None:
+            return site.value(self.weight(site).dequantize())
+        ahead = None if self.ahead is None or name in self.artifact.vectors else self.ahead.take(name)
+        return self.devices.to_compute(self.artifact.tensor(name)) if ahead is None else ahead
 
     def forward(self, inputs: Tensor) -> Any:
         """What the model makes of inputs, wherever they wait."""
         return forward(self.graph, self.devices.to_compute(inputs))
 
+    def waiting(self, arrivals: Iterable[tuple[Tensor, Call]]) -> Activations:
+        """What arrives at a block, where it waits for it."""
+        devices = self.devices
+        return Activations(arrivals, trim=not self.resident, store=devices.activations, room=devices.room)
+
     def commit(self, unit: str, key: str, records: Iterable[Record]) -> list[Record]:
         """Keep a finished unit, where it waits; returns its records as they are kept."""
-        stored = [replace(record, weight=self.devices.to_store(record.weight)) for record in records]
-        return self.executor.commit(self.ledger, unit, key, stored)
+        # What is written is packed where it was computed, and then is small.
+        stored = (replace(r, weight=self.devices.to_store(r.weight)) if self.ledger.in_memory else r for r in records)
+        return self.executor.commit(self.ledger, unit, key, list(stored))
 
 
 def bring_in(context: Context, prefix: str, module: nn.Module) -> None:
@@ -131,6 +149,12 @@ def value_of(context: Context, name: str) -> Tensor:
     with products("float32"):  # a correction is the same, wherever it is multiplied out
         value = context.tensor(name)
     return value.to(context.dtype) if value.is_floating_point() else value
+
+
+def _value_made(context: Context, site: Site, weight: Weight) -> Tensor:
+    """A site's parameter of a weight that was just made, as `value_of` gives it."""
+    with products("float32"):
+        return site.value(weight.dequantize()).to(context.dtype)
 
 
 def evict(context: Context, prefix: str, module: nn.Module) -> None:
@@ -179,9 +203,19 @@ def lent(context: Context, artifact: Artifact) -> Iterator[Context]:
         tie(context.graph)
 
 
-def take_records(context: Context, records: Iterable[Record], restate: bool = False) -> None:
-    """Take over committed sites and vectors. `restate`: they count as the original weights from now on."""
+def take_records(
+    context: Context, records: Iterable[Record], restate: bool = False, made: Iterable[Record] = ()
+) -> None:
+    """Take over committed sites and vectors.
+
+    Args:
+        context: whose artifact and, where it is in memory, whose model takes them.
+        records: as they are kept.
+        restate: they count as the original weights from now on.
+        made: the same records where they were computed: what they mean need not be moved there again.
+    """
     artifact = context.artifact
+    here = {record.site: record.weight for record in made}
     for record in records:
         site = artifact.sites.get(record.site)
         if site is None:
@@ -193,8 +227,12 @@ def take_records(context: Context, records: Iterable[Record], restate: bool = Fa
             if restate:
                 artifact.restated[record.site] = record.weight
         if context.resident:
-            name = site.parameter if site else record.site
-            set_value(context.graph.model, name, value_of(context, name))
+            name, weight = site.parameter if site else record.site, here.get(record.site)
+            if site is not None and isinstance(weight, Weight):
+                value = _value_made(context, site, weight)
+            else:
+                value = value_of(context, name)
+            set_value(context.graph.model, name, value)
 
 
 def make_room(context: Context, name: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
-from compress.calibration.data import batches
+from compress.calibration.data import CALIBRATED_AT_ONCE, batches
 from compress.io.keys import key_of
 from compress.report.sections import LayersChanged
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from compress.passes.base import Pass, Reach
     from compress.planning.plan import PassPlan
     from compress.report.sections import Section
-
-CALIBRATED_AT_ONCE = 2048  # tokens, or positions, of a batch that runs through the model
 
 P = TypeVar("P", bound="Pass")
 
@@ -101,9 +99,9 @@ class StageRunner(Protocol):
         return {}
 
 
-def calibration_batches(data: Dataset | None) -> list[Tensor]:
+def calibration_batches(context: Context, data: Dataset | None) -> list[Tensor]:
     """Calibration data in the portions that run through the model at once."""
-    return batches(data.inputs, CALIBRATED_AT_ONCE) if data is not None else []
+    return batches(data.inputs, CALIBRATED_AT_ONCE, context.divided) if data is not None else []
 
 
 def generator_for(seed: int, stage: int, position: int, name: str) -> torch.Generator:

@@ -16,7 +16,6 @@ import torch
 from transformers import PreTrainedModel
 
 from compress.calibration import collect
-from compress.calibration.activation_cache import Activations
 from compress.calibration.precision import products
 from compress.engine.block_view import View
 from compress.engine.placement import present, set_value, streamed, value_of
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from compress.calibration.activation_cache import Activations
     from compress.calibration.reconstruct import Weights
     from compress.calibration.statistics import Need, Statistics
     from compress.engine.placement import Context
@@ -101,7 +101,11 @@ def sweep(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> Iterat
     """Hand out one unit after the other. A block must be committed before the next is asked for."""
     if wanted.calibrated:
         assert OUTSIDE_BLOCKS not in wanted.sites, "the planner refuses calibrated passes outside the blocks"
-        yield from _calibrated(context, wanted, batches)
+        try:
+            yield from _calibrated(context, wanted, batches)
+        finally:
+            if context.ahead is not None:
+                context.ahead.forget()
         return
     for index, sites in context.bars.over(wanted.sites.items(), len(wanted.sites), f"{wanted.label}: block", "each"):
         yield Unit("outside" if index == OUTSIDE_BLOCKS else f"b{index:04d}", sites, dict)
@@ -122,6 +126,7 @@ def _calibrated(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> 
             )
         original = _original_chain(context, blocks, batches) or chain.copy()
     for index in context.bars.over(range(len(blocks)), len(blocks), f"{wanted.label}: block", "each"):
+        _read_ahead(context, index + 1)
         view = None
         if chain and original:
             outputs = original.copy()
@@ -132,6 +137,19 @@ def _calibrated(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> 
         yield Unit(f"b{index:04d}", sites, partial(_block_statistics, context, wanted, index, chain, batches), view)
         if chain and index + 1 < len(blocks):
             _step(context, chain, index, None, "propagate: batches")
+
+
+def _read_ahead(context: Context, index: int) -> None:
+    """Begin to read what a block has in the source, as far as no pass has changed it."""
+    if context.ahead is None:
+        return
+    names: list[str] = []
+    if index < len(context.graph.blocks):
+        block = context.graph.model.get_submodule(context.graph.blocks[index])
+        names += (name for name, _ in block.named_parameters(prefix=context.graph.blocks[index]))
+    artifact = context.artifact
+    plain = (n for n in names if artifact.made_site(n) is None and n not in artifact.vectors and not artifact.added(n))
+    context.ahead.begin(plain, lambda name: artifact.source.read(artifact.name_in_source(name)))
 
 
 def _step(context: Context, into: Activations, index: int, weights: Weights | None, label: str) -> None:
@@ -158,7 +176,8 @@ def _block_statistics(
     forwards = chain.forwards(block) if chain else whole
     with products(context.products), present(context, index) if chain else streamed(context):
         forwards = context.bars.over(forwards, len(batches), "collect: batches")
-        seen = collect.statistics(modules, needs, forwards, wanted.ranged)
+        before = context.executor.shares(sum(map(len, batches))).first if wanted.ranged else 0
+        seen = collect.statistics(modules, needs, forwards, wanted.ranged, before)
     context.executor.reduce(seen)
     return seen
 
@@ -173,7 +192,7 @@ def chain_of(context: Context, blocks: list[nn.Module], batches: Sequence[Tensor
             return None
         arrivals = (collect.arrival(partial(context.forward, batch), blocks[0]) for batch in batches)
         arrived = context.bars.over(arrivals, len(batches), "embed: batches")
-        return Activations(arrived, trim=not context.resident, store=context.devices.store)
+        return context.waiting(arrived)
 
 
 def _original_chain(context: Context, blocks: list[nn.Module], batches: Sequence[Tensor]) -> Activations | None:

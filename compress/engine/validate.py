@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from compress.encodings import Weight
+from compress.encodings.pieces import rows_in_piece
 from compress.encodings.uniform import CHUNK
 from compress.errors import CompressError, NonFiniteError
 from compress.passes.prune.selection import pattern
@@ -69,13 +70,13 @@ def observed(
 
 def _relative_error(weight: Weight, old: Tensor) -> float:
     """||new - old|| / ||old||, a few rows at a time: temporaries stay in the cache."""
-    lost = size = 0.0
-    step = max(1, CHUNK // old.shape[1])
+    lost, size = torch.zeros(2, dtype=torch.float64, device=old.device)
+    step = rows_in_piece(CHUNK, old.shape[1], old.device)
     for start in range(0, len(old), step):
         rows = slice(start, start + step)
         was = old[rows]
-        lost += float((weight.rows(rows).dequantize() - was).square_().sum())
-        size += float(was.square().sum())
+        lost += (weight.rows(rows).dequantize() - was).square_().sum()
+        size += was.square().sum()
     return math.sqrt(lost / size) if size else math.sqrt(lost)
 
 

@@ -105,15 +105,16 @@ def _size(site: Site) -> int:
 
 def exported(exporter: Exporter, pipeline: Pipeline, state: PlanState) -> int:
     """Bytes of a container."""
-    computed = _computed(pipeline, state)
+    dtype = computed(pipeline, state)
     sizes = dict(state.sizes)
     for site in state.graph.sites:
         if site.name in state.specs:
-            sizes[site.parameter] = exporter.expected_bytes(state.specs[site.name], computed)
+            sizes[site.parameter] = exporter.expected_bytes(state.specs[site.name], dtype)
     return sum(sizes.values()) + FIXED
 
 
-def _computed(pipeline: Pipeline, state: PlanState) -> torch.dtype:
+def computed(pipeline: Pipeline, state: PlanState) -> torch.dtype:
+    """The type that a run computes in."""
     if pipeline.dtype != "auto":
         chosen: torch.dtype = getattr(torch, pipeline.dtype)
         return chosen

@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compress.calibration.data import CALIBRATED_AT_ONCE
 from compress.calibration.metrics import REFERENCE_NUMBERS, TOKENS_AT_ONCE
 from compress.export.compared import NUMBERS as COMPARED
 from compress.models.logits import PIECE, WHOLE, WHOLE_LEARNED, bodies, vocabulary
 from compress.passes import MergePass
 from compress.passes.merge.permutation import coupled
 from compress.passes.retrain.options import TrainingOptions
-from compress.planning.need import Need, most
+from compress.planning.need import Need
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 FLOAT, TOKEN = 4, 8
 INTERPRETER = 560 << 20  # Python, torch, transformers and a tokenizer, before any work
+LIBRARIES = 3 << 30  # those of CUDA, once they are loaded
 TRAINING = 6  # numbers per weight of a model that is trained as a whole, adapters not counted; one more per copy
 LEARNING = 18  # numbers per weight while it is learned: values, gradients, moments, the best so far, temporaries
 ACTIVATIONS = 1 << 30  # bytes; more of them lie in files
@@ -35,10 +37,10 @@ CHECKING = 3  # logits of both models, and their difference
 LEARNED_LOGITS = 6  # the same, and gradients
 
 
-def peak(
+def moments_of(
     pipeline: Pipeline, stages: Sequence[Sequence[PassPlan]], graph: Graph, final: int, exported: Sequence[int]
-) -> Need:
-    """The moment of a run that needs most: reading data, evaluating, a stage, checking the result, or exporting it.
+) -> list[Need]:
+    """The moments of a run: reading data, evaluating, each stage, checking the result, exporting it.
 
     Args:
         pipeline: parsed.
@@ -51,20 +53,33 @@ def peak(
     held = {"interpreter": INTERPRETER, "data": windows}
     moments = [Need("reading data", {**held, "data": windows + _reading(pipeline)})]
     if pipeline.evaluate:
-        kept = _predictions(graph, pipeline.evaluate)
-        held["evaluation"] = min(REFERENCE_NUMBERS, kept) * FLOAT
-        moments.append(_joined("evaluating", held, _evaluating(graph, pipeline.evaluate)))
+        held["evaluation"] = reference(graph, pipeline.evaluate)
+        moments.append(joined("evaluating", held, _evaluating(graph, pipeline.evaluate)))
     for stage in stages:
         parts = _stage(pipeline, [part.pass_ for part in stage], graph)
-        moments.append(_joined(f"running {stage[0].path}", held, parts))
-    moments.append(_joined("checking the result", held, _checking(pipeline, graph, final)))
+        moments.append(joined(f"running {stage[0].path}", held, parts))
+    moments.append(joined("checking the result", held, _checking(pipeline, graph, final)))
     for exporter, size in zip(pipeline.export, exported, strict=True):
         parts = {"weights": final, "exports": exporter.libraries + EXPORTING * size, **_comparing(pipeline, graph)}
-        moments.append(_joined(f"exporting {exporter.key}", held, parts))
-    return most(moments)
+        moments.append(joined(f"exporting {exporter.key}", held, parts))
+    return moments
 
 
-def _joined(moment: str, held: Mapping[str, int], parts: Mapping[str, int]) -> Need:
+def on_host(graph: Graph, need: Need, activations: int) -> Need:
+    """What remains on the host of a moment's need where a device of its own computes.
+
+    Args:
+        graph: the model.
+        need: of the moment, if the host computed.
+        activations: bytes that wait on the host.
+    """
+    kept = {name: size for name, size in need.parts.items() if name in ("interpreter", "data", "merging", "exports")}
+    read = 4 * outside(graph) * FLOAT
+    return Need(need.moment, {**kept, "libraries": LIBRARIES, "weights": read, "activations": activations})
+
+
+def joined(moment: str, held: Mapping[str, int], parts: Mapping[str, int]) -> Need:
+    """What is held all the time, and what a moment needs beside it."""
     return Need(moment, {name: held.get(name, 0) + parts.get(name, 0) for name in dict.fromkeys((*held, *parts))})
 
 
@@ -92,16 +107,32 @@ def _configured(graph: Graph, name: str, default: int) -> int:
     return value if isinstance(value, int) else default
 
 
-def _flowing(graph: Graph, tokens: int) -> int:
-    """What is between the layers of a block while so many tokens run through it."""
-    width = _widest(graph)
-    return tokens * FLOAT * (6 * _configured(graph, "hidden_size", width) + 3 * width)
+def flowing(graph: Graph, tokens: int) -> int:
+    """How many numbers are between the layers of a block while so many tokens run through it."""
+    width = widest(graph)
+    return tokens * (6 * _configured(graph, "hidden_size", width) + 3 * width)
 
 
-def _logits(graph: Graph, tokens: int, whole: int, copies: int) -> int:
+def logits(graph: Graph, tokens: int, whole: int, copies: int) -> int:
     """Logits of a batch, or of a piece where they are computed in pieces, and what is made of them."""
     numbers = tokens * vocabulary(graph.model)
     return copies * FLOAT * (PIECE if numbers > whole and bodies(graph.model) else numbers)
+
+
+def reference(graph: Graph, section: Calibration) -> int:
+    """What is kept of the original's predictions, in bytes."""
+    return min(REFERENCE_NUMBERS, _predictions(graph, section)) * FLOAT
+
+
+def evaluated_at_once(section: Calibration) -> int:
+    """Tokens of a batch that is measured on."""
+    return min(max(TOKENS_AT_ONCE, section.length), _tokens(section))
+
+
+def run_at_once(pipeline: Pipeline) -> int:
+    """Tokens of a batch of calibration data."""
+    data = pipeline.calibration
+    return min(max(CALIBRATED_AT_ONCE, data.length), _tokens(data)) if data else 0
 
 
 def _predictions(graph: Graph, section: Calibration) -> int:
@@ -112,11 +143,11 @@ def _predictions(graph: Graph, section: Calibration) -> int:
 
 
 def _evaluating(graph: Graph, section: Calibration) -> dict[str, int]:
-    tokens = min(max(TOKENS_AT_ONCE, section.length), _tokens(section))
+    tokens = evaluated_at_once(section)
     return {
-        "weights": 2 * max(_block(graph), _outside(graph)),
-        "activations": _flowing(graph, tokens),
-        "evaluation": _logits(graph, tokens, WHOLE, MEASURING),
+        "weights": 2 * max(block(graph), outside(graph)) * FLOAT,
+        "activations": flowing(graph, tokens) * FLOAT,
+        "evaluation": logits(graph, tokens, WHOLE, MEASURING),
     }
 
 
@@ -124,20 +155,29 @@ def _stage(pipeline: Pipeline, passes: Sequence[Pass], graph: Graph) -> dict[str
     """The largest part of the model that is there at a time, and what a pass needs beside it."""
     calibrated = any(p.calibrated for p in passes)
     learns = any(p.reach == "block" for p in passes)
-    data = pipeline.calibration
-    tokens = _tokens(data) if data and calibrated else 0
-    hidden = _configured(graph, "hidden_size", _widest(graph))
     return {
-        "weights": max(2 * _outside(graph), (_block(graph) if calibrated else 0) + 4 * _largest(graph)),
-        "statistics": 4 * _widest(graph) ** 2 * FLOAT if any(p.needs == "gram" for p in passes) else 0,
-        # Learning keeps what arrives at a block, what arrives in the original model, and what comes out there.
-        "activations": (3 if learns else 1) * min(tokens * hidden * FLOAT, ACTIVATIONS),
-        "training": (_block(graph) * LEARNING if learns else 0) + sum(_training(p, data, graph) for p in passes),
+        "weights": max(2 * outside(graph), (block(graph) if calibrated else 0) + 4 * largest(graph)) * FLOAT,
+        "statistics": 4 * widest(graph) ** 2 * FLOAT if any(p.needs == "gram" for p in passes) else 0,
+        "activations": min(waiting(pipeline, passes, graph, FLOAT), _copies(passes) * ACTIVATIONS),
+        "training": (block(graph) * LEARNING * FLOAT if learns else 0)
+        + sum(training(p, pipeline.calibration, graph) for p in passes),
         "merging": sum(_merging(p, graph) for p in passes if isinstance(p, MergePass)),
     }
 
 
-def _training(pass_: Pass, data: Calibration | None, graph: Graph) -> int:
+def waiting(pipeline: Pipeline, passes: Sequence[Pass], graph: Graph, itemsize: int) -> int:
+    """What waits between two blocks, in bytes."""
+    data = pipeline.calibration
+    tokens = _tokens(data) if data and any(p.calibrated for p in passes) else 0
+    return _copies(passes) * tokens * _configured(graph, "hidden_size", widest(graph)) * itemsize
+
+
+def _copies(passes: Sequence[Pass]) -> int:
+    """Learning keeps what arrives at a block, what arrives in the original model, and what comes out there."""
+    return 3 if any(p.reach == "block" for p in passes) else 1
+
+
+def training(pass_: Pass, data: Calibration | None, graph: Graph) -> int:
     """The model, what its matrices start as and become, and a batch's logits and their gradients."""
     if not pass_.trains_whole:
         return 0
@@ -145,8 +185,8 @@ def _training(pass_: Pass, data: Calibration | None, graph: Graph) -> int:
     weights = sum(p.numel() for p in graph.model.parameters())
     whole = WHOLE_LEARNED if pass_.reach == "model" else sys.maxsize  # merges hold all of a batch
     copies = pass_.trainings if isinstance(pass_, TrainingOptions) else 1
-    logits = _logits(graph, tokens, whole, LEARNED_LOGITS)
-    return (TRAINING - 1 + copies) * weights * FLOAT + _flowing(graph, tokens) + logits
+    numbers = (TRAINING - 1 + copies) * weights + flowing(graph, tokens)
+    return numbers * FLOAT + logits(graph, tokens, whole, LEARNED_LOGITS)
 
 
 def _merging(pass_: MergePass, graph: Graph) -> int:
@@ -162,9 +202,9 @@ def _checking(pipeline: Pipeline, graph: Graph, final: int) -> dict[str, int]:
     section = pipeline.evaluate
     tokens = 2 * section.length if section else 0
     return {
-        "weights": (final if section else 0) + 2 * max(_block(graph), _outside(graph)),
-        "activations": _flowing(graph, tokens),
-        "evaluation": _logits(graph, tokens, WHOLE, CHECKING),
+        "weights": (final if section else 0) + 2 * max(block(graph), outside(graph)) * FLOAT,
+        "activations": flowing(graph, tokens) * FLOAT,
+        "evaluation": logits(graph, tokens, WHOLE, CHECKING),
     }
 
 
@@ -174,33 +214,34 @@ def _comparing(pipeline: Pipeline, graph: Graph) -> dict[str, int]:
         return {}
     numbers = min(COMPARED, _predictions(graph, pipeline.evaluate))
     tokens = min(_tokens(pipeline.evaluate), numbers // max(1, vocabulary(graph.model)))
-    return {"activations": _flowing(graph, tokens), "evaluation": MEASURING * numbers * FLOAT}
+    return {"activations": flowing(graph, tokens) * FLOAT, "evaluation": MEASURING * numbers * FLOAT}
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
-def _outside(graph: Graph) -> int:
-    """The largest tensor."""
-    return max((p.numel() for p in graph.model.parameters()), default=0) * FLOAT
+def outside(graph: Graph) -> int:
+    """How many numbers the largest tensor has."""
+    return max((p.numel() for p in graph.model.parameters()), default=0)
 
 
-def _largest(graph: Graph) -> int:
-    """The largest matrix that passes work on."""
-    return max((s.shape[0] * s.shape[1] for s in graph.sites), default=0) * FLOAT
+def largest(graph: Graph) -> int:
+    """How many numbers the largest matrix has that passes work on."""
+    return max((s.shape[0] * s.shape[1] for s in graph.sites), default=0)
 
 
-def _widest(graph: Graph) -> int:
+def widest(graph: Graph) -> int:
+    """How many numbers the largest input of a matrix has."""
     return max((s.shape[1] for s in graph.sites), default=0)
 
 
-def _block(graph: Graph) -> int:
-    """The largest block."""
+def block(graph: Graph) -> int:
+    """How many numbers the matrices of the largest block have."""
     in_blocks: dict[int, int] = {}
     for site in graph.sites:
         if site.block is not None:
             in_blocks[site.block] = in_blocks.get(site.block, 0) + site.shape[0] * site.shape[1]
-    return max(in_blocks.values(), default=0) * FLOAT
+    return max(in_blocks.values(), default=0)
 
 
 def _aligning(graph: Graph) -> int:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from compress.config.lines import line_of
 from compress.config.pipeline import walk
 from compress.errors import ConfigError
-from compress.planning import checks, depth, disk, memory, merge, sites
+from compress.planning import checks, depth, device_memory, disk, memory, merge, sites
+from compress.planning.disk import computed
+from compress.planning.need import most
+from compress.planning.places import on_processor
 from compress.planning.state import PassPlan, initial
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
 
@@ -21,7 +24,8 @@ if TYPE_CHECKING:
     from compress.models.graph import Graph
     from compress.passes.base import Reach
     from compress.planning.need import Need
-    from compress.planning.state import Planner
+    from compress.planning.places import Places
+    from compress.planning.state import Planner, PlanState
 
 PLANNERS: dict[Reach, Planner] = {
     "matrix": sites.plan,
@@ -39,8 +43,12 @@ class Plan:
     Attributes:
         stages: passes that run together, in order.
         final_bytes: expected size of the weights afterwards.
-        memory: when most is needed, and what for; the interpreter is included.
+        memory: of the host, when most is needed, and what for; the interpreter is included.
         disk: beside and at the destination, the same.
+        places: where the run computes.
+        device: of a device with memory of its own, the same.
+        activations_on_device: whether they fit there, and so wait there.
+        results_bytes: of all matrices that passes work on, as codes and masks of a byte per weight.
     """
 
     stages: tuple[tuple[PassPlan, ...], ...]
@@ -48,6 +56,15 @@ class Plan:
     final_bytes: int
     memory: Need
     disk: Need
+    places: Places = field(default_factory=on_processor)
+    device: Need | None = None
+    activations_on_device: bool = False
+    results_bytes: int = 0
+
+    @property
+    def activations_on_host(self) -> int:
+        """Bytes of activations that the host's memory is to hold for a device."""
+        return 0 if self.device is None else self.memory.parts.get("activations", 0)
 
 
 def make(
@@ -56,6 +73,7 @@ def make(
     dtypes: Mapping[str, torch.dtype],
     file: str = "pipeline",
     companions: int = 0,
+    where: Places | None = None,
 ) -> Plan:
     """Plan a pipeline on a model.
 
@@ -65,6 +83,7 @@ def make(
         dtypes: parameter name -> type it is stored in.
         file: for messages.
         companions: bytes of what travels along with the weights, such as a tokenizer.
+        where: it computes; by default on the processor.
 
     Raises:
         ConfigError: every impossible thing at once.
@@ -84,13 +103,31 @@ def make(
         raise ConfigError([replace(p, line=line_of(pipeline.lines, p.path)) for p in problems], file)
     final = state.final_bytes()
     exported = [disk.exported(exporter, pipeline, state) for exporter in pipeline.export]
-    return Plan(
+    where = where or on_processor()
+    made = Plan(
         tuple(map(tuple, stages)),
         original,
         final,
-        memory.peak(pipeline, stages, state.graph, final, exported),
+        most(memory.moments_of(pipeline, stages, state.graph, final, exported)),
         disk.peak(stages, state, original, companions, exported),
+        where,
     )
+    return _on_device(made, pipeline, state, exported) if where.apart else made
+
+
+def _on_device(made: Plan, pipeline: Pipeline, state: PlanState, exported: Sequence[int]) -> Plan:
+    """The plan of a run on a device with memory of its own: activations wait there if they fit, else on the host."""
+    itemsize, stages = computed(pipeline, state).itemsize, made.stages
+    waiting = [memory.waiting(pipeline, [part.pass_ for part in stage], state.graph, itemsize) for stage in stages]
+    there = device_memory.peak(pipeline, stages, state.graph, itemsize, waiting=True)
+    fits = made.places.device_limit is None or there.total <= made.places.device_limit
+    if not fits:
+        there = device_memory.peak(pipeline, stages, state.graph, itemsize, waiting=False)
+    kept = 0 if fits else max(waiting, default=0)
+    moments = memory.moments_of(pipeline, stages, state.graph, made.final_bytes, exported)
+    host = most([memory.on_host(state.graph, need, kept) for need in moments])
+    results = 2 * sum(site.shape[0] * site.shape[1] for site in state.graph.sites if site.block is not None)
+    return replace(made, memory=host, device=there, activations_on_device=fits, results_bytes=results)
 
 
 __all__ = ["PLANNERS", "PassPlan", "Plan", "make"]

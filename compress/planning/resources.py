@@ -43,11 +43,31 @@ def check_resources(plan: Plan, destination: Path, work: Path) -> None:
             f"the run needs about {_mb(needed)} on the disk of {parent}, which has {_mb(free)} free "
             f"({_said(plan.disk)}); make room, or choose another disk for -o"
         )
-    memory = available_memory()
+    check_memory(plan)
+
+
+def check_memory(plan: Plan) -> None:
+    """Refuse now what would run out of memory later, of the host or of the device that computes.
+
+    Raises:
+        ResourceError: not enough of either, or more than is allowed.
+    """
+    memory, limit = available_memory(), plan.places.host_limit
+    said = f"the run needs about {_mb(plan.memory.total)} of memory, and"
     if memory is not None and memory < plan.memory.total:
         raise ResourceError(
-            f"the run needs about {_mb(plan.memory.total)} of memory, and {_mb(memory)} are available "
-            f"({_said(plan.memory)}); fewer or shorter samples need less"
+            f"{said} {_mb(memory)} are available ({_said(plan.memory)}); fewer or shorter samples need less"
+        )
+    if limit is not None and limit < plan.memory.total:
+        raise ResourceError(
+            f"{said} max_memory.host allows {_mb(limit)} ({_said(plan.memory)}); allow more, or give fewer or shorter "
+            "samples"
+        )
+    need, most = plan.device, plan.places.device_limit
+    if need is not None and most is not None and most < need.total:
+        raise ResourceError(
+            f"the run needs about {_mb(need.total)} on {plan.places.compute}, where it may take {_mb(most)} "
+            f"({_said(need)}); give a larger max_memory.device where there is more, shorter samples, or device: cpu"
         )
 
 

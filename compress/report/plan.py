@@ -80,6 +80,10 @@ def as_json(shown: Shown) -> str:
         "peak_memory": plan.memory.total,
         "peak_memory_when": plan.memory.moment,
         "peak_memory_of": dict(plan.memory.parts),
+        "device": plan.places.name,
+        "device_memory": plan.device.total if plan.device else None,
+        "device_memory_when": plan.device.moment if plan.device else None,
+        "device_memory_of": dict(plan.device.parts) if plan.device else None,
         "disk": plan.disk.total,
         "disk_when": plan.disk.moment,
         "disk_of": dict(plan.disk.parts),
@@ -111,7 +115,13 @@ def lines(shown: Shown, width: int, ascii_only: bool) -> Iterator[RenderableType
         f"weights {size_text(plan.original_bytes)} -> about {size_text(plan.final_bytes)}; peak memory about "
         f"{size_text(plan.memory.total)}; disk while running about {size_text(plan.disk.total)}"
     )
-    for name, need in (("memory", plan.memory), ("disk", plan.disk)):
+    needs = {"memory": plan.memory, "disk": plan.disk}
+    if plan.device is not None:
+        waiting = "there" if plan.activations_on_device else "in the host's memory"
+        size = size_text(plan.device.total)
+        yield Text(f"computes on {plan.places.name}, in about {size} of its memory; activations wait {waiting}")
+        needs["device memory"] = plan.device
+    for name, need in needs.items():
         made_of = sorted(need.parts.items(), key=lambda part: -part[1])
         yield Text(f"{name}, most while {need.moment}: {', '.join(f'{k} {size_text(v)}' for k, v in made_of)}")
     for path, allocation in shown.allocations.items():

@@ -15,6 +15,7 @@ from compress.calibration.precision import products
 from compress.errors import SolveError
 from compress.lazy import torch
 from compress.passes.solvers.obs import Factor, compensate
+from compress.passes.solvers.projections import Keeping
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,15 +46,8 @@ def swept(weight: Tensor, gram: Tensor, mask: Tensor, damping: float) -> Tensor:
     Source: Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", 1993; Frantar
     and Alistarh, "SparseGPT", 2023, arXiv 2301.00774.
     """
-    kept = mask.T.contiguous()
-
-    def begin(_: int, __: Tensor) -> None:  # nothing is left to decide
-        pass
-
-    def project(j: int, value: Tensor) -> Tensor:
-        return value * kept[j]
-
-    return weight - compensate(weight, Factor(gram, damping), tile=TILE, every=TILE, begin=begin, project=project)
+    keeping = Keeping(mask.T.contiguous())
+    return weight - compensate(weight, Factor(gram, damping), tile=TILE, every=TILE, begin=None, project=keeping)
 
 
 def least_error(weight: Tensor, gram: Tensor, mask: Tensor, damping: float) -> Tensor:

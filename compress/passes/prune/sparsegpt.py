@@ -16,6 +16,7 @@ from compress.passes.base import Edit
 from compress.passes.prune.magnitude import Pruner
 from compress.passes.prune.selection import keep_pattern, keep_share, masked_out, pattern
 from compress.passes.solvers.obs import Factor, compensate
+from compress.passes.solvers.projections import Choice, Keeping
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +96,9 @@ def solve(
     diagonal = diagonal.masked_fill(factor.dead, 0.0)  # weights of inputs that are always zero cost nothing
     n_of_m = pattern(sparsity)
     every = n_of_m[1] if n_of_m else min(tile, columns)
-    chosen = torch.empty(columns, rows, dtype=torch.bool)
+    chosen = torch.ones(columns, rows, dtype=torch.bool)
+    if mask is not None:
+        chosen.copy_(mask.T)
 
     def begin(start: int, current: Tensor) -> None:
         stop = start + current.shape[1]
@@ -106,10 +109,8 @@ def solve(
             keep &= mask[:, start:stop]
         chosen[start:stop] = keep.T
 
-    def project(j: int, value: Tensor) -> Tensor:
-        return value * chosen[j]
-
-    result = weight - compensate(weight, factor, tile=tile, every=every, begin=begin, project=project)
+    keeping = Keeping(chosen, Choice(*n_of_m, diagonal) if n_of_m else None)
+    result = weight - compensate(weight, factor, tile=tile, every=every, begin=begin, project=keeping)
     if not torch.isfinite(result).all():
         raise SolveError("the solution is not finite")
     return result, chosen.T.contiguous(), factor.num_dead

@@ -17,6 +17,7 @@ from compress.lazy import function, no_grad, torch
 from compress.passes.quantize.grid import UniformOptions
 from compress.passes.quantize.learned import LearnedPass, LearnedRounding
 from compress.passes.quantize.rtn import Rtn
+from compress.passes.solvers.device import has_kernels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,20 +117,35 @@ class Division(LearnedRounding):
         every = [self.log_s1, self.log_s2, self.log_s3, self.log_s4, self.left, self.right, self.column]
         return [([t for t in every if t.requires_grad], self.options.learning_rate)]
 
+    def own_logarithm(self) -> Tensor:
+        """(O, G, C), the logarithm of S2."""
+        if self.options.rank is None:
+            return self.log_s2
+        return (self.left @ self.right + self.column).view(self.weight.shape)
+
     def logarithm(self) -> Tensor:
         """(O, G, C), the logarithm of S2 * s3 * s4."""
-        s2 = self.log_s2
-        if self.options.rank is not None:
-            s2 = (self.left @ self.right + self.column).view(self.weight.shape)
-        if self.kernel == 1:
-            return s2 + self.log_s3
-        return s2 + self.log_s3 + self.log_s4.expand(-1, self.kernel).reshape(s2.shape[1:])
+        found = self.own_logarithm() + self.log_s3
+        return found if self.kernel == 1 else found + self._channels()
+
+    def _channels(self) -> Tensor:
+        return self.log_s4.expand(-1, self.kernel).reshape(self.weight.shape[1:])
 
     def soft(self, progress: float) -> Tensor:
+        if has_kernels(self.weight):
+            return self._fused().reshape(self.weight.shape[0], -1)
         made: Tensor = function(Divide).apply(
             self.weight, self.first_scale, self.log_s1, self.logarithm(), self.low, self.high
         )
         return made.reshape(self.weight.shape[0], -1)
+
+    def _fused(self) -> Tensor:
+        from compress.passes.quantize.division_kernel import FusedDivide
+
+        log = self.own_logarithm() if self.kernel == 1 else self.own_logarithm() + self._channels()
+        tensors = self.weight, self.first_scale, self.log_s1, log, self.log_s3, self.low
+        made: Tensor = function(FusedDivide).apply(*(t.contiguous() for t in tensors), 2**self.options.bits - 1)
+        return made
 
     @no_grad
     def encoding(self) -> Uniform:

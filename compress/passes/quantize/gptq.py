@@ -19,6 +19,7 @@ from compress.passes.base import Edit
 from compress.passes.quantize.grid import UniformPass
 from compress.passes.quantize.rtn import Rtn
 from compress.passes.solvers.obs import Factor, compensate
+from compress.passes.solvers.projections import Rounding
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,24 +126,14 @@ def solve(
     scales, zeros = (t.T.float().contiguous() for t in (scale, zero))  # (G, R): a group is contiguous
 
     def begin(start: int, current: Tensor) -> None:
-        if not static:
-            found = fit(current, bits, symmetric=grid.symmetric, search=grid.scale_search)
-            scales[start // width], zeros[start // width] = found[0][:, 0], found[1][:, 0]
+        found = fit(current, bits, symmetric=grid.symmetric, search=grid.scale_search)
+        rounding.put(start // width, found[0][:, 0], found[1][:, 0])
 
     codes = torch.empty(columns, rows, dtype=torch.uint8)
     kept = None if mask is None else mask.T.contiguous()[order]
-    highest, group_of = 2**bits - 1, (order // width).tolist()
-
-    def project(j: int, value: Tensor) -> Tensor:
-        s, z = scales[group_of[j]], zeros[group_of[j]]
-        code = (value / s).round_().add_(z).clamp_(0, highest)
-        if kept is not None:
-            code = torch.where(kept[j], code, z)
-        codes[j].copy_(code)
-        return code.sub_(z).mul_(s)
-
+    rounding = Rounding(scales, zeros, order // width, 2**bits - 1, kept, codes)
     every = columns if static else width
-    lost = compensate(weight, factor, tile=tile, every=every, begin=begin, project=project)
+    lost = compensate(weight, factor, tile=tile, every=every, begin=None if static else begin, project=rounding)
     if not math.isfinite(float(lost.sum())):
         raise SolveError("the solution is not finite")
     codes = codes.T.contiguous()

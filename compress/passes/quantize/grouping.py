@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
+from compress.encodings.pieces import rows_in_piece
 from compress.lazy import functional, torch
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def quantiles(weight: Tensor, mask: Tensor | None = None) -> Tensor:
     Quantiles at (m + 1/2) / M of the kept weights. The Euclidean distance of two rows of them is, as far as M quantiles
     tell, the Wasserstein distance of the distributions. A row without kept weights is all zeros.
     """
-    rows = max(1, CHUNK // weight.shape[1])
+    rows = rows_in_piece(CHUNK, weight.shape[1], weight.device)
     masks = torch.split(torch.ones(1, 1, dtype=torch.bool).expand(weight.shape) if mask is None else mask, rows)
     return torch.cat([_kept_quantiles(some, kept) for some, kept in zip(torch.split(weight, rows), masks, strict=True)])
 
@@ -76,7 +77,7 @@ def table_losses(values: Tensor, importance: Tensor, table: Tensor) -> Tensor:
     """
     tables, entries = table.shape
     borders = ((table[:, 1:] + table[:, :-1]) / 2).flatten()
-    rows = max(1, CHUNK // max(values.shape[1], tables * (entries + 1)))
+    rows = rows_in_piece(CHUNK, max(values.shape[1], tables * (entries + 1)), values.device)
     found = []
     for some, weights in zip(
         torch.split(values, rows), torch.split(importance.expand(values.shape), rows), strict=True

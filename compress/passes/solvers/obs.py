@@ -17,24 +17,40 @@ Shapes: O rows, I columns, t columns in a tile.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from compress.calibration.precision import products
 from compress.errors import SolveError
 from compress.lazy import torch
+from compress.passes.solvers.device import has_kernels
+from compress.passes.solvers.projections import Keeping, Rounding
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-GATHERED = 4  # tiles read at once: every reading touches the whole matrix
+STRIP = 64  # rows put in another order at once on a processor, whose cache holds them
+LARGE_STRIP = 2048  # and on other devices
 REACH = 1024  # columns whose errors are applied to a tile at once
-PIECE = 1 << 18  # numbers reversed at once
+PIECE = 1 << 18  # numbers reversed at once on a processor, whose cache holds them
+LARGE_PIECE = 1 << 24  # and on other devices, where every operation has to be sent
 CHUNK = 16  # columns whose errors are applied one by one; those before it in the tile are applied together
 
 Begin: TypeAlias = "Callable[[int, Tensor], None]"  # (first column, current columns (O, width)): decide scales or masks
-Project: TypeAlias = "Callable[[int, Tensor], Tensor]"  # (column, its current values (O,)) -> the values to keep (O,)
+# (column, its current values (O,)) -> the values to keep (O,); or the same stated as data
+Project: TypeAlias = "Callable[[int, Tensor], Tensor] | Rounding | Keeping"
+
+
+class ProjectionTile(Protocol):
+    """The projection of the columns of one tile, counted from its first."""
+
+    def __call__(self, j: int, value: Tensor) -> None:
+        """Put what is kept of column `j`, which stands as (O,) `value`, into the row `j` of what is chosen."""
+
+    def finish(self) -> None:
+        """Called when all columns are projected."""
 
 
 class Factor:
@@ -52,12 +68,12 @@ class Factor:
         self.dead = dead[order]
         self.num_dead = int(dead.sum())
         reverse = order.flip(0)
-        damped = gram[reverse[:, None], reverse].T  # symmetric; by columns, as LAPACK works on it
+        damped = _reordered(gram, reverse).T  # symmetric; by columns, as LAPACK works on it
         damped.diagonal().add_(damping * diagonal.mean())
         damped.diagonal()[dead[reverse]] = 1.0  # an input that is always zero constrains nothing
         failed = torch.empty((), dtype=torch.int32)
         torch.linalg.cholesky_ex(damped, out=(damped, failed))  # in place: these are the largest tensors there are
-        if failed or not torch.isfinite(damped.diagonal()).all():
+        if not bool((failed == 0) & torch.isfinite(damped.diagonal()).all()):
             raise SolveError("the Gram matrix of the inputs is not positive definite at this damping")
         _reverse(damped.T.view(-1))
         self.upper = damped
@@ -67,11 +83,21 @@ class Factor:
         return self.upper[rows, columns]
 
 
+def _reordered(gram: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns of (I, I) in an order, a few rows at a time."""
+    found, at_once = torch.empty_like(gram), STRIP if gram.device.type == "cpu" else LARGE_STRIP
+    for start in range(0, len(gram), at_once):
+        rows = order[start : start + at_once]
+        torch.gather(gram.index_select(0, rows), 1, order.expand(len(rows), -1), out=found[start : start + at_once])
+    return found
+
+
 def _reverse(flat: Tensor) -> None:
     """In place, a piece of either end at a time."""
     left, right = 0, len(flat)
+    piece = PIECE if flat.device.type == "cpu" else LARGE_PIECE
     while right - left > 1:
-        size = min(PIECE, (right - left) // 2)
+        size = min(piece, (right - left) // 2)
         first, last = flat[left : left + size], flat[right - size : right]
         kept = first.flip(0)
         first.copy_(last.flip(0))
@@ -79,67 +105,126 @@ def _reverse(flat: Tensor) -> None:
         left, right = left + size, right - size
 
 
-def compensate(weight: Tensor, factor: Factor, *, tile: int, every: int, begin: Begin, project: Project) -> Tensor:
+def compensate(
+    weight: Tensor, factor: Factor, *, tile: int, every: int, begin: Begin | None, project: Project
+) -> Tensor:
     """Project the columns of `weight` (O, I) in the factor's order; returns what is lost, W - V (O, I), in that order.
 
-    `begin` is called before the columns 0, every, 2*every, ... with the next `every` columns as they stand then;
-    `project` once per column, in order. `tile` is how many columns are worked on at once: it changes the speed and the
-    rounding of the last bit, nothing else.
+    `begin` is called before the columns 0, every, 2*every, ... with the next `every` columns as they stand then; it is
+    None where nothing is to be decided. `project` is called once per column, in order; one that is stated as data, a
+    `Rounding` or `Keeping`, is carried out by a kernel where the device has one. `tile` is how many columns are worked
+    on at once: it changes the speed and the rounding of the last bit, nothing else.
     """
+    if isinstance(project, Rounding | Keeping) and has_kernels(weight):
+        return _by_kernel(weight, factor, tile, every, begin, project)
     columns = weight.shape[1]
-    tile = _aligned(tile, every)
-    chunk = _aligned(CHUNK, every)
-    lost = torch.empty(columns, weight.shape[0])  # D, transposed: a column is contiguous
-    ahead = torch.empty(0)  # columns already gathered, from `a` on
-    room = torch.empty(2, tile, weight.shape[0])  # the same for every tile: what is freed and asked for again adds up
+    tile, chunk = _aligned(tile, every), _aligned(CHUNK, every)
+    lost = _in_order(weight, factor.order)  # columns that are not projected yet are here as they were given
+    room = torch.empty(3, tile, weight.shape[0])  # the same for every tile: what is freed and asked for again adds up
     for a in range(0, columns, tile):
-        b = min(a + tile, columns)
-        if every > tile and a % every == 0:
+        part = slice(a, min(a + tile, columns))
+        if begin and every > tile and a % every == 0:
             wide = slice(a, min(a + every, columns))
-            given = _columns(weight, factor, wide)
-            begin(a, _current(given, lost, factor, wide, torch.empty_like(given)).T)
-        if not len(ahead):
-            ahead = _columns(weight, factor, slice(a, a + GATHERED * tile))
-        given, ahead = ahead[: b - a], ahead[b - a :]
-        now = _current(given, lost, factor, slice(a, b), room[1, : b - a])
-        inverse = _triangular_inverse(factor.block(slice(a, b), slice(a, b)))
-        pivots = inverse.diagonal().tolist()
-        errors = room[0, : b - a]
-        first = 0  # `now` holds the effect of all errors before this column, up to the end of its chunk
+            begin(a, _current(lost, factor, wide, _inverse(factor, wide), torch.empty_like(lost[wide])).T)
+        now, errors, chosen = room[:, : part.stop - a]
+        inverse = _inverse(factor, part)
+        _current(lost, factor, part, inverse, now)
+        inner = begin if begin and every <= tile else None
+        tile_of = project.tile(part, chosen) if isinstance(project, Rounding | Keeping) else _Called(project, a, chosen)
         with products("float32"):  # rounding the factors of these small products would take longer than it saves
-            for j in range(b - a):
-                if every <= tile and j % every == 0:
-                    known = first if j % chunk else 0
-                    group = slice(j, min(j + every, b - a))
-                    push = inverse[known:j, group].T @ errors[known:j]
-                    begin(a + j, (now[group] - push).T)
-                if j % chunk == 0:
-                    now[j : j + chunk] -= inverse[:j, j : j + chunk].T @ errors[:j]
-                    first = j
-                value = now[j] - inverse[first:j, j] @ errors[first:j] if j > first else now[j]
-                chosen = project(a + j, value)
-                torch.sub(given[j], chosen, out=lost[a + j])
-                torch.sub(value, chosen, out=errors[j]).div_(pivots[j])
+            _project(inverse, now, errors, chosen, chunk, every, inner and partial(_shifted, inner, a), tile_of)
+        tile_of.finish()
+        lost[part] -= chosen
     return lost.T
 
 
-def _columns(weight: Tensor, factor: Factor, part: slice) -> Tensor:
-    """Some columns in the factor's order, transposed: a column is contiguous."""
-    return weight.index_select(1, factor.order[part]).T.contiguous()
+def _project(
+    inverse: Tensor,
+    now: Tensor,
+    errors: Tensor,
+    chosen: Tensor,
+    chunk: int,
+    every: int,
+    begin: Begin | None,
+    project: ProjectionTile,
+) -> None:
+    """Project the columns of a tile; all but `inverse` (t, t) are (t, O). `now` ends as what was projected."""
+    weights = (inverse / inverse.diagonal()[:, None]).T.contiguous()  # of the errors before a column, in its row
+    values, lost, kept, by_row = now.unbind(), errors.unbind(), chosen.unbind(), errors.T
+    first = 0  # `now` holds the effect of all errors before this column, up to the end of its chunk
+    for j, of_errors in enumerate(weights.unbind()):
+        if begin and j % every == 0:
+            known, group = first if j % chunk else 0, slice(j, j + every)
+            begin(j, torch.addmm(now[group], weights[group, known:j], errors[known:j], alpha=-1).T)
+        if j % chunk == 0:
+            now[j : j + chunk].addmm_(weights[j : j + chunk, :j], errors[:j], alpha=-1)
+            first = j
+        elif j > first:
+            values[j].addmv_(by_row.narrow(1, first, j - first), of_errors.narrow(0, first, j - first), alpha=-1)
+        project(j, values[j])
+        torch.sub(values[j], kept[j], out=lost[j])
 
 
-def _current(given: Tensor, lost: Tensor, factor: Factor, part: slice, push: Tensor) -> Tensor:
-    """Columns as they stand after everything before them has been compensated; `push` is room as large as `given`."""
-    push.zero_()
-    if not part.start:
-        return push.copy_(given)
+class _Called:
+    """A projection that is a function, column by column of a tile that begins at `start`."""
+
+    def __init__(self, project: Callable[[int, Tensor], Tensor], start: int, chosen: Tensor):
+        self.project, self.start, self.chosen = project, start, chosen
+
+    def __call__(self, j: int, value: Tensor) -> None:
+        self.chosen[j] = self.project(self.start + j, value)
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+
+def _shifted(begin: Begin, start: int, j: int, current: Tensor) -> None:
+    begin(start + j, current)
+
+
+def _by_kernel(
+    weight: Tensor, factor: Factor, tile: int, every: int, begin: Begin | None, projection: Rounding | Keeping
+) -> Tensor:
+    from compress.passes.solvers import column_kernel as kernel
+
+    choice = projection.choice if isinstance(projection, Keeping) else None
+    tile = min(tile, kernel.WIDEST)
+    if choice and choice.of <= min(kernel.MOST_OF, tile):
+        tile, begin = _aligned(tile, choice.of), None  # chosen where it is projected
+    elif isinstance(projection, Keeping):
+        projection = Keeping(projection.kept)
+    if begin:
+        tile = every if every <= kernel.WIDEST else _aligned(tile, every)
+    return kernel.compensated(
+        weight, factor.upper, factor.order, tile=tile, every=every, begin=begin, projection=projection
+    )
+
+
+def _in_order(weight: Tensor, order: Tensor) -> Tensor:
+    """(O, I) -> (I, O), columns in an order: a column is contiguous."""
+    found = torch.empty(weight.shape[1], weight.shape[0])
+    for start in range(0, len(weight), STRIP):
+        rows = slice(start, start + STRIP)
+        found[:, rows] = weight[rows].index_select(1, order).T
+    return found
+
+
+def _current(given: Tensor, factor: Factor, part: slice, inverse: Tensor, now: Tensor) -> Tensor:
+    """Into `now` (t, O), columns as they stand after everything before them has been compensated.
+
+    `given` (I, O) is what was lost in the columns before, and the columns as they were from there on.
+    """
+    now.copy_(given[part])
     for start in range(0, part.start, REACH):  # of few different shapes: matrix libraries keep something for each
         rows = slice(start, min(start + REACH, part.start))
-        push.addmm_(factor.block(rows, part).T, lost[rows])
-    return push.copy_(torch.linalg.solve_triangular(factor.block(part, part).T, push, upper=False)).add_(given)
+        with products("float32"):
+            spread = factor.block(rows, part) @ inverse
+        now.addmm_(spread.T, given[rows])
+    return now
 
 
-def _triangular_inverse(upper: Tensor) -> Tensor:
+def _inverse(factor: Factor, part: slice) -> Tensor:
+    upper = factor.block(part, part)
     inverse: Tensor = torch.linalg.solve_triangular(upper, torch.eye(len(upper)), upper=True)
     return inverse
 

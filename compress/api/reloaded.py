@@ -1,0 +1,58 @@
+"""Whether the written folder, loaded again, computes what the result in memory does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from compress.engine.devices import Devices
+from compress.engine.measure import logits
+from compress.engine.placement import streamed
+from compress.errors import CompressError
+from compress.models import loading
+from compress.models.logits import pieces
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from compress.engine.placement import Context
+    from compress.planning.places import Places
+
+# On the processor both multiply the same numbers in the same order. The kernels of a device sum up in another: largest
+# difference allowed there, as a share of the largest logit.
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def logit_difference(context: Context, folder: Path, inputs: Tensor, where: Places) -> float:
+    """Largest difference of a written model's logits from the result's.
+
+    Args:
+        context: of the result.
+        folder: the written model.
+        inputs: a few samples.
+        where: the run computes. A model that its memory does not hold whole is compared on the processor.
+
+    Raises:
+        CompressError: they differ; on the processor, at all.
+    """
+    loaded = loading.load_model(folder, context.dtype)
+    packed = sum(tensor.nbytes for tensor in (*loaded.parameters(), *loaded.buffers()))
+    fits = where.device_limit is not None and 2 * packed < where.device_limit
+    here = context if fits else replace(context, devices=Devices())
+    written = replace(here, artifact=replace(here.artifact, graph=replace(here.graph, model=loaded)))
+    difference = largest = 0.0
+    with here.devices.scope(), torch.no_grad(), streamed(here) as hold:
+        loaded.to(here.devices.compute)
+        pairs = zip(pieces(logits(written, inputs)), pieces(logits(here, inputs, hold)), strict=True)
+        for there, meant in pairs:
+            difference = max(difference, float((there - meant).abs().max()))
+            largest = max(largest, float(meant.abs().max()))
+    allowed = TOLERANCES.get(context.dtype, 0.0) * max(1.0, largest) if fits else 0.0
+    if not difference <= allowed:
+        more = f", more than {allowed:.3g}" if allowed else ""
+        raise CompressError(f"the written model's logits differ by {difference:.3g} from the in-memory result's{more}")
+    return difference

@@ -1,0 +1,233 @@
+"""Where a run computes: the choice of a device, what it may take, and what happens where a device has no room."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import compress_command, write_pipeline
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+import compress
+from compress.api import run as running
+from compress.calibration.data import Dataset
+from compress.config.reading import parse
+from compress.engine.devices import Devices, devices_of
+from compress.engine.ledger import MemoryLedger
+from compress.engine.placement import Context
+from compress.engine.read_ahead import ReadAhead
+from compress.engine.room import with_room
+from compress.errors import ConfigError, ResourceError, UsageError
+from compress.models import graph as graphs
+from compress.planning import plan, resources
+from compress.planning.places import Places, chosen_device, places, size_in_bytes
+
+CUDA = torch.device("cuda", 0)
+TEXT = "calibration: {samples: 64, length: 128}\nevaluate: {samples: 4, length: 128}\npasses: [gptq]\n"
+
+here_is_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a device")
+
+
+@here_is_no_cuda
+def test_auto_is_the_processor_where_there_is_no_other_device() -> None:
+    assert chosen_device("auto") == chosen_device("cpu") == torch.device("cpu")
+
+
+@here_is_no_cuda
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_a_device_that_is_not_there_is_refused_with_what_to_do(name: str) -> None:
+    with pytest.raises(UsageError, match=f"device {name}: .* finds no CUDA device here; .*, or give auto or cpu"):
+        chosen_device(name)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:one", "CUDA", ""])
+def test_a_word_that_names_no_device_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="is not one like auto, cpu, cuda or cuda:1"):
+        chosen_device(name)
+    with pytest.raises(ConfigError, match=r"device: .* is not one like auto, cpu, cuda, cuda:1"):
+        parse(f"passes: [rtn]\ndevice: '{name}'")
+
+
+@pytest.mark.parametrize("limits", ["12GB", "{gpu: 12GB}", "{device: twelve}", "{host: 12}"])
+def test_a_limit_that_is_no_size_is_refused(limits: str) -> None:
+    with pytest.raises(ConfigError, match=r"max_memory: .* is not one like \{device: 12GB, host: 32GB\}"):
+        parse(f"passes: [rtn]\nmax_memory: {limits}")
+
+
+def test_sizes_are_read_in_units_of_ten_and_of_two() -> None:
+    assert [size_in_bytes(text) for text in ("12GB", "1.5 MB", "2GiB", "7B")] == [12 * 10**9, 1_500_000, 2 << 30, 7]
+
+
+def test_a_limit_for_a_device_is_refused_where_the_processor_computes() -> None:
+    with pytest.raises(UsageError, match=r"max_memory\.device limits the memory of a graphics processor"):
+        places("cpu", {"device": "12GB"})
+
+
+@here_is_no_cuda
+@pytest.mark.parametrize("words", [("run", "-o", "OUT"), ("plan",)])
+def test_commands_refuse_a_device_that_is_not_there_before_any_work(words: tuple[str, ...], tmp_path: Path) -> None:
+    command, *rest = words
+    out = tmp_path / "out"
+    given = [str(out) if word == "OUT" else word for word in rest]
+    done = compress_command(command, "rtn-w4", "demo", *given, "--device", "cuda")
+    assert done.code == 2
+    assert "device cuda: torch" in done.err
+    assert not out.exists()
+
+
+# --- what is planned -------------------------------------------------------------------------------------------------
+
+
+def planned(model: nn.Module, text: str, where: Places | None) -> plan.Plan:
+    graph = graphs.find(model)
+    return plan.make(parse(text), graph, {name: tensor.dtype for name, tensor in graph.tensors()}, where=where)
+
+
+def test_activations_wait_on_the_device_only_where_they_fit(tiny_llama: LlamaForCausalLM) -> None:
+    roomy = planned(tiny_llama, TEXT, Places(CUDA, device_limit=100 << 30))
+    assert roomy.device is not None
+    waiting = 64 * 128 * 64 * 4  # samples, tokens, width, bytes
+    assert roomy.activations_on_device
+    assert devices_of(roomy) == Devices(CUDA, torch.device("cpu"), CUDA, 0)
+    tight = planned(tiny_llama, TEXT, Places(CUDA, device_limit=roomy.device.total - 1))
+    assert tight.device is not None
+    assert not tight.activations_on_device
+    assert devices_of(tight) == Devices(CUDA, torch.device("cpu"), torch.device("cpu"), waiting)
+    assert tight.device.total == roomy.device.total - waiting
+    assert tight.memory.total == roomy.memory.total + waiting
+
+
+def test_a_plan_for_the_processor_knows_no_device(tiny_llama: LlamaForCausalLM) -> None:
+    made = planned(tiny_llama, TEXT, None)
+    assert made.device is None
+    assert devices_of(made) == Devices()
+
+
+def test_a_run_that_does_not_fit_a_device_is_refused_with_what_it_is_for(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    made = planned(tiny_llama, TEXT, Places(CUDA, device_limit=32 << 20))
+    with pytest.raises(ResourceError, match=r"on cuda:0, where it may take 33\.6 MB \(while .*: libraries"):
+        resources.check_resources(made, tmp_path / "out", tmp_path / "out.work")
+
+
+def test_a_limit_for_the_host_is_held(tiny_folder: Path, tmp_path: Path) -> None:
+    steps = {"passes": ["rtn"], "max_memory": {"host": "100MB"}}
+    with pytest.raises(ResourceError, match=r"max_memory\.host allows 100\.0 MB .*allow more"):
+        compress.run(steps, tiny_folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_says_where_it_computes(tiny_folder: Path, tmp_path: Path) -> None:
+    pipeline = write_pipeline(tmp_path / "p.yaml", "passes: [rtn]\ndevice: cpu\n")
+    found = json.loads(compress_command("plan", pipeline, tiny_folder, "--json").out)
+    assert found["device"] == "cpu"
+    assert found["device_memory"] is None
+
+
+# --- reading ahead ----------------------------------------------------------------------------------------------------
+
+
+def test_blocks_that_are_read_ahead_are_those_of_the_model(
+    tiny_folder: Path, tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = {
+        "passes": [
+            {"reorder": {}},
+            {"wanda": {"sparsity": "2:4"}},
+            {"layer_drop": {"blocks": 1}},
+            {"gptq": {"bits": 4}},
+        ]
+    }
+    compress.run(steps, tiny_folder, tmp_path / "plain", calibration=tokens, evaluation=tokens)
+    taken: list[str] = []
+    make, take = running._context, ReadAhead.take
+
+    def ahead(*given: Any) -> Context:
+        return replace(make(*given), ahead=ReadAhead(torch.device("cpu")))
+
+    def noted(self: ReadAhead, name: str) -> Tensor | None:
+        found = take(self, name)
+        taken.extend([name] if found is not None else [])
+        return found
+
+    monkeypatch.setattr(running, "_context", ahead)
+    monkeypatch.setattr(ReadAhead, "take", noted)
+    compress.run(steps, tiny_folder, tmp_path / "ahead", calibration=tokens, evaluation=tokens)
+    assert "model.layers.1.self_attn.q_proj.weight" in taken
+    files = [*(tmp_path / "plain").glob("*.safetensors")]
+    assert files
+    assert all((tmp_path / "ahead" / file.name).read_bytes() == file.read_bytes() for file in files)
+
+
+# --- no room ---------------------------------------------------------------------------------------------------------
+
+
+class Cramped(nn.Module):
+    """A layer of a device that has room for so many samples."""
+
+    def __init__(self, layer: nn.Module, samples: int):
+        super().__init__()
+        self.layer, self.samples = layer, samples
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args[0]) > self.samples:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB. And more")
+        return self.layer(*args, **kwargs)
+
+
+def cramped(model: LlamaForCausalLM, samples: int) -> LlamaForCausalLM:
+    model.model.layers[1].mlp.act_fn = Cramped(model.model.layers[1].mlp.act_fn, samples)
+    return model
+
+
+def test_a_batch_that_does_not_fit_is_divided_and_that_is_said(
+    tiny_llama: LlamaForCausalLM, tokens: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    passes = [compress.Gptq(bits=4, group_size=32)]
+    options: dict[str, Any] = {"evaluation": tokens[:4], "products": "float32"}
+    expected = compress.apply(tiny_llama, passes, tokens, **options)
+    with caplog.at_level(logging.WARNING, logger="compress"):
+        found = compress.apply(cramped(tiny_llama, 2), passes, tokens, **options)
+    assert [record.message.split("; ")[1] for record in caplog.records] == [
+        "going on with parts of it, 1/2",  # of the four windows that are measured on
+        "going on with parts of it, 1/4",  # of the eight that are calibrated with
+    ]
+    assert found.report.rows[-1].perplexity == pytest.approx(expected.report.rows[-1].perplexity, rel=1e-2)
+
+
+def test_a_sample_that_does_not_fit_is_an_error_in_words(tiny_llama: LlamaForCausalLM, tokens: Tensor) -> None:
+    with pytest.raises(ResourceError, match=r"no room .*Tried to allocate 20 GiB.*no batch of several samples is left"):
+        compress.apply(cramped(tiny_llama, 0), [compress.Gptq(bits=4)], tokens)
+
+
+def test_what_was_finished_is_not_done_again_in_smaller_batches(tiny_llama: LlamaForCausalLM, tokens: Tensor) -> None:
+    graph = graphs.find(tiny_llama)
+    context = Context(
+        artifact=None, given=None, ledger=MemoryLedger(), seed=0, dtype=torch.float32,  # type: ignore[arg-type]
+        products="float32", resident=True, bars=compress.progress.Bars(),
+    )  # fmt: skip
+    assert graph.blocks
+    seen: list[int] = []
+
+    def work(now: Context) -> int:
+        seen.append(now.divided)
+        if now.divided < 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return 7
+
+    assert with_room(context, Dataset(tokens), 4 * tokens.shape[1], work)[0] == 7
+    assert seen == [1, 2, 4]
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_quality_is_measured_on_a_device_of_choice(
+    device: str | None, tiny_llama: LlamaForCausalLM, tokens: Tensor
+) -> None:
+    assert compress.evaluate(tiny_llama, tokens, device=device) == compress.evaluate(tiny_llama, tokens)
