@@ -79,7 +79,7 @@ def child(folder: Path, words: list[str], place: dict[str, str], facts: dict[str
 
     finish = training._Run.finish
 
-    def noted(run: Any) -> None:
+    def noted(run: training._Run) -> None:
         """Note what was learned before the best of it is taken."""
         seen = hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in run.iterate)).hexdigest()
         with (folder / f"learned-{name}").open("a") as file:
@@ -105,7 +105,9 @@ def start(folder: Path, words: list[str], world: int, **facts: Any) -> list[Base
     """So many processes that share `compress WORDS` in a folder."""
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
     places = [{**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)] if world > 1 else [{}]
-    processes = [PROCESSES.Process(target=child, args=(folder, words, place, facts)) for place in places]
+    processes: list[BaseProcess] = [
+        PROCESSES.Process(target=child, args=(folder, words, place, facts)) for place in places
+    ]
     with pytest.MonkeyPatch.context() as patched:  # the server looks for `warm` where Python looks by itself only
         patched.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         for process in processes:
@@ -337,10 +339,10 @@ def test_the_dearest_work_is_dealt_first() -> None:
 
 
 def test_sites_are_fed_alike_by_whoever_has_seen_them() -> None:
-    seen = [[[["q", "k"], 4, "gram"]], [[["q", "k", "v"], 4, "gram"], [["expert"], 8, "norm"]]]
+    seen = [[(["q", "k"], 4, "gram")], [(["q", "k", "v"], 4, "gram"), (["expert"], 8, "norm")]]
     assert _fed_alike(seen) == [[["q", "k", "v"], 4, "gram"], [["expert"], 8, "norm"]]
     with pytest.raises(CompressError, match="fed by one tensor in one process and by different ones"):
-        _fed_alike([[[["q"], 4, "gram"], [["k"], 4, "gram"]], [[["q", "k"], 4, "gram"]]])
+        _fed_alike([[(["q"], 4, "gram"), (["k"], 4, "gram")], [(["q", "k"], 4, "gram")]])
 
 
 def test_sums_over_batches_are_the_same_to_the_bit_in_whatever_order_they_are_added() -> None:
