@@ -86,7 +86,7 @@ def child(folder: Path, words: list[str], place: dict[str, str], facts: dict[str
             file.write(f"{seen}\n")
         finish(run)
 
-    training._Run.finish = noted  # type: ignore[method-assign]
+    training._Run.finish = noted  # type: ignore[method-assign,assignment]
     if facts.get("apart") and place["RANK"] != "0":  # as on another machine
         shared_ledger._identity = lambda file: []
     if facts.get("threads") and place["RANK"] != "0":
