@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from compress.encodings import Spec, Weight
 
 INT4_GROUPS = (256, 128, 64, 32)
+INT8_COLUMNS = 16  # read at once by torch's product, beyond the end of a row of another width
 INT4_ROWS = 64  # packed at once, a multiple of every block the layout has
 HALF_TILE = 1 << 22  # weights of a piece that `Halves` hands to torch: nothing larger is ever float32
 
@@ -110,6 +111,8 @@ class Int8(Kernel):
 
     @classmethod
     def prepare(cls, spec: Spec, weight: Weight, stored: dict[str, Tensor]) -> Self | None:
+        if spec.shape[1] % INT8_COLUMNS:
+            return None
         exact = Codes.prepare(spec, weight, stored)
         if exact is not None and exact.codes.dtype == torch.int8 and exact.scale.dim() == 1:
             return cls(exact.codes, exact.scale, exact.middle)

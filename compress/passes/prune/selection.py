@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge, Lt
 
+from compress.encodings.pieces import rows_in_piece
+from compress.encodings.uniform import CHUNK
 from compress.lazy import torch
 from compress.passes.base import OptionError
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
+
+MOST_COMPARED = 16  # neighbours of which each is compared with each; more are sorted
 
 Sparsity = Annotated[float, Ge(0), Lt(1)] | str  # share of zeros, or "keep:of" such as "2:4"
 
@@ -61,9 +65,26 @@ def keep_rows(scores: Tensor, sparsity: float) -> Tensor:
 
 
 def keep_pattern(scores: Tensor, keep: int, of: int) -> Tensor:
-    """(O, I) scores -> mask that keeps the `keep` highest in every run of `of` columns."""
+    """(O, I) scores -> mask that keeps the `keep` highest in every run of `of` columns; of equals the later ones."""
     runs = scores.reshape(-1, of)
-    return _keep_all_but(runs, of - keep).view(scores.shape)
+    if of > MOST_COMPARED:
+        return _keep_all_but(runs, of - keep).view(scores.shape)
+    found = torch.empty(runs.shape, dtype=torch.bool)
+    at_once = rows_in_piece(CHUNK, of, runs.device)
+    for start in range(0, len(runs), at_once):
+        part = slice(start, start + at_once)
+        found[part] = (_places(runs[part].T.contiguous()) >= of - keep).T
+    return found.view(scores.shape)
+
+
+def _places(runs: Tensor) -> Tensor:
+    """(of, N) -> uint8, the place of each number in its run, the lowest first and equals in order; NaN comes first."""
+    places = torch.zeros(runs.shape, dtype=torch.uint8)
+    for i, score in enumerate(runs):
+        ahead = score <= runs[i + 1 :]
+        places[i + 1 :] += ahead
+        places[i] += (~ahead).sum(0, dtype=torch.uint8)
+    return places
 
 
 def keep_share(scores: Tensor, sparsity: float) -> Tensor:

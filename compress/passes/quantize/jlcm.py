@@ -108,12 +108,12 @@ class Choice(LearnedRounding):
 
     def soft(self, progress: float) -> Tensor:
         table, unit = self.table(), self.moved_weight()
-        index = nearest(unit.detach(), table.detach(), self.row_group).long()
-        index += self.row_group.long()[:, None] * table.shape[1]
-        made = look_up(table.flatten(), index)
+        entry = nearest(unit.detach(), table.detach(), self.row_group).long()
+        made = look_up(table, entry, self.row_group.long())
         if self.options.learn_mapping and progress < FROZEN:
             up, down = pulls(table.detach(), self.options.mapping_gradient)
             above = unit.detach() > made.detach()
+            index = entry + self.row_group.long()[:, None] * table.shape[1]
             pull = torch.where(above, up[index], down[index])
             made = made + (unit - unit.detach()) * pull  # adds nothing, and takes the gradient to the choices
         scale = self.scale()

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Gt, Lt
 
 from compress.calibration.reconstruct import BLOCK_ERROR, Inputs, Recipe, by_block, by_layer
+from compress.encodings.counting import sums_by_number
 from compress.errors import SolveError
 from compress.lazy import function, torch
 from compress.passes.base import BlockPass, Edit, OptionError
+from compress.passes.solvers.device import has_kernels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -134,9 +136,15 @@ def _gram(target: Target) -> Tensor | None:
     return None if target.statistics is None else target.statistics.gram
 
 
-def look_up(values: Tensor, index: Tensor) -> Tensor:
-    """values[index] for a small table (L,) and many int64 indices of any shape; differentiable in the table."""
-    found: Tensor = function(_LookUp).apply(values, index)
+def look_up(tables: Tensor, index: Tensor, table_of: Tensor | None = None) -> Tensor:
+    """The entries of small tables, differentiable in them.
+
+    Args:
+        tables: (G, K) float32.
+        index: (O, ...) int64, below K.
+        table_of: (O,) int64, the table of each row; None where all have the first.
+    """
+    found: Tensor = function(_LookUp).apply(tables, index, table_of)
     return found
 
 
@@ -144,13 +152,37 @@ class _LookUp:
     # Indexing's own backward adds up one weight after the other in no fixed order of rounding; this one is quick, and
     # the same every time.
     @staticmethod
-    def forward(ctx: Any, values: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.size = len(values)
-        return values.index_select(0, index.flatten()).view(index.shape)
+    def forward(ctx: Any, tables: Tensor, index: Tensor, table_of: Tensor | None) -> Tensor:
+        ctx.save_for_backward(index.to(torch.uint8) if tables.shape[1] <= 256 else index, table_of)
+        ctx.shape = tables.shape
+        return tables.flatten().index_select(0, _flat(index, table_of, ctx.shape[1])).view(index.shape)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
-        (index,) = ctx.saved_tensors
-        total = torch.bincount(index.flatten(), gradients[0].flatten().double(), minlength=ctx.size)
-        return total.to(gradients[0].dtype), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
+        (gradient,) = gradients
+        index, table_of = ctx.saved_tensors
+        count, entries = ctx.shape
+        if has_kernels(gradient):
+            rows = sums_by_row(gradient, index, entries)
+            total = rows.sum(0) if table_of is None else _one_hot(table_of, count).T @ rows
+        else:
+            at = _flat(index.long(), table_of, entries)
+            total = sums_by_number(at, gradient.flatten().double(), count * entries)
+        return total.to(gradient.dtype).view(ctx.shape), None, None
+
+
+def sums_by_row(gradient: Tensor, index: Tensor, entries: int) -> Tensor:
+    """(O, ...) gradients and whole numbers below K -> (O, K) float64 sums of those with each number, by a kernel."""
+    from compress.passes.quantize.entry_kernel import sums_of_entries
+
+    return sums_of_entries(gradient.reshape(len(gradient), -1), index.reshape(len(index), -1), entries)
+
+
+def _flat(index: Tensor, table_of: Tensor | None, entries: int) -> Tensor:
+    if table_of is None:
+        return index.flatten()
+    return (index + (table_of * entries).view(-1, *[1] * (index.dim() - 1))).flatten()
+
+
+def _one_hot(table_of: Tensor, count: int) -> Tensor:
+    return (table_of[:, None] == torch.arange(count)).double()

@@ -110,7 +110,7 @@ class Position(LearnedRounding):
         code = nearest_level(unit.detach(), values.detach())
         end = 1 + (values[-1] - values[-2]).detach() / 2  # a weight beyond this no longer feels its place
         inside = unit.detach().abs() <= end
-        made = look_up(values, code) + (unit - unit.detach()) * inside
+        made = look_up(values[None], code) + (unit - unit.detach()) * inside
         return (made * (self.first_scale * scale)).reshape(len(made), -1)
 
     @no_grad

@@ -1,0 +1,119 @@
+"""Run by `test_solver_kernels.py`, with TRITON_INTERPRET=1: what the kernels of solvers differ by, as JSON."""
+
+import json
+
+import torch
+from textbook import inputs, mask, target, weight
+from torch import Tensor
+
+from compress.lazy import function
+from compress.passes import Gptq, LinearPass, SparseGpt, Wanda
+from compress.passes.quantize import division_kernel, learned
+from compress.passes.quantize.flexround import Divide
+from compress.passes.solvers import obs
+from compress.runtime import triton_kernels
+
+ROWS, COLUMNS = 6, 24
+SOLVERS: dict[str, LinearPass] = {
+    "gptq": Gptq(bits=3, group_size=8, tile=16),
+    "gptq of whole rows": Gptq(tile=10),
+    "gptq of one scale": Gptq(granularity="tensor"),
+    "gptq, groups in order": Gptq(bits=3, group_size=8, act_order=False, tile=16),
+    "gptq, wide groups in order": Gptq(bits=3, group_size=12, act_order=False, symmetric=True, tile=4),
+    "sparsegpt": SparseGpt(sparsity=0.5, tile=10),
+    "sparsegpt 2:4": SparseGpt(sparsity="2:4", tile=16),
+    "sparsegpt 3:8": SparseGpt(sparsity="3:8", tile=4),
+    "wanda with update": Wanda(sparsity="2:4", update="obs"),
+}
+# rows, groups, columns of a group, rows of scales
+DIVISIONS = {"groups": (5, 3, 16, 5), "rows": (3, 1, 1100, 3), "one scale": (4, 1, 37, 1)}
+LOOK_UPS = {"one table": (1, 1030), "tables of rows": (3, 7)}  # tables, columns
+
+
+def anywhere(tensor: Tensor) -> bool:
+    """Stands for `has_kernels`."""
+    return tensor.dtype == torch.float32
+
+
+def nowhere(tensor: Tensor) -> bool:
+    """Stands for `has_kernels`."""
+    return False
+
+
+def solved(pass_: LinearPass, masked: bool) -> list[Tensor]:
+    """The weight, and its codes or mask."""
+    kept = mask(ROWS, COLUMNS) if masked else None
+    edit = pass_.run(target(weight(ROWS, COLUMNS), inputs(COLUMNS), kept))
+    if edit.encoding is not None:
+        return [edit.encoding.dequantize(), edit.encoding.codes]
+    assert edit.weight is not None
+    assert edit.mask is not None
+    return [edit.weight, edit.mask]
+
+
+def divided(kernel: bool, rows: int, groups: int, columns: int, scales: int, device: str = "cpu") -> list[Tensor]:
+    """Weights on the grid, and the gradients of what is learned."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    w, first, low = (
+        drawn(rows, groups, columns),
+        drawn(scales, groups, 1).abs() / 5 + 0.1,
+        torch.full((1,), -7.0, device=device),
+    )
+    own = [(drawn(*shape) / 10).requires_grad_() for shape in (first.shape, w.shape, (rows, groups, 1))]
+    s1, s2, s3 = own
+    low = low.expand(first.shape).contiguous()
+    if kernel:
+        made: Tensor = function(division_kernel.FusedDivide).apply(w, first, s1, s2, s3, low, 15)
+    else:
+        made = function(Divide).apply(w, first, s1, s2 + s3, low, low + 15)
+    return [made, *torch.autograd.grad(made, own, drawn(*made.shape))]
+
+
+def looked_up(kernel: bool, tables: int, columns: int, device: str = "cpu") -> list[Tensor]:
+    """Entries of tables of eight, and the gradient of the tables."""
+    generator = torch.Generator().manual_seed(0)
+    entries = torch.randn(tables, 8, generator=generator).to(device).requires_grad_()
+    index = torch.randint(0, 8, (5, columns), generator=generator).to(device)
+    before, learned.has_kernels = learned.has_kernels, anywhere if kernel else nowhere
+    found = learned.look_up(entries, index, (torch.arange(5, device=device) % tables) if tables > 1 else None)
+    made = [found, *torch.autograd.grad(found.sin().sum(), [entries])]
+    learned.has_kernels = before
+    return made
+
+
+def off(found: list[Tensor], expected: list[Tensor]) -> list[float]:
+    """How far each is from what is expected, relative to its size."""
+    pairs = zip(found, expected, strict=True)
+    return [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs]
+
+
+def main() -> None:
+    if not triton_kernels.AVAILABLE:
+        print("null")
+        return
+    found: dict[str, list[float]] = {}
+    for name, pass_ in SOLVERS.items():
+        for masked in (False, True):
+            expected = solved(pass_, masked)
+            before, obs.has_kernels = obs.has_kernels, anywhere
+            found[f"{name}{', masked' if masked else ''}"] = off(solved(pass_, masked), expected)
+            obs.has_kernels = before
+    for name, sizes in DIVISIONS.items():
+        found[f"flexround, {name}"] = off(divided(True, *sizes), divided(False, *sizes))
+    for name, (tables, columns) in LOOK_UPS.items():
+        found[f"entries, {name}"] = off(looked_up(True, tables, columns), looked_up(False, tables, columns))
+    print(json.dumps(found))
+
+
+CASES = (
+    [f"{name}{masked}" for name in SOLVERS for masked in ("", ", masked")]
+    + [f"flexround, {n}" for n in DIVISIONS]
+    + [f"entries, {n}" for n in LOOK_UPS]
+)
+
+if __name__ == "__main__":
+    main()
