@@ -18,7 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from compress.cli.interrupts import Stopped
-from compress.errors import UsageError
+from compress.errors import PeerError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -158,23 +158,43 @@ class _Company:
         self.going = False  # in good order or not: the end of another process is none of its business any longer
 
     def meet(self) -> None:
-        """Wait for the others, and begin to watch."""
+        """Wait for the others, and begin to watch.
+
+        Raises:
+            CompressError: they do not come.
+        """
         import torch
 
-        dist: Any = torch.distributed  # which does not say that it exports what its documentation names
         if torch.cuda.is_available() and self.here.local < torch.cuda.device_count():
             torch.cuda.set_device(self.here.local)
-        store, rank, world = next(iter(dist.rendezvous("env://", timeout=MEETING)))
-        self.store = dist.PrefixStore("compress", store)
-        self.store.set(f"here-{rank}", "")
-        self.store.wait([f"here-{each}" for each in range(world)], MEETING)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=WORKING)
-        self.group = dist.new_group(backend="gloo", timeout=WORKING)
+        failures: list[RuntimeError] = []
+        # In a thread, so that a signal ends the waiting, too.
+        meeting = threading.Thread(target=self._meet, args=(failures,), daemon=True)
+        meeting.start()
+        while meeting.is_alive():
+            meeting.join(0.1)
+        if failures:
+            address = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise PeerError(f"not all of {self.here.world} processes have met at {address}") from failures[0]
         for other in self.watched:
             thread = threading.Thread(target=self._watch, args=(other,), daemon=True)
             thread.start()
             self.threads.append(thread)
+
+    def _meet(self, failures: list[RuntimeError]) -> None:
+        import torch
+
+        dist: Any = torch.distributed  # which does not say that it exports what its documentation names
+        try:
+            store, rank, world = next(iter(dist.rendezvous("env://", timeout=MEETING)))
+            self.store = dist.PrefixStore("compress", store)
+            self.store.set(f"here-{rank}", "")
+            self.store.wait([f"here-{each}" for each in range(world)], MEETING)
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=WORKING)
+            self.group = dist.new_group(backend="gloo", timeout=WORKING)
+        except RuntimeError as error:
+            failures.append(error)
 
     def part(self) -> None:
         """Go, once all have done their work."""

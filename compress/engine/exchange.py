@@ -15,9 +15,10 @@ from torch import distributed as dist
 
 from compress.errors import PeerError
 from compress.io.safetensors_file import bytes_of
+from compress.io.small_file import parse_object
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -80,22 +81,19 @@ class Exchange:
 
     def told(self, value: Any, by: int = 0) -> Any:
         """What one process says; something that JSON holds."""
-        said = torch.empty(0, dtype=torch.uint8, device="cpu")
-        if self.rank == by:
-            said = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        said = _letters(value if self.rank == by else None)
         length = torch.tensor([len(said)], device="cpu")
         with self._heard():
             dist.broadcast(length, src=by)
             if self.rank != by:
                 said = torch.empty(int(length), dtype=torch.uint8, device="cpu")
             dist.broadcast(said, src=by)
-        return json.loads(said.numpy().tobytes())
+        return _value(said)
 
     def carried(self, parcel: Parcel | None, by: int) -> Parcel:
         """What one process has made, given to all of them, on the processor."""
         facts, tensors = parcel or (None, {})
-        shapes = {name: (_name(t.dtype), list(t.shape)) for name, t in tensors.items()}
-        facts, shapes = self.told([facts, shapes], by)
+        facts, shapes = self.told([facts, _shapes(tensors)], by)
         found = {}
         for name, (dtype, shape) in shapes.items():
             sent = _bytes(tensors[name]) if self.rank == by else _room(dtype, shape)
@@ -108,28 +106,13 @@ class Exchange:
         """What one process has made, given to process 0 only; None everywhere else."""
         if by == 0:
             return parcel
-        if self.rank == by:
-            assert parcel is not None
-            facts, tensors = parcel
-            shapes = {name: (_name(t.dtype), list(t.shape)) for name, t in tensors.items()}
-            said = torch.frombuffer(bytearray(json.dumps([facts, shapes]).encode()), dtype=torch.uint8)
-            with self._heard():
+        with self._heard():
+            if self.rank == by and parcel is not None:
+                facts, tensors = parcel
+                said = _letters([facts, _shapes(tensors)])
                 for each in (torch.tensor([len(said)], device="cpu"), said, *map(_bytes, tensors.values())):
                     dist.send(each, dst=0)
-        if self.rank != 0:
-            return None
-        with self._heard():
-            length = torch.empty(1, dtype=torch.int64, device="cpu")
-            dist.recv(length, src=by)
-            said = torch.empty(int(length), dtype=torch.uint8, device="cpu")
-            dist.recv(said, src=by)
-            facts, shapes = json.loads(said.numpy().tobytes())
-            found = {}
-            for name, (dtype, shape) in shapes.items():
-                room = _room(dtype, shape)
-                dist.recv(room, src=by)
-                found[name] = room.view(getattr(torch, dtype)).view(shape)
-        return facts, found
+            return _received(by) if self.rank == 0 else None
 
     def pieces(self, file: Path, size: int) -> Iterator[memoryview]:
         """A file of process 0, piece by piece, in every process. `size`: of all of it, in bytes."""
@@ -168,8 +151,34 @@ def _pieces(flat: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield held
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _received(by: int) -> Parcel:
+    """What another process sends to this one alone."""
+    length = torch.empty(1, dtype=torch.int64, device="cpu")
+    dist.recv(length, src=by)
+    said = torch.empty(int(length), dtype=torch.uint8, device="cpu")
+    dist.recv(said, src=by)
+    facts, shapes = _value(said)
+    found = {}
+    for name, (dtype, shape) in shapes.items():
+        room = _room(dtype, shape)
+        dist.recv(room, src=by)
+        found[name] = room.view(getattr(torch, dtype)).view(shape)
+    return facts, found
+
+
+def _letters(value: Any) -> Tensor:
+    """(bytes,) uint8 that say something that JSON holds."""
+    return torch.frombuffer(bytearray(json.dumps({"said": value}).encode()), dtype=torch.uint8)
+
+
+def _value(said: Tensor) -> Any:
+    """The inverse of `_letters`."""
+    return parse_object(said.numpy().tobytes(), "what another process says")["said"]
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, list[int]]]:
+    """Name -> type and shape of each tensor."""
+    return {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()}
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ class SeveralProcesses(Executor):
         carrier: Carrier[Done],
         cost: Callable[[Work], float],
     ) -> Iterator[tuple[Parcel | None, int]]:
-        """Of each piece of work what this process has made of it, if it has, and which one has."""
+        """What this process has made of each piece of work, if it has, and which process has."""
         waiting = iter(work)
         while pieces := list(islice(waiting, AT_ONCE * self.world)):
             owners = dealt([cost(piece) for piece in pieces], self.world)
