@@ -13,7 +13,9 @@ from compress.encodings.bits import pack_bits
 from compress.encodings.decode import Decoder
 from compress.runtime.arrange import arrange, restore
 from compress.runtime.kernels import numbered
-from compress.runtime.launch import GATHER, NO_ESCAPE, PAIRS, STEPS, TABLE, Product, packed_tables, usable
+from compress.runtime.launch import (
+    GATHER, NO_ESCAPE, PAIRS, STEPS, TABLE, Product, aligned, launch, packed_tables, usable,
+)  # fmt: skip
 from compress.runtime.pairs import Pairs
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ class GpuLookup(nn.Module):
         self.product, self.pairs = product, pairs
         self.numbers = [] if product is None else product.numbers()
         for name, tensor in tensors.items():
-            self.register_buffer(name, tensor, persistent=False)
+            self.register_buffer(name, aligned(tensor), persistent=False)
         self.device = next(iter(tensors.values())).device
         # A table may hold numbers that float16 does not.
         self.halves = product is None or bool(torch.isfinite(self.table_float16).all())
@@ -96,11 +98,14 @@ class GpuLookup(nn.Module):
         return added if y is None else added.add_(y)
 
     def _product(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float16 and not self.halves:
-            return self._product(x.float()).half()
+        if x.dtype not in TYPES.values() or (x.dtype == torch.float16 and not self.halves):
+            return self._product(x.float()).to(x.dtype)
         kind = str(x.dtype).removeprefix("torch.")
         tables = self.tables_float16 if kind == "float32" else getattr(self, f"tables_{kind}")
-        found: Tensor = torch.ops.compress.packed_product(
+        # Outside of compilers and the like, the way through torch's dispatcher takes longer than some kernels.
+        plain = type(x) is Tensor and not torch.compiler.is_compiling()
+        product = launch if plain else torch.ops.compress.packed_product
+        found: Tensor = product(
             x, self.words, tables, getattr(self, f"table_{kind}"), self.first, self.zero, self.scale, self.numbers
         )
         return found
@@ -125,7 +130,7 @@ class GpuLookup(nn.Module):
         if self.product is None or self.product.bits != bits or self.words.numel() != stored.numel():
             return False
         stored.view(-1).copy_(self.words)
-        self.words = stored.view(-1)
+        self.words = stored  # the same tensor, to be counted once
         return True
 
     def stream(self) -> Tensor:

@@ -34,6 +34,8 @@ except ImportError:
 
 AVAILABLE = triton is not None
 jit: Any = triton.jit if AVAILABLE else lambda function: function
+# What is launched: for any number of rows of input it is compiled once.
+kernel: Any = triton.jit(do_not_specialize=["M"]) if AVAILABLE else jit
 constexpr: Any = tl.constexpr if AVAILABLE else lambda value: value  # by this name: annotations are read as text
 STEPS, TABLE, PAIRS, GATHER = (constexpr(number) for number in range(4))
 SPELLED = constexpr(os.environ.get("TRITON_INTERPRET") == "1")
