@@ -41,6 +41,10 @@ class ResourceError(CompressError):
     exit_code = 4
 
 
+class PeerError(CompressError):
+    """Another process of the same run has ended, so that this one cannot go on."""
+
+
 class NonFiniteError(CompressError):
     """NaN or infinity in a weight or an activation."""
 

@@ -1,42 +1,50 @@
 """Run by `test_kernels.py`, with TRITON_INTERPRET=1: errors of the CUDA kernels, as JSON."""
 
 import json
+import sys
 
 import torch
 from runtime_layers import ENCODINGS, layer, off, weight
 
 from compress.encodings import unpack
-from compress.runtime import triton_kernels
+from compress.runtime import triton_decode
 from compress.runtime.lookup import GpuLookup
 
+WIDE, NARROW = (torch.float16, 20), (torch.bfloat16, 3)
+EXACT = (torch.float32, 1)
+MASKED = ("uniform 4 groups", "uniform 3", "power 4 zero", "power 4 half", "codebook 4", "codebook 8", "olive int4")
+ODD = ("uniform 3", "uniform 5 groups", "uniform 7", "uniform 8", "codebook 4 tables", "olive flint4", "olive int8")
 CASES = {
-    **{f"{name}, {mask or 'dense'}": (name, 40, 64, mask) for name in ENCODINGS for mask in ("", "2:4")},
-    **{f"{name}, odd": (name, 19, 37, "") for name in ENCODINGS},
-    "long rows": ("uniform 3 groups", 16, 288, "half"),
+    **{f"{name}, dense": (name, 40, 64, "", (NARROW, WIDE)) for name in ENCODINGS},
+    **{f"{name}, 2:4": (name, 24, 64, "2:4", (NARROW,)) for name in MASKED},
+    **{f"{name}, odd": (name, 19, 37, "", (EXACT, WIDE, NARROW)) for name in ODD},
+    "long rows": ("uniform 3 groups", 16, 288, "half", (EXACT, NARROW, WIDE)),
+    "groups of 128": ("uniform 4 wide", 32, 640, "", (EXACT, NARROW, WIDE)),
+    "levels in groups of 128": ("power 4 zero wide", 32, 640, "", (EXACT, NARROW, WIDE)),
+    "two groups in a row of 100": ("uniform 4 groups", 16, 100, "", (EXACT, NARROW, WIDE)),
 }
 
 
-def main() -> None:
-    if not triton_kernels.AVAILABLE:
+def main(names: list[str]) -> None:
+    if not triton_decode.AVAILABLE:
         print("null")
         return
     found: dict[str, dict[str, float | None]] = {}
-    for case, (name, rows, columns, mask) in CASES.items():
-        made = layer(weight(name, rows, columns, mask=mask))
+    for case in names or CASES:
+        name, rows, columns, mask, inputs = CASES[case]
+        made = layer(weight(name, rows, columns, mask=mask, rank=2 if "uniform 4" in name else 0))
         kernel = GpuLookup.prepare(made.spec, unpack(made.spec, made.stored()), made.stored())
-        if kernel is None:
-            found[case] = {}
-            continue
         found[case] = {}
-        for dtype, lengths in ((torch.float32, (1, 3, 17)), (torch.float16, (1, 3)), (torch.bfloat16, (1, 3))):
-            for length in lengths:
-                x = torch.randn(length, columns).to(dtype)
-                y = kernel(x)
-                assert y.dtype == dtype
-                found[case][f"{dtype} {length}"] = off(y, x.float() @ made.dequantize().T)
+        if kernel is None:
+            continue
+        for dtype, length in inputs:
+            x = torch.randn(length, columns).to(dtype)
+            y = kernel(x)
+            assert y.dtype == dtype
+            found[case][f"{dtype} {length}"] = off(y, x.float() @ made.dequantize().T)
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    main()
+    main(sys.argv[1:])

@@ -47,7 +47,9 @@ def encoding(name: str, kept: Tensor, made: torch.Generator) -> Encoding:
         scale, _ = search(values, kind)
         return OutlierVictim(encode(values, scale, kind), scale, kind)
     bits = int(kind)
-    groups = 1 if "groups" not in rest else columns // 32 if columns % 32 == 0 else 2 if columns % 2 == 0 else 1
+    groups = columns // 128 if "wide" in rest else 1
+    if "groups" in rest:
+        groups = columns // 32 if columns % 32 == 0 else 2 if columns % 2 == 0 else 1
     of_rows = 1 if "tensor" in rest else rows
     scale = (torch.rand(of_rows, groups, generator=made) + 0.5).half()
     codes = torch.randint(2**bits, (rows, columns), generator=made, dtype=torch.uint8)

@@ -18,6 +18,7 @@ MOST_LINES_OF_A_FUNCTION = 60
 ROOMS = (
     "errors", "lazy", "logs", "progress", "encodings", "io", "models", "checkpoint", "runtime", "demo", "calibration",
     "passes", "export", "config", "planning", "report", "engine", "api", "cli",
+    "__main__",
 )  # fmt: skip
 FORBIDDEN_TO_PASSES = {"transformers", "os", "safetensors", "pathlib", "shutil", "random", "numpy"}
 FORBIDDEN_NAMES_IN_PASSES = {"cuda", "manual_seed", "seed", "open", "global"}

@@ -17,6 +17,7 @@ from compress.checkpoint.sources import ModuleSource
 from compress.encodings import Weight
 from compress.engine.executor import Done, SingleProcess, Work
 from compress.engine.ledger import FolderLedger, MemoryLedger, Record
+from compress.engine.parcels import Carrier
 from compress.engine.placement import Context
 from compress.engine.stage import Stage, calibration_batches
 from compress.engine.stages import RUNNERS
@@ -63,9 +64,15 @@ class Watched(SingleProcess):
     def reduce(self, seen: Mapping[str, Statistics]) -> None:
         self.asked.append(("reduce", set(seen)))
 
-    def map(self, solve: Callable[[Work], Done], work: Iterable[Work]) -> Iterator[Done]:
+    def map(
+        self,
+        solve: Callable[[Work], Done],
+        work: Iterable[Work],
+        carrier: Carrier[Done],
+        cost: Callable[[Work], float] = lambda _: 1.0,
+    ) -> Iterator[Done]:
         self.asked.append(("map", None))
-        return super().map(solve, work)
+        return super().map(solve, work, carrier, cost)
 
     def commit(self, ledger: MemoryLedger, unit: str, key: str, records: list[Record]) -> list[Record]:
         self.asked.append(("commit", unit))
@@ -75,8 +82,14 @@ class Watched(SingleProcess):
 class Eager(SingleProcess):
     """Solves everything before anything is taken, as processes side by side would."""
 
-    def map(self, solve: Callable[[Work], Done], work: Iterable[Work]) -> Iterator[Done]:
-        return iter([solve(each) for each in work])
+    def map(
+        self,
+        solve: Callable[[Work], Done],
+        work: Iterable[Work],
+        carrier: Carrier[Done],
+        cost: Callable[[Work], float] = lambda _: 1.0,
+    ) -> Iterator[Done]:
+        return iter([carrier.unpacked(*carrier.packed(solve(each))) for each in work])
 
 
 class Half(SingleProcess):
@@ -88,8 +101,8 @@ class Half(SingleProcess):
     def reduce(self, seen: Mapping[str, Statistics]) -> None:
         for statistics in {id(s): s for s in seen.values()}.values():
             statistics.tokens *= 2
-            assert statistics._gram is not None
-            statistics._gram.mul_(2)
+            for part in statistics.sums():
+                part.mul_(2)
 
 
 def codes(context: Context) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ class Result:
 
     Attributes:
         model: the compressed module; its weights are the dequantized ones, and it rounds inputs that are quantized.
-        weights: site name -> what is stored: codes, mask, values.
+        weights: site name -> what is stored: codes, mask, values; on the device that computed them if it has room.
         report: sizes, errors and, with evaluation data, perplexity or accuracy after every pass.
     """
 
@@ -164,7 +164,7 @@ def _applied(
         resources.check_memory(made)
     merges.check_models(pipeline, artifact, "apply")
     merges.check_data(pipeline, data.calibration, graph, "apply")
-    devices = devices_of(made)
+    devices = devices_of(made, resident=True)
     context = Context(
         artifact=artifact, given=artifact, ledger=MemoryLedger(), seed=steps.seed, dtype=dtype,
         products=steps.products, resident=True, bars=progress.Bars(), devices=devices,

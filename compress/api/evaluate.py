@@ -10,10 +10,13 @@ import torch
 
 from compress.api import data as given
 from compress.api.output_folder import refuse_changed
+from compress.api.together import device_for, refuse_differing
 from compress.calibration.metrics import Reference, evaluate, measure
 from compress.calibration.surroundings import undisturbed
 from compress.checkpoint.opening import load_measured, measured_in
+from compress.engine.executor import SingleProcess
 from compress.errors import DataError, UsageError
+from compress.io.keys import digest_of_file, hash_of
 from compress.models import hub, loading
 from compress.models.logits import logits_in, logits_of, rows_at_once
 from compress.planning.places import chosen_device, device_name
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
     from compress.calibration.metrics import Quality
     from compress.config.pipeline import Evaluation
+    from compress.engine.executor import Executor
     from compress.export.onnx.session import Runner
 
 Runtime = Literal["transformers", "onnxruntime"]
@@ -40,6 +44,7 @@ def measure_model(
     runtime: Runtime = "transformers",
     threads: int = 0,
     device: str | None = None,
+    executor: Executor | None = None,
     bars: Bars | None = None,
 ) -> dict[str, Any]:
     """Quality and size; of an ONNX file also its speed and the memory that loading it takes.
@@ -51,6 +56,7 @@ def measure_model(
         runtime: what runs the model.
         threads: of onnxruntime; 0 for its own choice.
         device: what transformers computes on: `auto`, which None stands for, `cpu`, `cuda`, `cuda:1`.
+        executor: how several processes share the batches, each of which calls this; one does it alone by default.
         bars: progress; by default, bars where stderr is a terminal.
 
     Raises:
@@ -58,24 +64,30 @@ def measure_model(
         CheckpointError: a folder whose files are not what its manifest says.
         DataError: nothing that can be read.
     """
-    bars = bars or Bars()
+    bars, executor = bars or Bars(), executor or SingleProcess()
+    if runtime == "onnxruntime" and executor.world > 1:
+        raise UsageError("onnxruntime is measured by one process; start it without torchrun")
     if runtime == "onnxruntime" and device is not None:
         raise UsageError("device chooses what transformers computes on; onnxruntime computes on the processor")
     with bars.shown():
         if runtime == "onnxruntime":
             return _onnx(Path(model), section, against, threads, bars)
-        return _torch(model, section, against, chosen_device(device or "auto"), bars)
+        return _torch(model, section, against, chosen_device(device_for(device or "auto", executor)), executor, bars)
 
 
-def _torch(model: str, section: Evaluation, against: str | None, device: torch.device, bars: Bars) -> dict[str, Any]:
+def _torch(
+    model: str, section: Evaluation, against: str | None, device: torch.device, executor: Executor, bars: Bars
+) -> dict[str, Any]:
     folder = hub.resolve(model)
     refuse_changed(folder)
     dtype = measured_in(folder)
     data = given.read_data(section, folder, "evaluation", bars.over)
+    refuse_differing(executor, {"model": digest_of_file(folder / "config.json"), "data": hash_of(data)})
     loaded = loading.load_model(folder, dtype)
     original = load_measured(against) if against else None
     matched = given.matched(loaded, data)
-    quality = evaluate(loaded, matched, against=original, device=device, progress=_progress(bars))
+    shown = _progress(bars)
+    quality = evaluate(loaded, matched, against=original, device=device, progress=shown, together=executor)
     weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     return {"model": model, **_result(quality, section), "bytes": weights, "device": device_name(device)}
 

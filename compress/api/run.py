@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import replace
-from functools import partial
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from compress.api.output_folder import (
     working_for,
 )
 from compress.api.reloaded import logit_difference
+from compress.api.together import device_for, refuse_differing, shared
 from compress.calibration.surroundings import undisturbed
 from compress.checkpoint import packed_layout
 from compress.checkpoint.delta.file import DELTA, Delta
@@ -37,6 +39,7 @@ from compress.config.writing import dump
 from compress.encodings.format import version
 from compress.engine import manager
 from compress.engine.devices import devices_of
+from compress.engine.executor import SingleProcess
 from compress.engine.ledger import FolderLedger
 from compress.engine.merge import checks as merges
 from compress.engine.placement import Context
@@ -64,8 +67,9 @@ if TYPE_CHECKING:
     from compress.checkpoint.opening import OpenedModel
     from compress.checkpoint.sources import Source
     from compress.config.pipeline import Pipeline
+    from compress.engine.executor import Executor
+    from compress.engine.ledger import MemoryLedger
     from compress.engine.placement import MadeDelta
-    from compress.planning.places import Places
     from compress.report.report import Row
 
 
@@ -80,6 +84,7 @@ def run(
     overwrite: bool = False,
     fresh: bool = False,
     device: str | None = None,
+    executor: Executor | None = None,
     bars: progress.Bars | None = None,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> Report:
@@ -97,6 +102,7 @@ def run(
         overwrite: replace an existing `out`.
         fresh: forget what an interrupted run had finished.
         device: what computes, instead of the pipeline's choice: `auto`, `cpu`, `cuda`, `cuda:1`.
+        executor: how several processes share the work, each of which calls this; one does it alone by default.
         bars: progress; by default, bars where stderr is a terminal. Log records go to the logger `compress`.
         on_row: is given every row of the report as soon as it is measured, also where the gate then fails.
 
@@ -116,10 +122,12 @@ def run(
     """
     steps = load_pipeline(pipeline)
     steps = steps if device is None else replace(steps, device=device)
-    where = places(steps.device, steps.max_memory)
-    destination, bars = Path(out).absolute(), bars or progress.Bars()
+    executor, bars = executor or SingleProcess(), bars or progress.Bars()
+    where = places(device_for(steps.device, executor), steps.max_memory)
+    destination = Path(out).absolute()
     opened = open_model(model)
-    refuse_destination(destination, inputs_of(steps, opened.folder, pipeline), overwrite)
+    if executor.rank == 0:
+        refuse_destination(destination, inputs_of(steps, opened.folder, pipeline), overwrite)
     graph = opened.artifact.graph
     data = manager.Data(
         given.dataset(graph, "calibration", calibration, _dtype(steps, opened)),
@@ -129,43 +137,119 @@ def run(
     file = str(pipeline) if isinstance(pipeline, str | Path) else "pipeline"
     made = plan.make(steps, graph, opened.dtypes, file, opened.companion_bytes, where)
     merged = merges.check_models(steps, opened.artifact, file)
-    resolved = dump(steps)
     with bars.shown():
         data = _data(steps, opened, data, bars)
     merges.check_data(steps, data.calibration, graph, file)
-    hashes = [hash_of(each) for each in (data.calibration, data.evaluation)]
-    own = plug_ins(type(pass_) for stage in steps.passes for pass_ in stage)
-    sources = [opened.artifact.source, *merged]
-    meant = dump(replace(steps, device="auto", max_memory={}))  # what results depend on
-    identity = key_of([s.fingerprint() for s in sources], meant, hashes, where.name, *([code_of(own)] if own else []))
-    with working_for(destination) as work:
-        finished = None if overwrite or fresh else _finished(destination, identity, steps)
+    work = _Work(steps, opened, data, made, (opened.artifact.source, *merged), executor, bars, str(model))
+    refuse_differing(executor, work.facts())
+    return _led(work, destination, overwrite, fresh, on_row) if executor.rank == 0 else _followed(work)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a run does, known before it begins.
+
+    Attributes:
+        sources: the values of the model, and of those that are merged into it.
+        model: what the user calls it.
+    """
+
+    steps: Pipeline
+    opened: OpenedModel
+    data: manager.Data
+    plan: plan.Plan
+    sources: Sequence[Source]
+    executor: Executor
+    bars: progress.Bars
+    model: str
+
+    def facts(self) -> dict[str, Any]:
+        """What the result depends on, but for the code: what it is called -> its value."""
+        own = plug_ins(type(pass_) for stage in self.steps.passes for pass_ in stage)
+        return {
+            "model": [source.fingerprint() for source in self.sources],
+            "pipeline": dump(replace(self.steps, device="auto", max_memory={})),
+            "data": [hash_of(each) for each in (self.data.calibration, self.data.evaluation)],
+            "device": self.plan.places.name,
+            **({"plug-ins": code_of(own)} if own else {}),
+        }
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash that the result bears."""
+        calibrated = self.data.calibration is not None  # whatever is not is the same, however many processes there are
+        several = [self.executor.world] if calibrated and self.executor.world > 1 else []
+        return key_of(*self.facts().values(), *several)
+
+    def watch(self) -> Watch:
+        """Everything that is read of a model, and of those that are merged into it."""
+        read = [file for source in self.sources for file in source.files()]
+        folder = self.opened.folder
+        return Watch.over([*read, folder / "config.json", *companions(folder)])
+
+    def context(self, ledger: MemoryLedger) -> Context:
+        """What the first stage works in."""
+        opened, steps, compute = self.opened, self.steps, self.plan.places.compute
+        return Context(
+            artifact=opened.artifact, given=opened.artifact, ledger=ledger, seed=steps.seed,
+            dtype=_dtype(steps, opened), products=steps.products, resident=False, bars=self.bars,
+            executor=self.executor, devices=devices_of(self.plan),
+            ahead=ReadAhead(compute) if compute.type == "cuda" else None,
+        )  # fmt: skip
+
+    def execute(self, context: Context, on_row: Callable[[Row], None] = lambda row: None) -> tuple[Report, Context]:
+        """Run every stage."""
+        with context.devices.scope():
+            return manager.execute(self.steps, self.plan, context, self.data, self.model, on_row)
+
+
+def _led(work: _Work, destination: Path, overwrite: bool, fresh: bool, on_row: Callable[[Row], None]) -> Report:
+    """What process 0 does: it alone writes."""
+    opened, bars, where = work.opened, work.bars, work.plan.places
+    with working_for(destination) as folder:
+        finished = None if overwrite or fresh else _finished(destination, work.identity, work.steps)
         if finished:
-            clear(work)
+            clear(folder)
             for row in finished.rows:
                 on_row(row)
+            work.executor.told(asdict(finished))
             return finished
         if destination.exists() and not overwrite:
-            raise UsageError(f"{out} exists and is not the result of this run; choose another -o, or give --overwrite")
+            raise UsageError(
+                f"{destination} exists and is not the result of this run; choose another -o, or give --overwrite"
+            )
         if fresh:
-            clear(work)
-        resources.check_resources(made, destination, work)
+            clear(folder)
+        resources.check_resources(work.plan, destination, folder)
         with bars.shown():
-            refuse_non_finite(opened.artifact, _dtype(steps, opened), bars)
-        watch = _watch(opened, sources)
-        resume = Resume(["+".join(p.key for p in stage) for stage in steps.passes], len(graph.blocks))
-        context = _context(steps, opened, FolderLedger(work, resume, watch.refuse_changed), bars, made)
+            refuse_non_finite(opened.artifact, _dtype(work.steps, opened), bars)
+        work.executor.told(None)
+        watch = work.watch()
+        resume = Resume(
+            ["+".join(p.key for p in stage) for stage in work.steps.passes], len(opened.artifact.graph.blocks)
+        )
+        kept = FolderLedger(folder, resume, watch.refuse_changed)
         LOGGER.log(logging.INFO if where.apart else logging.DEBUG, "computing on %s", where.name)
-        with kept_in(work / LOG), bars.shown():
-            with context.devices.scope():
-                measured, context = manager.execute(steps, made, context, data, str(model), on_row)
+        with kept_in(folder / LOG), bars.shown():
+            measured, context = work.execute(work.context(shared(work.executor, kept, folder)), on_row)
             measured.notes += opened.notes
             resume.all_done()
-            _export(context, opened, steps, measured, data, destination, identity, resolved, where)
+            _export(work, context, measured, destination)
             watch.refuse_changed()
-            publish_folder(work / RESULT, destination)
-        clear(work)
+            publish_folder(folder / RESULT, destination)
+        clear(folder)
+    work.executor.told(asdict(measured))
     return measured
+
+
+def _followed(work: _Work) -> Report:
+    """What every other process does: its share, from what process 0 has committed."""
+    found = work.executor.told(None)
+    if found is None:
+        with tempfile.TemporaryDirectory(prefix="compress-") as copies:
+            work.execute(work.context(shared(work.executor, None, Path(copies), work.watch().refuse_changed)))
+        found = work.executor.told(None)
+    return _report(found)
 
 
 def row_names(pipeline: str | Path | Mapping[str, Any] | Pipeline) -> list[str]:
@@ -173,23 +257,6 @@ def row_names(pipeline: str | Path | Mapping[str, Any] | Pipeline) -> list[str]:
     stages = load_pipeline(pipeline).passes
     models = [model for stage in stages for pass_ in stage if isinstance(pass_, MergePass) for model in pass_.models]
     return ["original", *models, *("+".join(p.key for p in stage) for stage in stages)]
-
-
-def _watch(opened: OpenedModel, sources: Sequence[Source]) -> Watch:
-    """Everything that is read of a model, and of those that are merged into it."""
-    read = [file for source in sources for file in source.files()]
-    return Watch.over([*read, opened.folder / "config.json", *companions(opened.folder)])
-
-
-def _context(
-    steps: Pipeline, opened: OpenedModel, ledger: FolderLedger, bars: progress.Bars, made: plan.Plan
-) -> Context:
-    """What the first stage works in."""
-    return Context(
-        artifact=opened.artifact, given=opened.artifact, ledger=ledger, seed=steps.seed, dtype=_dtype(steps, opened),
-        products=steps.products, resident=False, bars=bars, devices=devices_of(made),
-        ahead=ReadAhead(made.places.compute) if made.places.compute.type == "cuda" else None,
-    )  # fmt: skip
 
 
 def _dtype(steps: Pipeline, opened: OpenedModel) -> torch.dtype:
@@ -230,8 +297,7 @@ def _finished(destination: Path, identity: str, steps: Pipeline) -> Report | Non
         data = json.loads((destination / "report.json").read_text(encoding="utf-8"))
         if data["verified"]["run"] != identity:
             return None
-        rows = [report.Row(**row) for row in data.pop("rows")]
-        found = Report(rows=rows, **data)
+        found = _report(data)
         needed = [f"{exporter.key}/{file}" for exporter in steps.export for file in exporter.files]
         needed += [f"delta/{DELTA}" for merge in data["merged"] if "delta" in merge]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -247,27 +313,23 @@ def _finished(destination: Path, identity: str, steps: Pipeline) -> Report | Non
     return found
 
 
-def _export(
-    context: Context,
-    opened: OpenedModel,
-    steps: Pipeline,
-    measured: Report,
-    data: manager.Data,
-    destination: Path,
-    identity: str,
-    resolved: str,
-    where: Places,
-) -> None:
+def _report(data: dict[str, Any]) -> Report:
+    """A report from its JSON."""
+    return Report(**{**data, "rows": [report.Row(**row) for row in data["rows"]]})
+
+
+def _export(work: _Work, context: Context, measured: Report, destination: Path) -> None:
     """Write the result into the folder of unfinished work, read it back and compare."""
+    opened, steps, data, resolved = work.opened, work.steps, work.data, dump(work.steps)
     partial = work_of(destination) / RESULT
     remove_made(partial)
     config = opened.settings(context.dtype)
     packed_layout.write_packed(context.artifact, partial, config, opened.folder, version(), context.bars)
     compared = packed_layout.verify(context.artifact, partial, context.bars)
-    measured.verified = {"run": identity, "tensors_equal": compared}
+    measured.verified = {"run": work.identity, "tensors_equal": compared}
     if data.evaluation is not None:
         few = data.evaluation.inputs[:2]
-        measured.verified["max_logit_difference"] = logit_difference(context, partial, few, where)
+        measured.verified["max_logit_difference"] = logit_difference(context, partial, few, work.plan.places)
     if steps.export:
         made = open_packed(partial, context.dtype)
         written = {exporter.key: partial / exporter.key for exporter in steps.export}

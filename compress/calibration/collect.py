@@ -192,13 +192,14 @@ def statistics(
     needs: Mapping[str, Need],
     forwards: Iterable[Callable[[], Any]],
     ranged: Collection[str] = (),
+    before: int = 0,
 ) -> dict[str, Statistics]:
     """Sum statistics of the inputs of modules over several forward passes.
 
     Modules fed by the very same tensor (convolutions: in the same windows) share one `Statistics` object: whether they
     are is seen at their first call, and a shared sum is then updated once per pass, by the first of them. If the first
     pass reached every module exactly once, later ones end as soon as all have been reached: what comes after could add
-    nothing. Modules named in `ranged` get the range of their inputs too.
+    nothing. Modules named in `ranged` get the range of their inputs too; `before` samples were run by other processes.
     """
     found: dict[str, Statistics] = {}
     leaders: dict[str, str] = {}
@@ -220,7 +221,7 @@ def statistics(
             width = window.columns(x) if window else x.shape[-1]
             found[name] = found.get(leaders[name]) or Statistics(width, needs[name], x.device)
             if name in ranged and leaders[name] == name:
-                found[name].range = Range()
+                found[name].range = Range(before * (x.numel() // x.shape[-1] // len(x)))
         leader = leaders[name]
         if leader == name:
             for part in window.rows(x) if window else [x]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from compress.calibration.data import batches
 from compress.calibration.given import gathered, token_ids
+from compress.calibration.shares import LONE
 from compress.calibration.surroundings import evaluating, undisturbed
 from compress.errors import DataError, NonFiniteError
 from compress.lazy import functional, torch, transformers
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from compress.calibration.given import Kind
+    from compress.calibration.shares import Together
 
 TOKENS_AT_ONCE = 8192
 # Log-probabilities of the original that are kept for the KL: 256 MB; windows beyond are not compared.
@@ -85,12 +88,17 @@ class Reference:
     def __init__(self, numbers: int = REFERENCE_NUMBERS) -> None:
         self._parts: list[Tensor] = []
         self._right: list[Tensor] = []
-        self._numbers = numbers
+        self._numbers, self._before = numbers, 0
         self.compared = 0
+
+    def begin(self, before: int) -> None:
+        """So many predictions are kept by other processes: their room is taken before that of the first kept here."""
+        self._before = before
 
     def keep(self, logits: Tensor, right: Tensor) -> None:
         """Keep (n, classes) predictions; their log-probabilities only as long as there is room."""
         self._right.append(right)
+        self._numbers, self._before = max(0, self._numbers - self._before * logits.shape[1]), 0
         if logits.numel() <= self._numbers:
             self._parts.append(functional.log_softmax(logits, dim=-1))
             self._numbers -= logits.numel()
@@ -130,6 +138,7 @@ def measure(
     keep: bool = False,
     progress: Callable[[Iterable[Tensor], int], Iterator[Tensor]] | None = None,
     divided: int = 1,
+    together: Together = LONE,
 ) -> Quality:
     """Evaluate a causal language model or, with labels, a classifier.
 
@@ -143,6 +152,7 @@ def measure(
         keep: fill `reference` instead of comparing with it.
         progress: wraps the batches.
         divided: how many parts a usual batch is divided into.
+        together: the processes that share the batches; what they find is the same to the bit, however many they are.
 
     Raises:
         NonFiniteError: the model's logits are not finite.
@@ -150,36 +160,58 @@ def measure(
     """
     if labels is None and tokens.shape[1] < 2:
         raise DataError("windows have one token; at least two tokens are needed, of which the second is predicted")
-    loss = divergence = 0.0
-    count = compared = correct = flipped = 0
     parts = batches(tokens, TOKENS_AT_ONCE, divided)
+    start, stop = (len(parts) * rank // together.world for rank in (together.rank, together.rank + 1))
+    before, own = sum(map(len, parts[:start])), parts[start:stop]
+    seen: list[Counted] = []
+    count = 0
+    if reference is not None and keep:
+        reference.begin(before if labels is not None else before * (tokens.shape[1] - 1))
     with torch.no_grad():
-        for batch in progress(parts, len(parts)) if progress else parts:
+        for batch in progress(own, len(own)) if progress else own:
             first = count
             for out in _predictions(logits(batch), labels is None):
                 if labels is None:
                     wanted = batch[:, 1:].flatten()[count - first :][: len(out)]
                 else:
-                    wanted = labels[count : count + len(batch)]
+                    wanted = labels[before + count :][: len(batch)]
                     _check_labels(out, wanted)
-                wanted = wanted.to(out.device)
-                right = out.argmax(1) == wanted
-                correct += int(right.sum())
-                total = functional.cross_entropy(out, wanted, reduction="sum").item()
-                if not math.isfinite(total):
-                    raise NonFiniteError("the model's logits on the evaluation data are NaN or infinite")
-                loss += total
-                start, count = count, count + len(wanted)
-                if reference is not None and keep:
-                    reference.keep(out, right)
-                elif reference is not None:
-                    flipped += int((reference.right(start, count) & ~right).sum())
-                    added, both = reference.divergence(out, start)
-                    divergence += added
-                    compared += both
+                seen.append(_counted(out, wanted.to(out.device), reference, keep, count))
+                count += len(wanted)
+    everything = (part for each in together.gathered(seen) for part in each)
+    return _quality(everything, labels is None, reference is not None and not keep)
+
+
+# Of some predictions: their summed loss, and divergence from the original; how many they are, how many of them were
+# compared with the original's, are right, and are wrong where the original's are right.
+Counted = tuple[float, float, int, int, int, int]
+
+
+def _counted(out: Tensor, wanted: Tensor, reference: Reference | None, keep: bool, start: int) -> Counted:
+    """What is counted of predictions (n, classes) of which the first is number `start`."""
+    right = out.argmax(1) == wanted
+    loss = functional.cross_entropy(out, wanted, reduction="sum").item()
+    if not math.isfinite(loss):
+        raise NonFiniteError("the model's logits on the evaluation data are NaN or infinite")
+    divergence, compared, flipped = 0.0, 0, 0
+    if reference is not None and keep:
+        reference.keep(out, right)
+    elif reference is not None:
+        flipped = int((reference.right(start, start + len(wanted)) & ~right).sum())
+        divergence, compared = reference.divergence(out, start)
+    return loss, divergence, len(wanted), compared, int(right.sum()), flipped
+
+
+def _quality(seen: Iterable[Counted], language: bool, against: bool) -> Quality:
+    """What was counted piece by piece, taken together. `against`: whether it was compared with an original."""
+    loss = divergence = 0.0
+    count = compared = correct = flipped = 0
+    for lost, diverged, number, both, right, wrong in seen:
+        loss, divergence = loss + lost, divergence + diverged
+        count, compared, correct, flipped = count + number, compared + both, correct + right, flipped + wrong
     kl = max(0.0, divergence / compared) if compared else None
-    flips = flipped / count if reference is not None and not keep else None
-    perplexity, accuracy = (perplexity_of(loss / count), None) if labels is None else (None, correct / count)
+    flips = flipped / count if against else None
+    perplexity, accuracy = (perplexity_of(loss / count), None) if language else (None, correct / count)
     return Quality(perplexity, count, kl, compared, accuracy, flips, loss / count)
 
 
@@ -209,6 +241,7 @@ def evaluate(
     against: nn.Module | None = None,
     device: torch.device | str | None = None,
     progress: Callable[[Iterable[Tensor], int], Iterator[Tensor]] | None = None,
+    together: Together = LONE,
 ) -> Quality:
     """Perplexity of a causal language model in memory, or accuracy of a classifier, and divergence from the original.
 
@@ -223,6 +256,7 @@ def evaluate(
         against: the original.
         device: where both are measured, one after the other, each moved there and back again; None for where each is.
         progress: wraps the batches.
+        together: the processes that share the batches, each of which calls this.
 
     Raises:
         DataError: data that the model cannot take.
@@ -241,16 +275,15 @@ def evaluate(
     if labels is None:
         for each in models:
             inputs = _checked_tokens(each, inputs)
+    measured = partial(measure, tokens=inputs, labels=labels, progress=progress, together=together)
     with evaluating(*models):
         reference = None
         if against is not None:
             reference = Reference()
             with _moved(against, device):
-                original = _logits_of(against, labels)
-                measure(original, inputs, labels=labels, reference=reference, keep=True, progress=progress)
+                measured(_logits_of(against, labels), reference=reference, keep=True)
         with _moved(model, device):
-            logits = _logits_of(model, labels)
-            return measure(logits, inputs, labels=labels, reference=reference, progress=progress)
+            return measured(_logits_of(model, labels), reference=reference)
 
 
 @contextmanager

@@ -40,14 +40,11 @@ def products(kind: Products | None) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add (M, K) @ (K, N) to a float32 total in place, summed in float32; on CUDA factors may stay narrower."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    elif left.device.type == "cuda" and left.element_size() < total.element_size():
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(left.float(), right.float())
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """(M, K) @ (K, N), float32 and summed up in float32; on CUDA factors may stay narrower."""
+    if left.device.type == "cuda" and left.element_size() < torch.float32.itemsize:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
 
 
 @contextmanager

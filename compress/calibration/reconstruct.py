@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from compress.calibration.draws import draw
+from compress.calibration.shares import ALONE
 from compress.calibration.training import Learner, Loop, TrainingStore, learn
 from compress.lazy import function, torch
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from compress.calibration.shares import Shares
     from compress.calibration.training import Label, Outcome
 
 Inputs = Literal["compressed", "original", "mix"]
@@ -49,6 +51,11 @@ class HiddenSamples:
     def __len__(self) -> int:
         return len(self._place)
 
+    @property
+    def example(self) -> Tensor:
+        """(...) a sample, on the device that samples are taken to; of no use but for its shape."""
+        return self.take(torch.zeros(1, dtype=torch.long, device="cpu"))[0]
+
     def take(self, numbers: Tensor) -> Tensor:
         """(B, ...) some of the samples, in the order asked for."""
         places = [self._place[n] for n in numbers.tolist()]
@@ -70,6 +77,7 @@ class BlockData:
         inputs: what arrives from the compressed blocks before it.
         original_inputs: what arrives at it in the original model.
         outputs: what the original block makes of `original_inputs`.
+        shares: how processes share the samples, each of which is held by one.
         dtype: the type that `call` computes in, to which it rounds weights; None: that of the weights.
     """
 
@@ -77,7 +85,13 @@ class BlockData:
     inputs: HiddenSamples
     original_inputs: HiddenSamples
     outputs: HiddenSamples
+    shares: Shares = ALONE
     dtype: torch.dtype | None = None
+
+    @property
+    def count(self) -> int:
+        """N, those of other processes too."""
+        return sum(self.shares.counts) or len(self.outputs)
 
 
 class LearnedWeights(Protocol):
@@ -171,7 +185,7 @@ class _Reconstruction(Learner):
     not_finite = "the block's outputs are not finite"
 
     def __init__(self, learned: LearnedWeights, recipe: Recipe):
-        self.learned, self.recipe = learned, recipe
+        self.learned, self.recipe, self.shares = learned, recipe, ALONE
         self.tensors = [t for ts, _ in learned.groups() for t in ts]
 
     def groups(self) -> list[tuple[list[Tensor], float]]:
@@ -180,34 +194,34 @@ class _Reconstruction(Learner):
     def gradients(self, step: int) -> Tensor:
         progress = (step - 1) / self.recipe.steps
         value = self.loss(self.learned.soft(progress))
-        penalty = self.learned.penalty(progress)
+        penalty = self.learned.penalty(progress) if self.shares.leads else None
         if penalty is not None:
             value = value + penalty
-        torch.autograd.backward(value, inputs=self.tensors)
-        return value.detach()
+        return self.shares.backward(value, self.tensors)
 
     def loss(self, weights: Weights) -> Tensor:
-        """The distance from what should come out, on the next samples."""
+        """The distance from what should come out, on the next samples: the part of this process in their mean."""
         raise NotImplementedError
 
 
 class _ByBlock(_Reconstruction):
     def __init__(self, learned: LearnedWeights, data: BlockData, recipe: Recipe, generator: torch.Generator):
         super().__init__(learned, recipe)
-        self.data, self.generator, count = data, generator, len(data.outputs)
+        self.data, self.generator, self.shares, count = data, generator, data.shares, data.count
         # Numbers of samples stay where they are read: to say which sample comes next must not wait for a device.
         self.held = torch.arange(count, device="cpu")[:: min(HELD_OUT, count)]
         held = self.held.tolist()
         self.trained = torch.tensor([n for n in range(count) if n not in set(held)] or held, device="cpu")
         self.order = torch.empty(0, dtype=torch.long, device="cpu")
-        self.scale = _mean_square(data.outputs, self.held, recipe.batch_size)
+        self.scale = _mean_square(data, self.held, recipe.batch_size)
 
     def error(self) -> float:
         weights, data = self.learned.hard(), self.data
         with torch.no_grad():
-            parts = [self._held_error(weights, part) for part in torch.split(self.held, self.recipe.batch_size)]
-        total: float = sum(torch.stack(parts).tolist())
-        return total / (self.scale * _numel(data.outputs, self.held))
+            owned = (self.shares.own(part)[0] for part in torch.split(self.held, self.recipe.batch_size))
+            parts = [self._held_error(weights, own) for own in owned if len(own)]
+        total: float = sum(torch.stack(parts).tolist()) if parts else 0.0
+        return self.shares.total(total) / (self.scale * _numel(data, self.held))
 
     def _held_error(self, weights: Weights, part: Tensor) -> Tensor:
         made = self.data.call(weights, self.data.inputs.take(part), part)
@@ -218,8 +232,20 @@ class _ByBlock(_Reconstruction):
             self.order = self.trained[draw(self.generator, (len(self.trained),), "permutation", self.trained)]
         size = self.recipe.batch_size
         part, self.order = self.order[:size], self.order[size:]
-        made = self.data.call(weights, _inputs(self.data, self.recipe.inputs, part, self.generator), part)
-        return _mean_square_error(made, self.data.outputs.take(part)) / self.scale
+        chosen = self._mixed(len(part))
+        own, places = self.shares.own(part)
+        if len(own) == 0:  # other processes hold all of them
+            return torch.zeros((), device=self.tensors[0].device)
+        made = self.data.call(weights, _inputs(self.data, self.recipe.inputs, own, chosen, places), own)
+        lost = _mean_square_error(made, self.data.outputs.take(own))
+        return lost * (len(own) / len(part)) / self.scale
+
+    def _mixed(self, count: int) -> Tensor | None:
+        """Where the inputs of so many samples are those of the compressed chain, of all processes' samples."""
+        if self.recipe.inputs != "mix":
+            return None
+        example = self.data.inputs.example
+        return draw(self.generator, (count, *example.shape), "uniform", example) < MIX
 
     def randomness(self) -> dict[str, Tensor]:
         return {"generator": self.generator.get_state(), "order": self.order.clone()}
@@ -247,14 +273,13 @@ class _ByLayer(_Reconstruction):
             return float(self.loss(self.learned.hard()))
 
 
-def _inputs(data: BlockData, kind: Inputs, part: Tensor, generator: torch.Generator) -> Tensor:
+def _inputs(data: BlockData, kind: Inputs, own: Tensor, chosen: Tensor | None, places: Tensor) -> Tensor:
     if kind == "original":
-        return data.original_inputs.take(part)
-    inputs = data.inputs.take(part)
-    if kind == "compressed":
+        return data.original_inputs.take(own)
+    inputs = data.inputs.take(own)
+    if chosen is None:
         return inputs
-    chosen = draw(generator, inputs.shape, "uniform", inputs) < MIX
-    return torch.where(chosen, inputs, data.original_inputs.take(part))
+    return torch.where(chosen[places.to(chosen.device)], inputs, data.original_inputs.take(own))
 
 
 def _mean_square_error(made: Tensor, wanted: Tensor) -> Tensor:
@@ -281,12 +306,14 @@ class _SquareError:
         return back, None
 
 
-def _numel(samples: HiddenSamples, numbers: Tensor) -> int:
-    return samples.take(numbers[:1]).numel() * len(numbers)
+def _numel(data: BlockData, numbers: Tensor) -> int:
+    return data.outputs.example.numel() * len(numbers)
 
 
-def _mean_square(samples: HiddenSamples, numbers: Tensor, at_once: int) -> float:
+def _mean_square(data: BlockData, numbers: Tensor, at_once: int) -> float:
     total = 0.0
     for part in torch.split(numbers, at_once):
-        total += float(samples.take(part).float().square().sum())
-    return total / _numel(samples, numbers) or 1.0
+        own, _ = data.shares.own(part)
+        if len(own):
+            total += float(data.outputs.take(own).float().square().sum())
+    return data.shares.total(total) / _numel(data, numbers) or 1.0

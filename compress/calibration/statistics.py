@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from compress.calibration.precision import add_product, products
+from compress.calibration.precision import product, products
 from compress.errors import NonFiniteError
 from compress.lazy import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from compress.calibration.ranges import Range
@@ -25,22 +27,26 @@ SMALLEST_PANEL = 128  # columns of the Gram matrix summed up at once
 class Statistics:
     """Sums over every input a site (or several sites fed by the very same tensor) has seen.
 
+    What a batch adds is float32, and what all batches make is summed up in float64: in whatever order they are added,
+    by whatever process, the Gram matrix that is made of it is the same to the bit, but for a sum that lies just between
+    two float32 numbers.
+
     Attributes:
         tokens: T so far.
-        square_sum: (I,) float64, the sum over tokens of x**2 (of the Gram matrix's precision where there is one).
+        square_sum: (I,) float64, the sum over tokens of x**2.
         gram: (I, I) float32, the sum over tokens of x x^T; None unless asked for. Only its lower half is summed up,
-            panel by panel; the upper is filled in when it is asked for.
+            panel by panel.
         range: of the numbers, with a sample; None unless asked for.
     """
 
     def __init__(self, width: int, need: Need, device: torch.device | None = None):
         """`device`: where the inputs will be; torch's default device if not given."""
-        self.tokens = 0
+        self.tokens, self.width, self.need = 0, width, need
         self._squares = torch.zeros(width, dtype=torch.float64, device=device)
-        self._gram = torch.zeros(width, width, device=device) if need == "gram" else None
         self._sum = torch.zeros(width, dtype=torch.float64, device=device) if need == "gram" else None
-        self._panel = max(SMALLEST_PANEL, width // 8)
-        self._whole = True
+        self._panels: list[Tensor] = []  # float64, of which (i, j) is element (i + start, j + start) of the matrix
+        self._step = max(SMALLEST_PANEL, width // 8)
+        self._gram: Tensor | None = None
         self._eigen: tuple[Tensor, Tensor] | None = None
         self.range: Range | None = None
 
@@ -52,11 +58,10 @@ class Statistics:
         """
         x = inputs.detach().reshape(-1, inputs.shape[-1])
         with torch.autocast(x.device.type, enabled=False):  # sums are float32, whatever the model computes in
-            if self._gram is None:
+            if self._sum is None:
                 self._squares += _square_sums(x)
             else:
                 self._add_gram(x)
-                self._whole, self._eigen = False, None
         self.tokens += x.shape[0]
         if x.device.type == "cpu":
             self.check(name)
@@ -76,23 +81,48 @@ class Statistics:
             )
 
     def _add_gram(self, x: Tensor) -> None:
-        assert self._gram is not None
         assert self._sum is not None
         wide = x.float() if x.device.type == "cpu" else x  # processors round to bfloat16 in their products, if at all
         with products("bfloat16" if x.dtype == torch.bfloat16 else None):
-            for a in range(0, wide.shape[1], self._panel):
-                b = a + self._panel
-                add_product(self._gram[a:, a:b], wide[:, a:].T, wide[:, a:b])
+            for start, panel in zip(self._starts(), self._opened(), strict=True):
+                panel.add_(product(wide[:, start:].T, wide[:, start : start + self._step]))
         self._sum += wide.sum(0, dtype=torch.float32)
+
+    def sums(self) -> Iterator[Tensor]:
+        """Everything that is summed up, a part at a time: sums over more inputs may be written into its place."""
+        if self._sum is None:
+            yield self._squares
+            return
+        yield from self._opened()
+        yield self._sum
+
+    def _starts(self) -> range:
+        """The first column of each panel."""
+        return range(0, self.width, self._step)
+
+    def _opened(self) -> list[Tensor]:
+        """The panels, to be written to."""
+        if not self._panels:
+            gram, device = self._gram, self._squares.device
+            for a in self._starts():
+                shape = self.width - a, min(self._step, self.width - a)
+                zeros = torch.zeros(shape, dtype=torch.float64, device=device)
+                self._panels.append(zeros if gram is None else gram[a:, a : a + self._step].double())
+            self._gram = self._eigen = None
+        return self._panels
 
     @property
     def gram(self) -> Tensor | None:
         """(I, I), symmetric."""
-        if self._gram is not None and not self._whole:
-            for a in range(0, len(self._gram), self._panel):
-                b = a + self._panel
+        if self._sum is None:
+            return None
+        if self._gram is None:
+            panels, self._panels = self._opened(), []
+            self._gram = torch.empty(self.width, self.width, device=self._squares.device)
+            for a in self._starts():
+                panel, b = panels.pop(0), a + self._step  # its memory is free before the rest is filled in
+                self._gram[a:, a:b] = panel
                 self._gram[a:b, b:] = self._gram[b:, a:b].T
-            self._whole = True
         return self._gram
 
     @property
@@ -111,7 +141,11 @@ class Statistics:
     @property
     def square_sum(self) -> Tensor:
         """(I,) float64."""
-        return self._squares if self._gram is None else self._gram.diagonal().double()
+        if self._sum is None:
+            return self._squares
+        if self._gram is not None:
+            return self._gram.diagonal().double()
+        return torch.cat([panel.diagonal() for panel in self._opened()])
 
     @property
     def norm(self) -> Tensor:

@@ -18,13 +18,16 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias
 
 from compress.calibration.draws import draw
+from compress.calibration.shares import ALONE
 from compress.errors import SolveError
 from compress.lazy import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
+
+    from compress.calibration.shares import Shares
 
 Loss = Literal["next_token", "distill"]
 Label = str | Callable[[], str]  # of a progress bar; a function is asked again at every step
@@ -72,15 +75,36 @@ class ModelData:
         loss: (values on demand, numbers of samples (B,)) -> the mean loss, differentiable in the values.
         count: N.
         kept: where the state of an unfinished training is kept.
+        shares: how processes share the samples of a step. Of a loss that is no mean over samples they share none.
     """
 
     loss: Callable[[Make, Tensor], Tensor]
     count: int
     kept: TrainingStore
+    shares: Shares = ALONE
 
     def part(self, name: str) -> ModelData:
         """The same model and data for one training of several, whose state is kept by itself."""
         return replace(self, kept=self.kept.part(name))
+
+    def backward(self, make: Make, numbers: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """The mean loss on samples, detached; its gradients are set in what is learned."""
+        own, _ = self.shares.own(numbers)
+        if len(own):
+            value = self.loss(make, own) * (len(own) / len(numbers))
+        else:  # other processes have all of them
+            value = torch.zeros((), device=tensors[0].device)
+        return self.shares.backward(value, tensors)
+
+    def mean_loss(self, make: Make, numbers: Tensor, batch_size: int) -> float:
+        """The mean loss on samples, so many at a time."""
+        total = 0.0
+        with torch.no_grad():
+            for part in torch.split(numbers, batch_size):
+                own, _ = self.shares.own(part)
+                if len(own):
+                    total += float(self.loss(make, own)) * len(own)
+        return self.shares.total(total) / len(numbers)
 
 
 @dataclass(frozen=True)
@@ -263,14 +287,13 @@ class _Model(Learner):
         return self.trained.groups()
 
     def gradients(self, step: int) -> Tensor:
-        value = self.data.loss(self.trained.make, batch(self.learned, step, self.size, self.seed))
-        torch.autograd.backward(value, inputs=self.tensors)
-        return value.detach()
+        numbers = batch(self.learned, step, self.size, self.seed)
+        return self.data.backward(self.trained.make, numbers, self.tensors)
 
     def error(self) -> float:
         if self.judge:
             return self.judge(self.trained.merged)
-        return held_out(self.trained.merged, self.data, self.held, self.size)
+        return self.data.mean_loss(self.trained.merged, self.held, self.size)
 
 
 def forked(generator: torch.Generator, *parts: object) -> torch.Generator:
@@ -284,15 +307,6 @@ def held_out_split(count: int) -> tuple[Tensor, Tensor]:
     held = torch.arange(count)[:: min(HELD_OUT, count)]
     left = set(range(count)) - set(held.tolist())
     return held, torch.tensor(sorted(left) or held.tolist())
-
-
-def held_out(make: Make, data: ModelData, held: Tensor, batch_size: int) -> float:
-    """Mean loss on held-out samples."""
-    total = 0.0
-    with torch.no_grad():
-        for part in torch.split(held, batch_size):
-            total += float(data.loss(make, part)) * len(part)
-    return total / len(held)
 
 
 def batch(numbers: Tensor, step: int, size: int, seed: int) -> Tensor:

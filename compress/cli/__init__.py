@@ -9,6 +9,7 @@ import os
 import sys
 from typing import Any
 
+from compress.cli import ranks
 from compress.cli.guard import guarded
 from compress.cli.interrupts import Interrupts
 
@@ -17,14 +18,27 @@ def main() -> None:
     """The console script."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    sys.exit(guarded(_command, Interrupts()))
+    interrupts = Interrupts()
+    code = guarded(lambda: _command(interrupts), interrupts)
+    if code and "WORLD_SIZE" in os.environ:  # threads may wait for processes that are gone: nothing is left to tidy up
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
-def _command() -> Any:
+def _command(interrupts: Interrupts) -> Any:
     _open_streams()
+    words, here = _words(), ranks.place()
+    if here is None:
+        return _app(words)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # connections that break are said in our own words
+    return ranks.shared(lambda: _app(words), here, interrupts)
+
+
+def _app(words: list[str]) -> Any:
     from compress.cli.commands import app
 
-    return app(_words(), standalone_mode=False)
+    return app(words, standalone_mode=False)
 
 
 def _open_streams() -> None:

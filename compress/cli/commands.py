@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compress import logs
-from compress.cli import completion
+from compress.cli import completion, ranks
 from compress.cli.interrupts import keeping
 from compress.errors import UsageError
 
@@ -56,6 +56,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def common(
+    context: typer.Context,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
     version: Annotated[
@@ -63,6 +64,7 @@ def common(
     ] = False,
 ) -> None:
     """Compress language and image models after training: one pipeline file, measured after every pass."""
+    ranks.refuse_alone(context.invoked_subcommand)
     _bars(verbose, quiet)
 
 
@@ -102,9 +104,8 @@ def run(
 
     try:
         with keeping(f"what was finished is kept in {out}.work; the same command continues where it stopped"):
-            report = api.run(
-                pipeline, model, out, overwrite=overwrite, fresh=fresh, device=device, bars=bars, on_row=show
-            )
+            options: dict[str, Any] = {"overwrite": overwrite, "fresh": fresh, "device": device}
+            report = api.run(pipeline, model, out, executor=ranks.executor(), bars=bars, on_row=show, **options)
     finally:
         table.close()
     if existed and not overwrite:
@@ -223,6 +224,7 @@ def evaluate(
     given |= {name: value for name, value in (("samples", samples), ("length", length)) if value is not None}
     section = read_evaluation(given)
     options: dict[str, Any] = {"runtime": runtime, "threads": threads, "device": device}
+    options["executor"] = ranks.executor()
     found = measuring.measure_model(model, section, against=against, bars=bars, **options)
     _say(json.dumps(found, indent=1) if as_json else sentences.evaluation_lines(model, found, against))
 

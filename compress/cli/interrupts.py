@@ -59,6 +59,11 @@ class Interrupts:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self._interrupt)
 
+    def stop(self, stopped: Stopped) -> None:
+        """Raise this in the main thread, as if a signal had come; called from another one."""
+        self.stopped = self.stopped or stopped
+        _deliver(stopped.number)
+
     def ignore(self) -> None:
         """Nothing is left to interrupt: the process is ending."""
         for number in self.heard:
@@ -69,7 +74,7 @@ class Interrupts:
     def _interrupt(self, number: int, _: Any) -> None:
         self.stopped = self.stopped or Stopped(number)
         self._raise_again(number, PATIENCE)
-        raise Stopped(number)
+        raise self.stopped
 
     def _unraisable(self, found: Any) -> None:
         """Raised where nothing can be raised, such as while an object is deleted: raised again a little later."""

@@ -73,10 +73,14 @@ class Decoder:
         found = self.table.index_select(0, index.flatten()).view(torch.float32).view(len(index), -1)
         return self._scaled(found[:, :columns], part)
 
-    def tiles(self, most: int = CHUNK) -> Iterator[slice]:
-        """Rows to work on at once, of at most so many weights where a row has not more."""
+    def tiles(self, most: int | None = None) -> Iterator[slice]:
+        """Rows to work on at once, of at most so many weights where a row has not more.
+
+        By default so many that temporaries stay in the cache of a processor, or give another device enough to do.
+        """
         rows, columns = self.shape
-        step = rows_in_piece(most, columns, self.tensors[next(iter(self.tensors))].device)
+        device = next(iter(self.tensors.values())).device
+        step = rows_in_piece(CHUNK, columns, device) if most is None else max(1, most // columns)
         return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
     def dequantize(self) -> Tensor:

@@ -15,6 +15,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from compress.encodings.base import Encoding, Form
+from compress.encodings.counting import sums_by_number
 from compress.encodings.lookup import Table
 from compress.encodings.pieces import rows_in_piece
 from compress.encodings.uniform import CHUNK, SEARCH_NORM, narrowest, scale_defect, stored_scale
@@ -287,8 +288,8 @@ def profile(
             mass = mass * mask[part].reshape(unit.shape)
         # Bins narrow towards zero, as levels do.
         bins = unit.sqrt().mul_(BINS - 1).long().flatten()
-        masses += torch.bincount(bins, mass.flatten(), BINS)
-        moments += torch.bincount(bins, (mass * unit).flatten(), BINS)
+        masses += sums_by_number(bins, mass.flatten(), BINS)
+        moments += sums_by_number(bins, (mass * unit).flatten(), BINS)
     there = masses > 0
     return Profile((moments[there] / masses[there]).float(), masses[there])
 

@@ -76,7 +76,8 @@ class View:
                 return self.chain.call_for(len(numbers)).run(self.block, hidden, self._values({**fixed, **weights}))
 
         samples = self.chain.samples(), self.original.samples(), self.outputs.samples()
-        return BlockData(call, *samples, self.context.dtype)
+        shares = self.context.executor.shares(len(samples[2]))
+        return BlockData(call, *samples, shares, self.context.dtype)
 
     def parts(self, learned: Callable[[], Weights], fixed: Weights) -> Iterator[tuple[tuple[str, ...], BlockData]]:
         """The children of the block that hold sites: names of their sites and vectors, and how to run each.
@@ -105,7 +106,8 @@ class View:
                 own = _under(child, self._values({**fixed, **weights}))
                 return inputs.call_for(len(numbers)).run(module, hidden, own)
 
-        return BlockData(call, inputs.samples(), inputs.samples(), outputs.samples())
+        shares = self.context.executor.shares(len(inputs.samples()))
+        return BlockData(call, inputs.samples(), inputs.samples(), outputs.samples(), shares)
 
     def _values(self, weights: Weights) -> dict[str, Tensor]:
         """Values of sites and vectors by name in the block, as its modules take them."""

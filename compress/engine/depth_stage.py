@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from compress.calibration.data import Dataset
+    from compress.engine.executor import Executor
     from compress.engine.placement import Context
     from compress.engine.stage import Stage
     from compress.models.shorten import Shorter
@@ -46,7 +47,8 @@ class Shortening(StageRunner):
         pass_, graph = stage.single(DepthPass), context.graph
         may = frozenset(pass_.candidates(graph))
         key = key_of(key, stage.number, pass_.key, pass_.options(), sorted(may))
-        work = _DepthWork(pass_, stage.unit, key, calibration_batches(context, data), may, graph.blocks)
+        batches = context.executor.shard(calibration_batches(context, data))
+        work = _DepthWork(pass_, stage.unit, key, batches, may, graph.blocks)
         state = _State(context, list(range(len(graph.blocks))))
         for chosen in pass_.run(Depth(partial(_asked, work, state))):
             _take_out(state, chosen)
@@ -74,7 +76,7 @@ class _DepthWork:
     pass_: DepthPass
     unit: str
     key: str
-    batches: list[Tensor]
+    batches: Sequence[Tensor]
     may: frozenset[int]
     blocks: tuple[str, ...]
 
@@ -177,7 +179,7 @@ def _distances(
                             f"the blocks of {type(graph.model).__name__} do not run once each and in order, so none "
                             "can be taken out"
                         )
-            return means.found()
+            return means.found(context.executor)
         for index in bars.over(range(len(blocks)), len(blocks), "distances: block", "each"):
             with products(context.products), present(context, index):
                 forwards = bars.over(chain.forwards(blocks[index]), len(batches), "distances: batches")
@@ -186,7 +188,7 @@ def _distances(
                     output = made()
                     means.leave(number, states, index, output)
                     chain.keep(number, output)
-    return means.found()
+    return means.found(context.executor)
 
 
 States = Callable[[Tensor], Tensor]
@@ -217,12 +219,19 @@ class _Means:
         self.sums[first] = self.sums.get(first, 0.0) + float(found.sum())
         self.positions[first] = self.positions.get(first, 0) + found.numel()
 
-    def found(self) -> dict[int, float]:
-        """The means.
+    def found(self, executor: Executor) -> dict[int, float]:
+        """The means, over what all processes have seen.
 
         Raises:
             NonFiniteError: hidden states are NaN or infinite.
         """
+        seen = executor.gathered([list(self.sums.items()), list(self.positions.items())])
+        self.sums, self.positions = {}, {}
+        for sums, positions in seen:
+            for first, total in sums:
+                self.sums[first] = self.sums.get(first, 0.0) + total
+            for first, count in positions:
+                self.positions[first] = self.positions.get(first, 0) + count
         bad = [first for first, total in self.sums.items() if not math.isfinite(total)]
         if bad:
             raise NonFiniteError(

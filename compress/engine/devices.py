@@ -57,12 +57,18 @@ class Devices:
         return moved(value, self.store)
 
 
-def devices_of(plan: Plan) -> Devices:
-    """The devices of a planned run."""
-    compute = plan.places.compute
-    if not plan.places.apart:
+def devices_of(plan: Plan, resident: bool = False) -> Devices:
+    """The devices of a planned run. `resident`: what is finished stays in memory, so on the device if it has room."""
+    compute, limit = plan.places.compute, plan.places.device_limit
+    if plan.device is None:
         return Devices()
-    return Devices(compute, CPU, compute if plan.activations_on_device else CPU, plan.activations_on_host)
+    fits = resident and (limit is None or plan.device.total + plan.results_bytes < limit)
+    return Devices(
+        compute,
+        store=compute if fits else CPU,
+        activations=compute if plan.activations_on_device else CPU,
+        room=plan.activations_on_host,
+    )
 
 
 @contextmanager

@@ -37,11 +37,12 @@ def learn_block(turn: Turn, pass_: BlockPass) -> None:
         fallback = f"{pass_.fallback().key} instead of {pass_.key}: {error}"
     seconds = round((time.perf_counter() - started) / max(1, len(chosen)), 4)
     for name in [n for n in edits if n not in targets]:
-        turn.take_vector(pass_, name, edits[name])
+        turn.take(pass_, turn.vector_made(pass_, name, edits[name]))
         turn.state.notes.setdefault(name, {})[pass_.key] = dict(edits[name].notes)
     for site in chosen:
         name = site.name
-        turn.take(pass_, site, SolvedSite(before[name], targets[name].weight, edits[name], fallback, seconds))
+        made = SolvedSite(before[name], targets[name].weight, edits[name], fallback, seconds)
+        turn.take(pass_, turn.record(pass_, site, made))
 
 
 def _trained_vectors(turn: Turn, pass_: BlockPass) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from compress.calibration.training import TrainingStore
 from compress.checkpoint.artifact import Packed
@@ -34,6 +34,8 @@ DEPENDENCIES = "dependencies.json"
 UNITS = re.compile(r"(original|dependencies|s\d\d+(-.*)?)\.(safetensors|json|partial)")
 
 Opened = TypeVar("Opened")
+# Writes a large file; None where another process writes it, and this one does its share of the work.
+Write: TypeAlias = "Callable[[Path | None], None]"
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,11 @@ class MemoryLedger:
     def commit_tensors(self, unit: str, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Nothing to keep."""
 
-    def make_file(self, unit: str, key: str, write: Callable[[Path], None]) -> Path | None:
+    def make_file(self, unit: str, key: str, write: Write) -> Path | None:
         """None: nothing is written."""
         return None
 
-    def open_file(
-        self, unit: str, key: str, write: Callable[[Path], None], opened: Callable[[Path], Opened]
-    ) -> Opened | None:
+    def open_file(self, unit: str, key: str, write: Write, opened: Callable[[Path], Opened]) -> Opened | None:
         """A large file, opened; made again where it was damaged since. None where nothing is written."""
         file = self.make_file(unit, key, write)
         if file is None:
@@ -135,23 +135,9 @@ class FolderLedger(MemoryLedger):
 
     def load(self, unit: str, key: str) -> list[Record] | None:
         """The records of a unit finished under this very key, else None."""
-        records = self._read(unit, key)
+        records = records_in(self.folder / f"{unit}.safetensors", key)
         self.resume.loaded(unit, records is not None)
         return records
-
-    def _read(self, unit: str, key: str) -> list[Record] | None:
-        file = self.folder / f"{unit}.safetensors"
-        if not file.is_file():
-            return None
-        try:
-            metadata = read_header(file).metadata
-            if metadata.get("key") != key or (seal := metadata[SEAL]) != seal_of(file):
-                return None
-            entries = json.loads(metadata["records"])
-            specs = {site: Spec.from_json(said["spec"]) for site, said in entries.items()}
-            return [Record(site, Packed(file, site, specs[site], seal), e["notes"]) for site, e in entries.items()]
-        except (CheckpointError, LookupError, ValueError, RecursionError):
-            return None  # not ours, or damaged since: it is simply done again
 
     def commit(self, unit: str, key: str, records: list[Record]) -> list[Record]:
         """Write a unit's packed weights; returned records read from the file."""
@@ -178,30 +164,32 @@ class FolderLedger(MemoryLedger):
 
     def load_tensors(self, unit: str, key: str) -> dict[str, torch.Tensor] | None:
         """What was kept under this very key, else None."""
-        file = self.folder / f"{unit}.safetensors"
-        try:
-            metadata = read_header(file).metadata
-            if metadata.get("key") != key or metadata.get(SEAL) != seal_of(file):
-                return None
-            tensors = read_tensors(file)
-        except CheckpointError:
-            return None
-        self.resume.state_loaded(unit)
+        tensors = tensors_in(self.folder / f"{unit}.safetensors", key)
+        if tensors is not None:
+            self.resume.state_loaded(unit)
         return tensors
 
     def commit_tensors(self, unit: str, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep tensors of work that is not finished, in the place of what was kept before."""
         self._save(self.folder / f"{unit}.safetensors", dict(tensors), {"key": key})
 
-    def make_file(self, unit: str, key: str, write: Callable[[Path], None]) -> Path:
-        """A large file that `write` writes, unless it is there, whole, under this very key.
-
-        Its name ends with the SHA-256 of what is in it.
-        """
+    def find_file(self, unit: str, key: str) -> Path | None:
+        """A large file that is there, whole, under this very key."""
         begin = f"{unit}-{key[:16]}"
         for file in self.folder.glob(f"{begin}-*.safetensors"):
             if file.stem == f"{begin}-{digest_of_file(file)}":
                 return file
+        return None
+
+    def make_file(self, unit: str, key: str, write: Write) -> Path:
+        """A large file that `write` writes, unless it is there, whole, under this very key.
+
+        Its name ends with the SHA-256 of what is in it.
+        """
+        found = self.find_file(unit, key)
+        if found is not None:
+            return found
+        begin = f"{unit}-{key[:16]}"
         self.forget(unit)
         temporary = self.folder / f"{begin}.partial"
         with writing(temporary):
@@ -242,6 +230,32 @@ class FolderLedger(MemoryLedger):
         self.check()
         file = self.folder / f"{unit}.json"
         write_text(file, json.dumps({"key": key, "row": dict(row), SEAL: key_of(key, dict(row))}))
+
+
+def records_in(file: Path, key: str) -> list[Record] | None:
+    """The records of a file that was written under this very key; None where it is not, or was damaged since."""
+    if not file.is_file():
+        return None
+    try:
+        metadata = read_header(file).metadata
+        if metadata.get("key") != key or (seal := metadata[SEAL]) != seal_of(file):
+            return None
+        entries = json.loads(metadata["records"])
+        specs = {site: Spec.from_json(said["spec"]) for site, said in entries.items()}
+        return [Record(site, Packed(file, site, specs[site], seal), e["notes"]) for site, e in entries.items()]
+    except (CheckpointError, LookupError, ValueError, RecursionError):
+        return None  # not ours, or damaged since: it is simply done again
+
+
+def tensors_in(file: Path, key: str) -> dict[str, torch.Tensor] | None:
+    """The tensors of a file that was written under this very key; None where it is not, or was damaged since."""
+    try:
+        metadata = read_header(file).metadata
+        if metadata.get("key") != key or metadata.get(SEAL) != seal_of(file):
+            return None
+        return read_tensors(file)
+    except CheckpointError:
+        return None
 
 
 class KeptInLedger(TrainingStore):

@@ -130,13 +130,16 @@ def _dependencies(pipeline: Pipeline, plan: Plan, context: Context, data: Data) 
         "the seed": pipeline.seed,
         "the type of numbers": str(context.dtype),
         "the precision of products": context.products,
+        # Sums over calibration data are split among them. Whatever needs none is the same, however many they are.
+        "the number of processes": context.executor.world if data.calibration is not None else 1,
         "the code of compress, or torch or transformers,": context.ledger.code_of(()),
     }
     stages = []
     for number, plans in enumerate(plan.stages):
         stage = Stage(number, plans)
         # A stage is of no use any longer once its passes or its runner, or what these import, are changed.
-        code = context.ledger.code_of(map(type, stage.passes), [type(RUNNERS[stage.reach]).__module__])
+        run_by = [type(RUNNERS[stage.reach]).__module__, type(context.executor).__module__]
+        code = context.ledger.code_of(map(type, stage.passes), run_by)
         options = key_of([(p.key, p.options()) for p in stage.passes])
         stages.append({"name": stage.name, "options": options, "code": code})
     return Dependencies(facts, stages)

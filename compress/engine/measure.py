@@ -66,6 +66,7 @@ class Meter:
                     keep=keep,
                     progress=lambda items, total: context.bars.over(items, total, label, "end"),
                     divided=context.divided,
+                    together=context.executor,
                 )
                 for name, part in self.parts.items()
             }

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss
 
 from compress.calibration.precision import learning
+from compress.calibration.shares import ALONE
 from compress.calibration.training import ModelData
 from compress.engine.learned_values import with_learned
 from compress.engine.loss_in_pieces import loss_in_pieces, rows_before_head
@@ -100,7 +101,8 @@ def model_data(context: Context, samples: Tensor, kind: Loss, checkpointing: boo
             return kl_div(own, wanted, reduction="batchmean", log_target=True)
         return mse_loss(out, wanted) / wanted.square().mean().clamp(min=1e-12)  # outputs that are no probabilities
 
-    return ModelData(loss, len(samples), kept)
+    means = graph.is_language_model or graph.is_image_model  # of other models the loss is relative to its batch
+    return ModelData(loss, len(samples), kept, context.executor.shares() if means else ALONE)
 
 
 def _original(context: Context) -> dict[str, Tensor]:

@@ -48,6 +48,11 @@ def with_room(
         # Only here, when the error and the tensors in its frames are gone, is their memory free again.
         torch.cuda.empty_cache()
         device, divided = context.devices.compute, 2 * context.divided
+        if context.executor.world > 1:  # the others are in the middle of it
+            raise ResourceError(
+                f"{device} has no room ({said}), and several processes cannot divide batches while they run; what is "
+                "finished is kept. Give shorter samples, a smaller batch_size, or a device with more memory"
+            )
         if divided > samples:
             raise ResourceError(
                 f"{device} has no room ({said}), and no batch of several samples is left to divide; what is finished "

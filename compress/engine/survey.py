@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from compress.engine.parcels import Facts
 from compress.engine.stage import generator_for
 from compress.engine.sweep import Wanted, gradients, most_needed, sites_by_block, sweep
 from compress.io.keys import key_of
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from compress.engine.placement import Context
     from compress.engine.sweep import Unit
     from compress.models.graph import Graph
+    from compress.models.site import Site
     from compress.passes.base import LinearPass
 
 SurveyedSites = list[dict[str, Any]]  # for each pass, site -> what it saw
@@ -65,15 +67,18 @@ def _surveyed(
     context: Context, stage: int, position: int, pass_: LinearPass, unit: Unit, statistics: dict[str, Statistics]
 ) -> dict[str, Any]:
     """Site -> what a pass saw of it, one matrix in memory at a time."""
-    artifact, found = context.artifact, {}
-    for site in (s for s in unit.sites if pass_.selects(s.name, s.block is not None)):
+
+    def seen(site: Site) -> Any:
         target = make_target(
-            artifact.graph,
+            context.graph,
             [site],
             [context.weight(site)],
             statistics=statistics.get(site.name),
             generator=generator_for(context.seed, stage, position, site.name),
             original=context.original if pass_.compares else None,
         )
-        found[site.name] = pass_.at(site.name).survey(target)
-    return found
+        return pass_.at(site.name).survey(target)
+
+    sites = [s for s in unit.sites if pass_.selects(s.name, s.block is not None)]
+    found = context.executor.map(seen, sites, Facts(), lambda s: float(s.shape[0] * s.shape[1]))
+    return {site.name: each for site, each in zip(sites, found, strict=True)}

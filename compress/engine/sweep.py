@@ -178,7 +178,8 @@ def _block_statistics(
     computed = calibrating(context.products, context.dtype, context.devices.compute)
     with computed, present(context, index) if chain else streamed(context):
         forwards = context.bars.over(forwards, len(batches), "collect: batches")
-        seen = collect.statistics(modules, needs, forwards, wanted.ranged)
+        before = context.executor.shares(sum(map(len, batches))).first if wanted.ranged else 0
+        seen = collect.statistics(modules, needs, forwards, wanted.ranged, before)
     context.executor.reduce(seen)
     return seen
 

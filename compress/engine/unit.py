@@ -11,7 +11,9 @@ import torch
 
 from compress.calibration.precision import products
 from compress.checkpoint.artifact import Packed
+from compress.encodings import Weight
 from compress.engine.ledger import Record
+from compress.engine.parcels import Records
 from compress.engine.placement import make_room
 from compress.engine.retry import solved
 from compress.engine.stacking import split_rows, stacks
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 
     from compress.calibration.statistics import Statistics
     from compress.calibration.training import TrainingStore
-    from compress.encodings import Weight
     from compress.engine.placement import Context
     from compress.engine.sweep import Unit
     from compress.models.site import Site
@@ -131,75 +132,70 @@ class Turn:
         now = self.state.weights.get(site.name) or self.context.artifact.committed.get(site.name)
         return (now.spec.kept if isinstance(now, Packed) else now and now.mask) is not None
 
-    def take_vector(self, pass_: Pass, name: str, edit: Edit) -> None:
-        """Replace a vector by what the pass made of it."""
+    def vector_made(self, pass_: Pass, name: str, edit: Edit) -> Record:
+        """What the pass made of a vector, once it is seen to be sound; without notes."""
         store = self.context.artifact.vector_dtype(name)
-        self.state.vectors[name] = observed_vector(name, pass_, self.vector(name), edit, store)
+        return Record(name, observed_vector(name, pass_, self.vector(name), edit, store), {})
 
-    def take(self, pass_: Pass, site: Site, made: SolvedSite) -> None:
-        """Replace a site by what the pass made of it."""
+    def record(self, pass_: Pass, site: Site, made: SolvedSite) -> Record:
+        """What the pass made of a site, once it is seen to be sound; the notes are those of this pass."""
         edit, store = made.edit, self.context.artifact.store_dtype(site)
         weight, error = observed(site, pass_, made.before, made.compared, edit, store)
         weight, rounding = attached(pass_.at(site.name), weight, self.state.statistics.get(site.name))
-        self.state.weights[site.name] = weight
         reasons = [reason for reason in (made.fallback, rounding.get("fallback")) if reason]
         fallback = {"fallback": "; ".join(reasons)} if reasons else {}
         note = {"error": error, "seconds": made.seconds, **edit.notes, **rounding, **fallback}
-        self.state.notes.setdefault(site.name, {})[pass_.key] = note
+        return Record(site.name, weight, note)
 
-
-@dataclass(frozen=True)
-class Solution:
-    """What a pass made of a stack of sites.
-
-    Attributes:
-        sites: stacked row upon row.
-        before: what each was.
-        target: what the pass was given.
-        edit: of the stack.
-        fallback: what was done instead of the pass, in words.
-        seconds: that it took.
-    """
-
-    sites: list[Site]
-    before: list[Weight]
-    target: Target
-    edit: Edit
-    fallback: str | None
-    seconds: float
+    def take(self, pass_: Pass, record: Record) -> None:
+        """Replace a site, or a vector, by what the pass made of it."""
+        name, weight = record.site, record.weight
+        assert isinstance(weight, Weight)
+        if name in self.context.artifact.sites:
+            self.state.weights[name] = weight
+            self.state.notes.setdefault(name, {})[pass_.key] = record.notes
+            return
+        if self.context.artifact.added(name):
+            make_room(self.context, name)
+        self.state.vectors[name] = weight
 
 
 def solve_matrices(turn: Turn, pass_: LinearPass) -> None:
     """Let a pass solve its sites of a unit, those that fit together as one."""
-    statistics = turn.state.statistics
+    context, statistics = turn.context, turn.state.statistics
     groups = stacks(pass_, turn.chosen(pass_), statistics, turn.masked)
-    for solution in turn.context.executor.map(partial(_solve, turn, pass_), groups):
-        _take_solution(turn, pass_, solution)
+    solved_groups = context.executor.map(partial(_solve, turn, pass_), groups, Records(context.devices), _cost)
+    for sites, records in zip(groups, solved_groups, strict=True):
+        for record in records:
+            turn.take(pass_, record)
         if turn.last:
-            for site in solution.sites:
+            for site in sites:
                 statistics.pop(site.name, None)
-        del solution  # out of memory before the next is read
+        del records  # out of memory before the next is read
 
 
-def _solve(turn: Turn, pass_: LinearPass, sites: list[Site]) -> Solution:
+def _cost(sites: list[Site]) -> float:
+    """About how long a stack takes, in any unit: as long as an update of every row by every column."""
+    return float(sum(s.shape[0] * s.shape[1] ** 2 for s in sites))
+
+
+def _solve(turn: Turn, pass_: LinearPass, sites: list[Site]) -> list[Record]:
+    """What a pass made of a stack of sites, row upon row, and of their biases."""
     if turn.state.statistics:  # a data-free pass never holds enough for it to pay
         give_back()
     started = time.perf_counter()
     before = [turn.weight(site) for site in sites]  # read no earlier than needed: one stack in memory, not the block
     target = turn.target(pass_, sites, before)
     with products(turn.context.products):
-        edit, fallback = solved(pass_.at(sites[0].name), target)
-    return Solution(sites, before, target, edit, fallback, time.perf_counter() - started)
-
-
-def _take_solution(turn: Turn, pass_: LinearPass, solution: Solution) -> None:
-    sites, target = solution.sites, solution.target
+        stacked, fallback = solved(pass_.at(sites[0].name), target)
+    seconds = round((time.perf_counter() - started) / len(sites), 4)
     compared = target.weight if target.original is None else target.original
-    seconds = round(solution.seconds / len(sites), 4)
     rows = torch.split(compared, [s.shape[0] for s in sites])
-    for site, before, old, edit in zip(sites, solution.before, rows, split_rows(solution.edit, sites), strict=True):
-        turn.take(pass_, site, SolvedSite(before, old, edit, solution.fallback, seconds))
+    made = []
+    for site, was, old, edit in zip(sites, before, rows, split_rows(stacked, sites), strict=True):
+        made.append(turn.record(pass_, site, SolvedSite(was, old, edit, fallback, seconds)))
         if edit.shift is not None:
             bias = f"{site.name}.bias"
             make_room(turn.context, bias)
-            turn.take_vector(pass_, bias, Edit(weight=turn.vector(bias) + edit.shift))
+            made.append(turn.vector_made(pass_, bias, Edit(weight=turn.vector(bias) + edit.shift)))
+    return made

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import ResourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
 
@@ -32,6 +32,13 @@ def copy(source: Path, file: Path) -> None:
     """Copy the content of a file."""
     with writing(file):
         shutil.copyfile(source, file)
+
+
+def write_pieces(file: Path, pieces: Iterable[memoryview]) -> None:
+    """Write a file of no importance, that something is copied to, a piece at a time."""
+    with writing(file), file.open("wb") as opened:
+        for piece in pieces:
+            opened.write(piece)
 
 
 def publish(temporary: Path, final: Path) -> None:

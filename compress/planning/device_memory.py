@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 
     from compress.config.pipeline import Pipeline
     from compress.models.graph import Graph
+    from compress.models.site import Site
     from compress.passes import Pass
     from compress.planning.state import PassPlan
 
-LIBRARIES = 600 << 20  # what CUDA and its libraries take on a device before any work
-SOLVED = 3  # float32 copies of the largest matrices that are solved as one: as they are, as they become, their errors
-GRAMS = 3  # of the widest layer: the sums, their factor, and a temporary
+LIBRARIES = 64 << 20  # room that libraries take for themselves once something is computed
+SOLVED = 4  # float32 copies of the largest matrices that are solved as one: as they are, as they become, what is lost
+ROUNDED_UP = 1.1  # an allocator leaves gaps
 
 
 def peak(pipeline: Pipeline, stages: Sequence[Sequence[PassPlan]], graph: Graph, itemsize: int, waiting: bool) -> Need:
@@ -51,13 +52,26 @@ def peak(pipeline: Pipeline, stages: Sequence[Sequence[PassPlan]], graph: Graph,
 def _stage(pipeline: Pipeline, passes: Sequence[Pass], graph: Graph, itemsize: int, waiting: bool) -> dict[str, int]:
     calibrated, learns = any(p.calibrated for p in passes), any(p.reach == "block" for p in passes)
     tokens = memory.run_at_once(pipeline) if calibrated else 0
-    grams = GRAMS * memory.widest(graph) ** 2 * memory.FLOAT if any(p.needs == "gram" for p in passes) else 0
     running = (memory.block(graph) * itemsize if calibrated else 0) + memory.flowing(graph, tokens) * itemsize
-    solving = SOLVED * memory.largest(graph) * memory.FLOAT
-    learning = memory.block(graph) * memory.LEARNING if learns else 0
+    solving = SOLVED * memory.FLOAT * max((s.shape[0] * s.shape[1] for s in _inside(graph)), default=0)
+    learning = memory.block(graph) * memory.LEARNING * memory.FLOAT if learns else 0
     return {
         "weights": max(running, solving),
-        "statistics": grams,
+        "statistics": _grams(graph) if any(p.needs == "gram" for p in passes) else 0,
         "activations": memory.waiting(pipeline, passes, graph, itemsize) if waiting else 0,
         "training": learning + sum(memory.training(p, pipeline.calibration, graph) for p in passes),
     }
+
+
+def _inside(graph: Graph) -> list[Site]:
+    return [site for site in graph.sites if site.block is not None]
+
+
+def _grams(graph: Graph) -> int:
+    """The sums of a block, one for all layers of a part that take inputs of one width, and the widest's factor."""
+    blocks: dict[int | None, set[tuple[str, int]]] = {}
+    for site in _inside(graph):
+        blocks.setdefault(site.block, set()).add((site.name.rpartition(".")[0], site.shape[1]))
+    kept = max((sum(width**2 for _, width in parts) for parts in blocks.values()), default=0)
+    widest = max((site.shape[1] for site in _inside(graph)), default=0)
+    return int(ROUNDED_UP * (kept + widest**2) * memory.FLOAT)

@@ -159,7 +159,7 @@ def _stage(pipeline: Pipeline, passes: Sequence[Pass], graph: Graph) -> dict[str
         "weights": max(2 * outside(graph), (block(graph) if calibrated else 0) + 4 * largest(graph)) * FLOAT,
         "statistics": 4 * widest(graph) ** 2 * FLOAT if any(p.needs == "gram" for p in passes) else 0,
         "activations": min(waiting(pipeline, passes, graph, FLOAT), _copies(passes) * ACTIVATIONS),
-        "training": (block(graph) * LEARNING if learns else 0)
+        "training": (block(graph) * LEARNING * FLOAT if learns else 0)
         + sum(training(p, pipeline.calibration, graph) for p in passes),
         "merging": sum(_merging(p, graph) for p in passes if isinstance(p, MergePass)),
     }

@@ -48,6 +48,7 @@ class Plan:
         places: where the run computes.
         device: of a device with memory of its own, the same.
         activations_on_device: whether they fit there, and so wait there.
+        results_bytes: of all matrices that passes work on, as codes and masks of a byte per weight.
     """
 
     stages: tuple[tuple[PassPlan, ...], ...]
@@ -58,6 +59,7 @@ class Plan:
     places: Places = field(default_factory=on_processor)
     device: Need | None = None
     activations_on_device: bool = False
+    results_bytes: int = 0
 
     @property
     def activations_on_host(self) -> int:
@@ -124,7 +126,8 @@ def _on_device(made: Plan, pipeline: Pipeline, state: PlanState, exported: Seque
     kept = 0 if fits else max(waiting, default=0)
     moments = memory.moments_of(pipeline, stages, state.graph, made.final_bytes, exported)
     host = most([memory.on_host(state.graph, need, kept) for need in moments])
-    return replace(made, memory=host, device=there, activations_on_device=fits)
+    results = 2 * sum(site.shape[0] * site.shape[1] for site in state.graph.sites if site.block is not None)
+    return replace(made, memory=host, device=there, activations_on_device=fits, results_bytes=results)
 
 
 __all__ = ["PLANNERS", "PassPlan", "Plan", "make"]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from compress.encodings import unpack
+from compress.runtime.lookup import GpuLookup
 from compress.runtime.packed import PackedModule
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Quick:
-    """How a layer computes that `speed_up` was called for.
+    """How a layer on the processor computes that `speed_up` was called for.
 
     Attributes:
         multiply: (M, in) -> (M, out), without bias.
@@ -30,29 +32,39 @@ class Quick:
     multiply: Callable[[Tensor], Tensor]
     device: torch.device
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """The same as `multiply`."""
+        return self.multiply(x)
+
 
 class PackedLinear(PackedModule):
     """Replaces a `Linear` or a transformers `Conv1D`.
 
+    On a CUDA device it takes a kernel of its own accord when it is first called; a kernel for that may order the bytes
+    of `codes` as it likes to read them, in place. `stored` and `state_dict` give them as they were loaded.
+
     Attributes:
-        kernel: what it computes with in the place of unpacking its weight; None as loaded.
+        kernel: what it computes with in the place of unpacking its weight; None where it unpacks it.
+        automatic: whether it still has to look for a kernel where it is.
     """
 
-    kernel: Quick | None
+    kernel: Quick | GpuLookup | None
 
     def __init__(self, spec: Spec, *, bias: bool, transposed: bool, dtype: torch.dtype = torch.float32):
         """`transposed`: stands for a Conv1D, which keeps (in, out). `dtype` is the type of the bias."""
         super().__init__(spec, bias=bias, dtype=dtype)
         self.transposed = transposed
         self.out_features, self.in_features = spec.shape
-        self.kernel = None
+        self.kernel, self.automatic, self.arranged = None, True, False
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the type of `x`."""
         x = self.rounded(x)
-        # Kernels have no gradients.
-        if self.kernel is not None and not (torch.is_grad_enabled() and x.requires_grad):
-            return self._quick(x, self.kernel)
+        if not (torch.is_grad_enabled() and x.requires_grad):  # kernels have no gradients
+            if self.automatic and x.is_cuda and not torch.compiler.is_compiling():
+                self.choose_kernel()
+            if self.kernel is not None:
+                return self._quick(x, self.kernel)
         weight = self.dequantize().to(x.dtype)
         if not self.transposed:
             return nn.functional.linear(x, weight, self.bias)
@@ -61,19 +73,58 @@ class PackedLinear(PackedModule):
         flat = torch.addmm(bias, x.reshape(-1, self.in_features), weight.T.contiguous())
         return flat.view(*x.shape[:-1], self.out_features)
 
-    def _quick(self, x: Tensor, kernel: Quick) -> Tensor:
-        y = kernel.multiply(x.reshape(-1, self.in_features))
+    def _quick(self, x: Tensor, kernel: Quick | GpuLookup) -> Tensor:
+        y = kernel(x.reshape(-1, self.in_features))
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
 
+    def choose_kernel(self) -> None:
+        """Take the kernel for the device, if there is one that fits."""
+        self.automatic = False
+        if getattr(getattr(self, "_hf_hook", None), "offload", False):
+            return  # its tensors come anew for each call
+        with torch.no_grad(), torch.inference_mode(False):
+            stored = self.stored()
+            self.use(GpuLookup.prepare(self.spec, unpack(self.spec, stored), stored))
+
+    def use(self, kernel: Quick | GpuLookup | None) -> None:
+        """Compute with this kernel from now on, or None: by unpacking the weight, with the codes as they are stored."""
+        if self.arranged:
+            assert isinstance(self.kernel, GpuLookup)
+            self.get_buffer("codes").copy_(self.kernel.stream())
+            self.arranged = False
+        self._modules.pop("kernel", None)
+        self.kernel = kernel
+        codes = self._buffers.get("codes")
+        if isinstance(kernel, GpuLookup) and codes is not None and self.spec.form is not None:
+            self.arranged = kernel.take_place(codes, self.spec.form.bits)
+
+    def stored(self) -> dict[str, Tensor]:
+        """The packed tensors under their names in the file; codes in another order are put back, in a copy."""
+        found = super().stored()
+        if self.arranged:
+            assert isinstance(self.kernel, GpuLookup)
+            found["codes"] = self.kernel.stream()
+        return found
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """What a kernel keeps stays where it is: on another device the layer computes as loaded."""
+        """What a kernel keeps stays where it is: on another device the layer looks for another one."""
+        buffer = next(self.buffers())
+        moves = fn(buffer.new_empty(0)).device != buffer.device
+        if moves:
+            self.use(None)
         moved = super()._apply(fn, recurse)
-        if self.kernel is not None and self.kernel.device != next(self.buffers()).device:
-            self.kernel = None
+        if moves:
+            self.automatic = True
         return moved
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.arranged:
+            destination[f"{prefix}codes"] = self.stored()["codes"]
+
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        self.kernel = None  # it was derived from other tensors
+        self.use(None)  # it was derived from other tensors
+        self.automatic = True
         super()._load_from_state_dict(*args, **options)

@@ -1,88 +1,199 @@
-"""The kernel for graphics processors: every encoding is a lookup, or a step, times a scale."""
+"""The kernel for graphics processors: every encoding is a step or a lookup, times a scale."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, pad
 
 from compress.encodings.bits import pack_bits
 from compress.encodings.decode import Decoder
-from compress.runtime import triton_kernels
-from compress.runtime.kernels import Kernel, numbered
+from compress.runtime.arrange import arrange, restore
+from compress.runtime.kernels import numbered
+from compress.runtime.launch import GATHER, NO_ESCAPE, PAIRS, STEPS, TABLE, Product, packed_tables, usable
+from compress.runtime.pairs import Pairs
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Callable
 
     from compress.encodings import Spec, Weight
     from compress.encodings.lookup import Lookup
 
-STEPS, CODES, PAIRS = 0, 1, 2  # LOOKUP in `triton_kernels`
+TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+HALVES = ("bfloat16", "float16")
+ARRANGED_BITS = {1: 2, 7: 8}  # widths that are arranged as others
 
 
-class GpuLookup(Kernel):
-    """Multiplies with the codes as they lie; under a mask, with a stream in which masked weights have a code too."""
+class GpuLookup(nn.Module):
+    """y = x W^T with codes arranged for the kernels; what a correction adds is two thin products beside it.
+
+    Its tensors are no part of a state dict and never move: a layer on another device makes another one.
+    """
 
     name = "lookup"
+    words: Tensor
+    first: Tensor
+    zero: Tensor
+    scale: Tensor
+    a: Tensor
+    b: Tensor
+    tables_float16: Tensor
+    table_float16: Tensor
 
-    def __init__(self, codes: Tensor, table: Tensor, first: Tensor, zero: Tensor, scale: Tensor, owned: int):
-        """Takes what `triton_kernels.multiply` takes; `owned`: bytes that are not the stored ones."""
-        self.codes, self.table, self.first, self.zero, self.scale = codes, table, first, zero, scale
-        self.owned = owned
-        self.columns, self.bits, self.mode = 0, 0, CODES
+    def __init__(self, product: Product | None, tensors: dict[str, Tensor], pairs: Pairs | None = None):
+        """`product` is None where two factors are all there is. `tensors`: what the operator takes, and `a` and `b`."""
+        super().__init__()
+        self.product, self.pairs = product, pairs
+        self.numbers = [] if product is None else product.numbers()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.device = next(iter(tensors.values())).device
+        # A table may hold numbers that float16 does not.
+        self.halves = product is None or bool(torch.isfinite(self.table_float16).all())
 
     @classmethod
     def prepare(cls, spec: Spec, weight: Weight, stored: dict[str, Tensor]) -> Self | None:
-        encoding = weight.encoding
-        if encoding is None or not triton_kernels.usable(encoding.codes.device):
+        """Make it from the stored tensors of a layer, or return None where it does not fit."""
+        if not usable(next(iter(stored.values())).device):
             return None
-        rows, device = spec.shape[0], encoding.codes.device
-        lookup = encoding.form.lookup(spec.shape, stored)
-        table = torch.zeros(1, device=device)
-        first = torch.zeros(rows, dtype=torch.int32, device=device)
-        zero = torch.zeros(1, 1, dtype=torch.uint8, device=device)
-        scale = torch.ones(1, 1, device=device) if lookup.scale is None else lookup.scale.as_stored()
-        codes, bits, mode = encoding.codes, encoding.form.bits, CODES
-        packed = stored["codes"]
-        if encoding.form.steps:
-            zero, mode = lookup.steps_from().contiguous(), STEPS
-        elif lookup.table.codes_per_index == 2:
-            parts = Decoder(spec, stored).tiles()
-            if bits not in (4, 8) or lookup.row_table is not None:
-                return None
-            if weight.mask is not None and any(_means_something(weight, weight.mask, lookup, part) for part in parts):
-                return None
-            table, mode = lookup.table.values, PAIRS
-        elif (found := numbered(weight, lookup)) is not None:
-            codes, table, first = found
-            first = first * table.shape[1]
-            bits = max(bits, (table.shape[1] - 1).bit_length())
-        else:
+        factors: dict[str, Tensor] = {}
+        if spec.low_rank is not None:
+            a, b = spec.low_rank.low_rank(stored, spec.shape).factors()
+            factors = {"a": stored.get("lora_a", a), "b": stored.get("lora_b", b)}
+        if weight.factored:
+            return cls(None, factors)
+        if weight.encoding is None:
             return None
-        if weight.mask is not None and not encoding.form.stores_idle:
-            packed = pack_bits(codes, bits)
-        made = cls(packed, table.flatten(), first, zero, scale.contiguous(), 0)
-        made.columns, made.bits, made.mode = spec.shape[1], bits, mode
-        theirs = {t.data_ptr() for t in stored.values()}
-        made.owned = sum(
-            t.numel() * t.element_size()
-            for t in (made.codes, made.table, made.first, made.zero, made.scale)
-            if t.data_ptr() not in theirs
+        lookup = weight.encoding.form.lookup(spec.shape, stored)
+        scale = torch.ones(1, 1, device=weight.encoding.codes.device)
+        if lookup.scale is not None:
+            scale = lookup.scale.as_stored().contiguous()
+        meaning = (
+            _steps(weight, lookup) or _pairs(spec, weight, lookup, stored) or _values(spec, weight, lookup, stored)
         )
-        return made
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return triton_kernels.multiply(
-            x, self.codes, self.table, self.first, self.zero, self.scale,
-            columns=self.columns, bits=self.bits, lookup=self.mode,
+        if meaning is None:
+            return None
+        mode, codes, bits, tables, pairs = meaning
+        group = 0 if scale.shape[1] == 1 else spec.shape[1] // scale.shape[1]
+        product = Product(
+            *spec.shape, mode, bits, group, int(len(scale) > 1), "zero" in tables, "first" not in tables,
+            NO_ESCAPE if pairs is None else pairs.escape,
         )  # fmt: skip
+        none = torch.zeros(1, 1, dtype=torch.uint8, device=scale.device)
+        tensors = {"words": arrange(codes, bits, nibbles=product.nibbles), "scale": scale}
+        return cls(product, {"zero": none, "first": none, **tensors, **tables, **factors}, pairs)
 
-    @property
-    def num_bytes(self) -> int:
-        return self.owned
+    def forward(self, x: Tensor) -> Tensor:
+        """(M, I) of a float type -> (M, O) of the same, without bias."""
+        y = None if self.product is None else self._product(x)
+        if not hasattr(self, "a"):
+            assert y is not None
+            return y
+        added = linear(linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
+        return added if y is None else added.add_(y)
+
+    def _product(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float16 and not self.halves:
+            return self._product(x.float()).half()
+        kind = str(x.dtype).removeprefix("torch.")
+        tables = self.tables_float16 if kind == "float32" else getattr(self, f"tables_{kind}")
+        found: Tensor = torch.ops.compress.packed_product(
+            x, self.words, tables, getattr(self, f"table_{kind}"), self.first, self.zero, self.scale, self.numbers
+        )
+        return found
+
+    def codes(self) -> Tensor:
+        """(O, I) uint8, in the order and with the meaning they are stored with; what is masked has one too."""
+        assert self.product is not None
+        shape = self.product.rows, self.product.columns
+        codes = restore(self.words, shape, self.product.bits, nibbles=self.product.nibbles)
+        return codes if self.pairs is None else self.pairs.stored(codes)
+
+    def take_place(self, stored: Tensor, bits: int) -> bool:
+        """Put the arranged codes in the place of the stored stream (O, B), where they are as many bytes.
+
+        Args:
+            stored: the codes of all weights; overwritten, and kept from then on. `stream` gives them back.
+            bits: of a code.
+
+        Returns:
+            Whether that was done.
+        """
+        if self.product is None or self.product.bits != bits or self.words.numel() != stored.numel():
+            return False
+        stored.view(-1).copy_(self.words)
+        self.words = stored.view(-1)
+        return True
+
+    def stream(self) -> Tensor:
+        """(O, B) uint8: the codes as they are stored."""
+        assert self.product is not None
+        return pack_bits(self.codes(), self.product.bits)
+
+    def num_bytes(self, stored: dict[str, Tensor]) -> int:
+        """Bytes that are kept beside the stored tensors."""
+        theirs = {t.data_ptr() for t in stored.values()}
+        return sum(t.numel() * t.element_size() for t in self.buffers() if t.data_ptr() not in theirs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return self
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return "" if self.product is None else str(self.product)
 
 
-def _means_something(weight: Weight, mask: Tensor, lookup: Lookup, part: slice) -> bool:
-    """Whether codes under the mask mean anything but zero, in some rows."""
+Meaning = tuple[int, Tensor, int, dict[str, Tensor], Pairs | None]  # mode, codes (O, I), their bits, tables, pairs
+
+
+def _steps(weight: Weight, lookup: Lookup) -> Meaning | None:
     assert weight.encoding is not None
-    return bool(lookup.units(weight.encoding.codes[part], part).masked_fill_(mask[part], 0.0).any())
+    if not weight.encoding.form.steps:
+        return None
+    bits = weight.encoding.form.bits
+    zero = {} if lookup.zero is None else {"zero": lookup.steps_from().contiguous()}
+    none = torch.zeros(1, 16, device=weight.encoding.codes.device)
+    return STEPS, weight.encoding.codes, ARRANGED_BITS.get(bits, bits), zero | _tables(none, none.flatten()), None
+
+
+def _pairs(spec: Spec, weight: Weight, lookup: Lookup, stored: dict[str, Tensor]) -> Meaning | None:
+    assert weight.encoding is not None
+    pairs = Pairs.of(lookup.table) if lookup.row_table is None else None
+    if pairs is None or not _zero_where_masked(spec, weight, lookup, stored):
+        return None
+    bits, codes = weight.encoding.form.bits, pairs.recode(weight.encoding.codes)
+    magnitudes = pairs.magnitudes() if bits == 4 else torch.zeros(1, 16, device=codes.device)
+    return PAIRS if bits == 4 else GATHER, codes, bits, _tables(magnitudes, pairs.values()), pairs
+
+
+def _values(spec: Spec, weight: Weight, lookup: Lookup, stored: dict[str, Tensor]) -> Meaning | None:
+    # Where codes under a mask mean zero anyway, no entry must be added for them.
+    found = numbered(replace(weight, mask=None) if _zero_where_masked(spec, weight, lookup, stored) else weight, lookup)
+    if found is None:
+        return None
+    codes, table, first = found
+    bits = max(2, (table.shape[1] - 1).bit_length())
+    bits = ARRANGED_BITS.get(bits, bits)
+    table = pad(table, (0, 2**bits - table.shape[1]))
+    few = table if bits <= 4 else torch.zeros(1, 16, device=table.device)
+    tables = _tables(few, table.flatten()) | ({} if lookup.row_table is None else {"first": first})
+    return TABLE if bits <= 4 else GATHER, codes, bits, tables, None
+
+
+def _zero_where_masked(spec: Spec, weight: Weight, lookup: Lookup, stored: dict[str, Tensor]) -> bool:
+    assert weight.encoding is not None
+    mask, codes = weight.mask, weight.encoding.codes
+    if mask is None:
+        return True
+    parts = Decoder(spec, stored).tiles()
+    return not any(bool(lookup.units(codes[part], part).masked_fill_(mask[part], 0.0).any()) for part in parts)
+
+
+def _tables(few: Tensor, every: Tensor) -> dict[str, Tensor]:
+    """(T, 16) values to look up by their bytes, and all of them in one row to read one by one, for each type of x."""
+    times = 8 if len(few) == 1 else 1  # of a table for all rows there are copies, see `load_tables`
+    packed = {f"tables_{kind}": packed_tables(few.to(TYPES[kind])).repeat(times, 1) for kind in HALVES}
+    return packed | {f"table_{kind}": every.to(dtype) for kind, dtype in TYPES.items()}

@@ -99,6 +99,9 @@ class CompressQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         align(model)
+        for module in model.modules():
+            if isinstance(module, PackedLinear) and next(module.buffers()).is_cuda:
+                module.choose_kernel()  # now: a compiler that traces the first call could not
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:

@@ -15,9 +15,9 @@ from compress.runtime.lookup import GpuLookup
 from compress.runtime.low_bit import Halves, Int4, Int8
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from compress.runtime.kernels import Kernel
 
@@ -69,11 +69,14 @@ class Speedup:
 def speed_up(model: nn.Module, *, exact: bool = True, spare_bits: float = SPARE_BITS) -> Speedup:
     """Let the packed linear layers of a loaded model compute with kernels of their own, in place.
 
-    As loaded, a layer unpacks its whole weight in every call and computes bit for bit what the dequantized layer does.
-    With a kernel it never holds its whole weight in float32, and is quicker where one fits. (Not called `accelerate`,
-    as a library that many use beside transformers is.) What kernels keep is derived from the packed tensors and stands
-    beside them: `save_pretrained` writes what was loaded. A model that is moved to another device, or loads other
-    tensors, goes back to computing as loaded; call this again.
+    As loaded on the processor, a layer unpacks its whole weight in every call and computes bit for bit what the
+    dequantized layer does. With a kernel it never holds its whole weight in float32, and is quicker where one fits.
+    (Not called `accelerate`, as a library that many use beside transformers is.) What kernels keep is derived from the
+    packed tensors and stands beside them: `save_pretrained` writes what was loaded. A model that is moved to another
+    device, or loads other tensors, goes back to computing as loaded; call this again.
+
+    On a CUDA device with Triton, layers take their kernel by themselves when they are first called; this measures its
+    error, and takes it away where it needs more than `spare_bits`.
 
     Args:
         model: with packed linear layers; others are left alone, and so are packed convolutions.
@@ -108,6 +111,8 @@ def speed_up(model: nn.Module, *, exact: bool = True, spare_bits: float = SPARE_
 
 
 def _speed_up(name: str, layer: PackedLinear, exact: bool, spare_bits: float) -> LayerSpeed:
+    layer.use(None)
+    layer.automatic = False
     spec, stored = without_extras(layer.spec), layer.stored()
     weight = unpack(layer.spec, stored)
     device = next(iter(stored.values())).device
@@ -121,28 +126,39 @@ def _speed_up(name: str, layer: PackedLinear, exact: bool, spare_bits: float) ->
         assert kernel is not None
         return kernel
 
+    def off(kernel: Callable[[Tensor], Tensor]) -> float:
+        return float((kernel(random) - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+    def done(kernel: str, kept: int, error: float) -> LayerSpeed:
+        used = "+".join(part for part in (kernel, "factors" if weight.low_rank is not None else "") if part)
+        return LayerSpeed(name, used, 8 * kept / (layer.in_features * layer.out_features), error)
+
     tiles = None if weight.factored else Tiles.prepare(spec, plain, stored)
     chosen, name_of, error = complete(tiles), "" if tiles is None else Tiles.name, 0.0
     expected = chosen(random)
-    for kind in () if tiles is None else _kernel_types(device, exact):
+    gpu = GpuLookup.prepare(layer.spec, weight, stored)
+    if gpu is not None:
+        error = off(gpu)
+        layer.use(gpu)
+        kept = gpu.num_bytes(dict(layer.named_buffers(recurse=False)))
+        if kept <= most and error <= LARGEST_ERROR:
+            return done("" if gpu.product is None else GpuLookup.name, kept, error)
+        layer.use(None)
+        error = 0.0
+    for kind in () if tiles is None or device.type != "cpu" else _kernel_types(exact):
         kernel = kind.prepare(spec, plain, stored)
         if kernel is None or kernel.num_bytes > most:
             continue
         found = complete(kernel)
-        measured = float((found(random) - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+        measured = off(found)
         if measured <= LARGEST_ERROR:
             chosen, name_of, error = found, kind.name, measured
             break
-    layer.kernel = Quick(chosen, device)
-    used = "+".join(part for part in (name_of, "factors" if weight.low_rank is not None else "") if part)
-    return LayerSpeed(name, used, 8 * chosen.num_bytes / (layer.in_features * layer.out_features), error)
+    layer.use(Quick(chosen, device))
+    return done(name_of, chosen.num_bytes, error)
 
 
-def _kernel_types(device: torch.device, exact: bool) -> Iterable[type[Kernel]]:
-    if device.type == "cuda":
-        return (GpuLookup,)
-    if device.type != "cpu":
-        return ()
+def _kernel_types(exact: bool) -> Iterable[type[Kernel]]:
     return EXACT_KERNELS if exact else (*ROUNDED, *EXACT_KERNELS)
 
 

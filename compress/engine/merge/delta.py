@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from compress.checkpoint.delta.codings import CODINGS
 from compress.checkpoint.delta.file import Delta, write_delta
 from compress.checkpoint.delta.source import with_delta
+from compress.engine.parcels import NotedTensor
 from compress.errors import CompressError
 from compress.io.keys import digest
 from compress.passes.merge.delta_pass import DeltaPass
@@ -17,16 +18,16 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from compress.engine.ledger import MemoryLedger
     from compress.engine.merge.merger import Merger
     from compress.engine.merge.writing import Settle
+    from compress.engine.placement import Context
 
 
-def make_delta(ledger: MemoryLedger, unit: str, key: str, merger: Merger, settle: Settle) -> Delta | None:
+def make_delta(context: Context, unit: str, key: str, merger: Merger, settle: Settle) -> Delta | None:
     """The delta of a merge, a file of the ledger; None where it keeps none.
 
     Args:
-        ledger: that keeps it.
+        context: whose ledger keeps it, and whose processes share the tensors.
         unit: what the file is called.
         key: of everything that it depends on.
         merger: of a `DeltaPass`.
@@ -39,20 +40,29 @@ def make_delta(ledger: MemoryLedger, unit: str, key: str, merger: Merger, settle
     assert isinstance(pass_, DeltaPass)
     coding = CODINGS[pass_.coding]
 
-    def make_file(file: Path) -> None:
+    def make_file(file: Path | None) -> None:
         settled = settle()
         done = settled.merger
         found = done.found(settled.learned)
         meant: dict[str, str] = {}
 
-        def payload(name: str) -> Tensor:
+        def coded(name: str) -> tuple[Tensor, str]:
             by = done.prepared(name, found)
             assert isinstance(by.pass_, DeltaPass)
             value = done.merged(name, by)
-            meant[name] = digest(value)
             codes = map(by.pass_.code, by.pieces(), repeat(by.facts))
             first = next(codes, None)
-            return value if first is None else coding.pack(code for code in chain([first], codes) if code is not None)
+            packed = (code for code in chain([first], codes) if code is not None)
+            return value if first is None else coding.pack(packed), digest(value)
+
+        made_of_each = context.executor.map_to_first(coded, names, NotedTensor(), merger.size)
+        if file is None:  # another process writes
+            list(made_of_each)
+            return
+
+        def payload(name: str) -> Tensor:
+            stored, meant[name] = next(made_of_each)
+            return stored
 
         write_delta(
             file,
@@ -69,4 +79,4 @@ def make_delta(ledger: MemoryLedger, unit: str, key: str, merger: Merger, settle
             if digest(made.tensor(name)) != meant[name]:
                 raise CompressError(f"{name} of the compressed delta reads back differently; the disk may be failing")
 
-    return ledger.open_file(unit, key, make_file, Delta.open)
+    return context.ledger.open_file(unit, key, make_file, Delta.open)

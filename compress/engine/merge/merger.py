@@ -42,6 +42,10 @@ class Merger:
         """The tensors that are merged; all others are the base's."""
         return merged_names(self.pass_, self.base)
 
+    def size(self, name: str) -> float:
+        """Elements of a tensor that is merged: about how long it takes."""
+        return float(self.models.length(name))
+
     def survey(self) -> Any:
         """What the pass wants to know of the whole models."""
         if not self.pass_.surveys:

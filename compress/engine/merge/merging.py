@@ -49,11 +49,11 @@ class Merging(StageRunner):
         )
         merger = Merger(pass_, models, context.bars)
         settling = _Settling(context, stage, merger, aligner, data, key)
-        delta = make_delta(ledger, f"{stage.unit}-delta", key, merger, settling.settled) if pass_.makes_delta else None
+        delta = make_delta(context, f"{stage.unit}-delta", key, merger, settling.settled) if pass_.makes_delta else None
         if delta is not None:
             artifact = write_applied(ledger, f"{stage.unit}-merged", key, merger, delta)
         else:
-            artifact = write_merged(ledger, f"{stage.unit}-merged", key, base, settling.settled)
+            artifact = write_merged(context, f"{stage.unit}-merged", key, base, settling.settled)
         after = replace(context, artifact=artifact)
         if context.resident:
             _set(after, merger.names())
@@ -113,7 +113,7 @@ class _Settling:
 
         def tried(variant: MergePass, found: Any, name: str) -> Artifact:
             settled = Settled(replace(merger, pass_=variant), found)
-            return write_merged(context.ledger, f"{stage.unit}-trial", name, merger.base, lambda: settled)
+            return write_merged(context, f"{stage.unit}-trial", name, merger.base, lambda: settled)
 
         generator = generator_for(context.seed, stage.number, 0, "")
         blocks = {name: block for name, (block, *_) in merger.models.places.items()}

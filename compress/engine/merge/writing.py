@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from compress.checkpoint.delta.source import with_delta
 from compress.checkpoint.packed_layout import entries, stored_tensors
 from compress.checkpoint.sources import ChangedSource, WrittenSource
+from compress.engine.parcels import NotedTensor
 from compress.io.safetensors_file import write_tensors
 
 if TYPE_CHECKING:
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
     from compress.checkpoint.artifact import Artifact
     from compress.checkpoint.delta.file import Delta
     from compress.checkpoint.sources import Source
-    from compress.engine.ledger import MemoryLedger
+    from compress.engine.ledger import MemoryLedger, Write
     from compress.engine.merge.merger import Merger
+    from compress.engine.placement import Context
 
 
 @dataclass(frozen=True)
@@ -41,35 +43,46 @@ class Settled:
 Settle = Callable[[], Settled]  # asked only where the result is not there yet
 
 
-def write_merged(ledger: MemoryLedger, unit: str, key: str, base: Artifact, settle: Settle) -> Artifact:
+def write_merged(context: Context, unit: str, key: str, base: Artifact, settle: Settle) -> Artifact:
     """The merged model: a file of the ledger where it keeps files, else values in memory.
 
     Args:
-        ledger: that keeps it.
+        context: whose ledger keeps it, and whose processes share the tensors.
         unit: what the file is called, in the place of an earlier one.
         key: of everything that it depends on.
         base: the model that the pipeline is run on, as it stands.
         settle: decides what is merged and how.
     """
 
-    def write(file: Path) -> None:
+    def write(file: Path | None) -> None:
         settled = settle()
-        merger, chosen = settled.merger, set(settled.merger.names())
+        merger, chosen, layout = settled.merger, set(settled.merger.names()), list(entries(base))
         found = merger.found(settled.learned)
+        names = [name for name, *_ in layout if name in chosen]
+
+        def merged(name: str) -> tuple[Tensor, None]:
+            return merger.merged(name, merger.prepared(name, found)), None
+
+        made = context.executor.map_to_first(merged, names, NotedTensor(), merger.size)
+        if file is None:  # another process writes
+            list(made)
+            return
 
         def read(name: str) -> dict[str, Tensor]:
-            return {name: merger.merged(name, merger.prepared(name, found)) if name in chosen else base.tensor(name)}
+            return {name: next(made)[0] if name in chosen else base.tensor(name)}
 
-        write_tensors(list(entries(base)), read, file, merger.bars, merger.pass_.key)
+        write_tensors(layout, read, file, merger.bars, merger.pass_.key)
 
-    made = _open_merged(ledger, unit, key, base, write)
+    made = _open_merged(context.ledger, unit, key, base, write)
     return _merged_in_memory(base, settle()) if made is None else made
 
 
 def write_applied(ledger: MemoryLedger, unit: str, key: str, merger: Merger, delta: Delta) -> Artifact:
     """The merged model, which a compressed delta makes of the base: a file of the ledger, as for `write_merged`."""
 
-    def write(file: Path) -> None:
+    def write(file: Path | None) -> None:
+        if file is None:  # another process writes
+            return
         applied = with_delta(merger.base, delta)
         layout, read = list(entries(applied)), partial(stored_tensors, applied)
         write_tensors(layout, read, file, merger.bars, merger.pass_.key)
@@ -79,9 +92,7 @@ def write_applied(ledger: MemoryLedger, unit: str, key: str, merger: Merger, del
     return made
 
 
-def _open_merged(
-    ledger: MemoryLedger, unit: str, key: str, base: Artifact, write: Callable[[Path], None]
-) -> Artifact | None:
+def _open_merged(ledger: MemoryLedger, unit: str, key: str, base: Artifact, write: Write) -> Artifact | None:
     source = ledger.open_file(unit, key, write, lambda file: WrittenSource(file.parent, file.name))
     return None if source is None else replace(base, source=source, renamed=dict(base.graph.tied))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from annotated_types import Ge, Gt, Lt
 
-from compress.calibration.training import Learner, Loop, Schedule, batch, held_out, held_out_split, learn
+from compress.calibration.training import Learner, Loop, Schedule, batch, held_out_split, learn
 from compress.lazy import torch
 from compress.passes.base import Edit
 from compress.passes.prune.global_magnitude import smallest_cut
@@ -114,7 +114,7 @@ class Refinement(Learner):
 
     def error(self) -> float:
         made = {name: weight * self.masks[name] for name, weight in self.weights.items()}
-        return held_out(lambda wanted: _masks_of(made, wanted), self.data, self.held, self.options.batch_size)
+        return self.data.mean_loss(lambda wanted: _masks_of(made, wanted), self.held, self.options.batch_size)
 
     def _ranked(self) -> dict[str, Tensor]:
         def scored(name: str) -> Target:
@@ -127,10 +127,9 @@ class Refinement(Learner):
         made = {n: (w * self.masks[n]).requires_grad_() for n, w in self.weights.items()}
         with torch.enable_grad():
             numbers = batch(self.samples, draw, self.options.batch_size, self.order)
-            value = self.data.loss(lambda wanted: _masks_of(made, wanted), numbers)
-            torch.autograd.backward(value, inputs=list(made.values()))
+            value = self.data.backward(lambda wanted: _masks_of(made, wanted), numbers, list(made.values()))
         slopes = {n: m.grad if m.grad is not None else torch.zeros_like(m) for n, m in made.items()}
-        return value.detach(), slopes
+        return value, slopes
 
 
 def _masks_of(made: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:

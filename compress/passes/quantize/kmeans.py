@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from compress.encodings.counting import sums_by_number
 from compress.encodings.pieces import rows_in_piece
 from compress.lazy import functional, torch
 
@@ -37,7 +38,7 @@ def points(values: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     weights = importance.expand(values.shape)
     if values.numel() <= CELLS:
         few, index = torch.unique(values, return_inverse=True)
-        places, masses = few.double(), torch.bincount(index.flatten(), weights.flatten().double(), minlength=len(few))
+        places, masses = few.double(), sums_by_number(index.flatten(), weights.flatten().double(), len(few))
         return places[masses > 0], masses[masses > 0]
     mass, moment = torch.zeros(CELLS, dtype=torch.float64), torch.zeros(CELLS, dtype=torch.float64)
     # A power of two loses no bit, and puts what is nearly too small for float16 far below the largest value.
@@ -47,8 +48,8 @@ def points(values: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         half = (some * unit).half() + 0.0  # one zero, not two
         cell = half.flatten().view(torch.int16).int() & (CELLS - 1)
         each = counted.flatten().double()
-        mass += torch.bincount(cell, each, minlength=CELLS)
-        moment += torch.bincount(cell, each * some.flatten(), minlength=CELLS)
+        mass += sums_by_number(cell, each, CELLS)
+        moment += sums_by_number(cell, each * some.flatten(), CELLS)
     places, order = (moment[mass > 0] / mass[mass > 0]).sort()
     return places, mass[mass > 0][order]
 
@@ -111,5 +112,5 @@ def kmeans(
 def _density_quantiles(places: Tensor, masses: Tensor, count: int) -> Tensor:
     """(K,) places that cut the integral of the cube root of the density into equal parts."""
     steps = (masses * torch.gradient(places)[0].square()).pow(1 / 3).cumsum(0)
-    wanted = (torch.arange(count, dtype=torch.float64) + 0.5) / count * steps[-1]
+    wanted = (torch.arange(count, dtype=torch.float64, device=places.device) + 0.5) / count * steps[-1]
     return places[torch.searchsorted(steps, wanted).clamp_(max=len(places) - 1)]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Gt, Lt
 
 from compress.calibration.reconstruct import BLOCK_ERROR, Inputs, Recipe, by_block, by_layer
+from compress.encodings.counting import sums_by_number
 from compress.errors import SolveError
 from compress.lazy import function, torch
 from compress.passes.base import BlockPass, Edit, OptionError
@@ -166,7 +167,7 @@ class _LookUp:
             total = rows.sum(0) if table_of is None else _one_hot(table_of, count).T @ rows
         else:
             at = _flat(index.long(), table_of, entries)
-            total = torch.bincount(at, gradient.flatten().double(), minlength=count * entries)
+            total = sums_by_number(at, gradient.flatten().double(), count * entries)
         return total.to(gradient.dtype).view(ctx.shape), None, None
 
 

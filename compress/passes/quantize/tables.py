@@ -93,7 +93,9 @@ def fit_tables(
     for g in range(int(row_group.max()) + 1):
         rows = row_group == g
         places, masses = points(values[rows], importance if len(importance) == 1 else importance[rows])
-        found.append(kmeans(places, masses, entries, start=None if start is None else start[g]))
+        # Many small steps, each of which decides on the next: a device would wait for every one.
+        begin = None if start is None else start[g].cpu()
+        found.append(kmeans(places.cpu(), masses.cpu(), entries, start=begin).to(values.device))
     return stored_table(torch.stack(found).float())
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Lt
 
-from compress.calibration.training import forked, held_out, held_out_split, train
+from compress.calibration.training import forked, held_out_split, train
 from compress.lazy import torch
 from compress.passes.base import Edit, OptionError
 from compress.passes.prune.global_magnitude import smallest_cut
@@ -116,7 +116,7 @@ class SparseSoup(EndToEnd, TrainingOptions):
         held, _ = held_out_split(data.count)
 
         def lost(values: Mapping[str, Tensor]) -> float:
-            return held_out(lambda names: {n: values[n] for n in names if n in values}, data, held, self.batch_size)
+            return data.mean_loss(lambda names: {n: values[n] for n in names if n in values}, held, self.batch_size)
 
         chosen = greedy(members, lost) if self.soup == "greedy" else members
         made = member_mean([m.values for m in chosen])

@@ -21,7 +21,7 @@ def has_kernels(tensor: Tensor) -> bool:
     """Whether a float32 tensor lies on a device for which kernels can be made here; never true of a processor."""
     if tensor.device.type == "cpu" or tensor.dtype != torch.float32:
         return False
-    from compress.runtime.triton_kernels import usable  # imports Triton
+    from compress.runtime.launch import usable  # imports Triton
 
     return usable(tensor.device)
 

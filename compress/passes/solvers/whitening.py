@@ -64,7 +64,11 @@ class WhitenedMatrix:
 
     def fitted(self, a: Tensor) -> Tensor:
         """(O, r) the B that loses least with an A (r, I)."""
-        solution: Tensor = torch.linalg.lstsq(times(a, self.root).T, times(self.matrix, self.root).T, driver="gelsd")[0]
+        thin, wanted = times(a, self.root).T, times(self.matrix, self.root).T
+        if a.device.type == "cpu":
+            solution: Tensor = torch.linalg.lstsq(thin, wanted, driver="gelsd")[0]
+        else:  # a device has no driver for factors that depend on each other
+            solution = torch.linalg.pinv(thin) @ wanted
         return solution.T
 
     def factors(self, rank: int) -> LowRankFactors:

@@ -1,4 +1,4 @@
-"""`python -m compress.cli` is `compress`."""
+"""`python -m compress` is `compress`: what `torchrun -m compress` starts."""
 
 from __future__ import annotations
 
