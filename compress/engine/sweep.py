@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compress.calibration import collect
-from compress.calibration.precision import products
+from compress.calibration.precision import calibrating
 from compress.engine.block_view import View
 from compress.engine.placement import present, set_value, streamed, value_of
 from compress.errors import UnsupportedModelError
@@ -156,10 +156,11 @@ def _step(context: Context, into: Activations, index: int, weights: Weights | No
     """Run a block on what arrives at it, and keep what comes out. `weights`: instead of the block's own."""
     block = context.graph.model.get_submodule(context.graph.blocks[index])
     # Other weights are the original's, and those have the original's inputs.
-    with products(context.products), present(context, index, {} if weights is not None else None):
+    computed = calibrating(context.products, context.dtype, context.devices.compute)
+    with computed, present(context, index, {} if weights is not None else None):
         forwards = into.forwards(block, weights)
         for number, made in enumerate(context.bars.over(forwards, len(into.hidden), label)):
-            into.keep(number, made())
+            into.keep(number, made().to(context.dtype))
 
 
 def _block_statistics(
@@ -174,7 +175,8 @@ def _block_statistics(
     whole = (partial(context.forward, batch) for batch in batches)
     block = graph.model.get_submodule(graph.blocks[index])
     forwards = chain.forwards(block) if chain else whole
-    with products(context.products), present(context, index) if chain else streamed(context):
+    computed = calibrating(context.products, context.dtype, context.devices.compute)
+    with computed, present(context, index) if chain else streamed(context):
         forwards = context.bars.over(forwards, len(batches), "collect: batches")
         before = context.executor.shares(sum(map(len, batches))).first if wanted.ranged else 0
         seen = collect.statistics(modules, needs, forwards, wanted.ranged, before)
