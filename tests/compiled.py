@@ -14,7 +14,7 @@ from compress.runtime.launch import EACH, GATHER, ONE, PAIRS, RECORDS, SLABS, ST
 
 TYPES = {"words": "*i32", "tables": "*i32", "first": "*i32", "zero": "*u8", "scale": "*fp16"}
 PRODUCT = {"GROUP": 128, "SHARED": True, "ESCAPE": -1, "P": 4}
-NARROW = {"FULL": True, "BM": 8, "TWICE": False, "EARLY": False, "WIDTH": 4}
+NARROW = {"FULL": True, "BM": 8, "AHEAD": 1, "WIDTH": 4}
 WIDE = {"BM": 64, "STAGES": 3}
 ALIGNED = ("K", "N", "G", "stride")
 
@@ -75,9 +75,9 @@ def main() -> None:
             # A weight that is decoded in another order than the product wants goes through shared memory.
             assert set(re.findall(r"kWidth = (\d+)", text)) == {str(constants.get("WIDTH", 4))}, (name, given)
             assert "local_alloc" not in text, (name, given)
-    constants = {"BITS": 4, "GROUPS": EACH, "ZEROS": True, "FULL": False, "TWICE": True}
+    constants = {"BITS": 4, "GROUPS": EACH, "ZEROS": True, "FULL": False, "AHEAD": 2}
     assert compiled("narrow", "fp32", MODE=STEPS, **constants)
-    assert compiled("narrow", "bf16", MODE=TABLE, **(constants | {"EARLY": True}))
+    assert compiled("narrow", "bf16", MODE=TABLE, **constants)
     for architecture in (80, 90):
         text = compiled("wide", "bf16", architecture, **{k: v for k, v in quick["steps"].items() if k != "WIDTH"})
         assert architecture == 80 or "warp_group_dot" in text

@@ -29,6 +29,7 @@ ONE, EACH, RECORDS, SLABS = range(4)  # GROUPS in `triton_kernels`
 SLAB = 32
 NO_ESCAPE = -1
 WIDE_FROM = 17  # rows of input from which `wide` is quicker
+WARPS, MOST_WARPS, LEAST_WARPS = 36, 16, 4  # of `narrow`: on a multiprocessor, and of a program
 OLDEST = (8, 0)  # the first devices that multiply bfloat16
 
 
@@ -89,22 +90,21 @@ class Cut:
     Attributes:
         warps: of a program; in `narrow` each takes records of its own, in `wide` rows.
         inputs: rows of the input that a program multiplies.
-        twice: two records at a time.
-        early: it may begin while the kernel before it ends, and lets the next one do so.
+        ahead: in `narrow`, records that a warp reads in advance.
     """
 
     warps: int
     inputs: int
-    twice: bool = False
-    early: bool = False
+    ahead: int = 1
 
 
 def narrow_cut(product: Product, rows: int, device: torch.device) -> Cut:
     """For M = `rows` up to `WIDE_FROM`, and for what `wide` does not do."""
-    records = -(-product.columns // COLUMNS)
-    blocks = -(-product.rows // ROWS)
-    warps = 4 if blocks >= 512 else 8 if blocks >= 128 else 16
-    while warps > 1 and warps > records:
+    # So many programs as there are blocks of rows, and in all about as many warps as the device holds at once.
+    blocks, records = -(-product.rows // ROWS), -(-product.columns // COLUMNS)
+    most = max(WARPS * _processors(device) // blocks, LEAST_WARPS)
+    warps = MOST_WARPS
+    while warps > min(most, records):
         warps //= 2
     return Cut(warps, 8 if rows <= 8 else 16)
 
@@ -147,13 +147,12 @@ def launch_narrow(product: Product, tensors: list[Tensor], cut: Cut) -> None:
     """Runs `narrow` on x, words as int32, the other tensors of `launch` in their order, and y."""
     x = tensors[0]
     grid = (-(-product.rows // ROWS), -(-len(x) // cut.inputs))
-    full = product.columns % (COLUMNS * cut.warps * (2 if cut.twice else 1)) == 0
+    full = product.columns % (COLUMNS * cut.warps) == 0
     # How many neighbours a thread holds follows from the narrowest type that the compiler sees the weight made from.
     width = 8 if product.mode == STEPS and product.zeros else 4
-    early = {"launch_pdl": True} if cut.early else {}
     _kernels().narrow[grid](
         *tensors, *_sizes(product, tensors, product.columns), **product.constants(), FULL=full, WIDTH=width,
-        P=cut.warps, BM=cut.inputs, TWICE=cut.twice, EARLY=cut.early, num_warps=cut.warps, num_stages=1, **early,
+        P=cut.warps, BM=cut.inputs, AHEAD=cut.ahead, num_warps=cut.warps, num_stages=1,
     )  # fmt: skip
 
 
@@ -171,6 +170,12 @@ def launch_wide(product: Product, tensors: list[Tensor], cut: Cut, stages: int =
 def _sizes(product: Product, tensors: list[Tensor], columns: int) -> tuple[int, ...]:
     groups = tensors[6].shape[1]
     return len(tensors[0]), product.rows, columns, groups, product.stride * groups
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a device; one where the interpreter stands for it."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @cache

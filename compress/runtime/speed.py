@@ -69,11 +69,14 @@ class Speedup:
 def speed_up(model: nn.Module, *, exact: bool = True, spare_bits: float = SPARE_BITS) -> Speedup:
     """Let the packed linear layers of a loaded model compute with kernels of their own, in place.
 
-    As loaded, a layer unpacks its whole weight in every call and computes bit for bit what the dequantized layer does.
-    With a kernel it never holds its whole weight in float32, and is quicker where one fits. (Not called `accelerate`,
-    as a library that many use beside transformers is.) What kernels keep is derived from the packed tensors and stands
-    beside them: `save_pretrained` writes what was loaded. A model that is moved to another device, or loads other
-    tensors, goes back to computing as loaded; call this again.
+    As loaded on the processor, a layer unpacks its whole weight in every call and computes bit for bit what the
+    dequantized layer does. With a kernel it never holds its whole weight in float32, and is quicker where one fits.
+    (Not called `accelerate`, as a library that many use beside transformers is.) What kernels keep is derived from the
+    packed tensors and stands beside them: `save_pretrained` writes what was loaded. A model that is moved to another
+    device, or loads other tensors, goes back to computing as loaded; call this again.
+
+    On a CUDA device with Triton, layers take their kernel by themselves when they are first called; this measures its
+    error, and takes it away where it needs more than `spare_bits`.
 
     Args:
         model: with packed linear layers; others are left alone, and so are packed convolutions.

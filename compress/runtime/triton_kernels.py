@@ -160,47 +160,40 @@ def narrow(
     x, words, tables, table, first, zero, scale, y, M, N, K, G, stride,
     GROUP: constexpr, MODE: constexpr, BITS: constexpr, GROUPS: constexpr, ZEROS: constexpr, SHARED: constexpr,
     ESCAPE: constexpr,
-    FULL: constexpr, WIDTH: constexpr, P: constexpr, BM: constexpr, TWICE: constexpr, EARLY: constexpr,
+    FULL: constexpr, WIDTH: constexpr, P: constexpr, BM: constexpr, AHEAD: constexpr,
 ):  # fmt: skip
     """(M, K) -> (M, N); programs by blocks of 16 rows of the weight, and of `BM` rows of the input.
 
-    `stride`: from a row of scales to the next, 0 if there is one. `FULL`: K is a multiple of 128 P, 256 P if `TWICE`:
-    then each warp takes two records at a time. `EARLY`: the kernel may begin before the one that makes x has ended.
+    `stride`: from a row of scales to the next, 0 if there is one. `FULL`: K is a multiple of 128 P. `AHEAD`: how many
+    records a warp has on their way while it multiplies one, 1 or 2.
     """
     like: constexpr = x.dtype.element_ty
     nibbles: constexpr = MODE > STEPS and MODE < GATHER
-    step: constexpr = 2 * P if TWICE else P
     size: constexpr = 64 * BITS
     block, record = tl.program_id(0), tl.arange(0, P)
-    count = (K + 127) // 128
+    last = (K - 1) // 128
     rows = tl.minimum(block * 16 + tl.arange(0, 8)[None, :, None] + 8 * tl.arange(0, 2)[None, None, :], N - 1)
     rows = rows.broadcast_to(P, 8, 2)
     # Rows of the input as warps hold them: eight at once, the next record's, and so on; then the next eight.
     inner = tl.arange(0, P * BM)
     m, own = tl.program_id(1) * BM + inner // (8 * P) * 8 + inner % 8, inner // 8 % P
-    words += block.to(tl.int64) * count * size
-    planes = load_record(words + tl.minimum(record, count - 1) * size, P, BITS, nibbles)
+    words += block.to(tl.int64) * (last + 1) * size
+    planes = load_record(words + tl.minimum(record, last) * size, P, BITS, nibbles)
+    next_planes = planes
+    if AHEAD == 2:
+        next_planes = load_record(words + tl.minimum(P + record, last) * size, P, BITS, nibbles)
     looked_up = load_tables(tables, first, rows, P, MODE, like, SHARED)
     begins = begin_tables(first, rows, P, MODE, BITS, like, SHARED)
     zeros = load_zeros(zero, rows, 0, stride, P, MODE, BITS, like, ZEROS and GROUPS == ONE)
     total = tl.zeros((P, 16, BM), tl.float32)
-    if EARLY and not SPELLED:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    for start in range(0, count, step):
-        if TWICE:
-            more = load_record(words + tl.minimum(start + P + record, count - 1) * size, P, BITS, nibbles)
-        ahead = load_record(words + tl.minimum(start + step + record, count - 1) * size, P, BITS, nibbles)
+    for start in range(0, last + 1, P):
+        ahead = load_record(words + tl.minimum(start + AHEAD * P + record, last) * size, P, BITS, nibbles)
         total = add_record(
             total, x, table, zero, scale, planes, zeros, looked_up, begins, block, start + record, m, start + own,
             M, N, K, G, stride, GROUP, MODE, BITS, GROUPS, ZEROS, ESCAPE, FULL, WIDTH, P, BM,
         )  # fmt: skip
-        if TWICE:
-            total = add_record(
-                total, x, table, zero, scale, more, zeros, looked_up, begins, block, start + P + record, m,
-                start + P + own, M, N, K, G, stride, GROUP, MODE, BITS, GROUPS, ZEROS, ESCAPE, FULL, WIDTH, P, BM,
-            )  # fmt: skip
-        planes = ahead
+        planes = next_planes if AHEAD == 2 else ahead
+        next_planes = ahead
     found = tl.sum(total, 0)
     n, top = block * 16 + tl.arange(0, 16)[:, None], tl.program_id(1) * BM + tl.arange(0, BM)[None, :]
     if GROUPS == ONE:

@@ -16,6 +16,7 @@ from compress.lazy import no_grad, torch
 from compress.passes.quantize.flexround import rtn_like
 from compress.passes.quantize.grid import UniformOptions
 from compress.passes.quantize.learned import LearnedPass, LearnedRounding
+from compress.passes.solvers.device import fused, has_kernels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,25 +89,40 @@ class UpOrDown(LearnedRounding):
 
     def share(self) -> Tensor:
         """(O, G, C), h(v): how far each weight is on its way up, 0 to 1."""
-        return (torch.sigmoid(self.v) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+        return stretched_sigmoid(self.v)
 
     def soft(self, progress: float) -> Tensor:
-        return self._value(self.floor + self.share())
-
-    def _value(self, q: Tensor) -> Tensor:
-        q = (q + self.point).clamp(0, 2**self.options.bits - 1) - self.point
-        return (q * self.scale).reshape(len(q), -1)
+        return between(self.v, self.floor, self.scale, self.point, 2**self.options.bits - 1)
 
     def penalty(self, progress: float) -> Tensor | None:
         if progress < WARM:
             return None
         done = (progress - WARM) / (1 - WARM)
         beta = BETA[0] + (BETA[1] - BETA[0]) * done
-        undecided = 1 - (2 * self.share() - 1).abs().pow(beta)
-        return self.options.regularization * undecided.mean()
+        # As a tensor it is no constant of the compiled function, which is else compiled anew for each.
+        sharpness = torch.full((), beta) if has_kernels(self.v) else beta
+        return self.options.regularization * undecided(self.v, sharpness)
 
     @no_grad
     def encoding(self) -> Uniform:
         codes = (self.floor + (self.share() >= 0.5) + self.point).clamp(0, 2**self.options.bits - 1)
         stored = codes.to(torch.uint8).view(len(codes), -1)
         return Uniform(stored, self.stored_scale, self.zero, self.options.bits, self.options.symmetric)
+
+
+def stretched_sigmoid(v: Tensor) -> Tensor:
+    """From 0 to 1, both of which it reaches."""
+    return (torch.sigmoid(v) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+@fused
+def between(v: Tensor, floor: Tensor, scale: Tensor, point: Tensor, highest: int) -> Tensor:
+    """(O, I) weights that are h(v) of the way from one grid point to the next."""
+    q = (floor + stretched_sigmoid(v) + point).clamp(0, highest) - point
+    return (q * scale).reshape(len(q), -1)
+
+
+@fused
+def undecided(v: Tensor, beta: float | Tensor) -> Tensor:
+    """How far weights are from 0 or 1, on average."""
+    return (1 - (2 * stretched_sigmoid(v) - 1).abs().pow(beta)).mean()

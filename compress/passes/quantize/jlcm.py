@@ -16,6 +16,7 @@ from compress.encodings.uniform import narrowest, stored_scale
 from compress.lazy import no_grad, torch
 from compress.passes.quantize.codebook import Codebook, CodebookOptions
 from compress.passes.quantize.learned import LearnedPass, LearnedRounding, look_up
+from compress.passes.solvers.device import fused
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,7 +105,7 @@ class Choice(LearnedRounding):
         """(O, I) in units of the table."""
         scale = self.scale()
         unit = self.weight if scale is None else unscaled(self.weight, scale)
-        return unit * self.log_factor.exp()
+        return moved(unit, self.log_factor)
 
     def soft(self, progress: float) -> Tensor:
         table, unit = self.table(), self.moved_weight()
@@ -112,10 +113,7 @@ class Choice(LearnedRounding):
         made = look_up(table, entry, self.row_group.long())
         if self.options.learn_mapping and progress < FROZEN:
             up, down = pulls(table.detach(), self.options.mapping_gradient)
-            above = unit.detach() > made.detach()
-            index = entry + self.row_group.long()[:, None] * table.shape[1]
-            pull = torch.where(above, up[index], down[index])
-            made = made + (unit - unit.detach()) * pull  # adds nothing, and takes the gradient to the choices
+            made = pulled(made, unit, entry, self.row_group.long()[:, None] * table.shape[1], up, down)
         scale = self.scale()
         return made if scale is None else made * scale
 
@@ -127,6 +125,21 @@ class Choice(LearnedRounding):
         return Codebooks(
             nearest(self.moved_weight(), table, self.row_group), narrowest(table), self.row_group, stored, self.period
         )
+
+
+@fused
+def moved(unit: Tensor, log_factor: Tensor) -> Tensor:
+    """(O, I) weights times their factors."""
+    return unit * log_factor.exp()
+
+
+@fused
+def pulled(made: Tensor, unit: Tensor, entry: Tensor, first: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """(O, I) entries as they are, but that the gradient goes to the choices too; `first` (O, 1) of the row's table."""
+    above = unit.detach() > made.detach()
+    index = entry + first
+    pull = torch.where(above, up[index], down[index])
+    return made + (unit - unit.detach()) * pull  # adds nothing
 
 
 def candidates(table: Tensor, gradient: str) -> Tensor:

@@ -16,6 +16,7 @@ from compress.encodings.uniform import narrowest, stored_scale
 from compress.lazy import no_grad, torch
 from compress.passes.quantize.learned import LearnedPass, LearnedRounding, look_up
 from compress.passes.quantize.powerquant import PowerOptions, PowerQuant
+from compress.passes.solvers.device import fused
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,20 +107,32 @@ class Position(LearnedRounding):
     def soft(self, progress: float) -> Tensor:
         values = self.values() if progress < FROZEN else self.values().detach()
         scale = self.log_scale.exp()
-        unit = self.unit / scale * self.log_divisor.neg().exp()
+        unit = divided(self.unit, scale, self.log_divisor)
         code = nearest_level(unit.detach(), values.detach())
         end = 1 + (values[-1] - values[-2]).detach() / 2  # a weight beyond this no longer feels its place
-        inside = unit.detach().abs() <= end
-        made = look_up(values[None], code) + (unit - unit.detach()) * inside
-        return (made * (self.first_scale * scale)).reshape(len(made), -1)
+        return landed(look_up(values[None], code), unit, end, self.first_scale * scale)
 
     @no_grad
     def encoding(self) -> Power:
         scale, exponent = self.log_scale.exp(), self.exponent().float()
         stored = narrowest(stored_scale((self.first_scale * scale)[..., 0]))
-        unit = self.unit / scale * self.log_divisor.neg().exp()
+        unit = divided(self.unit, scale, self.log_divisor)
         code = nearest_level(unit, level_values(self.bits, self.layout, exponent)).to(torch.uint8)
         return Power(code.view(len(code), -1), stored, exponent, self.bits, self.layout)
+
+
+@fused
+def divided(unit: Tensor, scale: Tensor, log_divisor: Tensor) -> Tensor:
+    """Weights in units of the first scale, divided by what is learned."""
+    return unit / scale * log_divisor.neg().exp()
+
+
+@fused
+def landed(level: Tensor, unit: Tensor, end: Tensor, scale: Tensor) -> Tensor:
+    """(O, I) the levels that weights have, scaled; the gradient goes to their places too, where these are inside."""
+    inside = unit.detach().abs() <= end
+    made = level + (unit - unit.detach()) * inside
+    return (made * scale).reshape(len(made), -1)
 
 
 def even_places(bits: int, levels: Levels) -> Tensor:

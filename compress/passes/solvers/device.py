@@ -1,13 +1,20 @@
-"""Whether kernels can compute with a tensor where it lies."""
+"""What a device can do: kernels, and operations compiled into few of them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import cache, wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from compress.lazy import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+BACKEND = "inductor"
 
 
 def has_kernels(tensor: Tensor) -> bool:
@@ -19,4 +26,33 @@ def has_kernels(tensor: Tensor) -> bool:
     return usable(tensor.device)
 
 
-__all__ = ["has_kernels"]
+def fused(made: Callable[P, R]) -> Callable[P, R]:
+    """A function of tensors that is compiled where the first of them has kernels, and is as it is elsewhere.
+
+    Compiled, its operations read and write memory once together, and keep for the gradients what cannot be had again
+    from its inputs. Where nothing can be compiled it is as it is, too.
+    """
+
+    @wraps(made)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        first: Any = args[0]
+        if made not in _FAILED and has_kernels(first):
+            try:
+                result: R = _compiled(made)(*args, **kwargs)
+                return result
+            except torch._dynamo.exc.TorchDynamoException:  # no compiler for the host, or a device it does not know
+                _FAILED.add(made)
+        return made(*args, **kwargs)
+
+    return run
+
+
+_FAILED: set[Any] = set()
+
+
+@cache
+def _compiled(made: Any) -> Any:
+    return torch.compile(made, dynamic=True, backend=BACKEND)
+
+
+__all__ = ["fused", "has_kernels"]
