@@ -136,7 +136,15 @@ def narrow(product: Product, cut: Cut) -> Launch:
     full = product.columns % (COLUMNS * cut.warps) == 0
     # How many neighbours a thread holds follows from the narrowest type that the compiler sees the weight made from.
     bytes_in_sight = product.mode == STEPS and product.zeros and product.groups != RECORDS
-    own = {"FULL": full, "WIDTH": 8 if bytes_in_sight else 4, "P": cut.warps, "BM": cut.inputs, "AHEAD": cut.ahead, "XAHEAD": False, "EARLY": False}
+    own = {
+        "FULL": full,
+        "WIDTH": 8 if bytes_in_sight else 4,
+        "P": cut.warps,
+        "BM": cut.inputs,
+        "AHEAD": cut.ahead,
+        "XAHEAD": False,
+        "EARLY": False,
+    }
     return Launch("narrow", cut, product.columns, tuple((product.constants() | own).items()))
 
 

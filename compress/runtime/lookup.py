@@ -14,7 +14,16 @@ from compress.encodings.decode import Decoder
 from compress.runtime.arrange import arrange, restore
 from compress.runtime.kernels import numbered
 from compress.runtime.launch import (
-    GATHER, NO_ESCAPE, PAIRS, STEPS, TABLE, Product, aligned, launch, packed_tables, usable,
+    GATHER,
+    NO_ESCAPE,
+    PAIRS,
+    STEPS,
+    TABLE,
+    Product,
+    aligned,
+    launch,
+    packed_tables,
+    usable,
 )  # fmt: skip
 from compress.runtime.pairs import Pairs
 
