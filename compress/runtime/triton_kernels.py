@@ -17,25 +17,8 @@ Shapes: M rows of the input, N = out features, K = in features, G = groups; see 
 
 from __future__ import annotations
 
-from compress.runtime.triton_decode import (
-    GATHER,
-    SPELLED,
-    STEPS,
-    by_row,
-    columns,
-    constexpr,
-    fragment,
-    jit,
-    kernel,
-    load_record,
-    negative_zero,
-    slab,
-)
-
-try:
-    import triton.language as tl
-except ImportError:
-    tl = None
+from compress.runtime.triton_decode import GATHER, STEPS, by_row, columns, fragment, load_record, negative_zero, slab
+from compress.runtime.triton_jit import SPELLED, constexpr, jit, kernel, tl
 
 ONE, EACH, RECORDS, SLABS = (constexpr(number) for number in range(4))
 
@@ -112,53 +95,33 @@ def load_inputs(x, m, k, M, K, P: constexpr, BM: constexpr, FULL: constexpr, WID
 
 
 @jit
-def load_four(x, m, own, M, K, P: constexpr, BM: constexpr, FULL: constexpr, WIDTH: constexpr):
-    """The inputs for a record of each warp, `own` (P * BM,) by rows of x; beyond the last, those of the last if FULL."""
-    k = (tl.minimum(own, (K - 1) // 128) if FULL else own) * 128
-    return (
-        load_inputs(x, m, k, M, K, P, BM, FULL, WIDTH), load_inputs(x, m, k + 32, M, K, P, BM, FULL, WIDTH),
-        load_inputs(x, m, k + 64, M, K, P, BM, FULL, WIDTH), load_inputs(x, m, k + 96, M, K, P, BM, FULL, WIDTH),
-    )  # fmt: skip
-
-
-@jit
-def load_scales(
-    zero, scale, block, record, N, K, stride, P: constexpr, GROUP: constexpr, GROUPS: constexpr, STORED: constexpr
-):
-    """Scales (P, 16) and zero points (P, 8, 2), as they are stored, for a record of each warp, or of the last."""
-    if GROUPS != RECORDS:
-        return 0, 0
-    else:
-        group = tl.minimum(record, (K - 1) // 128)[:, None] * 128 // GROUP
-        n = tl.minimum(block * 16 + tl.arange(0, 16), N - 1)[None, :]
-        factor = tl.load(scale + n * stride + group)
-        if STORED:
-            return factor, tl.load(zero + rows_of(block, N, P) * stride + group[:, :, None])
-        else:
-            return factor, 0
-
-
-@jit
 def rows_of(block, N, P: constexpr):
-    """Rows 8a + g of a block, (P, 8, 2) by g and a."""
+    """Rows 8a + g of a block, (P, 8, 2) by g and a; beyond the last, the last."""
     rows = tl.minimum(block * 16 + tl.arange(0, 8)[None, :, None] + 8 * tl.arange(0, 2)[None, None, :], N - 1)
     return rows.broadcast_to(P, 8, 2)
 
 
 @jit
 def add_record(
-    total, inputs, planes, scales, zeros, tables, table, begins, zero, scale, block, record, N, K, G, stride,
-    like: constexpr, GROUP: constexpr, MODE: constexpr, BITS: constexpr, GROUPS: constexpr, ZEROS: constexpr,
-    ESCAPE: constexpr, WIDTH: constexpr, P: constexpr, BM: constexpr,
+    total, x, table, zero, scale, planes, zeros, tables, begins, block, record, m, own, M, N, K, G, stride,
+    GROUP: constexpr, MODE: constexpr, BITS: constexpr, GROUPS: constexpr, ZEROS: constexpr, ESCAPE: constexpr,
+    FULL: constexpr, WIDTH: constexpr, P: constexpr, BM: constexpr,
 ):  # fmt: skip
-    """Returns total + the products of one record of each warp, `record` (P,)."""
-    exact: constexpr = tl.float16 if like == tl.float32 else like
+    """Returns total + the products of one record of each warp: `record` (P,); `own` (P * BM,) by rows of x."""
+    like: constexpr = x.dtype.element_ty
     n = tl.minimum(block * 16 + tl.arange(0, 16), N - 1)[None, :]
-    at = tl.minimum(record, (K - 1) // 128)[:, None] * 128
-    part = total if GROUPS <= EACH else tl.zeros((P, 16, BM), tl.float32)
-    if GROUPS == RECORDS and MODE == STEPS and ZEROS:
-        zeros = negative_zero(scales[1], exact, P, BITS)
+    k, last = own * 128, (K - 1) // 128
+    inputs = (
+        load_inputs(x, m, k, M, K, P, BM, FULL, WIDTH), load_inputs(x, m, k + 32, M, K, P, BM, FULL, WIDTH),
+        load_inputs(x, m, k + 64, M, K, P, BM, FULL, WIDTH), load_inputs(x, m, k + 96, M, K, P, BM, FULL, WIDTH),
+    )  # fmt: skip
+    at = tl.minimum(record, last)[:, None] * 128
+    if GROUPS == RECORDS:
+        factor = tl.load(scale + n * stride + at // GROUP).to(tl.float32)
+        zeros = load_zeros(zero, rows_of(block, N, P), (at // GROUP)[:, :, None], stride, P, MODE, BITS, like, ZEROS)
+    part = tl.zeros((P, 16, BM), tl.float32)
     for v in tl.static_range(2):
+        found = tl.zeros((P, 16, BM), tl.float32)  # one half does not wait for the other
         for w in tl.static_range(2):
             g = tl.minimum((at + (64 * v + 32 * w)) // GROUP, G - 1)
             if GROUPS == SLABS:
@@ -171,32 +134,31 @@ def add_record(
                     c = c.broadcast_to(P, 1, 32).reshape(P, 1, 4, 2, 4).permute(0, 1, 3, 2, 4).reshape(P, 1, 32)
                 c = tl.minimum(c, K - 1)
                 a = scaled_each(a, zero, scale, n[:, :, None], c, stride, GROUP, MODE, BITS, like, ZEROS)
-            part = product(a, inputs[2 * v + w], part)
+            found = product(a, inputs[2 * v + w], found)
             if GROUPS == SLABS:
-                total += part * tl.load(scale + n * stride + g).to(tl.float32)[:, :, None]
-                part = tl.zeros((P, 16, BM), tl.float32)
+                part += found * tl.load(scale + n * stride + g).to(tl.float32)[:, :, None]
+                found = tl.zeros((P, 16, BM), tl.float32)
+        part += found
     if GROUPS == RECORDS:
-        total += part * scales[0].to(tl.float32)[:, :, None]
-    elif GROUPS != SLABS:
-        total = part
-    return total
+        part *= factor[:, :, None]
+    return total + part
 
 
 @kernel
 def narrow(
     x, words, tables, table, first, zero, scale, y, M, N, K, G, stride,
     GROUP: constexpr, MODE: constexpr, BITS: constexpr, GROUPS: constexpr, ZEROS: constexpr, SHARED: constexpr,
-    ESCAPE: constexpr,
-    FULL: constexpr, WIDTH: constexpr, P: constexpr, BM: constexpr, AHEAD: constexpr, XAHEAD: constexpr, EARLY: constexpr,
+    ESCAPE: constexpr, FULL: constexpr, WIDTH: constexpr, P: constexpr, BM: constexpr, AHEAD: constexpr,
+    CHAINED: constexpr,
 ):  # fmt: skip
     """(M, K) -> (M, N); programs by blocks of 16 rows of the weight, and of `BM` rows of the input.
 
     `stride`: from a row of scales to the next, 0 if there is one. `FULL`: K is a multiple of 128 P. `AHEAD`: how many
-    records a warp has on their way while it multiplies one, 1 or 2.
+    records a warp has on their way while it multiplies one, 1 or 2. `CHAINED`: it begins while the kernel before it
+    ends, and reads x and writes y when that has ended.
     """
     like: constexpr = x.dtype.element_ty
     nibbles: constexpr = MODE > STEPS and MODE < GATHER
-    stored: constexpr = MODE == STEPS and ZEROS
     size: constexpr = 64 * BITS
     block, record = tl.program_id(0), tl.arange(0, P)
     last = (K - 1) // 128
@@ -208,32 +170,22 @@ def narrow(
     next_planes = planes
     if AHEAD == 2:
         next_planes = load_record(words + tl.minimum(P + record, last) * size, P, BITS, nibbles)
-    scales = load_scales(zero, scale, block, record, N, K, stride, P, GROUP, GROUPS, stored)
     rows = rows_of(block, N, P)
     looked_up = load_tables(tables, first, rows, P, MODE, like, SHARED)
     begins = begin_tables(first, rows, P, MODE, BITS, like, SHARED)
     zeros = load_zeros(zero, rows, 0, stride, P, MODE, BITS, like, ZEROS and GROUPS == ONE)
     total = tl.zeros((P, 16, BM), tl.float32)
-    if EARLY and not SPELLED:
+    if CHAINED and not SPELLED:
         tl.extra.cuda.gdc_wait()
-    inputs = load_four(x, m, own, M, K, P, BM, FULL, WIDTH)
     for start in range(0, last + 1, P):
         ahead = load_record(words + tl.minimum(start + AHEAD * P + record, last) * size, P, BITS, nibbles)
-        next_scales = load_scales(zero, scale, block, start + P + record, N, K, stride, P, GROUP, GROUPS, stored)
-        if XAHEAD:
-            next_inputs = load_four(x, m, start + P + own, M, K, P, BM, FULL, WIDTH)
-        else:
-            inputs = load_four(x, m, start + own, M, K, P, BM, FULL, WIDTH)
         total = add_record(
-            total, inputs, planes, scales, zeros, looked_up, table, begins, zero, scale, block, start + record, N, K, G,
-            stride, like, GROUP, MODE, BITS, GROUPS, ZEROS, ESCAPE, WIDTH, P, BM,
+            total, x, table, zero, scale, planes, zeros, looked_up, begins, block, start + record, m, start + own,
+            M, N, K, G, stride, GROUP, MODE, BITS, GROUPS, ZEROS, ESCAPE, FULL, WIDTH, P, BM,
         )  # fmt: skip
-        scales = next_scales
         planes = next_planes if AHEAD == 2 else ahead
         next_planes = ahead
-        if XAHEAD:
-            inputs = next_inputs
-    if EARLY and not SPELLED:
+    if CHAINED and not SPELLED:
         tl.extra.cuda.gdc_launch_dependents()
     found = tl.sum(total, 0)
     n, top = block * 16 + tl.arange(0, 16)[:, None], tl.program_id(1) * BM + tl.arange(0, BM)[None, :]
