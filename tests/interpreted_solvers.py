@@ -11,7 +11,7 @@ from compress.passes import Gptq, LinearPass, SparseGpt, Wanda
 from compress.passes.quantize import division_kernel, learned
 from compress.passes.quantize.flexround import Divide
 from compress.passes.solvers import obs
-from compress.runtime import triton_jit
+from compress.runtime import launch
 
 ROWS, COLUMNS = 6, 24
 SOLVERS: dict[str, LinearPass] = {
@@ -92,7 +92,7 @@ def off(found: list[Tensor], expected: list[Tensor]) -> list[float]:
 
 
 def main() -> None:
-    if not triton_jit.AVAILABLE:
+    if not launch.available():
         print("null")
         return
     found: dict[str, list[float]] = {}

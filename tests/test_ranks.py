@@ -280,6 +280,13 @@ def test_a_mistake_is_said_once(place: Path, words: list[str], facts: dict[str, 
     assert not (place / "out.work").exists()
 
 
+def test_only_what_is_shared_waits_for_other_processes() -> None:
+    for words in (["run", "p.yaml", "m", "-o", "o"], ["-q", "run", "p.yaml"], ["eval", "out", "--json"]):
+        assert ranks.are_shared(words)
+    for words in ([], ["list"], ["--help"], ["run", "--help"], ["eval", "-h"], ["export", "run", "--to", "hf"]):
+        assert not ranks.are_shared(words)
+
+
 def test_what_stands_in_the_environment_is_understood_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

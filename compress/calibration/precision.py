@@ -48,6 +48,18 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 @contextmanager
+def calibrating(kind: Products, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """While open, a model of some type computes what passes learn from, as `kind` says.
+
+    Its products are as `products` has them. A processor with bfloat16 instructions, but none that take float32 factors,
+    gains nothing by that: with `bfloat16` its layers take and give bfloat16, as they do in `learning`.
+    """
+    enabled = kind == "bfloat16" and dtype == torch.float32 and device.type == "cpu" and _multiplies_bfloat16("cpu")
+    with products(kind), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+        yield
+
+
+@contextmanager
 def learning(kind: Products, example: Tensor) -> Iterator[None]:
     """While open, layers that are learned with compute as `kind` says, for inputs like `example`.
 

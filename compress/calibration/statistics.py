@@ -57,10 +57,11 @@ class Statistics:
             NonFiniteError: an input is NaN or infinite; `name` says whose.
         """
         x = inputs.detach().reshape(-1, inputs.shape[-1])
-        if self._sum is None:
-            self._squares += _square_sums(x)
-        else:
-            self._add_gram(x)
+        with torch.autocast(x.device.type, enabled=False):  # sums are float32, whatever the model computes in
+            if self._sum is None:
+                self._squares += _square_sums(x)
+            else:
+                self._add_gram(x)
         self.tokens += x.shape[0]
         if x.device.type == "cpu":
             self.check(name)

@@ -94,13 +94,11 @@ class Cut:
         warps: of a program; in `narrow` each takes records of its own, in `wide` rows.
         inputs: rows of the input that a program multiplies.
         ahead: in `narrow`, records that a warp reads in advance; in `wide`, steps.
-        chained: see `narrow` in `triton_kernels`.
     """
 
     warps: int
     inputs: int
     ahead: int
-    chained: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +136,7 @@ def narrow(product: Product, cut: Cut) -> Launch:
     full = product.columns % (COLUMNS * cut.warps) == 0
     # How many neighbours a thread holds follows from the narrowest type that the compiler sees the weight made from.
     width = 8 if product.mode == STEPS and product.zeros else 4
-    own = {"FULL": full, "WIDTH": width, "P": cut.warps, "BM": cut.inputs, "AHEAD": cut.ahead, "CHAINED": cut.chained}
+    own = {"FULL": full, "WIDTH": width, "P": cut.warps, "BM": cut.inputs, "AHEAD": cut.ahead}
     return Launch("narrow", cut, product.columns, tuple((product.constants() | own).items()))
 
 
@@ -208,7 +206,7 @@ def run(plan: Launch, product: Product, x: Tensor, tensors: tuple[Tensor, ...], 
     words, *others = tensors
     compiled = getattr(_kernels(), plan.kernel)[grid](
         x, words.view(torch.int32), *others, y, *sizes, **dict(plan.constants), num_warps=cut.warps,
-        num_stages=1 if plan.kernel == "narrow" else cut.ahead, **({"launch_pdl": True} if cut.chained else {}),
+        num_stages=1 if plan.kernel == "narrow" else cut.ahead,
     )  # fmt: skip
     if compiled is not None:  # as under the interpreter
         _compiled[key] = compiled

@@ -95,13 +95,6 @@ def load_inputs(x, m, k, M, K, P: constexpr, BM: constexpr, FULL: constexpr, WID
 
 
 @jit
-def rows_of(block, N, P: constexpr):
-    """Rows 8a + g of a block, (P, 8, 2) by g and a; beyond the last, the last."""
-    rows = tl.minimum(block * 16 + tl.arange(0, 8)[None, :, None] + 8 * tl.arange(0, 2)[None, None, :], N - 1)
-    return rows.broadcast_to(P, 8, 2)
-
-
-@jit
 def add_record(
     total, x, table, zero, scale, planes, zeros, tables, begins, block, record, m, own, M, N, K, G, stride,
     GROUP: constexpr, MODE: constexpr, BITS: constexpr, GROUPS: constexpr, ZEROS: constexpr, ESCAPE: constexpr,
@@ -110,22 +103,23 @@ def add_record(
     """Returns total + the products of one record of each warp: `record` (P,); `own` (P * BM,) by rows of x."""
     like: constexpr = x.dtype.element_ty
     n = tl.minimum(block * 16 + tl.arange(0, 16), N - 1)[None, :]
+    rows = tl.minimum(block * 16 + tl.arange(0, 8)[None, :, None] + 8 * tl.arange(0, 2)[None, None, :], N - 1)
+    rows = rows.broadcast_to(P, 8, 2)
     k, last = own * 128, (K - 1) // 128
     inputs = (
         load_inputs(x, m, k, M, K, P, BM, FULL, WIDTH), load_inputs(x, m, k + 32, M, K, P, BM, FULL, WIDTH),
         load_inputs(x, m, k + 64, M, K, P, BM, FULL, WIDTH), load_inputs(x, m, k + 96, M, K, P, BM, FULL, WIDTH),
     )  # fmt: skip
     at = tl.minimum(record, last)[:, None] * 128
+    part = total if GROUPS <= EACH else tl.zeros((P, 16, BM), tl.float32)
     if GROUPS == RECORDS:
         factor = tl.load(scale + n * stride + at // GROUP).to(tl.float32)
-        zeros = load_zeros(zero, rows_of(block, N, P), (at // GROUP)[:, :, None], stride, P, MODE, BITS, like, ZEROS)
-    part = tl.zeros((P, 16, BM), tl.float32)
+        zeros = load_zeros(zero, rows, (at // GROUP)[:, :, None], stride, P, MODE, BITS, like, ZEROS)
     for v in tl.static_range(2):
-        found = tl.zeros((P, 16, BM), tl.float32)  # one half does not wait for the other
         for w in tl.static_range(2):
             g = tl.minimum((at + (64 * v + 32 * w)) // GROUP, G - 1)
             if GROUPS == SLABS:
-                zeros = load_zeros(zero, rows_of(block, N, P), g[:, :, None], stride, P, MODE, BITS, like, ZEROS)
+                zeros = load_zeros(zero, rows, g[:, :, None], stride, P, MODE, BITS, like, ZEROS)
             one, two = slab(planes, v, w, zeros, tables, table, begins, like, MODE, BITS, ESCAPE)
             a = fragment(one, two, P, WIDTH)
             if GROUPS == EACH:
@@ -134,14 +128,15 @@ def add_record(
                     c = c.broadcast_to(P, 1, 32).reshape(P, 1, 4, 2, 4).permute(0, 1, 3, 2, 4).reshape(P, 1, 32)
                 c = tl.minimum(c, K - 1)
                 a = scaled_each(a, zero, scale, n[:, :, None], c, stride, GROUP, MODE, BITS, like, ZEROS)
-            found = product(a, inputs[2 * v + w], found)
+            part = product(a, inputs[2 * v + w], part)
             if GROUPS == SLABS:
-                part += found * tl.load(scale + n * stride + g).to(tl.float32)[:, :, None]
-                found = tl.zeros((P, 16, BM), tl.float32)
-        part += found
+                total += part * tl.load(scale + n * stride + g).to(tl.float32)[:, :, None]
+                part = tl.zeros((P, 16, BM), tl.float32)
     if GROUPS == RECORDS:
-        part *= factor[:, :, None]
-    return total + part
+        total += part * factor[:, :, None]
+    elif GROUPS != SLABS:
+        total = part
+    return total
 
 
 @kernel
@@ -149,19 +144,19 @@ def narrow(
     x, words, tables, table, first, zero, scale, y, M, N, K, G, stride,
     GROUP: constexpr, MODE: constexpr, BITS: constexpr, GROUPS: constexpr, ZEROS: constexpr, SHARED: constexpr,
     ESCAPE: constexpr, FULL: constexpr, WIDTH: constexpr, P: constexpr, BM: constexpr, AHEAD: constexpr,
-    CHAINED: constexpr,
 ):  # fmt: skip
     """(M, K) -> (M, N); programs by blocks of 16 rows of the weight, and of `BM` rows of the input.
 
     `stride`: from a row of scales to the next, 0 if there is one. `FULL`: K is a multiple of 128 P. `AHEAD`: how many
-    records a warp has on their way while it multiplies one, 1 or 2. `CHAINED`: it begins while the kernel before it
-    ends, and reads x and writes y when that has ended.
+    records a warp has on their way while it multiplies one, 1 or 2.
     """
     like: constexpr = x.dtype.element_ty
     nibbles: constexpr = MODE > STEPS and MODE < GATHER
     size: constexpr = 64 * BITS
     block, record = tl.program_id(0), tl.arange(0, P)
     last = (K - 1) // 128
+    rows = tl.minimum(block * 16 + tl.arange(0, 8)[None, :, None] + 8 * tl.arange(0, 2)[None, None, :], N - 1)
+    rows = rows.broadcast_to(P, 8, 2)
     # Rows of the input as warps hold them: eight at once, the next record's, and so on; then the next eight.
     inner = tl.arange(0, P * BM)
     m, own = tl.program_id(1) * BM + inner // (8 * P) * 8 + inner % 8, inner // 8 % P
@@ -170,13 +165,10 @@ def narrow(
     next_planes = planes
     if AHEAD == 2:
         next_planes = load_record(words + tl.minimum(P + record, last) * size, P, BITS, nibbles)
-    rows = rows_of(block, N, P)
     looked_up = load_tables(tables, first, rows, P, MODE, like, SHARED)
     begins = begin_tables(first, rows, P, MODE, BITS, like, SHARED)
     zeros = load_zeros(zero, rows, 0, stride, P, MODE, BITS, like, ZEROS and GROUPS == ONE)
     total = tl.zeros((P, 16, BM), tl.float32)
-    if CHAINED and not SPELLED:
-        tl.extra.cuda.gdc_wait()
     for start in range(0, last + 1, P):
         ahead = load_record(words + tl.minimum(start + AHEAD * P + record, last) * size, P, BITS, nibbles)
         total = add_record(
@@ -185,8 +177,6 @@ def narrow(
         )  # fmt: skip
         planes = next_planes if AHEAD == 2 else ahead
         next_planes = ahead
-    if CHAINED and not SPELLED:
-        tl.extra.cuda.gdc_launch_dependents()
     found = tl.sum(total, 0)
     n, top = block * 16 + tl.arange(0, 16)[:, None], tl.program_id(1) * BM + tl.arange(0, BM)[None, :]
     if GROUPS == ONE:
@@ -228,12 +218,13 @@ def wide(
             for v in tl.static_range(2):
                 for w in tl.static_range(2):
                     k = at * 128 + (64 * v + 32 * w)
-                    zeros = load_zeros(zero, rows, k // GROUP, stride, P, MODE, BITS, like, ZEROS)
+                    g = tl.minimum(k // GROUP, G - 1)  # beyond the last column the input is zero
+                    zeros = load_zeros(zero, rows, g, stride, P, MODE, BITS, like, ZEROS)
                     one, two = slab(planes, v, w, zeros, looked_up, table, begins, like, MODE, BITS, ESCAPE)
                     a = fragment(one, two, P, 2).reshape(16 * P, 32)
                     b = tl.load(x + m + (k + tl.arange(0, 32))[None, :])
                     part = product(a, tl.trans(b), tl.zeros((16 * P, BM), tl.float32))
-                    total += part * tl.load(scale + n * stride + k // GROUP).to(tl.float32)[:, None]
+                    total += part * tl.load(scale + n * stride + g).to(tl.float32)[:, None]
         else:
             b = tl.trans(tl.load(x + m + (at * 128 + tl.arange(0, 128))[None, :]))
             a = whole_record(planes, zeros, looked_up, table, begins, P, like, MODE, BITS, ESCAPE)

@@ -2,7 +2,7 @@
 """FlexRound's weights and their gradients, made in one reading each, for graphics processors.
 
 What `Divide` of `flexround.py` computes, with nothing kept between forward and backward but what is learned. Imported
-where Triton is installed or not; `usable` of `runtime/triton_kernels.py` says whether it runs.
+where Triton is installed or not; `usable` of `runtime/launch.py` says whether it runs.
 
 Shapes: O rows, G groups of C columns; R = O, or 1 for one scale per matrix; N = O * G.
 """

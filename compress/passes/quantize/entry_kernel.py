@@ -3,7 +3,7 @@
 
 Every weight adds its gradient to the entry it has. With atomic additions a few addresses would be waited for by
 millions of weights, in another order every time; here every row is summed up by itself, in one order. Imported where
-Triton is installed or not; `usable` of `runtime/triton_kernels.py` says whether it runs.
+Triton is installed or not; `usable` of `runtime/launch.py` says whether it runs.
 
 Shapes: O rows, I columns, K entries of a table.
 """

@@ -5,7 +5,7 @@ The same algorithm as `obs.py`, which has its formulas. There every column is a 
 a program takes a few rows through all columns of a tile without leaving its registers, and what a tile lost is applied
 to the next ones by one large product. Rows do not depend on each other, so programs need not wait for each other.
 
-Imported where Triton is installed or not; `usable` of `runtime/triton_kernels.py` says whether it runs.
+Imported where Triton is installed or not; `usable` of `runtime/launch.py` says whether it runs.
 
 Shapes: O rows, I columns, t columns in a tile.
 """
