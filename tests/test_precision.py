@@ -1,6 +1,7 @@
 """What a float32 model computes in while calibrating, and when sums over its inputs are looked at."""
 
 import pytest
+import textbook
 import torch
 from elsewhere import elsewhere
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from compress.calibration.precision import calibrating, products
 from compress.calibration.statistics import Statistics
 from compress.calibration.training import Learner, Loop, TrainingStore, learn
 from compress.errors import NonFiniteError
+from compress.passes import LinearPass
 
 CPU = torch.device("cpu")
 
@@ -33,6 +35,7 @@ class Blocks(nn.Module):
 
 
 def with_instructions(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
+    monkeypatch.setattr(precision, "_only_narrow_factors", lambda: has)
     monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda _: has)
 
 
@@ -113,6 +116,21 @@ def test_a_loss_that_is_not_finite_ends_learning_at_the_next_look_on_a_device_an
             assert learner.error() == outcome.best < 1
             ended[there] = learner.steps, outcome.best, outcome.best_step
     assert ended == {False: (5, ended[False][1], 4), True: (6, ended[False][1], 4)}
+
+
+@pytest.mark.parametrize("pass_", [compress.Gptq(bits=3, group_size=16), compress.SparseGpt()], ids=lambda p: p.key)
+def test_corrections_that_are_rounded_lose_no_more(pass_: LinearPass, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, x = textbook.weight(64, 192), textbook.inputs(192)
+    lost = []
+    for has in (False, True):
+        with_instructions(monkeypatch, has)
+        with products("bfloat16"):
+            edit = pass_.run(textbook.target(w, x))
+        made = edit.weight if edit.encoding is None else edit.encoding.dequantize()
+        assert made is not None
+        lost.append(textbook.output_error(w, made, x))
+    assert lost[0] != lost[1]
+    assert abs(lost[1] / lost[0] - 1) < 0.01
 
 
 def test_products_are_as_they_were_when_calibration_ends() -> None:
