@@ -87,7 +87,7 @@ def looked_up(kernel: bool, tables: int, columns: int, device: str = "cpu") -> l
 
 def off(found: list[Tensor], expected: list[Tensor]) -> list[float]:
     """How far each is from what is expected, relative to its size."""
-    pairs = zip(found, expected, strict=True)
+    pairs = zip([t.detach() for t in found], [t.detach() for t in expected], strict=True)
     return [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs]
 
 

@@ -4,16 +4,22 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from interpreted_solvers import CASES, DIVISIONS, LOOK_UPS, SOLVERS, divided, looked_up, off
+from interpreted_solvers import CASES, DIVISIONS, LOOK_UPS, SOLVERS, anywhere, divided, looked_up, off
 from textbook import inputs, weight
+from torch import Tensor
 
+from compress.calibration.precision import products
 from compress.calibration.statistics import Statistics
 from compress.engine.devices import Devices
 from compress.passes.base import Target
+from compress.passes.quantize import adaround, jlcm, nupes
+from compress.passes.solvers import device
 from compress.passes.solvers.device import has_kernels
 
 HERE = Path(__file__).parent
@@ -48,14 +54,88 @@ def test_no_kernel_is_offered_on_a_processor() -> None:
     assert not has_kernels(torch.zeros(2))
 
 
+def leaf(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def fixed(*shape: int, seed: int = 1) -> Tensor:
+    return leaf(*shape, seed=seed).detach().abs()
+
+
+def halves() -> Tensor:
+    return torch.arange(4)[:, None] % 2 * 8
+
+
+FUSED: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {
+    "between": (
+        adaround.between,
+        (leaf(4, 2, 6), fixed(4, 2, 6).floor(), fixed(4, 2, 1), torch.full((4, 2, 1), 8.0), 15),
+    ),
+    "undecided": (adaround.undecided, (leaf(4, 2, 6), torch.tensor(3.0))),
+    "divided": (nupes.divided, (fixed(4, 2, 6), fixed(4, 2, 1) + 1, leaf(4, 2, 6))),
+    "landed": (nupes.landed, (leaf(4, 2, 6), leaf(4, 2, 6, seed=2), torch.tensor(0.8), fixed(4, 2, 1))),
+    "moved": (jlcm.moved, (fixed(4, 12), leaf(4, 12))),
+    "pulled": (
+        jlcm.pulled,
+        (leaf(4, 12), leaf(4, 12, seed=2), torch.arange(48).view(4, 12) % 8, halves(), fixed(16), fixed(16, seed=3)),
+    ),
+}
+
+
+def with_gradients(name: str) -> list[Tensor]:
+    """What a function makes, and the gradients of its arguments."""
+    function, arguments = FUSED[name]
+    made = function(*arguments)
+    learned = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+    return [made.detach(), *torch.autograd.grad(made.square().sum(), learned)]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_what_is_compiled_on_a_device_makes_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = with_gradients(name)
+    monkeypatch.setattr(device, "has_kernels", anywhere)
+    monkeypatch.setattr(device, "BACKEND", "aot_eager")  # traced and differentiated as on a device
+    device._compiled.cache_clear()
+    for kind in ("float32", "bfloat16"):
+        with products(kind):  # type: ignore[arg-type]
+            assert max(off(with_gradients(name), expected)) < 1e-6
+    device._compiled.cache_clear()
+    assert not device._FAILED
+
+
+def test_where_nothing_can_be_compiled_a_function_is_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, tried = with_gradients("moved"), []
+
+    def fails(made: object) -> object:
+        tried.append(made)
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(device, "has_kernels", anywhere)
+    monkeypatch.setattr(device, "_compiled", fails)
+    monkeypatch.setattr(device, "_FAILED", set())
+    for _ in range(2):
+        assert max(off(with_gradients("moved"), expected)) == 0
+    assert len(tried) == 1
+
+
+def test_a_device_without_room_is_no_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(made: object) -> object:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(device, "has_kernels", anywhere)
+    monkeypatch.setattr(device, "_compiled", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        with_gradients("moved")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_kernels_of_solvers_lose_no_more_on_a_device(name: str) -> None:
     """A tie may break the other way, so what is lost is compared, not the codes."""
-    w, x, device = weight(64, 384), inputs(384), torch.device("cuda")
+    w, x = weight(64, 384), inputs(384)
     lost = []
-    for where in (torch.device("cpu"), device):
+    for where in (torch.device("cpu"), torch.device("cuda")):
         found = Statistics(384, "gram", where)
         found.update(x.to(where), "a test")
         with Devices(where).scope():

@@ -47,6 +47,12 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return left.float() @ right.float()
 
 
+def must_round(tensor: Tensor) -> bool:
+    """Whether `products("bfloat16")` is open, but the factors have to be rounded before: such is the processor."""
+    wanted: bool = torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
+    return wanted and tensor.device.type == "cpu" and tensor.dtype == torch.float32 and _only_narrow_factors()
+
+
 @contextmanager
 def calibrating(kind: Products, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """While open, a model of some type computes what passes learn from, as `kind` says.
@@ -54,7 +60,7 @@ def calibrating(kind: Products, dtype: torch.dtype, device: torch.device) -> Ite
     Its products are as `products` has them. A processor with bfloat16 instructions, but none that take float32 factors,
     gains nothing by that: with `bfloat16` its layers take and give bfloat16, as they do in `learning`.
     """
-    enabled = kind == "bfloat16" and dtype == torch.float32 and device.type == "cpu" and _multiplies_bfloat16("cpu")
+    enabled = kind == "bfloat16" and dtype == torch.float32 and device.type == "cpu" and _only_narrow_factors()
     with products(kind), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
         yield
 
@@ -70,6 +76,12 @@ def learning(kind: Products, example: Tensor) -> Iterator[None]:
     enabled = kind == "bfloat16" and example.dtype == torch.float32 and _multiplies_bfloat16(device)
     with torch.autocast(device, torch.bfloat16, enabled=enabled):
         yield
+
+
+def _only_narrow_factors() -> bool:
+    """Whether the processor multiplies bfloat16, but has no instructions with which float32 is rounded on the way."""
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16")) and not has.get("amx_bf16")
 
 
 def _multiplies_bfloat16(device: str) -> bool:

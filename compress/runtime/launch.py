@@ -135,16 +135,8 @@ def narrow(product: Product, cut: Cut) -> Launch:
     """For few rows of input, and for what `wide` does not do."""
     full = product.columns % (COLUMNS * cut.warps) == 0
     # How many neighbours a thread holds follows from the narrowest type that the compiler sees the weight made from.
-    bytes_in_sight = product.mode == STEPS and product.zeros and product.groups != RECORDS
-    own = {
-        "FULL": full,
-        "WIDTH": 8 if bytes_in_sight else 4,
-        "P": cut.warps,
-        "BM": cut.inputs,
-        "AHEAD": cut.ahead,
-        "XAHEAD": False,
-        "EARLY": False,
-    }
+    width = 8 if product.mode == STEPS and product.zeros else 4
+    own = {"FULL": full, "WIDTH": width, "P": cut.warps, "BM": cut.inputs, "AHEAD": cut.ahead}
     return Launch("narrow", cut, product.columns, tuple((product.constants() | own).items()))
 
 
@@ -157,7 +149,10 @@ def wide(product: Product, cut: Cut) -> Launch:
 
 def class_of(rows: int) -> int:
     """The largest M that the same kernel is taken for as for M = `rows`."""
-    return next((most for most in CLASSES if rows <= most), CLASSES[-1])
+    for most in CLASSES:
+        if rows <= most:
+            return most
+    return CLASSES[-1]
 
 
 def launch(
@@ -176,11 +171,16 @@ def launch(
         scale: (N or 1, G) of a float type.
         numbers: those of a `Product`.
     """
-    product = _product(tuple(numbers))
-    y = x.new_empty(len(x), product.rows)
-    if len(x):
-        plan = planned(product, class_of(len(x)), x.dtype, x.device)
-        run(plan, product, aligned(x.contiguous()), (words, tables, table, first, zero, scale), y)
+    return multiply(x, _product(tuple(numbers)), (words, tables, table, first, zero, scale))
+
+
+def multiply(x: Tensor, product: Product, tensors: tuple[Tensor, ...]) -> Tensor:
+    """What `launch` does, and the operator, without the way through torch's dispatcher."""
+    count = len(x)
+    y = x.new_empty(count, product.rows)
+    if count:
+        plan = planned(product, class_of(count), x.dtype, x.device)
+        run(plan, product, aligned(x.contiguous()), tensors, y)
     return y
 
 
@@ -206,7 +206,7 @@ def run(plan: Launch, product: Product, x: Tensor, tensors: tuple[Tensor, ...], 
     words, *others = tensors
     compiled = getattr(_kernels(), plan.kernel)[grid](
         x, words.view(torch.int32), *others, y, *sizes, **dict(plan.constants), num_warps=cut.warps,
-        num_stages=1 if plan.kernel == "narrow" else cut.ahead, **({"launch_pdl": True} if dict(plan.constants).get("EARLY") else {}),
+        num_stages=1 if plan.kernel == "narrow" else cut.ahead,
     )  # fmt: skip
     if compiled is not None:  # as under the interpreter
         _compiled[key] = compiled

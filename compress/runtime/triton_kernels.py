@@ -17,25 +17,8 @@ Shapes: M rows of the input, N = out features, K = in features, G = groups; see 
 
 from __future__ import annotations
 
-from compress.runtime.triton_decode import (
-    GATHER,
-    SPELLED,
-    STEPS,
-    by_row,
-    columns,
-    constexpr,
-    fragment,
-    jit,
-    kernel,
-    load_record,
-    negative_zero,
-    slab,
-)
-
-try:
-    import triton.language as tl
-except ImportError:
-    tl = None
+from compress.runtime.triton_decode import GATHER, STEPS, by_row, columns, fragment, load_record, negative_zero, slab
+from compress.runtime.triton_jit import SPELLED, constexpr, jit, kernel, tl
 
 ONE, EACH, RECORDS, SLABS = (constexpr(number) for number in range(4))
 
@@ -112,57 +95,31 @@ def load_inputs(x, m, k, M, K, P: constexpr, BM: constexpr, FULL: constexpr, WID
 
 
 @jit
-def load_four(x, m, own, M, K, P: constexpr, BM: constexpr, FULL: constexpr, WIDTH: constexpr):
-    """The inputs for a record of each warp, `own` (P * BM,) by rows of x; beyond the last, those of the last if FULL."""
-    k = (tl.minimum(own, (K - 1) // 128) if FULL else own) * 128
-    return (
+def add_record(
+    total, x, table, zero, scale, planes, zeros, tables, begins, block, record, m, own, M, N, K, G, stride,
+    GROUP: constexpr, MODE: constexpr, BITS: constexpr, GROUPS: constexpr, ZEROS: constexpr, ESCAPE: constexpr,
+    FULL: constexpr, WIDTH: constexpr, P: constexpr, BM: constexpr,
+):  # fmt: skip
+    """Returns total + the products of one record of each warp: `record` (P,); `own` (P * BM,) by rows of x."""
+    like: constexpr = x.dtype.element_ty
+    n = tl.minimum(block * 16 + tl.arange(0, 16), N - 1)[None, :]
+    rows = tl.minimum(block * 16 + tl.arange(0, 8)[None, :, None] + 8 * tl.arange(0, 2)[None, None, :], N - 1)
+    rows = rows.broadcast_to(P, 8, 2)
+    k, last = own * 128, (K - 1) // 128
+    inputs = (
         load_inputs(x, m, k, M, K, P, BM, FULL, WIDTH), load_inputs(x, m, k + 32, M, K, P, BM, FULL, WIDTH),
         load_inputs(x, m, k + 64, M, K, P, BM, FULL, WIDTH), load_inputs(x, m, k + 96, M, K, P, BM, FULL, WIDTH),
     )  # fmt: skip
-
-
-@jit
-def load_scales(
-    zero, scale, block, record, N, K, stride, P: constexpr, GROUP: constexpr, GROUPS: constexpr, STORED: constexpr
-):
-    """Scales (P, 16) and zero points (P, 8, 2), as they are stored, for a record of each warp, or of the last."""
-    if GROUPS != RECORDS:
-        return 0, 0
-    else:
-        group = tl.minimum(record, (K - 1) // 128)[:, None] * 128 // GROUP
-        n = tl.minimum(block * 16 + tl.arange(0, 16), N - 1)[None, :]
-        factor = tl.load(scale + n * stride + group)
-        if STORED:
-            return factor, tl.load(zero + rows_of(block, N, P) * stride + group[:, :, None])
-        else:
-            return factor, 0
-
-
-@jit
-def rows_of(block, N, P: constexpr):
-    """Rows 8a + g of a block, (P, 8, 2) by g and a."""
-    rows = tl.minimum(block * 16 + tl.arange(0, 8)[None, :, None] + 8 * tl.arange(0, 2)[None, None, :], N - 1)
-    return rows.broadcast_to(P, 8, 2)
-
-
-@jit
-def add_record(
-    total, inputs, planes, scales, zeros, tables, table, begins, zero, scale, block, record, N, K, G, stride,
-    like: constexpr, GROUP: constexpr, MODE: constexpr, BITS: constexpr, GROUPS: constexpr, ZEROS: constexpr,
-    ESCAPE: constexpr, WIDTH: constexpr, P: constexpr, BM: constexpr,
-):  # fmt: skip
-    """Returns total + the products of one record of each warp, `record` (P,)."""
-    exact: constexpr = tl.float16 if like == tl.float32 else like
-    n = tl.minimum(block * 16 + tl.arange(0, 16), N - 1)[None, :]
-    at = tl.minimum(record, (K - 1) // 128)[:, None] * 128
+    at = tl.minimum(record, last)[:, None] * 128
     part = total if GROUPS <= EACH else tl.zeros((P, 16, BM), tl.float32)
-    if GROUPS == RECORDS and MODE == STEPS and ZEROS:
-        zeros = negative_zero(scales[1], exact, P, BITS)
+    if GROUPS == RECORDS:
+        factor = tl.load(scale + n * stride + at // GROUP).to(tl.float32)
+        zeros = load_zeros(zero, rows, (at // GROUP)[:, :, None], stride, P, MODE, BITS, like, ZEROS)
     for v in tl.static_range(2):
         for w in tl.static_range(2):
             g = tl.minimum((at + (64 * v + 32 * w)) // GROUP, G - 1)
             if GROUPS == SLABS:
-                zeros = load_zeros(zero, rows_of(block, N, P), g[:, :, None], stride, P, MODE, BITS, like, ZEROS)
+                zeros = load_zeros(zero, rows, g[:, :, None], stride, P, MODE, BITS, like, ZEROS)
             one, two = slab(planes, v, w, zeros, tables, table, begins, like, MODE, BITS, ESCAPE)
             a = fragment(one, two, P, WIDTH)
             if GROUPS == EACH:
@@ -176,7 +133,7 @@ def add_record(
                 total += part * tl.load(scale + n * stride + g).to(tl.float32)[:, :, None]
                 part = tl.zeros((P, 16, BM), tl.float32)
     if GROUPS == RECORDS:
-        total += part * scales[0].to(tl.float32)[:, :, None]
+        total += part * factor[:, :, None]
     elif GROUPS != SLABS:
         total = part
     return total
@@ -186,8 +143,7 @@ def add_record(
 def narrow(
     x, words, tables, table, first, zero, scale, y, M, N, K, G, stride,
     GROUP: constexpr, MODE: constexpr, BITS: constexpr, GROUPS: constexpr, ZEROS: constexpr, SHARED: constexpr,
-    ESCAPE: constexpr,
-    FULL: constexpr, WIDTH: constexpr, P: constexpr, BM: constexpr, AHEAD: constexpr, XAHEAD: constexpr, EARLY: constexpr,
+    ESCAPE: constexpr, FULL: constexpr, WIDTH: constexpr, P: constexpr, BM: constexpr, AHEAD: constexpr,
 ):  # fmt: skip
     """(M, K) -> (M, N); programs by blocks of 16 rows of the weight, and of `BM` rows of the input.
 
@@ -196,10 +152,11 @@ def narrow(
     """
     like: constexpr = x.dtype.element_ty
     nibbles: constexpr = MODE > STEPS and MODE < GATHER
-    stored: constexpr = MODE == STEPS and ZEROS
     size: constexpr = 64 * BITS
     block, record = tl.program_id(0), tl.arange(0, P)
     last = (K - 1) // 128
+    rows = tl.minimum(block * 16 + tl.arange(0, 8)[None, :, None] + 8 * tl.arange(0, 2)[None, None, :], N - 1)
+    rows = rows.broadcast_to(P, 8, 2)
     # Rows of the input as warps hold them: eight at once, the next record's, and so on; then the next eight.
     inner = tl.arange(0, P * BM)
     m, own = tl.program_id(1) * BM + inner // (8 * P) * 8 + inner % 8, inner // 8 % P
@@ -208,33 +165,18 @@ def narrow(
     next_planes = planes
     if AHEAD == 2:
         next_planes = load_record(words + tl.minimum(P + record, last) * size, P, BITS, nibbles)
-    scales = load_scales(zero, scale, block, record, N, K, stride, P, GROUP, GROUPS, stored)
-    rows = rows_of(block, N, P)
     looked_up = load_tables(tables, first, rows, P, MODE, like, SHARED)
     begins = begin_tables(first, rows, P, MODE, BITS, like, SHARED)
     zeros = load_zeros(zero, rows, 0, stride, P, MODE, BITS, like, ZEROS and GROUPS == ONE)
     total = tl.zeros((P, 16, BM), tl.float32)
-    if EARLY and not SPELLED:
-        tl.extra.cuda.gdc_wait()
-    inputs = load_four(x, m, own, M, K, P, BM, FULL, WIDTH)
     for start in range(0, last + 1, P):
         ahead = load_record(words + tl.minimum(start + AHEAD * P + record, last) * size, P, BITS, nibbles)
-        next_scales = load_scales(zero, scale, block, start + P + record, N, K, stride, P, GROUP, GROUPS, stored)
-        if XAHEAD:
-            next_inputs = load_four(x, m, start + P + own, M, K, P, BM, FULL, WIDTH)
-        else:
-            inputs = load_four(x, m, start + own, M, K, P, BM, FULL, WIDTH)
         total = add_record(
-            total, inputs, planes, scales, zeros, looked_up, table, begins, zero, scale, block, start + record, N, K, G,
-            stride, like, GROUP, MODE, BITS, GROUPS, ZEROS, ESCAPE, WIDTH, P, BM,
+            total, x, table, zero, scale, planes, zeros, looked_up, begins, block, start + record, m, start + own,
+            M, N, K, G, stride, GROUP, MODE, BITS, GROUPS, ZEROS, ESCAPE, FULL, WIDTH, P, BM,
         )  # fmt: skip
-        scales = next_scales
         planes = next_planes if AHEAD == 2 else ahead
         next_planes = ahead
-        if XAHEAD:
-            inputs = next_inputs
-    if EARLY and not SPELLED:
-        tl.extra.cuda.gdc_launch_dependents()
     found = tl.sum(total, 0)
     n, top = block * 16 + tl.arange(0, 16)[:, None], tl.program_id(1) * BM + tl.arange(0, BM)[None, :]
     if GROUPS == ONE:
@@ -276,12 +218,13 @@ def wide(
             for v in tl.static_range(2):
                 for w in tl.static_range(2):
                     k = at * 128 + (64 * v + 32 * w)
-                    zeros = load_zeros(zero, rows, k // GROUP, stride, P, MODE, BITS, like, ZEROS)
+                    g = tl.minimum(k // GROUP, G - 1)  # beyond the last column the input is zero
+                    zeros = load_zeros(zero, rows, g, stride, P, MODE, BITS, like, ZEROS)
                     one, two = slab(planes, v, w, zeros, looked_up, table, begins, like, MODE, BITS, ESCAPE)
                     a = fragment(one, two, P, 2).reshape(16 * P, 32)
                     b = tl.load(x + m + (k + tl.arange(0, 32))[None, :])
                     part = product(a, tl.trans(b), tl.zeros((16 * P, BM), tl.float32))
-                    total += part * tl.load(scale + n * stride + k // GROUP).to(tl.float32)[:, None]
+                    total += part * tl.load(scale + n * stride + g).to(tl.float32)[:, None]
         else:
             b = tl.trans(tl.load(x + m + (at * 128 + tl.arange(0, 128))[None, :]))
             a = whole_record(planes, zeros, looked_up, table, begins, P, like, MODE, BITS, ESCAPE)

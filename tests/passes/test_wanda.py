@@ -13,6 +13,7 @@ from compress.errors import SolveError
 from compress.passes import Magnitude, Override, Wanda
 from compress.passes.base import Edit, Target
 from compress.passes.prune import refit
+from compress.passes.prune.selection import keep_pattern
 from compress.passes.prune.wanda import TOLERANCE
 
 ROWS, COLUMNS = 16, 96
@@ -294,3 +295,13 @@ def test_some_layers_may_do_without_the_update_that_the_others_get() -> None:
     pass_ = Wanda(update="exact", damping=0.1, overrides=(Override("*.down_proj", {"update": "none"}),))
     assert errors_in(pass_) == []
     assert errors_in(Wanda(damping=0.1, overrides=(Override("*", {"update": "obs"}),))) == []
+
+
+@pytest.mark.parametrize("of", [2, 4, 8, 16, 32])
+def test_neighbours_that_are_compared_are_chosen_as_if_they_were_sorted(of: int) -> None:
+    scores = torch.randn(7, 64, generator=torch.Generator().manual_seed(of)).round(decimals=1)  # many equal
+    scores[scores < -1] = -torch.inf  # gone already
+    for keep in range(1, of):
+        order = torch.argsort(scores.view(-1, of), dim=1, stable=True)
+        expected = torch.ones(7 * 64 // of, of, dtype=torch.bool).scatter_(1, order[:, : of - keep], False)
+        assert torch.equal(keep_pattern(scores, keep, of), expected.view(7, 64))

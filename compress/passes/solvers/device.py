@@ -40,7 +40,9 @@ def fused(made: Callable[P, R]) -> Callable[P, R]:
             try:
                 result: R = _compiled(made)(*args, **kwargs)
                 return result
-            except torch._dynamo.exc.TorchDynamoException:  # no compiler for the host, or a device it does not know
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # of the compiler: there is none for the host, or it does not know the device
                 _FAILED.add(made)
         return made(*args, **kwargs)
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from compress.calibration.precision import products
+from compress.calibration.precision import must_round, products
 from compress.errors import SolveError
 from compress.lazy import torch
 from compress.passes.solvers.device import has_kernels
@@ -120,21 +120,24 @@ def compensate(
     columns = weight.shape[1]
     tile, chunk = _aligned(tile, every), _aligned(CHUNK, every)
     lost = _in_order(weight, factor.order)  # columns that are not projected yet are here as they were given
+    rounded = torch.empty(lost.shape, dtype=torch.bfloat16) if must_round(lost) else None  # what is lost, once more
     room = torch.empty(3, tile, weight.shape[0])  # the same for every tile: what is freed and asked for again adds up
     for a in range(0, columns, tile):
         part = slice(a, min(a + tile, columns))
         if begin and every > tile and a % every == 0:
             wide = slice(a, min(a + every, columns))
-            begin(a, _current(lost, factor, wide, _inverse(factor, wide), torch.empty_like(lost[wide])).T)
+            begin(a, _current(lost, rounded, factor, wide, _inverse(factor, wide), torch.empty_like(lost[wide])).T)
         now, errors, chosen = room[:, : part.stop - a]
         inverse = _inverse(factor, part)
-        _current(lost, factor, part, inverse, now)
+        _current(lost, rounded, factor, part, inverse, now)
         inner = begin if begin and every <= tile else None
         tile_of = project.tile(part, chosen) if isinstance(project, Rounding | Keeping) else _Called(project, a, chosen)
         with products("float32"):  # rounding the factors of these small products would take longer than it saves
             _project(inverse, now, errors, chosen, chunk, every, inner and partial(_shifted, inner, a), tile_of)
         tile_of.finish()
         lost[part] -= chosen
+        if rounded is not None:
+            rounded[part] = lost[part]
     return lost.T
 
 
@@ -209,17 +212,23 @@ def _in_order(weight: Tensor, order: Tensor) -> Tensor:
     return found
 
 
-def _current(given: Tensor, factor: Factor, part: slice, inverse: Tensor, now: Tensor) -> Tensor:
+def _current(
+    given: Tensor, rounded: Tensor | None, factor: Factor, part: slice, inverse: Tensor, now: Tensor
+) -> Tensor:
     """Into `now` (t, O), columns as they stand after everything before them has been compensated.
 
-    `given` (I, O) is what was lost in the columns before, and the columns as they were from there on.
+    `given` (I, O) is what was lost in the columns before, and the columns as they were from there on; `rounded` the
+    same as bfloat16, where products are to be of that.
     """
     now.copy_(given[part])
     for start in range(0, part.start, REACH):  # of few different shapes: matrix libraries keep something for each
         rows = slice(start, min(start + REACH, part.start))
         with products("float32"):
             spread = factor.block(rows, part) @ inverse
-        now.addmm_(spread.T, given[rows])
+        if rounded is None:
+            now.addmm_(spread.T, given[rows])
+        else:
+            now += spread.bfloat16().T @ rounded[rows]
     return now
 
 
