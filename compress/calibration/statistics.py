@@ -117,7 +117,8 @@ class Statistics:
         if self._sum is None:
             return None
         if self._gram is None:
-            panels, self._panels = self._opened(), []
+            wide, self._panels = self._opened(), []
+            panels = [wide.pop(0).float() for _ in self._starts()]  # half as much, before there is a whole matrix
             self._gram = torch.empty(self.width, self.width, device=self._squares.device)
             for a in self._starts():
                 panel, b = panels.pop(0), a + self._step  # its memory is free before the rest is filled in
