@@ -8,12 +8,14 @@ with a tiny model, to see that it runs. Prints one table, and keeps it in result
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -81,15 +83,19 @@ def tokens_of(size: Size) -> Tensor:
     return torch.randint(size.vocabulary, (size.samples, size.length), generator=torch.Generator().manual_seed(1))
 
 
+def group_of(size: Size) -> int:
+    return 32 if size is SMOKE else 128
+
+
 def passes(size: Size) -> dict[str, tuple[Pass, int]]:
     """Name -> a pass, and on how many blocks it is measured at most."""
     return {
-        "rtn": (compress.Rtn(bits=4, group_size=32 if size is SMOKE else 128), 4),
+        "rtn": (compress.Rtn(bits=4, group_size=group_of(size)), 4),
         "wanda": (compress.Wanda(sparsity=0.5), 4),
-        "gptq": (compress.Gptq(bits=4, group_size=32 if size is SMOKE else 128), 4),
+        "gptq": (compress.Gptq(bits=4, group_size=group_of(size)), 4),
         "sparsegpt": (compress.SparseGpt(sparsity="2:4"), 4),
         "flexround": (
-            compress.FlexRound(bits=4, group_size=32 if size is SMOKE else 128, steps=size.steps, batch_size=8), 1,
+            compress.FlexRound(bits=4, group_size=group_of(size), steps=size.steps, batch_size=8), 1,
         ),
     }  # fmt: skip
 
@@ -125,28 +131,51 @@ def passes_in_memory(size: Size, most: int, device: torch.device) -> Iterator[Ro
         del model
 
 
+def the_same_twice(size: Size, most: int, device: torch.device) -> Iterator[Row]:
+    """Whether passes make the same bits when they are repeated, on one block."""
+    for name in ("gptq", "sparsegpt", "flexround"):
+        pass_, _ = passes(size)[name]
+        if name == "flexround":
+            pass_ = replace(pass_, steps=min(10, size.steps))
+        made = []
+        for _ in range(2):
+            model = model_of(size, 1, device)
+            made.append(compress.apply(model, [pass_], tokens_of(size)[:8], inplace=True).weights)
+            del model
+        same = all(torch.equal(made[0][site].dequantize(), weight.dequantize()) for site, weight in made[1].items())
+        yield Row(f"{name}: the same bits twice", float(same), "1 = yes")
+
+
 def run_from_disk(size: Size, most: int, device: torch.device) -> Iterator[Row]:
-    """`compress.run` of gptq, a block on the device at a time, within LIMIT of its memory; twice, to the same bits."""
+    """`compress.run` of gptq, a block on the device at a time, within LIMIT of its memory."""
     limits = {"device": LIMIT} if device.type == "cuda" else {}
     with tempfile.TemporaryDirectory() as folder:
-        model_of(size, most, torch.device("cpu") if size is SMOKE else device).to("cpu").save_pretrained(
-            f"{folder}/model"
-        )
-        group = 32 if size is SMOKE else 128
-        steps = {"passes": [{"gptq": {"bits": 4, "group_size": group}}], "device": device.type, "max_memory": limits}
-        for attempt in ("first", "second"):
-            out = Path(folder, attempt)
-            work = partial(compress.run, steps, f"{folder}/model", out, calibration=tokens_of(size))
-            seconds, memory = timed(device, work)
-            yield Row(f"run: gptq from disk, {attempt} time, per block", seconds / most, "s", memory, f"{most} blocks")
-        files = [*Path(folder, "first").glob("*.safetensors")]
-        same = all(file.read_bytes() == Path(folder, "second", file.name).read_bytes() for file in files)
-        yield Row("run: the same bits twice", float(same), "1 = yes")
+        model_of(size, most, device).to("cpu").save_pretrained(f"{folder}/model")
+        steps = {
+            "passes": [{"gptq": {"bits": 4, "group_size": group_of(size)}}],
+            "device": device.type,
+            "max_memory": limits,
+        }
+        work = partial(compress.run, steps, f"{folder}/model", f"{folder}/out", calibration=tokens_of(size))
+        seconds, memory = timed(device, work)
+        report = json.loads(Path(folder, "out", "report.json").read_text())
+        yield Row("run: gptq from disk, all of it", seconds, "s", memory, f"{most} blocks, at most {LIMIT}")
+        yield Row("run: gptq from disk, the pass, per block", report["rows"][-1]["seconds"] / most, "s")
+
+
+def kernels(size: Size, most: int, device: torch.device) -> Iterator[Row]:
+    """Packed layers as they are after loading: see gpu_kernels.py, which prints a table of its own."""
+    smoke = ["--smoke"] if device.type == "cpu" else []
+    environment = {**os.environ, **({"TRITON_INTERPRET": "1"} if smoke else {})}
+    command = [sys.executable, str(ROOT / "gpu_kernels.py"), *smoke, "--seconds", "90"]
+    yield Row("kernels", float(subprocess.run(command, env=environment, check=False).returncode), "0 = ran")
 
 
 PARTS: dict[str, Callable[[Size, int, torch.device], Iterator[Row]]] = {
     "passes": passes_in_memory,
+    "repeats": the_same_twice,
     "disk": run_from_disk,
+    "kernels": kernels,
 }
 
 

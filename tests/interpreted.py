@@ -7,7 +7,7 @@ import torch
 from runtime_layers import ENCODINGS, layer, off, weight
 
 from compress.encodings import unpack
-from compress.runtime import triton_decode
+from compress.runtime import triton_jit
 from compress.runtime.lookup import GpuLookup
 
 WIDE, NARROW = (torch.float16, 20), (torch.bfloat16, 3)
@@ -26,7 +26,7 @@ CASES = {
 
 
 def main(names: list[str]) -> None:
-    if not triton_decode.AVAILABLE:
+    if not triton_jit.AVAILABLE:
         print("null")
         return
     found: dict[str, dict[str, float | None]] = {}

@@ -163,11 +163,11 @@ def test_a_word_that_is_no_utf_8_is_refused(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["compress", "check", os.fsdecode(b"\xff.yaml")])
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
-    assert cli.guarded(cli._command) == 2
+    assert cli.guarded(lambda: cli._command(Interrupts(heard=()))) == 2
     assert "'\\udcff.yaml' is not UTF-8" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["compress", "check", "ü.yaml".encode().decode("ascii", "surrogateescape")])
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
-    assert cli.guarded(cli._command) == 2
+    assert cli.guarded(lambda: cli._command(Interrupts(heard=()))) == 2
     assert "'\\xfc.yaml' cannot be a name where the system's encoding is not UTF-8" in capsys.readouterr().err
 
 

@@ -6,18 +6,22 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from commands import compress_command, write_pipeline
+from elsewhere import elsewhere
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import compress
 from compress.api import run as running
 from compress.calibration.data import Dataset
+from compress.calibration.in_one_order import InOneOrder
 from compress.config.reading import parse
+from compress.encodings.counting import sums_by_number
 from compress.engine.devices import Devices, devices_of
 from compress.engine.ledger import MemoryLedger
 from compress.engine.placement import Context
@@ -147,7 +151,7 @@ def test_blocks_that_are_read_ahead_are_those_of_the_model(
     }
     compress.run(steps, tiny_folder, tmp_path / "plain", calibration=tokens, evaluation=tokens)
     taken: list[str] = []
-    make, take = running._context, ReadAhead.take
+    make, take = running._Work.context, ReadAhead.take
 
     def ahead(*given: Any) -> Context:
         return replace(make(*given), ahead=ReadAhead(torch.device("cpu")))
@@ -157,13 +161,59 @@ def test_blocks_that_are_read_ahead_are_those_of_the_model(
         taken.extend([name] if found is not None else [])
         return found
 
-    monkeypatch.setattr(running, "_context", ahead)
+    monkeypatch.setattr(running._Work, "context", ahead)
     monkeypatch.setattr(ReadAhead, "take", noted)
     compress.run(steps, tiny_folder, tmp_path / "ahead", calibration=tokens, evaluation=tokens)
     assert "model.layers.1.self_attn.q_proj.weight" in taken
     files = [*(tmp_path / "plain").glob("*.safetensors")]
     assert files
     assert all((tmp_path / "ahead" / file.name).read_bytes() == file.read_bytes() for file in files)
+
+
+# --- the same bits every time -----------------------------------------------------------------------------------------
+
+
+def test_an_operation_without_a_fixed_order_is_said_once_and_done_in_the_usual_mode(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    learned: Any = SimpleNamespace(device=torch.device("cuda"), grad=None)
+    modes: list[int] = []
+
+    def compute() -> Tensor:
+        modes.append(torch.get_deterministic_debug_mode())
+        if modes[-1] == 2:
+            learned.grad = "half of it"
+            raise RuntimeError("pooling does not have a deterministic implementation, but you set a flag. Turn it off")
+        assert learned.grad is None
+        return torch.ones(())
+
+    ordered = InOneOrder()
+    with caplog.at_level(logging.WARNING, logger="compress"):
+        assert [float(ordered(compute, [learned])) for _ in range(2)] == [1, 1]
+    assert modes == [2, 0, 0]
+    said = "gradients are not the same to the bit when this is repeated: pooling does not have a deterministic"
+    assert [r.message for r in caplog.records] == [f"{said} implementation"]
+
+
+def test_other_errors_while_learning_stay_what_they_are() -> None:
+    learned: Any = SimpleNamespace(device=torch.device("cuda"), grad=None)
+
+    def compute() -> Tensor:
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        InOneOrder()(compute, [learned])
+    assert torch.get_deterministic_debug_mode() == 0
+
+
+@pytest.mark.parametrize("count", [5, 64, 100])
+def test_sums_by_number_are_the_same_where_they_are_taken(count: int) -> None:
+    numbers = torch.randint(count, (1000,), generator=torch.Generator().manual_seed(0))
+    values = torch.randint(9, (1000,), generator=torch.Generator().manual_seed(1)).double()
+    expected = torch.stack([values[numbers == k].sum() for k in range(count)])
+    assert torch.equal(sums_by_number(numbers, values, count), expected)
+    with elsewhere() as device, device:
+        assert torch.equal(sums_by_number(numbers.to(device), values.to(device), count).cpu(), expected)
 
 
 # --- no room ---------------------------------------------------------------------------------------------------------

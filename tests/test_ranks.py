@@ -190,7 +190,8 @@ def test_one_process_and_two_agree_nearly_where_weights_are_learned(done: dict[s
     assert run(place, ["run", "learned.yaml", "model", "-o", "out"], 1) == [0]
     alone, together = perplexities(place / "out"), perplexities(done["learned"])
     assert together[:3] == pytest.approx(alone[:3], rel=1e-5), "before anything is learned"
-    assert together == pytest.approx(alone, rel=1e-2)
+    # Adam makes more of the last digit, and a random model much of a few codes; tests/test_reconstruct.py is exact.
+    assert together == pytest.approx(alone, rel=5e-2)
 
 
 def test_merges_have_the_same_bytes_however_many_processes_make_them(done: dict[str, Path], place: Path) -> None:
@@ -278,6 +279,13 @@ def test_a_mistake_is_said_once(place: Path, words: list[str], facts: dict[str, 
     assert said_by_both(place).count(said) == 1
     assert said_by_both(place).count("error") == 1
     assert not (place / "out.work").exists()
+
+
+def test_only_what_is_shared_waits_for_other_processes() -> None:
+    for words in (["run", "p.yaml", "m", "-o", "o"], ["-q", "run", "p.yaml"], ["eval", "out", "--json"]):
+        assert ranks.are_shared(words)
+    for words in ([], ["list"], ["--help"], ["run", "--help"], ["eval", "-h"], ["export", "run", "--to", "hf"]):
+        assert not ranks.are_shared(words)
 
 
 def test_what_stands_in_the_environment_is_understood_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:

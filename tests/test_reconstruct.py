@@ -1,7 +1,9 @@
 """The reconstruction loop: what it feeds, what it measures, what it keeps."""
 
 import math
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -22,6 +24,7 @@ from compress.calibration.reconstruct import (
     by_block,
     by_layer,
 )
+from compress.calibration.shares import Shares
 from compress.calibration.training import Label, Learner, Loop, Outcome, TrainingStore
 from compress.errors import SolveError
 
@@ -121,6 +124,41 @@ def learn(
 def start(made: Linear, seed: int = 9) -> Tensor:
     """Weights somewhat beside the original ones."""
     return made.original + 0.3 * weight(ROWS, WIDTH, seed)
+
+
+# --- shared by several ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["compressed", "mix"])
+def test_those_who_share_the_samples_learn_what_one_does_and_all_the_same(kind: Inputs) -> None:
+    """Three threads stand for three processes; the second holds one sample, so that it has none in most steps."""
+    whole, counts = block(), (11, 1, 8)
+    alone = Plain(start(whole))
+    wanted = learn(whole, alone, kind=kind)
+    waiting, given = threading.Barrier(3), {}
+
+    def shared(rank: int) -> tuple[Outcome, Tensor]:
+        def add(tensors: Sequence[Tensor]) -> None:
+            given[rank] = [t.clone() for t in tensors]
+            waiting.wait(60)
+            for i, tensor in enumerate(tensors):
+                tensor.copy_(given[0][i] + given[1][i] + given[2][i])
+            waiting.wait(60)
+
+        first = sum(counts[:rank])
+        rows = slice(first, first + counts[rank])
+        held = [HiddenSamples([v[rows]]) for v in (whole.x, whole.x_original, whole.x_original @ whole.original.T)]
+        data = BlockData(lambda w, hidden, _: hidden @ w["a"].T, *held, Shares(rank, 3, add, counts))
+        learned = Plain(start(whole))
+        return learn(replace(whole, data=data), learned, kind=kind), learned.weight.detach()
+
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(shared, range(3)))
+    for outcome, learned in found:
+        assert outcome == found[0][0]
+        assert torch.equal(learned, found[0][1])
+        assert outcome.best == pytest.approx(wanted.best, rel=1e-3)
+        assert torch.allclose(learned, alone.weight, atol=1e-3)
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------

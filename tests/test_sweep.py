@@ -9,12 +9,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from wirings import WIDTH, Block, Model, SkipInside, SkipOutside
 
 import compress
 from compress.calibration import collect
 from compress.calibration.statistics import Need, Statistics
+from compress.calibration.wiring import kinds_of_calls
 from compress.checkpoint.opening import open_model
 from compress.checkpoint.sources import ModuleSource
 from compress.config.reading import load_pipeline
@@ -82,9 +92,8 @@ def assert_same_as_plain(result: compress.Result, expected: dict[str, tuple[Edit
 
 def is_chain(model: nn.Module, batch: Tensor) -> bool:
     graph = graphs.find(model)
-    blocks = [model.get_submodule(name) for name in graph.blocks]
     with torch.no_grad():
-        return collect.is_chain(lambda: forward(graph, batch), blocks)
+        return kinds_of_calls(lambda: forward(graph, batch), model, graph.blocks) is not None
 
 
 # --- models whose blocks are wired in different ways ------------------------------------------------------------------
@@ -142,6 +151,31 @@ class CalledDifferently(Model):
         return x
 
 
+class CalledByWhatWasMade(Model):
+    """What a block is given beside its hidden states depends on what the blocks before it made."""
+
+    block = Scaled
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x, 1.0 + float(x.abs().mean()))
+        return x
+
+
+class CalledByWhatArrives(Model):
+    """What the blocks are given differs from block to block, and from batch to batch."""
+
+    block = Scaled
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = float(x.abs().mean())
+        x = self.embed(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, first + i)
+        return x
+
+
 class ByKeyword(Model):
     """Hidden states arrive under a name of the model's own."""
 
@@ -171,6 +205,8 @@ WIRINGS = [
     SkipInside,
     ChangedInPlace,
     CalledDifferently,
+    CalledByWhatArrives,
+    CalledByWhatWasMade,
     TwiceThrough,
     FirstTwice,
 ]
@@ -220,7 +256,9 @@ def test_blocks_that_run_in_another_order_than_they_are_listed_still_give_finite
         (Backwards, False),
         (TwiceThrough, False),
         (FirstTwice, False),
-        (CalledDifferently, False),
+        (CalledDifferently, True),
+        (CalledByWhatArrives, True),
+        (CalledByWhatWasMade, False),
     ],
     ids=lambda c: getattr(c, "__name__", str(c)),
 )
@@ -555,14 +593,14 @@ def test_a_model_streamed_from_disk_gives_the_weights_of_one_in_memory(
         assert torch.equal(streamed.get_submodule(name).dequantize(), weight.dequantize()), name
 
 
-def test_streaming_is_right_too_where_blocks_cannot_be_chained(tmp_path: Path, tokens: Tensor) -> None:
+def test_streaming_is_right_too_where_blocks_are_called_differently(tmp_path: Path, tokens: Tensor) -> None:
     torch.manual_seed(4)
     config = Gemma2Config(
         vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
         num_key_value_heads=2, max_position_embeddings=128, sliding_window=8,
     )  # fmt: skip
     model = Gemma2ForCausalLM(config).eval()
-    assert not is_chain(model, tokens)  # every other block attends through a window and is given another mask
+    assert is_chain(model, tokens)  # every other block attends through a window, and is given another mask
     model.save_pretrained(tmp_path / "model")
     pipeline = {"calibration": {"source": "demo"}, "passes": [{"gptq": {"bits": 3}}], "products": "float32"}
     compress.run(pipeline, tmp_path / "model", tmp_path / "out", calibration=tokens)
@@ -572,6 +610,51 @@ def test_streaming_is_right_too_where_blocks_cannot_be_chained(tmp_path: Path, t
         assert torch.equal(streamed.get_submodule(name).dequantize(), weight.dequantize()), name
     blocks = ["model.layers.0", "model.layers.1"]
     assert_same_as_plain(resident, plain(model, blocks, Gptq(bits=3), lambda: model(tokens)))
+
+
+def runs_of_blocks(model: PreTrainedModel, tokens: Tensor, passes: list[compress.passes.Pass]) -> int:
+    """How often blocks run while passes work on a model."""
+    count = 0
+
+    def counted(*_: object) -> None:
+        nonlocal count
+        count += 1
+
+    handles = [block.register_forward_pre_hook(counted) for block in model.model.layers]  # type: ignore[union-attr]
+    compress.apply(model, passes, calibration=tokens, inplace=True)
+    for handle in handles:
+        handle.remove()
+    return count
+
+
+GEMMA: dict[str, Any] = {
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "sliding_window": 8,
+}  # fmt: skip
+
+
+def test_blocks_of_several_kinds_run_hardly_more_often_than_those_of_one(
+    llama_maker: Callable[..., LlamaForCausalLM], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.engine.stage.CALIBRATED_AT_ONCE", tokens.shape[1])  # a batch for each sample
+    gemma = Gemma3ForCausalLM(Gemma3TextConfig(num_hidden_layers=12, **GEMMA)).eval()
+    assert len(set(gemma.config.layer_types)) == 2
+    llama = llama_maker(num_hidden_layers=12)
+    passes: list[compress.passes.Pass] = [Gptq(bits=4)]
+    assert runs_of_blocks(gemma, tokens, passes) <= 1.1 * runs_of_blocks(llama, tokens, passes)
+
+
+def test_blocks_of_several_kinds_are_learned_one_by_one(tokens: Tensor) -> None:
+    torch.manual_seed(4)
+    model = Gemma2ForCausalLM(Gemma2Config(num_hidden_layers=2, **GEMMA)).eval()
+    with torch.no_grad():
+        before = model(tokens).logits
+    found = {}
+    for pass_ in (Rtn(bits=3), compress.FlexRound(bits=3, steps=60)):
+        made = compress.apply(model, [pass_], calibration=tokens).model
+        with torch.no_grad():
+            found[pass_.key] = float((made(tokens).logits - before).square().mean())
+    assert found["flexround"] < 0.7 * found["rtn"]
 
 
 def test_a_streamed_model_is_out_of_memory_again_afterwards(tiny_folder: Path, tokens: Tensor) -> None:

@@ -49,6 +49,7 @@ def refuse_differing(executor: Executor, facts: Mapping[str, Any]) -> None:
         **facts,
         "version of compress or torch": [version(), torch.__version__],
         "number of threads": torch.get_num_threads(),
+        "kind of processor": torch.backends.cpu.get_cpu_capability(),  # which decides how sums are rounded
     }
     first, *others = executor.gathered({name: key_of(value) for name, value in own.items()})
     for rank, other in enumerate(others, start=1):

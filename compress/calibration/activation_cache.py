@@ -14,7 +14,7 @@ from compress.io.heap import give_back
 from compress.lazy import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -29,28 +29,35 @@ class Activations:
     """The hidden states every calibration batch arrives with at the block that comes next, and how it is called."""
 
     def __init__(
-        self, arrivals: Iterable[tuple[Tensor, Call]], trim: bool, store: torch.device, room: int | None = None
+        self,
+        arrivals: Iterable[tuple[Tensor, Mapping[int, Call]]],
+        trim: bool,
+        store: torch.device,
+        room: int | None = None,
+        kinds: Sequence[int] = (0,),
     ):
         """Takes what arrives.
 
         Args:
-            arrivals: the hidden states of each batch, and how the block is called.
+            arrivals: the hidden states of each batch, and how each kind of block is called with it.
             trim: give freed memory back after every batch.
             store: where hidden states wait.
             room: bytes of them that memory takes; what is beyond lies in files. None is LARGEST_BUFFER.
+            kinds: of the blocks that they are going to run through.
         """
+        self.kinds = kinds
         self.trim, self.store = trim, store
         self.room = LARGEST_BUFFER if room is None else room
         self.compute = store  # where they arrive
-        self.calls: list[Call] = []
+        self.calls: list[Mapping[int, Call]] = []
         self.hidden: list[Tensor] = []
         self._mapped: set[int] = set()  # batches beyond LARGEST_BUFFER
         self._own: dict[int, Tensor] = {}  # their buffers
-        self._calls_for: dict[int, Call] = {}
+        self._calls_for: dict[tuple[int, int], Call] = {}
         size = 0
-        for hidden, call in arrivals:
+        for hidden, calls in arrivals:
             self.compute = hidden.device
-            self.calls.append(call)
+            self.calls.append(calls)
             self.hidden.append(hidden)
             size += hidden.nbytes
             number = len(self.hidden) - 1
@@ -62,18 +69,28 @@ class Activations:
 
     def copy(self) -> Activations:
         """A copy with the same hidden states, independent from here on."""
-        other = Activations((), self.trim, self.store, self.room)
+        other = Activations((), self.trim, self.store, self.room, self.kinds)
         other.compute = self.compute
         other.calls, other.hidden, other._mapped = self.calls, list(self.hidden), self._mapped
         for number in self._own:  # the other chain's buffer will be written to
             other.keep(number, self.hidden[number])
         return other
 
-    def forwards(self, block: nn.Module, weights: Weights | None = None) -> Iterator[Callable[[], Tensor]]:
-        """One call per batch that runs a block on what arrives; `weights` replace parameters of the block by name."""
-        for number, call in enumerate(self.calls):
+    def forwards(
+        self, block: nn.Module, weights: Weights | None = None, index: int = 0
+    ) -> Iterator[Callable[[], Tensor]]:
+        """One call per batch that runs a block on what arrives.
+
+        Args:
+            block: to run.
+            weights: in the place of parameters of the block, by name.
+            index: which of the blocks it is.
+        """
+        for number, calls in enumerate(self.calls):
             # Out of pinned memory, the copy and what is computed before it go on side by side.
-            yield partial(call.run, block, self.hidden[number].to(self.compute, non_blocking=True), weights)
+            yield partial(
+                calls[self.kinds[index]].run, block, self.hidden[number].to(self.compute, non_blocking=True), weights
+            )
             if self.trim:
                 give_back()
 
@@ -96,21 +113,24 @@ class Activations:
             torch.cuda.current_stream(self.compute).synchronize()
         return HiddenSamples(self.hidden, self.compute)
 
-    def call_for(self, count: int) -> Call:
-        """How the block is called with any `count` samples. Looked up once: every visit has equal arguments."""
-        if count not in self._calls_for:
-            self._calls_for[count] = self._call_for(count)
-        return self._calls_for[count]
+    def call_for(self, count: int, index: int = 0) -> Call:
+        """How a block is called with any `count` samples. Looked up once: every visit has equal arguments."""
+        key = count, self.kinds[index]
+        if key not in self._calls_for:
+            self._calls_for[key] = self._call_for(*key)
+        return self._calls_for[key]
 
-    def _call_for(self, count: int) -> Call:
+    def _call_for(self, count: int, kind: int) -> Call:
         """Does the work of `call_for`: compares all calls.
 
         Raises:
             UnsupportedModelError: batches are called differently, so samples cannot be mixed.
         """
-        first, size = self.calls[0], len(self.hidden[0])
-        for call, hidden in zip(self.calls, self.hidden, strict=True):
-            if not same_call(first.resized(size, len(hidden)), call):  # the first too: its samples need equal arguments
+        first, size = self.calls[0][kind], len(self.hidden[0])
+        for calls, hidden in zip(self.calls, self.hidden, strict=True):
+            if not same_call(
+                first.resized(size, len(hidden)), calls[kind]
+            ):  # the first too: its samples need equal arguments
                 raise UnsupportedModelError(
                     "the blocks get other arguments from batch to batch, so samples cannot be mixed to learn from "
                     "them; use a method that does not learn by reconstruction, such as gptq"

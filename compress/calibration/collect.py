@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 RoundInputs: TypeAlias = "Callable[[Tensor], Tensor]"
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a forward pass once what was wanted is known."""
 
 
@@ -71,12 +71,12 @@ def arrival(forward: Callable[[], Any], block: nn.Module) -> tuple[Tensor, Call]
     caught: list[tuple[Tensor, Call]] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append(_split_arguments(args, kwargs))
-        raise _Stop
+        caught.append(split_arguments(args, kwargs))
+        raise Stop
 
     handle = block.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)  # before inputs are rounded
     try:
-        with suppress(_Stop):
+        with suppress(Stop):
             forward()
     finally:
         handle.remove()
@@ -85,7 +85,8 @@ def arrival(forward: Callable[[], Any], block: nn.Module) -> tuple[Tensor, Call]
     return caught[0]
 
 
-def _split_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Call]:
+def split_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Call]:
+    """The hidden states of a call, and everything else in it."""
     # A live key/value cache among the arguments would grow at every visit and silently corrupt the calibration.
     clean = {k: v for k, v in kwargs.items() if not _is_cache(v) and k != "hidden_states"}
     hidden = args[0] if args else kwargs.get("hidden_states")
@@ -94,31 +95,6 @@ def _split_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[
 
 def _is_cache(value: Any) -> bool:
     return any(base.__name__ == "Cache" for base in type(value).__mro__)
-
-
-def is_chain(forward: Callable[[], Any], blocks: list[nn.Module]) -> bool:
-    """Whether each block's input is the output of the one before, and all run exactly once with equal arguments.
-
-    Only then may blocks be run one after the other without the model around them.
-    """
-    # A tensor changed in place stays the same object; its version tells.
-    visits: list[tuple[int, Any, Any, Call]] = []
-    outputs: list[tuple[Any, Any]] = []
-
-    def enter(i: int, hidden: Any, call: Call) -> None:
-        visits.append((i, hidden, getattr(hidden, "_version", None), call))
-
-    def leave(_: int, hidden: Any) -> None:
-        outputs.append((hidden, getattr(hidden, "_version", None)))
-
-    _watched(forward, blocks, enter, leave)
-    if [i for i, *_ in visits] != list(range(len(blocks))) or not isinstance(visits[0][1], torch.Tensor):
-        return False
-    fed = all(
-        hidden is output and version == then
-        for (_, hidden, version, _), (output, then) in zip(visits[1:], outputs, strict=False)
-    )
-    return fed and all(same_call(visits[0][3], call) for *_, call in visits[1:])
 
 
 def visits(
@@ -138,22 +114,22 @@ def visits(
         seen.append(i)
         enter(i, hidden)
 
-    _watched(forward, blocks, entered, lambda i, hidden: leave(i, hidden_of(hidden)))
+    watched(forward, blocks, entered, lambda i, hidden: leave(i, hidden_of(hidden)))
     return seen
 
 
-def _watched(
+def watched(
     forward: Callable[[], Any],
     blocks: list[nn.Module],
     enter: Callable[[int, Any, Call], None],
     leave: Callable[[int, Any], None],
 ) -> None:
-    """Run `forward`; each block's number is told with its input and its output."""
+    """Run `forward`; each block's number is told with its input, how it is called, and its output."""
     handles = []
     for i, block in enumerate(blocks):
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], i: int = i) -> None:
-            enter(i, *_split_arguments(args, kwargs))
+            enter(i, *split_arguments(args, kwargs))
 
         def after(_: nn.Module, __: Any, output: Any, i: int = i) -> None:
             leave(i, output[0] if isinstance(output, tuple | list) else output)
@@ -240,7 +216,7 @@ def statistics(
             see(name, args[0] if args else next(iter(kwargs.values())))
             reached[name] += 1
             if once and len(reached) == len(modules):
-                raise _Stop
+                raise Stop
 
         return hook
 
@@ -248,7 +224,7 @@ def statistics(
     try:
         for number, forward in enumerate(forwards):
             reached.clear()
-            with suppress(_Stop):
+            with suppress(Stop):
                 forward()
             once = all(reached[name] == 1 for name in modules) if number == 0 else once
         for name, leader in leaders.items():

@@ -213,6 +213,8 @@ class _ByBlock(_Reconstruction):
         held = self.held.tolist()
         self.trained = torch.tensor([n for n in range(count) if n not in set(held)] or held, device="cpu")
         self.order = torch.empty(0, dtype=torch.long, device="cpu")
+        self.step, self.part = 0, self.order
+        self.mixed: Tensor | None = None
         self.scale = _mean_square(data, self.held, recipe.batch_size)
 
     def error(self) -> float:
@@ -227,12 +229,22 @@ class _ByBlock(_Reconstruction):
         made = self.data.call(weights, self.data.inputs.take(part), part)
         return (made.float() - self.data.outputs.take(part).float()).square().sum()
 
-    def loss(self, weights: Weights) -> Tensor:
+    def gradients(self, step: int) -> Tensor:
+        if step != self.step:  # one that has to be computed again is computed on the same samples
+            self._draw()
+            self.step = step
+        return super().gradients(step)
+
+    def _draw(self) -> None:
+        """Take the next samples, of all processes together."""
         if len(self.order) == 0:
             self.order = self.trained[draw(self.generator, (len(self.trained),), "permutation", self.trained)]
         size = self.recipe.batch_size
-        part, self.order = self.order[:size], self.order[size:]
-        chosen = self._mixed(len(part))
+        self.part, self.order = self.order[:size], self.order[size:]
+        self.mixed = self._mixed(len(self.part))
+
+    def loss(self, weights: Weights) -> Tensor:
+        part, chosen = self.part, self.mixed
         own, places = self.shares.own(part)
         if len(own) == 0:  # other processes hold all of them
             return torch.zeros((), device=self.tensors[0].device)
@@ -241,7 +253,7 @@ class _ByBlock(_Reconstruction):
         return lost * (len(own) / len(part)) / self.scale
 
     def _mixed(self, count: int) -> Tensor | None:
-        """Where the inputs of so many samples are those of the compressed chain, of all processes' samples."""
+        """Where the inputs of so many samples are those of the compressed chain; None where all are of one kind."""
         if self.recipe.inputs != "mix":
             return None
         example = self.data.inputs.example

@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias
 
 from compress.calibration.draws import draw
+from compress.calibration.in_one_order import InOneOrder
 from compress.calibration.shares import ALONE
 from compress.errors import SolveError
 from compress.lazy import torch
@@ -221,7 +222,7 @@ def learn(
     """
     groups = [{"params": ts, "lr": lr, "most": lr} for ts, lr in learner.groups()]
     optimizer = torch.optim.Adam(groups, fused=loop.fused)
-    run = _Run(learner, optimizer)
+    run, ordered, learned = _Run(learner, optimizer), InOneOrder(), [t for ts, _ in learner.groups() for t in ts]
     state = kept.load()
     if state is None:
         run.begin()
@@ -233,7 +234,7 @@ def learn(
             group["lr"] = group["most"] * loop.rate(step)
         looks = step % look == 0 or step == loop.steps
         with torch.enable_grad():
-            run.took(learner.gradients(step))
+            run.took(ordered(partial(learner.gradients, step), learned))
         if (looks or run.at_hand) and not run.finite():
             break  # diverged: what was best stays
         optimizer.step()

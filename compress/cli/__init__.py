@@ -28,7 +28,8 @@ def main() -> None:
 
 def _command(interrupts: Interrupts) -> Any:
     _open_streams()
-    words, here = _words(), ranks.place()
+    words = _words()
+    here = ranks.place() if ranks.are_shared(words) else None
     if here is None:
         return _app(words)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # connections that break are said in our own words

@@ -21,7 +21,7 @@ from compress.cli.interrupts import Stopped
 from compress.errors import PeerError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from compress.cli.interrupts import Interrupts
     from compress.engine.executor import Executor
@@ -46,6 +46,12 @@ class Place:
     rank: int
     world: int
     local: int
+
+
+def are_shared(words: Sequence[str]) -> bool:
+    """Whether a command line is one that several processes share."""
+    first = next((word for word in words if not word.startswith("-")), "")
+    return first in TOGETHER and not {"-h", "--help"} & set(words)
 
 
 def place() -> Place | None:
@@ -85,9 +91,13 @@ def refuse_alone(command: str | None) -> None:
 
     Raises:
         UsageError: says how to start it.
+        SystemExit: process 0 says it.
     """
-    if command not in (None, *TOGETHER) and place() is not None:
-        raise UsageError(f"`compress {command}` is done by one process; start it without torchrun")
+    here = place() if command not in (None, *TOGETHER) else None
+    if here is not None and here.rank:
+        raise SystemExit(2)
+    if here is not None:
+        raise UsageError(f"`compress {command}` is done by one process; start it without torchrun, or unset WORLD_SIZE")
 
 
 def shared(command: Callable[[], Any], here: Place, interrupts: Interrupts) -> Any:

@@ -73,7 +73,9 @@ class View:
 
         def call(weights: Weights, hidden: Tensor, numbers: Tensor) -> Tensor:
             with learning(self.context.products, hidden):
-                return self.chain.call_for(len(numbers)).run(self.block, hidden, self._values({**fixed, **weights}))
+                return self.chain.call_for(len(numbers), self.index).run(
+                    self.block, hidden, self._values({**fixed, **weights})
+                )
 
         samples = self.chain.samples(), self.original.samples(), self.outputs.samples()
         shares = self.context.executor.shares(len(samples[2]))
@@ -93,8 +95,8 @@ class View:
 
     def _part(self, child: str, module: nn.Module, learned: Weights, fixed: Weights) -> BlockData:
         now = self._values({**fixed, **learned})
-        runs = self.chain.forwards(self.block, now)
-        arrivals = (collect.arrival(run, module) for run in runs)
+        runs = self.chain.forwards(self.block, now, self.index)
+        arrivals = ((hidden, {0: call}) for hidden, call in (collect.arrival(run, module) for run in runs))
         inputs = self.context.waiting(arrivals)
         outputs = inputs.copy()
         original = _under(child, self.original_values())

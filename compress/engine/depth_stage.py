@@ -182,7 +182,7 @@ def _distances(
             return means.found(context.executor)
         for index in bars.over(range(len(blocks)), len(blocks), "distances: block", "each"):
             with products(context.products), present(context, index):
-                forwards = bars.over(chain.forwards(blocks[index]), len(batches), "distances: batches")
+                forwards = bars.over(chain.forwards(blocks[index], index=index), len(batches), "distances: batches")
                 for number, made in enumerate(forwards):
                     means.enter(number, states, index, context.devices.to_compute(chain.hidden[number]))
                     output = made()

@@ -22,7 +22,7 @@ from compress.io.heap import give_back
 from compress.models.graph import forward
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -115,10 +115,12 @@ class Context:
         """What the model makes of inputs, wherever they wait."""
         return forward(self.graph, self.devices.to_compute(inputs))
 
-    def waiting(self, arrivals: Iterable[tuple[Tensor, Call]]) -> Activations:
-        """What arrives at a block, where it waits for it."""
+    def waiting(
+        self, arrivals: Iterable[tuple[Tensor, Mapping[int, Call]]], kinds: Sequence[int] = (0,)
+    ) -> Activations:
+        """What arrives at a block, where it waits for it. `kinds`: of the blocks that it is going to run through."""
         devices = self.devices
-        return Activations(arrivals, trim=not self.resident, store=devices.activations, room=devices.room)
+        return Activations(arrivals, trim=not self.resident, store=devices.activations, room=devices.room, kinds=kinds)
 
     def commit(self, unit: str, key: str, records: Iterable[Record]) -> list[Record]:
         """Keep a finished unit, where it waits; returns its records as they are kept."""

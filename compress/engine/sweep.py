@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from compress.calibration import collect
 from compress.calibration.precision import calibrating
+from compress.calibration.wiring import arrivals_by_kind, kinds_of_calls
 from compress.engine.block_view import View
 from compress.engine.placement import present, set_value, streamed, value_of
 from compress.errors import UnsupportedModelError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from compress.calibration.activation_cache import Activations
+    from compress.calibration.collect import Call
     from compress.calibration.reconstruct import Weights
     from compress.calibration.statistics import Need, Statistics
     from compress.engine.placement import Context
@@ -158,7 +160,7 @@ def _step(context: Context, into: Activations, index: int, weights: Weights | No
     # Other weights are the original's, and those have the original's inputs.
     computed = calibrating(context.products, context.dtype, context.devices.compute)
     with computed, present(context, index, {} if weights is not None else None):
-        forwards = into.forwards(block, weights)
+        forwards = into.forwards(block, weights, index)
         for number, made in enumerate(context.bars.over(forwards, len(into.hidden), label)):
             into.keep(number, made().to(context.dtype))
 
@@ -174,7 +176,7 @@ def _block_statistics(
     modules = {name: graph.model.get_submodule(name) for name in needs}
     whole = (partial(context.forward, batch) for batch in batches)
     block = graph.model.get_submodule(graph.blocks[index])
-    forwards = chain.forwards(block) if chain else whole
+    forwards = chain.forwards(block, index=index) if chain else whole
     computed = calibrating(context.products, context.dtype, context.devices.compute)
     with computed, present(context, index) if chain else streamed(context):
         forwards = context.bars.over(forwards, len(batches), "collect: batches")
@@ -190,11 +192,25 @@ def chain_of(context: Context, blocks: list[nn.Module], batches: Sequence[Tensor
     if graph.blocks == ("",) and isinstance(graph.model, PreTrainedModel):  # outputs more than a tensor
         return None
     with streamed(context):
-        if graph.blocks != ("",) and not collect.is_chain(lambda: context.forward(batches[0][:1]), blocks):
+        kinds: tuple[int, ...] | None = (0,)
+        if graph.blocks != ("",):
+            kinds = kinds_of_calls(lambda: context.forward(batches[0][:1]), graph.model, graph.blocks)
+        if kinds is None:
             return None
-        arrivals = (collect.arrival(partial(context.forward, batch), blocks[0]) for batch in batches)
+        arrivals = (_arrival(context, batch, blocks[0], kinds) for batch in batches)
         arrived = context.bars.over(arrivals, len(batches), "embed: batches")
-        return context.waiting(arrived)
+        return context.waiting(arrived, kinds)
+
+
+def _arrival(
+    context: Context, batch: Tensor, first: nn.Module, kinds: Sequence[int]
+) -> tuple[Tensor, Mapping[int, Call]]:
+    """What arrives at the first block, and how each kind of block is called."""
+    run = partial(context.forward, batch)
+    if len(set(kinds)) > 1:
+        return arrivals_by_kind(run, context.graph.model, context.graph.blocks, kinds)
+    hidden, call = collect.arrival(run, first)
+    return hidden, {kinds[0]: call}
 
 
 def _original_chain(context: Context, blocks: list[nn.Module], batches: Sequence[Tensor]) -> Activations | None:

@@ -29,7 +29,10 @@ ONE, EACH, RECORDS, SLABS = range(4)  # GROUPS in `triton_kernels`
 SLAB = 32
 NO_ESCAPE = -1
 WIDE_FROM = 17  # rows of input from which `wide` is quicker
-WARPS, MOST_WARPS, LEAST_WARPS = 36, 16, 4  # of `narrow`: on a multiprocessor, and of a program
+CLASSES = (8, 16, 32, 64, 128)  # of M: the last for all beyond
+MOST_INPUTS = CLASSES[-1]
+BLOCKS_FOR_8 = 4  # up to so many of `narrow` on a multiprocessor, each has 8 warps
+ALIGNMENT = 16  # bytes that a thread reads at once
 OLDEST = (8, 0)  # the first devices that multiply bfloat16
 
 
@@ -90,28 +93,66 @@ class Cut:
     Attributes:
         warps: of a program; in `narrow` each takes records of its own, in `wide` rows.
         inputs: rows of the input that a program multiplies.
-        ahead: in `narrow`, records that a warp reads in advance.
+        ahead: in `narrow`, records that a warp reads in advance; in `wide`, steps.
     """
 
     warps: int
     inputs: int
-    ahead: int = 1
+    ahead: int
 
 
-def narrow_cut(product: Product, rows: int, device: torch.device) -> Cut:
-    """For M = `rows` up to `WIDE_FROM`, and for what `wide` does not do."""
-    # So many programs as there are blocks of rows, and in all about as many warps as the device holds at once.
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """One kernel, cut for some shapes of a product; each is another one, which makes them quick to look up.
+
+    Attributes:
+        kernel: its name in `triton_kernels`.
+        cut: what it is cut into.
+        columns: of the input, as the kernel counts them.
+        constants: what it is compiled for, in the order of its arguments.
+    """
+
+    kernel: str
+    cut: Cut
+    columns: int
+    constants: tuple[tuple[str, Any], ...]
+
+
+@cache
+def planned(product: Product, rows: int, dtype: torch.dtype, device: torch.device) -> Launch:
+    """The kernel for M = `rows` up to `class_of` them, and its cut."""
+    if rows >= WIDE_FROM and dtype != torch.float32 and product.groups != EACH:
+        return wide(product, Cut(4, min(rows, MOST_INPUTS), 3))
     blocks, records = -(-product.rows // ROWS), -(-product.columns // COLUMNS)
-    most = max(WARPS * _processors(device) // blocks, LEAST_WARPS)
-    warps = MOST_WARPS
-    while warps > min(most, records):
+    # Few programs are made wider, and read further ahead: each multiprocessor must have enough on its way.
+    warps = 4 if blocks > BLOCKS_FOR_8 * _processors(device) else 8
+    while warps > records:
         warps //= 2
-    return Cut(warps, 8 if rows <= 8 else 16)
+    return narrow(product, Cut(warps, 8 if rows <= 8 else 16, 1 if warps == 4 else 2))
 
 
-def wide_cut(rows: int) -> Cut:
-    """For M = `rows` from `WIDE_FROM` on."""
-    return Cut(4, 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128)
+def narrow(product: Product, cut: Cut) -> Launch:
+    """For few rows of input, and for what `wide` does not do."""
+    full = product.columns % (COLUMNS * cut.warps) == 0
+    # How many neighbours a thread holds follows from the narrowest type that the compiler sees the weight made from.
+    width = 8 if product.mode == STEPS and product.zeros else 4
+    own = {"FULL": full, "WIDTH": width, "P": cut.warps, "BM": cut.inputs, "AHEAD": cut.ahead}
+    return Launch("narrow", cut, product.columns, tuple((product.constants() | own).items()))
+
+
+def wide(product: Product, cut: Cut) -> Launch:
+    """For many rows of input of 16 bits, with groups that are not `EACH`."""
+    own = {"P": cut.warps, "BM": cut.inputs, "STAGES": cut.ahead}
+    columns = -(-product.columns // COLUMNS) * COLUMNS
+    return Launch("wide", cut, columns, tuple((product.constants() | own).items()))
+
+
+def class_of(rows: int) -> int:
+    """The largest M that the same kernel is taken for as for M = `rows`."""
+    for most in CLASSES:
+        if rows <= most:
+            return most
+    return CLASSES[-1]
 
 
 def launch(
@@ -122,7 +163,7 @@ def launch(
 
     Args:
         x: the input.
-        words: arranged codes, uint8.
+        words: arranged codes, uint8. The address of this and of all that follows is a multiple of 16.
         tables: (T, 8) int32, as of `packed_tables`, for this type; read where `mode` is `TABLE` or `PAIRS`.
         table: (T * 2**bits,) values in the type of x; read where `mode` is `GATHER`, or x float32.
         first: (N,) int32, the table of each row; read unless `shared`.
@@ -130,46 +171,54 @@ def launch(
         scale: (N or 1, G) of a float type.
         numbers: those of a `Product`.
     """
-    product = _product(tuple(numbers))
-    x = x.contiguous()
-    y = x.new_empty(len(x), product.rows)
-    if not len(x):
-        return y
-    tensors = [x, words.view(torch.int32), tables, table, first, zero, scale, y]
-    if len(x) >= WIDE_FROM and x.dtype != torch.float32 and product.groups != EACH:
-        launch_wide(product, tensors, wide_cut(len(x)))
-    else:
-        launch_narrow(product, tensors, narrow_cut(product, len(x), x.device))
+    return multiply(x, _product(tuple(numbers)), (words, tables, table, first, zero, scale))
+
+
+def multiply(x: Tensor, product: Product, tensors: tuple[Tensor, ...]) -> Tensor:
+    """What `launch` does, and the operator, without the way through torch's dispatcher."""
+    count = len(x)
+    y = x.new_empty(count, product.rows)
+    if count:
+        plan = planned(product, class_of(count), x.dtype, x.device)
+        run(plan, product, aligned(x.contiguous()), tensors, y)
     return y
 
 
-def launch_narrow(product: Product, tensors: list[Tensor], cut: Cut) -> None:
-    """Runs `narrow` on x, words as int32, the other tensors of `launch` in their order, and y."""
-    x = tensors[0]
-    grid = (-(-product.rows // ROWS), -(-len(x) // cut.inputs))
-    full = product.columns % (COLUMNS * cut.warps) == 0
-    # How many neighbours a thread holds follows from the narrowest type that the compiler sees the weight made from.
-    width = 8 if product.mode == STEPS and product.zeros else 4
-    _kernels().narrow[grid](
-        *tensors, *_sizes(product, tensors, product.columns), **product.constants(), FULL=full, WIDTH=width,
-        P=cut.warps, BM=cut.inputs, AHEAD=cut.ahead, num_warps=cut.warps, num_stages=1,
+def run(plan: Launch, product: Product, x: Tensor, tensors: tuple[Tensor, ...], y: Tensor) -> None:
+    """Launch a kernel on what `launch` takes, in the same order; x is contiguous and aligned, and so is y."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return run(plan, product, x, tensors, y)
+    scale, cut = tensors[-1], plan.cut
+    groups = scale.shape[1]
+    sizes = len(x), product.rows, plan.columns, groups, product.stride * groups
+    if plan.kernel == "wide":
+        x = ordered(x)
+        grid = -(-product.rows // (ROWS * cut.warps)), -(-len(x) // cut.inputs), 1
+    else:
+        grid = -(-product.rows // ROWS), -(-len(x) // cut.inputs), 1
+    key = plan, x.dtype, scale.dtype, x.device
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[grid](x, *tensors, y, *sizes, *(value for _, value in plan.constants))
+        return None
+    # Found by what it is compiled for, it is launched in a third of the time.
+    words, *others = tensors
+    compiled = getattr(_kernels(), plan.kernel)[grid](
+        x, words.view(torch.int32), *others, y, *sizes, **dict(plan.constants), num_warps=cut.warps,
+        num_stages=1 if plan.kernel == "narrow" else cut.ahead,
     )  # fmt: skip
+    if compiled is not None:  # as under the interpreter
+        _compiled[key] = compiled
+    return None
 
 
-def launch_wide(product: Product, tensors: list[Tensor], cut: Cut, stages: int = 3) -> None:
-    """Runs `wide`: arguments as of `launch_narrow`; `stages`: inputs of so many steps are on their way at once."""
-    x = tensors[0]
-    grid = (-(-product.rows // (ROWS * cut.warps)), -(-len(x) // cut.inputs))
-    sizes = _sizes(product, tensors, -(-product.columns // COLUMNS) * COLUMNS)
-    _kernels().wide[grid](
-        ordered(x), *tensors[1:], *sizes, **product.constants(), P=cut.warps, BM=cut.inputs, STAGES=stages,
-        num_warps=cut.warps, num_stages=stages,
-    )  # fmt: skip
+_compiled: dict[Any, Any] = {}
 
 
-def _sizes(product: Product, tensors: list[Tensor], columns: int) -> tuple[int, ...]:
-    groups = tensors[6].shape[1]
-    return len(tensors[0]), product.rows, columns, groups, product.stride * groups
+def aligned(tensor: Tensor) -> Tensor:
+    """A tensor at an address that is a multiple of 16: the same, or a copy."""
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 @cache

@@ -32,10 +32,6 @@ class Quick:
     multiply: Callable[[Tensor], Tensor]
     device: torch.device
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The same as `multiply`."""
-        return self.multiply(x)
-
 
 class PackedLinear(PackedModule):
     """Replaces a `Linear` or a transformers `Conv1D`.
@@ -60,11 +56,12 @@ class PackedLinear(PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the type of `x`."""
         x = self.rounded(x)
-        if not (torch.is_grad_enabled() and x.requires_grad):  # kernels have no gradients
+        if not (x.requires_grad and torch.is_grad_enabled()):  # kernels have no gradients
             if self.automatic and x.is_cuda and not torch.compiler.is_compiling():
                 self.choose_kernel()
-            if self.kernel is not None:
-                return self._quick(x, self.kernel)
+            kernel = self.kernel
+            if kernel is not None:
+                return self._quick(x, kernel)
         weight = self.dequantize().to(x.dtype)
         if not self.transposed:
             return nn.functional.linear(x, weight, self.bias)
@@ -74,7 +71,7 @@ class PackedLinear(PackedModule):
         return flat.view(*x.shape[:-1], self.out_features)
 
     def _quick(self, x: Tensor, kernel: Quick | GpuLookup) -> Tensor:
-        y = kernel(x.reshape(-1, self.in_features))
+        y = kernel.multiply(x.reshape(-1, self.in_features))
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)

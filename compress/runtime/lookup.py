@@ -13,7 +13,18 @@ from compress.encodings.bits import pack_bits
 from compress.encodings.decode import Decoder
 from compress.runtime.arrange import arrange, restore
 from compress.runtime.kernels import numbered
-from compress.runtime.launch import GATHER, NO_ESCAPE, PAIRS, STEPS, TABLE, Product, packed_tables, usable
+from compress.runtime.launch import (
+    GATHER,
+    NO_ESCAPE,
+    PAIRS,
+    STEPS,
+    TABLE,
+    Product,
+    aligned,
+    multiply,
+    packed_tables,
+    usable,
+)  # fmt: skip
 from compress.runtime.pairs import Pairs
 
 if TYPE_CHECKING:
@@ -49,10 +60,14 @@ class GpuLookup(nn.Module):
         self.product, self.pairs = product, pairs
         self.numbers = [] if product is None else product.numbers()
         for name, tensor in tensors.items():
-            self.register_buffer(name, tensor, persistent=False)
+            self.register_buffer(name, aligned(tensor), persistent=False)
         self.device = next(iter(tensors.values())).device
-        # A table may hold numbers that float16 does not.
-        self.halves = product is None or bool(torch.isfinite(self.table_float16).all())
+        self.corrected = "a" in tensors
+        self.taken: dict[torch.dtype, tuple[Tensor, ...]] = {}  # by type of the input
+        if product is not None:
+            # A table may hold numbers that float16 does not.
+            fits = {kind: bool(torch.isfinite(self.get_buffer(f"table_{kind}")).all()) for kind in TYPES}
+            self.taken = {dtype: self._for_type(dtype) for kind, dtype in TYPES.items() if fits[kind]}
 
     @classmethod
     def prepare(cls, spec: Spec, weight: Weight, stored: dict[str, Tensor]) -> Self | None:
@@ -88,22 +103,32 @@ class GpuLookup(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(M, I) of a float type -> (M, O) of the same, without bias."""
-        y = None if self.product is None else self._product(x)
-        if not hasattr(self, "a"):
+        return self.multiply(x)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """The same, without what torch does around the call of a module."""
+        y = None if self.product is None else self._product(x, self.product)
+        if not self.corrected:
             assert y is not None
             return y
         added = linear(linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
         return added if y is None else added.add_(y)
 
-    def _product(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float16 and not self.halves:
-            return self._product(x.float()).half()
-        kind = str(x.dtype).removeprefix("torch.")
-        tables = self.tables_float16 if kind == "float32" else getattr(self, f"tables_{kind}")
-        found: Tensor = torch.ops.compress.packed_product(
-            x, self.words, tables, getattr(self, f"table_{kind}"), self.first, self.zero, self.scale, self.numbers
-        )
+    def _product(self, x: Tensor, product: Product) -> Tensor:
+        taken = self.taken.get(x.dtype)
+        if taken is None:
+            return self._product(x.float(), product).to(x.dtype)
+        # Outside of compilers and the like, the way through torch's dispatcher takes longer than some kernels.
+        if type(x) is Tensor and not torch.compiler.is_compiling():
+            return multiply(x, product, taken)
+        found: Tensor = torch.ops.compress.packed_product(x, *self._for_type(x.dtype), self.numbers)
         return found
+
+    def _for_type(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What the operator takes beside an input of some type."""
+        kind = str(dtype).removeprefix("torch.")
+        tables = self.tables_float16 if kind == "float32" else self.get_buffer(f"tables_{kind}")
+        return self.words, tables, self.get_buffer(f"table_{kind}"), self.first, self.zero, self.scale
 
     def codes(self) -> Tensor:
         """(O, I) uint8, in the order and with the meaning they are stored with; what is masked has one too."""
@@ -125,7 +150,8 @@ class GpuLookup(nn.Module):
         if self.product is None or self.product.bits != bits or self.words.numel() != stored.numel():
             return False
         stored.view(-1).copy_(self.words)
-        self.words = stored.view(-1)
+        self.words = stored  # the same tensor, to be counted once
+        self.taken = {dtype: self._for_type(dtype) for dtype in self.taken}
         return True
 
     def stream(self) -> Tensor:

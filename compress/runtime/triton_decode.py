@@ -14,8 +14,7 @@ Two codes, or the values they mean, lie in one word of 32 bits, the first in its
 Values are in units of the scale and in the type of the input; codes less their zero point are exact in it. Float32
 values are gathered in all modes but STEPS, whose steps are exact in float16.
 
-Imported where Triton is installed or not; without it only `AVAILABLE` can be asked. Under Triton's interpreter, which
-has no assembler, each instruction is spelled out.
+Under Triton's interpreter, which has no assembler, each instruction is spelled out.
 
 Shapes: P = records side by side, each in a warp of its own; of a plane of 4 bits, 128 words stand for 16 rows and 64
 columns, in the order of `arrange.py`.
@@ -23,20 +22,9 @@ columns, in the order of `arrange.py`.
 
 from __future__ import annotations
 
-import os
-from typing import Any
+from compress.runtime.triton_jit import SPELLED, constexpr, jit, tl
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
-
-AVAILABLE = triton is not None
-jit: Any = triton.jit if AVAILABLE else lambda function: function
-constexpr: Any = tl.constexpr if AVAILABLE else lambda value: value  # by this name: annotations are read as text
 STEPS, TABLE, PAIRS, GATHER = (constexpr(number) for number in range(4))
-SPELLED = constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 NO_ESCAPE = constexpr(-1)
 
 

@@ -17,24 +17,8 @@ Shapes: M rows of the input, N = out features, K = in features, G = groups; see 
 
 from __future__ import annotations
 
-from compress.runtime.triton_decode import (
-    GATHER,
-    SPELLED,
-    STEPS,
-    by_row,
-    columns,
-    constexpr,
-    fragment,
-    jit,
-    load_record,
-    negative_zero,
-    slab,
-)
-
-try:
-    import triton.language as tl
-except ImportError:
-    tl = None
+from compress.runtime.triton_decode import GATHER, STEPS, by_row, columns, fragment, load_record, negative_zero, slab
+from compress.runtime.triton_jit import SPELLED, constexpr, jit, kernel, tl
 
 ONE, EACH, RECORDS, SLABS = (constexpr(number) for number in range(4))
 
@@ -155,12 +139,11 @@ def add_record(
     return total
 
 
-@jit
+@kernel
 def narrow(
     x, words, tables, table, first, zero, scale, y, M, N, K, G, stride,
     GROUP: constexpr, MODE: constexpr, BITS: constexpr, GROUPS: constexpr, ZEROS: constexpr, SHARED: constexpr,
-    ESCAPE: constexpr,
-    FULL: constexpr, WIDTH: constexpr, P: constexpr, BM: constexpr, AHEAD: constexpr,
+    ESCAPE: constexpr, FULL: constexpr, WIDTH: constexpr, P: constexpr, BM: constexpr, AHEAD: constexpr,
 ):  # fmt: skip
     """(M, K) -> (M, N); programs by blocks of 16 rows of the weight, and of `BM` rows of the input.
 
@@ -201,7 +184,7 @@ def narrow(
     tl.store(y + top.to(tl.int64) * N + n, found.to(y.dtype.element_ty), mask=(top < M) & (n < N))
 
 
-@jit
+@kernel
 def wide(
     x, words, tables, table, first, zero, scale, y, M, N, K, G, stride,
     GROUP: constexpr, MODE: constexpr, BITS: constexpr, GROUPS: constexpr, ZEROS: constexpr, SHARED: constexpr,
@@ -235,12 +218,13 @@ def wide(
             for v in tl.static_range(2):
                 for w in tl.static_range(2):
                     k = at * 128 + (64 * v + 32 * w)
-                    zeros = load_zeros(zero, rows, k // GROUP, stride, P, MODE, BITS, like, ZEROS)
+                    g = tl.minimum(k // GROUP, G - 1)  # beyond the last column the input is zero
+                    zeros = load_zeros(zero, rows, g, stride, P, MODE, BITS, like, ZEROS)
                     one, two = slab(planes, v, w, zeros, looked_up, table, begins, like, MODE, BITS, ESCAPE)
                     a = fragment(one, two, P, 2).reshape(16 * P, 32)
                     b = tl.load(x + m + (k + tl.arange(0, 32))[None, :])
                     part = product(a, tl.trans(b), tl.zeros((16 * P, BM), tl.float32))
-                    total += part * tl.load(scale + n * stride + k // GROUP).to(tl.float32)[:, None]
+                    total += part * tl.load(scale + n * stride + g).to(tl.float32)[:, None]
         else:
             b = tl.trans(tl.load(x + m + (at * 128 + tl.arange(0, 128))[None, :]))
             a = whole_record(planes, zeros, looked_up, table, begins, P, like, MODE, BITS, ESCAPE)

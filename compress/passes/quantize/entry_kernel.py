@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compress.runtime.triton_decode import constexpr, jit  # noqa: TC001 - read when a kernel is compiled
+from compress.runtime.triton_jit import constexpr, jit  # noqa: TC001 - read when a kernel is compiled
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,7 +18,7 @@ import torch
 
 from compress.calibration.precision import products
 from compress.passes.solvers.projections import Rounding
-from compress.runtime.triton_decode import constexpr, jit  # noqa: TC001 - read when a kernel is compiled
+from compress.runtime.triton_jit import constexpr, jit  # noqa: TC001 - read when a kernel is compiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
