@@ -603,7 +603,7 @@ def test_no_text_of_a_file_is_ever_run(tmp_path: Path) -> None:
 # --- schema -----------------------------------------------------------------------------------------------------------
 
 
-ANNOTATIONS = {"$schema", "$defs", "title", "description", "default"}
+ANNOTATIONS = {"examples", "$schema", "$defs", "title", "description", "default"}
 
 
 def fits(value: Any, rule: dict[str, Any], whole: dict[str, Any]) -> bool:

@@ -40,6 +40,13 @@ def products(kind: Products | None) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
+@contextmanager
+def unrounded(device: torch.device) -> Iterator[None]:
+    """While open, float32 is computed in float32, whatever a model around it computes in."""
+    with products("float32"), torch.autocast(device.type, enabled=False):
+        yield
+
+
 def product(left: Tensor, right: Tensor) -> Tensor:
     """(M, K) @ (K, N), float32 and summed up in float32; on CUDA factors may stay narrower."""
     if left.device.type == "cuda" and left.element_size() < torch.float32.itemsize:

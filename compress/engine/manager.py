@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from compress.checkpoint.artifact import Artifact
     from compress.config.pipeline import Evaluation, Pipeline
     from compress.engine.placement import Context
+    from compress.engine.stage import StageResult, StageRunner
     from compress.planning.plan import Plan
     from compress.report.report import Row
 
@@ -86,7 +87,7 @@ def execute(
             _add(report, row, on_row)
         started = time.perf_counter()
         key = key_of(key, depends.stages[number]["code"])
-        work = partial(runner.run, stage=stage, data=data.calibration, key=key)
+        work = partial(_run, runner, stage, data.calibration, key)
         result, _ = with_room(context, data.calibration, CALIBRATED_AT_ONCE, work)
         seconds = time.perf_counter() - started
         context, key = result.context, result.key
@@ -104,6 +105,10 @@ def execute(
         protocol = {"protocol": pipeline.evaluate.protocol} if named else {}
         report.data = {"source": pipeline.evaluate.source, **meter.described(data.evaluation), **protocol}
     return report, context
+
+
+def _run(runner: StageRunner, stage: Stage, data: Dataset | None, key: str, context: Context) -> StageResult:
+    return runner.run(context, stage, data, key)
 
 
 def _original(meter: Meter, key: str, context: Context) -> Row:

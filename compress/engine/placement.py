@@ -14,7 +14,7 @@ from torch import nn
 
 from compress.calibration import collect
 from compress.calibration.activation_cache import Activations
-from compress.calibration.precision import products
+from compress.calibration.precision import unrounded
 from compress.encodings import Weight
 from compress.engine.devices import Devices
 from compress.engine.executor import SingleProcess
@@ -148,14 +148,14 @@ def bring_buffers(context: Context) -> None:
 
 def value_of(context: Context, name: str) -> Tensor:
     """A parameter or buffer as it stands now, in the type the model computes in."""
-    with products("float32"):  # a correction is the same, wherever it is multiplied out
+    with unrounded(context.devices.compute):  # a correction is the same, wherever it is multiplied out
         value = context.tensor(name)
     return value.to(context.dtype) if value.is_floating_point() else value
 
 
 def _value_made(context: Context, site: Site, weight: Weight) -> Tensor:
     """A site's parameter of a weight that was just made, as `value_of` gives it."""
-    with products("float32"):
+    with unrounded(context.devices.compute):
         return site.value(weight.dequantize()).to(context.dtype)
 
 
