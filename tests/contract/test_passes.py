@@ -12,6 +12,7 @@ from configured import CONFIGURED, NEEDED, SHAPES, models
 from torch import Tensor
 
 import compress
+from compress.calibration.statistics import Statistics
 from compress.config.options import errors_in
 from compress.config.pipeline import Pipeline
 from compress.config.reading import parse
@@ -76,6 +77,8 @@ def tensors(thing: object) -> Iterator[Tensor]:
     """Every tensor inside a target or an edit."""
     if isinstance(thing, Tensor):
         yield thing
+    elif isinstance(thing, Statistics):  # which makes its Gram matrix when it is first asked for
+        yield from (t for t in (thing.gram, thing.square_sum, thing.mean) if t is not None)
     elif dataclasses.is_dataclass(thing):
         for f in dataclasses.fields(thing):
             yield from tensors(getattr(thing, f.name))
