@@ -18,15 +18,13 @@ from transformers import LlamaForCausalLM
 
 import compress
 from compress.api import run as running
-from compress.calibration.data import Dataset
 from compress.calibration.in_one_order import InOneOrder
 from compress.config.reading import parse
 from compress.encodings.counting import sums_by_number
+from compress.engine import block_stage
 from compress.engine.devices import Devices, devices_of
-from compress.engine.ledger import MemoryLedger
 from compress.engine.placement import Context
 from compress.engine.read_ahead import ReadAhead
-from compress.engine.room import with_room
 from compress.errors import ConfigError, ResourceError, UsageError
 from compress.models import graph as graphs
 from compress.planning import plan, resources
@@ -257,23 +255,20 @@ def test_a_sample_that_does_not_fit_is_an_error_in_words(tiny_llama: LlamaForCau
         compress.apply(cramped(tiny_llama, 0), [compress.Gptq(bits=4)], tokens)
 
 
-def test_what_was_finished_is_not_done_again_in_smaller_batches(tiny_llama: LlamaForCausalLM, tokens: Tensor) -> None:
-    graph = graphs.find(tiny_llama)
-    context = Context(
-        artifact=None, given=None, ledger=MemoryLedger(), seed=0, dtype=torch.float32,  # type: ignore[arg-type]
-        products="float32", resident=True, bars=compress.progress.Bars(),
-    )  # fmt: skip
-    assert graph.blocks
-    seen: list[int] = []
+def test_what_was_finished_is_not_done_again_in_smaller_batches(
+    tiny_folder: Path, tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, worked = block_stage._worked_on, list[tuple[str, int]]()
 
-    def work(now: Context) -> int:
-        seen.append(now.divided)
-        if now.divided < 4:
+    def cramped_second(context: Context, stage: int, passes: Any, unit: Any, kept: Any) -> Any:
+        worked.append((unit.name, context.divided))
+        if unit.name == "b0001" and context.divided < 4:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return 7
+        return before(context, stage, passes, unit, kept)
 
-    assert with_room(context, Dataset(tokens), 4 * tokens.shape[1], work)[0] == 7
-    assert seen == [1, 2, 4]
+    monkeypatch.setattr(block_stage, "_worked_on", cramped_second)
+    compress.run({"passes": [{"gptq": {"bits": 4}}]}, tiny_folder, tmp_path / "out", calibration=tokens)
+    assert worked == [("b0000", 1), ("b0001", 1), ("b0001", 2), ("b0001", 4)]
 
 
 @pytest.mark.parametrize("device", [None, "cpu"])

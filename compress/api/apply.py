@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from compress import progress
 from compress.api import data as given
 from compress.calibration import collect
-from compress.calibration.surroundings import evaluating, undisturbed
+from compress.calibration.surroundings import device_of, evaluating, undisturbed
 from compress.checkpoint.artifact import Artifact
 from compress.checkpoint.sources import ModuleSource
 from compress.config.pipeline import Calibration, Evaluation, Pipeline
@@ -31,6 +29,7 @@ from compress.planning.places import chosen_device, places_on
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    import torch
     from torch import nn
 
     from compress.calibration.precision import Products
@@ -117,15 +116,11 @@ def apply(
     problems = [*mistakes(steps), *_mistaken_gates(gates, evaluation is not None)]
     if problems:
         raise ConfigError(problems, "apply")
-    compute = _device_of(model) if device is None else chosen_device(device)
+    compute = device_of(model) if device is None else chosen_device(device)
     if inplace:
         with evaluating(model):
             return _applied(model.to(compute), steps, calibration, evaluation, gates, store_dtype)
     return _applied(copy.deepcopy(model).to(compute).eval(), steps, calibration, evaluation, gates, store_dtype)
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _mistaken_gates(gates: Mapping[str, float | None], measured: bool) -> Iterator[Problem]:
@@ -158,7 +153,7 @@ def _applied(
     source = _RecastSource(model, store_dtype)
     artifact = Artifact(graph, source, dict(graph.tied))
     dtypes = {name: tensor.dtype for name, tensor in graph.tensors()}
-    where = places_on(_device_of(model), steps.max_memory)
+    where = places_on(device_of(model), steps.max_memory)
     made = plan.make(pipeline, graph, dtypes, where=where)
     if steps.max_memory:
         resources.check_memory(made)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from compress.calibration.data import batches
 from compress.calibration.given import gathered, token_ids
 from compress.calibration.shares import LONE
-from compress.calibration.surroundings import evaluating, undisturbed
+from compress.calibration.surroundings import device_of, evaluating, undisturbed
 from compress.errors import DataError, NonFiniteError
 from compress.lazy import functional, torch, transformers
 from compress.models.families.transformers_model import called_with_images
@@ -289,8 +289,8 @@ def evaluate(
 @contextmanager
 def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[None]:
     """While open, a model is on another device."""
-    before = _device_of(model)
-    if device is None or before is None or before == torch.device(device):
+    before = device_of(model)
+    if device is None or before == torch.device(device):
         yield
         return
     model.to(device)
@@ -298,11 +298,6 @@ def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[None
         yield
     finally:
         model.to(before)
-
-
-def _device_of(model: nn.Module) -> torch.device | None:
-    """Where a model is; None where it has no parameters and no buffers."""
-    return next((tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors), None)
 
 
 def _kind(model: nn.Module, data: Any) -> Kind:
@@ -324,7 +319,7 @@ def _checked_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def _logits_of(model: nn.Module, labels: Tensor | None) -> Callable[[Tensor], Tensor | Iterator[Tensor]]:
-    device = _device_of(model)
+    device = device_of(model)
 
     def of_tokens(batch: Tensor) -> Tensor | Iterator[Tensor]:
         here = batch.to(device)

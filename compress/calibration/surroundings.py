@@ -38,6 +38,12 @@ def undisturbed() -> Iterator[None]:
             torch.set_default_dtype(dtype)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is; the processor where it has no parameters and no buffers."""
+    tensors = (tensor for every in (model.parameters(), model.buffers()) for tensor in every)
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
     """While open, modules are in evaluation mode: no dropout, no statistics of batches. Then each part is as it was."""

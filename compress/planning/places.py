@@ -115,5 +115,5 @@ def size_in_bytes(text: str) -> int:
     """
     if not re.fullmatch(SIZE, text):
         raise UsageError(f"max_memory: {text!r} is not a size such as 12GB")
-    number, unit = re.fullmatch(r"([\d.]+) *(\w+)", text).groups()  # type: ignore[union-attr]  # which has both
-    return int(float(number) * UNITS[unit])
+    number = text.rstrip("KMGTiB ")
+    return int(float(number) * UNITS[text.removeprefix(number).strip()])

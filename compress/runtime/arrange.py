@@ -38,12 +38,6 @@ ORDERS = {
 }
 
 
-def arranged_bytes(shape: tuple[int, int], bits: int) -> int:
-    """Bytes of an arranged (rows, columns) weight."""
-    blocks, chunks = _records(shape)
-    return blocks * chunks * ROWS * COLUMNS * sum(PLANES[bits]) // 8
-
-
 def arrange(codes: Tensor, bits: int, *, nibbles: bool) -> Tensor:
     """(O, I) uint8 codes below 2**bits -> (bytes,) uint8, arranged; the inverse is `restore`."""
     blocks, chunks = _records((codes.shape[0], codes.shape[1]))
