@@ -133,7 +133,7 @@ def passes_in_memory(size: Size, most: int, device: torch.device) -> Iterator[Ro
 
 
 def within_a_limit(size: Size, most: int, device: torch.device) -> Iterator[Row]:
-    """`compress.apply` of gptq where passes may take LIMIT beside the model: hidden states wait in the host's memory."""
+    """Gptq where passes may take LIMIT of the device beside the model: hidden states wait in the host's memory."""
     limits: dict[str, Any] = {"max_memory": {"device": LIMIT}} if device.type == "cuda" else {}
     model = model_of(size, 1, device)
     held = sum(p.nbytes for p in model.parameters()) / 1e9
