@@ -16,6 +16,7 @@ from compress.errors import DataError, NonFiniteError
 from compress.lazy import functional, torch, transformers
 from compress.models.families.transformers_model import called_with_images
 from compress.models.logits import logits_in, logits_of, rows_at_once
+from compress.models.positions import longest_window
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -312,7 +313,7 @@ def _checked_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
     if isinstance(model, transformers.PreTrainedModel) and called_with_images(model):
         raise DataError("a model that takes no tokens is evaluated on (inputs, labels), for its accuracy")
     tokens = token_ids("data", tokens, getattr(config, "vocab_size", None), 2)
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = longest_window(model)
     if longest and tokens.shape[1] > longest:
         raise DataError(f"windows of {tokens.shape[1]} tokens are longer than the model's {longest} positions")
     return tokens
