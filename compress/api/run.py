@@ -41,6 +41,7 @@ from compress.engine import manager
 from compress.engine.devices import devices_of
 from compress.engine.executor import SingleProcess
 from compress.engine.ledger import FolderLedger
+from compress.engine.measure import refuse_idle_gate
 from compress.engine.merge import checks as merges
 from compress.engine.placement import Context
 from compress.engine.read_ahead import ReadAhead
@@ -283,7 +284,10 @@ def _data(steps: Pipeline, opened: OpenedModel, data: manager.Data, bars: progre
         calibration = given.model_inputs(graph, "calibration", found, dtype)
     if evaluation is None and steps.evaluate:
         found = given.read_data(steps.evaluate, opened.folder, "evaluation", bars.over)
+        found = given.with_masks(graph.model, found, opened.folder)
         evaluation = given.model_inputs(graph, "evaluation", found, dtype)
+    if steps.evaluate and evaluation is not None:
+        refuse_idle_gate(steps.evaluate, graph.model, evaluation)
     return manager.Data(calibration if needed else None, evaluation)
 
 

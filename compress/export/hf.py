@@ -16,6 +16,7 @@ from compress.lazy import torch
 from compress.models import loading
 from compress.models.companions import copy_companions
 from compress.models.graph import forward
+from compress.models.logits import logits_in
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -127,8 +128,7 @@ def loaded(made: PackedFolder, folder: Path, dtype: torch.dtype | None = None) -
 
     def logits(inputs: Tensor) -> Tensor:
         with torch.no_grad():
-            found: Tensor = forward(graph, inputs).logits
-        return found.float()
+            return logits_in(forward(graph, inputs)).float()
 
     return logits
 

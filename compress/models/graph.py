@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import UnsupportedModelError
 from compress.lazy import transformers
+from compress.models.architecture import predicts_masked, predicts_next
 from compress.models.families import family_of
-from compress.models.families.transformers_model import called_with_images
+from compress.models.families.transformers_model import TOKENS, called_with, called_with_images
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,9 +85,19 @@ class Graph:
         return tuple(s for s in self.sites if s.block is None)
 
     @property
+    def takes_tokens(self) -> bool:
+        """Whether it is a transformers model called with token ids."""
+        return isinstance(self.model, transformers.PreTrainedModel) and called_with(self.model) == TOKENS
+
+    @property
     def is_language_model(self) -> bool:
-        """Whether it is called with token ids."""
-        return isinstance(self.model, transformers.PreTrainedModel) and not self.is_image_model
+        """Whether it is called with token ids, and has logits for the token after each."""
+        return self.takes_tokens and predicts_next(self.model)
+
+    @property
+    def predicts_masked(self) -> bool:
+        """Whether it is called with token ids, and has logits for those that were masked."""
+        return self.takes_tokens and predicts_masked(self.model)
 
     @property
     def is_image_model(self) -> bool:
