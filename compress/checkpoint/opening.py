@@ -57,7 +57,7 @@ class OpenedModel:
 
     def settings(self, dtype: torch.dtype) -> dict[str, Any]:
         """config.json for a model that is to be loaded in a type; of the source's, all but names of code."""
-        found = without_code(refusals.read_settings(self.folder))
+        found = without_code(refusals.read_settings(self.folder)) | loading.INSTEAD.get(self.config.model_type, {})
         if getattr(self.config, "dtype", None) == dtype:
             return found
         found.pop("torch_dtype", None)  # the old name; a loader would otherwise round once more

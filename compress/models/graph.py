@@ -122,10 +122,12 @@ def find(model: nn.Module) -> Graph:
             f"{type(model).__name__} has no Linear, Conv2d or Conv1D layer: nothing to compress"
         )
     _refuse_unreachable(model, blocks, {s.parameter for s in sites})
+    tied = _tied(model)
+    _refuse_shared(model, sites, tied)
     kept = model.state_dict().keys()
     buffers = tuple(name for name, _ in model.named_buffers() if name in kept)
     axes = family.axes(model, [s.name for s in sites])
-    return Graph(model, blocks, sites, family, _tied(model), buffers, axes, towers)
+    return Graph(model, blocks, sites, family, tied, buffers, axes, towers)
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
@@ -160,6 +162,18 @@ def _refuse_unreachable(model: nn.Module, blocks: tuple[str, ...], reached: set[
             f"reach, such as {examples[0]} ({len(examples)} in all). Mixtures of experts fused into one tensor, and "
             "convolutions other than a plain Conv2d, are not supported; use a dense model, or one whose experts are "
             "separate Linear layers."
+        )
+
+
+def _refuse_shared(model: nn.Module, sites: tuple[Site, ...], tied: dict[str, str]) -> None:
+    """Blocks of a model of transformers that hold one matrix between them, each in a layer of its own."""
+    owners = {site.parameter: site for site in sites if site.block is not None}
+    shared = [(s, owners[tied[s.parameter]]) for s in owners.values() if tied.get(s.parameter) in owners]
+    if shared and isinstance(model, transformers.PreTrainedModel):
+        one, other = shared[0]
+        raise UnsupportedModelError(
+            f"blocks of {type(model).__name__} share matrices, such as {one.name} and {other.name} ({len(shared)} in "
+            "all); a matrix that several blocks have is not supported: use a model whose blocks have their own"
         )
 
 

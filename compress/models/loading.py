@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MOST_WORDS = 300  # characters of another library's message
+# Model type -> what its configuration has to say instead. RWKV divides weights in place at its first call, and hidden
+# states between blocks, so that float16 does not overflow; packed weights stay what they are.
+INSTEAD: dict[str, dict[str, Any]] = {"rwkv": {"rescale_every": 0}}
 
 
 def read_config(folder: Path) -> transformers.PreTrainedConfig:
@@ -30,6 +33,8 @@ def read_config(folder: Path) -> transformers.PreTrainedConfig:
     try:
         read = transformers.AutoConfig.from_pretrained
         config: transformers.PreTrainedConfig = read(folder, trust_remote_code=False, local_files_only=True)
+        for name, value in INSTEAD.get(config.model_type, {}).items():
+            setattr(config, name, value)
         return config
     except Exception as error:  # each model's configuration class refuses in its own way
         file = folder / "config.json"
