@@ -17,7 +17,7 @@ from compress.errors import CompressError, NonFiniteError
 from compress.lazy import nn, torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
@@ -57,6 +57,42 @@ def _resized(value: Any, size: int, count: int) -> Any:
     if isinstance(value, tuple):
         return tuple(_resized(v, size, count) for v in value)
     return value
+
+
+def mixed(calls: Sequence[Call], sizes: Sequence[int], places: Sequence[tuple[int, int]]) -> Call:
+    """The call for samples of several batches, each with the arguments that it came with.
+
+    Args:
+        calls: of every batch.
+        sizes: how many samples each has.
+        places: (batch, row) of every sample.
+
+    Raises:
+        ValueError: an argument differs from batch to batch, and has no entry for each sample.
+    """
+    if len({(len(call.args), tuple(call.kwargs)) for call in calls}) > 1:
+        raise ValueError("other arguments")
+    args = (_mixed([call.args[i] for call in calls], sizes, places) for i in range(len(calls[0].args)))
+    kwargs = {name: _mixed([call.kwargs[name] for call in calls], sizes, places) for name in calls[0].kwargs}
+    return Call(tuple(args), kwargs)
+
+
+def _mixed(values: Sequence[Any], sizes: Sequence[int], places: Sequence[tuple[int, int]]) -> Any:
+    first = values[0]
+    if isinstance(first, torch.Tensor):
+        shapes = {tuple(value.shape[1:]) for value in values}
+        if len(values) > 1 and all(_same(first, value) for value in values):  # it has no entry for each sample, then
+            alike = first.dim() > 0 and bool((first == first[:1]).all())
+            return _resized(first, sizes[0], len(places)) if alike else first
+        if len(shapes) == 1 and all(v.dim() and len(v) == size for v, size in zip(values, sizes, strict=True)):
+            return torch.stack([values[batch][row] for batch, row in places])
+    elif isinstance(first, tuple | list):
+        return tuple(_mixed(inner, sizes, places) for inner in zip(*values, strict=True))
+    elif isinstance(first, dict):
+        return {name: _mixed([value[name] for value in values], sizes, places) for name in first}
+    if not all(_same(first, value) for value in values):
+        raise ValueError("an argument differs from batch to batch")
+    return first
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -122,17 +158,22 @@ def watched(
     forward: Callable[[], Any],
     blocks: list[nn.Module],
     enter: Callable[[int, Any, Call], None],
-    leave: Callable[[int, Any], None],
+    leave: Callable[[int, Any], Tensor | None],
 ) -> None:
-    """Run `forward`; each block's number is told with its input, how it is called, and its output."""
+    """Run `forward`; each block's number is told with its input, how it is called, and its output.
+
+    What `leave` returns takes the place of the hidden states in that output.
+    """
     handles = []
     for i, block in enumerate(blocks):
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], i: int = i) -> None:
             enter(i, *split_arguments(args, kwargs))
 
-        def after(_: nn.Module, __: Any, output: Any, i: int = i) -> None:
-            leave(i, output[0] if isinstance(output, tuple | list) else output)
+        def after(_: nn.Module, __: Any, output: Any, i: int = i) -> Any:
+            several = isinstance(output, tuple | list)
+            made = leave(i, output[0] if several else output)
+            return made if made is None or not several else type(output)((made, *output[1:]))
 
         handles += [
             block.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
