@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 RoundInputs: TypeAlias = "Callable[[Tensor], Tensor]"
 
 
+BY_HEAD = "alibi"  # an argument of (samples times heads, 1, length), in Bloom and Falcon
+
+
 class Stop(Exception):
     """Ends a forward pass once what was wanted is known."""
 
@@ -48,10 +51,12 @@ class Call:
     def resized(self, size: int, count: int) -> Call:
         """The same call for `count` samples instead of `size`: tensors with an entry per sample repeat their first."""
         args = tuple(_resized(a, size, count) for a in self.args)
-        return Call(args, {k: _resized(v, size, count) for k, v in self.kwargs.items()})
+        return Call(args, {k: _resized(v, size, count, k == BY_HEAD) for k, v in self.kwargs.items()})
 
 
-def _resized(value: Any, size: int, count: int) -> Any:
+def _resized(value: Any, size: int, count: int, by_head: bool = False) -> Any:
+    if by_head and isinstance(value, torch.Tensor) and value.dim() == 3 and value.shape[0] % size == 0:
+        return value[: value.shape[0] // size].repeat(count, 1, 1)
     if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == size > 1:
         return value[:1].expand(count, *value.shape[1:])
     if isinstance(value, tuple):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from compress.models.towers import Tower
 
 # Above this share of block weights out of every pass's reach, running would be pretending.
-MOST_UNREACHABLE = 0.01
+MOST_UNREACHABLE = 0.1
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from compress.calibration.texts import IMAGE_SUFFIX, is_images
 from compress.config.pipeline import GATES, GIVEN
 from compress.errors import Problem
+from compress.models.positions import longest_window
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -268,7 +269,7 @@ def exports(pipeline: Pipeline, state: PlanState) -> Iterator[Problem]:
 
 def data_sections(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
     """Data of another kind than the model takes, or longer."""
-    longest = getattr(getattr(graph.model, "config", None), "max_position_embeddings", None)
+    longest = longest_window(graph.model)
     images, model = not graph.takes_tokens, type(graph.model).__name__
     for name, section in (("calibration", pipeline.calibration), ("evaluate", pipeline.evaluate)):
         for source in section.sources.values() if section else ():
