@@ -50,7 +50,7 @@ class Dense:
     corrected: bool = True
 
     def layout(self) -> list[tuple[str, list[Entry]]]:
-        """Parameters in the model's order, tied ones once, then buffers, each by itself."""
+        """Parameters in the model's order, tied ones once, then buffers, then what is carried along, each by itself."""
         artifact = self.artifact
         found: list[tuple[str, list[Entry]]] = []
         for name, tensor in artifact.graph.tensors():
@@ -58,7 +58,8 @@ class Dense:
                 sites = artifact.made_sites(name)
                 dtype = self._dtype(sites) if sites else artifact.source.dtype(artifact.name_in_source(name))
                 found.append((name, [(name, tuple(tensor.shape), dtype)]))
-        return found
+        source = artifact.source
+        return found + [(name, [(name, source.shape(name), source.dtype(name))]) for name in artifact.carried]
 
     def read(self, name: str) -> dict[str, Tensor]:
         """One of them, decompressed."""

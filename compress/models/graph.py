@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from compress.models.families.base import Family
     from compress.models.site import Site
     from compress.models.symmetry import Axis, Units
+    from compress.models.towers import Tower
 
 # Above this share of block weights out of every pass's reach, running would be pretending.
 MOST_UNREACHABLE = 0.01
@@ -34,10 +35,12 @@ class Graph:
     """A model (its parameters possibly on the meta device) with its blocks and sites found.
 
     Attributes:
+        blocks: full names of its repeated modules, those of one tower after the other.
         family: what is known of its kind.
         buffers: names of the buffers that checkpoints hold, such as the running means of a batch normalisation.
         tied: parameter name -> the name its value is kept under, for parameters that share one tensor.
         axes: channels between sites whose order is free.
+        towers: the lists that the blocks are of.
     """
 
     model: nn.Module
@@ -47,6 +50,7 @@ class Graph:
     tied: dict[str, str] = field(default_factory=dict)
     buffers: tuple[str, ...] = ()
     axes: tuple[Axis, ...] = ()
+    towers: tuple[Tower, ...] = ()
 
     def rows_of(self, site: str) -> Axis | None:
         """The channels that a site's rows are, where their order is free."""
@@ -98,7 +102,8 @@ def find(model: nn.Module) -> Graph:
             (a three-dimensional parameter of an unknown class, convolutions other than Conv2d).
     """
     family = family_of(model)
-    blocks = family.blocks(model)
+    towers = family.towers(model)
+    blocks = tuple(name for tower in towers for name in tower.blocks)
     index = {name: i for i, name in enumerate(blocks)}
     sites = tuple(replace(site, block=_owner(site.name, index)) for site in family.sites(model))
     if not sites:
@@ -109,7 +114,7 @@ def find(model: nn.Module) -> Graph:
     kept = model.state_dict().keys()
     buffers = tuple(name for name, _ in model.named_buffers() if name in kept)
     axes = family.axes(model, [s.name for s in sites])
-    return Graph(model, blocks, sites, family, _tied(model), buffers, axes)
+    return Graph(model, blocks, sites, family, _tied(model), buffers, axes, towers)
 
 
 def _tied(model: nn.Module) -> dict[str, str]:

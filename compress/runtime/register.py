@@ -16,7 +16,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress.checkpoint.matching import RUNNING, Spelling
+from compress.checkpoint.matching import RUNNING, Spelling, ignored
 from compress.encodings import Spec
 from compress.encodings.format import METHOD, WEIGHTS
 from compress.errors import CheckpointError
@@ -223,6 +223,8 @@ def _refuse_other_tensors(model: nn.Module, files: list[str], biases: list[str])
     if there.keys() - wanted.keys():
         spelling = Spelling(model)  # the names that this version of transformers gives them while loading
         there = {spelling.renamed(name): shape for name, shape in there.items()}
+    for name in ignored(model, there.keys() - wanted.keys()):
+        del there[name]
     optional = (buffers | tied) - {f"{module}.bias" for module in biases}
     refuse_other_tensors(there, wanted, optional, ", ".join(files))
 
