@@ -321,7 +321,13 @@ def _streamed(context: Context) -> Iterator[Hold]:
             for name in names:
                 evict(context, name, parts[name])
 
-    with collect.around(parts, lambda name: bring_in(context, name, parts[name]), leave):
+    # Llama 4 asks where its embedding is before it runs that; on the meta device it would look up nothing, unnoticed.
+    first = next((name for name, part in parts.items() if isinstance(part, nn.Embedding)), "")
+    early = {"": model} if first and "" not in parts else {}
+    with (
+        collect.around(early, lambda _: bring_in(context, first, parts[first]), lambda _: leave(first)),
+        collect.around(parts, lambda name: bring_in(context, name, parts[name]), leave),
+    ):
         yield hold
 
 

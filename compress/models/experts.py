@@ -47,13 +47,13 @@ def router_names(model: nn.Module) -> set[str]:
     """Full names of the linear layers that choose among experts, or weigh them."""
     modules = dict(model.named_modules())
     beside = {name.rpartition(".")[0] for name, module in modules.items() if next(fused_parameters(module), None)}
-    routers = tuple(f"{name}." for name, m in modules.items() if any(part in type(m).__name__ for part in ROUTERS))
-    found = set()
-    for name, module in modules.items():
+
+    def routes(name: str, module: nn.Module) -> bool:
         owner, _, leaf = name.rpartition(".")
-        if isinstance(module, nn.Linear) and ((owner in beside and leaf in GATES) or f"{name}.".startswith(routers)):
-            found.add(name)
-    return found
+        return (owner in beside and leaf in GATES) or any(part in type(module).__name__ for part in ROUTERS)
+
+    routers = tuple(f"{name}." for name, module in modules.items() if routes(name, module))
+    return {n for n, module in modules.items() if isinstance(module, nn.Linear) and f"{n}.".startswith(routers)}
 
 
 def run_one_by_one(model: nn.Module) -> None:
