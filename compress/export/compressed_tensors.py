@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.checkpoint.sources import SINGLE
 from compress.encodings.bits import pack_bits, row_bytes
-from compress.export.base import Exporter, refuse_added, refuse_missing
+from compress.export.base import Exporter, refuse_added, refuse_experts, refuse_missing
 from compress.export.hf import Dense, loaded, plain_config, refuse_rounded
 from compress.export.packed import specs_in
 from compress.io.atomic import write_json, writing
@@ -211,9 +211,11 @@ class CompressedTensors(Exporter):
                 f"{FORMAT} has no place for low-rank corrections, and {len(corrected)} layers have one, such as "
                 f"{corrected[0]}; leave eora out, or export peft or hf"
             )
-        strange = [name for name in coded if type(graph.model.get_submodule(name)) is not nn.Linear]
+        yield from refuse_experts(graph, coded, FORMAT)
+        modules = dict(graph.model.named_modules())
+        strange = [name for name in coded if name in modules and type(modules[name]) is not nn.Linear]
         if strange:
-            kind = type(graph.model.get_submodule(strange[0])).__name__
+            kind = type(modules[strange[0]]).__name__
             yield (
                 f"the library packs Linear layers only, and {len(strange)} layers are not, such as {strange[0]} "
                 f"({kind}); `exclude` them in the quantizer, or export hf"

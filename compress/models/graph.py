@@ -2,8 +2,8 @@
 
 A block is one of the model's repeated modules (decoder layers, residual blocks; the children of a plain
 `nn.Sequential`). A site is a matrix to compress: the weight of a `Linear`, of a `Conv2d` (a row per output channel),
-or of a transformers `Conv1D` (stored transposed). Nothing is traced: which block feeds which is observed while
-running (`calibration/collect.py`).
+of a transformers `Conv1D` (stored transposed), or one expert of a fused parameter. Nothing is traced: which block feeds
+which is observed while running (`calibration/collect.py`).
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def find(model: nn.Module) -> Graph:
 
     Raises:
         UnsupportedModelError: there is nothing to compress, or a block keeps weights where no pass can reach them
-            (experts stored as one three-dimensional parameter, convolutions other than Conv2d).
+            (a three-dimensional parameter of an unknown class, convolutions other than Conv2d).
     """
     family = family_of(model)
     towers = family.towers(model)
@@ -159,9 +159,9 @@ def _refuse_unreachable(model: nn.Module, blocks: tuple[str, ...], reached: set[
     if total and unreachable / total > MOST_UNREACHABLE:
         raise UnsupportedModelError(
             f"{type(model).__name__} keeps {unreachable / total:.0%} of its block weights in tensors that no pass can "
-            f"reach, such as {examples[0]} ({len(examples)} in all). Mixtures of experts fused into one tensor, and "
-            "convolutions other than a plain Conv2d, are not supported; use a dense model, or one whose experts are "
-            "separate Linear layers."
+            f"reach, such as {examples[0]} ({len(examples)} in all). Convolutions other than a plain Conv2d, and "
+            "tensors of experts in classes that are not known here, are not supported; use another model, or one whose "
+            "experts are separate Linear layers."
         )
 
 

@@ -11,6 +11,7 @@ from compress.errors import CheckpointError
 from compress.io.heap import align
 from compress.lazy import nn, torch, transformers
 from compress.models.architecture import class_of
+from compress.models.experts import run_one_by_one
 from compress.models.refusals import read_settings
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def built(make: Callable[[], transformers.PreTrainedModel]) -> transformers.PreT
     _recompute_constants(model)
     model.tie_weights()
     model.eval()
+    run_one_by_one(model)
     return model
 
 
@@ -149,6 +151,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
     try:
         model = class_of(read_config(folder)).from_pretrained(folder, dtype=dtype or "auto").eval()
         align(model)
+        run_one_by_one(model)
         return model
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
         files = ", ".join(sorted(p.name for p in folder.glob("*.safetensors"))) or "no safetensors"

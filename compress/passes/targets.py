@@ -1,7 +1,11 @@
-"""The one place where a `Target` is made: matrices of a model, as they stand, the way a pass is given them."""
+"""The one place where a `Target` is made: matrices of a model, as they stand, the way a pass is given them.
+
+And the one where it is decided which of them a pass works on.
+"""
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from compress.checkpoint.artifact import finite_weight
@@ -17,6 +21,18 @@ if TYPE_CHECKING:
     from compress.encodings import Weight
     from compress.models.graph import Graph
     from compress.models.site import Site
+    from compress.passes.base import Pass
+
+
+def works_on(pass_: Pass, site: Site) -> bool:
+    """Whether a pass works on a site.
+
+    A router of a mixture is only worked on where the last part of an `include` pattern names it: `*.gate` does, `*`
+    and `*.mlp.*` do not.
+    """
+    if site.router and not any(p.rpartition(".")[2].strip("*?") for p in pass_.include if fnmatchcase(site.name, p)):
+        return False
+    return pass_.selects(site.name, site.block is not None)
 
 
 def make_target(

@@ -187,6 +187,23 @@ def grouped_convolutions(case: Case) -> Iterator[Problem]:
         )
 
 
+def experts(case: Case) -> Iterator[Problem]:
+    """What has no place at an expert of a fused parameter: rounded inputs, and a bias of its own."""
+    chosen = [s for s in case.sites if s.is_expert]
+    rounded = [s.name for s in chosen if case.pass_.at(s.name).input_form() is not None]
+    if rounded:
+        yield case.refused(
+            f"{listed(rounded)}: experts that the model keeps together in one tensor, whose inputs cannot be rounded; "
+            "`exclude` them and quantize their weights in a pass of their own, without activation_bits"
+        )
+    biased = [s.name for s in chosen if case.pass_.at(s.name).adds_biases]
+    if biased:
+        yield case.refused(
+            f"{listed(biased)}: experts that the model keeps together in one tensor can be given no bias; `exclude` "
+            f"them, or let {case.pass_.key} add none"
+        )
+
+
 def tied_or_outside(case: Case) -> Iterator[Problem]:
     """Matrices that share their values with another, and those where no statistics are collected."""
     tied, pass_ = case.state.graph.tied, case.pass_

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,11 @@ from compress.errors import CheckpointError
 from compress.io.heap import align
 from compress.io.manifest import MANIFEST, verify_folder
 from compress.io.safetensors_file import read_header, refuse_other_tensors
+from compress.models.experts import fused_parameters, keeps_transposed, run_one_by_one
 from compress.runtime.conv import PackedConv2d
+from compress.runtime.experts import PackedExperts
 from compress.runtime.linear import PackedLinear
-
-if TYPE_CHECKING:
-    from compress.runtime.packed import PackedModule
+from compress.runtime.packed import PackedModule
 
 
 class CompressConfig(QuantizationConfigMixin):
@@ -146,17 +146,56 @@ def add_biases(model: nn.Module, names: list[str]) -> None:
 
 
 def replace_modules(model: nn.Module, specs: dict[str, Spec]) -> None:
-    """Put an empty packed module (on the device of what it replaces) in the place of every named module."""
+    """Put an empty packed module (on the device of what it replaces) in the place of every named module.
+
+    Experts of a fused parameter are named by their numbers; all of them then take the place of the parameter.
+
+    Raises:
+        ValueError: some experts of a parameter are named, and others are not.
+    """
+    fused = _fused(model, specs)
+    for parameter, experts in fused.items():
+        owner, _, leaf = parameter.rpartition(".")
+        module = model.get_submodule(owner)
+        old = module._parameters.pop(leaf)
+        assert old is not None
+        with torch.device(old.device):
+            made = PackedExperts(experts, transposed=bool(keeps_transposed(module)), dtype=old.dtype)
+        module.add_module(leaf, made)
+        module._is_hf_initialized = True  # type: ignore[assignment]  # its class would fill the parameter
+    if fused:
+        run_one_by_one(model)
     for name, spec in specs.items():
-        old = model.get_submodule(name)
-        weight = old.weight
+        if name.rpartition(".")[0] in fused:
+            continue
+        old_module = model.get_submodule(name)
+        weight = old_module.weight
         assert isinstance(weight, Tensor)
         with torch.device(weight.device):
-            model.set_submodule(name, _packed_module(old, spec, weight.dtype))
+            model.set_submodule(name, _packed_module(old_module, spec, weight.dtype))
         # Some models (GPT-2) initialise `child.weight` from the parent while loading; the packed child has none.
         parent = model.get_submodule(name.rpartition(".")[0])
         if not parent._buffers:
             parent._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _fused(model: nn.Module, specs: dict[str, Spec]) -> dict[str, list[Spec]]:
+    """Fused parameter -> the specs of its experts, in their order; of those parameters that have any."""
+    sizes = {
+        f"{owner}.{leaf}" if owner else leaf: len(value)
+        for owner, module in model.named_modules()
+        for leaf, value in fused_parameters(module)
+    }
+    found: dict[str, list[Spec]] = {}
+    for parameter in dict.fromkeys(name.rpartition(".")[0] for name in specs):
+        if parameter not in sizes:
+            continue
+        names = [f"{parameter}.{number}" for number in range(sizes[parameter])]
+        missing = [name for name in names if name not in specs]
+        if missing:
+            raise ValueError(f"{missing[0]} is not described among the packed experts of {parameter}")
+        found[parameter] = [specs[name] for name in names]
+    return found
 
 
 def _packed_module(old: nn.Module, spec: Spec, dtype: torch.dtype) -> PackedModule:
@@ -175,7 +214,7 @@ def _refuse_other_tensors(model: nn.Module, files: list[str], biases: list[str])
     for file in files:
         there.update((name, tuple(entry.shape)) for name, entry in read_header(Path(file)).tensors.items())
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear | PackedConv2d)}
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
     needed = {f"{name}.{leaf}" for name, module in packed.items() for leaf in module.spec.tensors()}
     buffers = {name for name, _ in model.named_buffers() if not name.endswith(RUNNING)} - needed
     ties = getattr(model, "all_tied_weights_keys", None) or {}
