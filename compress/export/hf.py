@@ -77,7 +77,9 @@ class Dense:
         if not in_range(value, torch.finfo(dtype).max):
             raise NonFiniteError(
                 f"{site.name if site.is_expert else site.parameter} holds numbers that are too large for {dtype}, which "
-                "the pipeline computes in; set `dtype: bfloat16` or `dtype: float32` in the pipeline".replace("torch.", "")
+                "the pipeline computes in; set `dtype: bfloat16` or `dtype: float32` in the pipeline".replace(
+                    "torch.", ""
+                )
             )
         return value
 

@@ -45,7 +45,7 @@ class PackedExperts(nn.Module):
         Raises:
             TypeError: more than one is asked for at once.
         """
-        if isinstance(number, torch.Tensor) and number.numel() != 1 or isinstance(number, slice | tuple | list):
+        if (isinstance(number, torch.Tensor) and number.numel() != 1) or isinstance(number, slice | tuple | list):
             raise TypeError(
                 "packed experts are unpacked one by one; run the model with experts_implementation='eager', as it is "
                 "loaded"
