@@ -1,6 +1,7 @@
 """What a model folder is, asked in one place: its files, its structure, its type; all else is refused by name."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
