@@ -100,10 +100,21 @@ def built(make: Callable[[], transformers.PreTrainedModel]) -> transformers.PreT
     with no_init_weights(), _parameters_on_meta():
         model = make()
     _recompute_constants(model)
+    _take_packed_branch(model)
     model.tie_weights()
     model.eval()
     run_one_by_one(model)
     return model
+
+
+def _take_packed_branch(model: nn.Module) -> None:
+    """Let a model compute as its packed copy will: some code (FalconMamba, Jamba) asks, and calls `dt_proj` only then.
+
+    As transformers marks what it loads with a quantizer; the mark is in no config.json.
+    """
+    for module in model.modules():
+        if isinstance(module, transformers.PreTrainedModel):
+            module.config._is_quantized = True
 
 
 def _recompute_constants(model: transformers.PreTrainedModel) -> None:
