@@ -24,6 +24,7 @@ HYBRIDS = (
     }, label="dense"),
     Entry("JambaForCausalLM", {
         "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "mamba_dt_rank": 16,
     }, apart=ROUTERS),
     Entry("KimiLinearForCausalLM", {**LINEAR, "num_key_value_heads": 4}, apart=ROUTERS),
     Entry("Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention"]}),
