@@ -74,6 +74,8 @@ def apply(
     max_memory: Mapping[MemoryOf, str] | None = None,
     min_expert_tokens: int = MIN_EXPERT_TOKENS,
     calibrate_all_experts: bool = False,
+    towers: Sequence[str] | None = None,
+    allow_dense: bool = False,
 ) -> Result:
     """Run passes over a module in memory.
 
@@ -101,6 +103,9 @@ def apply(
         max_memory: what the passes may take beside the module, such as {"device": "12GB"}; by default what is free.
         min_expert_tokens: experts of a mixture that fewer tokens are sent to are worked on without their statistics.
         calibrate_all_experts: statistics of experts are of all tokens, not of those alone that the router sends them.
+        towers: the parts of a model with several that passes work on, such as ["language", "vision"]; by default the
+            language of a model that writes, and all of others.
+        allow_dense: run also where passes can reach less than 90 % of the matrices that they are for.
 
     Returns:
         The compressed module and what is stored of every weight.
@@ -122,7 +127,10 @@ def apply(
     """
     stages = tuple(tuple(p) if isinstance(p, Sequence) else (p,) for p in passes)
     gates = {"max_increase": max_increase, "max_drop": max_drop, "max_error": max_error}
-    steps = Pipeline(passes=stages, seed=seed, products=products, max_memory=max_memory or {})
+    steps = Pipeline(
+        passes=stages, seed=seed, products=products, max_memory=max_memory or {},
+        towers=None if towers is None else tuple(towers), allow_dense=allow_dense,
+    )  # fmt: skip
     problems = [*mistakes(steps), *_mistaken_gates(gates, evaluation is not None)]
     if problems:
         raise ConfigError(problems, "apply")
@@ -154,7 +162,7 @@ def _applied(
     experts: Mapping[str, Any],
 ) -> Result:
     """What the passes of `steps` make of the module itself, which is in evaluation mode; see `apply`."""
-    graph = graphs.find(model)
+    graph = graphs.chosen(graphs.find(model), steps.towers)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     data = manager.Data(
         given.dataset(graph, "calibration", calibration, dtype), given.dataset(graph, "evaluation", evaluation, dtype)

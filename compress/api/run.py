@@ -126,7 +126,7 @@ def run(
     executor, bars = executor or SingleProcess(), bars or progress.Bars()
     where = places(device_for(steps.device, executor), steps.max_memory)
     destination = Path(out).absolute()
-    opened = open_model(model)
+    opened = open_model(model).of_towers(steps.towers)
     if executor.rank == 0:
         refuse_destination(destination, inputs_of(steps, opened.folder, pipeline), overwrite)
     graph = opened.artifact.graph

@@ -119,6 +119,9 @@ class Settings:
         max_memory: the most that the run may take of the memory of the `device` that computes and of the `host`, such
             as {device: 12GB, host: 32GB}; what is not given is what is free. A run that needs more is refused before it
             begins.
+        towers: the parts of a model with several that passes work on, such as [language, vision]; by default the
+            language of a model that writes, and all of others.
+        allow_dense: run also where passes can reach less than 90 % of the matrices that they are for.
         description: free text.
     """
 
@@ -129,6 +132,8 @@ class Settings:
     max_memory: Annotated[Mapping[MemoryOf, Size], Field(examples=["{device: 12GB, host: 32GB}"])] = field(
         default_factory=dict
     )
+    towers: tuple[Annotated[str, MinLen(1)], ...] | None = None
+    allow_dense: bool = False
     description: str = ""
 
 

@@ -70,7 +70,7 @@ def execute(
     Raises:
         GateError: perplexity rose above the gate, or accuracy fell below it; what is finished stays in the ledger.
     """
-    report, meter = Report(model_name), Meter(context, data.evaluation)
+    report, meter = Report(model_name, dense=dict(plan.dense.parts)), Meter(context, data.evaluation)
     depends = _dependencies(pipeline, plan, context, data)
     context.ledger.depends_on(depends)
     key = begin = key_of(depends.facts)

@@ -10,6 +10,7 @@ from compress.calibration.texts import IMAGE_SUFFIX, is_images
 from compress.config.pipeline import GATES, GIVEN
 from compress.errors import Problem
 from compress.models.positions import longest_window
+from compress.planning.dense import LEAST_REACHED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from compress.models.graph import Graph
     from compress.models.site import Site
     from compress.passes import Pass
+    from compress.planning.dense import Dense
     from compress.planning.state import PlanState
 
 
@@ -298,8 +300,20 @@ def data_sections(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
             yield Problem(f"{name}.length", f"{section.length} is more than the model's {longest} positions")
 
 
-def whole_pipeline(pipeline: Pipeline, state: PlanState) -> Iterator[Problem]:
+def out_of_reach(pipeline: Pipeline, graph: Graph, dense: Dense) -> Iterator[Problem]:
+    """A model of which most is not what passes work on: the result would not be what its name says."""
+    if dense.reached < LEAST_REACHED and not pipeline.allow_dense:
+        parts = ", ".join(f"{what} ({size / 1e6:.2f} MB)" for what, size in dense.unreached.items())
+        yield Problem(
+            "allow_dense",
+            f"passes can reach {dense.reached:.0%} of the matrices of a {type(graph.model).__name__}; left dense would "
+            f"be {parts}. With `allow_dense: true` it is run all the same, and the report says what was left",
+        )
+
+
+def whole_pipeline(pipeline: Pipeline, state: PlanState, dense: Dense) -> Iterator[Problem]:
     """Everything that no single pass is to blame for. `state`: after the last pass."""
+    yield from out_of_reach(pipeline, state.graph, dense)
     yield from missing_calibration(pipeline, state)
     yield from gates(pipeline, state.graph)
     yield from exports(pipeline, state)
