@@ -10,7 +10,7 @@ ENCODERS = (
     Entry("BertForSequenceClassification"),
     Entry("BertForTokenClassification"),
     Entry("BertForQuestionAnswering"),
-    Entry("AlbertForMaskedLM"),
+    Entry("AlbertForMaskedLM", apart=("*embedding_hidden_mapping_in*", "*predictions.dense*")),
     Entry("CamembertForMaskedLM"),
     Entry("DebertaV2ForSequenceClassification"),
     Entry("DebertaV2Model"),
