@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import Ge, MinLen
 from pydantic import Field
 
-from compress.calibration.statistics import MIN_EXPERT_TOKENS
 from compress.calibration.precision import Products  # noqa: TC001  (the type of an option)
+from compress.calibration.statistics import MIN_EXPERT_TOKENS
 from compress.calibration.tokens import Protocol  # noqa: TC001  (the type of an option)
 from compress.export import EXPORTERS
 from compress.passes import PASSES
