@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import UnsupportedModelError
 from compress.lazy import transformers
+from compress.models.experts import joins_experts
 from compress.models.families import family_of
 from compress.models.families.transformers_model import called_with_images
 
@@ -138,17 +139,18 @@ def _refuse_unreachable(model: nn.Module, blocks: tuple[str, ...], reached: set[
     total = unreachable = 0
     examples = []
     for block in blocks:
-        for name, parameter in model.get_submodule(block).named_parameters(prefix=block):
+        inside = model.get_submodule(block)
+        joined = tuple(f"{name}." for name, module in inside.named_modules(prefix=block) if joins_experts(module))
+        for name, parameter in inside.named_parameters(prefix=block):
             total += parameter.numel()
-            if parameter.dim() > 2 and name not in reached:
+            if (parameter.dim() > 2 or name.startswith(joined)) and name not in reached:
                 unreachable += parameter.numel()
                 examples.append(f"{name} {tuple(parameter.shape)}")
     if total and unreachable / total > MOST_UNREACHABLE:
         raise UnsupportedModelError(
             f"{type(model).__name__} keeps {unreachable / total:.0%} of its block weights in tensors that no pass can "
             f"reach, such as {examples[0]} ({len(examples)} in all). Convolutions other than a plain Conv2d, and "
-            "tensors of experts in classes that are not known here, are not supported; use another model, or one whose "
-            "experts are separate Linear layers."
+            "experts that are joined in a way that is not known here, are not supported; use another model"
         )
 
 
