@@ -19,7 +19,7 @@ from compress.checkpoint.artifact import Artifact
 from compress.checkpoint.opening import open_model
 from compress.checkpoint.sources import ModuleSource
 from compress.encodings import Weight
-from compress.engine.sweep import fused_parameters
+from compress.engine.sweep import fused_parameters, parts_of
 from compress.models.experts import running_one_by_one
 from compress.models.graph import Graph, find
 from compress.models.site import parameter_of
@@ -444,3 +444,19 @@ def test_dequantized_experts_are_what_was_measured() -> None:
         if ".experts." in name:
             assert isinstance(weight, Weight)
             assert torch.equal(result.model.get_parameter(parameter)[int(number)].T, weight.dequantize())
+
+
+def test_a_block_of_many_experts_is_worked_on_part_by_part_with_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_mixture("Qwen3Moe").save_pretrained(tmp_path / "model")
+    sizes = [s.shape[0] * s.shape[1] for s in find(make_mixture("Qwen3Moe")).in_block(0)]
+    found = []
+    for number, most in enumerate((sum(sizes), max(sizes) * 3, 1)):
+        monkeypatch.setattr("compress.engine.sweep.LARGEST_UNIT", most)
+        steps = {"passes": [{"rtn": W4}, {"eora": {"rank": 2, "method": "svd"}}]}
+        compress.run(steps, tmp_path / "model", tmp_path / f"out{number}")
+        found.append((tmp_path / f"out{number}" / "compress.safetensors").read_bytes())
+    assert found[0] == found[1] == found[2]
+    assert [len(part) for part in parts_of(list(find(make_mixture("Qwen3Moe")).in_block(0)))][:2] == [5, 1]
+    assert len(parts_of(list(find(make_mixture("Mixtral")).in_block(0)[:4]))) == 1, "layers stay together"
