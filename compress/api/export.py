@@ -20,6 +20,7 @@ from compress.api.output_folder import (
     refuse_foreign,
     working_for,
 )
+from compress.api.reloaded import plain_tolerance
 from compress.calibration.data import Dataset
 from compress.calibration.metrics import judge_of
 from compress.calibration.surroundings import undisturbed
@@ -119,6 +120,8 @@ def write_all(
         facts = exporter.verify(made, folder, bars)
         tolerance = exporter.tolerance(specs_in(made))
         if tolerance is not None and expect is not None:
+            computes = getattr(torch, exporter.computes) if exporter.computes else made.dtype
+            tolerance = max(tolerance, plain_tolerance(made.artifact.graph.model, computes))
             facts |= compared(exporter, made, folder, expect, tolerance)
         found[exporter.key] = facts
     return found

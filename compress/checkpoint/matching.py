@@ -238,9 +238,13 @@ def _refuse_extra(folder: Path, graph: Graph, source: Source, spelling: Spelling
 
 
 def ignored(model: Any, names: Iterable[str]) -> tuple[str, ...]:
-    """Those of some names of a file that a class of transformers declares to leave out when it is loaded."""
+    """Those of some names of a file that a class of transformers declares to leave out when it is loaded.
+
+    What the model has is none of them: GPT-2 leaves out `h.0.attn.bias`, and means no `h.0.attn.c_attn.bias`.
+    """
+    own = model.state_dict().keys()
     declared = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    return tuple(name for name in names if any(pattern.search(name) for pattern in declared))
+    return tuple(name for name in names if name not in own and any(pattern.search(name) for pattern in declared))
 
 
 def _refuse_unknown(folder: Path, graph: Graph, source: Source, spelling: Spelling, unknown: Sequence[str]) -> None:

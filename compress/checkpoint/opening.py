@@ -64,7 +64,7 @@ class OpenedModel:
 
     def settings(self, dtype: torch.dtype) -> dict[str, Any]:
         """config.json for a model that is to be loaded in a type; of the source's, all but names of code."""
-        found = without_code(refusals.read_settings(self.folder))
+        found = without_code(refusals.read_settings(self.folder)) | loading.INSTEAD.get(self.config.model_type, {})
         found.pop(refusals.SECTIONS[0], None)  # of codes that are read as numbers
         if getattr(self.config, "dtype", None) == dtype:
             return found

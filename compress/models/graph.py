@@ -120,10 +120,12 @@ def find(model: nn.Module) -> Graph:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no Linear, Conv2d or Conv1D layer: nothing to compress"
         )
+    tied = _tied(model)
+    _refuse_shared(model, sites, tied)
     kept = model.state_dict().keys()
     buffers = tuple(name for name, _ in model.named_buffers() if name in kept)
     axes = family.axes(model, [s.name for s in sites])
-    return Graph(model, blocks, sites, family, _tied(model), buffers, axes, towers)
+    return Graph(model, blocks, sites, family, tied, buffers, axes, towers)
 
 
 def chosen(graph: Graph, names: Collection[str] | None = None) -> Graph:
@@ -181,6 +183,18 @@ def _owner(name: str, blocks: dict[str, int]) -> int | None:
         if owner is not None:
             return owner
     return None
+
+
+def _refuse_shared(model: nn.Module, sites: tuple[Site, ...], tied: dict[str, str]) -> None:
+    """Blocks of a model of transformers that hold one matrix between them, each in a layer of its own."""
+    owners = {site.parameter: site for site in sites if site.block is not None}
+    shared = [(s, owners[tied[s.parameter]]) for s in owners.values() if tied.get(s.parameter) in owners]
+    if shared and isinstance(model, transformers.PreTrainedModel):
+        one, other = shared[0]
+        raise UnsupportedModelError(
+            f"blocks of {type(model).__name__} share matrices, such as {one.name} and {other.name} ({len(shared)} in "
+            "all); a matrix that several blocks have is not supported: use a model whose blocks have their own"
+        )
 
 
 def forward(graph: Graph, batch: Tensor) -> Any:

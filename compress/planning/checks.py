@@ -289,7 +289,7 @@ def exports(pipeline: Pipeline, state: PlanState) -> Iterator[Problem]:
 
 def data_sections(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
     """Data of another kind than the model takes, or longer."""
-    longest = longest_window(graph.model)
+    longest = longest_window(graph.model) if graph.takes_tokens else None  # CLIP has positions of words, too
     images, model = not graph.takes_tokens, type(graph.model).__name__
     for name, section in (("calibration", pipeline.calibration), ("evaluate", pipeline.evaluate)):
         for source in section.sources.values() if section else ():
