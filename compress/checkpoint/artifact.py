@@ -95,6 +95,8 @@ class Artifact:
     def __post_init__(self) -> None:
         self.sites = {site.name: site for site in self.graph.sites}
         self._by_parameter = {site.parameter: site for site in self.graph.sites}
+        tied = ((name, self._by_parameter.get(kept)) for name, kept in self.graph.tied.items())
+        self._by_parameter |= {name: site for name, site in tied if site is not None and site.looked_up}
         self.stored = set(self.source.names())
 
     def name_in_source(self, parameter: str) -> str:

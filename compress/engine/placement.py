@@ -235,6 +235,8 @@ def take_records(
             else:
                 value = value_of(context, name)
             set_value(context.graph.model, name, value)
+            if site is not None and site.shared:
+                tie(context.graph)
 
 
 def make_room(context: Context, name: str) -> None:

@@ -20,6 +20,7 @@ from compress.calibration.precision import calibrating
 from compress.calibration.wiring import arrivals_by_kind, kinds_of_calls
 from compress.engine.block_view import View
 from compress.engine.placement import present, set_value, streamed, value_of
+from compress.engine.tail import outside_statistics
 from compress.errors import UnsupportedModelError
 from compress.io.heap import bound_heap
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from compress.models.site import Site
     from compress.passes.base import Pass
 
+OUTSIDE = "outside"  # what the ledger calls it
 OUTSIDE_BLOCKS = -1  # stands for a block where sites lie outside of all blocks
 
 
@@ -102,7 +104,6 @@ def gradients(wanted: Wanted) -> AbstractContextManager[None]:
 def sweep(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> Iterator[Unit]:
     """Hand out one unit after the other. A block must be committed before the next is asked for."""
     if wanted.calibrated:
-        assert OUTSIDE_BLOCKS not in wanted.sites, "the planner refuses calibrated passes outside the blocks"
         try:
             yield from _calibrated(context, wanted, batches)
         finally:
@@ -110,7 +111,7 @@ def sweep(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> Iterat
                 context.ahead.forget()
         return
     for index, sites in context.bars.over(wanted.sites.items(), len(wanted.sites), f"{wanted.label}: block", "each"):
-        yield Unit("outside" if index == OUTSIDE_BLOCKS else f"b{index:04d}", sites, dict)
+        yield Unit(OUTSIDE if index == OUTSIDE_BLOCKS else f"b{index:04d}", sites, dict)
 
 
 def _calibrated(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> Iterator[Unit]:
@@ -139,6 +140,9 @@ def _calibrated(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> 
         yield Unit(f"b{index:04d}", sites, partial(_block_statistics, context, wanted, index, chain, batches), view)
         if chain and index + 1 < len(blocks):
             _step(context, chain, index, None, "propagate: batches")
+    if OUTSIDE_BLOCKS in wanted.sites:  # last: the head learns from what the compressed blocks make
+        sites = wanted.sites[OUTSIDE_BLOCKS]
+        yield Unit(OUTSIDE, sites, partial(outside_statistics, context, wanted, sites, chain, batches))
 
 
 def _read_ahead(context: Context, index: int) -> None:

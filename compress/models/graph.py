@@ -2,7 +2,7 @@
 
 A block is one of the model's repeated modules (decoder layers, residual blocks; the children of a plain
 `nn.Sequential`). A site is a matrix to compress: the weight of a `Linear`, of a `Conv2d` (a row per output channel),
-or of a transformers `Conv1D` (stored transposed). Nothing is traced: which block feeds which is observed while
+or of a transformers `Conv1D` (stored transposed); and the table of an `Embedding` (`tables.py`). Nothing is traced: which block feeds which is observed while
 running (`calibration/collect.py`).
 """
 
@@ -15,6 +15,7 @@ from compress.errors import UnsupportedModelError
 from compress.lazy import transformers
 from compress.models.families import family_of
 from compress.models.families.transformers_model import called_with_images
+from compress.models.tables import with_tables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,15 +102,17 @@ def find(model: nn.Module) -> Graph:
     blocks = family.blocks(model)
     index = {name: i for i, name in enumerate(blocks)}
     sites = tuple(replace(site, block=_owner(site.name, index)) for site in family.sites(model))
+    tied = _tied(model)
+    linear, sites = sites, with_tables(model, sites, tied)
     if not sites:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no Linear, Conv2d or Conv1D layer: nothing to compress"
+            f"{type(model).__name__} has no Linear, Conv2d, Conv1D or Embedding layer: nothing to compress"
         )
     _refuse_unreachable(model, blocks, {s.parameter for s in sites})
     kept = model.state_dict().keys()
     buffers = tuple(name for name, _ in model.named_buffers() if name in kept)
-    axes = family.axes(model, [s.name for s in sites])
-    return Graph(model, blocks, sites, family, _tied(model), buffers, axes)
+    axes = family.axes(model, [s.name for s in linear])
+    return Graph(model, blocks, sites, family, tied, buffers, axes)
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
