@@ -110,7 +110,10 @@ def _method(cls: type[Pass]) -> dict[str, Any]:
     match = {"type": "string", "description": "A shell wildcard on full names; the last override that matches wins."}
     inner = _closed({"match": match, **here}, required=["match"])
     if "embeddings" in properties:
-        forms = [_closed(here), *([{key: properties["scheme"][key] for key in ("type", "pattern")}] if "scheme" in here else [])]
+        forms = [
+            _closed(here),
+            *([{key: properties["scheme"][key] for key in ("type", "pattern")}] if "scheme" in here else []),
+        ]
         properties["embeddings"] = {
             "anyOf": [*forms, {"type": "null"}],
             "description": properties["embeddings"]["description"],

@@ -142,7 +142,9 @@ def _calibrated(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> 
             _step(context, chain, index, None, "propagate: batches")
     if OUTSIDE_BLOCKS in wanted.sites:  # last: the head learns from what the compressed blocks make
         sites = wanted.sites[OUTSIDE_BLOCKS]
-        yield Unit(OUTSIDE, sites, partial(outside_statistics, context, wanted, sites, chain, batches))
+        yield Unit(
+            OUTSIDE, sites, partial(outside_statistics, context, wanted.needs, wanted.ranged, sites, chain, batches)
+        )
 
 
 def _read_ahead(context: Context, index: int) -> None:

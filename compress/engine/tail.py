@@ -20,31 +20,36 @@ from compress.engine.placement import present, streamed
 from compress.models.tables import multiplies
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from torch import Tensor
 
     from compress.calibration.activation_cache import Activations
     from compress.calibration.statistics import Need
     from compress.engine.placement import Context
-    from compress.engine.sweep import Wanted
     from compress.models.site import Site
 
 
 def outside_statistics(
-    context: Context, wanted: Wanted, sites: Sequence[Site], chain: Activations | None, batches: Sequence[Tensor]
+    context: Context,
+    wanted: Mapping[str, Need],
+    ranged: Collection[str],
+    sites: Sequence[Site],
+    chain: Activations | None,
+    batches: Sequence[Tensor],
 ) -> dict[str, Statistics]:
     """What is wanted of the inputs of sites outside the blocks.
 
     Args:
         context: with every block committed.
-        wanted: by the passes.
+        wanted: site -> what must be known of its inputs, where anything must.
+        ranged: the sites of which the range of the inputs must be known.
         sites: outside the blocks.
         chain: what arrives at the last block; None where blocks do not simply feed one another.
         batches: of calibration data.
     """
     model = context.graph.model
-    needs = {s.name: wanted.needs[s.name] for s in sites if s.name in wanted.needs}
+    needs = {s.name: wanted[s.name] for s in sites if s.name in wanted}
     heads = {s.name: head for s in sites if s.name in needs and (head := multiplies(model, s)) is not None}
     found = {s.name: _of_rows(context, s, needs[s.name]) for s in sites if s.name in needs and s.name not in heads}
     if not heads:
@@ -56,12 +61,12 @@ def outside_statistics(
         once = _visits(context, modules, answers, batches)
         reached = {name: module for name, module in modules.items() if once[name]}
         forwards = (partial(_run, context, batch, answers, i) for i, batch in enumerate(batches))
-        before = context.executor.shares(sum(map(len, batches))).first if wanted.ranged else 0
+        before = context.executor.shares(sum(map(len, batches))).first if ranged else 0
         seen = collect.statistics(
             reached,
             needs,
             context.bars.over(forwards, len(batches), "collect: batches"),
-            wanted.ranged,
+            ranged,
             before,
             once=all(once[name] == 1 for name in reached),
         )
@@ -70,9 +75,9 @@ def outside_statistics(
 
 
 def _of_rows(context: Context, site: Site, need: Need) -> Statistics:
-    """Of a table that is only looked up: an error counts the same in whatever column it is, as if each were an input."""
+    """What stands for the inputs of a table that is only looked up: each column alone, once."""
     width, device = site.shape[1], context.devices.compute
-    made = Statistics(width, need, device)
+    made = Statistics(width, need, device)  # an error counts the same in whatever column it is
     made.update(torch.eye(width, device=device), site.name)
     return made
 

@@ -72,7 +72,9 @@ def _hands_on(forward: object) -> bool:
         for step, after in zip(steps, steps[1:], strict=False)
         if step.opname.startswith("LOAD_ATTR") and step.argval == "weight"
     )
-    return looked and "__class__" in code.co_freevars and "forward" in code.co_names and "embedding" not in code.co_names
+    return (
+        looked and "__class__" in code.co_freevars and "forward" in code.co_names and "embedding" not in code.co_names
+    )
 
 
 def multiplies(model: nn.Module, site: Site) -> str | None:

@@ -6,7 +6,6 @@ device, no file, no other site, and keeps nothing between calls.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -18,7 +17,7 @@ from compress.passes.kinds import why_refused
 from compress.passes.names import Override
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from compress.calibration.statistics import Need
     from compress.encodings import Form, InputForm, LowRankForm
@@ -161,14 +160,7 @@ class Pass:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearPass(Pass):
-    """A pass that sees one matrix at a time.
-
-    Args:
-        embeddings: work on the embedding and the output head too, with these options in the place of the pass's own:
-            `{bits: 8}`, in a file also `w8` or `w8g64`. Their inputs are not rounded.
-    """
-
-    embeddings: Mapping[str, Any] | None = None
+    """A pass that sees one matrix at a time."""
 
     reach: ClassVar[Reach] = "matrix"
 
@@ -176,21 +168,6 @@ class LinearPass(Pass):
     def rowwise(self) -> bool:
         """Rows are independent given the statistics, so matrices fed by one input may be stacked and solved once."""
         return False
-
-    def mistakes(self) -> Iterator[OptionError]:
-        yield from super().mistakes()
-        if self.embeddings is not None:
-            for error in replace(self, overrides=(), embeddings=None, **self.embeddings).check():
-                yield OptionError(f"embeddings.{error.option}", error.message)
-
-    def alternatives(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        yield from super().alternatives()
-        if self.embeddings is not None:
-            yield "embeddings.", self.embeddings
-
-    def at(self, name: str) -> Self:
-        found = super().at(name)
-        return found if found.embeddings is None else replace(found, embeddings=None)
 
     @property
     def survey_needs(self) -> Need:

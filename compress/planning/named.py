@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from compress.lazy import transformers
 from compress.passes import Override
-from compress.passes.base import LinearPass
+from compress.passes.quantize.embeddings import EmbeddingOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,7 +36,7 @@ def on_model(graph: Graph, pass_: Pass) -> Pass:
         if by_include and not named or excluded(pass_, site.shared) and not excluded(pass_, (site.name,)):
             exclude.append(own)
         overrides = [o for each in overrides for o in _for_table(each, site)]
-    options = pass_.embeddings if isinstance(pass_, LinearPass) else None
+    options = pass_.embeddings if isinstance(pass_, EmbeddingOptions) else None
     if options is not None:
         if not pass_.include:
             include += _inside(graph)
@@ -46,7 +46,7 @@ def on_model(graph: Graph, pass_: Pass) -> Pass:
     changed = {"include": tuple(include), "exclude": tuple(exclude), "overrides": tuple(overrides)}
     if all(getattr(pass_, name) == value for name, value in changed.items()):
         return pass_
-    return replace(pass_, **changed, **({"embeddings": None} if isinstance(pass_, LinearPass) else {}))
+    return replace(pass_, **changed, **({"embeddings": None} if isinstance(pass_, EmbeddingOptions) else {}))
 
 
 def names(pattern: str, name: str) -> bool:
@@ -91,7 +91,7 @@ def _inside(graph: Graph) -> list[str]:
     return [f"{escape(name)}.*" for name in graph.blocks]
 
 
-def _weights_alone(pass_: LinearPass) -> dict[str, None]:
+def _weights_alone(pass_: EmbeddingOptions) -> dict[str, None]:
     """What is looked up has no inputs to round."""
     return {"activation_bits": None} if hasattr(pass_, "activation_bits") else {}
 
