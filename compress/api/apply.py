@@ -19,6 +19,7 @@ from compress.encodings import Weight
 from compress.engine import manager
 from compress.engine.devices import devices_of
 from compress.engine.ledger import MemoryLedger
+from compress.engine.measure import refuse_idle_gate
 from compress.engine.merge import checks as merges
 from compress.engine.placement import Context
 from compress.errors import ConfigError, Problem
@@ -62,6 +63,7 @@ def apply(
     evaluation: given.Given | None = None,
     max_increase: float | None = None,
     max_drop: float | None = None,
+    max_error: float | None = None,
     seed: int = 0,
     inplace: bool = False,
     store_dtype: torch.dtype | None = None,
@@ -78,10 +80,12 @@ def apply(
             (samples,) integer labels: as tensors or arrays, a list of samples, what a tokenizer or an image processor
             returns (without padding), or a data loader; from several sources, a mapping of their names to such data.
         evaluation: (windows, length) token ids of a language model, to measure perplexity and KL after every pass; of
-            a classifier, its inputs and (samples,) integer labels, to measure accuracy and KL; from several sources, a
-            mapping of their names to such data.
+            a classifier, its inputs and (samples,) integer labels, to measure accuracy and KL; of another model, inputs
+            on which its outputs are compared with the original's; from several sources, a mapping of their names to
+            such data.
         max_increase: the gate: largest relative increase of perplexity, 0.1 for 10 %.
         max_drop: the gate of a classifier: largest fall of accuracy, 0.01 for one point.
+        max_error: the gate of other models: largest mean relative error of outputs, 0.05 for 5 %.
         seed: of every random choice.
         inplace: change `model` itself instead of a copy; its parts stay in training or evaluation mode, as they are.
         store_dtype: the type that changed dense weights are kept in; None keeps each parameter's own. A model loaded in
@@ -111,7 +115,7 @@ def apply(
         0.5
     """
     stages = tuple(tuple(p) if isinstance(p, Sequence) else (p,) for p in passes)
-    gates = {"max_increase": max_increase, "max_drop": max_drop}
+    gates = {"max_increase": max_increase, "max_drop": max_drop, "max_error": max_error}
     steps = Pipeline(passes=stages, seed=seed, products=products, max_memory=max_memory or {})
     problems = [*mistakes(steps), *_mistaken_gates(gates, evaluation is not None)]
     if problems:
@@ -157,6 +161,8 @@ def _applied(
     made = plan.make(pipeline, graph, dtypes, where=where)
     if steps.max_memory:
         resources.check_memory(made)
+    if pipeline.evaluate and data.evaluation is not None:
+        refuse_idle_gate(pipeline.evaluate, model, data.evaluation)
     merges.check_models(pipeline, artifact, "apply")
     merges.check_data(pipeline, data.calibration, graph, "apply")
     devices = devices_of(made, resident=True)

@@ -21,6 +21,7 @@ from compress.api.output_folder import (
     working_for,
 )
 from compress.calibration.data import Dataset
+from compress.calibration.metrics import judge_of
 from compress.calibration.surroundings import undisturbed
 from compress.config.options import errors_in
 from compress.config.pipeline import GIVEN, Evaluation
@@ -161,12 +162,13 @@ def _expecting(made: PackedFolder, evaluated: Dataset | None) -> Expect | None:
     if evaluated is None:
         return None
     inputs, labels = evaluated.inputs, evaluated.labels
+    judge = judge_of(made.artifact.graph.model, labels)
 
     @cache
     def expected(dtype: torch.dtype) -> Expected:
         ready = inputs.to(dtype) if inputs.is_floating_point() else inputs
         try:
-            return Expected.of(loaded(made, made.folder, dtype), ready, labels)
+            return Expected.of(loaded(made, made.folder, dtype), ready, labels, judge)
         finally:
             give_back()
 

@@ -41,6 +41,7 @@ from compress.engine import manager
 from compress.engine.devices import devices_of
 from compress.engine.executor import SingleProcess
 from compress.engine.ledger import FolderLedger
+from compress.engine.measure import refuse_idle_gate
 from compress.engine.merge import checks as merges
 from compress.engine.placement import Context
 from compress.engine.read_ahead import ReadAhead
@@ -53,7 +54,7 @@ from compress.io.manifest import verify_folder
 from compress.io.safetensors_file import compare_tensors
 from compress.io.source_code import code_of, plug_ins
 from compress.logs import LOGGER, kept_in
-from compress.models import loading
+from compress.models.architecture import auto_class
 from compress.models.companions import companions
 from compress.passes import MergePass
 from compress.planning import plan, resources
@@ -135,7 +136,7 @@ def run(
     )
     steps = _with_given(steps, data)
     file = str(pipeline) if isinstance(pipeline, str | Path) else "pipeline"
-    made = plan.make(steps, graph, opened.dtypes, file, opened.companion_bytes, where)
+    made = plan.make(steps, graph, opened.dtypes, file, opened.companion_bytes, where, opened.carried_bytes)
     merged = merges.check_models(steps, opened.artifact, file)
     with bars.shown():
         data = _data(steps, opened, data, bars)
@@ -283,7 +284,10 @@ def _data(steps: Pipeline, opened: OpenedModel, data: manager.Data, bars: progre
         calibration = given.model_inputs(graph, "calibration", found, dtype)
     if evaluation is None and steps.evaluate:
         found = given.read_data(steps.evaluate, opened.folder, "evaluation", bars.over)
+        found = given.with_masks(graph.model, found, opened.folder)
         evaluation = given.model_inputs(graph, "evaluation", found, dtype)
+    if steps.evaluate and evaluation is not None:
+        refuse_idle_gate(steps.evaluate, graph.model, evaluation)
     return manager.Data(calibration if needed else None, evaluation)
 
 
@@ -338,7 +342,7 @@ def _export(work: _Work, context: Context, measured: Report, destination: Path) 
         measured.verified["delta"] = {"tensors_equal": _put_delta(context.delta, partial / "delta", context)}
     write_text(partial / "pipeline.yaml", resolved)
     write_text(partial / "report.json", measured.to_json())
-    write_text(partial / "README.md", report.card(measured, resolved, loading.loader(opened.config).__name__))
+    write_text(partial / "README.md", report.card(measured, resolved, auto_class(opened.config)))
 
 
 def _put_delta(made: MadeDelta, folder: Path, context: Context) -> int:

@@ -14,7 +14,7 @@ from compress.io.heap import give_back
 from compress.lazy import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ class Activations:
         trim: bool,
         store: torch.device,
         room: int | None = None,
-        kinds: Sequence[int] = (0,),
+        kinds: Mapping[int, int] | None = None,
     ):
         """Takes what arrives.
 
@@ -43,9 +43,9 @@ class Activations:
             trim: give freed memory back after every batch.
             store: where hidden states wait.
             room: bytes of them that memory takes; what is beyond lies in files. None is LARGEST_BUFFER.
-            kinds: of the blocks that they are going to run through.
+            kinds: number of each block that they are going to run through -> its kind; by default one block, of one.
         """
-        self.kinds = kinds
+        self.kinds = {0: 0} if kinds is None else kinds
         self.trim, self.store = trim, store
         self.room = LARGEST_BUFFER if room is None else room
         self.compute = store  # where they arrive

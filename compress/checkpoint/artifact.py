@@ -82,6 +82,7 @@ class Artifact:
         vectors: parameters that are no site's, such as biases and scales of norms, as passes made them, (1, N) each.
             One that the source does not have is a bias that a layer was given.
         configured: changed entries of the source's configuration, with their new values.
+        carried: tensors of the source that the model has no place for, and that stay what they are.
     """
 
     graph: Graph
@@ -91,6 +92,7 @@ class Artifact:
     restated: dict[str, Weight | Packed] = field(default_factory=dict)
     vectors: dict[str, Weight | Packed] = field(default_factory=dict)
     configured: dict[str, Any] = field(default_factory=dict)
+    carried: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.sites = {site.name: site for site in self.graph.sites}

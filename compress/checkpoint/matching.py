@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.artifact import Artifact
-from compress.errors import CheckpointError, UnsupportedModelError
+from compress.checkpoint.converted import Conversions, ConvertedSource
+from compress.errors import CheckpointError
 from compress.lazy import torch, transformers
 
 if TYPE_CHECKING:
@@ -33,10 +34,12 @@ class _Found:
     """What of the files has which place.
 
     Attributes:
-        places: name in the model, tied ones once -> names in the files.
+        source: the files, under the names of the model where it puts parameters together of several tensors.
+        places: name in the model, tied ones once -> names in `source`.
         extra: names in the files without a place.
     """
 
+    source: Source
     places: dict[str, list[str]] = field(default_factory=dict)
     extra: list[str] = field(default_factory=list)
 
@@ -47,7 +50,7 @@ class Matched:
 
     Attributes:
         artifact: the weights.
-        notes: sentences on tensors that are left out, as transformers declares to.
+        notes: sentences on tensors that the model has no place for.
     """
 
     artifact: Artifact
@@ -65,7 +68,6 @@ def match(folder: Path, source: FolderSource, graph: Graph) -> Matched:
     Raises:
         CheckpointError: names, shapes or types do not fit the model; two tensors for one place that differ; tensors
             that the model has no place for.
-        UnsupportedModelError: transformers computes the model's parameters from those in the files.
     """
     model = graph.model
     assert isinstance(model, transformers.PreTrainedModel)
@@ -75,36 +77,31 @@ def match(folder: Path, source: FolderSource, graph: Graph) -> Matched:
     if quantized is not None:
         _already_quantized(folder, f"it has tensors such as {quantized}")
     renamed: dict[str, str] = {}
-    absent = _refuse_missing(folder, graph, source, spelling, found)
-    ignored = _refuse_extra(folder, graph, source, spelling, found.extra)
+    absent = _refuse_missing(folder, graph, source, found)
+    carried = _refuse_extra(folder, graph, source, spelling, found.extra)
     for name, tensor in graph.tensors():
         stored = found.places.get(name)
         if stored is None:
             continue
-        _refuse_other(folder, source, stored, tensor)
-        _refuse_two(folder, source, name, stored)
+        _refuse_other(folder, found.source, stored, tensor)
+        _refuse_two(folder, found.source, name, stored)
         tied = [n for n, kept in graph.tied.items() if kept == name]
         renamed.update({n: stored[0] for n in (name, *tied) if n != stored[0]})
     graph = replace(graph, buffers=tuple(name for name in graph.buffers if name not in absent))
     notes = [
-        f"transformers leaves {len(ignored)} tensors of the files out of {type(model).__name__}, such as {name}; "
-        "they are not in the result either"
-        for name in ignored[:1]
+        f"{type(model).__name__} of transformers makes no use of {len(carried)} tensors of the files, such as {name}; "
+        "they are in the result as they are"
+        for name in carried[:1]
     ]
-    return Matched(Artifact(graph, source, renamed), tuple(notes))
+    return Matched(Artifact(graph, found.source, renamed, carried=tuple(carried)), tuple(notes))
 
 
-def _refuse_missing(folder: Path, graph: Graph, source: Source, spelling: Spelling, found: _Found) -> set[str]:
+def _refuse_missing(folder: Path, graph: Graph, source: Source, found: _Found) -> set[str]:
     """Refuse a parameter without a tensor; returns the buffers without one, which the model computes."""
     without = [name for name, _ in graph.tensors() if name not in found.places]
     absent = {name for name in without if name in graph.buffers and not name.endswith(RUNNING)}
     missing = [name for name in without if name not in absent]
     kind = type(graph.model).__name__
-    if missing and spelling.converts:
-        raise UnsupportedModelError(
-            f"{folder}: transformers puts the parameters of {kind}, such as {missing[0]}, together from several "
-            "tensors while it loads them, which passes cannot follow"
-        )
     if missing:
         raise CheckpointError(
             f"{folder}: {len(missing)} parameters or buffers of {kind} are not in the files, such as {missing[0]} "
@@ -119,13 +116,14 @@ class Spelling:
 
     def __init__(self, model: Any):
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
 
         self.prefix = f"{getattr(model, 'base_model_prefix', '')}."
         conversions = get_model_conversion_mapping(model)
         # Old spellings that transformers renames while loading, such as GPT-NeoX's embed_out for lm_head.
         self.renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-        self.converts = len(self.renamings) < len(conversions)  # makes parameters out of several tensors
+        # What makes parameters out of several tensors, or several of one.
+        self.converters = [each for each in conversions if isinstance(each, WeightConverter)]
 
     def renamed(self, name: str) -> str:
         """The name that transformers looks for, every renaming applied in turn."""
@@ -133,10 +131,22 @@ class Spelling:
             name, _ = renaming.rename_source_key(name)
         return name
 
+    def converted(self, name: str) -> tuple[Any, str, str] | None:
+        """The first converter that takes a tensor, the name of what it makes, and which of its patterns that was."""
+        renamed = self.renamed(name)
+        for converter in self.converters:
+            target, pattern = converter.rename_source_key(renamed)
+            if pattern is not None:
+                return converter, target, pattern
+        return None
+
     def of(self, name: str) -> list[str]:
         """All spellings, the likeliest first."""
-        both = (name, self.renamed(name))
-        return [s for n in both for s in (n, n.removeprefix(self.prefix), self.prefix + n)]
+        return [spelled for each in (name, self.renamed(name)) for spelled in self.prefixed(each)]
+
+    def prefixed(self, name: str) -> tuple[str, str, str]:
+        """A name as it is, without the base model's prefix, and with it."""
+        return name, name.removeprefix(self.prefix), self.prefix + name
 
 
 def _placed(source: Source, graph: Graph, spelling: Spelling) -> _Found:
@@ -144,8 +154,19 @@ def _placed(source: Source, graph: Graph, spelling: Spelling) -> _Found:
     names = {name: name for name in graph.buffers}
     names |= {name: graph.tied.get(name, name) for name, _ in graph.model.named_parameters(remove_duplicate=False)}
     order = {name: i for i, name in enumerate(names)}
-    found, ranks = _Found(), {}
+    conversions = Conversions(graph.model)
+    whole: list[str] = []
     for stored in source.names():
+        made = spelling.converted(stored)
+        target = next((s for s in spelling.prefixed(made[1]) if s in names), None) if made else None
+        if made is None or target is None:
+            whole.append(stored)
+        else:
+            conversions.add(made[0], target, made[2], stored)
+    recipes = conversions.recipes()
+    found = _Found(ConvertedSource(source, recipes) if recipes else source)
+    ranks = {}
+    for stored in [*whole, *(name for name in found.source.names() if name not in set(whole))]:
         spellings = spelling.of(stored)
         name = next((s for s in spellings if s in names), None)
         if name is None:
@@ -194,23 +215,31 @@ def _refuse_two(folder: Path, source: Source, name: str, stored: Sequence[str]) 
 
 
 def _refuse_extra(folder: Path, graph: Graph, source: Source, spelling: Spelling, extra: Sequence[str]) -> list[str]:
-    """Refuse tensors that the model has no place for; returns those that transformers declares to ignore."""
+    """Refuse tensors that the model has no place for; returns those that transformers declares to ignore.
+
+    What the model computes itself, such as rotary frequencies that old checkpoints hold, is neither.
+    """
     model: Any = graph.model
     computed = {name for name, _ in model.named_buffers()}
-    declared = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    ignored: list[str] = []
+    left: list[str] = []
     unknown: list[str] = []
     for name in sorted(extra):
         spellings = spelling.of(name)
         if not computed.isdisjoint(spellings) or COMPUTED.search(spellings[0]):
             continue
-        known = any(pattern.search(s) for pattern in declared for s in spellings)
+        known = bool(ignored(model, spellings))
         if known and source.shape(name)[:2] == (1, 1):
             continue  # a causal mask, which is computed now
-        (ignored if known else unknown).append(name)
+        (left if known else unknown).append(name)
     if unknown:
         _refuse_unknown(folder, graph, source, spelling, unknown)
-    return ignored
+    return left
+
+
+def ignored(model: Any, names: Iterable[str]) -> tuple[str, ...]:
+    """Those of some names of a file that a class of transformers declares to leave out when it is loaded."""
+    declared = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    return tuple(name for name in names if any(pattern.search(name) for pattern in declared))
 
 
 def _refuse_unknown(folder: Path, graph: Graph, source: Source, spelling: Spelling, unknown: Sequence[str]) -> None:

@@ -48,6 +48,13 @@ class OpenedModel:
         a = self.artifact
         return {n: a.source.dtype(a.name_in_source(n)) for n, _ in a.graph.tensors()}
 
+    @property
+    def carried_bytes(self) -> int:
+        """Bytes of tensors that the model has no place for, and that are written as they are."""
+        source = self.artifact.source
+        found = self.artifact.carried
+        return sum(torch.Size(source.shape(n)).numel() * source.dtype(n).itemsize for n in found)
+
     def settings(self, dtype: torch.dtype) -> dict[str, Any]:
         """config.json for a model that is to be loaded in a type; of the source's, all but names of code."""
         found = without_code(refusals.read_settings(self.folder))
@@ -78,7 +85,7 @@ def open_folder(folder: Path) -> OpenedModel:
     refusals.refuse_quantized(folder, settings)
     source = FolderSource(folder)
     config = fitting_config(folder, source)
-    notes = refusals.refuse_other_tasks(folder, settings, config, loading.classes(config))
+    notes = refusals.refuse_other_tasks(folder, settings, config)
     _refuse_larger(folder, config, source)
     _refuse_generation(folder)
     matched = match(folder, source, graphs.find(loading.build(config)))

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 
 def entries(artifact: Artifact) -> Iterator[tuple[str, list[Entry]]]:
-    """(tensor or site name, its stored tensors): parameters in the model's order, tied ones once, then buffers."""
+    """(tensor or site name, its stored tensors): parameters in the model's order, tied ones once, then buffers.
+
+    Last come tensors that the model has no place for, under the names that they have in the source.
+    """
     for name, _ in artifact.graph.tensors():
         site = artifact.made_site(name)
         if name in artifact.graph.tied or (artifact.added(name) and name not in artifact.vectors):
@@ -41,6 +44,8 @@ def entries(artifact: Artifact) -> Iterator[tuple[str, list[Entry]]]:
         else:
             stored = artifact.name_in_source(name)
             yield name, [(name, artifact.source.shape(stored), artifact.source.dtype(stored))]
+    for name in artifact.carried:
+        yield name, [(name, artifact.source.shape(name), artifact.source.dtype(name))]
 
 
 def spec_at(artifact: Artifact, name: str) -> Spec:

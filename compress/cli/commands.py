@@ -167,7 +167,8 @@ def show_plan(
     opened = opening.open_model(model)
     steps = load_pipeline(pipeline)
     where = places.places(device or steps.device, steps.max_memory)
-    made = plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline), opened.companion_bytes, where)
+    graph, companions = opened.artifact.graph, opened.companion_bytes
+    made = plan.make(steps, graph, opened.dtypes, str(pipeline), companions, where, opened.carried_bytes)
     checks.check_models(steps, opened.artifact, str(pipeline))
     notes = check_amounts(steps, opened, str(pipeline))
     allocations = allocation_preview.allocations(made)

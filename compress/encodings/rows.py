@@ -35,7 +35,7 @@ def row_starts(spec: Spec, tensors: Mapping[str, Tensor]) -> Tensor:
         each = columns // spec.pattern.of * spec.pattern.keep
         return torch.arange(rows, device=tensors["pattern"].device) * each
     ones = torch.tensor([byte.bit_count() for byte in range(256)], device=tensors["mask"].device)
-    kept = torch.cat([ones[part.int()].sum(1) for part in tensors["mask"].split(1 << 14)])
+    kept = torch.cat([ones[part.int()].sum(1) for part in torch.split(tensors["mask"], 1 << 14)])
     return kept.cumsum(0) - kept
 
 
@@ -73,10 +73,9 @@ def decode_rows(
     if form is None:
         assert mask is not None
         return tensors["values"][places].float().masked_fill_(~mask, 0.0)
-    if codes is None and places is None:
-        codes = unpack_bits(tensors["codes"][rows], form.bits, columns)
-    elif codes is None:
-        codes = _at(tensors["codes"], form.bits, places)
+    if codes is None:
+        stored = tensors["codes"]
+        codes = unpack_bits(stored[rows], form.bits, columns) if places is None else _at(stored, form.bits, places)
     lookup = _lookup(spec, tensors, rows)
     found = lookup.units(codes)
     if lookup.scale is not None:

@@ -167,7 +167,7 @@ def _distances(
         return (wide[:, -1:] if last else wide).double()
 
     with torch.no_grad():
-        chain = chain_of(context, blocks, batches)
+        chain = chain_of(context, graph.towers[0], batches)
         if chain is None:
             with streamed(context), products(context.products):
                 for number, batch in enumerate(bars.over(batches, len(batches), "distances: batches")):

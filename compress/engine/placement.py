@@ -22,7 +22,7 @@ from compress.io.heap import give_back
 from compress.models.graph import forward
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -116,9 +116,9 @@ class Context:
         return forward(self.graph, self.devices.to_compute(inputs))
 
     def waiting(
-        self, arrivals: Iterable[tuple[Tensor, Mapping[int, Call]]], kinds: Sequence[int] = (0,)
+        self, arrivals: Iterable[tuple[Tensor, Mapping[int, Call]]], kinds: Mapping[int, int] | None = None
     ) -> Activations:
-        """What arrives at a block, where it waits for it. `kinds`: of the blocks that it is going to run through."""
+        """What arrives at a block, where it waits for it. `kinds`: as `Activations` takes them."""
         devices = self.devices
         return Activations(arrivals, trim=not self.resident, store=devices.activations, room=devices.room, kinds=kinds)
 

@@ -7,6 +7,7 @@ of the calibration data, whatever the number of blocks.
 
 from __future__ import annotations
 
+import itertools
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,10 +26,10 @@ from compress.errors import UnsupportedModelError
 from compress.io.heap import bound_heap
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from compress.calibration.activation_cache import Activations
     from compress.calibration.collect import Call
@@ -37,9 +38,9 @@ if TYPE_CHECKING:
     from compress.engine.placement import Context
     from compress.models.graph import Graph
     from compress.models.site import Site
+    from compress.models.towers import Tower
     from compress.passes.base import Pass
 
-OUTSIDE = "outside"  # what the ledger calls it
 OUTSIDE_BLOCKS = -1  # stands for a block where sites lie outside of all blocks
 
 
@@ -111,15 +112,38 @@ def sweep(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> Iterat
                 context.ahead.forget()
         return
     for index, sites in context.bars.over(wanted.sites.items(), len(wanted.sites), f"{wanted.label}: block", "each"):
-        yield Unit(OUTSIDE if index == OUTSIDE_BLOCKS else f"b{index:04d}", sites, dict)
+        yield Unit(_unit(index), sites, dict)
 
 
 def _calibrated(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> Iterator[Unit]:
-    graph = context.graph
-    blocks = [graph.model.get_submodule(name) for name in graph.blocks]
     if not context.resident:
         bound_heap()
-    chain = chain_of(context, blocks, batches)
+    count, towers = len(context.graph.blocks), context.graph.towers
+    shown = context.bars.over(range(count), count, f"{wanted.label}: block", "each")
+    chain: Activations | None = None
+    for tower in towers:
+        if any(wanted.sites[index] for index in tower.numbers) or len(towers) == 1:
+            chain = yield from _tower(context, wanted, batches, tower, shown)
+            continue
+        for index in itertools.islice(shown, len(tower.blocks)):  # nothing changes there, so nothing has to run
+            yield Unit(_unit(index), [], dict)
+    next(shown, None)  # the last block is done
+    if OUTSIDE_BLOCKS in wanted.sites:  # last: a head learns from what the compressed blocks make
+        sites = wanted.sites[OUTSIDE_BLOCKS]
+        chain = chain if len(towers) == 1 else None
+        seen = partial(outside_statistics, context, wanted.needs, wanted.ranged, sites, chain, batches)
+        yield Unit(_unit(OUTSIDE_BLOCKS), sites, seen)
+
+
+def _tower(
+    context: Context, wanted: Wanted, batches: Sequence[Tensor], tower: Tower, shown: Iterator[int]
+) -> Generator[Unit, None, Activations | None]:
+    """The blocks of a tower, one after the other; then what arrives at the last of them.
+
+    `shown` gives the numbers of blocks, and draws progress.
+    """
+    graph = context.graph
+    chain = chain_of(context, tower, batches)
     original = None  # what arrives in the original model, beside what arrives in the compressed one
     if wanted.learns:
         if chain is None:
@@ -127,8 +151,8 @@ def _calibrated(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> 
                 f"the blocks of {type(graph.model).__name__} do not simply feed one another, so {wanted.label} cannot "
                 "learn them one by one; use a method that does not learn by reconstruction, such as gptq"
             )
-        original = _original_chain(context, blocks, batches) or chain.copy()
-    for index in context.bars.over(range(len(blocks)), len(blocks), f"{wanted.label}: block", "each"):
+        original = _original_chain(context, tower, batches) or chain.copy()
+    for index in itertools.islice(shown, len(tower.blocks)):
         _read_ahead(context, index + 1)
         view = None
         if chain and original:
@@ -137,14 +161,15 @@ def _calibrated(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> 
             _step(context, outputs, index, view.original_values(), "original: batches")
             original = outputs
         sites = wanted.sites[index]
-        yield Unit(f"b{index:04d}", sites, partial(_block_statistics, context, wanted, index, chain, batches), view)
-        if chain and index + 1 < len(blocks):
+        yield Unit(_unit(index), sites, partial(_block_statistics, context, wanted, index, chain, batches), view)
+        if chain and index + 1 in tower.numbers:
             _step(context, chain, index, None, "propagate: batches")
-    if OUTSIDE_BLOCKS in wanted.sites:  # last: the head learns from what the compressed blocks make
-        sites = wanted.sites[OUTSIDE_BLOCKS]
-        yield Unit(
-            OUTSIDE, sites, partial(outside_statistics, context, wanted.needs, wanted.ranged, sites, chain, batches)
-        )
+    return chain
+
+
+def _unit(index: int) -> str:
+    """What a block is called in the ledger."""
+    return "outside" if index == OUTSIDE_BLOCKS else f"b{index:04d}"
 
 
 def _read_ahead(context: Context, index: int) -> None:
@@ -192,38 +217,37 @@ def _block_statistics(
     return seen
 
 
-def chain_of(context: Context, blocks: list[nn.Module], batches: Sequence[Tensor]) -> Activations | None:
+def chain_of(context: Context, tower: Tower, batches: Sequence[Tensor]) -> Activations | None:
     """What arrives at the first block, if the blocks may be run one after the other without the model around them."""
     graph = context.graph
-    if graph.blocks == ("",) and isinstance(graph.model, PreTrainedModel):  # outputs more than a tensor
+    if tower.blocks == ("",) and isinstance(graph.model, PreTrainedModel):  # outputs more than a tensor
         return None
     with streamed(context):
         kinds: tuple[int, ...] | None = (0,)
-        if graph.blocks != ("",):
-            kinds = kinds_of_calls(lambda: context.forward(batches[0][:1]), graph.model, graph.blocks)
+        if tower.blocks != ("",):
+            kinds = kinds_of_calls(lambda: context.forward(batches[0][:1]), graph.model, tower.blocks)
         if kinds is None:
             return None
-        arrivals = (_arrival(context, batch, blocks[0], kinds) for batch in batches)
+        arrivals = (_arrival(context, batch, tower, kinds) for batch in batches)
         arrived = context.bars.over(arrivals, len(batches), "embed: batches")
-        return context.waiting(arrived, kinds)
+        return context.waiting(arrived, dict(zip(tower.numbers, kinds, strict=True)))
 
 
-def _arrival(
-    context: Context, batch: Tensor, first: nn.Module, kinds: Sequence[int]
-) -> tuple[Tensor, Mapping[int, Call]]:
+def _arrival(context: Context, batch: Tensor, tower: Tower, kinds: Sequence[int]) -> tuple[Tensor, Mapping[int, Call]]:
     """What arrives at the first block, and how each kind of block is called."""
     run = partial(context.forward, batch)
     if len(set(kinds)) > 1:
-        return arrivals_by_kind(run, context.graph.model, context.graph.blocks, kinds)
-    hidden, call = collect.arrival(run, first)
+        return arrivals_by_kind(run, context.graph.model, tower.blocks, kinds)
+    hidden, call = collect.arrival(run, context.graph.model.get_submodule(tower.blocks[0]))
     return hidden, {kinds[0]: call}
 
 
-def _original_chain(context: Context, blocks: list[nn.Module], batches: Sequence[Tensor]) -> Activations | None:
+def _original_chain(context: Context, tower: Tower, batches: Sequence[Tensor]) -> Activations | None:
     """What arrives at the first block of the original model, where something in front of it was compressed."""
     artifact = context.artifact
-    inside = tuple(f"{name}." for name in context.graph.blocks)
-    changed = [s.parameter for s in context.graph.outside if s.name in artifact.committed]
+    inside = tuple(f"{name}." if name else "" for name in tower.blocks)
+    elsewhere = (s for s in context.graph.sites if s.block not in tower.numbers)
+    changed = [s.parameter for s in elsewhere if s.name in artifact.committed]
     changed += [name for name in artifact.vectors if not name.startswith(inside)]
     if not changed:
         return None
@@ -232,7 +256,7 @@ def _original_chain(context: Context, blocks: list[nn.Module], batches: Sequence
     try:
         for name in now:
             set_value(context.graph.model, name, value_of(plain, name))
-        return chain_of(plain, blocks, batches)
+        return chain_of(plain, tower, batches)
     finally:
         for name, value in now.items():
             set_value(context.graph.model, name, value)

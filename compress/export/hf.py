@@ -16,6 +16,7 @@ from compress.lazy import torch
 from compress.models import loading
 from compress.models.companions import copy_companions
 from compress.models.graph import forward
+from compress.models.logits import logits_in
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -49,7 +50,7 @@ class Dense:
     corrected: bool = True
 
     def layout(self) -> list[tuple[str, list[Entry]]]:
-        """Parameters in the model's order, tied ones once, then buffers, each by itself."""
+        """Parameters in the model's order, tied ones once, then buffers, then what is carried along, each by itself."""
         artifact = self.artifact
         found: list[tuple[str, list[Entry]]] = []
         for name, tensor in artifact.graph.tensors():
@@ -57,7 +58,8 @@ class Dense:
                 site = artifact.made_site(name)
                 dtype = self._dtype(site) if site else artifact.source.dtype(artifact.name_in_source(name))
                 found.append((name, [(name, tuple(tensor.shape), dtype)]))
-        return found
+        source = artifact.source
+        return found + [(name, [(name, source.shape(name), source.dtype(name))]) for name in artifact.carried]
 
     def read(self, name: str) -> dict[str, Tensor]:
         """One of them, decompressed."""
@@ -126,8 +128,7 @@ def loaded(made: PackedFolder, folder: Path, dtype: torch.dtype | None = None) -
 
     def logits(inputs: Tensor) -> Tensor:
         with torch.no_grad():
-            found: Tensor = forward(graph, inputs).logits
-        return found.float()
+            return logits_in(forward(graph, inputs)).float()
 
     return logits
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.artifact import Artifact, Packed
-from compress.checkpoint.matching import RUNNING
+from compress.checkpoint.matching import RUNNING, ignored
 from compress.checkpoint.opening import fitting_config
 from compress.checkpoint.packed_layout import spec_at
 from compress.checkpoint.sources import FolderSource
@@ -86,7 +86,7 @@ def open_packed(folder: Path, dtype: torch.dtype | None = None) -> PackedFolder:
     unknown = sorted(committed.keys() - {s.name for s in graph.sites})
     if unknown:
         raise UsageError(f"{folder}: config.json packs {unknown[0]}, which its model does not have")
-    artifact = Artifact(graph, source, dict(graph.tied), {**committed})
+    artifact = Artifact(graph, source, dict(graph.tied), {**committed}, carried=ignored(model, source.names()))
     _refuse_other_tensors(artifact, folder)
     configured = getattr(config, "dtype", None)
     found = dtype or (configured if isinstance(configured, torch.dtype) else torch.float32)
@@ -104,8 +104,9 @@ def _refuse_other_tensors(artifact: Artifact, folder: Path) -> None:
             wanted |= {f"{site.name}.{leaf}": shape for leaf, (shape, _) in leaves.items()}
         elif name not in graph.tied:
             wanted[name] = tuple(tensor.shape)
+    there = artifact.source.names()
     refuse_other_tensors(
-        {name: artifact.source.shape(name) for name in artifact.source.names()},
+        {name: artifact.source.shape(name) for name in there if name not in artifact.carried},
         wanted,
         {name for name in graph.buffers if not name.endswith(RUNNING)},
         str(folder / WEIGHTS),

@@ -2,8 +2,8 @@
 
 A block is one of the model's repeated modules (decoder layers, residual blocks; the children of a plain
 `nn.Sequential`). A site is a matrix to compress: the weight of a `Linear`, of a `Conv2d` (a row per output channel),
-or of a transformers `Conv1D` (stored transposed); and the table of an `Embedding` (`tables.py`). Nothing is traced: which block feeds which is observed while
-running (`calibration/collect.py`).
+or of a transformers `Conv1D` (stored transposed); and the table of an `Embedding` (`tables.py`). Nothing is traced:
+which block feeds which is observed while running (`calibration/collect.py`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import UnsupportedModelError
 from compress.lazy import transformers
+from compress.models.architecture import predicts_masked, predicts_next
 from compress.models.families import family_of
-from compress.models.families.transformers_model import called_with_images
+from compress.models.families.transformers_model import TOKENS, called_with, called_with_images
 from compress.models.tables import with_tables
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from compress.models.families.base import Family
     from compress.models.site import Site
     from compress.models.symmetry import Axis, Units
+    from compress.models.towers import Tower
 
 # Above this share of block weights out of every pass's reach, running would be pretending.
 MOST_UNREACHABLE = 0.01
@@ -35,10 +37,12 @@ class Graph:
     """A model (its parameters possibly on the meta device) with its blocks and sites found.
 
     Attributes:
+        blocks: full names of its repeated modules, those of one tower after the other.
         family: what is known of its kind.
         buffers: names of the buffers that checkpoints hold, such as the running means of a batch normalisation.
         tied: parameter name -> the name its value is kept under, for parameters that share one tensor.
         axes: channels between sites whose order is free.
+        towers: the lists that the blocks are of.
     """
 
     model: nn.Module
@@ -48,6 +52,7 @@ class Graph:
     tied: dict[str, str] = field(default_factory=dict)
     buffers: tuple[str, ...] = ()
     axes: tuple[Axis, ...] = ()
+    towers: tuple[Tower, ...] = ()
 
     def rows_of(self, site: str) -> Axis | None:
         """The channels that a site's rows are, where their order is free."""
@@ -81,9 +86,19 @@ class Graph:
         return tuple(s for s in self.sites if s.block is None)
 
     @property
+    def takes_tokens(self) -> bool:
+        """Whether it is a transformers model called with token ids."""
+        return isinstance(self.model, transformers.PreTrainedModel) and called_with(self.model) == TOKENS
+
+    @property
     def is_language_model(self) -> bool:
-        """Whether it is called with token ids."""
-        return isinstance(self.model, transformers.PreTrainedModel) and not self.is_image_model
+        """Whether it is called with token ids, and has logits for the token after each."""
+        return self.takes_tokens and predicts_next(self.model)
+
+    @property
+    def predicts_masked(self) -> bool:
+        """Whether it is called with token ids, and has logits for those that were masked."""
+        return self.takes_tokens and predicts_masked(self.model)
 
     @property
     def is_image_model(self) -> bool:
@@ -99,7 +114,8 @@ def find(model: nn.Module) -> Graph:
             (experts stored as one three-dimensional parameter, convolutions other than Conv2d).
     """
     family = family_of(model)
-    blocks = family.blocks(model)
+    towers = family.towers(model)
+    blocks = tuple(name for tower in towers for name in tower.blocks)
     index = {name: i for i, name in enumerate(blocks)}
     sites = tuple(replace(site, block=_owner(site.name, index)) for site in family.sites(model))
     tied = _tied(model)
@@ -112,7 +128,7 @@ def find(model: nn.Module) -> Graph:
     kept = model.state_dict().keys()
     buffers = tuple(name for name, _ in model.named_buffers() if name in kept)
     axes = family.axes(model, [s.name for s in linear])
-    return Graph(model, blocks, sites, family, tied, buffers, axes)
+    return Graph(model, blocks, sites, family, tied, buffers, axes, towers)
 
 
 def _tied(model: nn.Module) -> dict[str, str]:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from compress.errors import CheckpointError
 from compress.io.heap import align
 from compress.lazy import nn, torch, transformers
+from compress.models.architecture import class_of
 from compress.models.refusals import read_settings
 
 if TYPE_CHECKING:
@@ -61,31 +62,14 @@ def computes_in(config: Any, stored: Iterable[torch.dtype]) -> torch.dtype:
     return torch.float32 if found == torch.float64 else found  # which nothing computes in
 
 
-def loader(config: transformers.PreTrainedConfig) -> Any:
-    """The class of transformers that loads a model of this configuration."""
-    known = type(config)
-    images, texts = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    image = known in images and known not in texts
-    return transformers.AutoModelForImageClassification if image else transformers.AutoModelForCausalLM
-
-
-def classes(config: transformers.PreTrainedConfig) -> list[str]:
-    """Names of the classes that `loader` may build of a configuration."""
-    mapping, known = loader(config)._model_mapping, type(config)
-    if known not in mapping:
-        return []
-    found = mapping[known]
-    return [each.__name__ for each in (found if isinstance(found, list | tuple) else [found])]
-
-
 def build(config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
-    """The language model or image classifier a configuration describes, parameters on the meta device, buffers real.
+    """The model that a configuration names, parameters on the meta device, buffers real.
 
     Raises:
         CheckpointError: transformers cannot build it.
     """
     try:
-        return built(lambda: loader(config).from_config(config, trust_remote_code=False))
+        return built(lambda: class_of(config)._from_config(config))
     except Exception as error:  # as above: a wrong value surfaces wherever the model's code first uses it
         raise CheckpointError(
             f"transformers cannot build the model that config.json describes: {one_line(error)}"
@@ -96,7 +80,7 @@ def sizes_of(config: transformers.PreTrainedConfig) -> tuple[int, int] | None:
     """How many numbers the parameters and the buffers of a model have; None where that takes memory to know."""
     try:
         with torch.device("meta"):
-            model = loader(config).from_config(config, trust_remote_code=False)
+            model = class_of(config)._from_config(config)
     except Exception:  # what is wrong is said where the model is built
         return None
     model.tie_weights()
@@ -142,7 +126,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = loader(read_config(folder)).from_pretrained(folder, dtype=dtype or "auto").eval()
+        model = class_of(read_config(folder)).from_pretrained(folder, dtype=dtype or "auto").eval()
         align(model)
         return model
     except (OSError, ValueError, LookupError, AttributeError, TypeError, SafetensorError) as error:

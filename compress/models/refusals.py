@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import CheckpointError
 from compress.lazy import transformers
+from compress.models.architecture import class_of, listed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -21,8 +22,6 @@ COUNTS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_experts",
     "num_local_experts", "n_routed_experts", "n_shared_experts", "depths",
 )  # fmt: skip
-# They take every token they predict as input, unless they are configured as decoders.
-ENCODERS = ("bert-generation",)  # and all that transformers knows as masked language models
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -118,60 +117,41 @@ def refuse_counts(folder: Path, settings: Mapping[str, Any], most: int) -> None:
             refuse_counts(folder, part, most)
 
 
-def refuse_other_tasks(
-    folder: Path, settings: Mapping[str, Any], config: transformers.PreTrainedConfig, built: Sequence[str]
-) -> list[str]:
-    """Models that predict no next token and no class of an image, and models whose code is not part of transformers.
+def refuse_other_tasks(folder: Path, settings: Mapping[str, Any], config: transformers.PreTrainedConfig) -> list[str]:
+    """Models of classes that transformers does not have, and models whose code is not part of transformers.
 
     Args:
         folder: for messages.
         settings: config.json as it stands.
         config: the same as transformers reads it.
-        built: names of the classes that transformers may build of it.
 
     Returns:
         Sentences on what was taken for what.
 
     Raises:
-        CheckpointError: another task, or code of the folder's own.
+        CheckpointError: no class of transformers, or code of the folder's own.
     """
-    kind = f"{folder}/config.json describes "
-    only = "only causal language models and image classifiers are compressed and measured"
-    if getattr(config, "is_encoder_decoder", False):
-        raise CheckpointError(f"{kind}an encoder-decoder ({config.model_type}); {only}")
-    if not built:
+    kind, named, own_code = f"{folder}/config.json describes ", listed(config), bool(settings.get("auto_map"))
+    made = class_of(config)
+    if made is None:
         raise CheckpointError(
-            f"{kind}no causal language model and no image classifier that transformers can build, but a "
-            f"{config.model_type}"
+            f"{kind}a {config.model_type}, of which transformers can build no language model and no image classifier, "
+            "and names no class in `architectures`; add the name of the class that it was saved from"
         )
-    if _sees_the_answer(config):
-        raise CheckpointError(
-            f"{kind}a masked language model ({config.model_type}, not configured as a decoder): it is shown every "
-            f"token that it predicts, so its perplexity would say nothing; {only}"
-        )
-    architectures = settings.get("architectures")
-    listed = [n for n in architectures if isinstance(n, str)] if isinstance(architectures, list) else []
-    own_code = bool(settings.get("auto_map"))
-    base = built[0].split("For")[0].removesuffix("LMHeadModel")
-    known = not listed or listed[0].lower() in (name.lower() for name in (*built, f"{base}Model"))  # MPT, Mpt
-    if not known and own_code:
-        raise CheckpointError(
-            f"{kind}a {listed[0]:.80}, whose code comes with the model (auto_map in config.json). Such code is never "
-            "run here, and transformers has no class of that name: a model of a class that it has is needed"
-        )
-    if not known and hasattr(transformers, listed[0]):
-        raise CheckpointError(f"{kind}a {listed[0]:.80}, and what transformers can build of it is a {built[0]}; {only}")
-    if not known:
-        return [f"config.json calls the model a {listed[0]:.80}, which transformers does not have; it is a {built[0]}"]
-    if own_code:
+    built: str = made.__name__
+    if not named or built.lower() == named.lower():
         return [
             "the model comes with code of its own (auto_map in config.json), which is never run: it is transformers' "
-            f"{built[0]}, and auto_map is left out of what is written"
-        ]
-    return []
-
-
-def _sees_the_answer(config: transformers.PreTrainedConfig) -> bool:
-    masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING or config.model_type in ENCODERS
-    causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
-    return masked and not causal
+            f"{built}, and auto_map is left out of what is written"
+        ] * own_code
+    if own_code:
+        raise CheckpointError(
+            f"{kind}a {named:.80}, whose code comes with the model (auto_map in config.json). Such code is never "
+            "run here, and transformers has no class of that name: a model of a class that it has is needed"
+        )
+    if hasattr(transformers, named):
+        raise CheckpointError(
+            f"{kind}a {named:.80}, which transformers does not build of a {config.model_type}, but a {built}; "
+            "model_type and architectures are of two models: fetch config.json again"
+        )
+    return [f"config.json calls the model a {named:.80}, which transformers does not have; it is a {built}"]

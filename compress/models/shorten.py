@@ -101,6 +101,7 @@ def _graph(graph: Graph, model: nn.Module, kept: Sequence[int]) -> Graph:
         graph,
         model=model,
         blocks=graph.blocks[: len(kept)],
+        towers=tuple(replace(tower, blocks=tower.blocks[: len(kept)]) for tower in graph.towers),
         sites=tuple(sites),
         buffers=new(graph.buffers),
         axes=tuple(a for a in axes if a.makers),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dis
-from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from compress.lazy import nn
@@ -40,7 +40,7 @@ def with_tables(model: nn.Module, sites: Sequence[Site], tied: Mapping[str, str]
             every = [owner for owner, _, _ in owners]
             first = next(name for name in every if isinstance(modules[name], nn.Embedding))
             shared = tuple(name for name in every if name != first)
-            rows, columns = found[0].weight.shape  # type: ignore[union-attr,misc]
+            rows, columns = found[0].weight.shape
             tables[kept] = Site(first, (rows, columns), TensorRef(kept), looked_up=True, shared=shared)
     gone = {name for table in tables.values() for name in table.names}
     return (*(site for site in sites if site.name not in gone), *tables.values())
@@ -69,7 +69,7 @@ def _hands_on(forward: object) -> bool:
     steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG")]
     looked = all(
         after.argval in LOOKS_AT
-        for step, after in zip(steps, steps[1:], strict=False)
+        for step, after in pairwise(steps)
         if step.opname.startswith("LOAD_ATTR") and step.argval == "weight"
     )
     return (

@@ -263,7 +263,7 @@ def missing_calibration(pipeline: Pipeline, state: PlanState) -> Iterator[Proble
     if path and pipeline.calibration is None:
         images = "{source: images.safetensors, samples: 128}"
         text = "{source: demo, samples: 128, length: 512}"
-        example = images if state.graph.is_image_model else text
+        example = text if state.graph.takes_tokens else images
         yield Problem(
             path,
             f"{path.rpartition('.')[2]} learns from data, and `calibration:` is missing; for example calibration: "
@@ -274,10 +274,17 @@ def missing_calibration(pipeline: Pipeline, state: PlanState) -> Iterator[Proble
 def gates(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
     """A quality gate on what is not measured of this model."""
     if pipeline.evaluate:
-        gate, other = GATES if graph.is_language_model else reversed(GATES)
-        measured = "perplexity" if graph.is_language_model else "accuracy"
-        if getattr(pipeline.evaluate, other) is not None:
-            yield Problem(f"evaluate.{other}", f"this model is judged by its {measured}; its gate is {gate}")
+        gate: tuple[str, ...]
+        if graph.is_language_model:
+            gate, measured = GATES[:1], "perplexity"
+        elif graph.predicts_masked:
+            gate, measured = (GATES[0], GATES[2]), "perplexity of masked tokens, or by its outputs"
+        else:
+            gate, measured = GATES[1:], "accuracy, or without labels by its outputs"
+        for other in GATES:
+            if getattr(pipeline.evaluate, other) is not None and other not in gate:
+                said = f"this model is judged by its {measured}; its gate is {' or '.join(gate)}"
+                yield Problem(f"evaluate.{other}", said)
 
 
 def exports(pipeline: Pipeline, state: PlanState) -> Iterator[Problem]:
@@ -290,11 +297,11 @@ def exports(pipeline: Pipeline, state: PlanState) -> Iterator[Problem]:
 def data_sections(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
     """Data of another kind than the model takes, or longer."""
     longest = getattr(getattr(graph.model, "config", None), "max_position_embeddings", None)
-    images, model = graph.is_image_model, type(graph.model).__name__
+    images, model = not graph.takes_tokens, type(graph.model).__name__
     for name, section in (("calibration", pipeline.calibration), ("evaluate", pipeline.evaluate)):
         for source in section.sources.values() if section else ():
             if source != GIVEN and is_images(source) != images:
-                wanted = f"images from a {IMAGE_SUFFIX} file" if images else "text"
+                wanted = f"images, or other inputs, from a {IMAGE_SUFFIX} file" if images else "text"
                 yield Problem(f"{name}.source", f"{source}: {model} takes {wanted}")
         if section and longest and section.length > longest:
             yield Problem(f"{name}.length", f"{section.length} is more than the model's {longest} positions")

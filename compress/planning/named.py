@@ -1,4 +1,4 @@
-"""What the patterns of a pass mean on a model where a layer has several names, or is only worked on when it is named."""
+"""What the patterns of a pass mean on a model where a layer has several names, or must be named to be worked on."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ def on_model(graph: Graph, pass_: Pass) -> Pass:
     a pattern that names the module, not by one such as "*" that matches whatever there is.
     """
     include, exclude, overrides = list(pass_.include), list(pass_.exclude), list(pass_.overrides)
+    options = pass_.embeddings if isinstance(pass_, EmbeddingOptions) else None
+    words = () if options is None else word_tables(graph)
     for site in graph.sites:
         if not site.looked_up:
             continue
@@ -33,20 +35,16 @@ def on_model(graph: Graph, pass_: Pass) -> Pass:
         named = any(names(p, name) for p in pass_.include for name in site.names)
         if named and not by_include:
             include.append(own)
-        if by_include and not named or excluded(pass_, site.shared) and not excluded(pass_, (site.name,)):
+        elsewhere = excluded(pass_, site.shared) and not excluded(pass_, (site.name,))
+        if elsewhere or (by_include and not named and site not in words):
             exclude.append(own)
         overrides = [o for each in overrides for o in _for_table(each, site)]
-    options = pass_.embeddings if isinstance(pass_, EmbeddingOptions) else None
-    if options is not None:
-        if not pass_.include:
-            include += _inside(graph)
-        found = [escape(site.name) for site in word_tables(graph)]
-        include += found
-        overrides += [Override(name, {**_weights_alone(pass_), **options}) for name in found]
-    changed = {"include": tuple(include), "exclude": tuple(exclude), "overrides": tuple(overrides)}
-    if all(getattr(pass_, name) == value for name, value in changed.items()):
-        return pass_
-    return replace(pass_, **changed, **({"embeddings": None} if isinstance(pass_, EmbeddingOptions) else {}))
+    if isinstance(pass_, EmbeddingOptions) and options is not None:
+        include += [*([] if pass_.include else _inside(graph)), *(escape(site.name) for site in words)]
+        overrides += [Override(escape(site.name), {**_weights_alone(pass_), **options}) for site in words]
+        pass_ = replace(pass_, embeddings=None)
+    made = replace(pass_, include=tuple(include), exclude=tuple(exclude), overrides=tuple(overrides))
+    return pass_ if made == pass_ else made
 
 
 def names(pattern: str, name: str) -> bool:

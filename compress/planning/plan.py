@@ -74,6 +74,7 @@ def make(
     file: str = "pipeline",
     companions: int = 0,
     where: Places | None = None,
+    carried: int = 0,
 ) -> Plan:
     """Plan a pipeline on a model.
 
@@ -84,11 +85,12 @@ def make(
         file: for messages.
         companions: bytes of what travels along with the weights, such as a tokenizer.
         where: it computes; by default on the processor.
+        carried: bytes of tensors that the model has no place for.
 
     Raises:
         ConfigError: every impossible thing at once.
     """
-    state = initial(graph, dtypes)
+    state = initial(graph, dtypes, carried)
     original = sum(state.sizes.values())
     stages: list[list[PassPlan]] = [[] for _ in pipeline.passes]
     problems: list[Problem] = []

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from compress.passes import Pass
 
 
+CARRIED = "carried along"  # stands for all tensors without a place, among the sizes
+
+
 @dataclass(frozen=True)
 class PassPlan:
     """One pass on one model: the sites it works on, and each one's expected spec afterwards.
@@ -125,12 +128,13 @@ class Planner(Protocol):
         """
 
 
-def initial(graph: Graph, dtypes: Mapping[str, torch.dtype]) -> PlanState:
-    """The state before every pass."""
+def initial(graph: Graph, dtypes: Mapping[str, torch.dtype], carried: int = 0) -> PlanState:
+    """The state before every pass. `carried`: bytes of tensors that the model has no place for."""
+    sizes = {name: tensor.numel() * dtypes[name].itemsize for name, tensor in graph.tensors()}
     return PlanState(
         graph,
         dtypes,
-        sizes={name: tensor.numel() * dtypes[name].itemsize for name, tensor in graph.tensors()},
+        sizes={**sizes, CARRIED: carried} if carried else sizes,
         parameters=frozenset(name for name, _ in graph.model.named_parameters(remove_duplicate=False)),
         kinds={site.name: "dense" for site in graph.sites},
     )

@@ -11,12 +11,21 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
+SAID = {
+    "classes": "accuracy",
+    "masked": "perplexity of masked tokens",
+    "predictions": "error against the original's predictions",
+    "outputs": "error against the original's outputs",
+}
+
+
 @dataclass(frozen=True)
 class Row:
     """The model after one stage.
 
     Attributes:
-        change: relative increase of perplexity over the original; of a classifier, accuracy minus the original's.
+        change: relative increase of perplexity over the original; of a classifier, accuracy minus the original's; None
+            of other models.
         kl: mean KL(original || this) in nats per token, or per sample.
         bytes: of all weights as stored now.
         bits_per_weight: over the matrices inside the blocks, scales, zero points and masks counted.
@@ -27,6 +36,9 @@ class Row:
         negative_flips: share of all tokens (samples) that the original predicts right and this does not.
         sources: of data from several named sources, of each `perplexity` or `accuracy`, `change`, `kl` and
             `negative_flips`; the row's own are of all of them together.
+        relative_error: of a model without a next token to predict and without labels: mean of |outputs - original's|
+            / |original's|.
+        cosine: of the same model, the mean cosine between both.
     """
 
     name: str
@@ -41,6 +53,8 @@ class Row:
     accuracy: float | None = None
     negative_flips: float | None = None
     sources: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    relative_error: float | None = None
+    cosine: float | None = None
 
 
 @dataclass
@@ -79,11 +93,9 @@ class Report:
 
 def headings(report: Report) -> tuple[str, ...]:
     """The headings of the table; a column for each named source."""
-    quality = "accuracy" if any(row.accuracy is not None for row in report.rows) else "perplexity"
     return (
         "after",
-        quality,
-        "change",
+        *quality_headings(report),
         "KL",
         *source_names(report),
         "size",
@@ -92,6 +104,13 @@ def headings(report: Report) -> tuple[str, ...]:
         "seconds",
         "peak",
     )
+
+
+def quality_headings(report: Report) -> tuple[str, str]:
+    """What the model is judged by: a figure and its change, or two that are of a change already."""
+    if any(row.relative_error is not None for row in report.rows):
+        return "error", "cosine"
+    return "accuracy" if any(row.accuracy is not None for row in report.rows) else "perplexity", "change"
 
 
 def source_names(report: Report) -> list[str]:
@@ -103,7 +122,7 @@ def cells(row: Row, sources: Sequence[str] = ()) -> tuple[str, ...]:
     """A row as text, in the order of `headings`."""
     return (
         row.name,
-        *figures(row.perplexity, row.accuracy, row.change),
+        *_quality(asdict(row)),
         "" if row.kl is None else f"{row.kl:.4f}",
         *(" ".join(_of_source(row.sources[name])) if name in row.sources else "" for name in sources),
         size_text(row.bytes),
@@ -121,8 +140,15 @@ def in_words(report: Report, row: Row) -> str:
 
 
 def _of_source(facts: dict[str, float | None]) -> list[str]:
-    quality, change = figures(facts["perplexity"], facts["accuracy"], facts["change"])
+    quality, change = _quality(facts)
     return [quality, f"({change})"] if change else [quality]
+
+
+def _quality(facts: Mapping[str, Any]) -> tuple[str, str]:
+    error, cosine = facts.get("relative_error"), facts.get("cosine")
+    if error is not None and cosine is not None:
+        return f"{error:.2%}", f"{cosine:.5f}"
+    return figures(facts["perplexity"], facts["accuracy"], facts["change"])
 
 
 def figures(perplexity: float | None, accuracy: float | None, change: float | None) -> tuple[str, str]:
@@ -181,7 +207,7 @@ def _measured_on(report: Report) -> str:
     kl = f"; KL on {d['kl_tokens']} of them" if d.get("kl_tokens") else ""
     source = d["source"] if isinstance(d["source"], str) else ", ".join(d["source"].values())
     if "samples" in d:
-        return f"accuracy on {source}, {d['samples']} samples{kl}"
+        return f"{SAID[d.get('judged_by', 'classes')]} on {source}, {d['samples']} samples{kl}"
     protocol = f", protocol {d['protocol']}" if "protocol" in d else ""
     return f"perplexity on {source}, {d['windows']} windows of {d['length']}, {d['tokens']} tokens{protocol}{kl}"
 

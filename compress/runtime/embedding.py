@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from compress.encodings.rows import decode_rows, row_starts, streamed
-from compress.runtime.linear import PackedLinear, Quick
+from compress.runtime.linear import PackedLinear
 from compress.runtime.lookup import GpuLookup
 from compress.runtime.packed import PackedModule
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.encodings import Spec
+    from compress.runtime.linear import Quick
 
 
 class PackedEmbedding(PackedModule, nn.Embedding):
@@ -29,10 +30,12 @@ class PackedEmbedding(PackedModule, nn.Embedding):
         like: of no length, in the type that rows are given in.
         described: whether `weight` only says its type, shape and where it is not: while tensors are read, and while a
             class that does more asks for it.
+        starts: of `row_starts`, once it is counted.
     """
 
     like: Tensor
     described: bool
+    starts: Tensor | None
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) integers -> (..., width), in the type the model has."""
@@ -174,10 +177,15 @@ class SharedLinear(PackedLinear):
             owner.__dict__["arranging"] = None
         super().use(kernel)
         codes, form = owner._buffers.get("codes"), self.spec.form
-        free = owner.__dict__.get("arranging") is None
-        if isinstance(kernel, GpuLookup) and codes is not None and form is not None and free:
-            if kernel.take_place(codes, form.bits):
-                owner.__dict__["arranging"] = self
+        if (
+            not isinstance(kernel, GpuLookup)
+            or codes is None
+            or form is None
+            or owner.__dict__.get("arranging") is not None
+        ):
+            return
+        if kernel.take_place(codes, form.bits):
+            owner.__dict__["arranging"] = self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.use(None)  # wherever the table is then, it looks for a kernel again

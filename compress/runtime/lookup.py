@@ -143,7 +143,7 @@ class GpuLookup(nn.Module):
         assert self.product is not None
         columns, found = self.product.columns, []
         blocks = self.words.view(-(-self.product.rows // ROWS), -1)
-        for part in rows.split(AT_ONCE):
+        for part in torch.split(rows, AT_ONCE):
             shape = ROWS * len(part), columns
             codes = restore(blocks[part // ROWS].flatten(), shape, self.product.bits, nibbles=self.product.nibbles)
             found.append(codes[torch.arange(len(part), device=part.device) * ROWS + part % ROWS])

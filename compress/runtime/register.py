@@ -16,7 +16,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress.checkpoint.matching import RUNNING, Spelling
+from compress.checkpoint.matching import RUNNING, Spelling, ignored
 from compress.encodings import Spec
 from compress.encodings.format import METHOD, WEIGHTS
 from compress.errors import CheckpointError
@@ -199,8 +199,8 @@ def _sharing(old: nn.Module, owner: PackedEmbedding) -> PackedModule:
 
 def _ties(model: nn.Module) -> dict[nn.Module, dict[str, str]]:
     """Part of a model -> the names that transformers ties in it, each with that of what it is tied to."""
-    parts = (part for part in model.modules() if hasattr(part, "get_expanded_tied_weights_keys"))
-    return {part: part.get_expanded_tied_weights_keys() for part in parts}
+    found = ((part, getattr(part, "get_expanded_tied_weights_keys", None)) for part in model.modules())
+    return {part: named() for part, named in found if named is not None}
 
 
 def _untie(model: nn.Module, ties: Mapping[nn.Module, dict[str, str]]) -> None:
@@ -243,6 +243,8 @@ def _refuse_other_tensors(model: nn.Module, files: list[str], biases: list[str])
     if there.keys() - wanted.keys():
         spelling = Spelling(model)  # the names that this version of transformers gives them while loading
         there = {spelling.renamed(name): shape for name, shape in there.items()}
+    for name in ignored(model, there.keys() - wanted.keys()):
+        del there[name]
     optional = (buffers | tied) - {f"{module}.bias" for module in biases}
     refuse_other_tensors(there, wanted, optional, ", ".join(files))
 

@@ -36,7 +36,7 @@ class DeltaSource:
 
     def names(self) -> Iterable[str]:
         """Every tensor's name."""
-        return [name for name, _ in self._base.graph.tensors()]
+        return [*(name for name, _ in self._base.graph.tensors()), *self._base.carried]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Its shape: the base's."""
@@ -93,4 +93,4 @@ class DeltaSource:
 
 def with_delta(base: Artifact, delta: Delta) -> Artifact:
     """The model that a base and its delta make."""
-    return Artifact(base.graph, DeltaSource(base, delta), dict(base.graph.tied))
+    return Artifact(base.graph, DeltaSource(base, delta), dict(base.graph.tied), carried=base.carried)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from compress.models.site import Site
     from compress.models.symmetry import Axis, Units
+    from compress.models.towers import Tower
 
 
 class Family(Protocol):
@@ -19,8 +20,8 @@ class Family(Protocol):
     def matches(self, model: nn.Module) -> bool:
         """Whether a model is of this kind."""
 
-    def blocks(self, model: nn.Module) -> tuple[str, ...]:
-        """Full names of its repeated modules, in the order of the model; ("",) where it is one block as a whole."""
+    def towers(self, model: nn.Module) -> tuple[Tower, ...]:
+        """The lists of its repeated modules, in the order of the model."""
 
     def sites(self, model: nn.Module) -> Iterator[Site]:
         """The matrices that passes may change, in the order of the model; in no block yet."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from compress.lazy import nn, torch
 from compress.models.site import Site, TensorRef
 from compress.models.symmetry import is_transposed
+from compress.models.towers import towers_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.models.symmetry import Axis, Units
+    from compress.models.towers import Tower
 
 
 class Plain:
@@ -23,19 +25,8 @@ class Plain:
     def matches(self, model: nn.Module) -> bool:
         return True
 
-    def blocks(self, model: nn.Module) -> tuple[str, ...]:
-        """The largest list of modules of one class, or the children of a plain `nn.Sequential`."""
-        if type(model) is nn.Sequential:
-            return tuple(name for name, _ in model.named_children())
-        best: tuple[str, ...] = ()
-        most = 0
-        for name, module in model.named_modules():
-            children = list(module.named_children())
-            if isinstance(module, nn.ModuleList) and children and len({type(c) for _, c in children}) == 1:
-                size = sum(p.numel() for p in module.parameters())
-                if size > most:
-                    best, most = tuple(f"{name}.{child}" for child, _ in children), size
-        return _unwrapped_lists(model, best) or ("",)  # no repeated modules: the whole model is the one block
+    def towers(self, model: nn.Module) -> tuple[Tower, ...]:
+        return towers_of(model)
 
     def sites(self, model: nn.Module) -> Iterator[Site]:
         """The weight of every `Linear`, plain `Conv2d` and transformers `Conv1D`."""
@@ -57,17 +48,6 @@ class Plain:
 
     def forward(self, model: nn.Module, batch: Tensor) -> Any:
         return model(batch.clone())  # a first layer may work in place
-
-
-def _unwrapped_lists(model: nn.Module, blocks: tuple[str, ...]) -> tuple[str, ...]:
-    """Blocks that only hold a list of modules (the stages of a ResNet) give way to what is on the list."""
-    found: list[str] = []
-    for name in blocks:
-        children = list(model.get_submodule(name).named_children())
-        if len(children) != 1 or not isinstance(children[0][1], nn.Sequential | nn.ModuleList):
-            return blocks
-        found += [f"{name}.{children[0][0]}.{inner}" for inner, _ in children[0][1].named_children()]
-    return tuple(found)
 
 
 def _site(name: str, module: nn.Module) -> Site | None:

@@ -26,4 +26,4 @@ class ResNet(Images):
     def symmetry(self, model: nn.Module, tied: Mapping[str, str]) -> Iterator[Units]:
         from compress.models.tracing import trace  # imports torch.fx
 
-        return (units for block in self.blocks(model) for units in trace(model, block, tied))
+        return (units for tower in self.towers(model) for block in tower.blocks for units in trace(model, block, tied))
