@@ -258,7 +258,7 @@ def _counted(
 
 
 def _compared(out: Tensor, reference: Reference | None, keep: bool, start: int, logits: bool) -> Counted:
-    """As `_counted`, of outputs that nothing is known to be right of."""
+    """What is counted of outputs that nothing is known to be right of; else as `_counted`."""
     if not math.isfinite(out.sum().item()) and not torch.isfinite(out).all():
         raise NonFiniteError("what the model makes of the evaluation data is NaN or infinite")
     divergence, error, cosine, compared = 0.0, 0.0, 0.0, 0

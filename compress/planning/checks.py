@@ -301,7 +301,8 @@ def data_sections(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
     for name, section in (("calibration", pipeline.calibration), ("evaluate", pipeline.evaluate)):
         for source in section.sources.values() if section else ():
             if source != GIVEN and is_images(source) != images:
-                wanted = f"images, or other inputs, from a {IMAGE_SUFFIX} file" if images else "text"
+                wanted = f"{'images' if graph.is_image_model else 'inputs'} from a {IMAGE_SUFFIX} file"
+                wanted = wanted if images else "text"
                 yield Problem(f"{name}.source", f"{source}: {model} takes {wanted}")
         if section and longest and section.length > longest:
             yield Problem(f"{name}.length", f"{section.length} is more than the model's {longest} positions")
