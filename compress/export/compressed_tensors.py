@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.checkpoint.sources import SINGLE
 from compress.encodings.bits import pack_bits, row_bytes
-from compress.export.base import Exporter, refuse_added, refuse_missing
+from compress.export.base import Exporter, refuse_added, refuse_missing, refuse_tables
 from compress.export.hf import Dense, loaded, plain_config, refuse_rounded
 from compress.export.packed import specs_in
 from compress.io.atomic import write_json, writing
@@ -211,7 +211,10 @@ class CompressedTensors(Exporter):
                 f"{FORMAT} has no place for low-rank corrections, and {len(corrected)} layers have one, such as "
                 f"{corrected[0]}; leave eora out, or export peft or hf"
             )
-        strange = [name for name in coded if type(graph.model.get_submodule(name)) is not nn.Linear]
+        yield from refuse_tables(graph, coded, "transformers reads no packed embeddings of compressed-tensors")
+        tables = {site.name for site in graph.sites if site.looked_up}
+        layers = (name for name in coded if name not in tables)
+        strange = [name for name in layers if type(graph.model.get_submodule(name)) is not nn.Linear]
         if strange:
             kind = type(graph.model.get_submodule(strange[0])).__name__
             yield (

@@ -86,7 +86,8 @@ def _inside(graph: Graph) -> list[str]:
     """Patterns of every site inside the blocks."""
     if "" in graph.blocks:
         return [escape(site.name) for site in graph.sites if site.block is not None]
-    return [f"{escape(name)}.*" for name in graph.blocks]
+    alone = {site.name for site in graph.sites if site.block is not None} & {*graph.blocks}
+    return [escape(name) + ("" if name in alone else ".*") for name in graph.blocks]
 
 
 def _weights_alone(pass_: EmbeddingOptions) -> dict[str, None]:

@@ -39,11 +39,11 @@ class PackedEmbedding(PackedModule, nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) integers -> (..., width), in the type the model has."""
-        found = self.table.rows(ids.reshape(-1))
+        found = self.holder.rows(ids.reshape(-1))
         return found.to(self.like.dtype).view(*ids.shape, self.embedding_dim)
 
     @property
-    def table(self) -> PackedEmbedding:
+    def holder(self) -> PackedEmbedding:
         """What holds the tensors: itself, or the embedding that it is tied to."""
         found: PackedEmbedding = self.__dict__.get("owner", self)
         return found
@@ -71,8 +71,8 @@ class PackedEmbedding(PackedModule, nn.Embedding):
 
     def stored(self) -> dict[str, Tensor]:
         """The packed tensors under their names in the file; codes in another order are put back, in a copy."""
-        if self.table is not self:
-            return self.table.stored()
+        if self.holder is not self:
+            return self.holder.stored()
         found, arranged = super().stored(), self._arranged()
         return found if arranged is None else {**found, "codes": arranged.stream()}
 
@@ -83,7 +83,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
             self.__dict__["arranging"].use(None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        if self.table is not self:
+        if self.holder is not self:
             return nn.Module._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
         self._released()
         return super()._apply(fn, recurse)
