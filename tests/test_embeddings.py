@@ -1,8 +1,9 @@
 """Embeddings and tied heads: packed once, shared, looked up row by row, and learned from what reaches the head."""
 
+import copy
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,22 +12,32 @@ import torch
 from children import contents, prepare, unfinished
 from children import run as run_child
 from conftest import VOCABULARY, make_llama
+from runtime_layers import weight
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
+    LlamaForSequenceClassification,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import compress
 from compress import Codebook, Gptq, Magnitude, Olive, Override, PowerQuant, Rtn, SparseGpt, Wanda
 from compress.config.reading import parse
+from compress.encodings import pack
 from compress.encodings.format import WEIGHTS
 from compress.errors import ConfigError
 from compress.io.safetensors_file import read_header
@@ -35,13 +46,14 @@ from compress.models.loading import build
 from compress.passes import Pass
 from compress.passes.base import Edit, Target
 from compress.planning import plan
-from compress.runtime import embedding
-from compress.runtime.embedding import PackedEmbedding, SharedLinear
+from compress.runtime import embedding, lookup
+from compress.runtime.embedding import PackedEmbedding, SharedLinear, packed_embedding
 from compress.runtime.linear import PackedLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+NARROW: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+TOKENS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
 
 
 def gemma() -> PreTrainedModel:
@@ -142,8 +154,6 @@ def test_a_tied_head_has_no_tensors_of_its_own(name: str, tmp_path: Path, tokens
 
 
 def test_what_is_tied_stays_shared_in_a_copy(tmp_path: Path, tokens: Tensor) -> None:
-    import copy
-
     found = made(MODELS["tied"][0](), tmp_path, [Rtn(embeddings={"bits": 8})], tokens)
     copied = copy.deepcopy(found.loaded)
     assert copied.lm_head.owner is copied.model.embed_tokens
@@ -197,8 +207,6 @@ def test_only_rows_that_are_looked_up_are_decoded(
 def test_every_method_of_single_matrices_works_on_embedding_and_head(
     name: str, pass_: Pass, tmp_path: Path, tokens: Tensor
 ) -> None:
-    from dataclasses import replace
-
     model = MODELS[name][0]()
     found = made(model, tmp_path, [replace(pass_, include=("*proj", "*embed_tokens", "*head"))], tokens)
     assert outside(found.weights, model) == MODELS[name][1]
@@ -221,9 +229,9 @@ def test_either_name_of_a_tied_head_means_the_one_site(pattern: str, tokens: Ten
     override = Override(pattern, {"bits": 2})
     wide = compress.apply(model, [Rtn(bits=3, include=("*embed_tokens",), overrides=(override,))]).weights
     assert wide["model.embed_tokens"].encoding.bits == 2
-    named = ("*embed_tokens", "*lm_head", "*.up_proj")
-    kept = compress.apply(model, [Rtn(include=named, exclude=(pattern,))]).weights
-    assert sorted(kept) == ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
+    for name in ("*embed_tokens", "*lm_head"):
+        with pytest.raises(ConfigError, match="matches only layers that `exclude` leaves alone"):
+            compress.apply(model, [Rtn(include=("*.up_proj", name), exclude=(pattern,))])
 
 
 def test_a_tied_head_in_memory_stays_tied(tokens: Tensor) -> None:
@@ -309,6 +317,106 @@ def test_for_an_embedding_alone_gptq_is_rounding(act_order: bool, tokens: Tensor
     one, other = (w["model.embed_tokens"].encoding for w in (rounded, learned))
     assert torch.equal(one.codes, other.codes)
     assert torch.equal(one.scale, other.scale)
+
+
+OTHERS = {
+    "t5": (
+        lambda: T5ForConditionalGeneration(
+            T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
+        ),
+        AutoModelForSeq2SeqLM,
+        ("shared", "*.q"),
+        ["shared"],
+    ),
+    "bert": (
+        lambda: BertForMaskedLM(BertConfig(vocab_size=96, num_attention_heads=4, **NARROW)),
+        AutoModelForMaskedLM,
+        ("*decoder", "*transform.dense", "*query"),
+        ["bert.embeddings.word_embeddings", "cls.predictions.transform.dense"],
+    ),
+    "classifier": (
+        lambda: LlamaForSequenceClassification(LlamaConfig(vocab_size=96, num_attention_heads=4, **NARROW, **TOKENS)),
+        AutoModelForSequenceClassification,
+        ("score", "*embed_tokens", "*q_proj"),
+        ["model.embed_tokens", "score"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_encoders_and_classifiers_have_their_ends_packed_too(name: str, tmp_path: Path) -> None:
+    make, loader, include, expected = OTHERS[name]
+    model, ids = make().eval(), torch.randint(1, 96, (4, 16))
+    model.save_pretrained(tmp_path / "model")
+    pass_ = Gptq(bits=4, include=include)
+    result = compress.apply(model, [pass_], calibration=ids)
+    assert outside(result.weights, model) == expected
+    compress.run(compress.Pipeline(passes=((pass_,),)), tmp_path / "model", tmp_path / "out", calibration=ids)
+    loaded = loader.from_pretrained(tmp_path / "out")
+    loaded.save_pretrained(tmp_path / "again")
+    more = {"decoder_input_ids": ids} if name == "t5" else {}
+    one, other, again = (
+        m(ids[:1], **more).logits for m in (result.model, loaded, loader.from_pretrained(tmp_path / "again"))
+    )
+    assert torch.equal(one, other)
+    assert torch.equal(one, again)
+
+
+# --- kernels --------------------------------------------------------------------------------------------------------
+
+
+def pair(name: str, **options: Any) -> tuple[PackedEmbedding, SharedLinear]:
+    """An embedding of 48 rows, and a head that is tied to it."""
+    spec, tensors = pack(weight(name, 48, 256, **options))
+    table = packed_embedding(nn.Embedding(48, 256), spec)
+    table.load_state_dict(tensors)
+    return table, SharedLinear(table, bias=False)
+
+
+@pytest.mark.parametrize("name", ["uniform 4 groups", "uniform 3", "codebook 4 tables", "power 3 half", "olive int4"])
+def test_a_kernel_of_the_head_orders_the_codes_of_the_table_which_looks_rows_up_there(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookup, "usable", lambda device: True)  # its product, which cannot run here, is not called
+    table, head = pair(name)
+    ids = torch.tensor([[47, 0, 16], [15, 16, 3]])
+    before, codes = table(ids), table.codes.clone()
+    head.choose_kernel()
+    assert isinstance(head.kernel, lookup.GpuLookup)
+    assert head.kernel.words.data_ptr() == table.codes.data_ptr(), "in memory once"
+    assert not torch.equal(table.codes, codes)
+    monkeypatch.setattr(lookup, "AT_ONCE", 2)
+    assert torch.equal(table(ids), before)
+    assert torch.equal(table.state_dict()["codes"], codes)
+    assert torch.equal(head.dequantize(), table.dequantize())
+    copied, its_head = copy.deepcopy((table, head))
+    assert torch.equal(copied(ids), before)
+    assert copied.codes.data_ptr() == its_head.kernel.words.data_ptr() != table.codes.data_ptr()
+    assert torch.equal(table.half()(ids), before.half())
+    assert head.kernel is None
+    assert torch.equal(table.codes, codes)
+    copied.load_state_dict(table.state_dict())
+    assert its_head.kernel is None
+    assert torch.equal(copied(ids), before)
+
+
+def test_codes_that_do_not_fit_in_their_place_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookup, "usable", lambda device: True)
+    for name, options in (("uniform 4 groups", {"mask": "half"}), ("uniform 7", {})):
+        table, head = pair(name, **options)
+        before = table(torch.arange(48))
+        head.choose_kernel()
+        assert head.kernel is not None
+        assert torch.equal(table(torch.arange(48)), before)
+
+
+def test_speed_up_gives_a_tied_head_a_kernel_and_leaves_the_embedding_alone(tmp_path: Path, tokens: Tensor) -> None:
+    loaded = made(MODELS["tied"][0](), tmp_path, [Rtn(bits=4, embeddings={"bits": 8})], tokens).loaded
+    expected = loaded(tokens).logits
+    kernels = {row.layer: row.kernel for row in compress.speed_up(loaded).layers}
+    assert kernels["lm_head"]
+    assert "model.embed_tokens" not in kernels
+    assert torch.allclose(loaded(tokens).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 # --- what a class of embedding may be -------------------------------------------------------------------------------
