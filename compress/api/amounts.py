@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from compress.calibration.texts import Split
     from compress.checkpoint.opening import OpenedModel
-    from compress.config.pipeline import Calibration, Pipeline
+    from compress.config.pipeline import DataSection, Pipeline
 
 # Tokens that `demo` has with every tokenizer, which are not counted: reading it takes seconds.
 DEMO_TOKENS: dict[Split, int] = {"calibration": 1 << 16, "evaluation": 1 << 15}
@@ -55,9 +55,9 @@ def check_amounts(steps: Pipeline, opened: OpenedModel, file: str = "pipeline") 
     return notes
 
 
-def _needed(steps: Pipeline) -> Iterator[tuple[str, str, Calibration, Split]]:
+def _needed(steps: Pipeline) -> Iterator[tuple[str, str, DataSection, Split]]:
     """(path, source, section, split) of every source that a run would read."""
-    sections: list[tuple[str, Calibration | None, Split]] = [("evaluate", steps.evaluate, "evaluation")]
+    sections: list[tuple[str, DataSection | None, Split]] = [("evaluate", steps.evaluate, "evaluation")]
     if any(pass_.calibrated for stage in steps.passes for pass_ in stage):
         sections.insert(0, ("calibration", steps.calibration, "calibration"))
     for path, section, split in sections:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress import progress
 from compress.api import data as given
 from compress.calibration import collect
+from compress.calibration.statistics import MIN_EXPERT_TOKENS
 from compress.calibration.surroundings import device_of, evaluating, undisturbed
 from compress.checkpoint.artifact import Artifact
 from compress.checkpoint.sources import ModuleSource
@@ -21,9 +22,10 @@ from compress.engine.devices import devices_of
 from compress.engine.ledger import MemoryLedger
 from compress.engine.measure import refuse_idle_gate
 from compress.engine.merge import checks as merges
-from compress.engine.placement import Context
+from compress.engine.placement import Context, expert_options
 from compress.errors import ConfigError, Problem
 from compress.models import graph as graphs
+from compress.models.experts import running_one_by_one
 from compress.planning import plan, resources
 from compress.planning.places import chosen_device, places_on
 
@@ -70,6 +72,10 @@ def apply(
     products: Products = "bfloat16",
     device: str | None = None,
     max_memory: Mapping[MemoryOf, str] | None = None,
+    min_expert_tokens: int = MIN_EXPERT_TOKENS,
+    calibrate_all_experts: bool = False,
+    towers: Sequence[str] | None = None,
+    allow_dense: bool = False,
 ) -> Result:
     """Run passes over a module in memory.
 
@@ -95,6 +101,11 @@ def apply(
         device: what computes, and where the compressed module then is: `auto`, `cpu`, `cuda`, `cuda:1`; None for where
             the module is. Activations wait there too if they fit, else in the host's memory.
         max_memory: what the passes may take beside the module, such as {"device": "12GB"}; by default what is free.
+        min_expert_tokens: experts of a mixture that fewer tokens are sent to are worked on without their statistics.
+        calibrate_all_experts: statistics of experts are of all tokens, not of those alone that the router sends them.
+        towers: the parts of a model with several that passes work on, such as ["language", "vision"]; by default the
+            language of a model that writes, and all of others.
+        allow_dense: run also where passes can reach less than 90 % of the matrices that they are for.
 
     Returns:
         The compressed module and what is stored of every weight.
@@ -116,15 +127,21 @@ def apply(
     """
     stages = tuple(tuple(p) if isinstance(p, Sequence) else (p,) for p in passes)
     gates = {"max_increase": max_increase, "max_drop": max_drop, "max_error": max_error}
-    steps = Pipeline(passes=stages, seed=seed, products=products, max_memory=max_memory or {})
+    steps = Pipeline(
+        passes=stages, seed=seed, products=products, max_memory=max_memory or {},
+        towers=None if towers is None else tuple(towers), allow_dense=allow_dense,
+    )  # fmt: skip
     problems = [*mistakes(steps), *_mistaken_gates(gates, evaluation is not None)]
     if problems:
         raise ConfigError(problems, "apply")
+    experts = {"min_expert_tokens": min_expert_tokens, "calibrate_all_experts": calibrate_all_experts}
     compute = device_of(model) if device is None else chosen_device(device)
     if inplace:
-        with evaluating(model):
-            return _applied(model.to(compute), steps, calibration, evaluation, gates, store_dtype)
-    return _applied(copy.deepcopy(model).to(compute).eval(), steps, calibration, evaluation, gates, store_dtype)
+        with evaluating(model), running_one_by_one(model):
+            return _applied(model.to(compute), steps, calibration, evaluation, gates, store_dtype, experts)
+    copied = copy.deepcopy(model).to(compute).eval()
+    with running_one_by_one(copied):
+        return _applied(copied, steps, calibration, evaluation, gates, store_dtype, experts)
 
 
 def _mistaken_gates(gates: Mapping[str, float | None], measured: bool) -> Iterator[Problem]:
@@ -142,16 +159,17 @@ def _applied(
     evaluation: given.Given | None,
     gates: Mapping[str, float | None],
     store_dtype: torch.dtype | None,
+    experts: Mapping[str, Any],
 ) -> Result:
     """What the passes of `steps` make of the module itself, which is in evaluation mode; see `apply`."""
-    graph = graphs.find(model)
+    graph = graphs.chosen(graphs.find(model), steps.towers)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     data = manager.Data(
         given.dataset(graph, "calibration", calibration, dtype), given.dataset(graph, "evaluation", evaluation, dtype)
     )
     pipeline = replace(
         steps,
-        calibration=given.given_section(Calibration, data.calibration, {}),
+        calibration=given.given_section(Calibration, data.calibration, experts),
         evaluate=given.given_section(Evaluation, data.evaluation, gates),
     )
     source = _RecastSource(model, store_dtype)
@@ -169,6 +187,7 @@ def _applied(
     context = Context(
         artifact=artifact, given=artifact, ledger=MemoryLedger(), seed=steps.seed, dtype=dtype,
         products=steps.products, resident=True, bars=progress.Bars(), devices=devices,
+        experts=expert_options(pipeline.calibration),
     )  # fmt: skip
     with devices.scope():
         measured, context = manager.execute(pipeline, made, context, data, type(model).__name__)

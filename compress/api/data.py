@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from compress.calibration.texts import Split, Ticking
-    from compress.config.pipeline import Calibration
+    from compress.config.pipeline import DataSection
 
 Given = Any  # one source, or several by name: what `calibration/given.py` takes
 
@@ -84,7 +84,7 @@ def with_masks(model: nn.Module, data: Dataset, folder: Path) -> Dataset:
     return data if mask is None else masked(data, mask)
 
 
-def given_section(cls: type[Calibration], data: Dataset | None, options: Mapping[str, Any]) -> Any:
+def given_section(cls: type[DataSection], data: Dataset | None, options: Mapping[str, Any]) -> Any:
     """Data given from Python, as a pipeline section; the length of an image is the number of its positions."""
     if data is None:
         return None
@@ -94,7 +94,7 @@ def given_section(cls: type[Calibration], data: Dataset | None, options: Mapping
     return cls(source=source, samples=max(data.parts.values(), default=len(inputs)), length=length, **options)
 
 
-def read_data(section: Calibration, folder: Path, split: Split, over: Ticking | None = None) -> Dataset:
+def read_data(section: DataSection, folder: Path, split: Split, over: Ticking | None = None) -> Dataset:
     """The data a `calibration:` or `evaluate:` section describes: images and labels, or tokens by a model's tokenizer.
 
     `over` draws progress, as for `load_tokens`.
@@ -106,7 +106,7 @@ def read_data(section: Calibration, folder: Path, split: Split, over: Ticking | 
     return found[""] if "" in found else Dataset.joined(found)
 
 
-def _read_source(section: Calibration, source: str, folder: Path, split: Split, over: Ticking | None) -> Dataset:
+def _read_source(section: DataSection, source: str, folder: Path, split: Split, over: Ticking | None) -> Dataset:
     if is_images(source):
         images, labels = load_images(source, section.samples)
         return Dataset(images, labels)

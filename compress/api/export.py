@@ -31,6 +31,7 @@ from compress.export.hf import loaded
 from compress.export.packed import added_in, open_packed, specs_in
 from compress.io.heap import give_back
 from compress.io.manifest import replace_file
+from compress.models.positions import longest_window
 from compress.progress import Bars
 
 if TYPE_CHECKING:
@@ -185,8 +186,8 @@ def _evaluation_data(made: PackedFolder, section: Evaluation | None, bars: Bars)
             pass  # a file that is no longer there, or data that was given from Python
     if not graph.is_language_model:
         return None
-    config: Any = graph.model.config
-    return Dataset(some_tokens(config.vocab_size, getattr(config, "max_position_embeddings", None) or 128))
+    words: int = graph.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    return Dataset(some_tokens(words, longest_window(graph.model) or 128))
 
 
 def _report(folder: Path) -> dict[str, Any]:

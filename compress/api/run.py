@@ -33,7 +33,7 @@ from compress.checkpoint.delta.file import DELTA, Delta
 from compress.checkpoint.delta.source import with_delta
 from compress.checkpoint.finite import refuse_non_finite
 from compress.checkpoint.opening import open_model
-from compress.config.pipeline import GATES, Calibration, Evaluation
+from compress.config.pipeline import GATES, OF_EXPERTS, Calibration, Evaluation
 from compress.config.reading import load_pipeline
 from compress.config.writing import dump
 from compress.encodings.format import version
@@ -43,7 +43,7 @@ from compress.engine.executor import SingleProcess
 from compress.engine.ledger import FolderLedger
 from compress.engine.measure import refuse_idle_gate
 from compress.engine.merge import checks as merges
-from compress.engine.placement import Context
+from compress.engine.placement import Context, expert_options
 from compress.engine.read_ahead import ReadAhead
 from compress.engine.resume import Resume
 from compress.errors import CheckpointError, UsageError
@@ -126,7 +126,7 @@ def run(
     executor, bars = executor or SingleProcess(), bars or progress.Bars()
     where = places(device_for(steps.device, executor), steps.max_memory)
     destination = Path(out).absolute()
-    opened = open_model(model)
+    opened = open_model(model).of_towers(steps.towers)
     if executor.rank == 0:
         refuse_destination(destination, inputs_of(steps, opened.folder, pipeline), overwrite)
     graph = opened.artifact.graph
@@ -194,7 +194,7 @@ class _Work:
         return Context(
             artifact=opened.artifact, given=opened.artifact, ledger=ledger, seed=steps.seed,
             dtype=_dtype(steps, opened), products=steps.products, resident=False, bars=self.bars,
-            executor=self.executor, devices=devices_of(self.plan),
+            executor=self.executor, devices=devices_of(self.plan), experts=expert_options(steps.calibration),
             ahead=ReadAhead(compute) if compute.type == "cuda" else None,
         )  # fmt: skip
 
@@ -268,7 +268,8 @@ def _dtype(steps: Pipeline, opened: OpenedModel) -> torch.dtype:
 
 
 def _with_given(steps: Pipeline, data: manager.Data) -> Pipeline:
-    calibration = given.given_section(Calibration, data.calibration, {})
+    said = {name: getattr(steps.calibration, name) for name in OF_EXPERTS} if steps.calibration else {}
+    calibration = given.given_section(Calibration, data.calibration, said)
     kept = {name: getattr(steps.evaluate, name) for name in (*GATES, "after")} if steps.evaluate else {}
     evaluation = given.given_section(Evaluation, data.evaluation, kept)
     return replace(steps, calibration=calibration or steps.calibration, evaluate=evaluation or steps.evaluate)

@@ -6,7 +6,7 @@ Every hook is removed again, but for those of `quantize_inputs`, which are part 
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -22,9 +22,13 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
 
+    from compress.calibration.experts import FusedParameter, See
     from compress.calibration.statistics import Need
 
 RoundInputs: TypeAlias = "Callable[[Tensor], Tensor]"
+
+
+BY_HEAD = "alibi"  # an argument of (samples times heads, 1, length), in Bloom and Falcon
 
 
 class Stop(Exception):
@@ -52,15 +56,53 @@ class Call:
     def resized(self, size: int, count: int) -> Call:
         """The same call for `count` samples instead of `size`: tensors with an entry per sample repeat their first."""
         args = tuple(_resized(a, size, count) for a in self.args)
-        return Call(args, {k: _resized(v, size, count) for k, v in self.kwargs.items()})
+        return Call(args, {k: _resized(v, size, count, k == BY_HEAD) for k, v in self.kwargs.items()})
 
 
-def _resized(value: Any, size: int, count: int) -> Any:
+def _resized(value: Any, size: int, count: int, by_head: bool = False) -> Any:
+    if by_head and isinstance(value, torch.Tensor) and value.dim() == 3 and value.shape[0] % size == 0:
+        return value[: value.shape[0] // size].repeat(count, 1, 1)
     if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == size > 1:
         return value[:1].expand(count, *value.shape[1:])
     if isinstance(value, tuple):
         return tuple(_resized(v, size, count) for v in value)
     return value
+
+
+def mixed(calls: Sequence[Call], sizes: Sequence[int], places: Sequence[tuple[int, int]]) -> Call:
+    """The call for samples of several batches, each with the arguments that it came with.
+
+    Args:
+        calls: of every batch.
+        sizes: how many samples each has.
+        places: (batch, row) of every sample.
+
+    Raises:
+        ValueError: an argument differs from batch to batch, and has no entry for each sample.
+    """
+    if len({(len(call.args), tuple(call.kwargs)) for call in calls}) > 1:
+        raise ValueError("other arguments")
+    args = (_mixed([call.args[i] for call in calls], sizes, places) for i in range(len(calls[0].args)))
+    kwargs = {name: _mixed([call.kwargs[name] for call in calls], sizes, places) for name in calls[0].kwargs}
+    return Call(tuple(args), kwargs)
+
+
+def _mixed(values: Sequence[Any], sizes: Sequence[int], places: Sequence[tuple[int, int]]) -> Any:
+    first = values[0]
+    if isinstance(first, torch.Tensor):
+        shapes = {tuple(value.shape[1:]) for value in values}
+        if len(values) > 1 and all(_same(first, value) for value in values):  # it has no entry for each sample, then
+            alike = first.dim() > 0 and bool((first == first[:1]).all())
+            return _resized(first, sizes[0], len(places)) if alike else first
+        if len(shapes) == 1 and all(v.dim() and len(v) == size for v, size in zip(values, sizes, strict=True)):
+            return torch.stack([values[batch][row] for batch, row in places])
+    elif isinstance(first, tuple | list):
+        return tuple(_mixed(inner, sizes, places) for inner in zip(*values, strict=True))
+    elif isinstance(first, dict):
+        return {name: _mixed([value[name] for value in values], sizes, places) for name in first}
+    if not all(_same(first, value) for value in values):
+        raise ValueError("an argument differs from batch to batch")
+    return first
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -138,17 +180,22 @@ def watched(
     forward: Callable[[], Any],
     blocks: list[nn.Module],
     enter: Callable[[int, Any, Call], None],
-    leave: Callable[[int, Any], None],
+    leave: Callable[[int, Any], Tensor | None],
 ) -> None:
-    """Run `forward`; each block's number is told with its input, how it is called, and its output."""
+    """Run `forward`; each block's number is told with its input, how it is called, and its output.
+
+    What `leave` returns takes the place of the hidden states in that output.
+    """
     handles = []
     for i, block in enumerate(blocks):
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], i: int = i) -> None:
             enter(i, *split_arguments(args, kwargs))
 
-        def after(_: nn.Module, __: Any, output: Any, i: int = i) -> None:
-            leave(i, output[0] if isinstance(output, tuple | list) else output)
+        def after(_: nn.Module, __: Any, output: Any, i: int = i) -> Any:
+            several = isinstance(output, tuple | list)
+            made = leave(i, output[0] if several else output)
+            return made if made is None or not several else type(output)((made, *output[1:]))
 
         handles += [
             block.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
@@ -185,15 +232,20 @@ def statistics(
     forwards: Iterable[Callable[[], Any]],
     ranged: Collection[str] = (),
     before: int = 0,
+    experts: Sequence[FusedParameter] = (),
+    all_experts: bool = False,
     once: bool = False,
 ) -> dict[str, Statistics]:
-    """Sum statistics of the inputs of modules over several forward passes.
+    """Sum statistics of the inputs of modules, and of experts, over several forward passes.
 
     Modules fed by the very same tensor (convolutions: in the same windows) share one `Statistics` object: whether they
     are is seen at their first call, and a shared sum is then updated once per pass, by the first of them. If the first
     pass reached every module exactly once, later ones end as soon as all have been reached: what comes after could add
     nothing; where that is known beforehand (`once`), the first does too. Modules named in `ranged` get the range of
     their inputs too; `before` samples were run by other processes.
+
+    Experts of fused parameters are seen as often as tokens are sent to them; one that never is has no statistics. With
+    `all_experts` each is shown all tokens that any of them is sent, and what comes out is still what the router chose.
     """
     found: dict[str, Statistics] = {}
     leaders: dict[str, str] = {}
@@ -231,19 +283,30 @@ def statistics(
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             see(name, args[0] if args else next(iter(kwargs.values())))
-            reached[name] += 1
-            if once and len(reached) == len(modules):
-                raise Stop
+            count(name)
 
         return hook
 
+    def count(name: str) -> None:
+        reached[name] += 1
+        if once and len(reached) == len(ends):
+            raise Stop
+
+    def see_expert(name: str, x: Tensor) -> None:
+        if name not in found:
+            found[name] = Statistics(x.shape[-1], needs[name], x.device)
+            leaders[name] = name
+        found[name].update(x, name)
+
+    ends = {*modules, *(p.left for p in experts)}
     handles = [m.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, m in modules.items()]
     try:
-        for number, forward in enumerate(forwards):
-            reached.clear()
-            with suppress(Stop):
-                forward()
-            once = once or (number == 0 and all(reached[name] == 1 for name in modules))
+        with _watched_experts(experts, see_expert, count, all_experts) if experts else nullcontext():
+            for number, forward in enumerate(forwards):
+                reached.clear()
+                with suppress(Stop):
+                    forward()
+                once = once or (number == 0 and all(reached[name] == 1 for name in ends))
         for name, leader in leaders.items():
             if name == leader:
                 found[name].check(name)
@@ -252,6 +315,38 @@ def statistics(
         for handle in handles:
             handle.remove()
     return found
+
+
+@contextmanager
+def _watched_experts(
+    experts: Sequence[FusedParameter], see: See, leave: Callable[[str], None], all_experts: bool
+) -> Iterator[None]:
+    """While open, `see` is told what experts are multiplied with, and `leave` when a module of experts is done."""
+    from compress.calibration.experts import SeenExperts, shown_to_all  # imports torch
+
+    watching, handles = SeenExperts(experts, see, paused=all_experts), []
+
+    def show(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        watching.paused = False  # but what the router then sends is not counted once more
+        try:
+            shown_to_all(module, next(iter((*args, *kwargs.values()))))
+        finally:
+            watching.paused = True
+
+    for name, owner in {p.left: p.owner for p in experts}.items():
+
+        def left(_: nn.Module, __: Any, ___: Any, name: str = name) -> None:
+            leave(name)
+
+        handles += [owner.register_forward_hook(left)]
+        if all_experts:
+            handles += [owner.register_forward_pre_hook(show, with_kwargs=True)]
+    try:
+        with watching:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

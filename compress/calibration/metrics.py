@@ -18,6 +18,7 @@ from compress.models.architecture import has_logits, predicts_masked, predicts_n
 from compress.models.families import family_of
 from compress.models.families.transformers_model import TOKENS, called_with
 from compress.models.logits import logits_in, logits_of, rows_at_once
+from compress.models.positions import longest_window
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -401,7 +402,7 @@ def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[None
 def _checked_tokens(model: nn.Module, tokens: Tensor, least: int) -> Tensor:
     config: Any = getattr(model, "config", None)
     tokens = token_ids("data", tokens, getattr(config, "vocab_size", None), least)
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = longest_window(model)
     if longest and tokens.shape[1] > longest:
         raise DataError(f"windows of {tokens.shape[1]} tokens are longer than the model's {longest} positions")
     return tokens

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Need = Literal["none", "norm", "gram"]
 
-
+MIN_EXPERT_TOKENS = 16  # below, the inputs that an expert has seen are less than one sentence
 SMALLEST_PANEL = 128  # columns of the Gram matrix summed up at once
 
 

@@ -13,9 +13,10 @@ from compress.encodings import Weight, unpack
 from compress.errors import NonFiniteError
 from compress.io.safetensors_file import read_tensors
 from compress.lazy import torch
+from compress.models.site import parameter_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -96,9 +97,11 @@ class Artifact:
 
     def __post_init__(self) -> None:
         self.sites = {site.name: site for site in self.graph.sites}
-        self._by_parameter = {site.parameter: site for site in self.graph.sites}
-        tied = ((name, self._by_parameter.get(kept)) for name, kept in self.graph.tied.items())
-        self._by_parameter |= {name: site for name, site in tied if site is not None and site.looked_up}
+        self._by_parameter: dict[str, list[Site]] = {}
+        for site in self.graph.sites:
+            self._by_parameter.setdefault(site.parameter, []).append(site)
+        tied = ((name, self._by_parameter.get(kept, [])) for name, kept in self.graph.tied.items())
+        self._by_parameter |= {name: sites for name, sites in tied if any(site.looked_up for site in sites)}
         self.stored = set(self.source.names())
 
     def name_in_source(self, parameter: str) -> str:
@@ -112,7 +115,10 @@ class Artifact:
             values = (restated.load() if isinstance(restated, Packed) else restated).values
             assert values is not None
             return values
-        return site.matrix(self.source.read(self.name_in_source(site.parameter)))
+        stored = self.name_in_source(site.parameter)
+        if site.is_expert:
+            return site.of_piece(self.source.piece(stored, *site.piece))
+        return site.matrix(self.source.read(stored))
 
     def plain(self) -> Artifact:
         """The model as it was before any pass."""
@@ -150,16 +156,20 @@ class Artifact:
         done = self.committed.get(site)
         return None if done is None else done.inputs
 
-    def made_site(self, parameter: str) -> Site | None:
-        """The site whose weight a parameter is, where a pass made something of it."""
-        site = self._by_parameter.get(parameter)
-        return site if site is not None and site.name in self.committed else None
+    def sites_of(self, parameter: str) -> Sequence[Site]:
+        """The sites that lie in a parameter: one, every expert of a fused one, or none."""
+        return self._by_parameter.get(parameter, ())
+
+    def made_sites(self, parameter: str) -> Sequence[Site]:
+        """All sites that lie in a parameter, where a pass made something of any of them; else none."""
+        sites = self.sites_of(parameter)
+        return sites if any(site.name in self.committed for site in sites) else ()
 
     def tensor(self, name: str) -> Tensor:
         """A parameter or buffer as the model takes it, compressed or not; float32 for compressed ones."""
-        site = self.made_site(name)
-        if site is not None:
-            return site.value(self.weight(site).dequantize())
+        sites = self.made_sites(name)
+        if sites:
+            return parameter_of(sites, (self.weight(site).dequantize() for site in sites))
         vector = self.vectors.get(name)
         if vector is not None:
             values = (vector.load() if isinstance(vector, Packed) else vector).values
@@ -181,7 +191,7 @@ def finite_weight(site: Site, weight: Weight) -> Tensor:
     if not torch.isfinite(dense.sum()) and not torch.isfinite(dense).all():
         bad = int((~torch.isfinite(dense)).sum())
         raise NonFiniteError(
-            f"{site.parameter}: {bad} of {dense.numel()} weights are NaN or infinite in the source; "
+            f"{site.name if site.is_expert else site.parameter}: {bad} of {dense.numel()} weights are NaN or infinite in the source; "
             "the checkpoint is damaged or overflowed its type: get a clean one"
         )
     return dense

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.artifact import Packed
 from compress.checkpoint.sources import WrittenSource
-from compress.encodings import pack, spec_of
+from compress.encodings import Spec, Weight, pack, spec_of
 from compress.encodings.format import METHOD, WEIGHTS
 from compress.io.atomic import write_json, writing
 from compress.io.safetensors_file import compare_tensors, write_tensors
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.checkpoint.artifact import Artifact
-    from compress.encodings import Spec
     from compress.io.safetensors_file import Entry
     from compress.progress import Bars
 
@@ -32,12 +31,13 @@ def entries(artifact: Artifact) -> Iterator[tuple[str, list[Entry]]]:
     Last come tensors that the model has no place for, under the names that they have in the source.
     """
     for name, _ in artifact.graph.tensors():
-        site = artifact.made_site(name)
+        sites = artifact.made_sites(name)
         if name in artifact.graph.tied or (artifact.added(name) and name not in artifact.vectors):
             continue
-        if site is not None:
-            spec = spec_at(artifact, site.name)
-            yield site.name, [(f"{site.name}.{leaf}", shape, dtype) for leaf, (shape, dtype) in spec.tensors().items()]
+        if sites:
+            for owner in (site.name for site in sites):
+                leaves = spec_at(artifact, owner).tensors()
+                yield owner, [(f"{owner}.{leaf}", shape, dtype) for leaf, (shape, dtype) in leaves.items()]
         elif name in artifact.vectors:
             size = spec_at(artifact, name).shape[1]
             yield name, [(name, (size,), artifact.vector_dtype(name))]
@@ -49,9 +49,18 @@ def entries(artifact: Artifact) -> Iterator[tuple[str, list[Entry]]]:
 
 
 def spec_at(artifact: Artifact, name: str) -> Spec:
-    """The spec of a committed site or vector."""
-    done = artifact.committed.get(name) or artifact.vectors[name]
+    """The spec of a committed site or vector, or of an expert that no pass made anything of beside one that it did."""
+    done = artifact.committed.get(name) or artifact.vectors.get(name)
+    if done is None:
+        site = artifact.sites[name]
+        return Spec(site.shape, value_dtype=str(artifact.store_dtype(site)).removeprefix("torch."))
     return done.spec if isinstance(done, Packed) else spec_of(done)
+
+
+def packed_sites(artifact: Artifact) -> list[str]:
+    """Every site that is written in the packed layout: those that are committed, and the experts beside them."""
+    parameters = dict.fromkeys(artifact.sites[name].parameter for name in artifact.committed)
+    return sorted(site.name for parameter in parameters for site in artifact.sites_of(parameter))
 
 
 def stored_bytes(artifact: Artifact) -> int:
@@ -71,7 +80,7 @@ def write_packed(
     folder.mkdir(parents=True, exist_ok=True)
     with writing(folder / WEIGHTS):
         _write_weights(artifact, folder / WEIGHTS, bars)
-    modules = {name: spec_at(artifact, name).to_json() for name in sorted(artifact.committed)}
+    modules = {name: spec_at(artifact, name).to_json() for name in packed_sites(artifact)}
     section: dict[str, Any] = {"quant_method": METHOD, "version": version, "modules": modules}
     added = sorted(name.removesuffix(".bias") for name in artifact.vectors if artifact.added(name))
     if added:
@@ -100,6 +109,8 @@ def stored_tensors(artifact: Artifact, owner: str) -> dict[str, Tensor]:
     done = artifact.committed.get(owner)
     if owner in artifact.vectors:
         return {owner: artifact.tensor(owner)}
+    if done is None and owner in artifact.sites:
+        done = Weight(artifact.original(artifact.sites[owner]))  # an expert beside others that passes worked on
     if done is None:
         return {owner: artifact.source.read(artifact.name_in_source(owner))}
     packed = done.tensors() if isinstance(done, Packed) else pack(done)[1]

@@ -11,6 +11,7 @@ from annotated_types import Ge, MinLen
 from pydantic import Field
 
 from compress.calibration.precision import Products  # noqa: TC001  (the type of an option)
+from compress.calibration.statistics import MIN_EXPERT_TOKENS
 from compress.calibration.tokens import Protocol  # noqa: TC001  (the type of an option)
 from compress.export import EXPORTERS
 from compress.passes import PASSES
@@ -26,6 +27,7 @@ FORMATS: dict[str, type[Exporter]] = {e.key: e for e in EXPORTERS}
 PRESETS = Path(__file__).parent / "presets"  # ready-made pipelines, by name
 PACKED = "safetensors"  # OUT itself, which is always written
 GATES = ("max_increase", "max_drop", "max_error")
+OF_EXPERTS = ("min_expert_tokens", "calibrate_all_experts")  # of the section `calibration:`
 GIVEN = "given from Python"  # the source of tensors that no file holds
 DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 SIZE = r"^\d+(\.\d+)? *([KMGT]i?)?B$"  # such as 12GB
@@ -36,8 +38,8 @@ MemoryOf = Literal["device", "host"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """The data that passes learn from.
+class DataSection:
+    """Data, and how it is read.
 
     Args:
         source: `demo`, a .txt / .jsonl / .json / .parquet file, or the id of a Hugging Face data set; for models of
@@ -66,7 +68,23 @@ class Calibration:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(Calibration):
+class Calibration(DataSection):
+    """The data that passes learn from.
+
+    Args:
+        min_expert_tokens: an expert of a mixture that fewer tokens are sent to is worked on as if nothing were known of
+            its inputs: a quantizer then rounds, a pruner goes by magnitude. Fewer tokens tell more of themselves than
+            of what the expert is sent otherwise.
+        calibrate_all_experts: statistics of every expert are of all tokens, not of those alone that the router sends
+            it; what comes out is still what the router chose.
+    """
+
+    min_expert_tokens: Annotated[int, Ge(1)] = MIN_EXPERT_TOKENS
+    calibrate_all_experts: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(DataSection):
     """The data that quality is measured on, and the gate.
 
     Args:
@@ -101,6 +119,9 @@ class Settings:
         max_memory: the most that the run may take of the memory of the `device` that computes and of the `host`, such
             as {device: 12GB, host: 32GB}; what is not given is what is free. A run that needs more is refused before it
             begins.
+        towers: the parts of a model with several that passes work on, such as [language, vision]; by default the
+            language of a model that writes, and all of others.
+        allow_dense: run also where passes can reach less than 90 % of the matrices that they are for.
         description: free text.
     """
 
@@ -111,6 +132,8 @@ class Settings:
     max_memory: Annotated[Mapping[MemoryOf, Size], Field(examples=["{device: 12GB, host: 32GB}"])] = field(
         default_factory=dict
     )
+    towers: tuple[Annotated[str, MinLen(1)], ...] | None = None
+    allow_dense: bool = False
     description: str = ""
 
 

@@ -24,6 +24,7 @@ from compress.config.pipeline import (
     PACKED,
     PRESETS,
     Calibration,
+    DataSection,
     Evaluation,
     Pipeline,
     Settings,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from compress.passes import Pass
 
     Named = TypeVar("Named", Pass, Exporter)
-SECTIONS: dict[str, type[Calibration]] = {"calibration": Calibration, "evaluate": Evaluation}
+SECTIONS: dict[str, type[DataSection]] = {"calibration": Calibration, "evaluate": Evaluation}
 PERCENTAGE = r"\d+(\.\d+)? *%"
 MOST_SHARE = 1.0  # that a plain number may be: above, it may be meant as per cent
 NOTHING_TO_DO = "no method: nothing would be done. Name one, such as gptq, or a format to write in `export:`"
@@ -307,7 +308,7 @@ def _values(cls: type, options: Mapping[str, Any], path: str, findings: _Finding
     return checked.values
 
 
-def _read_section(cls: type[Calibration], data: Any, path: str, findings: _Findings) -> Calibration | None:
+def _read_section(cls: type[DataSection], data: Any, path: str, findings: _Findings) -> DataSection | None:
     if not isinstance(data, dict):
         findings.add(path, "must be a mapping such as {source: demo, samples: 128, length: 512}")
         return None
@@ -329,7 +330,7 @@ def _read_section(cls: type[Calibration], data: Any, path: str, findings: _Findi
     return section
 
 
-def idle_options(section: Calibration) -> Iterator[OptionError]:
+def idle_options(section: DataSection) -> Iterator[OptionError]:
     """Options that change nothing for any of the sources."""
     sources = [*section.sources.values()]
     listed = ", ".join(sources)

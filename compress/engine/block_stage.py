@@ -13,6 +13,7 @@ from compress.engine.survey import survey_stage
 from compress.engine.sweep import Wanted, gradients, most_needed, sites_by_block, sweep
 from compress.engine.unit import Turn, UnitState, solve_matrices
 from compress.io.keys import key_of
+from compress.passes.targets import works_on
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,7 +93,7 @@ def _wanted_by_passes(graph: Graph, passes: Sequence[LinearPass | BlockPass]) ->
     learning = cast("list[BlockPass]", [p for p in passes if p.reach == "block"])
     ranged = frozenset(s.name for s in every if _is_ranged(s, passes))
     needs: dict[str, Need] = {
-        s.name: most_needed([p.needs for p in passes if p.selects(s.name, s.block is not None)]) for s in every
+        s.name: most_needed([p.needs for p in passes if works_on(p, s)]) for s in every
     }
     return Wanted(
         label="+".join(p.key for p in passes),
@@ -106,5 +107,5 @@ def _wanted_by_passes(graph: Graph, passes: Sequence[LinearPass | BlockPass]) ->
 
 def _is_ranged(site: Site, passes: Sequence[LinearPass | BlockPass]) -> bool:
     """Whether a pass fixes the grid of a site's inputs."""
-    forms = (p.at(site.name).input_form() for p in passes if p.selects(site.name, site.block is not None))
+    forms = (p.at(site.name).input_form() for p in passes if works_on(p, site))
     return any(form is not None and form.static for form in forms)

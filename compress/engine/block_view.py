@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from compress.calibration import collect
 from compress.calibration.precision import learning
 from compress.calibration.reconstruct import BlockData
+from compress.engine.learned_values import original_parameter, parameters_of
 from compress.engine.placement import grids_of, present
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ class View:
         """What the block's parameters were where passes may have changed them, by name in the block."""
         artifact, dtype = self.context.artifact, self.context.dtype
         plain = replace(self.context, artifact=artifact.plain())
-        values = {s.parameter: s.value(self.context.original(s)) for s in self.context.graph.in_block(self.index)}
+        names = dict.fromkeys(s.parameter for s in self.context.graph.in_block(self.index))
+        values = {name: original_parameter(self.context, name) for name in names}
         values |= {name: plain.tensor(name) for name in self.vectors() if name in artifact.vectors}
         return {name.removeprefix(self.prefix): value.to(dtype) for name, value in values.items()}
 
@@ -73,7 +75,7 @@ class View:
 
         def call(weights: Weights, hidden: Tensor, numbers: Tensor) -> Tensor:
             with learning(self.context.products, hidden):
-                return self.chain.call_for(len(numbers), self.index).run(
+                return self.chain.call_for(numbers, self.index).run(
                     self.block, hidden, self._values({**fixed, **weights})
                 )
 
@@ -106,21 +108,15 @@ class View:
         def call(weights: Weights, hidden: Tensor, numbers: Tensor) -> Tensor:
             with learning(self.context.products, hidden):
                 own = _under(child, self._values({**fixed, **weights}))
-                return inputs.call_for(len(numbers)).run(module, hidden, own)
+                return inputs.call_for(numbers).run(module, hidden, own)
 
         shares = self.context.executor.shares(len(inputs.samples()))
         return BlockData(call, inputs.samples(), inputs.samples(), outputs.samples(), shares)
 
     def _values(self, weights: Weights) -> dict[str, Tensor]:
         """Values of sites and vectors by name in the block, as its modules take them."""
-        sites, made = self.context.artifact.sites, {}
-        for name, value in weights.items():
-            site = sites.get(name)
-            parameter = name if site is None else site.parameter
-            made[parameter.removeprefix(self.prefix)] = (value if site is None else site.value(value)).to(
-                self.context.dtype
-            )
-        return made
+        made = parameters_of(self.context, weights)
+        return {name.removeprefix(self.prefix): value for name, value in made.items()}
 
 
 def _under(child: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from compress.models.site import learned_parameter, parameter_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from torch import nn
 
+    from compress.engine.placement import Context
     from compress.models.graph import Graph
 
 
@@ -74,3 +77,28 @@ def swapped(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     finally:
         for (parameters, leaf), value in zip(places, before, strict=True):
             parameters[leaf] = value
+
+
+def parameters_of(context: Context, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values of sites (out, in) and of vectors as the model takes them, by parameter; gradients reach them.
+
+    Experts of a fused parameter that have no value among these are as they stand in the model, which is in memory.
+    """
+    artifact, made = context.artifact, dict[str, Tensor]()
+    for name, value in values.items():
+        site = artifact.sites.get(name)
+        if site is None or not site.is_expert:
+            made[name if site is None else site.parameter] = (value if site is None else site.value(value)).to(
+                context.dtype
+            )
+        elif site.parameter not in made:
+            now, sites = context.graph.model.get_parameter(site.parameter), artifact.sites_of(site.parameter)
+            pieces = [values[s.name].to(context.dtype) if s.name in values else s.matrix(now) for s in sites]
+            made[site.parameter] = learned_parameter(sites, pieces)
+    return made
+
+
+def original_parameter(context: Context, name: str) -> Tensor:
+    """What the parameter of sites was before any pass, in its stored type."""
+    sites = context.artifact.sites_of(name)
+    return parameter_of(sites, (context.original(site) for site in sites))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -70,7 +70,7 @@ def execute(
     Raises:
         GateError: perplexity rose above the gate, or accuracy fell below it; what is finished stays in the ledger.
     """
-    report, meter = Report(model_name), Meter(context, data.evaluation)
+    report, meter = Report(model_name, dense=dict(plan.dense.parts)), Meter(context, data.evaluation)
     depends = _dependencies(pipeline, plan, context, data)
     context.ledger.depends_on(depends)
     key = begin = key_of(depends.facts)
@@ -137,6 +137,7 @@ def _dependencies(pipeline: Pipeline, plan: Plan, context: Context, data: Data) 
         "the precision of products": context.products,
         # Sums over calibration data are split among them. Whatever needs none is the same, however many they are.
         "the number of processes": context.executor.world if data.calibration is not None else 1,
+        **_of_experts(context),
         "the code of compress, or torch or transformers,": context.ledger.code_of(()),
     }
     stages = []
@@ -148,6 +149,16 @@ def _dependencies(pipeline: Pipeline, plan: Plan, context: Context, data: Data) 
         options = key_of([(p.key, p.options()) for p in stage.passes])
         stages.append({"name": stage.name, "options": options, "code": code})
     return Dependencies(facts, stages)
+
+
+def _of_experts(context: Context) -> dict[str, Any]:
+    """What the statistics of experts depend on; nothing for a model without."""
+    if not any(site.is_expert for site in context.graph.sites):
+        return {}
+    return {
+        "min_expert_tokens": context.experts.min_tokens,
+        "calibrate_all_experts": context.experts.calibrate_all,
+    }
 
 
 def _measure_others(

@@ -123,10 +123,12 @@ def measured_row(
     if meter:
         meter.kl_tokens = whole.kl_tokens if whole else 0
     bits, sparsity = density(context.artifact)
+    stored = stored_bytes(context.artifact)
+    parameters = sum(p.numel() for n, p in context.graph.model.named_parameters() if n not in context.graph.tied)
     row = Row(
         name=name,
         **_measured_values(whole, asdict(start) if start else None),
-        bytes=stored_bytes(context.artifact), bits_per_weight=bits, sparsity=sparsity,
+        bytes=stored, bits_per_weight=bits, sparsity=sparsity, bits_per_parameter=round(8 * stored / parameters, 6),
         seconds=round(seconds, 2), peak_mb=round(peak_memory() / 1e6, 1),
         sources={n: _measured_values(q, start.sources[n] if start else None) for n, q in parts.items() if n},
     )  # fmt: skip

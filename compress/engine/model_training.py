@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss
 from compress.calibration.precision import learning
 from compress.calibration.shares import ALONE
 from compress.calibration.training import ModelData
-from compress.engine.learned_values import with_learned
+from compress.engine.learned_values import original_parameter, parameters_of, with_learned
 from compress.engine.loss_in_pieces import loss_in_pieces, rows_before_head
 from compress.engine.placement import bring_buffers, bring_in, evict, grids_of, rounded_inputs, tie
 from compress.io.heap import bound_heap
@@ -61,10 +61,7 @@ def model_data(context: Context, samples: Tensor, kind: Loss, checkpointing: boo
         def made(names: Collection[str]) -> dict[str, Tensor]:
             with torch.autocast(context.devices.compute.type, enabled=False):
                 found = make(names)
-            return {
-                sites[n].parameter if n in sites else n: (sites[n].value(v) if n in sites else v).to(context.dtype)
-                for n, v in found.items()
-            }
+            return parameters_of(context, found)
 
         return made
 
@@ -109,7 +106,8 @@ def _original(context: Context) -> dict[str, Tensor]:
     """Values of the original model, by parameter, where passes have changed them."""
     artifact = context.artifact
     plain = replace(context, artifact=artifact.plain())
-    found = {s.parameter: s.value(context.original(s)) for n, s in artifact.sites.items() if n in artifact.committed}
+    changed = dict.fromkeys(s.parameter for n, s in artifact.sites.items() if n in artifact.committed)
+    found = {name: original_parameter(context, name) for name in changed}
     found |= {name: plain.tensor(name) for name in artifact.vectors}
     return {name: value.to(context.dtype) for name, value in found.items()}
 

@@ -15,11 +15,13 @@ from torch import nn
 from compress.calibration import collect
 from compress.calibration.activation_cache import Activations
 from compress.calibration.precision import unrounded
+from compress.calibration.statistics import MIN_EXPERT_TOKENS
 from compress.encodings import Weight
 from compress.engine.devices import Devices
 from compress.engine.executor import SingleProcess
 from compress.io.heap import give_back
 from compress.models.graph import forward
+from compress.models.site import parameter_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from compress.calibration.collect import Call
     from compress.calibration.precision import Products
     from compress.checkpoint.artifact import Artifact
+    from compress.config.pipeline import Calibration
     from compress.encodings import InputGrid
     from compress.engine.executor import Executor
     from compress.engine.ledger import MemoryLedger, Record
@@ -41,6 +44,26 @@ if TYPE_CHECKING:
     from compress.progress import Bars
 
     Hold = Callable[[], AbstractContextManager[None]]  # while open, parts of the model stay in memory
+
+
+@dataclass(frozen=True)
+class ExpertOptions:
+    """How statistics of the experts of a mixture are made; as in the section `calibration:`.
+
+    Attributes:
+        min_tokens: what is known of an expert that was sent fewer is not used.
+        calibrate_all: each is shown all tokens.
+    """
+
+    min_tokens: int = MIN_EXPERT_TOKENS
+    calibrate_all: bool = False
+
+
+def expert_options(section: Calibration | None) -> ExpertOptions:
+    """Those of a pipeline."""
+    if section is None:
+        return ExpertOptions()
+    return ExpertOptions(section.min_expert_tokens, section.calibrate_all_experts)
 
 
 @dataclass(frozen=True)
@@ -74,6 +97,7 @@ class Context:
         ahead: reads the next block while a device works on this one; None where the processor computes.
         divided: how many parts usual batches are divided into, because the device has no room for whole ones.
         delta: a compressed one that was made, and belongs into the result.
+        experts: of a mixture, and what is learned of their inputs.
     """
 
     artifact: Artifact
@@ -89,6 +113,7 @@ class Context:
     ahead: ReadAhead | None = None
     divided: int = 1
     delta: MadeDelta | None = None
+    experts: ExpertOptions = field(default_factory=ExpertOptions)
 
     @property
     def graph(self) -> Graph:
@@ -103,11 +128,14 @@ class Context:
         """(out, in) as `Artifact.original` has it, where is computed."""
         return self.devices.to_compute(self.artifact.original(site))
 
-    def tensor(self, name: str) -> Tensor:
-        """A parameter or buffer as the model takes it, where is computed: codes move there, not what they mean."""
-        site = self.artifact.made_site(name)
-        if site is not None:
-            return site.value(self.weight(site).dequantize())
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A parameter or buffer as the model takes it, where is computed: codes move there, not what they mean.
+
+        `dtype`: of what was compressed; float32 by default.
+        """
+        sites = self.artifact.made_sites(name)
+        if sites:
+            return parameter_of(sites, (self.weight(site).dequantize() for site in sites), dtype)
         ahead = None if self.ahead is None or name in self.artifact.vectors else self.ahead.take(name)
         return self.devices.to_compute(self.artifact.tensor(name)) if ahead is None else ahead
 
@@ -149,14 +177,14 @@ def bring_buffers(context: Context) -> None:
 def value_of(context: Context, name: str) -> Tensor:
     """A parameter or buffer as it stands now, in the type the model computes in."""
     with unrounded(context.devices.compute):  # a correction is the same, wherever it is multiplied out
-        value = context.tensor(name)
+        value = context.tensor(name, context.dtype)
     return value.to(context.dtype) if value.is_floating_point() else value
 
 
-def _value_made(context: Context, site: Site, weight: Weight) -> Tensor:
-    """A site's parameter of a weight that was just made, as `value_of` gives it."""
+def _piece_made(context: Context, site: Site, weight: Weight) -> Tensor:
+    """A weight that was just made as it lies in its parameter, as `value_of` gives that."""
     with unrounded(context.devices.compute):
-        return site.value(weight.dequantize()).to(context.dtype)
+        return site.ref.laid(weight.dequantize()).to(context.dtype)
 
 
 def evict(context: Context, prefix: str, module: nn.Module) -> None:
@@ -218,6 +246,7 @@ def take_records(
     """
     artifact = context.artifact
     here = {record.site: record.weight for record in made}
+    fused: dict[str, Tensor] = {}  # a source may hold the parameters of the model: experts go into a copy
     for record in records:
         site = artifact.sites.get(record.site)
         if site is None:
@@ -228,15 +257,21 @@ def take_records(
             artifact.committed[record.site] = record.weight
             if restate:
                 artifact.restated[record.site] = record.weight
-        if context.resident:
-            name, weight = site.parameter if site else record.site, here.get(record.site)
-            if site is not None and isinstance(weight, Weight):
-                value = _value_made(context, site, weight)
-            else:
-                value = value_of(context, name)
-            set_value(context.graph.model, name, value)
-            if site is not None and site.shared:
-                tie(context.graph)
+        if context.resident and site is not None:
+            weight, model = here.get(record.site), context.graph.model
+            piece = _piece_made(context, site, weight if isinstance(weight, Weight) else context.weight(site))
+            if not site.is_expert:
+                set_value(model, site.parameter, piece)
+                if site.shared:
+                    tie(context.graph)
+                continue
+            if site.parameter not in fused:
+                fused[site.parameter] = model.get_parameter(site.parameter).detach().to(context.dtype, copy=True)
+            fused[site.parameter][site.ref.index] = piece
+        elif context.resident:
+            set_value(context.graph.model, record.site, value_of(context, record.site))
+    for name, value in fused.items():
+        set_value(context.graph.model, name, value)
 
 
 def make_room(context: Context, name: str) -> None:
@@ -288,7 +323,13 @@ def _streamed(context: Context) -> Iterator[Hold]:
             for name in names:
                 evict(context, name, parts[name])
 
-    with collect.around(parts, lambda name: bring_in(context, name, parts[name]), leave):
+    # Llama 4 asks where its embedding is before it runs that; on the meta device it would look up nothing, unnoticed.
+    first = next((name for name, part in parts.items() if isinstance(part, nn.Embedding)), "")
+    early = {"": model} if first and "" not in parts else {}
+    with (
+        collect.around(early, lambda _: bring_in(context, first, parts[first]), lambda _: leave(first)),
+        collect.around(parts, lambda name: bring_in(context, name, parts[name]), leave),
+    ):
         yield hold
 
 

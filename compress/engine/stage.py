@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import torch
 
 from compress.calibration.data import CALIBRATED_AT_ONCE, batches
+from compress.engine.few_tokens import experts_in_short
 from compress.io.keys import key_of
 from compress.report.sections import LayersChanged
 
@@ -113,12 +114,12 @@ def generator_for(seed: int, stage: int, position: int, name: str) -> torch.Gene
 def layers_changed(artifact: Artifact, records: Sequence[Record]) -> LayersChanged:
     """What finished sites and vectors tell the report."""
     trained: dict[str, int] = {}
-    fallbacks = []
+    fallbacks = list(experts_in_short(records))
     for record in records:
         for name, notes in record.notes.items():
             if "trained" in notes:
                 trained[name] = trained.get(name, 0) + int(notes["trained"])
-            if record.site in artifact.sites and "fallback" in notes:
+            if record.site in artifact.sites and "fallback" in notes and "fewer_than" not in notes:
                 fallbacks.append(f"{record.site}: {notes['fallback']}")
             if record.site in artifact.sites and notes.get("dead_inputs"):
                 fallbacks.append(f"{record.site}: {notes['dead_inputs']:.0f} inputs are always zero ({name})")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from compress.engine.few_tokens import usable
 from compress.engine.parcels import Facts
 from compress.engine.stage import generator_for
 from compress.engine.sweep import Wanted, gradients, most_needed, sites_by_block, sweep
 from compress.io.keys import key_of
-from compress.passes.targets import make_target
+from compress.passes.targets import make_target, works_on
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +50,7 @@ def survey_stage(
 def _wanted_by_survey(graph: Graph, passes: Sequence[LinearPass]) -> Wanted:
     sites = sites_by_block(graph, passes)
     needs = {
-        s.name: most_needed([p.survey_needs for p in passes if p.selects(s.name, s.block is not None)])
+        s.name: most_needed([p.survey_needs for p in passes if works_on(p, s)])
         for each in sites.values()
         for s in each
     }
@@ -73,12 +74,12 @@ def _surveyed(
             context.graph,
             [site],
             [context.weight(site)],
-            statistics=statistics.get(site.name),
+            statistics=usable(context, site, statistics),
             generator=generator_for(context.seed, stage, position, site.name),
             original=context.original if pass_.compares else None,
         )
         return pass_.at(site.name).survey(target)
 
-    sites = [s for s in unit.sites if pass_.selects(s.name, s.block is not None)]
+    sites = [s for s in unit.sites if works_on(pass_, s)]
     found = context.executor.map(seen, sites, Facts(), lambda s: float(s.shape[0] * s.shape[1]))
     return {site.name: each for site, each in zip(sites, found, strict=True)}

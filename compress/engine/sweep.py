@@ -17,13 +17,15 @@ import torch
 from transformers import PreTrainedModel
 
 from compress.calibration import collect
+from compress.calibration.experts import FusedParameter
 from compress.calibration.precision import calibrating
-from compress.calibration.wiring import arrivals_by_kind, kinds_of_calls
+from compress.calibration.wiring import Kinds, arrivals_by_kind, kinds_of_calls
 from compress.engine.block_view import View
 from compress.engine.placement import present, set_value, streamed, value_of
 from compress.engine.tail import outside_statistics
 from compress.errors import UnsupportedModelError
 from compress.io.heap import bound_heap
+from compress.passes.targets import works_on
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -85,10 +87,10 @@ class Unit:
 def sites_by_block(graph: Graph, passes: Sequence[Pass]) -> dict[int, list[Site]]:
     """Number of each block -> the sites in it that some pass works on; `OUTSIDE_BLOCKS` only if there are any."""
     found = {
-        index: [s for s in graph.in_block(index) if any(p.selects(s.name, in_block=True) for p in passes)]
+        index: [s for s in graph.in_block(index) if any(works_on(p, s) for p in passes)]
         for index in range(len(graph.blocks))
     }
-    outside = [s for s in graph.outside if any(p.selects(s.name, in_block=False) for p in passes)]
+    outside = [s for s in graph.outside if any(works_on(p, s) for p in passes)]
     return {**found, OUTSIDE_BLOCKS: outside} if outside else found
 
 
@@ -181,7 +183,7 @@ def _read_ahead(context: Context, index: int) -> None:
         block = context.graph.model.get_submodule(context.graph.blocks[index])
         names += (name for name, _ in block.named_parameters(prefix=context.graph.blocks[index]))
     artifact = context.artifact
-    plain = (n for n in names if artifact.made_site(n) is None and n not in artifact.vectors and not artifact.added(n))
+    plain = (n for n in names if not artifact.made_sites(n) and n not in artifact.vectors and not artifact.added(n))
     context.ahead.begin(plain, lambda name: artifact.source.read(artifact.name_in_source(name)))
 
 
@@ -201,10 +203,12 @@ def _block_statistics(
 ) -> dict[str, Statistics]:
     """What is wanted of the inputs of a block's sites."""
     graph = context.graph
-    needs = {s.name: wanted.needs[s.name] for s in wanted.sites[index] if s.name in wanted.needs}
+    wanted_of = [s for s in wanted.sites[index] if s.name in wanted.needs]
+    needs = {s.name: wanted.needs[s.name] for s in wanted_of}
     if not needs:
         return {}
-    modules = {name: graph.model.get_submodule(name) for name in needs}
+    modules = {s.name: graph.model.get_submodule(s.name) for s in wanted_of if not s.is_expert}
+    experts = fused_parameters(graph.model, [s for s in wanted_of if s.is_expert])
     whole = (partial(context.forward, batch) for batch in batches)
     block = graph.model.get_submodule(graph.blocks[index])
     forwards = chain.forwards(block, index=index) if chain else whole
@@ -212,9 +216,24 @@ def _block_statistics(
     with computed, present(context, index) if chain else streamed(context):
         forwards = context.bars.over(forwards, len(batches), "collect: batches")
         before = context.executor.shares(sum(map(len, batches))).first if wanted.ranged else 0
-        seen = collect.statistics(modules, needs, forwards, wanted.ranged, before)
+        seen = collect.statistics(
+            modules, needs, forwards, wanted.ranged, before, experts, context.experts.calibrate_all
+        )
     context.executor.reduce(seen)
     return seen
+
+
+def fused_parameters(model: nn.Module, experts: Sequence[Site]) -> list[FusedParameter]:
+    """The parameters that experts lie in, as they are watched while the model runs."""
+    found: dict[str, list[Site]] = {}
+    for site in experts:
+        found.setdefault(site.parameter, []).append(site)
+    made = []
+    for parameter, sites in found.items():
+        owner, _, leaf = parameter.rpartition(".")
+        names = {site.ref.index[0]: site.name for site in sites}
+        made.append(FusedParameter(model.get_submodule(owner), leaf, sites[0].shape[1], names))
+    return made
 
 
 def chain_of(context: Context, tower: Tower, batches: Sequence[Tensor]) -> Activations | None:
@@ -223,23 +242,23 @@ def chain_of(context: Context, tower: Tower, batches: Sequence[Tensor]) -> Activ
     if tower.blocks == ("",) and isinstance(graph.model, PreTrainedModel):  # outputs more than a tensor
         return None
     with streamed(context):
-        kinds: tuple[int, ...] | None = (0,)
+        kinds: Kinds | None = Kinds((0,))
         if tower.blocks != ("",):
             kinds = kinds_of_calls(lambda: context.forward(batches[0][:1]), graph.model, tower.blocks)
         if kinds is None:
             return None
         arrivals = (_arrival(context, batch, tower, kinds) for batch in batches)
         arrived = context.bars.over(arrivals, len(batches), "embed: batches")
-        return context.waiting(arrived, dict(zip(tower.numbers, kinds, strict=True)))
+        return context.waiting(arrived, dict(zip(tower.numbers, kinds.of, strict=True)))
 
 
-def _arrival(context: Context, batch: Tensor, tower: Tower, kinds: Sequence[int]) -> tuple[Tensor, Mapping[int, Call]]:
+def _arrival(context: Context, batch: Tensor, tower: Tower, kinds: Kinds) -> tuple[Tensor, Mapping[int, Call]]:
     """What arrives at the first block, and how each kind of block is called."""
     run = partial(context.forward, batch)
-    if len(set(kinds)) > 1:
+    if len(set(kinds.of)) > 1:
         return arrivals_by_kind(run, context.graph.model, tower.blocks, kinds)
     hidden, call = collect.arrival(run, context.graph.model.get_submodule(tower.blocks[0]))
-    return hidden, {kinds[0]: call}
+    return hidden, {kinds.of[0]: call}
 
 
 def _original_chain(context: Context, tower: Tower, batches: Sequence[Tensor]) -> Activations | None:
@@ -247,7 +266,7 @@ def _original_chain(context: Context, tower: Tower, batches: Sequence[Tensor]) -
     artifact = context.artifact
     inside = tuple(f"{name}." if name else "" for name in tower.blocks)
     elsewhere = (s for s in context.graph.sites if s.block not in tower.numbers)
-    changed = [s.parameter for s in elsewhere if s.name in artifact.committed]
+    changed = list(dict.fromkeys(s.parameter for s in elsewhere if s.name in artifact.committed))
     changed += [name for name in artifact.vectors if not name.startswith(inside)]
     if not changed:
         return None

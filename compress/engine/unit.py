@@ -12,6 +12,7 @@ import torch
 from compress.calibration.precision import products
 from compress.checkpoint.artifact import Packed
 from compress.encodings import Weight
+from compress.engine.few_tokens import notes_on_tokens, usable
 from compress.engine.ledger import Record
 from compress.engine.parcels import Records
 from compress.engine.placement import make_room
@@ -22,7 +23,7 @@ from compress.engine.validate import observed, observed_vector
 from compress.io.heap import give_back
 from compress.passes.base import Edit
 from compress.passes.quantize.activations import attached
-from compress.passes.targets import make_target
+from compress.passes.targets import make_target, works_on
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,19 +101,18 @@ class Turn:
 
     def target(self, pass_: Pass, sites: list[Site], weights: list[Weight]) -> Target:
         """What the pass is given of sites with the same inputs."""
-        artifact, first = self.context.artifact, sites[0].name
         return make_target(
-            artifact.graph,
+            self.context.graph,
             sites,
             weights,
-            statistics=self.state.statistics.get(first),
-            generator=self.generator(first),
+            statistics=usable(self.context, sites[0], self.state.statistics),
+            generator=self.generator(sites[0].name),
             original=self.context.original if pass_.compares else None,
         )
 
     def chosen(self, pass_: Pass) -> list[Site]:
         """The sites that the pass works on."""
-        return [s for s in self.unit.sites if pass_.selects(s.name, s.block is not None)]
+        return [s for s in self.unit.sites if works_on(pass_, s)]
 
     def weight(self, site: Site) -> Weight:
         """A site as it stands now: from this unit's earlier passes, or committed."""
@@ -143,7 +143,9 @@ class Turn:
         weight, error = observed(site, pass_, made.before, made.compared, edit, store)
         weight, rounding = attached(pass_.at(site.name), weight, self.state.statistics.get(site.name))
         reasons = [reason for reason in (made.fallback, rounding.get("fallback")) if reason]
-        fallback = {"fallback": "; ".join(reasons)} if reasons else {}
+        fallback: dict[str, Any] = {"fallback": "; ".join(reasons)} if reasons else {}
+        if pass_.needs != "none":
+            fallback |= notes_on_tokens(self.context, site, self.state.statistics, made.fallback)
         note = {"error": error, "seconds": made.seconds, **edit.notes, **rounding, **fallback}
         return Record(site.name, weight, note)
 

@@ -138,6 +138,22 @@ def refuse_tables(graph: Graph, specs: Mapping[str, Spec], why: str) -> Iterator
         )
 
 
+def refuse_experts(graph: Graph, names: Collection[str], container: str) -> Iterator[str]:
+    """Why experts of fused parameters do not fit a container of layers; nothing where there are none.
+
+    Args:
+        graph: of the model.
+        names: of the sites that the container would have to hold as layers of their own.
+        container: what it is called.
+    """
+    experts = [site.name for site in graph.sites if site.is_expert and site.name in names]
+    if experts:
+        yield (
+            f"{container} holds layers, and {len(experts)} of the compressed matrices are experts that the model keeps "
+            f"together in one tensor, such as {experts[0]}; `exclude` them, or export hf"
+        )
+
+
 def refuse_missing(package: str, extra: str) -> Iterator[str]:
     """How to install the library that writes or reads a container, if it is missing; `extra` brings it."""
     if importlib.util.find_spec(package) is None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.checkpoint.sources import SINGLE
 from compress.encodings.bits import pack_bits, row_bytes
-from compress.export.base import Exporter, refuse_added, refuse_missing, refuse_tables
+from compress.export.base import Exporter, refuse_added, refuse_experts, refuse_missing, refuse_tables
 from compress.export.hf import Dense, loaded, plain_config, refuse_rounded
 from compress.export.packed import specs_in
 from compress.io.atomic import write_json, writing
@@ -211,15 +211,26 @@ class CompressedTensors(Exporter):
                 f"{FORMAT} has no place for low-rank corrections, and {len(corrected)} layers have one, such as "
                 f"{corrected[0]}; leave eora out, or export peft or hf"
             )
+        yield from refuse_experts(graph, coded, FORMAT)
         yield from refuse_tables(graph, coded, "transformers reads no packed embeddings of compressed-tensors")
+        modules = dict(graph.model.named_modules())
         tables = {site.name for site in graph.sites if site.looked_up}
-        layers = (name for name in coded if name not in tables)
-        strange = [name for name in layers if type(graph.model.get_submodule(name)) is not nn.Linear]
+        layers = [name for name in coded if name in modules and name not in tables]
+        strange = [name for name in layers if type(modules[name]) is not nn.Linear]
         if strange:
-            kind = type(graph.model.get_submodule(strange[0])).__name__
+            kind = type(modules[strange[0]]).__name__
             yield (
                 f"the library packs Linear layers only, and {len(strange)} layers are not, such as {strange[0]} "
                 f"({kind}); `exclude` them in the quantizer, or export hf"
+            )
+        low = [
+            name for name, scheme in schemes(specs).items()
+            if not scheme.symmetric and scheme.group_size and _words(specs[name].shape[0], scheme.bits) == 1
+        ]  # fmt: skip
+        if low:
+            yield (
+                f"the library cannot read the zero points of layers with as few rows as {low[0]} "
+                f"({specs[low[0]].shape[0]}; {len(low)} in all); set symmetric: true, or `exclude` them there"
             )
         wide = [name for name, scheme in schemes(specs).items() if scheme.bits > MOST_BITS]
         if wide:

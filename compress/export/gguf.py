@@ -89,8 +89,8 @@ class Contents:
             CompressError: its codes fit no type.
         """
         artifact = self.made.artifact
-        site = artifact.made_site(parameter)
-        encoding = None if site is None else artifact.weight(site).encoding
+        sites = artifact.made_sites(parameter)  # one: architectures with fused experts are refused
+        encoding = artifact.weight(sites[0]).encoding if sites else None
         if encoding is None:
             values = Dense(artifact, None).read(parameter)[parameter]
             values = values if values.dim() == 2 and type_name(values.dtype) in PLAIN else values.float()  # norms

@@ -17,9 +17,10 @@ from compress.models import loading
 from compress.models.companions import copy_companions
 from compress.models.graph import forward
 from compress.models.logits import logits_in
+from compress.models.site import parameter_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -55,30 +56,38 @@ class Dense:
         found: list[tuple[str, list[Entry]]] = []
         for name, tensor in artifact.graph.tensors():
             if name not in artifact.graph.tied:
-                site = artifact.made_site(name)
-                dtype = self._dtype(site) if site else artifact.source.dtype(artifact.name_in_source(name))
+                sites = artifact.made_sites(name)
+                dtype = self._dtype(sites) if sites else artifact.source.dtype(artifact.name_in_source(name))
                 found.append((name, [(name, tuple(tensor.shape), dtype)]))
         source = artifact.source
         return found + [(name, [(name, source.shape(name), source.dtype(name))]) for name in artifact.carried]
 
     def read(self, name: str) -> dict[str, Tensor]:
         """One of them, decompressed."""
-        site = self.artifact.made_site(name)
-        if site is None:
+        sites = self.artifact.made_sites(name)
+        if not sites:
             return {name: self.artifact.tensor(name)}
+        dtype = self._dtype(sites)
+        return {name: parameter_of(sites, (self._matrix(site, dtype) for site in sites), dtype)}
+
+    def _matrix(self, site: Site, dtype: torch.dtype) -> Tensor:
+        """(out, in) float32 of a site that is packed."""
         weight = self.artifact.weight(site)
-        value = site.value(weight.dequantize() if self.corrected else weight.base())
-        dtype = self._dtype(site)
+        value = weight.dequantize() if self.corrected else weight.base()
         if not in_range(value, torch.finfo(dtype).max):
             raise NonFiniteError(
-                f"{name} holds numbers that are too large for {dtype}, which the pipeline computes in; set `dtype: "
-                "bfloat16` or `dtype: float32` in the pipeline".replace("torch.", "")
+                f"{site.name if site.is_expert else site.parameter} holds numbers that are too large for {dtype}, which "
+                "the pipeline computes in; set `dtype: bfloat16` or `dtype: float32` in the pipeline".replace("torch.", "")
             )
-        return {name: value.to(dtype)}
+        return value
 
-    def _dtype(self, site: Site) -> torch.dtype:
+    def _dtype(self, sites: Sequence[Site]) -> torch.dtype:
         if self.dtype is not None:
             return self.dtype
+        found = {self._narrowest(site) for site in sites}
+        return found.pop() if len(found) == 1 else torch.float32
+
+    def _narrowest(self, site: Site) -> torch.dtype:
         spec = spec_at(self.artifact, site.name)
         plain = spec.form is None and spec.low_rank is None
         return getattr(torch, spec.value_dtype) if plain and spec.value_dtype else torch.float32

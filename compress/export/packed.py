@@ -98,11 +98,11 @@ def _refuse_other_tensors(artifact: Artifact, folder: Path) -> None:
     graph = artifact.graph
     wanted: dict[str, tuple[int, ...]] = {}
     for name, tensor in graph.tensors():
-        site = artifact.made_site(name)
-        if site is not None:
+        sites = artifact.made_sites(name)
+        for site in sites:
             leaves = spec_at(artifact, site.name).tensors()
             wanted |= {f"{site.name}.{leaf}": shape for leaf, (shape, _) in leaves.items()}
-        elif name not in graph.tied:
+        if not sites and name not in graph.tied:
             wanted[name] = tuple(tensor.shape)
     there = artifact.source.names()
     refuse_other_tensors(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.errors import CompressError
-from compress.export.base import FLOAT, Exporter, refuse_added
+from compress.export.base import FLOAT, Exporter, refuse_added, refuse_experts
 from compress.export.hf import Dense, Hf, refuse_rounded, verify_dense, write_dense
 from compress.io.atomic import write_json, writing
 from compress.io.safetensors_file import compare_tensors, write_tensors
@@ -131,7 +131,9 @@ class Peft(Exporter):
                 "no pass makes a correction, so there is no adapter to write; put eora last among the passes, or "
                 "export hf"
             )
-        strange = [name for name in corrected if not _expressible(graph.model.get_submodule(name))]
+        yield from refuse_experts(graph, corrected, "PEFT")
+        modules = dict(graph.model.named_modules())
+        strange = [name for name in corrected if name in modules and not _expressible(modules[name])]
         if strange:
             yield (
                 f"PEFT corrects a convolution only if it is a plain Conv2d without groups, dilation and padding other "

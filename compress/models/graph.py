@@ -2,8 +2,8 @@
 
 A block is one of the model's repeated modules (decoder layers, residual blocks; the children of a plain
 `nn.Sequential`). A site is a matrix to compress: the weight of a `Linear`, of a `Conv2d` (a row per output channel),
-or of a transformers `Conv1D` (stored transposed); and the table of an `Embedding` (`tables.py`). Nothing is traced:
-which block feeds which is observed while running (`calibration/collect.py`).
+of a transformers `Conv1D` (stored transposed), or one expert of a fused parameter; and the table of an `Embedding`
+(`tables.py`). Nothing is traced: which block feeds which is observed while running (`calibration/collect.py`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from compress.models.architecture import predicts_masked, predicts_next
 from compress.models.families import family_of
 from compress.models.families.transformers_model import TOKENS, called_with, called_with_images
 from compress.models.tables import with_tables
+from compress.models.towers import LANGUAGE, named, numbered
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from torch import Tensor, nn
 
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from compress.models.site import Site
     from compress.models.symmetry import Axis, Units
     from compress.models.towers import Tower
-
-# Above this share of block weights out of every pass's reach, running would be pretending.
-MOST_UNREACHABLE = 0.01
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,7 @@ class Graph:
         tied: parameter name -> the name its value is kept under, for parameters that share one tensor.
         axes: channels between sites whose order is free.
         towers: the lists that the blocks are of.
+        left_out: further towers, that stay as they are.
     """
 
     model: nn.Module
@@ -53,6 +52,7 @@ class Graph:
     buffers: tuple[str, ...] = ()
     axes: tuple[Axis, ...] = ()
     towers: tuple[Tower, ...] = ()
+    left_out: tuple[Tower, ...] = ()
 
     def rows_of(self, site: str) -> Axis | None:
         """The channels that a site's rows are, where their order is free."""
@@ -110,8 +110,7 @@ def find(model: nn.Module) -> Graph:
     """Blocks and sites of a model.
 
     Raises:
-        UnsupportedModelError: there is nothing to compress, or a block keeps weights where no pass can reach them
-            (experts stored as one three-dimensional parameter, convolutions other than Conv2d).
+        UnsupportedModelError: there is nothing to compress.
     """
     family = family_of(model)
     towers = family.towers(model)
@@ -124,11 +123,50 @@ def find(model: nn.Module) -> Graph:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no Linear, Conv2d, Conv1D or Embedding layer: nothing to compress"
         )
-    _refuse_unreachable(model, blocks, {s.parameter for s in sites})
     kept = model.state_dict().keys()
     buffers = tuple(name for name, _ in model.named_buffers() if name in kept)
     axes = family.axes(model, [s.name for s in linear])
     return Graph(model, blocks, sites, family, tied, buffers, axes, towers)
+
+
+def chosen(graph: Graph, names: Collection[str] | None = None) -> Graph:
+    """The same model, of which only some towers are worked on.
+
+    Args:
+        graph: of all towers.
+        names: of those towers; by default that of the language where a causal language model has others beside it,
+            else all.
+
+    Raises:
+        UnsupportedModelError: there is no such tower.
+    """
+    there = list(dict.fromkeys(tower.name for tower in graph.towers))
+    if names is None:
+        beside = graph.is_language_model and LANGUAGE in there
+        names = [LANGUAGE] if beside else there
+    unknown = [name for name in names if name not in there]
+    if unknown:
+        raise UnsupportedModelError(
+            f"{type(graph.model).__name__} has no tower {unknown[0]!r}; it has {', '.join(map(repr, there))}"
+        )
+    kept = [tower for tower in graph.towers if tower.name in names]
+    if len(kept) == len(graph.towers):
+        return graph
+    towers = numbered(kept)
+    blocks = tuple(name for tower in towers for name in tower.blocks)
+    index = {name: i for i, name in enumerate(blocks)}
+    left = tuple(tower for tower in graph.towers if tower.name not in names)
+    apart = {tower.name for tower in left}
+    inside = {site.name for site in graph.sites if _owner(site.name, index) is not None}
+    inside |= {site.name for site in graph.outside if named(site.name) not in apart}
+    sites = (site for site in graph.sites if site.name in inside)
+    return replace(
+        graph,
+        blocks=blocks,
+        sites=tuple(replace(s, block=None if s.looked_up else _owner(s.name, index)) for s in sites),
+        towers=towers,
+        left_out=left,
+    )
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
@@ -146,24 +184,6 @@ def _owner(name: str, blocks: dict[str, int]) -> int | None:
         if owner is not None:
             return owner
     return None
-
-
-def _refuse_unreachable(model: nn.Module, blocks: tuple[str, ...], reached: set[str]) -> None:
-    total = unreachable = 0
-    examples = []
-    for block in blocks:
-        for name, parameter in model.get_submodule(block).named_parameters(prefix=block):
-            total += parameter.numel()
-            if parameter.dim() > 2 and name not in reached:
-                unreachable += parameter.numel()
-                examples.append(f"{name} {tuple(parameter.shape)}")
-    if total and unreachable / total > MOST_UNREACHABLE:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} keeps {unreachable / total:.0%} of its block weights in tensors that no pass can "
-            f"reach, such as {examples[0]} ({len(examples)} in all). Mixtures of experts fused into one tensor, and "
-            "convolutions other than a plain Conv2d, are not supported; use a dense model, or one whose experts are "
-            "separate Linear layers."
-        )
 
 
 def forward(graph: Graph, batch: Tensor) -> Any:

@@ -57,10 +57,11 @@ def vocabulary(model: nn.Module) -> int:
     head = find() if find else None
     if head is None:
         return 0
-    weight = getattr(head, "weight", None)
+    rows = int(getattr(head, "out_features", 0))  # first: the weight of a packed head is made when it is asked for
+    weight = None if rows else getattr(head, "weight", None)
     if weight is not None and weight.dim() == 2:
         return int(weight.shape[0])
-    return int(getattr(head, "out_features", 0)) or int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
+    return rows or int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
 
 
 def bodies(model: nn.Module) -> tuple[nn.Module, ...]:

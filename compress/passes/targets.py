@@ -1,7 +1,11 @@
-"""The one place where a `Target` is made: matrices of a model, as they stand, the way a pass is given them."""
+"""The one place where a `Target` is made: matrices of a model, as they stand, the way a pass is given them.
+
+And the one where it is decided which of them a pass works on.
+"""
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from compress.checkpoint.artifact import finite_weight
@@ -17,6 +21,25 @@ if TYPE_CHECKING:
     from compress.encodings import Weight
     from compress.models.graph import Graph
     from compress.models.site import Site
+    from compress.passes.base import Pass
+
+
+def works_on(pass_: Pass, site: Site) -> bool:
+    """Whether a pass works on a site.
+
+    A router of a mixture, and an embedding, is only worked on where an `include` pattern names it: `*.gate` does, `*`
+    and `*.mlp.*` do not.
+    """
+    if (site.router or site.looked_up) and not any(names(p, site.name) for p in pass_.include):
+        return False
+    return pass_.selects(site.name, site.block is not None)
+
+
+def names(pattern: str, name: str) -> bool:
+    """Whether a pattern matches a name, and would not if the last part of the name were another."""
+    owner = name.rpartition(".")[0]
+    other = f"{owner}.\0" if owner else "\0"
+    return fnmatchcase(name, pattern) and not fnmatchcase(other, pattern)
 
 
 def make_target(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from compress.calibration.texts import IMAGE_SUFFIX, is_images
 from compress.config.pipeline import GATES, GIVEN
 from compress.errors import Problem
+from compress.models.positions import longest_window
+from compress.planning.dense import LEAST_REACHED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from compress.models.graph import Graph
     from compress.models.site import Site
     from compress.passes import Pass
+    from compress.planning.dense import Dense
     from compress.planning.state import PlanState
 
 
@@ -186,6 +189,23 @@ def grouped_convolutions(case: Case) -> Iterator[Problem]:
         )
 
 
+def experts(case: Case) -> Iterator[Problem]:
+    """What has no place at an expert of a fused parameter: rounded inputs, and a bias of its own."""
+    chosen = [s for s in case.sites if s.is_expert]
+    rounded = [s.name for s in chosen if case.pass_.at(s.name).input_form() is not None]
+    if rounded:
+        yield case.refused(
+            f"{listed(rounded)}: experts that the model keeps together in one tensor, whose inputs cannot be rounded; "
+            "`exclude` them and quantize their weights in a pass of their own, without activation_bits"
+        )
+    biased = [s.name for s in chosen if case.pass_.at(s.name).adds_biases]
+    if biased:
+        yield case.refused(
+            f"{listed(biased)}: experts that the model keeps together in one tensor can be given no bias; `exclude` "
+            f"them, or let {case.pass_.key} add none"
+        )
+
+
 def tied_or_outside(case: Case) -> Iterator[Problem]:
     """Matrices that share their values with another, and those where a block is learned that is none."""
     graph, pass_ = case.state.graph, case.pass_
@@ -296,7 +316,7 @@ def exports(pipeline: Pipeline, state: PlanState) -> Iterator[Problem]:
 
 def data_sections(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
     """Data of another kind than the model takes, or longer."""
-    longest = getattr(getattr(graph.model, "config", None), "max_position_embeddings", None)
+    longest = longest_window(graph.model)
     images, model = not graph.takes_tokens, type(graph.model).__name__
     for name, section in (("calibration", pipeline.calibration), ("evaluate", pipeline.evaluate)):
         for source in section.sources.values() if section else ():
@@ -308,8 +328,20 @@ def data_sections(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
             yield Problem(f"{name}.length", f"{section.length} is more than the model's {longest} positions")
 
 
-def whole_pipeline(pipeline: Pipeline, state: PlanState) -> Iterator[Problem]:
+def out_of_reach(pipeline: Pipeline, graph: Graph, dense: Dense) -> Iterator[Problem]:
+    """A model of which most is not what passes work on: the result would not be what its name says."""
+    if dense.reached < LEAST_REACHED and not pipeline.allow_dense:
+        parts = ", ".join(f"{what} ({size / 1e6:.2f} MB)" for what, size in dense.unreached.items())
+        yield Problem(
+            "allow_dense",
+            f"passes can reach {dense.reached:.0%} of the matrices of a {type(graph.model).__name__}; left dense would "
+            f"be {parts}. With `allow_dense: true` it is run all the same, and the report says what was left",
+        )
+
+
+def whole_pipeline(pipeline: Pipeline, state: PlanState, dense: Dense) -> Iterator[Problem]:
     """Everything that no single pass is to blame for. `state`: after the last pass."""
+    yield from out_of_reach(pipeline, state.graph, dense)
     yield from missing_calibration(pipeline, state)
     yield from gates(pipeline, state.graph)
     yield from exports(pipeline, state)

@@ -66,7 +66,7 @@ def _stage(
     learning = memory.block(graph) * memory.LEARNING * memory.FLOAT if learns else 0
     return {
         "weights": max(running, solving),
-        "statistics": _grams([*_inside(graph), *outside]) if any(p.needs == "gram" for p in passes) else 0,
+        "statistics": _grams(graph, [*_inside(graph), *outside]) if any(p.needs == "gram" for p in passes) else 0,
         "activations": memory.waiting(pipeline, passes, graph, itemsize) if waiting else 0,
         "training": learning + sum(memory.training(p, pipeline.calibration, graph) for p in passes),
     }
@@ -76,11 +76,11 @@ def _inside(graph: Graph) -> list[Site]:
     return [site for site in graph.sites if site.block is not None]
 
 
-def _grams(sites: Sequence[Site]) -> int:
+def _grams(graph: Graph, sites: Sequence[Site]) -> int:
     """The sums of a block, one for all layers of a part that take inputs of one width, and the widest's factor."""
     blocks: dict[int | None, set[tuple[str, int]]] = {}
-    for site in sites:
+    for site in (s for s in sites if not s.is_expert):
         blocks.setdefault(site.block, set()).add((site.name.rpartition(".")[0], site.shape[1]))
     kept = max((sum(width**2 for _, width in parts) for parts in blocks.values()), default=0)
     widest = max((site.shape[1] for site in sites), default=0)
-    return int(ROUNDED_UP * (kept + widest**2) * memory.FLOAT)
+    return int(ROUNDED_UP * ((kept + widest**2) * memory.FLOAT + memory.of_experts(graph)))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from compress.lazy import torch
 from compress.models.loading import computes_in
+from compress.models.site import bytes_by_tensor
 from compress.passes.merge.base import MergePass
 from compress.passes.retrain.options import TrainingOptions
 from compress.planning.need import Need, most
@@ -106,11 +107,8 @@ def _size(site: Site) -> int:
 def exported(exporter: Exporter, pipeline: Pipeline, state: PlanState) -> int:
     """Bytes of a container."""
     dtype = computed(pipeline, state)
-    sizes = dict(state.sizes)
-    for site in state.graph.sites:
-        if site.name in state.specs:
-            sizes[site.parameter] = exporter.expected_bytes(state.specs[site.name], dtype)
-    return sum(sizes.values()) + FIXED
+    made = {name: exporter.expected_bytes(spec, dtype) for name, spec in state.specs.items()}
+    return sum(bytes_by_tensor(state.graph.sites, state.sizes, made).values()) + FIXED
 
 
 def computed(pipeline: Pipeline, state: PlanState) -> torch.dtype:

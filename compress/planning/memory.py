@@ -18,12 +18,13 @@ from compress.planning.need import Need
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from compress.config.pipeline import Calibration, Pipeline
+    from compress.config.pipeline import DataSection, Pipeline
     from compress.models.graph import Graph
     from compress.passes import Pass
     from compress.planning.state import PassPlan
 
 FLOAT, TOKEN = 4, 8
+GRAM = 5  # bytes for each number of a Gram matrix: a little more than half of it is summed up, in float64
 INTERPRETER = 560 << 20  # Python, torch, transformers and a tokenizer, before any work
 LIBRARIES = 3 << 30  # those of CUDA, once they are loaded
 TRAINING = 6  # numbers per weight of a model that is trained as a whole, adapters not counted; one more per copy
@@ -86,11 +87,11 @@ def joined(moment: str, held: Mapping[str, int], parts: Mapping[str, int]) -> Ne
 # --- data and what they become ---------------------------------------------------------------------------------------
 
 
-def _windows(section: Calibration | None) -> int:
+def _windows(section: DataSection | None) -> int:
     return TOKEN * _tokens(section) if section else 0
 
 
-def _tokens(section: Calibration) -> int:
+def _tokens(section: DataSection) -> int:
     return section.samples * len(section.sources) * section.length
 
 
@@ -119,12 +120,12 @@ def logits(graph: Graph, tokens: int, whole: int, copies: int) -> int:
     return copies * FLOAT * (PIECE if numbers > whole and bodies(graph.model) else numbers)
 
 
-def reference(graph: Graph, section: Calibration) -> int:
+def reference(graph: Graph, section: DataSection) -> int:
     """What is kept of the original's predictions, in bytes."""
     return min(REFERENCE_NUMBERS, _predictions(graph, section)) * FLOAT
 
 
-def evaluated_at_once(section: Calibration) -> int:
+def evaluated_at_once(section: DataSection) -> int:
     """Tokens of a batch that is measured on."""
     return min(max(TOKENS_AT_ONCE, section.length), _tokens(section))
 
@@ -135,14 +136,14 @@ def run_at_once(pipeline: Pipeline) -> int:
     return min(max(CALIBRATED_AT_ONCE, data.length), _tokens(data)) if data else 0
 
 
-def _predictions(graph: Graph, section: Calibration) -> int:
+def _predictions(graph: Graph, section: DataSection) -> int:
     return _tokens(section) * vocabulary(graph.model)
 
 
 # --- moments ---------------------------------------------------------------------------------------------------------
 
 
-def _evaluating(graph: Graph, section: Calibration) -> dict[str, int]:
+def _evaluating(graph: Graph, section: DataSection) -> dict[str, int]:
     tokens = evaluated_at_once(section)
     return {
         "weights": 2 * max(block(graph), outside(graph)) * FLOAT,
@@ -157,7 +158,7 @@ def _stage(pipeline: Pipeline, passes: Sequence[Pass], graph: Graph) -> dict[str
     learns = any(p.reach == "block" for p in passes)
     return {
         "weights": max(2 * outside(graph), (block(graph) if calibrated else 0) + 4 * largest(graph)) * FLOAT,
-        "statistics": 4 * widest(graph) ** 2 * FLOAT if any(p.needs == "gram" for p in passes) else 0,
+        "statistics": 4 * widest(graph) ** 2 * FLOAT + of_experts(graph) if any(p.needs == "gram" for p in passes) else 0,
         "activations": min(waiting(pipeline, passes, graph, FLOAT), _copies(passes) * ACTIVATIONS),
         "training": (block(graph) * LEARNING * FLOAT if learns else 0)
         + sum(training(p, pipeline.calibration, graph) for p in passes),
@@ -177,7 +178,7 @@ def _copies(passes: Sequence[Pass]) -> int:
     return 3 if any(p.reach == "block" for p in passes) else 1
 
 
-def training(pass_: Pass, data: Calibration | None, graph: Graph) -> int:
+def training(pass_: Pass, data: DataSection | None, graph: Graph) -> int:
     """The model, what its matrices start as and become, and a batch's logits and their gradients."""
     if not pass_.trains_whole:
         return 0
@@ -233,6 +234,15 @@ def largest(graph: Graph) -> int:
 def widest(graph: Graph) -> int:
     """How many numbers the largest input of a matrix has."""
     return max((s.shape[1] for s in graph.sites), default=0)
+
+
+def of_experts(graph: Graph) -> int:
+    """Bytes of the sums over the inputs of a block's experts: each has its own, half a matrix of float64."""
+    blocks: dict[int | None, int] = {}
+    for site in graph.sites:
+        if site.is_expert:
+            blocks[site.block] = blocks.get(site.block, 0) + site.shape[1] ** 2
+    return GRAM * max(blocks.values(), default=0)
 
 
 def block(graph: Graph) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from compress.lazy import transformers
 from compress.passes import Override
 from compress.passes.quantize.embeddings import EmbeddingOptions
+from compress.passes.targets import names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
 def on_model(graph: Graph, pass_: Pass) -> Pass:
     """A pass whose patterns say by the names of sites alone what they, and `embeddings`, say on a model.
 
-    A head that is tied to an embedding is one site with it, and goes by the names of both. A table is included only by
-    a pattern that names the module, not by one such as "*" that matches whatever there is.
+    A head that is tied to an embedding is one site with it, and goes by the names of both.
     """
     include, exclude, overrides = list(pass_.include), list(pass_.exclude), list(pass_.overrides)
     options = pass_.embeddings if isinstance(pass_, EmbeddingOptions) else None
@@ -31,12 +31,10 @@ def on_model(graph: Graph, pass_: Pass) -> Pass:
     for site in graph.sites:
         if not site.looked_up:
             continue
-        own, by_include = escape(site.name), any(fnmatchcase(site.name, p) for p in pass_.include)
-        named = any(names(p, name) for p in pass_.include for name in site.names)
-        if named and not by_include:
+        own = escape(site.name)
+        if any(names(p, name) for p in pass_.include for name in site.shared):
             include.append(own)
-        elsewhere = excluded(pass_, site.shared) and not excluded(pass_, (site.name,))
-        if elsewhere or (by_include and not named and site not in words):
+        if excluded(pass_, site.shared):
             exclude.append(own)
         overrides = [o for each in overrides for o in _for_table(each, site)]
     if isinstance(pass_, EmbeddingOptions) and options is not None:
@@ -45,13 +43,6 @@ def on_model(graph: Graph, pass_: Pass) -> Pass:
         pass_ = replace(pass_, embeddings=None)
     made = replace(pass_, include=tuple(include), exclude=tuple(exclude), overrides=tuple(overrides))
     return pass_ if made == pass_ else made
-
-
-def names(pattern: str, name: str) -> bool:
-    """Whether a pattern matches a name, and by more than wildcards in its last part."""
-    last = pattern.rpartition(".")[2]
-    literal = last.strip("*?") != ""
-    return literal and fnmatchcase(name, pattern) and fnmatchcase(name.rpartition(".")[2], last)
 
 
 def excluded(pass_: Pass, every: Iterable[str]) -> bool:
@@ -85,7 +76,7 @@ def _for_table(override: Override, site: Site) -> list[Override]:
 def _inside(graph: Graph) -> list[str]:
     """Patterns of every site inside the blocks."""
     if "" in graph.blocks:
-        return [escape(site.name) for site in graph.sites if site.block is not None]
+        return [escape(site.name) for site in graph.sites if site.block is not None and not site.router]
     alone = {site.name for site in graph.sites if site.block is not None} & {*graph.blocks}
     return [escape(name) + ("" if name in alone else ".*") for name in graph.blocks]
 
@@ -95,4 +86,4 @@ def _weights_alone(pass_: EmbeddingOptions) -> dict[str, None]:
     return {"activation_bits": None} if hasattr(pass_, "activation_bits") else {}
 
 
-__all__ = ["names", "on_model", "word_tables"]
+__all__ = ["on_model", "word_tables"]

@@ -9,6 +9,7 @@ from compress.encodings import FACTORED, Spec
 from compress.encodings.pattern import promised
 from compress.lazy import torch
 from compress.passes.prune.selection import pattern
+from compress.passes.targets import works_on
 from compress.planning import checks
 from compress.planning.checks import Case
 from compress.planning.named import on_model
@@ -29,7 +30,7 @@ def plan(state: PlanState, path: str, pass_: Pass, *, fused: bool, first: bool) 
     """What becomes of each layer; see `Planner`."""
     graph, written = state.graph, pass_
     pass_ = on_model(graph, written)
-    chosen = tuple(s for s in graph.sites if pass_.selects(s.name, s.block is not None))
+    chosen = tuple(s for s in graph.sites if works_on(pass_, s))
     sites = _in_free_order(graph, chosen) if pass_.preserves else chosen
     problems = tuple(_problems(Case(state, path, pass_, sites), written, chosen, fused, first))
     kinds, specs, biases = dict(state.kinds), dict[str, Spec](), dict(state.new_biases)
@@ -75,6 +76,7 @@ def _problems(case: Case, written: Pass, chosen: tuple[Site, ...], fused: bool, 
     yield from checks.kinds(case)
     yield from checks.shapes(case)
     yield from checks.grouped_convolutions(case)
+    yield from checks.experts(case)
     yield from checks.tied_or_outside(case)
     yield from checks.tables(case, written)
     yield from checks.training_objective(case)

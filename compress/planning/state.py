@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
+from compress.models.site import bytes_by_tensor
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -91,10 +93,8 @@ class PlanState:
 
     def final_bytes(self) -> int:
         """Expected size of all weights."""
-        sizes = dict(self.sizes)
-        for site in self.graph.sites:
-            if site.name in self.specs:
-                sizes[site.parameter] = self.specs[site.name].num_bytes
+        made = {name: spec.num_bytes for name, spec in self.specs.items()}
+        sizes = bytes_by_tensor(self.graph.sites, self.sizes, made)
         return sum(sizes.values()) + sum(self.new_biases.values())
 
 

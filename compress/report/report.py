@@ -30,6 +30,7 @@ class Row:
         bytes: of all weights as stored now.
         bits_per_weight: over the matrices inside the blocks, scales, zero points and masks counted.
         sparsity: share of zeros over the same matrices.
+        bits_per_parameter: all that is stored, over all parameters, embeddings and norms too.
         seconds: of the stage, without measuring.
         peak_mb: largest resident memory of the process so far.
         accuracy: of a classifier: the share of samples it has right.
@@ -55,6 +56,7 @@ class Row:
     sources: dict[str, dict[str, float | None]] = field(default_factory=dict)
     relative_error: float | None = None
     cosine: float | None = None
+    bits_per_parameter: float | None = None
 
 
 @dataclass
@@ -66,6 +68,7 @@ class Report:
     data: dict[str, Any] = field(default_factory=dict)  # what perplexity was measured on
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # site -> pass -> notes
     fallbacks: list[str] = field(default_factory=list)
+    dense: dict[str, int] = field(default_factory=dict)  # what no pass made smaller -> bytes
     notes: list[str] = field(default_factory=list)  # what of the source was left out, or taken for something else
     trained: list[dict[str, Any]] = field(default_factory=list)  # pass, numbers it trained, parameters of the model
     dropped: list[dict[str, Any]] = field(default_factory=list)  # pass, blocks it took out, of how many, distances
@@ -172,7 +175,17 @@ def caption(report: Report) -> str:
     ]
     gone = [f"{d['pass']} dropped {_block_list(d['blocks'])} of {d['of']}" for d in report.dropped]
     merged = [_merged(m) for m in report.merged]
-    return "; ".join([_measured_on(report), *merged, *rounded, *trained, *gone])
+    return "; ".join([_measured_on(report), *merged, *rounded, *trained, *gone, *_dense(report)])
+
+
+def _dense(report: Report) -> list[str]:
+    """What no pass made smaller, and what that makes of the bits of all parameters."""
+    if not report.dense:
+        return []
+    parts = ", ".join(f"{what} {size_text(size)}" for what, size in report.dense.items())
+    bits = report.rows[-1].bits_per_parameter if report.rows else None
+    over = "" if bits is None else f"{bits:.3f} bits over all parameters; "
+    return [f"{over}left dense: {size_text(sum(report.dense.values()))} ({parts})"]
 
 
 def _merged(merge: dict[str, Any]) -> str:

@@ -23,8 +23,10 @@ from compress.errors import CheckpointError
 from compress.io.heap import align
 from compress.io.manifest import MANIFEST, verify_folder
 from compress.io.safetensors_file import read_header, refuse_other_tensors
+from compress.models.experts import fused_parameters, keeps_transposed, run_one_by_one
 from compress.runtime.conv import PackedConv2d
 from compress.runtime.embedding import PackedEmbedding, SharedLinear, packed_embedding
+from compress.runtime.experts import PackedExperts
 from compress.runtime.linear import PackedLinear
 from compress.runtime.packed import PackedModule
 
@@ -157,20 +159,28 @@ def add_biases(model: nn.Module, names: list[str]) -> None:
 def replace_modules(model: nn.Module, specs: dict[str, Spec], shared: Mapping[str, str] | None = None) -> None:
     """Put an empty packed module (on the device of what it replaces) in the place of every named module.
 
+    Experts of a fused parameter are named by their numbers; all of them then take the place of the parameter.
+
     Args:
         model: whose modules are replaced.
         specs: module -> how its weight is packed.
         shared: module -> the packed embedding whose table it uses.
+
+    Raises:
+        ValueError: some experts of a parameter are named, and others are not; or what is shared is no embedding.
     """
-    replaced: dict[nn.Module, PackedModule] = {}
     ties = _ties(model) if shared else {}
+    fused = _replace_experts(model, specs)
+    replaced: dict[nn.Module, PackedModule] = {}
     for name, spec in specs.items():
-        old = model.get_submodule(name)
-        weight = old.weight
+        if name.rpartition(".")[0] in fused:
+            continue
+        old_module = model.get_submodule(name)
+        weight = old_module.weight
         assert isinstance(weight, Tensor)
         with torch.device(weight.device):
-            replaced[old] = _packed_module(old, spec, weight.dtype)
-        model.set_submodule(name, replaced[old])
+            replaced[old_module] = _packed_module(old_module, spec, weight.dtype)
+        model.set_submodule(name, replaced[old_module])
         # Some models (GPT-2) initialise `child.weight` from the parent while loading; the packed child has none.
         parent = model.get_submodule(name.rpartition(".")[0])
         if not parent._buffers:
@@ -183,6 +193,23 @@ def replace_modules(model: nn.Module, specs: dict[str, Spec], shared: Mapping[st
             replaced[old] = _sharing(old, owner)
         model.set_submodule(name, replaced[old])
     _untie(model, ties)
+
+
+def _replace_experts(model: nn.Module, specs: dict[str, Spec]) -> dict[str, list[Spec]]:
+    """Put packed experts in the place of fused parameters; these parameters, with the specs of their experts."""
+    fused = _fused(model, specs)
+    for parameter, experts in fused.items():
+        owner, _, leaf = parameter.rpartition(".")
+        module = model.get_submodule(owner)
+        old = module._parameters.pop(leaf)
+        assert old is not None
+        with torch.device(old.device):
+            made = PackedExperts(experts, transposed=bool(keeps_transposed(module)), dtype=old.dtype)
+        module.add_module(leaf, made)
+        module._is_hf_initialized = True  # type: ignore[assignment]  # its class would fill the parameter
+    if fused:
+        run_one_by_one(model)
+    return fused
 
 
 def _sharing(old: nn.Module, owner: PackedEmbedding) -> PackedModule:
@@ -212,6 +239,25 @@ def _untie(model: nn.Module, ties: Mapping[nn.Module, dict[str, str]]) -> None:
     known = getattr(model, "all_tied_weights_keys", None) or {}
     for name in [name for name, other in known.items() if not {name, other} <= there]:
         known.pop(name)
+
+
+def _fused(model: nn.Module, specs: dict[str, Spec]) -> dict[str, list[Spec]]:
+    """Fused parameter -> the specs of its experts, in their order; of those parameters that have any."""
+    sizes = {
+        f"{owner}.{leaf}" if owner else leaf: len(value)
+        for owner, module in model.named_modules()
+        for leaf, value in fused_parameters(module)
+    }
+    found: dict[str, list[Spec]] = {}
+    for parameter in dict.fromkeys(name.rpartition(".")[0] for name in specs):
+        if parameter not in sizes:
+            continue
+        names = [f"{parameter}.{number}" for number in range(sizes[parameter])]
+        missing = [name for name in names if name not in specs]
+        if missing:
+            raise ValueError(f"{missing[0]} is not described among the packed experts of {parameter}")
+        found[parameter] = [specs[name] for name in names]
+    return found
 
 
 def _packed_module(old: nn.Module, spec: Spec, dtype: torch.dtype) -> PackedModule:

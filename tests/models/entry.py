@@ -29,6 +29,7 @@ class Entry:
         share: of the numbers in its matrices that a quantizer is to reach at least, embeddings and what is `apart` left
             out.
         apart: patterns of parameters that are said to stay dense.
+        exclude: patterns of layers that the passes leave out, such as those that no group divides.
         refused: words of the message with which the package refuses it today.
         tolerance: largest difference between outputs of the packed and the dense folder.
         exports: containers that hold it.
@@ -41,6 +42,7 @@ class Entry:
     inputs: Inputs = "tokens"
     share: float = 0.9
     apart: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
     refused: str = ""
     tolerance: float = 0.0
     exports: tuple[str, ...] = ("hf",)
@@ -94,7 +96,7 @@ class Entry:
                 return {"input_values": numbers(WAVE)}
 
     def calibration(self) -> Any:
-        """The same as `compress.run` takes it: what is one tensor alone, and by name where it is several."""
+        """The same as `compress.run` takes it: the first tensor alone, from which a decoder's own inputs follow."""
         return self._given(self.batch(1))
 
     def evaluation(self) -> Any:
@@ -103,8 +105,7 @@ class Entry:
         return (data, torch.arange(SAMPLES) % 2) if "ImageClassification" in self.architecture else data
 
     def _given(self, batch: dict[str, Tensor]) -> Any:
-        alone = self.inputs in ("tokens", "images")
-        return next(iter(batch.values())) if alone else batch
+        return batch if self.inputs == "pairs" else next(iter(batch.values()))
 
     def _class(self) -> Any:
         return getattr(transformers, self.architecture)

@@ -13,9 +13,9 @@ SHARED = {  # one attention, of the hidden state beside the embeddings, for all 
 STATE = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
 
 HYBRIDS = (
-    Entry("MambaForCausalLM", quick=True),
+    Entry("MambaForCausalLM", {"time_step_rank": 16}, quick=True),
     Entry("Mamba2ForCausalLM", {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1}),
-    Entry("FalconMambaForCausalLM"),
+    Entry("FalconMambaForCausalLM", {"time_step_rank": 16}),
     Entry("BambaForCausalLM", {"attn_layer_indices": [1], **STATE}),
     Entry("FalconH1ForCausalLM", {"mamba_d_ssm": 128, **STATE}),
     Entry("GraniteMoeHybridForCausalLM", {"layer_types": ["mamba", "attention"], **STATE}, apart=ROUTERS),

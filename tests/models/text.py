@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from entry import Entry
 
-ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+HEAD = ("*predictions.transform*", "*pooler*", "*embedding_hidden_mapping_in*", "*predictions.dense*")
 LATENT = {"num_key_value_heads": 4}  # heads of a latent attention have keys of their own
 
 TEXT = (
@@ -14,7 +14,7 @@ TEXT = (
     Entry("BartForCausalLM"),
     Entry("BertLMHeadModel", {"is_decoder": True}),
     Entry("BertGenerationDecoder", {"is_decoder": True}),
-    Entry("BigBirdForCausalLM", {"is_decoder": True, "attention_type": "original_full"}),
+    Entry("BigBirdForCausalLM", {"is_decoder": True, "attention_type": "original_full"}, apart=HEAD),
     Entry("BigBirdPegasusForCausalLM", {"attention_type": "original_full"}),
     Entry("BioGptForCausalLM"),
     Entry("BitNetForCausalLM"),
@@ -36,7 +36,7 @@ TEXT = (
     Entry("Ernie4_5ForCausalLM"),
     Entry("Exaone4ForCausalLM", {"layer_types": ["sliding_attention", "full_attention"]}),
     Entry("FalconForCausalLM"),
-    Entry("FuyuForCausalLM"),
+    Entry("FuyuForCausalLM", apart=("*vision_embed_tokens*",)),
     Entry("GemmaForCausalLM"),
     Entry("Gemma2ForCausalLM", {"layer_types": ["sliding_attention", "full_attention"]}),
     Entry("Gemma3ForCausalLM", {"layer_types": ["sliding_attention", "full_attention"]}),
@@ -48,6 +48,7 @@ TEXT = (
             "intermediate_size": 96,
             "activation_sparsity_pattern": [0.0, 0.0],
         },
+        exclude=("*altup*",),
     ),
     Entry("Gemma4ForCausalLM"),
     Entry("GlmForCausalLM"),
@@ -71,7 +72,7 @@ TEXT = (
     Entry("Ministral3ForCausalLM"),
     Entry("MistralForCausalLM"),
     Entry("ModernBertDecoderForCausalLM"),
-    Entry("MptForCausalLM"),
+    Entry("MptForCausalLM", {"n_heads": 8}),
     Entry("MvpForCausalLM"),
     Entry("NanoChatForCausalLM"),
     Entry("NemotronForCausalLM", {"num_key_value_heads": 2}),
@@ -87,7 +88,7 @@ TEXT = (
     Entry("PLBartForCausalLM"),
     Entry("Qwen2ForCausalLM"),
     Entry("Qwen3ForCausalLM"),
-    Entry("RemBertForCausalLM", {"is_decoder": True, "output_embedding_size": 64}),
+    Entry("RemBertForCausalLM", {"is_decoder": True, "output_embedding_size": 64}, apart=HEAD),
     Entry("RobertaForCausalLM", {"is_decoder": True}),
     Entry("RoFormerForCausalLM", {"is_decoder": True}),
     Entry("SeedOssForCausalLM"),

@@ -70,7 +70,8 @@ def tried(entry: Entry, method: str, source: Path, out: Path, containers: tuple[
         CompressError: the package refuses.
         WrongModelError: what was written is another model.
     """
-    steps = {"passes": [{method: METHODS[method]}]}
+    excluded = {"exclude": list(entry.exclude)} if entry.exclude else {}
+    steps = {"passes": [{method: METHODS[method] | excluded}]}
     compress.run(steps, source, out, calibration=entry.calibration(), evaluation=entry.evaluation())
     found = Tried(*shares(entry, out, own(entry, source)))
     compress.export_to(out, [compress.Hf()])

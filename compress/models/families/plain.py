@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from compress.lazy import nn, torch
+from compress.models.experts import fused_parameters, keeps_transposed, router_names
 from compress.models.site import Site, TensorRef
 from compress.models.symmetry import is_transposed
 from compress.models.towers import towers_of
@@ -29,11 +31,13 @@ class Plain:
         return towers_of(model)
 
     def sites(self, model: nn.Module) -> Iterator[Site]:
-        """The weight of every `Linear`, plain `Conv2d` and transformers `Conv1D`."""
+        """The weight of every `Linear`, plain `Conv2d` and transformers `Conv1D`, and every expert of fused ones."""
+        routers = router_names(model)
         for name, module in model.named_modules():
             site = _site(name, module)
             if site is not None:
-                yield site
+                yield replace(site, router=name in routers)
+            yield from _experts(name, module)
 
     def axes(self, model: nn.Module, sites: Collection[str]) -> tuple[Axis, ...]:
         return ()
@@ -63,3 +67,14 @@ def _site(name: str, module: nn.Module) -> Site | None:
         ref = TensorRef(parameter, stored=stored)
         return Site(name, (stored[0], math.prod(stored[1:])), ref, groups=module.groups)
     return None
+
+
+def _experts(name: str, module: nn.Module) -> Iterator[Site]:
+    """One matrix after the other of every parameter that holds those of all experts."""
+    transposed = bool(keeps_transposed(module))
+    for leaf, value in fused_parameters(module):
+        parameter = f"{name}.{leaf}" if name else leaf
+        count, first, second = value.shape
+        for number in range(count):
+            ref = TensorRef(parameter, (number,), transposed, of=count)
+            yield Site(f"{parameter}.{number}", (second, first) if transposed else (first, second), ref)

@@ -1,0 +1,84 @@
+"""Mixtures of experts: parameters that hold the matrices of all experts, and the layers that choose among those.
+
+What is known of them is found in what a model contains. Transformers marks the modules whose experts it runs by
+attributes (`use_experts_implementation`); a few are not marked, and are known by their class.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from compress.lazy import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+MARKS = ("is_transposed", "has_gate", "has_bias", "is_concatenated")  # what transformers sets on such a module
+# Classes without the marks -> whether they keep (experts, in, out).
+UNMARKED = {
+    "LongcatFlashExperts": False,
+    "Step3p7Experts": False,
+    "JetMoeParallelExperts": False,
+    "Llama4TextExperts": True,
+}
+ROUTERS = ("Router", "TopKGating")  # in the names of classes
+GATES = ("gate", "router", "shared_expert_gate")  # beside fused experts
+EAGER = "eager"  # one expert after the other
+
+
+def keeps_transposed(module: nn.Module) -> bool | None:
+    """Whether a module of fused experts keeps (experts, in, out); None where it is no such module."""
+    if all(hasattr(module, mark) for mark in MARKS):
+        return bool(module.is_transposed)
+    ours = type(module).__module__.startswith("transformers.models.")
+    return UNMARKED.get(type(module).__name__) if ours else None
+
+
+def fused_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name in the module, value) of its own parameters that hold a matrix for every expert."""
+    if keeps_transposed(module) is not None:
+        yield from ((leaf, p) for leaf, p in module.named_parameters(recurse=False) if p.dim() == 3)
+
+
+def router_names(model: nn.Module) -> set[str]:
+    """Full names of the linear layers that choose among experts, or weigh them."""
+    modules = dict(model.named_modules())
+    beside = {name.rpartition(".")[0] for name, module in modules.items() if next(fused_parameters(module), None)}
+
+    def routes(name: str, module: nn.Module) -> bool:
+        owner, _, leaf = name.rpartition(".")
+        return (owner in beside and leaf in GATES) or any(part in type(module).__name__ for part in ROUTERS)
+
+    routers = tuple(f"{name}." for name, module in modules.items() if routes(name, module))
+    return {n for n, module in modules.items() if isinstance(module, nn.Linear) and f"{n}.".startswith(routers)}
+
+
+def run_one_by_one(model: nn.Module) -> None:
+    """From now on the experts of a model of transformers run one after the other, each with its own matrix."""
+    for config in _configs(model):
+        config._experts_implementation_internal = EAGER
+
+
+@contextmanager
+def running_one_by_one(model: nn.Module) -> Iterator[None]:
+    """While open, experts run one after the other; then as they did before."""
+    before = [(config, config._experts_implementation_internal) for config in _configs(model)]
+    run_one_by_one(model)
+    try:
+        yield
+    finally:
+        for config, implementation in before:
+            config._experts_implementation_internal = implementation
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The configurations that fused experts look up how to run in; each once."""
+    found = {}
+    for module in model.modules():
+        config = getattr(module, "config", None) if keeps_transposed(module) is not None else None
+        if config is not None and hasattr(config, "_experts_implementation_internal"):
+            found[id(config)] = config
+    return list(found.values())
