@@ -100,6 +100,8 @@ class Artifact:
         self._by_parameter: dict[str, list[Site]] = {}
         for site in self.graph.sites:
             self._by_parameter.setdefault(site.parameter, []).append(site)
+        tied = ((name, self._by_parameter.get(kept, [])) for name, kept in self.graph.tied.items())
+        self._by_parameter |= {name: sites for name, sites in tied if any(site.looked_up for site in sites)}
         self.stored = set(self.source.names())
 
     def name_in_source(self, parameter: str) -> str:
@@ -189,7 +191,7 @@ def finite_weight(site: Site, weight: Weight) -> Tensor:
     if not torch.isfinite(dense.sum()) and not torch.isfinite(dense).all():
         bad = int((~torch.isfinite(dense)).sum())
         raise NonFiniteError(
-            f"{site.name if site.is_expert else site.parameter}: {bad} of {dense.numel()} weights are NaN or infinite in the source; "
+            f"{site.place}: {bad} of {dense.numel()} weights are NaN or infinite in the source; "
             "the checkpoint is damaged or overflowed its type: get a clean one"
         )
     return dense

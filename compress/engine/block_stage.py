@@ -100,6 +100,7 @@ def _wanted_by_passes(graph: Graph, passes: Sequence[LinearPass | BlockPass]) ->
         ranged=ranged,
         calibrated=any(p.calibrated for p in passes),
         learns=any(p.runs_block for p in learning),
+        whole=bool(learning),
     )
 
 

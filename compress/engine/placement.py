@@ -262,6 +262,8 @@ def take_records(
             piece = _piece_made(context, site, weight if isinstance(weight, Weight) else context.weight(site))
             if not site.is_expert:
                 set_value(model, site.parameter, piece)
+                if site.shared:
+                    tie(context.graph)
                 continue
             if site.parameter not in fused:
                 fused[site.parameter] = model.get_parameter(site.parameter).detach().to(context.dtype, copy=True)

@@ -22,15 +22,16 @@ from compress.calibration.precision import calibrating
 from compress.calibration.wiring import Kinds, arrivals_by_kind, kinds_of_calls
 from compress.engine.block_view import View
 from compress.engine.placement import present, set_value, streamed, value_of
+from compress.engine.tail import outside_statistics
 from compress.errors import UnsupportedModelError
 from compress.io.heap import bound_heap
 from compress.passes.targets import works_on
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from compress.calibration.activation_cache import Activations
     from compress.calibration.collect import Call
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from compress.models.towers import Tower
     from compress.passes.base import Pass
 
+LARGEST_UNIT = 1 << 26  # weights; a block with more of them in its experts is worked on part by part where it may be
 OUTSIDE_BLOCKS = -1  # stands for a block where sites lie outside of all blocks
 
 
@@ -56,6 +58,7 @@ class Wanted:
         ranged: the sites of which the range of the inputs must be known.
         calibrated: whether any pass learns from data. Otherwise the model is not run.
         learns: whether any pass runs the blocks, and compares with what comes out in the original model.
+        whole: whether any pass must see all of a block at once.
     """
 
     label: str
@@ -64,6 +67,7 @@ class Wanted:
     ranged: frozenset[str]
     calibrated: bool
     learns: bool
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,6 @@ def gradients(wanted: Wanted) -> AbstractContextManager[None]:
 def sweep(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> Iterator[Unit]:
     """Hand out one unit after the other. A block must be committed before the next is asked for."""
     if wanted.calibrated:
-        assert OUTSIDE_BLOCKS not in wanted.sites, "the planner refuses calibrated passes outside the blocks"
         try:
             yield from _calibrated(context, wanted, batches)
         finally:
@@ -114,7 +117,26 @@ def sweep(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> Iterat
                 context.ahead.forget()
         return
     for index, sites in context.bars.over(wanted.sites.items(), len(wanted.sites), f"{wanted.label}: block", "each"):
-        yield Unit(_unit(index), sites, dict)
+        parts = [sites] if wanted.whole else parts_of(sites)
+        for number, part in enumerate(parts):
+            yield Unit(_unit(index) if len(parts) == 1 else f"{_unit(index)}-{number:02d}", part, dict)
+
+
+def parts_of(sites: list[Site]) -> list[list[Site]]:
+    """The sites of a block in parts of at most `LARGEST_UNIT` weights, where they are many experts; else in one.
+
+    What is made of a unit is in memory until all of it is finished.
+    """
+    parts: list[list[Site]] = [[]]
+    size = 0
+    for site in sites:
+        weights = site.shape[0] * site.shape[1]
+        if site.is_expert and parts[-1] and size + weights > LARGEST_UNIT:
+            parts.append([])
+            size = 0
+        parts[-1].append(site)
+        size += weights
+    return parts
 
 
 def _calibrated(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> Iterator[Unit]:
@@ -122,19 +144,28 @@ def _calibrated(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> 
         bound_heap()
     count, towers = len(context.graph.blocks), context.graph.towers
     shown = context.bars.over(range(count), count, f"{wanted.label}: block", "each")
+    chain: Activations | None = None
     for tower in towers:
         if any(wanted.sites[index] for index in tower.numbers) or len(towers) == 1:
-            yield from _tower(context, wanted, batches, tower, shown)
+            chain = yield from _tower(context, wanted, batches, tower, shown)
             continue
         for index in itertools.islice(shown, len(tower.blocks)):  # nothing changes there, so nothing has to run
             yield Unit(_unit(index), [], dict)
     next(shown, None)  # the last block is done
+    if OUTSIDE_BLOCKS in wanted.sites:  # last: a head learns from what the compressed blocks make
+        sites = wanted.sites[OUTSIDE_BLOCKS]
+        chain = chain if len(towers) == 1 else None
+        seen = partial(outside_statistics, context, wanted.needs, wanted.ranged, sites, chain, batches)
+        yield Unit(_unit(OUTSIDE_BLOCKS), sites, seen)
 
 
 def _tower(
     context: Context, wanted: Wanted, batches: Sequence[Tensor], tower: Tower, shown: Iterator[int]
-) -> Iterator[Unit]:
-    """The blocks of a tower, one after the other. `shown`: gives the numbers of blocks, and draws progress."""
+) -> Generator[Unit, None, Activations | None]:
+    """The blocks of a tower, one after the other; then what arrives at the last of them.
+
+    `shown` gives the numbers of blocks, and draws progress.
+    """
     graph = context.graph
     chain = chain_of(context, tower, batches)
     original = None  # what arrives in the original model, beside what arrives in the compressed one
@@ -157,6 +188,7 @@ def _tower(
         yield Unit(_unit(index), sites, partial(_block_statistics, context, wanted, index, chain, batches), view)
         if chain and index + 1 in tower.numbers:
             _step(context, chain, index, None, "propagate: batches")
+    return chain
 
 
 def _unit(index: int) -> str:

@@ -64,7 +64,7 @@ def computes_in(config: Any, stored: Iterable[torch.dtype]) -> torch.dtype:
     configured = getattr(config, "dtype", None)
     if isinstance(configured, torch.dtype):
         return configured
-    found = next((dtype for dtype in stored if dtype.is_floating_point), torch.float32)
+    found = next((dtype for dtype in stored if dtype.is_floating_point and dtype.itemsize > 1), torch.float32)
     return torch.float32 if found == torch.float64 else found  # which nothing computes in
 
 

@@ -70,6 +70,8 @@ class Site:
         block: index into `Graph.blocks`, or None for a site outside every block, such as an output head.
         groups: of a convolution; with more than one, each row multiplies only its own group's inputs.
         router: it chooses among experts; passes leave it alone unless a pattern names it.
+        looked_up: rows of it are looked up, as in an embedding; a head may multiply with it too.
+        shared: full names of further modules that use it, such as a head that is tied to the embedding.
     """
 
     name: str
@@ -78,11 +80,23 @@ class Site:
     block: int | None = None
     groups: int = 1
     router: bool = False
+    looked_up: bool = False
+    shared: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The full names of the modules that use it, any of which patterns may match."""
+        return (self.name, *self.shared)
 
     @property
     def parameter(self) -> str:
         """The full name of the parameter that it lies in."""
         return self.ref.parameter
+
+    @property
+    def place(self) -> str:
+        """What a reader finds it under: its parameter, with its number where it is one of several."""
+        return self.name if self.is_expert else self.parameter
 
     @property
     def is_expert(self) -> bool:
@@ -157,7 +171,7 @@ def bytes_by_tensor(sites: Iterable[Site], sizes: Mapping[str, int], made: Mappi
     Args:
         sites: that there are.
         sizes: tensor -> bytes before any pass.
-        made: site -> bytes, of those that passes made something of. Of a fused parameter, the other experts keep theirs.
+        made: site -> bytes, of those that passes made something of; other experts of a fused parameter keep theirs.
     """
     found = dict(sizes)
     for site in sites:

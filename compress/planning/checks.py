@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from compress.calibration.texts import IMAGE_SUFFIX, is_images
 from compress.config.pipeline import GATES, GIVEN
 from compress.errors import Problem
+from compress.models.experts import takes_choices
 from compress.models.positions import longest_window
 from compress.planning.dense import LEAST_REACHED
 
@@ -207,17 +208,45 @@ def experts(case: Case) -> Iterator[Problem]:
 
 
 def tied_or_outside(case: Case) -> Iterator[Problem]:
-    """Matrices that share their values with another, and those where no statistics are collected."""
-    tied, pass_ = case.state.graph.tied, case.pass_
+    """Matrices that share their values with another, and those where a block is learned that is none."""
+    graph, pass_ = case.state.graph, case.pass_
     for site in case.sites:
-        if site.parameter in tied:
-            other = tied[site.parameter].removesuffix(".weight")
+        if site.parameter in graph.tied and not site.looked_up:
+            other = graph.tied[site.parameter].removesuffix(".weight")
             yield case.refused(f"{site.name} is tied to {other}; compressing one would change the other. Exclude it")
-        if site.block is None and pass_.calibrated and pass_.reach != "model":
+        if site.block is None and pass_.calibrated and pass_.reach == "block":
             yield case.refused(
-                f"{site.name} is outside the blocks, where no statistics are collected; {pass_.key} cannot work on "
-                "it. Use rtn for it, in a pass of its own with `include`"
-                + (" and without activation_scale: tensor" if pass_.ranged else "")
+                f"{site.name} is outside the blocks, and {pass_.key} learns blocks; it cannot work on it. Use a method "
+                "that works on one matrix at a time, such as gptq or rtn, in a pass of its own with `include`"
+            )
+
+
+def tables(case: Case, written: Pass) -> Iterator[Problem]:
+    """What cannot be done to the table of an embedding. `written`: the pass as the pipeline has it."""
+    graph, pass_ = case.state.graph, case.pass_
+    if getattr(written, "embeddings", None) is not None and not any(s.block is None for s in case.sites):
+        yield case.refused(
+            f"a {case.model} has no embedding and no head that is not excluded; leave it out", "embeddings"
+        )
+    for site in graph.sites if pass_.reach == "model" and pass_.calibrated else ():
+        head = next((name for name in site.shared if pass_.selects(name, in_block=False)), None)
+        if head is not None:
+            yield case.refused(f"{head} is tied to {site.name}; compressing one would change the other. Exclude it")
+    for site in case.sites:
+        own = pass_.at(site.name)
+        if not site.looked_up:
+            continue
+        if pass_.reach == "model" and pass_.calibrated:
+            yield case.refused(f"{site.name} is an embedding, which {pass_.key} cannot train; `exclude` it")
+        if own.input_form() is not None:
+            yield case.refused(
+                f"rows of {site.name} are looked up, so it has no inputs to round; use activation_bits: null for it in "
+                "`overrides`, or name it with `embeddings:`"
+            )
+        if own.low_rank_form(site.shape) is not None:
+            yield case.refused(
+                f"rows of {site.name} are looked up, and {pass_.key} keeps two factors whose product is no row; "
+                "`exclude` it"
             )
 
 
@@ -311,6 +340,19 @@ def out_of_reach(pipeline: Pipeline, graph: Graph, dense: Dense) -> Iterator[Pro
         )
 
 
+def all_experts(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
+    """Tokens that are to be shown to all experts of a model that has none, or whose experts choose for themselves."""
+    if pipeline.calibration is None or not pipeline.calibration.calibrate_all_experts:
+        return
+    path, model = "calibration.calibrate_all_experts", type(graph.model).__name__
+    owners = dict.fromkeys(site.parameter.rpartition(".")[0] for site in graph.sites if site.is_expert)
+    if not owners:
+        yield Problem(path, f"changes nothing: {model} keeps no experts together in one tensor")
+    others = [name for name in owners if not takes_choices(graph.model.get_submodule(name))]
+    if others:
+        yield Problem(path, f"{others[0]} of a {model} cannot be told which experts to run; leave it out")
+
+
 def whole_pipeline(pipeline: Pipeline, state: PlanState, dense: Dense) -> Iterator[Problem]:
     """Everything that no single pass is to blame for. `state`: after the last pass."""
     yield from out_of_reach(pipeline, state.graph, dense)
@@ -318,3 +360,4 @@ def whole_pipeline(pipeline: Pipeline, state: PlanState, dense: Dense) -> Iterat
     yield from gates(pipeline, state.graph)
     yield from exports(pipeline, state)
     yield from data_sections(pipeline, state.graph)
+    yield from all_experts(pipeline, state.graph)
