@@ -32,6 +32,7 @@ from compress.export.hf import loaded
 from compress.export.packed import added_in, open_packed, specs_in
 from compress.io.heap import give_back
 from compress.io.manifest import replace_file
+from compress.models.logits import vocabulary
 from compress.models.positions import longest_window
 from compress.progress import Bars
 
@@ -190,6 +191,8 @@ def _evaluation_data(made: PackedFolder, section: Evaluation | None, bars: Bars)
     if not graph.is_language_model:
         return None
     words: int = graph.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    # Mllama looks up more tokens than it predicts: those that stand for images.
+    words = min(words, vocabulary(graph.model) or words)
     return Dataset(some_tokens(words, longest_window(graph.model) or 128))
 
 

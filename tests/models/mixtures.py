@@ -17,7 +17,7 @@ MIXTURES = (
     Entry("DeepseekV2ForCausalLM", {**LATENT, **TWO}, apart=ROUTERS),
     Entry("DeepseekV3ForCausalLM", LATENT, apart=ROUTERS),
     Entry("DeepseekV32ForCausalLM", LATENT, apart=ROUTERS),
-    Entry("DeepseekV4ForCausalLM", exclude=("*o_a_proj",), apart=(*ROUTERS, "*o_a_proj*")),
+    Entry("DeepseekV4ForCausalLM", exclude=("*o_a_proj*",), apart=(*ROUTERS, "*o_a_proj*")),
     Entry("Dots1ForCausalLM", {"n_routed_experts": 4, "n_shared_experts": 1, **TWO}, apart=ROUTERS),
     Entry("Ernie4_5_MoeForCausalLM", apart=ROUTERS),
     Entry("ExaoneMoeForCausalLM", apart=ROUTERS),
@@ -30,7 +30,7 @@ MIXTURES = (
     Entry("GraniteMoeSharedForCausalLM", apart=ROUTERS),
     Entry("HunYuanMoEV1ForCausalLM", {"head_dim": 16}, apart=ROUTERS),
     Entry("HYV3ForCausalLM", apart=ROUTERS),
-    Entry("JetMoeForCausalLM", apart=ROUTERS),
+    Entry("JetMoeForCausalLM", share=0.04, apart=ROUTERS),
     Entry("Lfm2MoeForCausalLM", {"layer_types": ["conv", "full_attention"]}, apart=ROUTERS),
     Entry("Llama4ForCausalLM", apart=ROUTERS),
     Entry("LongcatFlashForCausalLM", {**LATENT, "zero_expert_num": 2}, apart=ROUTERS),
@@ -47,6 +47,7 @@ MIXTURES = (
     Entry("DbrxForCausalLM", {
         "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
-    }, apart=ROUTERS),
-    Entry("ZayaForCausalLM", {"num_experts_per_tok": 1}, apart=ROUTERS),
+    }, share=0.14, apart=ROUTERS),
+    Entry("ZayaForCausalLM", {"num_experts_per_tok": 1}, share=0.2, without=("gptq", "wanda", "flexround"),
+          apart=ROUTERS),
 )  # fmt: skip
