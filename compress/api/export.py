@@ -32,6 +32,7 @@ from compress.export.hf import loaded
 from compress.export.packed import added_in, open_packed, specs_in
 from compress.io.heap import give_back
 from compress.io.manifest import replace_file
+from compress.models.logits import vocabulary
 from compress.models.positions import longest_window
 from compress.progress import Bars
 
@@ -189,7 +190,7 @@ def _evaluation_data(made: PackedFolder, section: Evaluation | None, bars: Bars)
             pass  # a file that is no longer there, or data that was given from Python
     if not graph.is_language_model:
         return None
-    words: int = graph.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    words = vocabulary(graph.model)
     return Dataset(some_tokens(words, longest_window(graph.model) or 128))
 
 
