@@ -46,6 +46,7 @@ MIXTURES = [
         "head_dim": 8,
     }),
     ("GptOssForCausalLM", {"num_local_experts": 4, "head_dim": 8}),
+    ("Qwen3VLMoeTextModel", {"num_experts": 4, "head_dim": 8}),
 ]  # fmt: skip
 
 

@@ -190,9 +190,7 @@ def _evaluation_data(made: PackedFolder, section: Evaluation | None, bars: Bars)
             pass  # a file that is no longer there, or data that was given from Python
     if not graph.is_language_model:
         return None
-    words: int = graph.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    # Mllama looks up more tokens than it predicts: those that stand for images.
-    words = min(words, vocabulary(graph.model) or words)
+    words = vocabulary(graph.model)
     return Dataset(some_tokens(words, longest_window(graph.model) or 128))
 
 
