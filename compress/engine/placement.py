@@ -20,7 +20,6 @@ from compress.encodings import Weight
 from compress.engine.devices import Devices
 from compress.engine.executor import SingleProcess
 from compress.io.heap import give_back
-from compress.lazy import transformers
 from compress.models.graph import forward
 from compress.models.site import parameter_of
 
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
     from compress.progress import Bars
 
     Hold = Callable[[], AbstractContextManager[None]]  # while open, parts of the model stay in memory
-READ_LATER = ("gemma4",)  # model types that read rows of the embedding after they have looked tokens up
 
 
 @dataclass(frozen=True)
@@ -332,25 +330,10 @@ def _streamed(context: Context) -> Iterator[Hold]:
 
     # Llama 4 asks where its embedding is before it runs that; on the meta device it would look up nothing, unnoticed.
     first = next((name for name, part in parts.items() if isinstance(part, nn.Embedding)), "")
-    kept = _read_later(model, parts)
-    early = dict.fromkeys((first, *kept)) if first and "" not in parts else {}
-
-    def begin(_: str) -> None:
-        for name in early:
-            bring_in(context, name, parts[name])
-
-    def end(_: str) -> None:
-        for name in early:
-            leave(name)
-
-    def leave_part(name: str) -> None:
-        if name not in kept:
-            leave(name)
-
+    early = {"": model} if first and "" not in parts else {}
     with (
-        _said_to_be_on(model, context.devices.compute),
-        collect.around({"": model} if early else {}, begin, end),
-        collect.around(parts, lambda name: bring_in(context, name, parts[name]), leave_part),
+        collect.around(early, lambda _: bring_in(context, first, parts[first]), lambda _: leave(first)),
+        collect.around(parts, lambda name: bring_in(context, name, parts[name]), leave),
     ):
         try:
             yield hold
@@ -374,34 +357,6 @@ def _read_elsewhere(graph: Graph, parts: Mapping[str, nn.Module]) -> set[str]:
         name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if name not in graph.blocks
     }
     return {name for name, size in sizes.items() if size <= largest or isinstance(parts[name], nn.Embedding)}
-
-
-def _read_later(model: nn.Module, parts: Mapping[str, nn.Module]) -> list[str]:
-    """The embedding of words, where a model reads rows of it itself, after it has looked tokens up."""
-    if getattr(getattr(model, "config", None), "model_type", "") not in READ_LATER:
-        return []
-    words = model.get_input_embeddings()  # type: ignore[operator]
-    return [name for name, part in parts.items() if part is words]
-
-
-@contextmanager
-def _said_to_be_on(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """While open, models of transformers say that they are where they compute: Idefics 3 moves what it is given there.
-
-    By themselves they say where their first parameter is, which may be out of memory.
-    """
-    if not isinstance(model, transformers.PreTrainedModel):
-        yield
-        return
-    base, own = transformers.PreTrainedModel, transformers.PreTrainedModel.__dict__.get("device")
-    setattr(base, "device", property(lambda _: device))  # noqa: B010  (a property is no value)
-    try:
-        yield
-    finally:
-        if own is None:
-            del base.device
-        else:
-            setattr(base, "device", own)  # noqa: B010
 
 
 def grids_of(context: Context, sites: Iterable[Site], now: Mapping[str, Weight] | None = None) -> dict[str, InputGrid]:
