@@ -15,7 +15,7 @@ from compress.encodings import Spec, pack
 from compress.models import graph as graphs
 from compress.passes.base import Target
 from compress.passes.quantize.flexround import Division
-from compress.runtime.conv import PackedConv2d
+from compress.runtime.conv import PackedConvolution
 from compress.runtime.register import replace_modules
 
 pytestmark = [
@@ -147,7 +147,7 @@ def test_a_packed_convolution_computes_bit_for_bit_what_the_dense_one_does(
     for passes in ([Rtn(bits=3)], [Magnitude(sparsity=0.5)], [Magnitude(sparsity=0.3), Rtn(bits=4, symmetric=True)]):
         result = compress.apply(model, passes)
         made = packed_copy(model, result.weights)
-        assert isinstance(made[0], PackedConv2d)
+        assert isinstance(made[0], PackedConvolution)
         with torch.no_grad():
             assert torch.equal(made(x), result.model(x))
             assert not torch.equal(made(x), model(x))
@@ -172,6 +172,77 @@ def test_only_what_is_stored_of_a_packed_convolution_is_kept() -> None:
     held = {**dict(made[0].named_buffers()), **dict(made[0].named_parameters()), **made[0].__dict__}
     size = {n: t.numel() * t.element_size() for n, t in held.items() if isinstance(t, Tensor) and t.numel()}
     assert size == {"codes": 8 * 36, "scale": 8 * 2, "zero_point": 8}
+
+
+# --- other dimensions -------------------------------------------------------------------------------------------------
+
+OTHERS: list[tuple[nn.Module, Tensor]] = [
+    (nn.Conv1d(4, 6, 3, stride=2, padding=1), torch.randn(5, 4, 40)),
+    (nn.Conv1d(4, 6, 5, padding="same", dilation=2, bias=False), torch.randn(5, 4, 40)),
+    (nn.Conv1d(4, 6, 4, padding=2, padding_mode="circular"), torch.randn(5, 4, 40)),
+    (nn.Conv3d(4, 6, (2, 3, 1), stride=(1, 2, 1), padding=(1, 0, 0)), torch.randn(3, 4, 5, 8, 7)),
+    (nn.Conv3d(4, 6, 2, stride=2, bias=False), torch.randn(3, 4, 6, 6, 6)),
+]
+each_other = pytest.mark.parametrize(("conv", "x"), OTHERS, ids=lambda v: str(v) if isinstance(v, nn.Module) else "")
+
+
+@each_other
+def test_windows_in_one_and_three_dimensions_are_those_of_the_convolution(conv: Any, x: Tensor) -> None:
+    (site,) = graphs.find(conv).sites
+    rows = torch.cat(list(windows.Windows.of(conv).rows(x)))
+    with torch.no_grad():
+        expected = conv(x)
+        made = rows @ site.matrix(conv.weight).T + (0 if conv.bias is None else conv.bias)
+    assert torch.allclose(made, expected.movedim(1, -1).reshape(-1, 6), atol=1e-5)
+    assert (site.shape, site.kernel) == ((6, 4 * conv.weight[0, 0].numel()), conv.weight[0, 0].numel())
+    alone = torch.cat(list(windows.Windows.of(conv).rows(x[0])))
+    assert torch.equal(alone, rows[: len(alone)])
+
+
+@each_other
+def test_packed_convolutions_of_other_dimensions_compute_bit_for_bit_what_the_dense_ones_do(
+    conv: nn.Module, x: Tensor
+) -> None:
+    model = nn.Sequential(copy.deepcopy(conv))
+    for passes in ([Gptq(bits=3)], [compress.Wanda(sparsity=0.5), Rtn(bits=4, symmetric=True)]):
+        result = compress.apply(model, passes, x)
+        made = packed_copy(model, result.weights)
+        assert isinstance(made[0], PackedConvolution)
+        with torch.no_grad():
+            assert torch.equal(made(x), result.model(x))
+            assert not torch.equal(made(x), model(x))
+
+
+def test_gptq_learns_a_convolution_over_time_from_its_windows() -> None:
+    model = nn.Sequential(nn.Conv1d(8, 16, 5, padding=2))
+    x = nn.functional.avg_pool1d(torch.randn(32, 8, 64), 5, stride=1, padding=2)  # neighbours are alike
+    with torch.no_grad():
+        rtn, gptq = (
+            float((compress.apply(model, [p], x).model(x) - model(x)).square().sum())
+            for p in (Rtn(bits=3), Gptq(bits=3))
+        )
+    assert gptq < 0.7 * rtn
+
+
+def test_filters_over_time_are_worked_on_only_where_a_pattern_names_them() -> None:
+    model = nn.Sequential(nn.Conv1d(8, 8, 1), nn.Conv1d(8, 8, 4, groups=8))
+    assert compress.apply(model, [Rtn(bits=4)]).weights.keys() == {"0"}
+    assert compress.apply(model, [Rtn(bits=4, include=("*",))]).weights.keys() == {"0"}
+    left = compress.apply(model, [Rtn(bits=4)]).report.dense
+    assert left == {"depthwise convolutions over time": 8 * 4 * 4, "norms and biases": 2 * 8 * 4}
+    assert compress.apply(model, [Rtn(bits=4, include=("0", "1"))]).weights.keys() == {"0", "1"}
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv1d, nn.Conv2d])
+def test_a_weight_that_is_made_of_other_parameters_is_named_as_left_dense(kind: Any) -> None:
+    def layer() -> nn.Module:
+        made: nn.Module = kind(8, 8) if kind is nn.Linear else kind(8, 8, 1)
+        return made
+
+    model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(layer()), *(layer() for _ in range(20)))
+    result = compress.apply(model, [Rtn(bits=4)])
+    assert result.weights.keys() == {str(number) for number in range(1, 21)}
+    assert result.report.dense["layers with a parametrized weight"] == (8 + 64) * 4
 
 
 # --- sites and blocks -------------------------------------------------------------------------------------------------

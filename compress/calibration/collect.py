@@ -14,12 +14,13 @@ from compress.calibration.ranges import Range
 from compress.calibration.statistics import Statistics
 from compress.calibration.windows import Windows
 from compress.errors import CompressError, NonFiniteError
-from compress.lazy import nn, torch
+from compress.lazy import torch
+from compress.models.convolutions import is_convolution
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
 
     from compress.calibration.experts import FusedParameter, See
@@ -251,7 +252,7 @@ def statistics(
     leaders: dict[str, str] = {}
     last: dict[str, tuple[Tensor, int]] = {}  # leader -> the tensor it saw last (held: identity means something)
     reached: Counter[str] = Counter()
-    windows = {n: Windows.of(m) if isinstance(m, nn.Conv2d) else None for n, m in modules.items()}
+    windows = {n: Windows.of(m) if is_convolution(m) else None for n, m in modules.items()}
 
     def same(name: str, x: Tensor) -> bool:
         seen, version = last.get(name, (None, 0))

@@ -23,7 +23,7 @@ class TensorRef:
         index: which piece along the first dimensions; (3,) is the fourth expert of a fused tensor (experts, ...).
         of: how many pieces there are.
         transposed: it is kept as (in, out).
-        stored: its own shape where it is a convolution's, (out, in / groups, kernel height, kernel width).
+        stored: its own shape where it is a convolution's, (out, in / groups, *window).
     """
 
     parameter: str
@@ -65,11 +65,12 @@ class Site:
 
     Attributes:
         name: the module's full name, as patterns match it.
-        shape: (out, in); (out, in / groups * kernel height * kernel width) of a convolution.
+        shape: (out, in); (out, in / groups * places of the window) of a convolution.
         ref: where it lies.
         block: index into `Graph.blocks`, or None for a site outside every block, such as an output head.
         groups: of a convolution; with more than one, each row multiplies only its own group's inputs.
-        router: it chooses among experts; passes leave it alone unless a pattern names it.
+        router: it chooses among experts.
+        filter: a convolution that filters each channel by itself over time, with a few weights.
         looked_up: rows of it are looked up, as in an embedding; a head may multiply with it too.
         shared: full names of further modules that use it, such as a head that is tied to the embedding.
     """
@@ -80,6 +81,7 @@ class Site:
     block: int | None = None
     groups: int = 1
     router: bool = False
+    filter: bool = False
     looked_up: bool = False
     shared: tuple[str, ...] = ()
 
@@ -94,6 +96,11 @@ class Site:
         return self.ref.parameter
 
     @property
+    def named_only(self) -> bool:
+        """Whether passes leave it alone unless a pattern names it."""
+        return self.router or self.filter or self.looked_up
+
+    @property
     def place(self) -> str:
         """What a reader finds it under: its parameter, with its number where it is one of several."""
         return self.name if self.is_expert else self.parameter
@@ -105,7 +112,7 @@ class Site:
 
     @property
     def is_convolution(self) -> bool:
-        """Whether its columns are those of a window over an image."""
+        """Whether its columns are those of a window that moves over its inputs."""
         return bool(self.ref.stored)
 
     @property

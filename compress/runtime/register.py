@@ -23,8 +23,9 @@ from compress.errors import CheckpointError
 from compress.io.heap import align
 from compress.io.manifest import MANIFEST, verify_folder
 from compress.io.safetensors_file import read_header, refuse_other_tensors
+from compress.models.convolutions import is_convolution
 from compress.models.experts import fused_parameters, keeps_transposed, run_one_by_one
-from compress.runtime.conv import PackedConv2d
+from compress.runtime.conv import PackedConvolution
 from compress.runtime.embedding import PackedEmbedding, SharedLinear, packed_embedding
 from compress.runtime.experts import PackedExperts
 from compress.runtime.linear import PackedLinear
@@ -157,7 +158,7 @@ def add_biases(model: nn.Module, names: list[str]) -> None:
         module = model.get_submodule(name)
         weight = module.weight
         assert isinstance(weight, Tensor)
-        rows = weight.shape[0] if isinstance(module, nn.Linear | nn.Conv2d) else weight.shape[1]
+        rows = weight.shape[0] if isinstance(module, nn.Linear) or is_convolution(module) else weight.shape[1]
         bias = torch.empty(rows, dtype=weight.dtype, device=weight.device)
         module.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
 
@@ -267,8 +268,8 @@ def _fused(model: nn.Module, specs: dict[str, Spec]) -> dict[str, list[Spec]]:
 
 
 def _packed_module(old: nn.Module, spec: Spec, dtype: torch.dtype) -> PackedModule:
-    if isinstance(old, nn.Conv2d):
-        return PackedConv2d(spec, old)
+    if is_convolution(old):
+        return PackedConvolution(spec, old)
     if isinstance(old, nn.Embedding):
         made = packed_embedding(old, spec)
         made.described = True  # until its tensors are read

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from compress.lazy import nn, torch
+from compress.models.convolutions import is_convolution, is_filter, is_plain
 from compress.models.experts import fused_parameters, keeps_transposed, router_names
 from compress.models.site import Site, TensorRef
 from compress.models.symmetry import is_transposed
@@ -31,7 +32,7 @@ class Plain:
         return towers_of(model)
 
     def sites(self, model: nn.Module) -> Iterator[Site]:
-        """The weight of every `Linear`, plain `Conv2d` and transformers `Conv1D`, and every expert of fused ones."""
+        """The weight of every `Linear`, plain convolution and transformers `Conv1D`, and every expert of fused ones."""
         routers = router_names(model)
         for name, module in model.named_modules():
             site = _site(name, module)
@@ -56,16 +57,17 @@ class Plain:
 
 def _site(name: str, module: nn.Module) -> Site | None:
     parameter, transposed = f"{name}.weight" if name else "weight", is_transposed(module)
+    if module._parameters.get("weight") is None:  # made of other parameters when it is asked for
+        return None
     if transposed or isinstance(module, nn.Linear):
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
         rows, columns = weight.T.shape if transposed else weight.shape
         return Site(name, (rows, columns), TensorRef(parameter, transposed=transposed))
-    # A subclass with a forward of its own does something else with its weight.
-    if isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward:
+    if is_convolution(module) and is_plain(module):
         stored = tuple(module.weight.shape)
-        ref = TensorRef(parameter, stored=stored)
-        return Site(name, (stored[0], math.prod(stored[1:])), ref, groups=module.groups)
+        shape, ref = (stored[0], math.prod(stored[1:])), TensorRef(parameter, stored=stored)
+        return Site(name, shape, ref, groups=module.groups, filter=is_filter(module))
     return None
 
 
