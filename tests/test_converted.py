@@ -19,7 +19,9 @@ from compress.encodings.format import WEIGHTS
 from compress.errors import CheckpointError
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
-MIXTURE = {**SIZE, "intermediate_size": 48, "moe_intermediate_size": 48, "pad_token_id": 0}
+MIXTURE = {
+    **SIZE, "intermediate_size": 48, "moe_intermediate_size": 48, "num_experts_per_tok": 2, "pad_token_id": 0,
+}  # fmt: skip
 RTN = {"passes": [{"rtn": {"bits": 4, "group_size": 16}}]}
 
 
@@ -43,7 +45,6 @@ MIXTURES = [
     ("DeepseekV3ForCausalLM", {
         "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
         "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-        "head_dim": 8,
     }),
     ("GptOssForCausalLM", {"num_local_experts": 4, "head_dim": 8}),
     ("Qwen3VLMoeTextModel", {"num_experts": 4, "head_dim": 8}),
