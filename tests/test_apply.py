@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    DbrxConfig,
+    DbrxForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -297,13 +297,14 @@ def test_a_transposed_layer_is_compressed_along_its_inputs() -> None:
     assert torch.equal(result.model.get_submodule(name).weight, weight.dequantize().T)
 
 
-def test_fused_experts_are_refused_in_a_clear_sentence() -> None:
-    config = MixtralConfig(
-        **SMALL, **SPECIAL, intermediate_size=128, num_key_value_heads=2, num_local_experts=4,
-        max_position_embeddings=128,
+def test_experts_joined_row_upon_row_are_refused_in_a_clear_sentence() -> None:
+    config = DbrxConfig(
+        d_model=32, n_heads=4, n_layers=1, max_seq_len=64, vocab_size=64,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
     )  # fmt: skip
-    with pytest.raises(UnsupportedModelError, match=r"MixtralForCausalLM keeps \d+% .*experts.*not supported; use"):
-        compress.apply(MixtralForCausalLM(config), [Rtn()])
+    with pytest.raises(UnsupportedModelError, match=r"DbrxForCausalLM keeps \d+% .*experts.*not supported; use"):
+        compress.apply(DbrxForCausalLM(config), [Rtn()])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

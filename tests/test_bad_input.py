@@ -449,19 +449,17 @@ def test_a_folder_that_was_compressed_already_is_refused(rtn: Path, tiny_folder:
     assert_refused(ended, 2, again, str(out), "already quantized", "compress eval")
 
 
-def test_experts_fused_into_one_tensor_are_refused(rtn: Path, tmp_path: Path, out: Path) -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
+def test_experts_joined_row_upon_row_are_refused(rtn: Path, tmp_path: Path, out: Path) -> None:
+    from transformers import DbrxConfig, DbrxForCausalLM
 
-    config = MixtralConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=128,
+    config = DbrxConfig(
+        d_model=64, n_heads=4, n_layers=2, max_seq_len=128, vocab_size=256,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        ffn_config={"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
     )  # fmt: skip
-    model = MixtralForCausalLM(config)
-    with pytest.raises(UnsupportedModelError, match="experts"):
-        compress.apply(model, [compress.Rtn()])
-    model.save_pretrained(tmp_path / "mixtral")
-    ended = compress_command("run", rtn, tmp_path / "mixtral", "-o", out)
-    assert_refused(ended, 2, out, "MixtralForCausalLM", "experts", "use a dense model")
+    DbrxForCausalLM(config).save_pretrained(tmp_path / "dbrx")
+    ended = compress_command("run", rtn, tmp_path / "dbrx", "-o", out)
+    assert_refused(ended, 2, out, "DbrxForCausalLM", "experts", "use another model")
 
 
 def test_a_module_with_nothing_to_compress_is_refused() -> None:

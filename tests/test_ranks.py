@@ -15,6 +15,7 @@ import pytest
 import torch
 from children import PROCESSES, contents
 from commands import make_changed, make_text_model, write_text
+from mixtures import make_mixture
 from torch import Tensor
 
 from compress.api.together import device_for, refuse_differing
@@ -213,6 +214,36 @@ def test_a_finished_result_is_measured_by_all_processes(done: dict[str, Path]) -
     found = json.loads(text[text.index("{\n") :])
     assert found["perplexity"] == pytest.approx(perplexities(done["sums"])[-1], rel=1e-6)
     assert heard(folder, 1) == ""
+
+
+EXPERTS = """\
+calibration: {source: words.txt, samples: 4, length: 32}
+evaluate: {source: words.txt, samples: 6, length: 64}
+passes:
+  - wanda: {sparsity: 0.5}
+  - gptq: {scheme: w4g16}
+"""
+
+
+def test_experts_that_one_process_alone_sent_tokens_to_are_solved_as_by_one(tmp_path: Path) -> None:
+    """A sample for each of four processes: no expert is sent tokens by all of them, and some by hardly any."""
+    make_text_model(tmp_path / "model")
+    make_mixture("Qwen3Moe", vocab_size=4096, num_experts=16).save_pretrained(tmp_path / "model")
+    write_text(tmp_path / "words.txt", words=9000)
+    (tmp_path / "experts.yaml").write_text(EXPERTS)
+    found = []
+    for world in (1, 4):
+        assert run(tmp_path, ["run", "experts.yaml", "model", "-o", f"out{world}"], world) == [0] * world
+        report = json.loads((tmp_path / f"out{world}" / "report.json").read_text())
+        found.append((perplexities(tmp_path / f"out{world}"), report["fallbacks"], report["layers"]))
+    (alone, said, layers), (together, also, others) = found
+    assert together[:2] == pytest.approx(alone[:2], rel=1e-4)
+    first = {name: notes for name, notes in layers.items() if ".layers.0." in name}
+    few = [name for name, notes in first.items() if "tokens" in notes["wanda"]]
+    assert few
+    assert len(few) < len(first)
+    assert all(others[name]["wanda"].get("tokens") == first[name]["wanda"].get("tokens") for name in first)
+    assert len(said) == len(also) > 0
 
 
 # --- one end ----------------------------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 from children import contents, prepare, run, unfinished
+from mixtures import make_mixture
 
 PASSES = """\
 passes:
@@ -72,3 +74,29 @@ def test_killed_after_every_file_of_passes_that_survey_their_layers_the_run_ends
     assert {f"s{stage}-survey-b000{block}.json" for stage in ("00", "02") for block in (0, 1)} < done.keys()
     assert run(killed, "model") == 0
     assert contents(killed / "out") == contents(whole / "out")
+
+
+EXPERTS = """\
+calibration: {source: calibration.txt, samples: 4, length: 32}
+passes:
+  - blockwise:
+      - wanda: {sparsity: 0.5}
+      - gptq: {scheme: w4g16}
+  - eora: {rank: 2, exclude: ["*.experts.down_proj.1"]}
+"""
+
+
+def test_a_mixture_of_experts_killed_again_and_again_ends_bit_identical(tmp_path: Path) -> None:
+    whole, killed = prepare(tmp_path, EXPERTS)
+    make_mixture("Qwen3Moe", vocab_size=4096).save_pretrained(tmp_path / "model")
+    assert run(whole, "model") == 0
+    assert any("tokens, fewer than 16" in text for text in json.dumps(report_of(whole)["layers"]).split('"'))
+    for _ in range(4):
+        assert run(killed, "model", kill_after=1) == -signal.SIGKILL
+    assert run(killed, "model") == 0
+    assert contents(killed / "out") == contents(whole / "out")
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "out" / "report.json").read_text())
+    return found

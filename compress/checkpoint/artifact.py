@@ -191,7 +191,7 @@ def finite_weight(site: Site, weight: Weight) -> Tensor:
     if not torch.isfinite(dense.sum()) and not torch.isfinite(dense).all():
         bad = int((~torch.isfinite(dense)).sum())
         raise NonFiniteError(
-            f"{site.name if site.is_expert else site.parameter}: {bad} of {dense.numel()} weights are NaN or infinite in the source; "
+            f"{site.place}: {bad} of {dense.numel()} weights are NaN or infinite in the source; "
             "the checkpoint is damaged or overflowed its type: get a clean one"
         )
     return dense

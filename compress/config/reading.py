@@ -24,7 +24,6 @@ from compress.config.pipeline import (
     PACKED,
     PRESETS,
     Calibration,
-    DataSection,
     Evaluation,
     Pipeline,
     Settings,
@@ -38,6 +37,7 @@ from compress.passes import Override
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
 
+    from compress.config.pipeline import DataSection
     from compress.export import Exporter
     from compress.passes import Pass
 

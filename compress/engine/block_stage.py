@@ -92,9 +92,7 @@ def _wanted_by_passes(graph: Graph, passes: Sequence[LinearPass | BlockPass]) ->
     every = [s for each in sites.values() for s in each]
     learning = cast("list[BlockPass]", [p for p in passes if p.reach == "block"])
     ranged = frozenset(s.name for s in every if _is_ranged(s, passes))
-    needs: dict[str, Need] = {
-        s.name: most_needed([p.needs for p in passes if works_on(p, s)]) for s in every
-    }
+    needs: dict[str, Need] = {s.name: most_needed([p.needs for p in passes if works_on(p, s)]) for s in every}
     return Wanted(
         label="+".join(p.key for p in passes),
         sites=sites,
@@ -102,6 +100,7 @@ def _wanted_by_passes(graph: Graph, passes: Sequence[LinearPass | BlockPass]) ->
         ranged=ranged,
         calibrated=any(p.calibrated for p in passes),
         learns=any(p.runs_block for p in learning),
+        whole=bool(learning),
     )
 
 

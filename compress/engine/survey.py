@@ -50,9 +50,7 @@ def survey_stage(
 def _wanted_by_survey(graph: Graph, passes: Sequence[LinearPass]) -> Wanted:
     sites = sites_by_block(graph, passes)
     needs = {
-        s.name: most_needed([p.survey_needs for p in passes if works_on(p, s)])
-        for each in sites.values()
-        for s in each
+        s.name: most_needed([p.survey_needs for p in passes if works_on(p, s)]) for each in sites.values() for s in each
     }
     return Wanted(
         label=f"{'+'.join(p.key for p in passes)}: survey",

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from compress.calibration.activation_cache import Activations
     from compress.calibration.collect import Call
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from compress.models.towers import Tower
     from compress.passes.base import Pass
 
+LARGEST_UNIT = 1 << 26  # weights; a block with more of them in its experts is worked on part by part where it may be
 OUTSIDE_BLOCKS = -1  # stands for a block where sites lie outside of all blocks
 
 
@@ -57,6 +58,7 @@ class Wanted:
         ranged: the sites of which the range of the inputs must be known.
         calibrated: whether any pass learns from data. Otherwise the model is not run.
         learns: whether any pass runs the blocks, and compares with what comes out in the original model.
+        whole: whether any pass must see all of a block at once.
     """
 
     label: str
@@ -65,6 +67,7 @@ class Wanted:
     ranged: frozenset[str]
     calibrated: bool
     learns: bool
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,26 @@ def sweep(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> Iterat
                 context.ahead.forget()
         return
     for index, sites in context.bars.over(wanted.sites.items(), len(wanted.sites), f"{wanted.label}: block", "each"):
-        yield Unit(_unit(index), sites, dict)
+        parts = [sites] if wanted.whole else parts_of(sites)
+        for number, part in enumerate(parts):
+            yield Unit(_unit(index) if len(parts) == 1 else f"{_unit(index)}-{number:02d}", part, dict)
+
+
+def parts_of(sites: list[Site]) -> list[list[Site]]:
+    """The sites of a block in parts of at most `LARGEST_UNIT` weights, where they are many experts; else in one.
+
+    What is made of a unit is in memory until all of it is finished.
+    """
+    parts: list[list[Site]] = [[]]
+    size = 0
+    for site in sites:
+        weights = site.shape[0] * site.shape[1]
+        if site.is_expert and parts[-1] and size + weights > LARGEST_UNIT:
+            parts.append([])
+            size = 0
+        parts[-1].append(site)
+        size += weights
+    return parts
 
 
 def _calibrated(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> Iterator[Unit]:

@@ -76,8 +76,10 @@ class Dense:
         value = weight.dequantize() if self.corrected else weight.base()
         if not in_range(value, torch.finfo(dtype).max):
             raise NonFiniteError(
-                f"{site.name if site.is_expert else site.parameter} holds numbers that are too large for {dtype}, which "
-                "the pipeline computes in; set `dtype: bfloat16` or `dtype: float32` in the pipeline".replace("torch.", "")
+                f"{site.place} holds numbers that are too large for {dtype}, which "
+                "the pipeline computes in; set `dtype: bfloat16` or `dtype: float32` in the pipeline".replace(
+                    "torch.", ""
+                )
             )
         return value
 

@@ -6,6 +6,7 @@ attributes (`use_experts_implementation`); a few are not marked, and are known b
 
 from __future__ import annotations
 
+import inspect
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,11 @@ UNMARKED = {
     "JetMoeParallelExperts": False,
     "Llama4TextExperts": True,
 }
+JOINED = ("DbrxExpertGLU",)  # classes that keep the rows of all experts in one matrix
 ROUTERS = ("Router", "TopKGating")  # in the names of classes
 GATES = ("gate", "router", "shared_expert_gate")  # beside fused experts
+OURS = "transformers.models."
+CHOICES = "top_k_index"  # what such a module calls the experts of each token
 EAGER = "eager"  # one expert after the other
 
 
@@ -33,7 +37,7 @@ def keeps_transposed(module: nn.Module) -> bool | None:
     """Whether a module of fused experts keeps (experts, in, out); None where it is no such module."""
     if all(hasattr(module, mark) for mark in MARKS):
         return bool(module.is_transposed)
-    ours = type(module).__module__.startswith("transformers.models.")
+    ours = type(module).__module__.startswith(OURS)
     return UNMARKED.get(type(module).__name__) if ours else None
 
 
@@ -41,6 +45,16 @@ def fused_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name in the module, value) of its own parameters that hold a matrix for every expert."""
     if keeps_transposed(module) is not None:
         yield from ((leaf, p) for leaf, p in module.named_parameters(recurse=False) if p.dim() == 3)
+
+
+def takes_choices(module: nn.Module) -> bool:
+    """Whether a module of experts is told which of them each token goes to, and so can be told another choice."""
+    return CHOICES in inspect.signature(type(module).forward).parameters
+
+
+def joins_experts(module: nn.Module) -> bool:
+    """Whether a module keeps all experts in one matrix, row upon row, which passes do not take apart."""
+    return type(module).__name__ in JOINED and type(module).__module__.startswith(OURS)
 
 
 def router_names(model: nn.Module) -> set[str]:

@@ -123,6 +123,7 @@ def find(model: nn.Module) -> Graph:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no Linear, Conv2d, Conv1D or Embedding layer: nothing to compress"
         )
+    _refuse_shared(model, linear, tied)
     kept = model.state_dict().keys()
     buffers = tuple(name for name, _ in model.named_buffers() if name in kept)
     axes = family.axes(model, [s.name for s in linear])
@@ -184,6 +185,18 @@ def _owner(name: str, blocks: dict[str, int]) -> int | None:
         if owner is not None:
             return owner
     return None
+
+
+def _refuse_shared(model: nn.Module, sites: tuple[Site, ...], tied: dict[str, str]) -> None:
+    """Blocks of a model of transformers that hold one matrix between them, each in a layer of its own."""
+    owners = {site.parameter: site for site in sites if site.block is not None}
+    shared = [(s, owners[tied[s.parameter]]) for s in owners.values() if tied.get(s.parameter) in owners]
+    if shared and isinstance(model, transformers.PreTrainedModel):
+        one, other = shared[0]
+        raise UnsupportedModelError(
+            f"blocks of {type(model).__name__} share matrices, such as {one.name} and {other.name} ({len(shared)} in "
+            "all); a matrix that several blocks have is not supported: use a model whose blocks have their own"
+        )
 
 
 def forward(graph: Graph, batch: Tensor) -> Any:

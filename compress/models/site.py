@@ -94,6 +94,11 @@ class Site:
         return self.ref.parameter
 
     @property
+    def place(self) -> str:
+        """What a reader finds it under: its parameter, with its number where it is one of several."""
+        return self.name if self.is_expert else self.parameter
+
+    @property
     def is_expert(self) -> bool:
         """Whether it is one matrix of several that a fused parameter holds."""
         return bool(self.ref.index)
@@ -166,7 +171,7 @@ def bytes_by_tensor(sites: Iterable[Site], sizes: Mapping[str, int], made: Mappi
     Args:
         sites: that there are.
         sizes: tensor -> bytes before any pass.
-        made: site -> bytes, of those that passes made something of. Of a fused parameter, the other experts keep theirs.
+        made: site -> bytes, of those that passes made something of; other experts of a fused parameter keep theirs.
     """
     found = dict(sizes)
     for site in sites:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from compress.calibration.texts import IMAGE_SUFFIX, is_images
 from compress.config.pipeline import GATES, GIVEN
 from compress.errors import Problem
+from compress.models.experts import takes_choices
 from compress.models.positions import longest_window
 from compress.planning.dense import LEAST_REACHED
 
@@ -317,7 +318,7 @@ def exports(pipeline: Pipeline, state: PlanState) -> Iterator[Problem]:
 
 def data_sections(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
     """Data of another kind than the model takes, or longer."""
-    longest = longest_window(graph.model)
+    longest = longest_window(graph.model) if graph.takes_tokens else None  # CLIP has positions of words, too
     images, model = not graph.takes_tokens, type(graph.model).__name__
     for name, section in (("calibration", pipeline.calibration), ("evaluate", pipeline.evaluate)):
         for source in section.sources.values() if section else ():
@@ -340,6 +341,19 @@ def out_of_reach(pipeline: Pipeline, graph: Graph, dense: Dense) -> Iterator[Pro
         )
 
 
+def all_experts(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
+    """Tokens that are to be shown to all experts of a model that has none, or whose experts choose for themselves."""
+    if pipeline.calibration is None or not pipeline.calibration.calibrate_all_experts:
+        return
+    path, model = "calibration.calibrate_all_experts", type(graph.model).__name__
+    owners = dict.fromkeys(site.parameter.rpartition(".")[0] for site in graph.sites if site.is_expert)
+    if not owners:
+        yield Problem(path, f"changes nothing: {model} keeps no experts together in one tensor")
+    others = [name for name in owners if not takes_choices(graph.model.get_submodule(name))]
+    if others:
+        yield Problem(path, f"{others[0]} of a {model} cannot be told which experts to run; leave it out")
+
+
 def whole_pipeline(pipeline: Pipeline, state: PlanState, dense: Dense) -> Iterator[Problem]:
     """Everything that no single pass is to blame for. `state`: after the last pass."""
     yield from out_of_reach(pipeline, state.graph, dense)
@@ -347,3 +361,4 @@ def whole_pipeline(pipeline: Pipeline, state: PlanState, dense: Dense) -> Iterat
     yield from gates(pipeline, state.graph)
     yield from exports(pipeline, state)
     yield from data_sections(pipeline, state.graph)
+    yield from all_experts(pipeline, state.graph)

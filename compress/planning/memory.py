@@ -156,9 +156,10 @@ def _stage(pipeline: Pipeline, passes: Sequence[Pass], graph: Graph) -> dict[str
     """The largest part of the model that is there at a time, and what a pass needs beside it."""
     calibrated = any(p.calibrated for p in passes)
     learns = any(p.reach == "block" for p in passes)
+    grams = 4 * widest(graph) ** 2 * FLOAT + of_experts(graph)
     return {
         "weights": max(2 * outside(graph), (block(graph) if calibrated else 0) + 4 * largest(graph)) * FLOAT,
-        "statistics": 4 * widest(graph) ** 2 * FLOAT + of_experts(graph) if any(p.needs == "gram" for p in passes) else 0,
+        "statistics": grams if any(p.needs == "gram" for p in passes) else 0,
         "activations": min(waiting(pipeline, passes, graph, FLOAT), _copies(passes) * ACTIVATIONS),
         "training": (block(graph) * LEARNING * FLOAT if learns else 0)
         + sum(training(p, pipeline.calibration, graph) for p in passes),

@@ -39,13 +39,14 @@ class PackedExperts(nn.Module):
     def __len__(self) -> int:
         return len(self._modules)
 
-    def __getitem__(self, number: int | Tensor) -> Tensor:
-        """The matrix of one expert, as the parameter keeps it.
+    def __getitem__(self, number: Any) -> Tensor:
+        """The matrix of one expert, as the parameter keeps it. `number`: a whole number, or a tensor of one.
 
         Raises:
             TypeError: more than one is asked for at once.
         """
-        if isinstance(number, torch.Tensor) and number.numel() != 1 or isinstance(number, slice | tuple | list):
+        one = number.numel() == 1 if isinstance(number, torch.Tensor) else isinstance(number, int)
+        if not one:
             raise TypeError(
                 "packed experts are unpacked one by one; run the model with experts_implementation='eager', as it is "
                 "loaded"

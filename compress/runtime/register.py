@@ -119,6 +119,12 @@ class CompressQuantizer(HfQuantizer):
         """Every tensor takes the type its own module was made with."""
         return dtype
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Packed tensors are not put together: their names are those of the model, and only old spellings change."""
+        from transformers.core_model_loading import WeightConverter
+
+        return [each for each in weight_conversions if not isinstance(each, WeightConverter)]
+
     def update_attn_implementation(self, config: Any) -> Any:
         """Called before the weight files are looked up: point at ours."""
         folder = getattr(config, "name_or_path", "") or ""
