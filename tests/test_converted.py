@@ -69,6 +69,23 @@ def test_parameters_and_every_piece_of_them_are_those_that_transformers_loads(
     assert fused >= 2
 
 
+@pytest.mark.parametrize(("cls", "options"), MIXTURES, ids=[cls for cls, _ in MIXTURES])
+def test_plain_weights_are_exported_under_the_names_of_the_hub(
+    cls: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    saved(cls, tmp_path / "in", **{**MIXTURE, **options})
+    report = compress.run({**RTN, "export": ["hf"]}, tmp_path / "in", tmp_path / "out")
+    names = [set(load_file(folder / "model.safetensors")) for folder in (tmp_path / "in", tmp_path / "out" / "hf")]
+    assert names[0] == names[1]
+    assert report.verified["hf"]["tensors_equal"] == len(names[0])
+    made = getattr(transformers, cls)
+    one_by_one = {"experts_implementation": "eager"}  # as packed experts run; other products sum up in another order
+    packed, plain = (made.from_pretrained(tmp_path / "out" / where, **one_by_one) for where in ("", "hf"))
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(packed(tokens)[0], plain(tokens)[0])
+
+
 def test_one_expert_is_read_without_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved("MixtralForCausalLM", tmp_path, **MIXTURE, num_local_experts=4)
     source: Any = open_folder(tmp_path).artifact.source
