@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from compress.calibration.ranges import Range
@@ -226,6 +226,42 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or bool(a == b)
 
 
+@dataclass
+class _Ends:
+    """Where a forward pass may end: once everything has been reached that is watched, if nothing is reached again.
+
+    Attributes:
+        names: of what is watched.
+        once: whether everything is known to be reached exactly once.
+        reached: how often each was in this pass.
+    """
+
+    names: set[str]
+    once: bool
+    reached: Counter[str] = field(default_factory=Counter)
+
+    def count(self, name: str) -> None:
+        """Something is reached."""
+        self.reached[name] += 1
+        if self.once and len(self.reached) == len(self.names):
+            raise Stop
+
+    def run(self, forwards: Iterable[Callable[[], Any]]) -> None:
+        """Run forward passes, the first of which shows whether later ones may end early."""
+        for number, forward in enumerate(forwards):
+            self.reached.clear()
+            with suppress(Stop):
+                forward()
+            self.once = self.once or (number == 0 and all(self.reached[name] == 1 for name in self.names))
+
+
+def _fed_otherwise(name: str, leader: str) -> CompressError:
+    return CompressError(
+        f"{name} and {leader} were fed by one tensor at first and by different ones later: statistics "
+        "would be wrong. Models whose wiring changes from batch to batch are not supported"
+    )
+
+
 def statistics(
     modules: Mapping[str, nn.Module],
     needs: Mapping[str, Need],
@@ -250,7 +286,7 @@ def statistics(
     found: dict[str, Statistics] = {}
     leaders: dict[str, str] = {}
     last: dict[str, tuple[Tensor, int]] = {}  # leader -> the tensor it saw last (held: identity means something)
-    reached: Counter[str] = Counter()
+    ends = _Ends({*modules, *(p.left for p in experts)}, once)
     windows = {n: Windows.of(m) if isinstance(m, nn.Conv2d) else None for n, m in modules.items()}
 
     def same(name: str, x: Tensor) -> bool:
@@ -275,22 +311,14 @@ def statistics(
                 seen.update(x)
             last[name] = x, x._version
         elif not same(leader, x):
-            raise CompressError(
-                f"{name} and {leader} were fed by one tensor at first and by different ones later: statistics "
-                "would be wrong. Models whose wiring changes from batch to batch are not supported"
-            )
+            raise _fed_otherwise(name, leader)
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             see(name, args[0] if args else next(iter(kwargs.values())))
-            count(name)
+            ends.count(name)
 
         return hook
-
-    def count(name: str) -> None:
-        reached[name] += 1
-        if once and len(reached) == len(ends):
-            raise Stop
 
     def see_expert(name: str, x: Tensor) -> None:
         if name not in found:
@@ -298,15 +326,10 @@ def statistics(
             leaders[name] = name
         found[name].update(x, name)
 
-    ends = {*modules, *(p.left for p in experts)}
     handles = [m.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, m in modules.items()]
     try:
-        with _watched_experts(experts, see_expert, count, all_experts) if experts else nullcontext():
-            for number, forward in enumerate(forwards):
-                reached.clear()
-                with suppress(Stop):
-                    forward()
-                once = once or (number == 0 and all(reached[name] == 1 for name in ends))
+        with _watched_experts(experts, see_expert, ends.count, all_experts) if experts else nullcontext():
+            ends.run(forwards)
         for name, leader in leaders.items():
             if name == leader:
                 found[name].check(name)
