@@ -9,7 +9,7 @@ from textbook import statistics as textbook_statistics
 from torch import Tensor, nn
 
 import compress
-from compress import ConfigError, FlexRound, GlobalMagnitude, Gptq, Magnitude, Rtn, UnsupportedModelError
+from compress import ConfigError, FlexRound, GlobalMagnitude, Gptq, Magnitude, Rtn
 from compress.calibration import collect, windows
 from compress.encodings import Spec, pack
 from compress.models import graph as graphs
@@ -192,8 +192,12 @@ def test_a_convolution_that_changes_its_weight_before_use_is_not_taken_for_a_pla
             return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
 
     model = nn.Sequential(Standardized(4, 8, 3), nn.Conv2d(8, 4, 3))
-    with pytest.raises(UnsupportedModelError, match=r"no pass can reach, such as 0\.weight \(8, 4, 3, 3\)"):
+    with pytest.raises(ConfigError, match=r"passes can reach 50% .* left dense would be Standardized layers"):
         compress.apply(model, [Rtn()])
+    kept = model[0].weight.clone()
+    result = compress.apply(model, [Rtn()], allow_dense=True)
+    assert torch.equal(result.model[0].weight, kept)
+    assert result.report.dense == {"Standardized layers": 1152, "norms and biases": 48}
 
 
 def test_the_layers_of_a_sequential_are_learned_one_by_one_whatever_lies_between_them() -> None:

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
     DynamicCache,
+    FalconConfig,
+    FalconForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -655,6 +659,27 @@ def test_blocks_of_several_kinds_are_learned_one_by_one(tokens: Tensor) -> None:
         with torch.no_grad():
             found[pass_.key] = float((made(tokens).logits - before).square().mean())
     assert found["flexround"] < 0.7 * found["rtn"]
+
+
+@pytest.mark.parametrize("name", ["bloom", "falcon"])
+def test_blocks_that_take_biases_of_every_sample_and_head_in_one_dimension_are_learned(
+    name: str, tokens: Tensor
+) -> None:
+    torch.manual_seed(4)
+    sizes = {"vocab_size": 256, "hidden_size": 32, "initializer_range": 0.1}
+    model = (
+        BloomForCausalLM(BloomConfig(**sizes, n_layer=2, n_head=2))
+        if name == "bloom"
+        else FalconForCausalLM(FalconConfig(**sizes, num_hidden_layers=2, num_attention_heads=2, alibi=True))
+    ).eval()
+    with torch.no_grad():
+        before = model(tokens).logits
+    found = {}
+    for pass_ in (Rtn(bits=3), compress.FlexRound(bits=3, steps=40, batch_size=3)):  # of eight samples
+        made = compress.apply(model, [pass_], calibration=tokens).model
+        with torch.no_grad():
+            found[pass_.key] = float((made(tokens).logits - before).square().mean())
+    assert found["flexround"] < 0.8 * found["rtn"]
 
 
 def test_a_streamed_model_is_out_of_memory_again_afterwards(tiny_folder: Path, tokens: Tensor) -> None:

@@ -37,7 +37,7 @@ def check_amounts(steps: Pipeline, opened: OpenedModel, file: str = "pipeline") 
     problems: list[Problem] = []
     for path, source, section, split in _needed(steps):
         known = source == "demo" and section.samples * section.length <= DEMO_TOKENS[split]
-        if known or source == GIVEN or is_images(source) or not opened.artifact.graph.is_language_model:
+        if known or source == GIVEN or is_images(source) or not opened.artifact.graph.takes_tokens:
             continue
         if source != "demo" and suffix_of(source) not in LOCAL:
             notes.append(f"{path}: the tokens of {source} are counted only when it is run")

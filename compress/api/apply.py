@@ -20,6 +20,7 @@ from compress.encodings import Weight
 from compress.engine import manager
 from compress.engine.devices import devices_of
 from compress.engine.ledger import MemoryLedger
+from compress.engine.measure import refuse_idle_gate
 from compress.engine.merge import checks as merges
 from compress.engine.placement import Context, expert_options
 from compress.errors import ConfigError, Problem
@@ -64,6 +65,7 @@ def apply(
     evaluation: given.Given | None = None,
     max_increase: float | None = None,
     max_drop: float | None = None,
+    max_error: float | None = None,
     seed: int = 0,
     inplace: bool = False,
     store_dtype: torch.dtype | None = None,
@@ -72,6 +74,8 @@ def apply(
     max_memory: Mapping[MemoryOf, str] | None = None,
     min_expert_tokens: int = MIN_EXPERT_TOKENS,
     calibrate_all_experts: bool = False,
+    towers: Sequence[str] | None = None,
+    allow_dense: bool = False,
 ) -> Result:
     """Run passes over a module in memory.
 
@@ -82,10 +86,12 @@ def apply(
             (samples,) integer labels: as tensors or arrays, a list of samples, what a tokenizer or an image processor
             returns (without padding), or a data loader; from several sources, a mapping of their names to such data.
         evaluation: (windows, length) token ids of a language model, to measure perplexity and KL after every pass; of
-            a classifier, its inputs and (samples,) integer labels, to measure accuracy and KL; from several sources, a
-            mapping of their names to such data.
+            a classifier, its inputs and (samples,) integer labels, to measure accuracy and KL; of another model, inputs
+            on which its outputs are compared with the original's; from several sources, a mapping of their names to
+            such data.
         max_increase: the gate: largest relative increase of perplexity, 0.1 for 10 %.
         max_drop: the gate of a classifier: largest fall of accuracy, 0.01 for one point.
+        max_error: the gate of other models: largest mean relative error of outputs, 0.05 for 5 %.
         seed: of every random choice.
         inplace: change `model` itself instead of a copy; its parts stay in training or evaluation mode, as they are.
         store_dtype: the type that changed dense weights are kept in; None keeps each parameter's own. A model loaded in
@@ -97,6 +103,9 @@ def apply(
         max_memory: what the passes may take beside the module, such as {"device": "12GB"}; by default what is free.
         min_expert_tokens: experts of a mixture that fewer tokens are sent to are worked on without their statistics.
         calibrate_all_experts: statistics of experts are of all tokens, not of those alone that the router sends them.
+        towers: the parts of a model with several that passes work on, such as ["language", "vision"]; by default the
+            language of a model that writes, and all of others.
+        allow_dense: run also where passes can reach less than 90 % of the matrices that they are for.
 
     Returns:
         The compressed module and what is stored of every weight.
@@ -117,8 +126,11 @@ def apply(
         0.5
     """
     stages = tuple(tuple(p) if isinstance(p, Sequence) else (p,) for p in passes)
-    gates = {"max_increase": max_increase, "max_drop": max_drop}
-    steps = Pipeline(passes=stages, seed=seed, products=products, max_memory=max_memory or {})
+    gates = {"max_increase": max_increase, "max_drop": max_drop, "max_error": max_error}
+    steps = Pipeline(
+        passes=stages, seed=seed, products=products, max_memory=max_memory or {},
+        towers=None if towers is None else tuple(towers), allow_dense=allow_dense,
+    )  # fmt: skip
     problems = [*mistakes(steps), *_mistaken_gates(gates, evaluation is not None)]
     if problems:
         raise ConfigError(problems, "apply")
@@ -150,7 +162,7 @@ def _applied(
     experts: Mapping[str, Any],
 ) -> Result:
     """What the passes of `steps` make of the module itself, which is in evaluation mode; see `apply`."""
-    graph = graphs.find(model)
+    graph = graphs.chosen(graphs.find(model), steps.towers)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     data = manager.Data(
         given.dataset(graph, "calibration", calibration, dtype), given.dataset(graph, "evaluation", evaluation, dtype)
@@ -167,6 +179,8 @@ def _applied(
     made = plan.make(pipeline, graph, dtypes, where=where)
     if steps.max_memory:
         resources.check_memory(made)
+    if pipeline.evaluate and data.evaluation is not None:
+        refuse_idle_gate(pipeline.evaluate, model, data.evaluation)
     merges.check_models(pipeline, artifact, "apply")
     merges.check_data(pipeline, data.calibration, graph, "apply")
     devices = devices_of(made, resident=True)

@@ -6,13 +6,16 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
 
 from compress.calibration.data import Dataset, load_images
-from compress.calibration.given import gathered, token_ids
+from compress.calibration.given import gathered, kind_of, token_ids
+from compress.calibration.masks import masked
 from compress.calibration.texts import is_images
 from compress.calibration.tokens import load_tokens
 from compress.config.pipeline import GIVEN
 from compress.errors import DataError
+from compress.models.architecture import predicts_masked, predicts_next
 from compress.models.families import family_of
 from compress.models.graph import Graph
 from compress.models.tokenizers import load_tokenizer
@@ -21,10 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from torch import Tensor
-    from transformers import PreTrainedModel
+    from torch import Tensor, nn
 
-    from compress.calibration.given import Kind
     from compress.calibration.texts import Split, Ticking
     from compress.config.pipeline import DataSection
 
@@ -35,19 +36,11 @@ def dataset(graph: Graph, name: Split, data: Given | None, dtype: torch.dtype) -
     """Data from Python, of one source or by name of several, as the model takes them.
 
     Raises:
-        DataError: the model cannot take it, or labels are missing, not wanted, or of the wrong kind.
+        DataError: the model cannot take it, or labels are not wanted, or of the wrong kind.
     """
     if data is None:
         return None
-    found = gathered(name, data, kind_of(graph))
-    if name == "evaluation" and found.labels is None and not graph.is_language_model:
-        raise DataError("a model that takes no tokens is evaluated on (inputs, labels), for its accuracy")
-    return model_inputs(graph, name, found, dtype)
-
-
-def kind_of(graph: Graph) -> Kind:
-    """What a model is called with."""
-    return "tokens" if graph.is_language_model else "images" if graph.is_image_model else "inputs"
+    return model_inputs(graph, name, gathered(name, data, kind_of(graph.model)), dtype)
 
 
 def model_inputs(graph: Graph, name: str, data: Dataset, dtype: torch.dtype) -> Dataset:
@@ -57,14 +50,18 @@ def model_inputs(graph: Graph, name: str, data: Dataset, dtype: torch.dtype) -> 
         DataError: the model cannot take it.
     """
     inputs = data.inputs
-    if graph.is_language_model:
+    if graph.takes_tokens:
         vocabulary: int = graph.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        return data.of(token_ids(name, inputs, vocabulary, 2 if name == "evaluation" else 1))
+        least = 2 if name == "evaluation" and graph.is_language_model else 1
+        return data.of(token_ids(name, inputs, vocabulary, least))
     if inputs.numel() == 0:
         raise DataError(f"{name} is empty: shape {tuple(inputs.shape)}")
     if inputs.is_floating_point() and not torch.isfinite(inputs).all():
         raise DataError(f"{name} holds NaN or infinity")
-    return data.of(_images(graph, name, inputs).to(dtype)) if graph.is_image_model else data
+    if graph.is_image_model:
+        return data.of(_images(graph, name, inputs).to(dtype))
+    own = isinstance(graph.model, PreTrainedModel) and inputs.is_floating_point()
+    return data.of(inputs.to(dtype)) if own else data
 
 
 def _images(graph: Graph, name: str, images: Tensor) -> Tensor:
@@ -75,6 +72,16 @@ def _images(graph: Graph, name: str, images: Tensor) -> Tensor:
             f"model expects; got {images.dtype} {tuple(images.shape)}"
         )
     return images
+
+
+def with_masks(model: nn.Module, data: Dataset, folder: Path) -> Dataset:
+    """Evaluation data as read, some of its tokens hidden where that is what the model predicts."""
+    if data.labels is not None or not (isinstance(model, PreTrainedModel) and predicts_masked(model)):
+        return data
+    if predicts_next(model):
+        return data
+    mask = getattr(load_tokenizer(folder, "masked text"), "mask_token_id", None)
+    return data if mask is None else masked(data, mask)
 
 
 def given_section(cls: type[DataSection], data: Dataset | None, options: Mapping[str, Any]) -> Any:
@@ -102,8 +109,6 @@ def read_data(section: DataSection, folder: Path, split: Split, over: Ticking | 
 def _read_source(section: DataSection, source: str, folder: Path, split: Split, over: Ticking | None) -> Dataset:
     if is_images(source):
         images, labels = load_images(source, section.samples)
-        if split == "evaluation" and labels is None:
-            raise DataError(f"{source} has no tensor `labels` to measure accuracy with")
         return Dataset(images, labels)
     tokens = load_tokens(
         source,

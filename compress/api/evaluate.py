@@ -85,7 +85,7 @@ def _torch(
     refuse_differing(executor, {"model": digest_of_file(folder / "config.json"), "data": hash_of(data)})
     loaded = loading.load_model(folder, dtype)
     original = load_measured(against) if against else None
-    matched = given.matched(loaded, data)
+    matched = given.matched(loaded, given.with_masks(loaded, data, folder))
     shown = _progress(bars)
     quality = evaluate(loaded, matched, against=original, device=device, progress=shown, together=executor)
     weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
@@ -143,6 +143,8 @@ def _result(quality: Quality, section: Evaluation) -> dict[str, Any]:
     found: dict[str, Any] = {"kl": quality.kl, "kl_tokens": quality.kl_tokens, "source": section.source}
     if quality.accuracy is not None:
         return {"accuracy": quality.accuracy, "samples": quality.tokens, **found}
+    if quality.perplexity is None:
+        return {"relative_error": quality.relative_error, "cosine": quality.cosine, "samples": quality.tokens, **found}
     return {
         "perplexity": quality.perplexity,
         "tokens": quality.tokens,

@@ -21,6 +21,7 @@ from compress.api.output_folder import (
     working_for,
 )
 from compress.calibration.data import Dataset
+from compress.calibration.metrics import judge_of
 from compress.calibration.surroundings import undisturbed
 from compress.config.options import errors_in
 from compress.config.pipeline import GIVEN, Evaluation
@@ -30,6 +31,7 @@ from compress.export.hf import loaded
 from compress.export.packed import added_in, open_packed, specs_in
 from compress.io.heap import give_back
 from compress.io.manifest import replace_file
+from compress.models.positions import longest_window
 from compress.progress import Bars
 
 if TYPE_CHECKING:
@@ -161,12 +163,13 @@ def _expecting(made: PackedFolder, evaluated: Dataset | None) -> Expect | None:
     if evaluated is None:
         return None
     inputs, labels = evaluated.inputs, evaluated.labels
+    judge = judge_of(made.artifact.graph.model, labels)
 
     @cache
     def expected(dtype: torch.dtype) -> Expected:
         ready = inputs.to(dtype) if inputs.is_floating_point() else inputs
         try:
-            return Expected.of(loaded(made, made.folder, dtype), ready, labels)
+            return Expected.of(loaded(made, made.folder, dtype), ready, labels, judge)
         finally:
             give_back()
 
@@ -183,8 +186,8 @@ def _evaluation_data(made: PackedFolder, section: Evaluation | None, bars: Bars)
             pass  # a file that is no longer there, or data that was given from Python
     if not graph.is_language_model:
         return None
-    config: Any = graph.model.config
-    return Dataset(some_tokens(config.vocab_size, getattr(config, "max_position_embeddings", None) or 128))
+    words: int = graph.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    return Dataset(some_tokens(words, longest_window(graph.model) or 128))
 
 
 def _report(folder: Path) -> dict[str, Any]:

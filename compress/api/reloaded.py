@@ -12,7 +12,7 @@ from compress.engine.measure import logits
 from compress.engine.placement import streamed
 from compress.errors import CompressError
 from compress.models import loading
-from compress.models.logits import pieces
+from compress.models.logits import pieces, tensors_in
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,7 +47,10 @@ def logit_difference(context: Context, folder: Path, inputs: Tensor, where: Plac
     difference = largest = 0.0
     with here.devices.scope(), torch.no_grad(), streamed(here) as hold:
         loaded.to(here.devices.compute)
-        pairs = zip(pieces(logits(written, inputs)), pieces(logits(here, inputs, hold)), strict=True)
+        if context.graph.is_language_model:
+            pairs = zip(pieces(logits(written, inputs)), pieces(logits(here, inputs, hold)), strict=True)
+        else:  # whatever it returns
+            pairs = zip(tensors_in(written.forward(inputs)), tensors_in(here.forward(inputs)), strict=True)
         for there, meant in pairs:
             difference = max(difference, float((there - meant).abs().max()))
             largest = max(largest, float(meant.abs().max()))

@@ -41,6 +41,7 @@ from compress.engine import manager
 from compress.engine.devices import devices_of
 from compress.engine.executor import SingleProcess
 from compress.engine.ledger import FolderLedger
+from compress.engine.measure import refuse_idle_gate
 from compress.engine.merge import checks as merges
 from compress.engine.placement import Context, expert_options
 from compress.engine.read_ahead import ReadAhead
@@ -125,7 +126,7 @@ def run(
     executor, bars = executor or SingleProcess(), bars or progress.Bars()
     where = places(device_for(steps.device, executor), steps.max_memory)
     destination = Path(out).absolute()
-    opened = open_model(model)
+    opened = open_model(model).of_towers(steps.towers)
     if executor.rank == 0:
         refuse_destination(destination, inputs_of(steps, opened.folder, pipeline), overwrite)
     graph = opened.artifact.graph
@@ -284,7 +285,10 @@ def _data(steps: Pipeline, opened: OpenedModel, data: manager.Data, bars: progre
         calibration = given.model_inputs(graph, "calibration", found, dtype)
     if evaluation is None and steps.evaluate:
         found = given.read_data(steps.evaluate, opened.folder, "evaluation", bars.over)
+        found = given.with_masks(graph.model, found, opened.folder)
         evaluation = given.model_inputs(graph, "evaluation", found, dtype)
+    if steps.evaluate and evaluation is not None:
+        refuse_idle_gate(steps.evaluate, graph.model, evaluation)
     return manager.Data(calibration if needed else None, evaluation)
 
 

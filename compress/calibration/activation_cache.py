@@ -7,7 +7,7 @@ import tempfile
 from functools import partial
 from typing import TYPE_CHECKING
 
-from compress.calibration.collect import same_call
+from compress.calibration.collect import mixed, same_call
 from compress.calibration.reconstruct import HiddenSamples
 from compress.errors import UnsupportedModelError
 from compress.io.heap import give_back
@@ -53,6 +53,7 @@ class Activations:
         self.hidden: list[Tensor] = []
         self._mapped: set[int] = set()  # batches beyond LARGEST_BUFFER
         self._own: dict[int, Tensor] = {}  # their buffers
+        self._alike: dict[int, bool] = {}  # by kind
         self._calls_for: dict[tuple[int, int], Call] = {}
         size = 0
         for hidden, calls in arrivals:
@@ -113,29 +114,38 @@ class Activations:
             torch.cuda.current_stream(self.compute).synchronize()
         return HiddenSamples(self.hidden, self.compute)
 
-    def call_for(self, count: int, index: int = 0) -> Call:
-        """How a block is called with any `count` samples. Looked up once: every visit has equal arguments."""
-        key = count, self.kinds[index]
-        if key not in self._calls_for:
-            self._calls_for[key] = self._call_for(*key)
-        return self._calls_for[key]
-
-    def _call_for(self, count: int, kind: int) -> Call:
-        """Does the work of `call_for`: compares all calls.
+    def call_for(self, numbers: Tensor, index: int = 0) -> Call:
+        """How a block is called with some samples, by their numbers: each with the arguments that it came with.
 
         Raises:
             UnsupportedModelError: batches are called differently, so samples cannot be mixed.
         """
+        kind, count = self.kinds[index], len(numbers)
+        if kind not in self._alike:
+            self._alike[kind] = self._are_alike(kind)
+        if not self._alike[kind]:
+            return self._mixed(numbers, kind)
+        if (count, kind) not in self._calls_for:  # looked up once: every visit has equal arguments
+            self._calls_for[count, kind] = self.calls[0][kind].resized(len(self.hidden[0]), count)
+        return self._calls_for[count, kind]
+
+    def _are_alike(self, kind: int) -> bool:
+        """Whether all samples are called with equal arguments."""
         first, size = self.calls[0][kind], len(self.hidden[0])
-        for calls, hidden in zip(self.calls, self.hidden, strict=True):
-            if not same_call(
-                first.resized(size, len(hidden)), calls[kind]
-            ):  # the first too: its samples need equal arguments
-                raise UnsupportedModelError(
-                    "the blocks get other arguments from batch to batch, so samples cannot be mixed to learn from "
-                    "them; use a method that does not learn by reconstruction, such as gptq"
-                )
-        return first.resized(size, count)
+        pairs = zip(self.calls, self.hidden, strict=True)  # the first too: its samples need equal arguments
+        return all(same_call(first.resized(size, len(hidden)), calls[kind]) for calls, hidden in pairs)
+
+    def _mixed(self, numbers: Tensor, kind: int) -> Call:
+        sizes = [len(hidden) for hidden in self.hidden]
+        places = [(batch, row) for batch, size in enumerate(sizes) for row in range(size)]
+        calls = [each[kind] for each in self.calls]
+        try:
+            return mixed(calls, sizes, [places[n] for n in numbers.tolist()])
+        except ValueError as error:
+            raise UnsupportedModelError(
+                "the blocks get other arguments from batch to batch, so samples cannot be mixed to learn from "
+                "them; use a method that does not learn by reconstruction, such as gptq"
+            ) from error
 
 
 def _pins(compute: torch.device, store: torch.device) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from compress.calibration.ranges import Range
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from compress.calibration.statistics import Need
 
 RoundInputs: TypeAlias = "Callable[[Tensor], Tensor]"
+
+
+BY_HEAD = "alibi"  # an argument of (samples times heads, 1, length), in Bloom and Falcon
 
 
 class Stop(Exception):
@@ -49,15 +52,53 @@ class Call:
     def resized(self, size: int, count: int) -> Call:
         """The same call for `count` samples instead of `size`: tensors with an entry per sample repeat their first."""
         args = tuple(_resized(a, size, count) for a in self.args)
-        return Call(args, {k: _resized(v, size, count) for k, v in self.kwargs.items()})
+        return Call(args, {k: _resized(v, size, count, k == BY_HEAD) for k, v in self.kwargs.items()})
 
 
-def _resized(value: Any, size: int, count: int) -> Any:
+def _resized(value: Any, size: int, count: int, by_head: bool = False) -> Any:
+    if by_head and isinstance(value, torch.Tensor) and value.dim() == 3 and value.shape[0] % size == 0:
+        return value[: value.shape[0] // size].repeat(count, 1, 1)
     if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == size > 1:
         return value[:1].expand(count, *value.shape[1:])
     if isinstance(value, tuple):
         return tuple(_resized(v, size, count) for v in value)
     return value
+
+
+def mixed(calls: Sequence[Call], sizes: Sequence[int], places: Sequence[tuple[int, int]]) -> Call:
+    """The call for samples of several batches, each with the arguments that it came with.
+
+    Args:
+        calls: of every batch.
+        sizes: how many samples each has.
+        places: (batch, row) of every sample.
+
+    Raises:
+        ValueError: an argument differs from batch to batch, and has no entry for each sample.
+    """
+    if len({(len(call.args), tuple(call.kwargs)) for call in calls}) > 1:
+        raise ValueError("other arguments")
+    args = (_mixed([call.args[i] for call in calls], sizes, places) for i in range(len(calls[0].args)))
+    kwargs = {name: _mixed([call.kwargs[name] for call in calls], sizes, places) for name in calls[0].kwargs}
+    return Call(tuple(args), kwargs)
+
+
+def _mixed(values: Sequence[Any], sizes: Sequence[int], places: Sequence[tuple[int, int]]) -> Any:
+    first = values[0]
+    if isinstance(first, torch.Tensor):
+        shapes = {tuple(value.shape[1:]) for value in values}
+        if len(values) > 1 and all(_same(first, value) for value in values):  # it has no entry for each sample, then
+            alike = first.dim() > 0 and bool((first == first[:1]).all())
+            return _resized(first, sizes[0], len(places)) if alike else first
+        if len(shapes) == 1 and all(v.dim() and len(v) == size for v, size in zip(values, sizes, strict=True)):
+            return torch.stack([values[batch][row] for batch, row in places])
+    elif isinstance(first, tuple | list):
+        return tuple(_mixed(inner, sizes, places) for inner in zip(*values, strict=True))
+    elif isinstance(first, dict):
+        return {name: _mixed([value[name] for value in values], sizes, places) for name in first}
+    if not all(_same(first, value) for value in values):
+        raise ValueError("an argument differs from batch to batch")
+    return first
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -123,17 +164,22 @@ def watched(
     forward: Callable[[], Any],
     blocks: list[nn.Module],
     enter: Callable[[int, Any, Call], None],
-    leave: Callable[[int, Any], None],
+    leave: Callable[[int, Any], Tensor | None],
 ) -> None:
-    """Run `forward`; each block's number is told with its input, how it is called, and its output."""
+    """Run `forward`; each block's number is told with its input, how it is called, and its output.
+
+    What `leave` returns takes the place of the hidden states in that output.
+    """
     handles = []
     for i, block in enumerate(blocks):
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], i: int = i) -> None:
             enter(i, *split_arguments(args, kwargs))
 
-        def after(_: nn.Module, __: Any, output: Any, i: int = i) -> None:
-            leave(i, output[0] if isinstance(output, tuple | list) else output)
+        def after(_: nn.Module, __: Any, output: Any, i: int = i) -> Any:
+            several = isinstance(output, tuple | list)
+            made = leave(i, output[0] if several else output)
+            return made if made is None or not several else type(output)((made, *output[1:]))
 
         handles += [
             block.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
@@ -183,75 +229,100 @@ def statistics(
     Experts of fused parameters are seen as often as tokens are sent to them; one that never is has no statistics. With
     `all_experts` each is shown all tokens that any of them is sent, and what comes out is still what the router chose.
     """
-    found: dict[str, Statistics] = {}
-    leaders: dict[str, str] = {}
-    last: dict[str, tuple[Tensor, int]] = {}  # leader -> the tensor it saw last (held: identity means something)
+    windows = {n: Windows.of(m) if isinstance(m, nn.Conv2d) else None for n, m in modules.items()}
+    sums = _Sums(needs, windows, ranged, before)
+    ends = {*modules, *(p.left for p in experts)}
     reached: Counter[str] = Counter()
     once = False
-    windows = {n: Windows.of(m) if isinstance(m, nn.Conv2d) else None for n, m in modules.items()}
-
-    def same(name: str, x: Tensor) -> bool:
-        seen, version = last.get(name, (None, 0))
-        return seen is x and version == x._version
-
-    def see(name: str, x: Tensor) -> None:
-        window = windows[name]
-        if name not in found:
-            kind = needs[name], window, name in ranged
-            first = (n for n in last if same(n, x) and (needs[n], windows[n], n in ranged) == kind)
-            leaders[name] = next(first, name)
-            width = window.columns(x) if window else x.shape[-1]
-            found[name] = found.get(leaders[name]) or Statistics(width, needs[name], x.device)
-            if name in ranged and leaders[name] == name:
-                found[name].range = Range(before * (x.numel() // x.shape[-1] // len(x)))
-        leader = leaders[name]
-        if leader == name:
-            for part in window.rows(x) if window else [x]:
-                found[name].update(part, name)
-            if (seen := found[name].range) is not None:
-                seen.update(x)
-            last[name] = x, x._version
-        elif not same(leader, x):
-            raise CompressError(
-                f"{name} and {leader} were fed by one tensor at first and by different ones later: statistics "
-                "would be wrong. Models whose wiring changes from batch to batch are not supported"
-            )
-
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            see(name, args[0] if args else next(iter(kwargs.values())))
-            count(name)
-
-        return hook
 
     def count(name: str) -> None:
         reached[name] += 1
         if once and len(reached) == len(ends):
             raise Stop
 
-    def see_expert(name: str, x: Tensor) -> None:
-        if name not in found:
-            found[name] = Statistics(x.shape[-1], needs[name], x.device)
-            leaders[name] = name
-        found[name].update(x, name)
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            sums.see(name, args[0] if args else next(iter(kwargs.values())))
+            count(name)
 
-    ends = {*modules, *(p.left for p in experts)}
+        return hook
+
     handles = [m.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, m in modules.items()]
     try:
-        with _watched_experts(experts, see_expert, count, all_experts) if experts else nullcontext():
+        with _watched_experts(experts, sums.see_expert, count, all_experts) if experts else nullcontext():
             for number, forward in enumerate(forwards):
                 reached.clear()
                 with suppress(Stop):
                     forward()
                 once = all(reached[name] == 1 for name in ends) if number == 0 else once
-        for name, leader in leaders.items():
-            if name == leader:
-                found[name].check(name)
+        sums.check()
     finally:
-        last.clear()  # the hooks refer to it, and each other, until the next garbage collection
+        sums.last.clear()  # the hooks refer to it, and each other, until the next garbage collection
         for handle in handles:
             handle.remove()
-    return found
+    return sums.found
+
+
+@dataclass
+class _Sums:
+    """Statistics while they are summed up.
+
+    Attributes:
+        windows: of the modules that are convolutions.
+        found: statistics of every module and expert that was reached.
+        leaders: module -> the first of those that are fed by the same tensor.
+        last: leader -> the tensor it saw last (held: identity means something).
+    """
+
+    needs: Mapping[str, Need]
+    windows: Mapping[str, Windows | None]
+    ranged: Collection[str]
+    before: int
+    found: dict[str, Statistics] = field(default_factory=dict)
+    leaders: dict[str, str] = field(default_factory=dict)
+    last: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+
+    def same(self, name: str, x: Tensor) -> bool:
+        """Whether a leader saw this very tensor last."""
+        seen, version = self.last.get(name, (None, 0))
+        return seen is x and version == x._version
+
+    def see(self, name: str, x: Tensor) -> None:
+        """A module was given an input."""
+        window, found, needs, ranged = self.windows[name], self.found, self.needs, self.ranged
+        if name not in found:
+            kind = needs[name], window, name in ranged
+            alike = (n for n in self.last if self.same(n, x) and (needs[n], self.windows[n], n in ranged) == kind)
+            self.leaders[name] = next(alike, name)
+            width = window.columns(x) if window else x.shape[-1]
+            found[name] = found.get(self.leaders[name]) or Statistics(width, needs[name], x.device)
+            if name in ranged and self.leaders[name] == name:
+                found[name].range = Range(self.before * (x.numel() // x.shape[-1] // len(x)))
+        leader = self.leaders[name]
+        if leader == name:
+            for part in window.rows(x) if window else [x]:
+                found[name].update(part, name)
+            if (seen := found[name].range) is not None:
+                seen.update(x)
+            self.last[name] = x, x._version
+        elif not self.same(leader, x):
+            raise CompressError(
+                f"{name} and {leader} were fed by one tensor at first and by different ones later: statistics "
+                "would be wrong. Models whose wiring changes from batch to batch are not supported"
+            )
+
+    def see_expert(self, name: str, x: Tensor) -> None:
+        """An expert was sent tokens."""
+        if name not in self.found:
+            self.found[name] = Statistics(x.shape[-1], self.needs[name], x.device)
+            self.leaders[name] = name
+        self.found[name].update(x, name)
+
+    def check(self) -> None:
+        """Look whether all inputs were finite."""
+        for name, leader in self.leaders.items():
+            if name == leader:
+                self.found[name].check(name)
 
 
 @contextmanager

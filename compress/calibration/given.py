@@ -12,29 +12,45 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from compress.calibration.data import Dataset
 from compress.errors import DataError
-from compress.lazy import torch
+from compress.lazy import torch, transformers
+from compress.models.architecture import predicts_next
+from compress.models.families.transformers_model import TOKENS, called_with, called_with_images
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
-Kind = Literal["tokens", "images", "inputs"]  # what a model is called with
+# What a model is called with; `labelled`: with tokens of which it predicts not the next, but perhaps a class.
+Kind = Literal["tokens", "labelled", "images", "inputs"]
+OF_TOKENS = ("tokens", "labelled")
 
 ACCEPTED: dict[Kind, str] = {
     "tokens": "give (samples, length) integer token ids as a tensor or an array, a list of windows of one length, what "
     "a tokenizer returns, a data loader of these, or several sources by name. compress.load_tokens(source, tokenizer, "
     "samples=..., length=...) makes them of a text",
+    "labelled": "give (samples, length) integer token ids as a tensor or an array, a list of windows of one length, "
+    "what a tokenizer returns, a data loader of these, or several sources by name; with labels (tokens, labels)",
     "images": "give floating-point images (samples, channels, height, width) as a tensor or an array, a list of them, "
     "what an image processor returns, a data loader of these, or several sources by name; with labels (images, labels)",
     "inputs": "give inputs (samples, ...) as a tensor or an array, a list or a data loader of them, or several sources "
     "by name; with labels (inputs, labels)",
 }
-DIMENSIONS: dict[Kind, int] = {"tokens": 1, "images": 3, "inputs": 1}  # of one sample in a list
-KEYS: dict[Kind, str] = {"tokens": "input_ids", "images": "pixel_values", "inputs": ""}
+DIMENSIONS: dict[Kind, int] = {"tokens": 1, "labelled": 1, "images": 3, "inputs": 1}  # of one sample in a list
+KEYS: dict[Kind, str] = {"tokens": "input_ids", "labelled": "input_ids", "images": "pixel_values", "inputs": ""}
+LABELS = ("labels", "label")
 PROCESSED = {"input_ids", "attention_mask", "pixel_values", "inputs_embeds", "input_features", "input_values"}
 # What a tokenizer returns beside the ids, and no model is called with.
 ASIDE = {"special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "length", "num_truncated_tokens"}
 MOST_NUMBERS = 1 << 28  # that are taken from something that is only iterated, and may never end
 INTEGERS = {"uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"}
+
+
+def kind_of(model: nn.Module) -> Kind:
+    """What a model is called with; of other modules than those of transformers nothing is known."""
+    if not isinstance(model, transformers.PreTrainedModel):
+        return "inputs"
+    if called_with(model) == TOKENS:
+        return "tokens" if predicts_next(model) else "labelled"
+    return "images" if called_with_images(model) else "inputs"
 
 
 def gathered(name: str, data: Any, kind: Kind) -> Dataset:
@@ -59,12 +75,12 @@ def gathered(name: str, data: Any, kind: Kind) -> Dataset:
 
 
 def integer_labels(labels: Tensor, inputs: Tensor) -> Tensor:
-    """(samples,) int64 labels.
+    """(samples,) int64 labels; (samples, length) with one for each token.
 
     Raises:
-        DataError: not one whole number for each input.
+        DataError: not one whole number for each input, or token of it.
     """
-    if not _is_integer(labels) or labels.shape != inputs.shape[:1]:
+    if not _is_integer(labels) or labels.shape not in (inputs.shape[:1], inputs.shape[:2]):
         raise DataError(
             f"labels must be ({len(inputs)},) integers, one per input; got {labels.dtype} {tuple(labels.shape)}"
         )
@@ -150,7 +166,7 @@ def _batch(name: str, data: Any, kind: Kind) -> Batch:
 def _together(name: str, batches: list[Tensor], kind: Kind) -> Tensor:
     shapes = {tuple(part.shape[1:]): None for part in batches}
     if len(shapes) > 1:
-        if kind == "tokens":
+        if kind in OF_TOKENS:
             lengths = ", ".join(str(shape[0]) if len(shape) == 1 else str(shape) for shape in [*shapes][:4])
             raise DataError(
                 f"{name} has windows of different length ({lengths} tokens): give windows of one length. Cut them, or "
@@ -189,18 +205,18 @@ def _processed(name: str, given: Mapping[str, Any], kind: Kind) -> Batch:
             f"{name} has {there}, and " + (f"no {key}; " if key else "the model takes none; ") + ACCEPTED[kind]
         )
     values = given[key]
-    if kind == "tokens" and isinstance(values, list) and any(map(_is_array, values)):
+    if kind in OF_TOKENS and isinstance(values, list) and any(map(_is_array, values)):
         raise DataError(
             f"{name}: input_ids is a list of tensors, which data loaders make of lists of numbers with windows and "
             "positions changed round; let the data set return tensors, such as set_format('torch')"
         )
     inputs = _tensor(f"{name}: {key}", values, kind)
-    if kind == "tokens":
+    if kind in OF_TOKENS:
+        inputs = inputs[None] if inputs.dim() == 1 else inputs
         for other, value in given.items():
-            if other != key:
+            if other != key and (kind == "tokens" or other not in LABELS):
                 _check_beside(f"{name}: {other}", other, value, inputs)
-        return (inputs[None] if inputs.dim() == 1 else inputs), None
-    labels = next((given[label] for label in ("labels", "label") if label in given), None)
+    labels = None if kind == "tokens" else next((given[label] for label in LABELS if label in given), None)
     marks = None if labels is None else _tensor(f"{name}, its labels", labels, kind)
     return inputs, marks
 
@@ -212,6 +228,7 @@ def _check_beside(name: str, key: str, value: Any, tokens: Tensor) -> None:
     if key not in ("attention_mask", "token_type_ids", "labels", "position_ids"):
         raise DataError(f"{name} is not used: leave it out, and give the input_ids alone")
     found = _tensor(name, value, "tokens")
+    found = found[None] if found.dim() == 1 else found
     if found.shape != tokens.shape:
         raise DataError(f"{name} is {tuple(found.shape)}, and input_ids {tuple(tokens.shape)}")
     if key == "attention_mask" and not bool(found.bool().all()):

@@ -1,28 +1,30 @@
-"""Perplexity or accuracy, and divergence from the original: what every pass is judged by."""
+"""Perplexity, accuracy, or how far outputs are from the original's: what every pass is judged by."""
 
 from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from compress.calibration.data import batches
-from compress.calibration.given import gathered, token_ids
+from compress.calibration.given import OF_TOKENS, gathered, kind_of, token_ids
 from compress.calibration.shares import LONE
 from compress.calibration.surroundings import device_of, evaluating, undisturbed
 from compress.errors import DataError, NonFiniteError
 from compress.lazy import functional, torch, transformers
-from compress.models.families.transformers_model import called_with_images
+from compress.models.architecture import has_logits, predicts_masked, predicts_next
+from compress.models.families import family_of
+from compress.models.families.transformers_model import TOKENS, called_with
 from compress.models.logits import logits_in, logits_of, rows_at_once
+from compress.models.positions import longest_window
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor, nn
 
-    from compress.calibration.given import Kind
     from compress.calibration.shares import Together
 
 TOKENS_AT_ONCE = 8192
@@ -35,15 +37,18 @@ class Quality:
     """What was measured.
 
     Attributes:
-        perplexity: exp of the mean negative log-likelihood of every token but the first of each window; None of a
-            classifier.
-        tokens: how many tokens that is; of a classifier, how many samples.
+        perplexity: exp of the mean negative log-likelihood of every token but the first of each window, or of those
+            that were masked; None of other models.
+        tokens: how many tokens that is; of a classifier, how many samples; of other models, rows of their output.
         kl: mean over tokens (samples) of KL(original || this) in nats, on `kl_tokens` of them; None without an
-            original.
-        accuracy: of a classifier: the share of samples whose largest logit is the label's.
+            original, and of outputs that are no logits.
+        accuracy: of a classifier: the share of samples (tokens) whose largest logit is the label's.
         negative_flips: share of all tokens (samples) that the original predicts right and this does not: what a user
             of the original would notice. None without an original.
-        loss: mean negative log-likelihood in nats, of a classifier that of the labels.
+        loss: mean negative log-likelihood in nats, of a classifier that of the labels; NaN without any.
+        relative_error: mean over rows of |this - original| / |original|, on `kl_tokens` of them: of a model that has
+            neither a next token to predict nor labels, and of which the outputs themselves are compared.
+        cosine: mean over the same rows of the cosine between both.
     """
 
     perplexity: float | None
@@ -53,23 +58,47 @@ class Quality:
     accuracy: float | None = None
     negative_flips: float | None = None
     loss: float = math.nan
+    relative_error: float | None = None
+    cosine: float | None = None
+
+
+# What a model is judged by: the token after each, masked tokens, or a class for each sample or token; where nothing is
+# known to be right, its predictions or other outputs, compared with the original's.
+Judge = Literal["next token", "masked", "classes", "predictions", "outputs"]
+
+
+def judge_of(model: nn.Module, labels: Tensor | None) -> Judge:
+    """What a model is judged by on data with these labels, or without any."""
+    if labels is not None:
+        masked = labels.dim() > 1 and isinstance(model, transformers.PreTrainedModel) and predicts_masked(model)
+        return "masked" if masked else "classes"
+    if not isinstance(model, transformers.PreTrainedModel):
+        return "outputs"
+    if called_with(model) == TOKENS and predicts_next(model):
+        return "next token"
+    return "predictions" if has_logits(model) else "outputs"
 
 
 def pooled(parts: Sequence[Quality]) -> Quality:
-    """Quality over several sources taken together: every token, or sample, counts the same."""
-    tokens, compared = sum(p.tokens for p in parts), sum(p.kl_tokens for p in parts)
+    """Quality over several sources taken together: every token, sample or row counts the same."""
+    tokens = sum(p.tokens for p in parts)
+
+    def mean(name: str, weight: str = "tokens") -> float | None:
+        found = [(getattr(p, name), getattr(p, weight)) for p in parts if getattr(p, name) is not None]
+        count = sum(weight for _, weight in found)
+        return sum(value * weight for value, weight in found) / count if count else None
+
     loss = sum(p.loss * p.tokens for p in parts) / tokens
-    kl = sum((p.kl or 0.0) * p.kl_tokens for p in parts) / compared if compared else None
-    flips = [p.negative_flips * p.tokens for p in parts if p.negative_flips is not None]
-    right = [p.accuracy * p.tokens for p in parts if p.accuracy is not None]
     return Quality(
-        perplexity=None if right else perplexity_of(loss),
+        perplexity=None if any(p.perplexity is None for p in parts) else perplexity_of(loss),
         tokens=tokens,
-        kl=kl,
-        kl_tokens=compared,
-        accuracy=sum(right) / tokens if right else None,
-        negative_flips=sum(flips) / tokens if flips else None,
+        kl=mean("kl", "kl_tokens"),
+        kl_tokens=sum(p.kl_tokens for p in parts),
+        accuracy=mean("accuracy"),
+        negative_flips=mean("negative_flips"),
         loss=loss,
+        relative_error=mean("relative_error", "kl_tokens"),
+        cosine=mean("cosine", "kl_tokens"),
     )
 
 
@@ -79,10 +108,10 @@ def perplexity_of(loss: float) -> float:
 
 
 class Reference:
-    """The original model's log-probabilities of the first predictions, and what it predicts right of all.
+    """The original model's first predictions, and what it predicts right of all.
 
     Attributes:
-        compared: of how many predictions the log-probabilities are kept.
+        compared: how many predictions are kept: their log-probabilities or, where nothing is right, themselves.
     """
 
     def __init__(self, numbers: int = REFERENCE_NUMBERS) -> None:
@@ -95,12 +124,13 @@ class Reference:
         """So many predictions are kept by other processes: their room is taken before that of the first kept here."""
         self._before = before
 
-    def keep(self, logits: Tensor, right: Tensor) -> None:
-        """Keep (n, classes) predictions; their log-probabilities only as long as there is room."""
-        self._right.append(right)
+    def keep(self, logits: Tensor, right: Tensor | None) -> None:
+        """Keep (n, classes) predictions, or (n, width) outputs; only as long as there is room."""
         self._numbers, self._before = max(0, self._numbers - self._before * logits.shape[1]), 0
+        if right is not None:
+            self._right.append(right)
         if logits.numel() <= self._numbers:
-            self._parts.append(functional.log_softmax(logits, dim=-1))
+            self._parts.append(logits if right is None else functional.log_softmax(logits, dim=-1))
             self._numbers -= logits.numel()
             self.compared += len(logits)
         else:
@@ -118,6 +148,19 @@ class Reference:
         own, theirs = functional.log_softmax(logits[:count], dim=-1), _rows(self._parts, start, start + count)
         return functional.kl_div(own, theirs, reduction="sum", log_target=True).item(), count
 
+    def distances(self, outputs: Tensor, start: int, logits: bool) -> tuple[float, float, float, int]:
+        """Divergences, relative errors and cosines of outputs, summed over rows from number `start` on; of how many."""
+        count = min(len(outputs), self.compared - start)
+        if count <= 0:
+            return 0.0, 0.0, 0.0, 0
+        own, theirs = outputs[:count], _rows(self._parts, start, start + count)
+        errors = (own - theirs).norm(dim=1) / theirs.norm(dim=1).clamp(min=1e-12)
+        diverged = 0.0
+        if logits:
+            ours, wanted = (functional.log_softmax(each, dim=-1) for each in (own, theirs))
+            diverged = functional.kl_div(ours, wanted, reduction="sum", log_target=True).item()
+        return diverged, float(errors.sum()), float(functional.cosine_similarity(own, theirs).sum()), count
+
 
 def _rows(parts: Sequence[Tensor], start: int, stop: int) -> Tensor:
     """Rows of tensors that lie one after the other."""
@@ -134,20 +177,23 @@ def measure(
     tokens: Tensor,
     *,
     labels: Tensor | None = None,
+    judge: Judge | None = None,
     reference: Reference | None = None,
     keep: bool = False,
     progress: Callable[[Iterable[Tensor], int], Iterator[Tensor]] | None = None,
     divided: int = 1,
     together: Together = LONE,
 ) -> Quality:
-    """Evaluate a causal language model or, with labels, a classifier.
+    """Evaluate a causal language model, a masked one or a classifier, or compare outputs with an original's.
 
     Args:
         logits: (rows, length) token ids -> (rows, length, vocabulary), or, so that a large vocabulary fits into memory,
             (n, vocabulary) in turn for all positions but the last of each row; of a classifier, inputs ->
-            (rows, classes).
-        tokens: (windows, length) int64; of a classifier, inputs (samples, ...).
-        labels: (samples,) int64.
+            (rows, classes); of other models, inputs -> (rows, ..., width).
+        tokens: (windows, length) int64; of other models, inputs (samples, ...).
+        labels: (samples,) int64; (samples, length) of masked tokens or of a class for each token, where a negative one
+            is left out.
+        judge: what is measured; by default the next token, or with labels classes.
         reference: of the original; compared with, or filled when `keep`.
         keep: fill `reference` instead of comparing with it.
         progress: wraps the batches.
@@ -155,40 +201,50 @@ def measure(
         together: the processes that share the batches; what they find is the same to the bit, however many they are.
 
     Raises:
-        NonFiniteError: the model's logits are not finite.
+        NonFiniteError: what the model makes of the data is not finite.
         DataError: labels that the model has no logit for, or windows of one token.
     """
-    if labels is None and tokens.shape[1] < 2:
+    judge = judge or ("next token" if labels is None else "classes")
+    if judge == "next token" and tokens.shape[1] < 2:
         raise DataError("windows have one token; at least two tokens are needed, of which the second is predicted")
     parts = batches(tokens, TOKENS_AT_ONCE, divided)
     start, stop = (len(parts) * rank // together.world for rank in (together.rank, together.rank + 1))
     before, own = sum(map(len, parts[:start])), parts[start:stop]
     seen: list[Counted] = []
-    count = 0
+    count = sample = 0
     if reference is not None and keep:
-        reference.begin(before if labels is not None else before * (tokens.shape[1] - 1))
+        reference.begin(_predictions_in(before, tokens, labels, judge))
     with torch.no_grad():
         for batch in progress(own, len(own)) if progress else own:
-            first = count
-            for out in _predictions(logits(batch), labels is None):
-                if labels is None:
-                    wanted = batch[:, 1:].flatten()[count - first :][: len(out)]
-                else:
-                    wanted = labels[before + count :][: len(batch)]
-                    _check_labels(out, wanted)
-                seen.append(_counted(out, wanted.to(out.device), reference, keep, count))
-                count += len(wanted)
+            theirs = None if labels is None else labels[before + sample :][: len(batch)]
+            for out, wanted in _predictions(logits(batch), batch, theirs, judge):
+                seen.append(_counted(out, wanted, reference, keep, count, judge == "predictions"))
+                count += len(out)
+            sample += len(batch)
     everything = (part for each in together.gathered(seen) for part in each)
-    return _quality(everything, labels is None, reference is not None and not keep)
+    return _quality(everything, judge, reference is not None and not keep)
 
 
 # Of some predictions: their summed loss, and divergence from the original; how many they are, how many of them were
-# compared with the original's, are right, and are wrong where the original's are right.
-Counted = tuple[float, float, int, int, int, int]
+# compared with the original's, are right, and are wrong where the original's are right. Of outputs, the summed relative
+# errors and cosines.
+Counted = tuple[float, float, int, int, int, int, float, float]
 
 
-def _counted(out: Tensor, wanted: Tensor, reference: Reference | None, keep: bool, start: int) -> Counted:
-    """What is counted of predictions (n, classes) of which the first is number `start`."""
+def _predictions_in(samples: int, tokens: Tensor, labels: Tensor | None, judge: Judge) -> int:
+    """How many predictions are made of the first samples; of outputs, whose rows nobody knows, one of each."""
+    if judge == "next token":
+        return samples * (tokens.shape[1] - 1)
+    return int((labels[:samples] >= 0).sum()) if labels is not None and labels.dim() > 1 else samples
+
+
+def _counted(
+    out: Tensor, wanted: Tensor | None, reference: Reference | None, keep: bool, start: int, logits: bool
+) -> Counted:
+    """What is counted of predictions (n, classes), or outputs (n, width), of which the first is number `start`."""
+    if wanted is None:
+        return _compared(out, reference, keep, start, logits)
+    wanted = wanted.to(out.device)
     right = out.argmax(1) == wanted
     loss = functional.cross_entropy(out, wanted, reduction="sum").item()
     if not math.isfinite(loss):
@@ -199,37 +255,70 @@ def _counted(out: Tensor, wanted: Tensor, reference: Reference | None, keep: boo
     elif reference is not None:
         flipped = int((reference.right(start, start + len(wanted)) & ~right).sum())
         divergence, compared = reference.divergence(out, start)
-    return loss, divergence, len(wanted), compared, int(right.sum()), flipped
+    return loss, divergence, len(wanted), compared, int(right.sum()), flipped, 0.0, 0.0
 
 
-def _quality(seen: Iterable[Counted], language: bool, against: bool) -> Quality:
+def _compared(out: Tensor, reference: Reference | None, keep: bool, start: int, logits: bool) -> Counted:
+    """What is counted of outputs that nothing is known to be right of; else as `_counted`."""
+    if not math.isfinite(out.sum().item()) and not torch.isfinite(out).all():
+        raise NonFiniteError("what the model makes of the evaluation data is NaN or infinite")
+    divergence, error, cosine, compared = 0.0, 0.0, 0.0, 0
+    if reference is not None and keep:
+        reference.keep(out, None)
+    elif reference is not None:
+        divergence, error, cosine, compared = reference.distances(out, start, logits)
+    return math.nan, divergence, len(out), compared, 0, 0, error, cosine
+
+
+def _quality(seen: Iterable[Counted], judge: Judge, against: bool) -> Quality:
     """What was counted piece by piece, taken together. `against`: whether it was compared with an original."""
-    loss = divergence = 0.0
+    loss = divergence = errors = cosines = 0.0
     count = compared = correct = flipped = 0
-    for lost, diverged, number, both, right, wrong in seen:
-        loss, divergence = loss + lost, divergence + diverged
+    for lost, diverged, number, both, right, wrong, error, cosine in seen:
+        loss, divergence, errors, cosines = loss + lost, divergence + diverged, errors + error, cosines + cosine
         count, compared, correct, flipped = count + number, compared + both, correct + right, flipped + wrong
     kl = max(0.0, divergence / compared) if compared else None
+    if judge in ("predictions", "outputs"):
+        found = Quality(None, count, kl if judge == "predictions" else None, compared)
+        if not compared:
+            return found if against else replace(found, relative_error=0.0, cosine=1.0)  # it is the original
+        return replace(found, relative_error=errors / compared, cosine=min(1.0, cosines / compared))
     flips = flipped / count if against else None
-    perplexity, accuracy = (perplexity_of(loss / count), None) if language else (None, correct / count)
+    perplexity, accuracy = (None, correct / count) if judge == "classes" else (perplexity_of(loss / count), None)
     return Quality(perplexity, count, kl, compared, accuracy, flips, loss / count)
 
 
-def _predictions(found: Tensor | Iterator[Tensor], tokens: bool) -> Iterator[Tensor]:
-    """Logits in pieces of one size, whoever made them: (n, vocabulary), or all (rows, classes) of a classifier."""
-    if not tokens:
+def _predictions(
+    found: Tensor | Iterator[Tensor], batch: Tensor, labels: Tensor | None, judge: Judge
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """What a model makes of a batch, row by row in pieces of one size, with what is right of it."""
+    if judge != "next token":
         assert isinstance(found, torch.Tensor)
-        yield found.float()
+        yield _labelled(found.float(), labels)
         return
+    wanted, count = batch[:, 1:].flatten(), 0
     pieces = [found[:, :-1].flatten(0, 1)] if isinstance(found, torch.Tensor) else found
     for piece in pieces:
-        yield from (part.float() for part in torch.split(piece, rows_at_once(*piece.shape)))
+        for part in torch.split(piece, rows_at_once(*piece.shape)):
+            yield part.float(), wanted[count:][: len(part)]
+            count += len(part)
+
+
+def _labelled(out: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(n, classes) rows that have a label, and those; all rows (n, width) where there are none."""
+    if labels is None:
+        return (out[:, None] if out.dim() == 1 else out.flatten(0, -2)), None
+    if labels.dim() > 1 and out.dim() == 3 and out.shape[:2] == labels.shape:
+        there = labels >= 0
+        out, labels = out[there.to(out.device)], labels[there]
+    _check_labels(out, labels)
+    return out, labels
 
 
 def _check_labels(logits: Tensor, labels: Tensor) -> None:
     if logits.dim() != 2 or len(logits) != len(labels):
         raise DataError(f"a classifier outputs (samples, classes) logits; this model outputs {tuple(logits.shape)}")
-    if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
+    if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]):
         raise DataError(f"labels outside 0..{logits.shape[1] - 1}: the model has no logit for them")
 
 
@@ -243,23 +332,25 @@ def evaluate(
     progress: Callable[[Iterable[Tensor], int], Iterator[Tensor]] | None = None,
     together: Together = LONE,
 ) -> Quality:
-    """Perplexity of a causal language model in memory, or accuracy of a classifier, and divergence from the original.
+    """Perplexity of a language model in memory, accuracy of a classifier, and how far either is from the original.
 
     Both are measured in evaluation mode and are left in the mode that they were in.
 
     Args:
-        model: a language model, called with `input_ids`, that returns an object with `logits`; or a classifier, called
-            with inputs, that returns logits or an object with `logits`.
+        model: a model of transformers; or a language model, called with `input_ids`, that returns an object with
+            `logits`; or a classifier, called with inputs, that returns logits or an object with `logits`. Of a model
+            that predicts neither a token nor a class the outputs are compared with the original's.
         data: (windows, length) integer token ids, as a tensor or an array, a list of windows, what a tokenizer returns
             (without padding), or a data loader of these; for a classifier, its inputs (samples, ...) and labels
-            (samples,). Several sources by name are measured together.
+            (samples,), or (samples, length) of a class for each token or of the tokens that were masked, negative ones
+            left out. Several sources by name are measured together.
         against: the original.
         device: where both are measured, one after the other, each moved there and back again; None for where each is.
         progress: wraps the batches.
         together: the processes that share the batches, each of which calls this.
 
     Raises:
-        DataError: data that the model cannot take.
+        DataError: data that the model cannot take, or of which nothing can be measured.
         NonFiniteError: logits that are NaN or infinite.
 
     Example:
@@ -269,21 +360,29 @@ def evaluate(
         >>> compress.evaluate(model, tokens, against=model).kl
         0.0
     """
-    found = gathered("data", data, _kind(model, data))
+    ours = isinstance(model, transformers.PreTrainedModel)
+    kind = kind_of(model) if ours else "inputs" if isinstance(data, tuple) else "tokens"
+    found = gathered("data", data, kind)
     inputs, labels = found.inputs, found.labels
+    judge: Judge = judge_of(model, labels) if ours else "next token" if labels is None else "classes"
+    if judge in ("predictions", "outputs") and against is None:
+        raise DataError(
+            f"nothing says what is right of the outputs of a {type(model).__name__}: give labels, as (inputs, labels), "
+            "or the original to compare with (`against`)"
+        )
     models = [model] if against is None else [model, against]
-    if labels is None:
+    if kind in OF_TOKENS:
         for each in models:
-            inputs = _checked_tokens(each, inputs)
-    measured = partial(measure, tokens=inputs, labels=labels, progress=progress, together=together)
+            inputs = _checked_tokens(each, inputs, 2 if judge == "next token" else 1)
+    measured = partial(measure, tokens=inputs, labels=labels, judge=judge, progress=progress, together=together)
     with evaluating(*models):
         reference = None
         if against is not None:
             reference = Reference()
             with _moved(against, device):
-                measured(_logits_of(against, labels), reference=reference, keep=True)
+                measured(_logits_of(against, judge), reference=reference, keep=True)
         with _moved(model, device):
-            return measured(_logits_of(model, labels), reference=reference)
+            return measured(_logits_of(model, judge), reference=reference)
 
 
 @contextmanager
@@ -300,31 +399,24 @@ def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[None
         model.to(before)
 
 
-def _kind(model: nn.Module, data: Any) -> Kind:
-    """What a model is measured on: a classifier of its own kind says it by its labels."""
-    if isinstance(model, transformers.PreTrainedModel) and called_with_images(model):
-        return "images"
-    return "inputs" if isinstance(data, tuple) else "tokens"
-
-
-def _checked_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
+def _checked_tokens(model: nn.Module, tokens: Tensor, least: int) -> Tensor:
     config: Any = getattr(model, "config", None)
-    if isinstance(model, transformers.PreTrainedModel) and called_with_images(model):
-        raise DataError("a model that takes no tokens is evaluated on (inputs, labels), for its accuracy")
-    tokens = token_ids("data", tokens, getattr(config, "vocab_size", None), 2)
-    longest = getattr(config, "max_position_embeddings", None)
+    tokens = token_ids("data", tokens, getattr(config, "vocab_size", None), least)
+    longest = longest_window(model)
     if longest and tokens.shape[1] > longest:
         raise DataError(f"windows of {tokens.shape[1]} tokens are longer than the model's {longest} positions")
     return tokens
 
 
-def _logits_of(model: nn.Module, labels: Tensor | None) -> Callable[[Tensor], Tensor | Iterator[Tensor]]:
+def _logits_of(model: nn.Module, judge: Judge) -> Callable[[Tensor], Tensor | Iterator[Tensor]]:
     device = device_of(model)
+    if judge == "next token":
 
-    def of_tokens(batch: Tensor) -> Tensor | Iterator[Tensor]:
-        here = batch.to(device)
-        return logits_of(model, lambda: model(input_ids=here, use_cache=False), here)
+        def of_tokens(batch: Tensor) -> Tensor | Iterator[Tensor]:
+            here = batch.to(device)
+            return logits_of(model, lambda: model(input_ids=here, use_cache=False), here)
 
-    if labels is None:
         return of_tokens
+    if isinstance(model, transformers.PreTrainedModel):
+        return lambda batch: logits_in(family_of(model).forward(model, batch.to(device)))
     return lambda batch: logits_in(model(batch.to(device, copy=True)))  # a first layer may work in place

@@ -3,17 +3,21 @@
 They may where each block's input is the output of the one before, and nothing else that a block is given depends on
 what the blocks before it made. Blocks of several kinds (attention to all that was, or through a window) are given masks
 and positions of their kind; what each is given is found without running any of them, by a model in which every block
-passes on what arrives.
+passes on what arrives. Where a model wants more of its blocks (T5 hands the position biases that its first block makes
+on to the others) they are run, and it is tried whether other hidden states would change what each is given.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compress.calibration.collect import Stop, same_call, split_arguments, watched
 from compress.errors import NonFiniteError
 from compress.lazy import nn, torch
+
+CHANGED = 0.75  # times the hidden states: others, and of about their size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +27,21 @@ if TYPE_CHECKING:
     from compress.calibration.collect import Call
 
 
-def kinds_of_calls(forward: Callable[[], Any], model: nn.Module, names: Sequence[str]) -> tuple[int, ...] | None:
-    """For each block the first that is given the same beside hidden states; None where blocks cannot be run alone.
+@dataclass(frozen=True)
+class Kinds:
+    """What blocks are given beside hidden states.
+
+    Attributes:
+        of: for each block the first that is given the same.
+        alone: it is known without running any block.
+    """
+
+    of: tuple[int, ...]
+    alone: bool = True
+
+
+def kinds_of_calls(forward: Callable[[], Any], model: nn.Module, names: Sequence[str]) -> Kinds | None:
+    """What blocks are given beside hidden states; None where they cannot be run without the model around them.
 
     Args:
         forward: runs the model.
@@ -55,24 +72,27 @@ def kinds_of_calls(forward: Callable[[], Any], model: nn.Module, names: Sequence
     calls = [call for *_, call in visits]
     kinds = tuple(next(j for j in range(i + 1) if same_call(calls[j], call)) for i, call in enumerate(calls))
     if len(set(kinds)) == 1:
-        return kinds
-    alone = _calls_alone(forward, model, names)
-    alike = alone is not None and all(same_call(a, b) for a, b in zip(calls, alone[1], strict=True))
-    return kinds if alike else None
+        return Kinds(kinds)
+    for alone in (True, False):
+        found = _calls_alone(forward, model, names) if alone else _calls_running(forward, model, names, change=True)
+        if found is not None and all(same_call(a, b) for a, b in zip(calls, found[1], strict=True)):
+            return Kinds(kinds, alone)
+    return None
 
 
 def arrivals_by_kind(
-    forward: Callable[[], Any], model: nn.Module, names: Sequence[str], kinds: Sequence[int]
+    forward: Callable[[], Any], model: nn.Module, names: Sequence[str], kinds: Kinds
 ) -> tuple[Tensor, dict[int, Call]]:
-    """What arrives at the first block, and how the first block of each kind is called; no block is run.
+    """What arrives at the first block, and how the first block of each kind is called; no block is run if that will do.
 
     Args as of `kinds_of_calls`, which returned `kinds`.
     """
-    found = _calls_alone(forward, model, names)
+    alone = kinds.alone
+    found = _calls_alone(forward, model, names) if alone else _calls_running(forward, model, names, change=False)
     if found is None:
         raise NonFiniteError("the first block was never reached by the calibration data")
     hidden, calls = found
-    return hidden, {kind: calls[kind] for kind in dict.fromkeys(kinds)}
+    return hidden, {kind: calls[kind] for kind in dict.fromkeys(kinds.of)}
 
 
 def _calls_alone(
@@ -89,6 +109,22 @@ def _calls_alone(
     # A model may want more of a block than its hidden states.
     with _passing_on(model, names, enter), suppress(Stop, AttributeError, TypeError, ValueError, LookupError):
         forward()
+    if len(arrived) != len(names) or not isinstance(arrived[0][0], torch.Tensor):
+        return None
+    return arrived[0][0], [call for _, call in arrived]
+
+
+def _calls_running(
+    forward: Callable[[], Any], model: nn.Module, names: Sequence[str], change: bool
+) -> tuple[Tensor, list[Call]] | None:
+    """The hidden states that reach the first block, and how each is called. `change`: each passes on other ones."""
+    blocks = [model.get_submodule(name) for name in names]
+    arrived: list[tuple[Any, Call]] = []
+
+    def enter(_: int, hidden: Any, call: Call) -> None:
+        arrived.append((hidden, call))
+
+    watched(forward, blocks, enter, lambda _, hidden: CHANGED * hidden if change else None)
     if len(arrived) != len(names) or not isinstance(arrived[0][0], torch.Tensor):
         return None
     return arrived[0][0], [call for _, call in arrived]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.matching import match
@@ -16,6 +16,7 @@ from compress.models import hub, loading, refusals
 from compress.models.companions import companions, without_code
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from compress.checkpoint.artifact import Artifact
@@ -47,6 +48,10 @@ class OpenedModel:
         """Parameter or buffer name -> stored type."""
         a = self.artifact
         return {n: a.source.dtype(a.name_in_source(n)) for n, _ in a.graph.tensors()}
+
+    def of_towers(self, names: Sequence[str] | None) -> OpenedModel:
+        """The same model, of which only some towers are worked on; as `models.graph.chosen`."""
+        return replace(self, artifact=replace(self.artifact, graph=graphs.chosen(self.artifact.graph, names)))
 
     @property
     def carried_bytes(self) -> int:

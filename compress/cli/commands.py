@@ -133,7 +133,7 @@ def check(
         from compress.engine.merge import checks
         from compress.planning import places, plan
 
-        opened = opening.open_model(model)
+        opened = opening.open_model(model).of_towers(steps.towers)
         where = places.places(steps.device, steps.max_memory)
         plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline), where=where)
         checks.check_models(steps, opened.artifact, str(pipeline))
@@ -164,8 +164,8 @@ def show_plan(
     from compress.planning import allocation_preview, places, plan
     from compress.report import plan as report
 
-    opened = opening.open_model(model)
     steps = load_pipeline(pipeline)
+    opened = opening.open_model(model).of_towers(steps.towers)
     where = places.places(device or steps.device, steps.max_memory)
     graph, companions = opened.artifact.graph, opened.companion_bytes
     made = plan.make(steps, graph, opened.dtypes, str(pipeline), companions, where, opened.carried_bytes)

@@ -26,7 +26,7 @@ METHODS: dict[str, type[Pass]] = {p.key: p for p in PASSES}
 FORMATS: dict[str, type[Exporter]] = {e.key: e for e in EXPORTERS}
 PRESETS = Path(__file__).parent / "presets"  # ready-made pipelines, by name
 PACKED = "safetensors"  # OUT itself, which is always written
-GATES = ("max_increase", "max_drop")
+GATES = ("max_increase", "max_drop", "max_error")
 OF_EXPERTS = ("min_expert_tokens", "calibrate_all_experts")  # of the section `calibration:`
 GIVEN = "given from Python"  # the source of tensors that no file holds
 DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
@@ -42,9 +42,9 @@ class DataSection:
     """Data, and how it is read.
 
     Args:
-        source: `demo`, a .txt / .jsonl / .json / .parquet file, or the id of a Hugging Face data set; for an image
-            model a .safetensors file. Several by name, such as {maths: a.jsonl, code: b.jsonl}: quality is reported of
-            each.
+        source: `demo`, a .txt / .jsonl / .json / .parquet file, or the id of a Hugging Face data set; for models of
+            images or sounds a .safetensors file. Several by name, such as {maths: a.jsonl, code: b.jsonl}: quality is
+            reported of each.
         samples: windows of tokens, or images, of each source.
         length: tokens per window; with `protocol: wikitext` 2048 unless it is given.
         field: the field or column that holds the text, or the messages of a chat; `a.b` is the field b inside of a.
@@ -93,14 +93,17 @@ class Evaluation(DataSection):
         after: `each` pass, or only at the `end`.
         max_increase: the largest allowed increase of perplexity over the original, such as 10% or 0.1; the run fails
             with exit code 3 above it.
-        max_drop: the same gate for image models: the largest allowed fall of accuracy under the original's, such as 1%
+        max_drop: the same gate for classifiers: the largest allowed fall of accuracy under the original's, such as 1%
             or 0.01 for one point.
+        max_error: the same gate for data without labels of models that predict no next token: the largest allowed mean
+            relative error of outputs against the original's, such as 5% or 0.05.
     """
 
     samples: Annotated[int, Ge(0)] = 64
     after: Literal["each", "end"] = "each"
     max_increase: Annotated[float, Ge(0)] | None = None
     max_drop: Annotated[float, Ge(0)] | None = None
+    max_error: Annotated[float, Ge(0)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +119,9 @@ class Settings:
         max_memory: the most that the run may take of the memory of the `device` that computes and of the `host`, such
             as {device: 12GB, host: 32GB}; what is not given is what is free. A run that needs more is refused before it
             begins.
+        towers: the parts of a model with several that passes work on, such as [language, vision]; by default the
+            language of a model that writes, and all of others.
+        allow_dense: run also where passes can reach less than 90 % of the matrices that they are for.
         description: free text.
     """
 
@@ -126,6 +132,8 @@ class Settings:
     max_memory: Annotated[Mapping[MemoryOf, Size], Field(examples=["{device: 12GB, host: 32GB}"])] = field(
         default_factory=dict
     )
+    towers: tuple[Annotated[str, MinLen(1)], ...] | None = None
+    allow_dense: bool = False
     description: str = ""
 
 

@@ -33,6 +33,10 @@ def dump(pipeline: Pipeline) -> str:
     ]
     data["export"] = [PACKED, *map(_exporter, pipeline.export)]
     data |= {name: getattr(pipeline, name) for name in ("seed", "dtype", "products", "device")}
+    if pipeline.towers is not None:
+        data["towers"] = list(pipeline.towers)
+    if pipeline.allow_dense:
+        data["allow_dense"] = True
     if pipeline.max_memory:
         data["max_memory"] = dict(pipeline.max_memory)
     return str(yaml.dump(data, Dumper=Dumper, sort_keys=False, width=120))

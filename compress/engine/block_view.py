@@ -75,7 +75,7 @@ class View:
 
         def call(weights: Weights, hidden: Tensor, numbers: Tensor) -> Tensor:
             with learning(self.context.products, hidden):
-                return self.chain.call_for(len(numbers), self.index).run(
+                return self.chain.call_for(numbers, self.index).run(
                     self.block, hidden, self._values({**fixed, **weights})
                 )
 
@@ -108,7 +108,7 @@ class View:
         def call(weights: Weights, hidden: Tensor, numbers: Tensor) -> Tensor:
             with learning(self.context.products, hidden):
                 own = _under(child, self._values({**fixed, **weights}))
-                return inputs.call_for(len(numbers)).run(module, hidden, own)
+                return inputs.call_for(numbers).run(module, hidden, own)
 
         shares = self.context.executor.shares(len(inputs.samples()))
         return BlockData(call, inputs.samples(), inputs.samples(), outputs.samples(), shares)

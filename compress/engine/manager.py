@@ -70,7 +70,7 @@ def execute(
     Raises:
         GateError: perplexity rose above the gate, or accuracy fell below it; what is finished stays in the ledger.
     """
-    report, meter = Report(model_name), Meter(context, data.evaluation)
+    report, meter = Report(model_name, dense=dict(plan.dense.parts)), Meter(context, data.evaluation)
     depends = _dependencies(pipeline, plan, context, data)
     context.ledger.depends_on(depends)
     key = begin = key_of(depends.facts)
@@ -190,6 +190,12 @@ def _measure_others(
 
 
 def _gate(section: Evaluation, start: Row, row: Row) -> None:
+    limit, error = section.max_error, row.relative_error
+    if limit is not None and error is not None and error > limit:
+        raise GateError(
+            f"after {row.name} outputs differ from the original's by {error:.1%} on average; the gate "
+            f"evaluate.max_error allows {limit:.1%}. Nothing was exported"
+        )
     if row.change is None:
         return
     if row.accuracy is not None:
@@ -201,7 +207,7 @@ def _gate(section: Evaluation, start: Row, row: Row) -> None:
             )
         return
     limit = section.max_increase
-    if limit is not None and row.change > limit:
+    if limit is not None and row.change is not None and row.change > limit:
         raise GateError(
             f"after {row.name} perplexity is {row.perplexity:.3f}, {row.change:+.1%} over the original "
             f"{start.perplexity:.3f}; the gate evaluate.max_increase allows {limit:+.1%}. Nothing was exported"

@@ -7,9 +7,11 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from compress.calibration.metrics import REFERENCE_NUMBERS, Reference, measure, pooled
+from compress.calibration.metrics import REFERENCE_NUMBERS, Reference, judge_of, measure, pooled
 from compress.checkpoint.packed_layout import spec_at, stored_bytes
+from compress.config.pipeline import GATES
 from compress.engine.placement import streamed
+from compress.errors import DataError
 from compress.io.keys import hash_of, key_of
 from compress.models.logits import logits_in, logits_of
 from compress.report.report import Row
@@ -17,13 +19,36 @@ from compress.report.report import Row
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from compress.calibration.data import Dataset
-    from compress.calibration.metrics import Quality
+    from compress.calibration.metrics import Judge, Quality
     from compress.checkpoint.artifact import Artifact
+    from compress.config.pipeline import Evaluation
     from compress.encodings import Spec
     from compress.engine.placement import Context, Hold
+
+
+GATES_OF: dict[Judge, str] = {
+    "next token": "max_increase", "masked": "max_increase", "classes": "max_drop", "predictions": "max_error",
+    "outputs": "max_error",
+}  # fmt: skip
+
+
+def refuse_idle_gate(section: Evaluation, model: nn.Module, data: Dataset) -> None:
+    """Refuse a gate on what is not measured of this model on these data.
+
+    Raises:
+        DataError: names the gate that there is.
+    """
+    judge = judge_of(model, data.labels)
+    idle = [gate for gate in GATES if gate != GATES_OF[judge] and getattr(section, gate) is not None]
+    if idle:
+        labels = "has no labels" if data.labels is None else "has labels"
+        raise DataError(
+            f"evaluate.{idle[0]} changes nothing: the evaluation data {labels}, and a {type(model).__name__} is judged "
+            f"on them by {judge}; its gate is {GATES_OF[judge]}"
+        )
 
 
 class Meter:
@@ -33,13 +58,14 @@ class Meter:
         self.data = data
         self.parts = data.split() if data else {}
         self.plain = replace(context, artifact=context.artifact.plain())  # before any block is taken out
+        self.judge = judge_of(context.graph.model, data.labels if data else None)
         self.references: dict[str, Reference] = {}
         self.kl_tokens = 0
 
-    def described(self, data: Dataset) -> dict[str, int]:
+    def described(self, data: Dataset) -> dict[str, Any]:
         """What is measured on."""
-        if data.labels is not None:
-            return {"samples": len(data), "kl_tokens": self.kl_tokens}
+        if self.judge != "next token":
+            return {"samples": len(data), "kl_tokens": self.kl_tokens, "judged_by": self.judge}
         windows, length = data.inputs.shape
         return {"windows": windows, "length": length, "tokens": windows * (length - 1), "kl_tokens": self.kl_tokens}
 
@@ -62,6 +88,7 @@ class Meter:
                     lambda batch: logits(context, batch, hold),
                     part.inputs,
                     labels=part.labels,
+                    judge=self.judge,
                     reference=self.references[name],
                     keep=keep,
                     progress=lambda items, total: context.bars.over(items, total, label, "end"),
@@ -96,10 +123,12 @@ def measured_row(
     if meter:
         meter.kl_tokens = whole.kl_tokens if whole else 0
     bits, sparsity = density(context.artifact)
+    stored = stored_bytes(context.artifact)
+    parameters = sum(p.numel() for n, p in context.graph.model.named_parameters() if n not in context.graph.tied)
     row = Row(
         name=name,
         **_measured_values(whole, asdict(start) if start else None),
-        bytes=stored_bytes(context.artifact), bits_per_weight=bits, sparsity=sparsity,
+        bytes=stored, bits_per_weight=bits, sparsity=sparsity, bits_per_parameter=round(8 * stored / parameters, 6),
         seconds=round(seconds, 2), peak_mb=round(peak_memory() / 1e6, 1),
         sources={n: _measured_values(q, start.sources[n] if start else None) for n, q in parts.items() if n},
     )  # fmt: skip
@@ -108,7 +137,7 @@ def measured_row(
 
 
 def _measured_values(quality: Quality | None, start: Mapping[str, Any] | None) -> dict[str, float | None]:
-    names = ("perplexity", "accuracy", "kl", "negative_flips")
+    names = ("perplexity", "accuracy", "kl", "negative_flips", "relative_error", "cosine")
     found = {name: getattr(quality, name) if quality else None for name in names}
     return {**found, "change": change(start, found)}
 

@@ -11,7 +11,9 @@ from compress.logs import LOGGER
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-UNIT = re.compile(r"s(?P<stage>\d+)(?:-(?P<survey>survey-)?(?:b(?P<block>\d+)(?:-\d+)?|(?P<layer>\d+)|(?P<other>.+)))?$")
+UNIT = re.compile(
+    r"s(?P<stage>\d+)(?:-(?P<survey>survey-)?(?:b(?P<block>\d+)(?:-\d+)?|(?P<layer>\d+)|(?P<other>.+)))?$"
+)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from compress.calibration import collect
 from compress.calibration.experts import FusedParameter
 from compress.calibration.precision import calibrating
-from compress.calibration.wiring import arrivals_by_kind, kinds_of_calls
+from compress.calibration.wiring import Kinds, arrivals_by_kind, kinds_of_calls
 from compress.engine.block_view import View
 from compress.engine.placement import present, set_value, streamed, value_of
 from compress.errors import UnsupportedModelError
@@ -254,23 +254,23 @@ def chain_of(context: Context, tower: Tower, batches: Sequence[Tensor]) -> Activ
     if tower.blocks == ("",) and isinstance(graph.model, PreTrainedModel):  # outputs more than a tensor
         return None
     with streamed(context):
-        kinds: tuple[int, ...] | None = (0,)
+        kinds: Kinds | None = Kinds((0,))
         if tower.blocks != ("",):
             kinds = kinds_of_calls(lambda: context.forward(batches[0][:1]), graph.model, tower.blocks)
         if kinds is None:
             return None
         arrivals = (_arrival(context, batch, tower, kinds) for batch in batches)
         arrived = context.bars.over(arrivals, len(batches), "embed: batches")
-        return context.waiting(arrived, dict(zip(tower.numbers, kinds, strict=True)))
+        return context.waiting(arrived, dict(zip(tower.numbers, kinds.of, strict=True)))
 
 
-def _arrival(context: Context, batch: Tensor, tower: Tower, kinds: Sequence[int]) -> tuple[Tensor, Mapping[int, Call]]:
+def _arrival(context: Context, batch: Tensor, tower: Tower, kinds: Kinds) -> tuple[Tensor, Mapping[int, Call]]:
     """What arrives at the first block, and how each kind of block is called."""
     run = partial(context.forward, batch)
-    if len(set(kinds)) > 1:
+    if len(set(kinds.of)) > 1:
         return arrivals_by_kind(run, context.graph.model, tower.blocks, kinds)
     hidden, call = collect.arrival(run, context.graph.model.get_submodule(tower.blocks[0]))
-    return hidden, {kinds[0]: call}
+    return hidden, {kinds.of[0]: call}
 
 
 def _original_chain(context: Context, tower: Tower, batches: Sequence[Tensor]) -> Activations | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from compress.calibration.data import batches
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from compress.calibration.metrics import Judge
     from compress.export.base import Logits
 
 NUMBERS = 1 << 24  # logits compared at most: 64 MB of each
@@ -26,31 +28,33 @@ class Expected:
 
     Attributes:
         inputs: token ids (windows, length), or images.
-        labels: (samples,) of images; None of tokens.
+        labels: as `measure` takes them.
+        judge: what both models are judged by.
         logits: of every batch of the inputs, float32.
     """
 
     inputs: Tensor
     labels: Tensor | None
+    judge: Judge
     logits: list[Tensor]
 
     @classmethod
-    def of(cls, logits: Logits, inputs: Tensor, labels: Tensor | None) -> Expected:
+    def of(cls, logits: Logits, inputs: Tensor, labels: Tensor | None, judge: Judge) -> Expected:
         """Run the packed model on as many of the inputs as are compared."""
+        language = judge == "next token"
         # Two tokens of a window tell how many logits a whole one has, which may be too many.
-        numbers = (
-            logits(inputs[:1]).numel() if labels is not None else logits(inputs[:1, :2]).shape[-1] * inputs.shape[1]
-        )
+        numbers = logits(inputs[:1, :2]).shape[-1] * inputs.shape[1] if language else logits(inputs[:1]).numel()
         count = min(len(inputs), max(1, NUMBERS // numbers))
-        if numbers > NUMBERS and labels is None:
+        if numbers > NUMBERS and language:
             inputs = inputs[:, : max(2, NUMBERS * inputs.shape[1] // numbers)]
         inputs, labels = inputs[:count], None if labels is None else labels[:count]
-        return cls(inputs, labels, [logits(batch) for batch in batches(inputs, TOKENS_AT_ONCE)])
+        return cls(inputs, labels, judge, [logits(batch) for batch in batches(inputs, TOKENS_AT_ONCE)])
 
     def compare(self, logits: Logits) -> dict[str, Any]:
         """Facts for the report: difference, divergence, and quality of both."""
         given, reference = iter(self.logits), Reference()
-        here = measure(lambda _: next(given), self.inputs, labels=self.labels, reference=reference, keep=True)
+        measured = partial(measure, tokens=self.inputs, labels=self.labels, judge=self.judge, reference=reference)
+        here = measured(lambda _: next(given), keep=True)
         worst, kept = 0.0, iter(self.logits)
 
         def there(batch: Tensor) -> Tensor:
@@ -59,12 +63,11 @@ class Expected:
             worst = max(worst, float((found - next(kept)).abs().max()))
             return found
 
-        quality = measure(there, self.inputs, labels=self.labels, reference=reference)
+        quality = measured(there)
         found: dict[str, Any] = {"max_logit_difference": worst, "kl": quality.kl}
-        if self.labels is None:
-            found |= {"perplexity": quality.perplexity, "packed_perplexity": here.perplexity}
-        else:
-            found |= {"accuracy": quality.accuracy, "packed_accuracy": here.accuracy}
+        for name in ("perplexity", "accuracy"):
+            if getattr(quality, name) is not None:
+                found |= {name: getattr(quality, name), f"packed_{name}": getattr(here, name)}
         return found | {"compared_on": list(self.inputs.shape)}
 
     def hold(self, found: dict[str, Any], tolerance: float, name: str) -> None:

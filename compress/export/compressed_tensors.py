@@ -220,6 +220,15 @@ class CompressedTensors(Exporter):
                 f"the library packs Linear layers only, and {len(strange)} layers are not, such as {strange[0]} "
                 f"({kind}); `exclude` them in the quantizer, or export hf"
             )
+        low = [
+            name for name, scheme in schemes(specs).items()
+            if not scheme.symmetric and scheme.group_size and _words(specs[name].shape[0], scheme.bits) == 1
+        ]  # fmt: skip
+        if low:
+            yield (
+                f"the library cannot read the zero points of layers with as few rows as {low[0]} "
+                f"({specs[low[0]].shape[0]}; {len(low)} in all); set symmetric: true, or `exclude` them there"
+            )
         wide = [name for name, scheme in schemes(specs).items() if scheme.bits > MOST_BITS]
         if wide:
             yield (

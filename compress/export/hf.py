@@ -16,6 +16,7 @@ from compress.lazy import torch
 from compress.models import loading
 from compress.models.companions import copy_companions
 from compress.models.graph import forward
+from compress.models.logits import logits_in
 from compress.models.site import parameter_of
 
 if TYPE_CHECKING:
@@ -138,8 +139,7 @@ def loaded(made: PackedFolder, folder: Path, dtype: torch.dtype | None = None) -
 
     def logits(inputs: Tensor) -> Tensor:
         with torch.no_grad():
-            found: Tensor = forward(graph, inputs).logits
-        return found.float()
+            return logits_in(forward(graph, inputs)).float()
 
     return logits
 

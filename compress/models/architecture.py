@@ -21,6 +21,8 @@ AUTO_CLASSES = (
     "AutoModelForMaskedImageModeling", "AutoModelForZeroShotImageClassification",
     "AutoModelForZeroShotObjectDetection", "AutoModelForTextToWaveform", "AutoModelForPreTraining", "AutoModel",
 )  # fmt: skip
+NEXT_TOKEN = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+ENCODERS = ("bert-generation",)  # beside all that transformers knows as masked language models
 UNNAMED = AUTO_CLASSES[:2]  # what a configuration without `architectures` is taken for
 
 
@@ -62,6 +64,32 @@ def mapped(auto: str, config: transformers.PreTrainedConfig) -> Iterator[Any]:
     if type(config) in mapping:
         found = mapping[type(config)]
         yield from found if isinstance(found, list | tuple) else (found,)
+
+
+def predicts_next(model: Any) -> bool:
+    """Whether a model of transformers is a causal language model: it has logits for the token after each."""
+    config, made = model.config, type(model)
+    if getattr(config, "is_encoder_decoder", False) or sees_the_answer(config):
+        return False
+    return any(made is each for auto in NEXT_TOKEN for each in mapped(auto, config))
+
+
+def sees_the_answer(config: transformers.PreTrainedConfig) -> bool:
+    """Whether a model is shown every token that it predicts: a masked language model that is no decoder."""
+    masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING or config.model_type in ENCODERS
+    causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    return masked and not causal
+
+
+def predicts_masked(model: Any) -> bool:
+    """Whether a model of transformers has logits for tokens that were masked."""
+    return any(type(model) is each for each in mapped("AutoModelForMaskedLM", model.config))
+
+
+def has_logits(model: Any) -> bool:
+    """Whether what a model of transformers returns are logits, of tokens or of classes."""
+    heads = getattr(model, "get_output_embeddings", lambda: None)()
+    return heads is not None or type(model).__name__.endswith(("Classification", "ForCTC"))
 
 
 def auto_class(config: transformers.PreTrainedConfig) -> str:

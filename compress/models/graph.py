@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import UnsupportedModelError
 from compress.lazy import transformers
-from compress.models.experts import joins_experts
+from compress.models.architecture import predicts_masked, predicts_next
 from compress.models.families import family_of
-from compress.models.families.transformers_model import called_with_images
+from compress.models.families.transformers_model import TOKENS, called_with, called_with_images
+from compress.models.towers import LANGUAGE, named, numbered
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from torch import Tensor, nn
 
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from compress.models.site import Site
     from compress.models.symmetry import Axis, Units
     from compress.models.towers import Tower
-
-# Above this share of block weights out of every pass's reach, running would be pretending.
-MOST_UNREACHABLE = 0.01
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ class Graph:
         tied: parameter name -> the name its value is kept under, for parameters that share one tensor.
         axes: channels between sites whose order is free.
         towers: the lists that the blocks are of.
+        left_out: further towers, that stay as they are.
     """
 
     model: nn.Module
@@ -52,6 +51,7 @@ class Graph:
     buffers: tuple[str, ...] = ()
     axes: tuple[Axis, ...] = ()
     towers: tuple[Tower, ...] = ()
+    left_out: tuple[Tower, ...] = ()
 
     def rows_of(self, site: str) -> Axis | None:
         """The channels that a site's rows are, where their order is free."""
@@ -85,9 +85,19 @@ class Graph:
         return tuple(s for s in self.sites if s.block is None)
 
     @property
+    def takes_tokens(self) -> bool:
+        """Whether it is a transformers model called with token ids."""
+        return isinstance(self.model, transformers.PreTrainedModel) and called_with(self.model) == TOKENS
+
+    @property
     def is_language_model(self) -> bool:
-        """Whether it is called with token ids."""
-        return isinstance(self.model, transformers.PreTrainedModel) and not self.is_image_model
+        """Whether it is called with token ids, and has logits for the token after each."""
+        return self.takes_tokens and predicts_next(self.model)
+
+    @property
+    def predicts_masked(self) -> bool:
+        """Whether it is called with token ids, and has logits for those that were masked."""
+        return self.takes_tokens and predicts_masked(self.model)
 
     @property
     def is_image_model(self) -> bool:
@@ -99,8 +109,7 @@ def find(model: nn.Module) -> Graph:
     """Blocks and sites of a model.
 
     Raises:
-        UnsupportedModelError: there is nothing to compress, or a block keeps weights where no pass can reach them
-            (a three-dimensional parameter of an unknown class, convolutions other than Conv2d).
+        UnsupportedModelError: there is nothing to compress.
     """
     family = family_of(model)
     towers = family.towers(model)
@@ -111,11 +120,50 @@ def find(model: nn.Module) -> Graph:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no Linear, Conv2d or Conv1D layer: nothing to compress"
         )
-    _refuse_unreachable(model, blocks, {s.parameter for s in sites})
     kept = model.state_dict().keys()
     buffers = tuple(name for name, _ in model.named_buffers() if name in kept)
     axes = family.axes(model, [s.name for s in sites])
     return Graph(model, blocks, sites, family, _tied(model), buffers, axes, towers)
+
+
+def chosen(graph: Graph, names: Collection[str] | None = None) -> Graph:
+    """The same model, of which only some towers are worked on.
+
+    Args:
+        graph: of all towers.
+        names: of those towers; by default that of the language where a causal language model has others beside it,
+            else all.
+
+    Raises:
+        UnsupportedModelError: there is no such tower.
+    """
+    there = list(dict.fromkeys(tower.name for tower in graph.towers))
+    if names is None:
+        beside = graph.is_language_model and LANGUAGE in there
+        names = [LANGUAGE] if beside else there
+    unknown = [name for name in names if name not in there]
+    if unknown:
+        raise UnsupportedModelError(
+            f"{type(graph.model).__name__} has no tower {unknown[0]!r}; it has {', '.join(map(repr, there))}"
+        )
+    kept = [tower for tower in graph.towers if tower.name in names]
+    if len(kept) == len(graph.towers):
+        return graph
+    towers = numbered(kept)
+    blocks = tuple(name for tower in towers for name in tower.blocks)
+    index = {name: i for i, name in enumerate(blocks)}
+    left = tuple(tower for tower in graph.towers if tower.name not in names)
+    apart = {tower.name for tower in left}
+    inside = {site.name for site in graph.sites if _owner(site.name, index) is not None}
+    inside |= {site.name for site in graph.outside if named(site.name) not in apart}
+    sites = (site for site in graph.sites if site.name in inside)
+    return replace(
+        graph,
+        blocks=blocks,
+        sites=tuple(replace(site, block=_owner(site.name, index)) for site in sites),
+        towers=towers,
+        left_out=left,
+    )
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
@@ -133,25 +181,6 @@ def _owner(name: str, blocks: dict[str, int]) -> int | None:
         if owner is not None:
             return owner
     return None
-
-
-def _refuse_unreachable(model: nn.Module, blocks: tuple[str, ...], reached: set[str]) -> None:
-    total = unreachable = 0
-    examples = []
-    for block in blocks:
-        inside = model.get_submodule(block)
-        joined = tuple(f"{name}." for name, module in inside.named_modules(prefix=block) if joins_experts(module))
-        for name, parameter in inside.named_parameters(prefix=block):
-            total += parameter.numel()
-            if (parameter.dim() > 2 or name.startswith(joined)) and name not in reached:
-                unreachable += parameter.numel()
-                examples.append(f"{name} {tuple(parameter.shape)}")
-    if total and unreachable / total > MOST_UNREACHABLE:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} keeps {unreachable / total:.0%} of its block weights in tensors that no pass can "
-            f"reach, such as {examples[0]} ({len(examples)} in all). Convolutions other than a plain Conv2d, and "
-            "experts that are joined in a way that is not known here, are not supported; use another model"
-        )
 
 
 def forward(graph: Graph, batch: Tensor) -> Any:

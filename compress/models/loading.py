@@ -94,10 +94,26 @@ def built(make: Callable[[], transformers.PreTrainedModel]) -> transformers.PreT
 
     with no_init_weights(), _parameters_on_meta():
         model = make()
+    _recompute_constants(model)
     model.tie_weights()
     model.eval()
     run_one_by_one(model)
     return model
+
+
+def _recompute_constants(model: transformers.PreTrainedModel) -> None:
+    """Make buffers that no file holds as `from_pretrained` makes them: anew at its end, in float32.
+
+    While a model is constructed the type it computes in is torch's own, and constants are rounded on the way to what
+    they are: sinusoids of GPT-J in half precision are off by up to a full turn.
+    """
+    kept = model.state_dict(keep_vars=True)
+    for tensor in kept.values():
+        tensor._is_hf_initialized = True  # what transformers then leaves as it is
+    for module in model.modules():
+        if not module._non_persistent_buffers_set:
+            module._is_hf_initialized = True  # type: ignore[assignment]
+    model.initialize_weights()
 
 
 @contextmanager
@@ -132,7 +148,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
         align(model)
         run_one_by_one(model)
         return model
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
         files = ", ".join(sorted(p.name for p in folder.glob("*.safetensors"))) or "no safetensors"
         raise CheckpointError(f"{folder} ({files}) cannot be loaded: {one_line(error)}") from error
     finally:

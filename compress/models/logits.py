@@ -9,6 +9,7 @@ Shapes: B windows of T tokens, H numbers of a hidden state, V tokens of a vocabu
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,13 +25,30 @@ if TYPE_CHECKING:
 
 WHOLE = 1 << 25  # logits of a batch that are computed at once, while measuring: 128 MB
 WHOLE_LEARNED = 1 << 24  # the same while learning, where gradients come on top: 64 MB
+MAIN = ("logits", "logits_per_image", "last_hidden_state")
 PIECE = 1 << 23  # logits of a piece of a batch that has more: 32 MB
 
 
 def logits_in(output: Any) -> Tensor:
-    """The logits of a model's output: the output itself, or its `logits`."""
-    found: Tensor = getattr(output, "logits", output)
-    return found
+    """The logits of a model's output; without any, what its last layer makes, else the first tensor in it."""
+    if isinstance(output, torch.Tensor):
+        return output
+    named = (getattr(output, name, None) for name in MAIN)
+    found = next((value for value in named if isinstance(value, torch.Tensor)), None)
+    return next(tensors_in(output)) if found is None else found
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """Every tensor of numbers in what a model returns."""
+    if isinstance(output, torch.Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors_in(value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from tensors_in(value)
 
 
 def vocabulary(model: nn.Module) -> int:
@@ -39,10 +57,11 @@ def vocabulary(model: nn.Module) -> int:
     head = find() if find else None
     if head is None:
         return 0
-    weight = getattr(head, "weight", None)
+    rows = int(getattr(head, "out_features", 0))  # first: the weight of a packed head is made when it is asked for
+    weight = None if rows else getattr(head, "weight", None)
     if weight is not None and weight.dim() == 2:
         return int(weight.shape[0])
-    return int(getattr(head, "out_features", 0)) or int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
+    return rows or int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
 
 
 def bodies(model: nn.Module) -> tuple[nn.Module, ...]:
@@ -178,4 +197,6 @@ def _runs(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             module.forward = before
 
 
-__all__ = ["Body", "bodies", "logits_in", "logits_of", "pieces", "rows_at_once", "stopped", "vocabulary"]
+__all__ = [
+    "Body", "bodies", "logits_in", "logits_of", "pieces", "rows_at_once", "stopped", "tensors_in", "vocabulary",
+]  # fmt: skip

@@ -49,11 +49,11 @@ def towers_of(model: nn.Module) -> tuple[Tower, ...]:
     if type(model) is nn.Sequential:
         return numbered([Tower("", tuple(name for name, _ in model.named_children()))])
     lists = list(_lists(model))
-    named = [_named(path) for path, _ in lists]
-    beside = any(name in APART for name in named)
+    names = [named(path) for path, _ in lists]
+    beside = any(name in APART for name in names)
     towers = [
         Tower(_main(name, path) if beside else name or path, unwrapped(model, blocks))
-        for name, (path, blocks) in zip(named, lists, strict=True)
+        for name, (path, blocks) in zip(names, lists, strict=True)
     ]
     return numbered(towers or [Tower("", ("",))])
 
@@ -79,7 +79,7 @@ def _lists(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield path, tuple(f"{path}.{name}" for name, _ in children)
 
 
-def _named(path: str) -> str:
+def named(path: str) -> str:
     """What the words of a path say of the list that lies there; the innermost word says most. Empty: nothing."""
     for part in path.lower().split("."):
         for beginning, name in WORDS.items():

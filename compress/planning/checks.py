@@ -10,6 +10,8 @@ from compress.calibration.texts import IMAGE_SUFFIX, is_images
 from compress.config.pipeline import GATES, GIVEN
 from compress.errors import Problem
 from compress.models.experts import takes_choices
+from compress.models.positions import longest_window
+from compress.planning.dense import LEAST_REACHED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from compress.models.graph import Graph
     from compress.models.site import Site
     from compress.passes import Pass
+    from compress.planning.dense import Dense
     from compress.planning.state import PlanState
 
 
@@ -253,7 +256,7 @@ def missing_calibration(pipeline: Pipeline, state: PlanState) -> Iterator[Proble
     if path and pipeline.calibration is None:
         images = "{source: images.safetensors, samples: 128}"
         text = "{source: demo, samples: 128, length: 512}"
-        example = images if state.graph.is_image_model else text
+        example = text if state.graph.takes_tokens else images
         yield Problem(
             path,
             f"{path.rpartition('.')[2]} learns from data, and `calibration:` is missing; for example calibration: "
@@ -264,10 +267,17 @@ def missing_calibration(pipeline: Pipeline, state: PlanState) -> Iterator[Proble
 def gates(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
     """A quality gate on what is not measured of this model."""
     if pipeline.evaluate:
-        gate, other = GATES if graph.is_language_model else reversed(GATES)
-        measured = "perplexity" if graph.is_language_model else "accuracy"
-        if getattr(pipeline.evaluate, other) is not None:
-            yield Problem(f"evaluate.{other}", f"this model is judged by its {measured}; its gate is {gate}")
+        gate: tuple[str, ...]
+        if graph.is_language_model:
+            gate, measured = GATES[:1], "perplexity"
+        elif graph.predicts_masked:
+            gate, measured = (GATES[0], GATES[2]), "perplexity of masked tokens, or by its outputs"
+        else:
+            gate, measured = GATES[1:], "accuracy, or without labels by its outputs"
+        for other in GATES:
+            if getattr(pipeline.evaluate, other) is not None and other not in gate:
+                said = f"this model is judged by its {measured}; its gate is {' or '.join(gate)}"
+                yield Problem(f"evaluate.{other}", said)
 
 
 def exports(pipeline: Pipeline, state: PlanState) -> Iterator[Problem]:
@@ -279,12 +289,13 @@ def exports(pipeline: Pipeline, state: PlanState) -> Iterator[Problem]:
 
 def data_sections(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
     """Data of another kind than the model takes, or longer."""
-    longest = getattr(getattr(graph.model, "config", None), "max_position_embeddings", None)
-    images, model = graph.is_image_model, type(graph.model).__name__
+    longest = longest_window(graph.model)
+    images, model = not graph.takes_tokens, type(graph.model).__name__
     for name, section in (("calibration", pipeline.calibration), ("evaluate", pipeline.evaluate)):
         for source in section.sources.values() if section else ():
             if source != GIVEN and is_images(source) != images:
-                wanted = f"images from a {IMAGE_SUFFIX} file" if images else "text"
+                wanted = f"{'images' if graph.is_image_model else 'inputs'} from a {IMAGE_SUFFIX} file"
+                wanted = wanted if images else "text"
                 yield Problem(f"{name}.source", f"{source}: {model} takes {wanted}")
         if section and longest and section.length > longest:
             yield Problem(f"{name}.length", f"{section.length} is more than the model's {longest} positions")
@@ -303,8 +314,20 @@ def all_experts(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
         yield Problem(path, f"{others[0]} of a {model} cannot be told which experts to run; leave it out")
 
 
-def whole_pipeline(pipeline: Pipeline, state: PlanState) -> Iterator[Problem]:
+def out_of_reach(pipeline: Pipeline, graph: Graph, dense: Dense) -> Iterator[Problem]:
+    """A model of which most is not what passes work on: the result would not be what its name says."""
+    if dense.reached < LEAST_REACHED and not pipeline.allow_dense:
+        parts = ", ".join(f"{what} ({size / 1e6:.2f} MB)" for what, size in dense.unreached.items())
+        yield Problem(
+            "allow_dense",
+            f"passes can reach {dense.reached:.0%} of the matrices of a {type(graph.model).__name__}; left dense would "
+            f"be {parts}. With `allow_dense: true` it is run all the same, and the report says what was left",
+        )
+
+
+def whole_pipeline(pipeline: Pipeline, state: PlanState, dense: Dense) -> Iterator[Problem]:
     """Everything that no single pass is to blame for. `state`: after the last pass."""
+    yield from out_of_reach(pipeline, state.graph, dense)
     yield from missing_calibration(pipeline, state)
     yield from gates(pipeline, state.graph)
     yield from exports(pipeline, state)

@@ -9,6 +9,7 @@ from compress.config.lines import line_of
 from compress.config.pipeline import walk
 from compress.errors import ConfigError
 from compress.planning import checks, depth, device_memory, disk, memory, merge, sites
+from compress.planning.dense import Dense, left_dense
 from compress.planning.disk import computed
 from compress.planning.need import most
 from compress.planning.places import on_processor
@@ -48,6 +49,7 @@ class Plan:
         places: where the run computes.
         device: of a device with memory of its own, the same.
         activations_on_device: whether they fit there, and so wait there.
+        dense: what no pass makes smaller.
         results_bytes: of all matrices that passes work on, as codes and masks of a byte per weight.
     """
 
@@ -60,6 +62,7 @@ class Plan:
     device: Need | None = None
     activations_on_device: bool = False
     results_bytes: int = 0
+    dense: Dense = field(default_factory=Dense)
 
     @property
     def activations_on_host(self) -> int:
@@ -100,7 +103,8 @@ def make(
         stage.append(planned.part)
         problems += planned.problems
         state = planned.state
-    problems += checks.whole_pipeline(pipeline, state)
+    dense = left_dense(state.graph, state.dtypes, state.specs.keys(), carried) if state.specs else Dense()
+    problems += checks.whole_pipeline(pipeline, state, dense)
     if problems:
         raise ConfigError([replace(p, line=line_of(pipeline.lines, p.path)) for p in problems], file)
     final = state.final_bytes()
@@ -113,6 +117,7 @@ def make(
         most(memory.moments_of(pipeline, stages, state.graph, final, exported)),
         disk.peak(stages, state, original, companions, exported),
         where,
+        dense=dense,
     )
     return _on_device(made, pipeline, state, exported) if where.apart else made
 

@@ -77,6 +77,7 @@ def as_json(shown: Shown) -> str:
     totals = {
         "original_bytes": plan.original_bytes,
         "final_bytes": plan.final_bytes,
+        "dense": dict(plan.dense.parts),
         "peak_memory": plan.memory.total,
         "peak_memory_when": plan.memory.moment,
         "peak_memory_of": dict(plan.memory.parts),
@@ -115,6 +116,9 @@ def lines(shown: Shown, width: int, ascii_only: bool) -> Iterator[RenderableType
         f"weights {size_text(plan.original_bytes)} -> about {size_text(plan.final_bytes)}; peak memory about "
         f"{size_text(plan.memory.total)}; disk while running about {size_text(plan.disk.total)}"
     )
+    if plan.dense.parts:
+        parts = ", ".join(f"{what} {size_text(size)}" for what, size in plan.dense.parts.items())
+        yield Text(f"left dense: {size_text(sum(plan.dense.parts.values()))} ({parts})")
     needs = {"memory": plan.memory, "disk": plan.disk}
     if plan.device is not None:
         waiting = "there" if plan.activations_on_device else "in the host's memory"

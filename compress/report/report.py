@@ -11,22 +11,35 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
+SAID = {
+    "classes": "accuracy",
+    "masked": "perplexity of masked tokens",
+    "predictions": "error against the original's predictions",
+    "outputs": "error against the original's outputs",
+}
+
+
 @dataclass(frozen=True)
 class Row:
     """The model after one stage.
 
     Attributes:
-        change: relative increase of perplexity over the original; of a classifier, accuracy minus the original's.
+        change: relative increase of perplexity over the original; of a classifier, accuracy minus the original's; None
+            of other models.
         kl: mean KL(original || this) in nats per token, or per sample.
         bytes: of all weights as stored now.
         bits_per_weight: over the matrices inside the blocks, scales, zero points and masks counted.
         sparsity: share of zeros over the same matrices.
+        bits_per_parameter: all that is stored, over all parameters, embeddings and norms too.
         seconds: of the stage, without measuring.
         peak_mb: largest resident memory of the process so far.
         accuracy: of a classifier: the share of samples it has right.
         negative_flips: share of all tokens (samples) that the original predicts right and this does not.
         sources: of data from several named sources, of each `perplexity` or `accuracy`, `change`, `kl` and
             `negative_flips`; the row's own are of all of them together.
+        relative_error: of a model without a next token to predict and without labels: mean of |outputs - original's|
+            / |original's|.
+        cosine: of the same model, the mean cosine between both.
     """
 
     name: str
@@ -41,6 +54,9 @@ class Row:
     accuracy: float | None = None
     negative_flips: float | None = None
     sources: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    relative_error: float | None = None
+    cosine: float | None = None
+    bits_per_parameter: float | None = None
 
 
 @dataclass
@@ -52,6 +68,7 @@ class Report:
     data: dict[str, Any] = field(default_factory=dict)  # what perplexity was measured on
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # site -> pass -> notes
     fallbacks: list[str] = field(default_factory=list)
+    dense: dict[str, int] = field(default_factory=dict)  # what no pass made smaller -> bytes
     notes: list[str] = field(default_factory=list)  # what of the source was left out, or taken for something else
     trained: list[dict[str, Any]] = field(default_factory=list)  # pass, numbers it trained, parameters of the model
     dropped: list[dict[str, Any]] = field(default_factory=list)  # pass, blocks it took out, of how many, distances
@@ -79,11 +96,9 @@ class Report:
 
 def headings(report: Report) -> tuple[str, ...]:
     """The headings of the table; a column for each named source."""
-    quality = "accuracy" if any(row.accuracy is not None for row in report.rows) else "perplexity"
     return (
         "after",
-        quality,
-        "change",
+        *quality_headings(report),
         "KL",
         *source_names(report),
         "size",
@@ -92,6 +107,13 @@ def headings(report: Report) -> tuple[str, ...]:
         "seconds",
         "peak",
     )
+
+
+def quality_headings(report: Report) -> tuple[str, str]:
+    """What the model is judged by: a figure and its change, or two that are of a change already."""
+    if any(row.relative_error is not None for row in report.rows):
+        return "error", "cosine"
+    return "accuracy" if any(row.accuracy is not None for row in report.rows) else "perplexity", "change"
 
 
 def source_names(report: Report) -> list[str]:
@@ -103,7 +125,7 @@ def cells(row: Row, sources: Sequence[str] = ()) -> tuple[str, ...]:
     """A row as text, in the order of `headings`."""
     return (
         row.name,
-        *figures(row.perplexity, row.accuracy, row.change),
+        *_quality(asdict(row)),
         "" if row.kl is None else f"{row.kl:.4f}",
         *(" ".join(_of_source(row.sources[name])) if name in row.sources else "" for name in sources),
         size_text(row.bytes),
@@ -121,8 +143,15 @@ def in_words(report: Report, row: Row) -> str:
 
 
 def _of_source(facts: dict[str, float | None]) -> list[str]:
-    quality, change = figures(facts["perplexity"], facts["accuracy"], facts["change"])
+    quality, change = _quality(facts)
     return [quality, f"({change})"] if change else [quality]
+
+
+def _quality(facts: Mapping[str, Any]) -> tuple[str, str]:
+    error, cosine = facts.get("relative_error"), facts.get("cosine")
+    if error is not None and cosine is not None:
+        return f"{error:.2%}", f"{cosine:.5f}"
+    return figures(facts["perplexity"], facts["accuracy"], facts["change"])
 
 
 def figures(perplexity: float | None, accuracy: float | None, change: float | None) -> tuple[str, str]:
@@ -146,7 +175,17 @@ def caption(report: Report) -> str:
     ]
     gone = [f"{d['pass']} dropped {_block_list(d['blocks'])} of {d['of']}" for d in report.dropped]
     merged = [_merged(m) for m in report.merged]
-    return "; ".join([_measured_on(report), *merged, *rounded, *trained, *gone])
+    return "; ".join([_measured_on(report), *merged, *rounded, *trained, *gone, *_dense(report)])
+
+
+def _dense(report: Report) -> list[str]:
+    """What no pass made smaller, and what that makes of the bits of all parameters."""
+    if not report.dense:
+        return []
+    parts = ", ".join(f"{what} {size_text(size)}" for what, size in report.dense.items())
+    bits = report.rows[-1].bits_per_parameter if report.rows else None
+    over = "" if bits is None else f"{bits:.3f} bits over all parameters; "
+    return [f"{over}left dense: {size_text(sum(report.dense.values()))} ({parts})"]
 
 
 def _merged(merge: dict[str, Any]) -> str:
@@ -181,7 +220,7 @@ def _measured_on(report: Report) -> str:
     kl = f"; KL on {d['kl_tokens']} of them" if d.get("kl_tokens") else ""
     source = d["source"] if isinstance(d["source"], str) else ", ".join(d["source"].values())
     if "samples" in d:
-        return f"accuracy on {source}, {d['samples']} samples{kl}"
+        return f"{SAID[d.get('judged_by', 'classes')]} on {source}, {d['samples']} samples{kl}"
     protocol = f", protocol {d['protocol']}" if "protocol" in d else ""
     return f"perplexity on {source}, {d['windows']} windows of {d['length']}, {d['tokens']} tokens{protocol}{kl}"
 

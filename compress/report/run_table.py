@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from compress.report.report import Row
 
 # Rows to come are not known: columns are as wide as their numbers usually are.
-USUAL = {"perplexity": 10, "accuracy": 8, "change": 7, "KL": 6, "size": 8, "seconds": 7, "peak": 7}
+USUAL = {
+    "perplexity": 10, "accuracy": 8, "error": 7, "cosine": 8, "change": 7, "KL": 6, "size": 8, "seconds": 7, "peak": 7,
+}  # fmt: skip
 ROOMY = {**USUAL, "perplexity": 12, "change": 12, "KL": 7}  # where a pass did much damage
 USUAL_OF_SOURCE = 18
 USUAL_IN_POINTS = 13  # a change of accuracy

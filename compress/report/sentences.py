@@ -22,11 +22,12 @@ def verified(facts: Mapping[str, Any]) -> str:
         text += f"; reloaded model's logits differ by {facts['max_logit_difference']:.2g}"
     if "as_shipped" in facts:
         shipped = facts["as_shipped"]
-        quality = "accuracy" if "accuracy" in shipped else "perplexity"
-        text += (
-            f"; as shipped by {shipped['max_logit_difference']:.2g}, KL {shipped['kl']:.2g}, "
-            f"{quality} {shipped[quality]:.4g} for {shipped[f'packed_{quality}']:.4g}"
-        )
+        text += f"; as shipped by {shipped['max_logit_difference']:.2g}"
+        if shipped["kl"] is not None:
+            text += f", KL {shipped['kl']:.2g}"
+        for quality in ("accuracy", "perplexity"):
+            if shipped.get(quality) is not None:
+                text += f", {quality} {shipped[quality]:.4g} for {shipped[f'packed_{quality}']:.4g}"
     return text
 
 
@@ -52,6 +53,9 @@ def evaluation_lines(model: str, found: Mapping[str, Any], against: str | None) 
     """
     if "accuracy" in found:
         said, unit, data = f"accuracy {found['accuracy']:.2%}", "images", f"{found['samples']} images"
+    elif "relative_error" in found:
+        said, unit = f"error {found['relative_error']:.2%}, cosine {found['cosine']:.5f}", "rows"
+        data = f"{found['samples']} rows of outputs"
     else:
         said, unit = f"perplexity {found['perplexity']:.3f}", "tokens"
         data = f"{found['windows']} windows of {found['length']}, {found['tokens']} tokens"

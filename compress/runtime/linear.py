@@ -45,13 +45,22 @@ class PackedLinear(PackedModule):
     """
 
     kernel: Quick | GpuLookup | None
+    like: Tensor
 
     def __init__(self, spec: Spec, *, bias: bool, transposed: bool, dtype: torch.dtype = torch.float32):
-        """`transposed`: stands for a Conv1D, which keeps (in, out). `dtype` is the type of the bias."""
+        """`transposed`: stands for a Conv1D, which keeps (in, out). `dtype` is the type of its bias and `weight`."""
         super().__init__(spec, bias=bias, dtype=dtype)
         self.transposed = transposed
         self.out_features, self.in_features = spec.shape
         self.kernel, self.automatic, self.arranged = None, True, False
+        # The type and device that the model computes in; of no length, and not in the file.
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the layer that it replaces, unpacked: some models multiply with `layer.weight` themselves."""
+        weight = self.dequantize().to(self.like.dtype)
+        return weight.T.contiguous() if self.transposed else weight
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the type of `x`."""

@@ -240,7 +240,17 @@ REFUSED: dict[str, tuple[str, list[Pass], str]] = {
     "convolutions": ("resnet", [Rtn(bits=4)], r"packs Linear layers only, .* \(Conv2d\)"),
     "nine_bits": ("llama", [Rtn(bits=4, overrides=(Override("*.0.*", {"bits": 8}),))],
                   "asymmetric codes of 8 bits, such as those of .*one setting for all layers, or symmetric: true"),
+    "few_rows": ("few_rows", [Rtn(bits=4, group_size=16)],
+                 r"cannot read the zero points of layers with as few rows as .*k_proj \(8; 4 .*symmetric: true"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{"symmetric": True, "group_size": 16}, {"group_size": None}], ids=str)
+def test_layers_of_few_rows_are_held_without_zero_points_or_with_one_for_a_row(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    report = write("few_rows", tmp_path, [Rtn(bits=4, **options)], KEY)
+    assert report.verified[KEY]["max_logit_difference"] < 1e-5
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -35,6 +35,7 @@ MODELS = {
     "bfloat16": lambda: make_llama().bfloat16(),
     "gpt2": make_gpt2,
     "resnet": make_resnet,
+    "few_rows": lambda: make_llama(num_key_value_heads=1, head_dim=8),
 }
 
 

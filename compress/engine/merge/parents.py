@@ -86,7 +86,7 @@ def _refuse_other_shapes(model: str, graph: Graph, parent: Artifact, pass_: Merg
 
 def vocabulary_names(graph: Graph) -> set[str]:
     """Names of the tensors with a row for every token."""
-    if not graph.is_language_model:
+    if not graph.takes_tokens:
         return set()
     assert isinstance(graph.model, PreTrainedModel)
     tables = [graph.model.get_input_embeddings(), graph.model.get_output_embeddings()]

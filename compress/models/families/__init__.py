@@ -11,7 +11,7 @@ from compress.models.families.llama import GatedDecoder, Llama
 from compress.models.families.opt import Opt
 from compress.models.families.plain import Plain
 from compress.models.families.resnet import ResNet
-from compress.models.families.transformers_model import Images, Language
+from compress.models.families.transformers_model import EncoderDecoder, Features, Images, Language
 from compress.models.families.vit import Vit
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from compress.models.families.base import Family
 
 FAMILIES: tuple[Family, ...] = (
+    EncoderDecoder(),
     Llama(),
     GatedDecoder(),
     Gpt2(),
@@ -30,6 +31,7 @@ FAMILIES: tuple[Family, ...] = (
     ResNet(),
     Language(),
     Images(),
+    Features(),
     Plain(),
 )
 

@@ -1,10 +1,11 @@
-"""Models of transformers, of which at least it is known how they are called: with token ids, or with images."""
+"""Models of transformers, of which at least it is known how they are called: by their first input, or by two."""
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from compress.lazy import transformers
+from compress.lazy import torch, transformers
 from compress.models.families.plain import Plain
 from compress.models.symmetry import is_wired, wired_units
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from compress.models.symmetry import Units, Wiring
 
-IMAGE_INPUT = "pixel_values"
+TOKENS, IMAGE_INPUT = "input_ids", "pixel_values"
 
 
 class TransformersModel(Plain):
@@ -42,10 +43,22 @@ class Language(TransformersModel):
     """Called with token ids."""
 
     def matches(self, model: nn.Module) -> bool:
-        return super().matches(model) and not called_with_images(model)
+        return super().matches(model) and called_with(model) == TOKENS
 
     def forward(self, model: nn.Module, batch: Tensor) -> Any:
-        return model(input_ids=batch, use_cache=False)
+        return model(input_ids=batch, **without_cache(model))
+
+
+class EncoderDecoder(Language):
+    """Called with token ids for both halves: the decoder is shown the encoder's own, one place later."""
+
+    def matches(self, model: nn.Module) -> bool:
+        return super().matches(model) and decodes(model)
+
+    def forward(self, model: nn.Module, batch: Tensor) -> Any:
+        begun = torch.full_like(batch[:, :1], first_token(model))
+        shifted = torch.cat([begun, batch[:, :-1]], dim=1)
+        return model(input_ids=batch, decoder_input_ids=shifted, **without_cache(model))
 
 
 class Images(TransformersModel):
@@ -55,9 +68,51 @@ class Images(TransformersModel):
         return super().matches(model) and called_with_images(model)
 
     def forward(self, model: nn.Module, batch: Tensor) -> Any:
-        return model(pixel_values=batch.clone())  # a first layer may work in place
+        return model(pixel_values=batch.clone(), **begun(model, batch))  # a first layer may work in place
+
+
+class Features(TransformersModel):
+    """Called with numbers of another kind, such as sound."""
+
+    def matches(self, model: nn.Module) -> bool:
+        return super().matches(model)
+
+    def forward(self, model: nn.Module, batch: Tensor) -> Any:
+        return model(**{called_with(model): batch.clone()}, **begun(model, batch))
+
+
+def called_with(model: Any) -> str:
+    """The name of the first input of a model of transformers."""
+    return str(getattr(model, "main_input_name", TOKENS))
 
 
 def called_with_images(model: nn.Module) -> bool:
     """Whether the first input of a model of transformers is images."""
-    return getattr(model, "main_input_name", "") == IMAGE_INPUT
+    return called_with(model) == IMAGE_INPUT
+
+
+def decodes(model: Any) -> bool:
+    """Whether a model has a decoder that wants tokens of its own."""
+    encodes = getattr(model.config, "is_encoder_decoder", False)
+    return bool(encodes) and "decoder_input_ids" in inspect.signature(model.forward).parameters
+
+
+def first_token(model: Any) -> int:
+    """The token that a decoder begins with."""
+    named = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+    configs = (model.config, model.config.get_text_config(decoder=True))
+    found = (getattr(config, name, None) for name in named for config in configs)
+    return next((token for token in found if isinstance(token, int)), 0)
+
+
+def begun(model: Any, batch: Tensor) -> dict[str, Any]:
+    """What the decoder of a model is called with that reads no text: the token that it begins with."""
+    if not decodes(model):
+        return {}
+    start = torch.full((len(batch), 1), first_token(model), device=batch.device)
+    return {"decoder_input_ids": start, **without_cache(model)}
+
+
+def without_cache(model: Any) -> dict[str, bool]:
+    """Nothing is kept for a next call; not every model asks."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}

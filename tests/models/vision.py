@@ -1,0 +1,53 @@
+"""Models of images and of sound."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from entry import Entry
+
+EDGES = ("*patch_embed*", "*classifier*", "*embedder.*")  # what a large model has little of
+IMAGES: dict[str, Any] = {"inputs": "images", "apart": EDGES}
+TWO_STAGES = {"hidden_sizes": [32, 64], "depths": [2, 2]}
+PYRAMID = {
+    **TWO_STAGES, "num_encoder_blocks": 2, "num_attention_heads": [2, 4], "mlp_ratios": [2, 2], "strides": [4, 2],
+}  # fmt: skip
+WINDOWS = {"depths": [2, 2], "num_heads": [2, 4], "embed_dim": 32, "window_size": 4, "patch_size": 4}
+CONVOLUTIONS = {"conv_dim": [32, 32], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2,
+                "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}  # fmt: skip
+
+VISION = (
+    Entry("ViTForImageClassification", **IMAGES, quick=True),
+    Entry("ViTModel", **IMAGES),
+    Entry("BeitForImageClassification", **IMAGES),
+    Entry("CLIPModel", inputs="pairs"),
+    Entry("CLIPForImageClassification", **IMAGES),
+    Entry("ConvNextForImageClassification", {**TWO_STAGES, "num_stages": 2}, exclude=("*dwconv",), **IMAGES),
+    Entry("ConvNextV2ForImageClassification", {**TWO_STAGES, "num_stages": 2}, exclude=("*dwconv",), **IMAGES),
+    Entry("Data2VecVisionForImageClassification", **IMAGES),
+    Entry("DeiTForImageClassification", **IMAGES),
+    Entry("Dinov2ForImageClassification", **IMAGES),
+    Entry("FocalNetForImageClassification", {
+        **TWO_STAGES, "embed_dim": 32, "focal_levels": [2, 2], "focal_windows": [3, 3], "patch_size": 4,
+    }, **IMAGES),
+    Entry("PoolFormerForImageClassification", {
+        **TWO_STAGES, "num_encoder_blocks": 2, "patch_sizes": [7, 3], "strides": [4, 2], "padding": [2, 1],
+        "mlp_ratio": 2.0,
+    }, **IMAGES),
+    Entry("PvtForImageClassification", {
+        **PYRAMID, "sequence_reduction_ratios": [2, 1], "patch_sizes": [4, 2],
+    }, **IMAGES),
+    Entry("RegNetForImageClassification", {**TWO_STAGES, "embedding_size": 32, "groups_width": 16}, **IMAGES),
+    Entry("ResNetForImageClassification", {**TWO_STAGES, "embedding_size": 32, "layer_type": "basic"}, **IMAGES),
+    Entry("SegformerForImageClassification", {**PYRAMID, "sr_ratios": [2, 1], "patch_sizes": [7, 3]}, **IMAGES),
+    Entry("SegformerForSemanticSegmentation", {
+        **PYRAMID, "sr_ratios": [2, 1], "patch_sizes": [7, 3], "decoder_hidden_size": 32,
+    }, **IMAGES),
+    Entry("SiglipModel", inputs="pairs"),
+    Entry("SiglipForImageClassification", **IMAGES),
+    Entry("SwinForImageClassification", WINDOWS, **IMAGES),
+    Entry("Swinv2ForImageClassification", WINDOWS, **IMAGES),
+    Entry("YolosForObjectDetection", {"image_size": [32, 32], "num_detection_tokens": 10}, **IMAGES),
+    Entry("Wav2Vec2ForCTC", CONVOLUTIONS, inputs="waves"),
+    Entry("HubertForCTC", CONVOLUTIONS, inputs="waves"),
+)  # fmt: skip
