@@ -79,7 +79,7 @@ class Line:
         entry = self.entry
         if entry.refused:
             return not self.failures or bool(self.results)
-        return bool(self.failures) or any(
+        return self.failures.keys() != set(entry.without) or any(
             found.share < entry.share or (found.difference or 0.0) > entry.tolerance for found in self.results.values()
         )
 

@@ -18,10 +18,14 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import (
     AutoModelForImageClassification,
+    CLIPConfig,
+    CLIPForImageClassification,
     ConvNextConfig,
     ConvNextForImageClassification,
     LlamaForCausalLM,
     PreTrainedModel,
+    PvtConfig,
+    PvtForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
     ViTConfig,
@@ -664,3 +668,37 @@ def test_a_graph_lists_every_tensor_a_checkpoint_holds() -> None:
         *(name for name, _ in model.named_parameters()),
         *(name for name, _ in model.named_buffers()),
     ]
+
+
+def test_blocks_in_lists_of_lists_are_found_and_a_model_of_several_stages_is_compressed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = PvtConfig(
+        image_size=32, num_encoder_blocks=2, depths=[2, 1], hidden_sizes=[16, 32], num_attention_heads=[1, 2],
+        sequence_reduction_ratios=[2, 1], patch_sizes=[4, 2], strides=[4, 2], mlp_ratios=[2, 2], num_labels=CLASSES,
+    )  # fmt: skip
+    model = PvtForImageClassification(config).eval()
+    found = graphs.find(model)
+    assert [b for b in found.blocks if ".block." in b] == [f"pvt.encoder.block.{i}" for i in ("0.0", "0.1", "1.0")]
+    model.save_pretrained(tmp_path / "model")
+    images = torch.rand(4, 3, 32, 32)
+    for name, options in {"gptq": {}, "flexround": {"steps": 2, "exclude": ["*patch_embeddings*"]}}.items():
+        steps = {"passes": [{name: {"bits": 4, **options}}]}
+        data = {"calibration": images, "evaluation": (images, torch.arange(4))}
+        report = compress.run(steps, tmp_path / "model", tmp_path / name, **data)
+        assert report.verified["max_logit_difference"] == 0
+        assert {s.name for s in found.sites if ".block." in s.name} <= report.layers.keys()
+
+
+def test_images_may_have_more_numbers_than_a_text_has_positions(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**sizes, "vocab_size": 32, "max_position_embeddings": 8},
+        vision_config={**sizes, "image_size": 16, "patch_size": 8}, projection_dim=16,
+    )  # fmt: skip
+    CLIPForImageClassification(config).save_pretrained(tmp_path / "model")
+    images = torch.rand(4, 3, 16, 16)
+    steps = {"passes": [{"gptq": {"bits": 4}}]}
+    report = compress.run(
+        steps, tmp_path / "model", tmp_path / "out", calibration=images, evaluation=(images, torch.arange(4) % 2)
+    )
+    assert report.verified["max_logit_difference"] == 0

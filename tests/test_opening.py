@@ -1,6 +1,7 @@
 """What a model folder is, asked in one place: its files, its structure, its type; all else is refused by name."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -527,3 +528,15 @@ def test_a_compressed_folder_is_checked_for_absurd_settings_too(folder: Path, tm
     for opening in (load_measured, open_packed):
         with pytest.raises(CheckpointError, match="num_hidden_layers is 10000"):
             opening(tmp_path / "out")
+
+
+def test_what_a_class_declares_to_leave_out_is_nothing_that_the_model_has(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32, n_positions=8))
+    model.save_pretrained(tmp_path / "model")
+    assert any(re.search(each, "h.0.attn.c_attn.bias") for each in model._keys_to_ignore_on_load_unexpected)
+    steps = {"passes": [{"rtn": {"bits": 4, "group_size": 16}}]}
+    compress.run(steps, tmp_path / "model", tmp_path / "out")
+    names = load_file(tmp_path / "out" / "compress.safetensors")
+    assert "transformer.h.0.attn.c_attn.bias" in names
+    assert compress.export_to(tmp_path / "out", [compress.Hf()])["hf"]["max_logit_difference"] == 0

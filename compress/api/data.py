@@ -18,6 +18,7 @@ from compress.errors import DataError
 from compress.models.architecture import predicts_masked, predicts_next
 from compress.models.families import family_of
 from compress.models.graph import Graph
+from compress.models.logits import vocabulary as vocabulary_of
 from compress.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
@@ -51,9 +52,11 @@ def model_inputs(graph: Graph, name: str, data: Dataset, dtype: torch.dtype) -> 
     """
     inputs = data.inputs
     if graph.takes_tokens:
-        vocabulary: int = graph.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        known: int = graph.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        # Some tables have rows for more than text, such as the places of images, that are never predicted.
+        predicted = vocabulary_of(graph.model) if graph.is_language_model else 0
         least = 2 if name == "evaluation" and graph.is_language_model else 1
-        return data.of(token_ids(name, inputs, vocabulary, least))
+        return data.of(token_ids(name, inputs, min(known, predicted or known), least))
     if inputs.numel() == 0:
         raise DataError(f"{name} is empty: shape {tuple(inputs.shape)}")
     if inputs.is_floating_point() and not torch.isfinite(inputs).all():

@@ -20,6 +20,7 @@ from compress.api.output_folder import (
     refuse_foreign,
     working_for,
 )
+from compress.api.reloaded import plain_tolerance
 from compress.calibration.data import Dataset
 from compress.calibration.metrics import judge_of
 from compress.calibration.surroundings import undisturbed
@@ -31,6 +32,7 @@ from compress.export.hf import loaded
 from compress.export.packed import added_in, open_packed, specs_in
 from compress.io.heap import give_back
 from compress.io.manifest import replace_file
+from compress.models.logits import vocabulary
 from compress.models.positions import longest_window
 from compress.progress import Bars
 
@@ -119,6 +121,8 @@ def write_all(
         facts = exporter.verify(made, folder, bars)
         tolerance = exporter.tolerance(specs_in(made))
         if tolerance is not None and expect is not None:
+            computes = getattr(torch, exporter.computes) if exporter.computes else made.dtype
+            tolerance = max(tolerance, plain_tolerance(made.artifact.graph.model, computes))
             facts |= compared(exporter, made, folder, expect, tolerance)
         found[exporter.key] = facts
     return found
@@ -186,7 +190,7 @@ def _evaluation_data(made: PackedFolder, section: Evaluation | None, bars: Bars)
             pass  # a file that is no longer there, or data that was given from Python
     if not graph.is_language_model:
         return None
-    words: int = graph.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    words = vocabulary(graph.model)
     return Dataset(some_tokens(words, longest_window(graph.model) or 128))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress.calibration.collect import mixed, same_call
 from compress.calibration.reconstruct import HiddenSamples
@@ -92,6 +92,14 @@ class Activations:
             yield partial(
                 calls[self.kinds[index]].run, block, self.hidden[number].to(self.compute, non_blocking=True), weights
             )
+            if self.trim:
+                give_back()
+
+    def whole(self, block: nn.Module, index: int) -> Iterator[Callable[[], Any]]:
+        """One call per batch that gives all that a block puts out; as `forwards`."""
+        for number, calls in enumerate(self.calls):
+            hidden = self.hidden[number].to(self.compute, non_blocking=True)
+            yield partial(calls[self.kinds[index]].whole, block, hidden)
             if self.trim:
                 give_back()
 

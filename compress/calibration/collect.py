@@ -44,10 +44,14 @@ class Call:
 
     def run(self, block: nn.Module, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """The block's output hidden states for other input hidden states, and other parameters by name."""
-        hidden = hidden.clone()  # a block may begin with a layer that works in place
         if weights is None:
-            return hidden_of(block(hidden, *self.args, **self.kwargs))
+            return hidden_of(self.whole(block, hidden))
+        hidden = hidden.clone()
         return hidden_of(torch.func.functional_call(block, dict(weights), (hidden, *self.args), self.kwargs))
+
+    def whole(self, block: nn.Module, hidden: Tensor) -> Any:
+        """All that the block puts out for other input hidden states."""
+        return block(hidden.clone(), *self.args, **self.kwargs)  # it may begin with a layer that works in place
 
     def resized(self, size: int, count: int) -> Call:
         """The same call for `count` samples instead of `size`: tensors with an entry per sample repeat their first."""
@@ -160,6 +164,18 @@ def visits(
     return seen
 
 
+def reached(forward: Callable[[], Any], modules: Sequence[nn.Module]) -> list[int]:
+    """Run `forward`; the numbers of the modules in the order they were called."""
+    seen: list[int] = []
+    handles = [m.register_forward_pre_hook(lambda *_, i=i: seen.append(i)) for i, m in enumerate(modules)]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
 def watched(
     forward: Callable[[], Any],
     blocks: list[nn.Module],
@@ -218,13 +234,15 @@ def statistics(
     before: int = 0,
     experts: Sequence[FusedParameter] = (),
     all_experts: bool = False,
+    once: bool = False,
 ) -> dict[str, Statistics]:
     """Sum statistics of the inputs of modules, and of experts, over several forward passes.
 
     Modules fed by the very same tensor (convolutions: in the same windows) share one `Statistics` object: whether they
     are is seen at their first call, and a shared sum is then updated once per pass, by the first of them. If the first
     pass reached every module exactly once, later ones end as soon as all have been reached: what comes after could add
-    nothing. Modules named in `ranged` get the range of their inputs too; `before` samples were run by other processes.
+    nothing; where that is known beforehand (`once`), the first does too. Modules named in `ranged` get the range of
+    their inputs too; `before` samples were run by other processes.
 
     Experts of fused parameters are seen as often as tokens are sent to them; one that never is has no statistics. With
     `all_experts` each is shown all tokens that any of them is sent, and what comes out is still what the router chose.
@@ -233,7 +251,6 @@ def statistics(
     sums = _Sums(needs, windows, ranged, before)
     ends = {*modules, *(p.left for p in experts)}
     reached: Counter[str] = Counter()
-    once = False
 
     def count(name: str) -> None:
         reached[name] += 1
@@ -254,7 +271,7 @@ def statistics(
                 reached.clear()
                 with suppress(Stop):
                     forward()
-                once = all(reached[name] == 1 for name in ends) if number == 0 else once
+                once = once or (number == 0 and all(reached[name] == 1 for name in ends))
         sums.check()
     finally:
         sums.last.clear()  # the hooks refer to it, and each other, until the next garbage collection

@@ -95,6 +95,27 @@ def arrivals_by_kind(
     return hidden, {kind: calls[kind] for kind in dict.fromkeys(kinds.of)}
 
 
+@contextmanager
+def answering(model: nn.Module, names: Sequence[str], form: Callable[[Tensor], Any], last: Tensor) -> Iterator[None]:
+    """While open, blocks pass on what arrives, and the last of them answers with hidden states that are known.
+
+    Args:
+        model: that holds the blocks.
+        names: of the blocks, in order.
+        form: hidden states as a block puts them out.
+        last: what the last block makes.
+    """
+    before = {name: model.get_submodule(name) for name in names}
+    try:
+        for name, block in before.items():
+            known = last if name == names[-1] else None
+            model.set_submodule(name, _stand_in(block, lambda *_: None, form, known))
+        yield
+    finally:
+        for name, block in before.items():
+            model.set_submodule(name, block)
+
+
 def _calls_alone(
     forward: Callable[[], Any], model: nn.Module, names: Sequence[str]
 ) -> tuple[Tensor, list[Call]] | None:
@@ -143,12 +164,19 @@ def _passing_on(model: nn.Module, names: Sequence[str], enter: Callable[[Any, Ca
             model.set_submodule(name, block)
 
 
-def _stand_in(block: nn.Module, enter: Callable[[Any, Call], None]) -> nn.Module:
+def _stand_in(
+    block: nn.Module,
+    enter: Callable[[Any, Call], None],
+    form: Callable[[Tensor], Any] = lambda hidden: hidden,
+    known: Tensor | None = None,
+) -> nn.Module:
+    """In the place of a block: says what arrives, and puts that out, or what is known of its output."""
+
     class StandIn(nn.Module):  # made here: torch is imported when it is first needed
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             hidden, call = split_arguments(args, kwargs)
             enter(hidden, call)
-            return hidden
+            return form(hidden if known is None else known)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(block, name)

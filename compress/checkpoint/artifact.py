@@ -100,6 +100,8 @@ class Artifact:
         self._by_parameter: dict[str, list[Site]] = {}
         for site in self.graph.sites:
             self._by_parameter.setdefault(site.parameter, []).append(site)
+        tied = ((name, self._by_parameter.get(kept, [])) for name, kept in self.graph.tied.items())
+        self._by_parameter |= {name: sites for name, sites in tied if any(site.looked_up for site in sites)}
         self.stored = set(self.source.names())
 
     def name_in_source(self, parameter: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,17 @@ class Recipe:
         """Whether entry i along the first dimension is made of what belongs to it alone."""
         return all(_keeps_first(operation) for operation in self.converter.operations)
 
+    def settled(self, shape: tuple[int, ...]) -> Recipe:
+        """The same recipe where nothing depends on what is there. `shape`: of the tensor in the files."""
+        operations = self.converter.operations
+        if len(operations) > 1 or not getattr(operations[0], "check_dims", False):
+            return self
+        converter, meant = copy.copy(self.converter), tuple(self.model.get_parameter(self.first).shape)
+        turn = copy.copy(operations[0])
+        turn.check_dims = False
+        converter.operations = [_AsItIs() if shape == meant else turn]
+        return replace(self, converter=converter)
+
     def of_entry(self, index: int, stacked: bool) -> Recipe:
         """The recipe of one entry along the first dimension. `stacked`: every tensor in the files has them all."""
         if stacked:
@@ -66,13 +77,24 @@ class Recipe:
         return Recipe(self.converter, self.model, self.first, parts)
 
 
+class _AsItIs:
+    """The operation of a tensor that lies in the files as in the model."""
+
+    def convert(self, tensors: dict[str, Any], target_patterns: Sequence[str], **_: Any) -> dict[str, Any]:
+        """Gives a tensor its new name."""
+        (value,) = tensors.values()
+        return {target_patterns[0]: value}
+
+
 def _keeps_first(operation: Any) -> bool:
     """Whether an operation treats the entries along the first dimension alike and apart."""
     kind = type(operation).__name__
     if kind == "MergeModulelist":
         return bool(operation.dim == 0)
     if kind == "Transpose":
-        return bool(operation.dim0 > 0 and operation.dim1 > 0)
+        return bool(operation.dim0 > 0 and operation.dim1 > 0 and not getattr(operation, "check_dims", False))
+    if isinstance(operation, _AsItIs):
+        return True
     return kind in ("Concatenate", "Interleave") and operation.dim > 0
 
 
@@ -125,7 +147,8 @@ class ConvertedSource(ChangedSource):
         super().__init__(before)
         self._made: dict[str, _Made] = {}
         used: set[str] = set()
-        for recipe in recipes:
+        for stated in recipes:
+            recipe = stated.settled(before.shape(stated.parts[0][1])) if len(stated.parts) == 1 else stated
             used.update(stored for _, stored in recipe.parts)
             shapes = {stored: before.shape(stored) for _, stored in recipe.parts}
             for name, value in recipe.made(lambda stored: self._blank(stored)).items():

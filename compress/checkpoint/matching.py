@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from compress.checkpoint.sources import FolderSource, Source
+    from compress.checkpoint.sources import Source
     from compress.models.graph import Graph
 
 RUNNING = ("running_mean", "running_var")  # without them a batch normalisation is another one
@@ -57,7 +57,7 @@ class Matched:
     notes: tuple[str, ...]
 
 
-def match(folder: Path, source: FolderSource, graph: Graph) -> Matched:
+def match(folder: Path, source: Source, graph: Graph) -> Matched:
     """A folder's weights matched with the model that its configuration describes.
 
     Args:
@@ -182,7 +182,8 @@ def _placed(source: Source, graph: Graph, spelling: Spelling) -> _Found:
 def _refuse_other(folder: Path, source: Source, stored: Iterable[str], tensor: torch.Tensor) -> None:
     """Refuse another shape, and codes in the place of weights."""
     for name in stored:
-        if tensor.is_floating_point() and not source.dtype(name).is_floating_point:
+        dtype = source.dtype(name)
+        if tensor.is_floating_point() and (dtype.itemsize == 1 or not dtype.is_floating_point):
             _already_quantized(folder, f"{name} is {source.dtype(name)}".replace("torch.", ""))
         if source.shape(name) != tuple(tensor.shape):
             raise CheckpointError(
@@ -237,9 +238,13 @@ def _refuse_extra(folder: Path, graph: Graph, source: Source, spelling: Spelling
 
 
 def ignored(model: Any, names: Iterable[str]) -> tuple[str, ...]:
-    """Those of some names of a file that a class of transformers declares to leave out when it is loaded."""
+    """Those of some names of a file that a class of transformers declares to leave out when it is loaded.
+
+    What the model has is none of them: GPT-2 leaves out `h.0.attn.bias`, and means no `h.0.attn.c_attn.bias`.
+    """
+    own = model.state_dict().keys()
     declared = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    return tuple(name for name in names if any(pattern.search(name) for pattern in declared))
+    return tuple(name for name in names if name not in own and any(pattern.search(name) for pattern in declared))
 
 
 def _refuse_unknown(folder: Path, graph: Graph, source: Source, spelling: Spelling, unknown: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint.dequantized import DequantizedSource
 from compress.checkpoint.matching import match
 from compress.checkpoint.sources import FolderSource
 from compress.encodings.format import WEIGHTS
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from compress.checkpoint.artifact import Artifact
+    from compress.checkpoint.sources import Source
 
 MOST_COMPUTED = 1 << 26  # numbers that a model of any size may compute, such as causal masks
 MOST_PARAMETERS = 4  # times those in the files: what a configuration may describe before its model is built
@@ -62,7 +64,8 @@ class OpenedModel:
 
     def settings(self, dtype: torch.dtype) -> dict[str, Any]:
         """config.json for a model that is to be loaded in a type; of the source's, all but names of code."""
-        found = without_code(refusals.read_settings(self.folder))
+        found = without_code(refusals.read_settings(self.folder)) | loading.INSTEAD.get(self.config.model_type, {})
+        found.pop(refusals.SECTIONS[0], None)  # of codes that are read as numbers
         if getattr(self.config, "dtype", None) == dtype:
             return found
         found.pop("torch_dtype", None)  # the old name; a loader would otherwise round once more
@@ -88,15 +91,22 @@ def open_folder(folder: Path) -> OpenedModel:
     refusals.refuse_adapter(folder)
     settings = refusals.read_settings(folder)
     refusals.refuse_quantized(folder, settings)
-    source = FolderSource(folder)
-    config = fitting_config(folder, source)
+    stored = FolderSource(folder)
+    config = fitting_config(folder, stored)
+    coded = refusals.coded_weights(settings)
+    source = DequantizedSource(stored, _dtype(config, stored)) if coded else stored
+    if coded:
+        del config.quantization_config  # what is built and written is dense
     notes = refusals.refuse_other_tasks(folder, settings, config)
     _refuse_larger(folder, config, source)
     _refuse_generation(folder)
     matched = match(folder, source, graphs.find(loading.build(config)))
-    for note in (*notes, *matched.notes):
+    notes = [*notes, *matched.notes]
+    if coded:
+        notes.append(f"the weights are stored as {coded}, and are read as the numbers that those mean")
+    for note in notes:
         LOGGER.warning("%s: %s", folder, note)
-    return OpenedModel(folder, config, matched.artifact, _dtype(config, source), (*notes, *matched.notes))
+    return OpenedModel(folder, config, matched.artifact, _dtype(config, source), tuple(notes))
 
 
 def load_measured(model: str | Path, dtype: torch.dtype | None = None) -> Any:
@@ -135,7 +145,7 @@ def measured_in(folder: Path) -> torch.dtype | None:
         return _dtype(fitting_config(folder, source), source)
 
 
-def fitting_config(folder: Path, source: FolderSource) -> Any:
+def fitting_config(folder: Path, source: Source) -> Any:
     """config.json as transformers reads it, refused where it describes more parts than the files hold.
 
     Raises:
@@ -147,13 +157,13 @@ def fitting_config(folder: Path, source: FolderSource) -> Any:
     return config
 
 
-def _count(source: FolderSource) -> int:
+def _count(source: Source) -> int:
     """The most blocks, or experts, that the files can hold: tensors, and slices of those with three dimensions."""
     shapes = [source.shape(name) for name in source.names()]
     return len(shapes) + max((shape[0] for shape in shapes if len(shape) > 2), default=0)
 
 
-def _refuse_larger(folder: Path, config: Any, source: FolderSource) -> None:
+def _refuse_larger(folder: Path, config: Any, source: Source) -> None:
     """A configuration of a much larger model would take the memory of that one."""
     stored = sum(torch.Size(source.shape(name)).numel() for name in source.names())
     parameters, buffers = loading.sizes_of(config) or (0, 0)
@@ -176,5 +186,5 @@ def _refuse_generation(folder: Path) -> None:
             ) from error
 
 
-def _dtype(config: Any, source: FolderSource) -> torch.dtype:
+def _dtype(config: Any, source: Source) -> torch.dtype:
     return loading.computes_in(config, (source.dtype(name) for name in source.names()))

@@ -85,6 +85,9 @@ def write_packed(
     added = sorted(name.removesuffix(".bias") for name in artifact.vectors if artifact.added(name))
     if added:
         section["added_biases"] = added
+    shared = {n: name for name, site in artifact.sites.items() if name in artifact.committed for n in site.shared}
+    if shared:
+        section["shared"] = shared
     write_json({**config, **artifact.configured, "quantization_config": section}, folder / "config.json")
     if source:
         copy_companions(source, folder)

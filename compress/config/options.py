@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Instances are checked as well: a pass that was made in Python, a `Matched` inside its options.
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, revalidate_instances="always")
 OUT_OF_RANGE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}
-PATTERNS = {"include", "exclude", "overrides"}  # options of the whole pass, which no override changes
+PATTERNS = {"include", "exclude", "overrides", "embeddings"}  # options of the whole pass, which no override changes
 
 
 for part in (Matched, Override):  # they stand inside options

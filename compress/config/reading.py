@@ -239,7 +239,10 @@ def _read_entry(
 def _constructed(cls: type[Named], options: dict[str, Any], path: str, findings: _Findings) -> Named:
     """A pass or exporter of the options that are right; the others are reported."""
     overrides = options.pop("overrides", None) if "overrides" in names_in(cls) else None
+    embeddings = options.pop("embeddings", None) if "embeddings" in names_in(cls) else None
     values = _read_options(cls, options, path, names_in(cls), findings)
+    if embeddings is not None:
+        values["embeddings"] = _embeddings(cls, embeddings, f"{path}.embeddings", findings)
     if overrides is not None:
         values["overrides"] = _overrides(cls, overrides, f"{path}.overrides", findings)
     made = cls(**values)
@@ -262,6 +265,17 @@ def _overrides(cls: type, data: Any, path: str, findings: _Findings) -> tuple[Ov
     return tuple(made)
 
 
+def _embeddings(cls: type, data: Any, path: str, findings: _Findings) -> dict[str, Any]:
+    """Options of embeddings: a mapping, or the text of a scheme."""
+    names = [name for name in names_in(cls) if name not in PATTERNS]
+    if isinstance(data, str) and "bits" in names:
+        return _scheme(data, path, names, findings)
+    if not isinstance(data, dict):
+        findings.add(path, "must be the options of embeddings, such as {bits: 8}, or w8 where there are bits")
+        return {}
+    return _read_options(cls, data, path, names, findings)
+
+
 def _read_options(
     cls: type, options: Mapping[str, Any], path: str, names: Collection[str], findings: _Findings
 ) -> dict[str, Any]:
@@ -278,7 +292,7 @@ def _scheme(scheme: Any, path: str, names: Collection[str], findings: _Findings)
     match = re.fullmatch(SCHEME, str(scheme))
     if not match:
         said = f"{shown(scheme)} is not bits and group size such as w4g128, or w4 for one scale per row"
-        findings.add(f"{path}.scheme", said)
+        findings.add(path if path.endswith(".embeddings") else f"{path}.scheme", said)
         return {}
     if not match[2] and "group_size" not in names:
         return {"bits": int(match[1])}

@@ -109,6 +109,16 @@ def _method(cls: type[Pass]) -> dict[str, Any]:
     here = {name: {"$ref": f"#/$defs/{cls.key}/properties/{name}"} for name in properties if name not in PATTERNS}
     match = {"type": "string", "description": "A shell wildcard on full names; the last override that matches wins."}
     inner = _closed({"match": match, **here}, required=["match"])
+    if "embeddings" in properties:
+        forms = [
+            _closed(here),
+            *([{key: properties["scheme"][key] for key in ("type", "pattern")}] if "scheme" in here else []),
+        ]
+        properties["embeddings"] = {
+            "anyOf": [*forms, {"type": "null"}],
+            "description": properties["embeddings"]["description"],
+            "default": None,
+        }
     properties["overrides"] = {
         "type": "array",
         "items": inner,

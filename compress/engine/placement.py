@@ -262,6 +262,8 @@ def take_records(
             piece = _piece_made(context, site, weight if isinstance(weight, Weight) else context.weight(site))
             if not site.is_expert:
                 set_value(model, site.parameter, piece)
+                if site.shared:
+                    tie(context.graph)
                 continue
             if site.parameter not in fused:
                 fused[site.parameter] = model.get_parameter(site.parameter).detach().to(context.dtype, copy=True)
@@ -303,8 +305,13 @@ def _streamed(context: Context) -> Iterator[Hold]:
         if module._parameters and name not in parts and not name.startswith(inside):
             parts[name] = module
     held: list[str] | None = None
+    kept = _read_elsewhere(context.graph, parts)
+    for name in kept:
+        bring_in(context, name, parts[name])
 
     def leave(name: str) -> None:
+        if name in kept:
+            return
         if held is None:
             evict(context, name, parts[name])
         else:
@@ -328,7 +335,28 @@ def _streamed(context: Context) -> Iterator[Hold]:
         collect.around(early, lambda _: bring_in(context, first, parts[first]), lambda _: leave(first)),
         collect.around(parts, lambda name: bring_in(context, name, parts[name]), leave),
     ):
-        yield hold
+        try:
+            yield hold
+        finally:
+            for name in kept:
+                evict(context, name, parts[name])
+
+
+def _read_elsewhere(graph: Graph, parts: Mapping[str, nn.Module]) -> set[str]:
+    """Parts that stay in memory while a model can be called, because others may read their parameters.
+
+    Language models on their own do not, but models of several parts do: Gemma 4 looks up its padding in the table of
+    its embedding, Idefics 3 asks for the device of its first parameter. What is larger than a block, and no embedding,
+    is brought in when it runs all the same.
+    """
+    config: Any = getattr(graph.model, "config", None)
+    if graph.is_language_model and config.get_text_config() is config:
+        return set()
+    largest = max(sum(p.numel() for p in parts[name].parameters()) for name in graph.blocks)
+    sizes = {
+        name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if name not in graph.blocks
+    }
+    return {name for name, size in sizes.items() if size <= largest or isinstance(parts[name], nn.Embedding)}
 
 
 def grids_of(context: Context, sites: Iterable[Site], now: Mapping[str, Weight] | None = None) -> dict[str, InputGrid]:

@@ -22,12 +22,13 @@ from compress.calibration.precision import calibrating
 from compress.calibration.wiring import Kinds, arrivals_by_kind, kinds_of_calls
 from compress.engine.block_view import View
 from compress.engine.placement import present, set_value, streamed, value_of
+from compress.engine.tail import outside_statistics
 from compress.errors import UnsupportedModelError
 from compress.io.heap import bound_heap
 from compress.passes.targets import works_on
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
@@ -109,7 +110,6 @@ def gradients(wanted: Wanted) -> AbstractContextManager[None]:
 def sweep(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> Iterator[Unit]:
     """Hand out one unit after the other. A block must be committed before the next is asked for."""
     if wanted.calibrated:
-        assert OUTSIDE_BLOCKS not in wanted.sites, "the planner refuses calibrated passes outside the blocks"
         try:
             yield from _calibrated(context, wanted, batches)
         finally:
@@ -144,19 +144,28 @@ def _calibrated(context: Context, wanted: Wanted, batches: Sequence[Tensor]) -> 
         bound_heap()
     count, towers = len(context.graph.blocks), context.graph.towers
     shown = context.bars.over(range(count), count, f"{wanted.label}: block", "each")
+    chain: Activations | None = None
     for tower in towers:
         if any(wanted.sites[index] for index in tower.numbers) or len(towers) == 1:
-            yield from _tower(context, wanted, batches, tower, shown)
+            chain = yield from _tower(context, wanted, batches, tower, shown)
             continue
         for index in itertools.islice(shown, len(tower.blocks)):  # nothing changes there, so nothing has to run
             yield Unit(_unit(index), [], dict)
     next(shown, None)  # the last block is done
+    if OUTSIDE_BLOCKS in wanted.sites:  # last: a head learns from what the compressed blocks make
+        sites = wanted.sites[OUTSIDE_BLOCKS]
+        chain = chain if len(towers) == 1 else None
+        seen = partial(outside_statistics, context, wanted.needs, wanted.ranged, sites, chain, batches)
+        yield Unit(_unit(OUTSIDE_BLOCKS), sites, seen)
 
 
 def _tower(
     context: Context, wanted: Wanted, batches: Sequence[Tensor], tower: Tower, shown: Iterator[int]
-) -> Iterator[Unit]:
-    """The blocks of a tower, one after the other. `shown`: gives the numbers of blocks, and draws progress."""
+) -> Generator[Unit, None, Activations | None]:
+    """The blocks of a tower, one after the other; then what arrives at the last of them.
+
+    `shown` gives the numbers of blocks, and draws progress.
+    """
     graph = context.graph
     chain = chain_of(context, tower, batches)
     original = None  # what arrives in the original model, beside what arrives in the compressed one
@@ -179,6 +188,7 @@ def _tower(
         yield Unit(_unit(index), sites, partial(_block_statistics, context, wanted, index, chain, batches), view)
         if chain and index + 1 in tower.numbers:
             _step(context, chain, index, None, "propagate: batches")
+    return chain
 
 
 def _unit(index: int) -> str:

@@ -128,6 +128,16 @@ def refuse_added(graph: Graph, added: Collection[str]) -> Iterator[str]:
         )
 
 
+def refuse_tables(graph: Graph, specs: Mapping[str, Spec], why: str) -> Iterator[str]:
+    """Why packed embeddings do not fit a container; nothing where there are none. `why`: what it lacks."""
+    packed = [site.name for site in graph.sites if site.looked_up and site.name in specs]
+    if packed:
+        yield (
+            f"{why}, and {len(packed)} are packed, such as {packed[0]}; leave embeddings out of the passes (`exclude`, "
+            "or no `embeddings:`), or this format out of `export:`"
+        )
+
+
 def refuse_experts(graph: Graph, names: Collection[str], container: str) -> Iterator[str]:
     """Why experts of fused parameters do not fit a container of layers; nothing where there are none.
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.checkpoint.sources import SINGLE
 from compress.encodings.bits import pack_bits, row_bytes
-from compress.export.base import Exporter, refuse_added, refuse_experts, refuse_missing
+from compress.export.base import Exporter, refuse_added, refuse_experts, refuse_missing, refuse_tables
 from compress.export.hf import Dense, loaded, plain_config, refuse_rounded
 from compress.export.packed import specs_in
 from compress.io.atomic import write_json, writing
@@ -212,8 +212,11 @@ class CompressedTensors(Exporter):
                 f"{corrected[0]}; leave eora out, or export peft or hf"
             )
         yield from refuse_experts(graph, coded, FORMAT)
+        yield from refuse_tables(graph, coded, "transformers reads no packed embeddings of compressed-tensors")
         modules = dict(graph.model.named_modules())
-        strange = [name for name in coded if name in modules and type(modules[name]) is not nn.Linear]
+        tables = {site.name for site in graph.sites if site.looked_up}
+        layers = [name for name in coded if name in modules and name not in tables]
+        strange = [name for name in layers if type(modules[name]) is not nn.Linear]
         if strange:
             kind = type(modules[strange[0]]).__name__
             yield (

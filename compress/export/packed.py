@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.artifact import Artifact, Packed
@@ -86,15 +87,15 @@ def open_packed(folder: Path, dtype: torch.dtype | None = None) -> PackedFolder:
     unknown = sorted(committed.keys() - {s.name for s in graph.sites})
     if unknown:
         raise UsageError(f"{folder}: config.json packs {unknown[0]}, which its model does not have")
-    artifact = Artifact(graph, source, dict(graph.tied), {**committed}, carried=ignored(model, source.names()))
-    _refuse_other_tensors(artifact, folder)
+    artifact = Artifact(graph, source, dict(graph.tied), {**committed})
+    artifact = replace(artifact, carried=_refuse_other_tensors(artifact, folder))
     configured = getattr(config, "dtype", None)
     found = dtype or (configured if isinstance(configured, torch.dtype) else torch.float32)
     return PackedFolder(folder, artifact, found)
 
 
-def _refuse_other_tensors(artifact: Artifact, folder: Path) -> None:
-    """Refuse a file that lacks a tensor of the model, or holds another."""
+def _refuse_other_tensors(artifact: Artifact, folder: Path) -> tuple[str, ...]:
+    """Refuse a file that lacks a tensor of the model, or holds another; returns those that are carried along."""
     graph = artifact.graph
     wanted: dict[str, tuple[int, ...]] = {}
     for name, tensor in graph.tensors():
@@ -104,13 +105,15 @@ def _refuse_other_tensors(artifact: Artifact, folder: Path) -> None:
             wanted |= {f"{site.name}.{leaf}": shape for leaf, (shape, _) in leaves.items()}
         if not sites and name not in graph.tied:
             wanted[name] = tuple(tensor.shape)
-    there = artifact.source.names()
+    there = list(artifact.source.names())
+    carried = ignored(graph.model, [name for name in there if name not in wanted])
     refuse_other_tensors(
-        {name: artifact.source.shape(name) for name in there if name not in artifact.carried},
+        {name: artifact.source.shape(name) for name in there if name not in carried},
         wanted,
         {name for name in graph.buffers if not name.endswith(RUNNING)},
         str(folder / WEIGHTS),
     )
+    return carried
 
 
 def specs_in(made: PackedFolder) -> dict[str, Spec]:

@@ -2,8 +2,8 @@
 
 A block is one of the model's repeated modules (decoder layers, residual blocks; the children of a plain
 `nn.Sequential`). A site is a matrix to compress: the weight of a `Linear`, of a `Conv2d` (a row per output channel),
-of a transformers `Conv1D` (stored transposed), or one expert of a fused parameter. Nothing is traced: which block feeds
-which is observed while running (`calibration/collect.py`).
+of a transformers `Conv1D` (stored transposed), or one expert of a fused parameter; and the table of an `Embedding`
+(`tables.py`). Nothing is traced: which block feeds which is observed while running (`calibration/collect.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from compress.lazy import transformers
 from compress.models.architecture import predicts_masked, predicts_next
 from compress.models.families import family_of
 from compress.models.families.transformers_model import TOKENS, called_with, called_with_images
+from compress.models.tables import with_tables
 from compress.models.towers import LANGUAGE, named, numbered
 
 if TYPE_CHECKING:
@@ -116,14 +117,17 @@ def find(model: nn.Module) -> Graph:
     blocks = tuple(name for tower in towers for name in tower.blocks)
     index = {name: i for i, name in enumerate(blocks)}
     sites = tuple(replace(site, block=_owner(site.name, index)) for site in family.sites(model))
+    tied = _tied(model)
+    linear, sites = sites, with_tables(model, sites, tied)
     if not sites:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no Linear, Conv2d or Conv1D layer: nothing to compress"
+            f"{type(model).__name__} has no Linear, Conv2d, Conv1D or Embedding layer: nothing to compress"
         )
+    _refuse_shared(model, linear, tied)
     kept = model.state_dict().keys()
     buffers = tuple(name for name, _ in model.named_buffers() if name in kept)
-    axes = family.axes(model, [s.name for s in sites])
-    return Graph(model, blocks, sites, family, _tied(model), buffers, axes, towers)
+    axes = family.axes(model, [s.name for s in linear])
+    return Graph(model, blocks, sites, family, tied, buffers, axes, towers)
 
 
 def chosen(graph: Graph, names: Collection[str] | None = None) -> Graph:
@@ -160,7 +164,7 @@ def chosen(graph: Graph, names: Collection[str] | None = None) -> Graph:
     return replace(
         graph,
         blocks=blocks,
-        sites=tuple(replace(site, block=_owner(site.name, index)) for site in sites),
+        sites=tuple(replace(s, block=None if s.looked_up else _owner(s.name, index)) for s in sites),
         towers=towers,
         left_out=left,
     )
@@ -181,6 +185,18 @@ def _owner(name: str, blocks: dict[str, int]) -> int | None:
         if owner is not None:
             return owner
     return None
+
+
+def _refuse_shared(model: nn.Module, sites: tuple[Site, ...], tied: dict[str, str]) -> None:
+    """Blocks of a model of transformers that hold one matrix between them, each in a layer of its own."""
+    owners = {site.parameter: site for site in sites if site.block is not None}
+    shared = [(s, owners[tied[s.parameter]]) for s in owners.values() if tied.get(s.parameter) in owners]
+    if shared and isinstance(model, transformers.PreTrainedModel):
+        one, other = shared[0]
+        raise UnsupportedModelError(
+            f"blocks of {type(model).__name__} share matrices, such as {one.name} and {other.name} ({len(shared)} in "
+            "all); a matrix that several blocks have is not supported: use a model whose blocks have their own"
+        )
 
 
 def forward(graph: Graph, batch: Tensor) -> Any:

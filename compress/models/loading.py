@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MOST_WORDS = 300  # characters of another library's message
+# Model type -> what its configuration has to say instead. RWKV divides weights in place at its first call, and hidden
+# states between blocks, so that float16 does not overflow; packed weights stay what they are.
+INSTEAD: dict[str, dict[str, Any]] = {"rwkv": {"rescale_every": 0}}
 
 
 def read_config(folder: Path) -> transformers.PreTrainedConfig:
@@ -31,6 +34,8 @@ def read_config(folder: Path) -> transformers.PreTrainedConfig:
     try:
         read = transformers.AutoConfig.from_pretrained
         config: transformers.PreTrainedConfig = read(folder, trust_remote_code=False, local_files_only=True)
+        for name, value in INSTEAD.get(config.model_type, {}).items():
+            setattr(config, name, value)
         return config
     except Exception as error:  # each model's configuration class refuses in its own way
         file = folder / "config.json"
@@ -59,7 +64,7 @@ def computes_in(config: Any, stored: Iterable[torch.dtype]) -> torch.dtype:
     configured = getattr(config, "dtype", None)
     if isinstance(configured, torch.dtype):
         return configured
-    found = next((dtype for dtype in stored if dtype.is_floating_point), torch.float32)
+    found = next((dtype for dtype in stored if dtype.is_floating_point and dtype.itemsize > 1), torch.float32)
     return torch.float32 if found == torch.float64 else found  # which nothing computes in
 
 
@@ -95,10 +100,21 @@ def built(make: Callable[[], transformers.PreTrainedModel]) -> transformers.PreT
     with no_init_weights(), _parameters_on_meta():
         model = make()
     _recompute_constants(model)
+    _take_packed_branch(model)
     model.tie_weights()
     model.eval()
     run_one_by_one(model)
     return model
+
+
+def _take_packed_branch(model: nn.Module) -> None:
+    """Let a model compute as its packed copy will: some code (FalconMamba, Jamba) asks, and calls `dt_proj` only then.
+
+    As transformers marks what it loads with a quantizer; the mark is in no config.json.
+    """
+    for module in model.modules():
+        if isinstance(module, transformers.PreTrainedModel):
+            module.config._is_quantized = True
 
 
 def _recompute_constants(model: transformers.PreTrainedModel) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 SECTIONS = ("quantization_config", "compression_config")  # the second is what early compressed-tensors called it
+READABLE = ("fp8", "mxfp4")  # by `checkpoint/dequantized.py`
 QUANTIZERS_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 # How configurations count what they build one by one. A count above the number of tensors in the files is wrong, and
 # building it could take for ever.
@@ -66,12 +67,14 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def refuse_quantized(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Passes start from dense weights.
+    """Passes start from dense weights, or from codes that say what they mean without loss.
 
     Raises:
-        CheckpointError: the folder says that its weights are codes.
+        CheckpointError: the folder says that its weights are other codes.
     """
     for place, section in _sections(settings):
+        if place == SECTIONS[0] and is_readable(section):
+            continue
         method = section.get("quant_method") or section.get("format") or "unknown"
         measure = ". To measure use `compress eval`" if place == SECTIONS[0] else ""
         raise CheckpointError(
@@ -84,6 +87,18 @@ def refuse_quantized(folder: Path, settings: Mapping[str, Any]) -> None:
                 f"{folder} is already quantized: it holds {name}; a pipeline starts from the uncompressed model. If "
                 "the weights are uncompressed all the same, take that file out of the folder"
             )
+
+
+def coded_weights(settings: Mapping[str, Any]) -> str:
+    """How weights are stored that are read as numbers all the same; empty where they are plain."""
+    section = settings.get(SECTIONS[0])
+    return str(section.get("format") or section["quant_method"]) if isinstance(section, dict) and section else ""
+
+
+def is_readable(section: Mapping[str, Any]) -> bool:
+    """Whether weights of this section of config.json are read as numbers: float8 with scales, and MXFP4."""
+    method = section.get("quant_method")
+    return method in READABLE or (method == "compressed-tensors" and section.get("format") == "float-quantized")
 
 
 def _sections(settings: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

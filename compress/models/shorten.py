@@ -92,7 +92,10 @@ def _graph(graph: Graph, model: nn.Module, kept: Sequence[int]) -> Graph:
         names = new((site.name,))
         place = None if site.block is None or not names else kept.index(site.block)
         refs = [replace(site.ref, parameter=parameter) for parameter in new((site.parameter,))]
-        sites += [replace(site, name=n, ref=ref, block=place) for n, ref in zip(names, refs, strict=True)]
+        sites += [
+            replace(site, name=n, ref=ref, block=place, shared=new(site.shared))
+            for n, ref in zip(names, refs, strict=True)
+        ]
     axes = [replace(a, makers=new(a.makers), readers=new(a.readers)) for a in graph.axes]
     return replace(
         graph,

@@ -70,6 +70,8 @@ class Site:
         block: index into `Graph.blocks`, or None for a site outside every block, such as an output head.
         groups: of a convolution; with more than one, each row multiplies only its own group's inputs.
         router: it chooses among experts; passes leave it alone unless a pattern names it.
+        looked_up: rows of it are looked up, as in an embedding; a head may multiply with it too.
+        shared: full names of further modules that use it, such as a head that is tied to the embedding.
     """
 
     name: str
@@ -78,6 +80,13 @@ class Site:
     block: int | None = None
     groups: int = 1
     router: bool = False
+    looked_up: bool = False
+    shared: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The full names of the modules that use it, any of which patterns may match."""
+        return (self.name, *self.shared)
 
     @property
     def parameter(self) -> str:

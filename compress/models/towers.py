@@ -74,6 +74,8 @@ def _lists(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
         if not isinstance(module, nn.ModuleList) or any(path.startswith(outer) for outer in inside):
             continue
         children = list(module.named_children())
+        if any(isinstance(child, nn.ModuleList) for _, child in children):
+            continue  # stages of PVT: a list is nothing that runs, and those in it are lists of their own
         if any(list(child.children()) for _, child in children) and any(p.dim() > 1 for p in module.parameters()):
             inside.append(f"{path}.")
             yield path, tuple(f"{path}.{name}" for name, _ in children)

@@ -32,7 +32,8 @@ class Pass:
 
     Args:
         include: shell wildcards on full module names. Empty: every site inside the blocks. Sites outside the blocks,
-            such as lm_head, are only worked on when a pattern here matches them, and routers when one names them.
+            such as lm_head, are only worked on when a pattern here matches them, routers and embeddings when one names
+            them: "*embed_tokens*", not "*".
         exclude: sites to leave alone.
         overrides: `{match: "*.down_proj", bits: 8}`, or `Override("*.down_proj", {"bits": 8})`.
     """

@@ -27,12 +27,19 @@ if TYPE_CHECKING:
 def works_on(pass_: Pass, site: Site) -> bool:
     """Whether a pass works on a site.
 
-    A router of a mixture is only worked on where the last part of an `include` pattern names it: `*.gate` does, `*`
+    A router of a mixture, and an embedding, is only worked on where an `include` pattern names it: `*.gate` does, `*`
     and `*.mlp.*` do not.
     """
-    if site.router and not any(p.rpartition(".")[2].strip("*?") for p in pass_.include if fnmatchcase(site.name, p)):
+    if (site.router or site.looked_up) and not any(names(p, site.name) for p in pass_.include):
         return False
     return pass_.selects(site.name, site.block is not None)
+
+
+def names(pattern: str, name: str) -> bool:
+    """Whether a pattern matches a name, and would not if the last part of the name were another."""
+    owner = name.rpartition(".")[0]
+    other = f"{owner}.\0" if owner else "\0"
+    return fnmatchcase(name, pattern) and not fnmatchcase(other, pattern)
 
 
 def make_target(

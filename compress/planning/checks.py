@@ -208,17 +208,45 @@ def experts(case: Case) -> Iterator[Problem]:
 
 
 def tied_or_outside(case: Case) -> Iterator[Problem]:
-    """Matrices that share their values with another, and those where no statistics are collected."""
-    tied, pass_ = case.state.graph.tied, case.pass_
+    """Matrices that share their values with another, and those where a block is learned that is none."""
+    graph, pass_ = case.state.graph, case.pass_
     for site in case.sites:
-        if site.parameter in tied:
-            other = tied[site.parameter].removesuffix(".weight")
+        if site.parameter in graph.tied and not site.looked_up:
+            other = graph.tied[site.parameter].removesuffix(".weight")
             yield case.refused(f"{site.name} is tied to {other}; compressing one would change the other. Exclude it")
-        if site.block is None and pass_.calibrated and pass_.reach != "model":
+        if site.block is None and pass_.calibrated and pass_.reach == "block":
             yield case.refused(
-                f"{site.name} is outside the blocks, where no statistics are collected; {pass_.key} cannot work on "
-                "it. Use rtn for it, in a pass of its own with `include`"
-                + (" and without activation_scale: tensor" if pass_.ranged else "")
+                f"{site.name} is outside the blocks, and {pass_.key} learns blocks; it cannot work on it. Use a method "
+                "that works on one matrix at a time, such as gptq or rtn, in a pass of its own with `include`"
+            )
+
+
+def tables(case: Case, written: Pass) -> Iterator[Problem]:
+    """What cannot be done to the table of an embedding. `written`: the pass as the pipeline has it."""
+    graph, pass_ = case.state.graph, case.pass_
+    if getattr(written, "embeddings", None) is not None and not any(s.block is None for s in case.sites):
+        yield case.refused(
+            f"a {case.model} has no embedding and no head that is not excluded; leave it out", "embeddings"
+        )
+    for site in graph.sites if pass_.reach == "model" and pass_.calibrated else ():
+        head = next((name for name in site.shared if pass_.selects(name, in_block=False)), None)
+        if head is not None:
+            yield case.refused(f"{head} is tied to {site.name}; compressing one would change the other. Exclude it")
+    for site in case.sites:
+        own = pass_.at(site.name)
+        if not site.looked_up:
+            continue
+        if pass_.reach == "model" and pass_.calibrated:
+            yield case.refused(f"{site.name} is an embedding, which {pass_.key} cannot train; `exclude` it")
+        if own.input_form() is not None:
+            yield case.refused(
+                f"rows of {site.name} are looked up, so it has no inputs to round; use activation_bits: null for it in "
+                "`overrides`, or name it with `embeddings:`"
+            )
+        if own.low_rank_form(site.shape) is not None:
+            yield case.refused(
+                f"rows of {site.name} are looked up, and {pass_.key} keeps two factors whose product is no row; "
+                "`exclude` it"
             )
 
 
@@ -289,7 +317,7 @@ def exports(pipeline: Pipeline, state: PlanState) -> Iterator[Problem]:
 
 def data_sections(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
     """Data of another kind than the model takes, or longer."""
-    longest = longest_window(graph.model)
+    longest = longest_window(graph.model) if graph.takes_tokens else None  # CLIP has positions of words, too
     images, model = not graph.takes_tokens, type(graph.model).__name__
     for name, section in (("calibration", pipeline.calibration), ("evaluate", pipeline.evaluate)):
         for source in section.sources.values() if section else ():
@@ -299,6 +327,17 @@ def data_sections(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
                 yield Problem(f"{name}.source", f"{source}: {model} takes {wanted}")
         if section and longest and section.length > longest:
             yield Problem(f"{name}.length", f"{section.length} is more than the model's {longest} positions")
+
+
+def out_of_reach(pipeline: Pipeline, graph: Graph, dense: Dense) -> Iterator[Problem]:
+    """A model of which most is not what passes work on: the result would not be what its name says."""
+    if dense.reached < LEAST_REACHED and not pipeline.allow_dense:
+        parts = ", ".join(f"{what} ({size / 1e6:.2f} MB)" for what, size in dense.unreached.items())
+        yield Problem(
+            "allow_dense",
+            f"passes can reach {dense.reached:.0%} of the matrices of a {type(graph.model).__name__}; left dense would "
+            f"be {parts}. With `allow_dense: true` it is run all the same, and the report says what was left",
+        )
 
 
 def all_experts(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
@@ -312,17 +351,6 @@ def all_experts(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
     others = [name for name in owners if not takes_choices(graph.model.get_submodule(name))]
     if others:
         yield Problem(path, f"{others[0]} of a {model} cannot be told which experts to run; leave it out")
-
-
-def out_of_reach(pipeline: Pipeline, graph: Graph, dense: Dense) -> Iterator[Problem]:
-    """A model of which most is not what passes work on: the result would not be what its name says."""
-    if dense.reached < LEAST_REACHED and not pipeline.allow_dense:
-        parts = ", ".join(f"{what} ({size / 1e6:.2f} MB)" for what, size in dense.unreached.items())
-        yield Problem(
-            "allow_dense",
-            f"passes can reach {dense.reached:.0%} of the matrices of a {type(graph.model).__name__}; left dense would "
-            f"be {parts}. With `allow_dense: true` it is run all the same, and the report says what was left",
-        )
 
 
 def whole_pipeline(pipeline: Pipeline, state: PlanState, dense: Dense) -> Iterator[Problem]:

@@ -44,20 +44,29 @@ def peak(pipeline: Pipeline, stages: Sequence[Sequence[PassPlan]], graph: Graph,
         }
         moments.append(memory.joined("evaluating", held, parts))
     for stage in stages:
-        parts = _stage(pipeline, [part.pass_ for part in stage], graph, itemsize, waiting)
+        outside = [site for part in stage if part.pass_.reach == "matrix" for site in part.sites if site.block is None]
+        parts = _stage(pipeline, [part.pass_ for part in stage], graph, itemsize, waiting, outside)
         moments.append(memory.joined(f"running {stage[0].path}", held, parts))
     return most(moments or [Need("starting", held)])
 
 
-def _stage(pipeline: Pipeline, passes: Sequence[Pass], graph: Graph, itemsize: int, waiting: bool) -> dict[str, int]:
+def _stage(
+    pipeline: Pipeline,
+    passes: Sequence[Pass],
+    graph: Graph,
+    itemsize: int,
+    waiting: bool,
+    outside: Sequence[Site],
+) -> dict[str, int]:
+    """The parts of a moment. `outside`: sites outside the blocks that are solved."""
     calibrated, learns = any(p.calibrated for p in passes), any(p.reach == "block" for p in passes)
     tokens = memory.run_at_once(pipeline) if calibrated else 0
     running = (memory.block(graph) * itemsize if calibrated else 0) + memory.flowing(graph, tokens) * itemsize
-    solving = SOLVED * memory.FLOAT * max((s.shape[0] * s.shape[1] for s in _inside(graph)), default=0)
+    solving = SOLVED * memory.FLOAT * max((s.shape[0] * s.shape[1] for s in (*_inside(graph), *outside)), default=0)
     learning = memory.block(graph) * memory.LEARNING * memory.FLOAT if learns else 0
     return {
         "weights": max(running, solving),
-        "statistics": _grams(graph) if any(p.needs == "gram" for p in passes) else 0,
+        "statistics": _grams(graph, [*_inside(graph), *outside]) if any(p.needs == "gram" for p in passes) else 0,
         "activations": memory.waiting(pipeline, passes, graph, itemsize) if waiting else 0,
         "training": learning + sum(memory.training(p, pipeline.calibration, graph) for p in passes),
     }
@@ -67,11 +76,11 @@ def _inside(graph: Graph) -> list[Site]:
     return [site for site in graph.sites if site.block is not None]
 
 
-def _grams(graph: Graph) -> int:
+def _grams(graph: Graph, sites: Sequence[Site]) -> int:
     """The sums of a block, one for all layers of a part that take inputs of one width, and the widest's factor."""
     blocks: dict[int | None, set[tuple[str, int]]] = {}
-    for site in (s for s in _inside(graph) if not s.is_expert):
+    for site in (s for s in sites if not s.is_expert):
         blocks.setdefault(site.block, set()).add((site.name.rpartition(".")[0], site.shape[1]))
     kept = max((sum(width**2 for _, width in parts) for parts in blocks.values()), default=0)
-    widest = max((site.shape[1] for site in _inside(graph)), default=0)
+    widest = max((site.shape[1] for site in sites), default=0)
     return int(ROUNDED_UP * ((kept + widest**2) * memory.FLOAT + memory.of_experts(graph)))

@@ -12,6 +12,7 @@ from compress.passes.prune.selection import pattern
 from compress.passes.targets import works_on
 from compress.planning import checks
 from compress.planning.checks import Case
+from compress.planning.named import on_model
 from compress.planning.state import PassPlan, Planned
 
 if TYPE_CHECKING:
@@ -27,10 +28,11 @@ if TYPE_CHECKING:
 
 def plan(state: PlanState, path: str, pass_: Pass, *, fused: bool, first: bool) -> Planned:
     """What becomes of each layer; see `Planner`."""
-    graph = state.graph
+    graph, written = state.graph, pass_
+    pass_ = on_model(graph, written)
     chosen = tuple(s for s in graph.sites if works_on(pass_, s))
     sites = _in_free_order(graph, chosen) if pass_.preserves else chosen
-    problems = tuple(_problems(Case(state, path, pass_, sites), chosen, fused, first))
+    problems = tuple(_problems(Case(state, path, pass_, sites), written, chosen, fused, first))
     kinds, specs, biases = dict(state.kinds), dict[str, Spec](), dict(state.new_biases)
     for site in sites:
         own = pass_.at(site.name)
@@ -52,12 +54,19 @@ def _in_free_order(graph: Graph, chosen: Sequence[Site]) -> tuple[Site, ...]:
     return tuple(s for s in chosen if s.name in free)
 
 
-def _problems(case: Case, chosen: tuple[Site, ...], fused: bool, first: bool) -> Iterator[Problem]:
-    """Every impossible thing. `chosen`: the sites that the patterns select, more than the pass works on."""
+def _problems(case: Case, written: Pass, chosen: tuple[Site, ...], fused: bool, first: bool) -> Iterator[Problem]:
+    """Every impossible thing.
+
+    Args:
+        case: with the pass as it is on the model.
+        written: the pass as the pipeline has it.
+        chosen: the sites that the patterns select, more than the pass works on.
+        fused, first: as of `plan`.
+    """
     path, pass_ = case.path, case.pass_
-    names = [s.name for s in case.state.graph.sites]
-    yield from checks.unmatched_patterns(path, pass_, names, "layer")
-    yield from checks.idle_patterns(path, pass_, names, [s.name for s in chosen], "layer")
+    names = [name for s in case.state.graph.sites for name in s.names]
+    yield from checks.unmatched_patterns(path, written, names, "layer")
+    yield from checks.idle_patterns(path, written, names, [name for s in chosen for name in s.names], "layer")
     yield from checks.fused_whole(path, pass_, fused)
     if pass_.preserves:
         yield from checks.channel_order(replace(case, sites=chosen), free=case.sites)
@@ -69,6 +78,7 @@ def _problems(case: Case, chosen: tuple[Site, ...], fused: bool, first: bool) ->
     yield from checks.grouped_convolutions(case)
     yield from checks.experts(case)
     yield from checks.tied_or_outside(case)
+    yield from checks.tables(case, written)
     yield from checks.training_objective(case)
     yield from checks.shapes_together(case)
 

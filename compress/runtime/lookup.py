@@ -11,7 +11,7 @@ from torch.nn.functional import linear, pad
 
 from compress.encodings.bits import pack_bits
 from compress.encodings.decode import Decoder
-from compress.runtime.arrange import arrange, restore
+from compress.runtime.arrange import ROWS, arrange, restore
 from compress.runtime.kernels import numbered
 from compress.runtime.launch import (
     GATHER,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HALVES = ("bfloat16", "float16")
+AT_ONCE = 512  # rows that are looked up among arranged codes: each brings its block into memory
 ARRANGED_BITS = {1: 2, 7: 8}  # widths that are arranged as others
 
 
@@ -135,6 +136,18 @@ class GpuLookup(nn.Module):
         assert self.product is not None
         shape = self.product.rows, self.product.columns
         codes = restore(self.words, shape, self.product.bits, nibbles=self.product.nibbles)
+        return codes if self.pairs is None else self.pairs.stored(codes)
+
+    def codes_of(self, rows: Tensor) -> Tensor:
+        """(N,) numbers of rows -> (N, I) uint8, as `codes` has them; only blocks of rows that hold them are read."""
+        assert self.product is not None
+        columns, found = self.product.columns, []
+        blocks = self.words.view(-(-self.product.rows // ROWS), -1)
+        for part in torch.split(rows, AT_ONCE):
+            shape = ROWS * len(part), columns
+            codes = restore(blocks[part // ROWS].flatten(), shape, self.product.bits, nibbles=self.product.nibbles)
+            found.append(codes[torch.arange(len(part), device=part.device) * ROWS + part % ROWS])
+        codes = torch.cat(found)
         return codes if self.pairs is None else self.pairs.stored(codes)
 
     def take_place(self, stored: Tensor, bits: int) -> bool:

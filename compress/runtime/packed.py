@@ -28,7 +28,7 @@ class PackedModule(nn.Module):
 
     def __init__(self, spec: Spec, *, bias: bool, dtype: torch.dtype = torch.float32):
         """`dtype` is the type of the bias."""
-        super().__init__()
+        nn.Module.__init__(self)
         self.spec = spec
         for name, (shape, stored) in spec.tensors().items():
             self.register_buffer(name, torch.empty(shape, dtype=stored))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,13 @@ from compress.io.manifest import MANIFEST, verify_folder
 from compress.io.safetensors_file import read_header, refuse_other_tensors
 from compress.models.experts import fused_parameters, keeps_transposed, run_one_by_one
 from compress.runtime.conv import PackedConv2d
+from compress.runtime.embedding import PackedEmbedding, SharedLinear, packed_embedding
 from compress.runtime.experts import PackedExperts
 from compress.runtime.linear import PackedLinear
 from compress.runtime.packed import PackedModule
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class CompressConfig(QuantizationConfigMixin):
@@ -38,6 +42,7 @@ class CompressConfig(QuantizationConfigMixin):
         version: of the package that wrote it, for people.
         added_biases: modules with a bias that their class of model has not.
         verify: compare the folder's files with its manifest before any is read.
+        shared: module -> the packed embedding whose table it uses.
     """
 
     verify = False
@@ -48,12 +53,14 @@ class CompressConfig(QuantizationConfigMixin):
         version: str = "",
         added_biases: list[str] | None = None,
         verify: bool = False,
+        shared: dict[str, str] | None = None,
         **_: Any,
     ):
         self.quant_method = METHOD  # type: ignore[assignment]
         self.modules = modules or {}
         self.version = version
         self.added_biases = added_biases or []
+        self.shared = shared or {}
         if verify:  # a wish of whoever loads, which is not saved otherwise
             self.verify = True
 
@@ -68,6 +75,8 @@ class CompressConfig(QuantizationConfigMixin):
         biases = self.added_biases
         if not isinstance(biases, list) or not all(isinstance(name, str) for name in biases):
             raise ValueError("`added_biases` must be a list of names")
+        if not isinstance(self.shared, dict) or not set(self.shared.values()) <= self.modules.keys():
+            raise ValueError("`shared` must map names to names of packed embeddings")
         found = {}
         for name, spec in self.modules.items():
             try:
@@ -88,7 +97,7 @@ class CompressQuantizer(HfQuantizer):
         config = self.quantization_config
         assert isinstance(config, CompressConfig)
         add_biases(model, config.added_biases)
-        replace_modules(model, config.specs())
+        replace_modules(model, config.specs(), config.shared)
         try:
             if checkpoint_files and config.verify:
                 _refuse_changed(Path(checkpoint_files[0]).parent)
@@ -100,13 +109,21 @@ class CompressQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         align(model)
         for module in model.modules():
-            if isinstance(module, PackedLinear) and next(module.buffers()).is_cuda:
+            if isinstance(module, PackedEmbedding):
+                module.described = False
+            if isinstance(module, PackedLinear) and next(iter(module.stored().values())).is_cuda:
                 module.choose_kernel()  # now: a compiler that traces the first call could not
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Every tensor takes the type its own module was made with."""
         return dtype
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Packed tensors are not put together: their names are those of the model, and only old spellings change."""
+        from transformers.core_model_loading import WeightConverter
+
+        return [each for each in weight_conversions if not isinstance(each, WeightConverter)]
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Called before the weight files are looked up: point at ours."""
@@ -145,14 +162,47 @@ def add_biases(model: nn.Module, names: list[str]) -> None:
         module.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
 
 
-def replace_modules(model: nn.Module, specs: dict[str, Spec]) -> None:
+def replace_modules(model: nn.Module, specs: dict[str, Spec], shared: Mapping[str, str] | None = None) -> None:
     """Put an empty packed module (on the device of what it replaces) in the place of every named module.
 
     Experts of a fused parameter are named by their numbers; all of them then take the place of the parameter.
 
+    Args:
+        model: whose modules are replaced.
+        specs: module -> how its weight is packed.
+        shared: module -> the packed embedding whose table it uses.
+
     Raises:
-        ValueError: some experts of a parameter are named, and others are not.
+        ValueError: some experts of a parameter are named, and others are not; or what is shared is no embedding.
     """
+    ties = _ties(model) if shared else {}
+    fused = _replace_experts(model, specs)
+    replaced: dict[nn.Module, PackedModule] = {}
+    for name, spec in specs.items():
+        if name.rpartition(".")[0] in fused:
+            continue
+        old_module = model.get_submodule(name)
+        weight = old_module.weight
+        assert isinstance(weight, Tensor)
+        with torch.device(weight.device):
+            replaced[old_module] = _packed_module(old_module, spec, weight.dtype)
+        model.set_submodule(name, replaced[old_module])
+        # Some models (GPT-2) initialise `child.weight` from the parent while loading; the packed child has none.
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if not parent._buffers:
+            parent._is_hf_initialized = True  # type: ignore[assignment]
+    for name, of in (shared or {}).items():
+        old, owner = model.get_submodule(name), model.get_submodule(of)
+        if not isinstance(owner, PackedEmbedding):
+            raise ValueError(f"{name} shares the table of {of}, which is no embedding")
+        if old not in replaced:  # one module may have several names
+            replaced[old] = _sharing(old, owner)
+        model.set_submodule(name, replaced[old])
+    _untie(model, ties)
+
+
+def _replace_experts(model: nn.Module, specs: dict[str, Spec]) -> dict[str, list[Spec]]:
+    """Put packed experts in the place of fused parameters; these parameters, with the specs of their experts."""
     fused = _fused(model, specs)
     for parameter, experts in fused.items():
         owner, _, leaf = parameter.rpartition(".")
@@ -165,18 +215,36 @@ def replace_modules(model: nn.Module, specs: dict[str, Spec]) -> None:
         module._is_hf_initialized = True  # type: ignore[assignment]  # its class would fill the parameter
     if fused:
         run_one_by_one(model)
-    for name, spec in specs.items():
-        if name.rpartition(".")[0] in fused:
-            continue
-        old_module = model.get_submodule(name)
-        weight = old_module.weight
-        assert isinstance(weight, Tensor)
-        with torch.device(weight.device):
-            model.set_submodule(name, _packed_module(old_module, spec, weight.dtype))
-        # Some models (GPT-2) initialise `child.weight` from the parent while loading; the packed child has none.
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if not parent._buffers:
-            parent._is_hf_initialized = True  # type: ignore[assignment]
+    return fused
+
+
+def _sharing(old: nn.Module, owner: PackedEmbedding) -> PackedModule:
+    """What uses the table of a packed embedding in the place of a module."""
+    weight = old.weight
+    assert isinstance(weight, Tensor)
+    with torch.device(weight.device):
+        if isinstance(old, nn.Embedding):
+            made = packed_embedding(old, owner.spec, owner)
+            made.described = True
+            return made
+        return SharedLinear(owner, bias=getattr(old, "bias", None) is not None, dtype=weight.dtype)
+
+
+def _ties(model: nn.Module) -> dict[nn.Module, dict[str, str]]:
+    """Part of a model -> the names that transformers ties in it, each with that of what it is tied to."""
+    found = ((part, getattr(part, "get_expanded_tied_weights_keys", None)) for part in model.modules())
+    return {part: named() for part, named in found if named is not None}
+
+
+def _untie(model: nn.Module, ties: Mapping[nn.Module, dict[str, str]]) -> None:
+    """What is packed has no parameter left that transformers could tie."""
+    for part, named in ties.items():
+        there = {name for name, _ in part.named_parameters(remove_duplicate=False)}
+        part._tied_weights_keys = {a: b for a, b in named.items() if {a, b} <= there}  # type: ignore[assignment]
+    there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known = getattr(model, "all_tied_weights_keys", None) or {}
+    for name in [name for name, other in known.items() if not {name, other} <= there]:
+        known.pop(name)
 
 
 def _fused(model: nn.Module, specs: dict[str, Spec]) -> dict[str, list[Spec]]:
@@ -201,6 +269,10 @@ def _fused(model: nn.Module, specs: dict[str, Spec]) -> dict[str, list[Spec]]:
 def _packed_module(old: nn.Module, spec: Spec, dtype: torch.dtype) -> PackedModule:
     if isinstance(old, nn.Conv2d):
         return PackedConv2d(spec, old)
+    if isinstance(old, nn.Embedding):
+        made = packed_embedding(old, spec)
+        made.described = True  # until its tensors are read
+        return made
     has_bias = getattr(old, "bias", None) is not None
     return PackedLinear(spec, bias=has_bias, transposed=not isinstance(old, nn.Linear), dtype=dtype)
 
@@ -215,7 +287,7 @@ def _refuse_other_tensors(model: nn.Module, files: list[str], biases: list[str])
         there.update((name, tuple(entry.shape)) for name, entry in read_header(Path(file)).tensors.items())
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
-    needed = {f"{name}.{leaf}" for name, module in packed.items() for leaf in module.spec.tensors()}
+    needed = {f"{name}.{leaf}" for name, module in packed.items() for leaf in module.spec.tensors()} & wanted.keys()
     buffers = {name for name, _ in model.named_buffers() if not name.endswith(RUNNING)} - needed
     ties = getattr(model, "all_tied_weights_keys", None) or {}
     pairs = [*ties.items(), *((source, target) for target, source in ties.items())]

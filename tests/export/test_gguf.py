@@ -36,6 +36,7 @@ gguf = pytest.importorskip("gguf")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 W4 = Rtn(bits=4, group_size=32, symmetric=True)
+W4_AND_8 = Rtn(bits=4, group_size=32, symmetric=True, embeddings={"bits": 8})
 FACTORS: list[Pass] = [
     LowRank(ratio=0.7, steps=2, include=("*.mlp.*",)),
     Rtn(bits=4, symmetric=True, exclude=("*.mlp.*",)),
@@ -80,6 +81,7 @@ CASES: dict[str, Case] = {
              {"Q4_0": 8, "F32": 13}),
     "factors": (lambda: small().bfloat16(), FACTORS, {"Q4_0": 8, "F32": 11, "BF16": 2}),
     "tied": (lambda: small(tie_word_embeddings=True), [W4], {"Q4_0": 14, "F32": 6}),
+    "embeddings": (lambda: small(tie_word_embeddings=True), [W4_AND_8], {"Q4_0": 14, "Q8_0": 1, "F32": 5}),
     "bfloat16": (lambda: small(rope_theta=5e5).bfloat16(), [W4], {"Q4_0": 14, "F32": 5, "BF16": 2}),
     "wide_heads": (lambda: small(head_dim=32, num_key_value_heads=1, rms_norm_eps=1e-3), [W4], {"Q4_0": 14, "F32": 7}),
     "mistral": (mistral, [W4], {"Q4_0": 14, "F32": 7}),
@@ -161,7 +163,7 @@ def test_values_are_the_packed_models_bit_for_bit_with_rows_of_queries_and_keys_
         assert torch.equal(there[f"blk.{i}.ffn_norm.weight"], layer.post_attention_layernorm.weight)
     assert torch.equal(there["token_embd.weight"], model.model.embed_tokens.weight)
     assert torch.equal(there["output_norm.weight"], model.model.norm.weight)
-    assert ("output.weight" in there) == (name != "tied")
+    assert ("output.weight" in there) == (name not in ("tied", "embeddings"))
 
 
 def test_the_head_is_packed_too_where_a_pass_took_it(tmp_path: Path) -> None:

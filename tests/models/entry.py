@@ -30,6 +30,7 @@ class Entry:
             out.
         apart: patterns of parameters that are said to stay dense.
         exclude: patterns of layers that the passes leave out, such as those that no group divides.
+        without: methods that refuse it, in words.
         refused: words of the message with which the package refuses it today.
         tolerance: largest difference between outputs of the packed and the dense folder.
         exports: containers that hold it.
@@ -43,6 +44,7 @@ class Entry:
     share: float = 0.9
     apart: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     refused: str = ""
     tolerance: float = 0.0
     exports: tuple[str, ...] = ("hf",)

@@ -24,6 +24,7 @@ HYBRIDS = (
     }, label="dense"),
     Entry("JambaForCausalLM", {
         "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "mamba_dt_rank": 16,
     }, apart=ROUTERS),
     Entry("KimiLinearForCausalLM", {**LINEAR, "num_key_value_heads": 4}, apart=ROUTERS),
     Entry("Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention"]}),
@@ -37,7 +38,7 @@ HYBRIDS = (
     Entry("RecurrentGemmaForCausalLM", {
         "num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"],
     }),
-    Entry("RwkvForCausalLM"),
+    Entry("RwkvForCausalLM", {"num_hidden_layers": 4, "rescale_every": 2}),
     Entry("ZambaForCausalLM", {**SHARED, "n_mamba_heads": 2}),
     Entry("Zamba2ForCausalLM", {
         **SHARED, "mamba_d_state": 16, "n_mamba_heads": 8, "mamba_headdim": 16, "mamba_ngroups": 1,

@@ -49,6 +49,8 @@ TEXT = (
             "activation_sparsity_pattern": [0.0, 0.0],
         },
         exclude=("*altup*",),
+        apart=("*altup*", "*per_layer_model_projection*"),
+        without=("flexround",),
     ),
     Entry("Gemma4ForCausalLM"),
     Entry("GlmForCausalLM"),

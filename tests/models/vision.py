@@ -8,11 +8,14 @@ from entry import Entry
 
 EDGES = ("*patch_embed*", "*classifier*", "*embedder.*")  # what a large model has little of
 IMAGES: dict[str, Any] = {"inputs": "images", "apart": EDGES}
+CONVNEXT: dict[str, Any] = {**IMAGES, "apart": (*EDGES, "*dwconv*", "*downsampling*", "*grn*")}
 TWO_STAGES = {"hidden_sizes": [32, 64], "depths": [2, 2]}
 PYRAMID = {
     **TWO_STAGES, "num_encoder_blocks": 2, "num_attention_heads": [2, 4], "mlp_ratios": [2, 2], "strides": [4, 2],
 }  # fmt: skip
 WINDOWS = {"depths": [2, 2], "num_heads": [2, 4], "embed_dim": 32, "window_size": 4, "patch_size": 4}
+SEGFORMER = ("*patch_embeddings.proj", "*dwconv*")
+SOUND = ("*feature_extractor*", "*pos_conv_embed*")
 CONVOLUTIONS = {"conv_dim": [32, 32], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2,
                 "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}  # fmt: skip
 
@@ -20,34 +23,83 @@ VISION = (
     Entry("ViTForImageClassification", **IMAGES, quick=True),
     Entry("ViTModel", **IMAGES),
     Entry("BeitForImageClassification", **IMAGES),
-    Entry("CLIPModel", inputs="pairs"),
+    Entry("CLIPModel", inputs="pairs", refused="pixel_values is not used"),
     Entry("CLIPForImageClassification", **IMAGES),
-    Entry("ConvNextForImageClassification", {**TWO_STAGES, "num_stages": 2}, exclude=("*dwconv",), **IMAGES),
-    Entry("ConvNextV2ForImageClassification", {**TWO_STAGES, "num_stages": 2}, exclude=("*dwconv",), **IMAGES),
+    Entry("ConvNextForImageClassification", {**TWO_STAGES, "num_stages": 2}, exclude=("*dwconv",), **CONVNEXT),
+    Entry("ConvNextV2ForImageClassification", {**TWO_STAGES, "num_stages": 2}, exclude=("*dwconv",), **CONVNEXT),
     Entry("Data2VecVisionForImageClassification", **IMAGES),
     Entry("DeiTForImageClassification", **IMAGES),
     Entry("Dinov2ForImageClassification", **IMAGES),
-    Entry("FocalNetForImageClassification", {
-        **TWO_STAGES, "embed_dim": 32, "focal_levels": [2, 2], "focal_windows": [3, 3], "patch_size": 4,
-    }, **IMAGES),
-    Entry("PoolFormerForImageClassification", {
-        **TWO_STAGES, "num_encoder_blocks": 2, "patch_sizes": [7, 3], "strides": [4, 2], "padding": [2, 1],
-        "mlp_ratio": 2.0,
-    }, **IMAGES),
-    Entry("PvtForImageClassification", {
-        **PYRAMID, "sequence_reduction_ratios": [2, 1], "patch_sizes": [4, 2],
-    }, **IMAGES),
-    Entry("RegNetForImageClassification", {**TWO_STAGES, "embedding_size": 32, "groups_width": 16}, **IMAGES),
+    Entry(
+        "FocalNetForImageClassification",
+        {
+            **TWO_STAGES,
+            "embed_dim": 32,
+            "focal_levels": [2, 2],
+            "focal_windows": [3, 3],
+            "patch_size": 4,
+        },
+        exclude=("*focal_layers*",),
+        **IMAGES,
+    ),
+    Entry(
+        "PoolFormerForImageClassification",
+        {
+            **TWO_STAGES,
+            "num_encoder_blocks": 2,
+            "patch_sizes": [7, 3],
+            "strides": [4, 2],
+            "padding": [2, 1],
+            "mlp_ratio": 2.0,
+        },
+        exclude=("*patch_embeddings*",),
+        **IMAGES,
+    ),
+    Entry(
+        "PvtForImageClassification",
+        {
+            **PYRAMID,
+            "sequence_reduction_ratios": [2, 1],
+            "patch_sizes": [4, 2],
+        },
+        exclude=("*patch_embeddings*",),
+        **IMAGES,
+    ),
+    Entry(
+        "RegNetForImageClassification",
+        {**TWO_STAGES, "embedding_size": 32, "groups_width": 16},
+        exclude=("*attention.2",),
+        **IMAGES,
+    ),
     Entry("ResNetForImageClassification", {**TWO_STAGES, "embedding_size": 32, "layer_type": "basic"}, **IMAGES),
-    Entry("SegformerForImageClassification", {**PYRAMID, "sr_ratios": [2, 1], "patch_sizes": [7, 3]}, **IMAGES),
-    Entry("SegformerForSemanticSegmentation", {
-        **PYRAMID, "sr_ratios": [2, 1], "patch_sizes": [7, 3], "decoder_hidden_size": 32,
-    }, **IMAGES),
-    Entry("SiglipModel", inputs="pairs"),
+    Entry(
+        "SegformerForImageClassification",
+        {**PYRAMID, "sr_ratios": [2, 1], "patch_sizes": [7, 3]},
+        exclude=SEGFORMER,
+        **IMAGES,
+    ),
+    Entry(
+        "SegformerForSemanticSegmentation",
+        {
+            **PYRAMID,
+            "sr_ratios": [2, 1],
+            "patch_sizes": [7, 3],
+            "decoder_hidden_size": 32,
+        },
+        exclude=SEGFORMER,
+        **IMAGES,
+    ),
+    Entry("SiglipModel", inputs="pairs", refused="pixel_values is not used"),
     Entry("SiglipForImageClassification", **IMAGES),
     Entry("SwinForImageClassification", WINDOWS, **IMAGES),
-    Entry("Swinv2ForImageClassification", WINDOWS, **IMAGES),
-    Entry("YolosForObjectDetection", {"image_size": [32, 32], "num_detection_tokens": 10}, **IMAGES),
-    Entry("Wav2Vec2ForCTC", CONVOLUTIONS, inputs="waves"),
-    Entry("HubertForCTC", CONVOLUTIONS, inputs="waves"),
-)  # fmt: skip
+    Entry("Swinv2ForImageClassification", WINDOWS, exclude=("*continuous_position_bias_mlp*",), **IMAGES),
+    Entry(
+        "YolosForObjectDetection",
+        {"image_size": [32, 32], "num_detection_tokens": 10},
+        without=("flexround",),
+        inputs="images",
+        apart=(*EDGES, "*bbox_predictor*", "*position_embeddings*"),
+    ),
+    Entry("Wav2Vec2ForCTC", CONVOLUTIONS, inputs="waves", apart=SOUND),
+    Entry("HubertForCTC", CONVOLUTIONS, inputs="waves", apart=SOUND),
+)

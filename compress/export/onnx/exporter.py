@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compress.errors import OptionError
-from compress.export.base import Exporter, refuse_experts, refuse_missing
+from compress.export.base import Exporter, refuse_experts, refuse_missing, refuse_tables
 from compress.export.onnx.names import DATA, EXACT, MODEL
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class Onnx(Exporter):
         for package in NEEDED:
             yield from refuse_missing(package, "onnx")
         yield from refuse_experts(graph, specs, "ONNX")
+        yield from refuse_tables(graph, specs, "its nodes look rows up in plain tables")
         pairs = [s.name for s in graph.sites if s.is_convolution and s.name in specs and _pairs_inputs(specs[s.name])]
         if pairs:
             yield (

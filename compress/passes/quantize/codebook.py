@@ -14,8 +14,9 @@ from compress.encodings import CodebookForm
 from compress.encodings.codebook import MOST_ENTRIES, MOST_TABLES, index_bits, unscaled
 from compress.errors import SolveError
 from compress.lazy import torch
-from compress.passes.base import Edit, LinearPass
+from compress.passes.base import Edit
 from compress.passes.quantize.activations import ActivationOptions
+from compress.passes.quantize.embeddings import EmbeddingOptions
 from compress.passes.quantize.grouping import even_runs, group, quantiles
 from compress.passes.quantize.tables import root_mean_square, solve
 
@@ -124,7 +125,7 @@ class CodebookOptions(ActivationOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Codebook(CodebookOptions, LinearPass):
+class Codebook(CodebookOptions, EmbeddingOptions):
     """Give every weight the nearest of K free values; rows with similarly distributed weights share their K values.
 
     Masked weights stay zero and are left out of the tables.

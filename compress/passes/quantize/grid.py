@@ -9,8 +9,9 @@ from annotated_types import Ge, Le
 
 from compress.encodings import Uniform, UniformForm, fit, quantize
 from compress.encodings.uniform import Search
-from compress.passes.base import LinearPass, OptionError
+from compress.passes.base import OptionError
 from compress.passes.quantize.activations import ActivationOptions
+from compress.passes.quantize.embeddings import EmbeddingOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -92,7 +93,7 @@ class UniformOptions(GridOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniformPass(UniformOptions, LinearPass):
+class UniformPass(UniformOptions, EmbeddingOptions):
     """Rounds one matrix at a time onto the uniform grid."""
 
     @property

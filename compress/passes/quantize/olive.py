@@ -14,8 +14,9 @@ from annotated_types import Gt
 from compress.encodings import OutlierVictim, OutlierVictimForm
 from compress.encodings.outlier_victim import PAIR_TYPES, DoubleOutlier, encode, search
 from compress.lazy import torch
-from compress.passes.base import Edit, LinearPass, OptionError
+from compress.passes.base import Edit, OptionError
 from compress.passes.quantize.activations import ActivationOptions
+from compress.passes.quantize.embeddings import EmbeddingOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Olive(ActivationOptions, LinearPass):
+class Olive(ActivationOptions, EmbeddingOptions):
     """Round to nearest in outlier-victim pairs, the scale of every row searched.
 
     A weight too large for the grid of its row is kept in a wider type in its own slot, and its neighbour becomes zero.

@@ -13,7 +13,8 @@ from annotated_types import Ge, Gt, Le
 from compress.encodings import PowerForm
 from compress.encodings.power import EXPONENTS, PowerGrid, fit_exponent, fit_scale, nearest, profile
 from compress.encodings.uniform import SEARCH_NORM, Search
-from compress.passes.base import Edit, LinearPass
+from compress.passes.base import Edit
+from compress.passes.quantize.embeddings import EmbeddingOptions
 from compress.passes.quantize.grid import GridOptions
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class PowerOptions(GridOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PowerQuant(PowerOptions, LinearPass):
+class PowerQuant(PowerOptions, EmbeddingOptions):
     """Round to levels that a power spaces: denser near zero, where most weights are.
 
     Data-free. The exponent is the one with the least error of the matrix. Masked weights stay zero and count nowhere.
