@@ -50,7 +50,7 @@ class Windows:
         return inputs.shape[-1 - len(self.kernel)] * math.prod(self.kernel)
 
     def rows(self, inputs: Tensor) -> Iterator[Tensor]:
-        """(N, C, *positions) or without N -> (T, C * K), some samples at a time, columns as a weight (O, C, ...) has them."""
+        """(N, C, *positions) or without N -> (T, C * K), some samples at a time, columns as those of a weight."""
         inputs, axes = inputs.detach(), range(len(self.kernel))
         batched = inputs.dim() == 2 + len(axes)
         for sample in torch.split(inputs if batched else inputs[None], self._samples(inputs)):
