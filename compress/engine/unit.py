@@ -18,7 +18,7 @@ from compress.engine.parcels import Records
 from compress.engine.placement import make_room
 from compress.engine.retry import solved
 from compress.engine.stacking import split_rows, stacks
-from compress.engine.stage import generator_for
+from compress.engine.stage import departed, generator_for
 from compress.engine.validate import observed, observed_vector
 from compress.io.heap import give_back
 from compress.passes.base import Edit
@@ -146,6 +146,7 @@ class Turn:
         fallback: dict[str, Any] = {"fallback": "; ".join(reasons)} if reasons else {}
         if pass_.needs != "none":
             fallback |= notes_on_tokens(self.context, site, self.state.statistics, made.fallback)
+        fallback |= departed(pass_, site, fallback)
         note = {"error": error, "seconds": made.seconds, **edit.notes, **rounding, **fallback}
         return Record(site.name, weight, note)
 
