@@ -238,5 +238,6 @@ class ModelPass(Pass):
 
 
 __all__ = [
-    "Block", "BlockPass", "Edit", "LinearPass", "Loss", "ModelPass", "OptionError", "Override", "Pass", "Reach", "Target", "Whole",
+    "Block", "BlockPass", "Edit", "LinearPass", "Loss", "ModelPass", "OptionError", "Override", "Pass",
+    "Reach", "Target", "Whole",
 ]  # fmt: skip
