@@ -315,10 +315,125 @@ def test_passes_without_statistics_work_on_grouped_convolutions(pass_: compress.
     assert torch.isfinite(result.model(images())).all()
 
 
-@pytest.mark.parametrize("pass_", [Gptq(), compress.Wanda(), FlexRound(objective="layer")], ids=lambda p: p.key)
-def test_passes_with_statistics_say_which_grouped_convolutions_to_exclude(pass_: compress.passes.Pass) -> None:
-    with pytest.raises(ConfigError, match=rf"1: a convolution in 8 groups.*{pass_.key} learns from.*`exclude` them"):
+MIXING_ROWS = [
+    Gptq(granularity="tensor"), FlexRound(objective="layer"), compress.SparseGpt(sparsity=0.5), compress.Eora(rank=2),
+    compress.Wanda(free_rows=True), compress.Wanda(allocate="owl"), compress.Magnitude(allocate="owl"),
+    compress.Codebook(bits=3, weighting="hessian"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pass_", MIXING_ROWS, ids=lambda p: p.key)
+def test_what_learns_from_the_whole_matrix_says_which_grouped_convolutions_to_exclude(
+    pass_: compress.passes.Pass,
+) -> None:
+    said = rf"1: a convolution in 8 groups.*{pass_.key}, as it is set here, learns from.*`exclude` them"
+    with pytest.raises(ConfigError, match=said):
         compress.apply(depthwise(), [pass_], images())
+
+
+class Apart(nn.Module):
+    """A convolution in groups as one convolution for each group."""
+
+    def __init__(self, whole: nn.Conv2d):
+        super().__init__()
+        made = []
+        for weight, bias in zip(whole.weight.chunk(whole.groups), whole.bias.chunk(whole.groups), strict=True):
+            one = nn.Conv2d(weight.shape[1], len(weight), whole.kernel_size, whole.stride, whole.padding)
+            one.weight.data, one.bias.data = weight.detach().clone(), bias.detach().clone()
+            made.append(one)
+        self.groups = nn.ModuleList(made)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = zip(self.groups, x.chunk(len(self.groups), 1), strict=True)
+        return torch.cat([one(part) for one, part in parts], 1)
+
+
+BY_ROW = [
+    Gptq(bits=3), Gptq(bits=3, act_order=False, group_size=9), compress.Wanda(sparsity=0.5),
+    compress.Wanda(sparsity=0.5, update="exact"), compress.SparseGpt(sparsity="2:3"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("groups", [2, 6])
+@pytest.mark.parametrize("pass_", BY_ROW, ids=lambda p: p.key)
+def test_a_convolution_in_groups_is_solved_as_one_convolution_for_each(
+    pass_: compress.passes.Pass, groups: int
+) -> None:
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Conv2d(12 if groups == 2 else 6, 12, 3, padding=1, groups=groups))
+    x = nn.functional.avg_pool2d(images(16, channels=model[0].in_channels), 3, stride=1, padding=1)
+    together = compress.apply(model, [pass_], x)
+    apart = compress.apply(Apart(model[0]), [pass_], x)
+    with torch.no_grad():
+        made, expected = together.model(x), apart.model(x)
+        assert float((made - expected).norm()) < 0.01 * float((expected - model(x)).norm())
+    (weight,) = together.weights.values()
+    masks = [one.mask for one in apart.weights.values()]
+    assert (weight.mask is None) == (masks[0] is None)
+    assert weight.mask is None or torch.equal(weight.mask, torch.cat(masks))
+    assert not together.report.fallbacks
+
+
+@pytest.mark.parametrize("channels", [6, 12])
+def test_statistics_of_groups_are_those_of_their_own_inputs(channels: int) -> None:
+    torch.manual_seed(1)
+    model = nn.Conv2d(channels, 12, (3, 2), stride=2, groups=6)
+    x = images(7, channels=channels)
+    for need in ("norm", "gram"):
+        with torch.no_grad():
+            runs = [lambda part=part: model(part) for part in torch.split(x, 3)]
+            found = collect.statistics({"it": model}, {"it": need}, runs)["it"]
+        size = channels // 6 * 6
+        for group, part in enumerate(x.chunk(6, 1)):
+            alone = nn.Conv2d(channels // 6, 2, (3, 2), stride=2)
+            rows = torch.cat(list(windows.Windows.of(alone).rows(part)))
+            own, expected = found.of_group(group), textbook_statistics(rows)
+            assert own.tokens == len(rows)
+            assert close(own.norm, expected.norm)
+            if need == "gram":
+                assert torch.equal(own.gram, own.gram.T)
+                assert close(own.gram, expected.gram)
+                assert close(own.mean.float(), rows.mean(0))
+            assert close(found.square_sum[group * size : group * size + size].float(), rows.square().sum(0))
+
+
+def test_convolutions_in_groups_share_no_statistics_with_those_that_are_not() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.whole, self.grouped, self.again = (nn.Conv2d(8, 8, 3, groups=groups) for groups in (1, 4, 4))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return self.whole(x), self.grouped(x), self.again(x)
+
+    model, x = Both(), images(channels=8)
+    found = seen(dict(model.named_children()), [x], model)
+    assert found["grouped"] is found["again"]
+    assert found["grouped"] is not found["whole"]
+    result = compress.apply(model, [Gptq(bits=3)], x)
+    assert result.weights.keys() == {"whole", "grouped", "again"}
+
+
+def test_gptq_loses_less_of_a_depthwise_convolution_than_rounding_whatever_runs_beside_it() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 16, 5, padding=2, groups=16))
+    x = nn.functional.avg_pool2d(torch.randn(32, 16, 16, 16), 3, stride=1, padding=1)  # neighbours are alike
+    lost = []
+    for passes in ([Rtn(bits=3)], [Gptq(bits=3)], [[compress.Wanda(sparsity=0.2), Rtn(bits=8)]]):
+        result = compress.apply(model, passes, x)
+        with torch.no_grad():
+            lost.append(float((result.model(x) - model(x)).square().sum()))
+    assert lost[1] < 0.7 * lost[0]
+    assert result.weights["0"].kind == "sparse-quantized"
+
+
+def test_a_group_that_saw_nothing_is_rounded_and_the_report_says_so() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4))
+    x = images()
+    x[:, 2] = 0
+    result = compress.apply(model, [Gptq(bits=4)], x)
+    assert torch.isfinite(result.model(x)).all()
+    assert result.report.fallbacks == ["0: 9 inputs are always zero (gptq)"]
 
 
 def test_a_grouped_convolution_can_be_left_to_another_pass() -> None:

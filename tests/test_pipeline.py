@@ -272,6 +272,7 @@ def test_the_written_file_states_every_option_that_changes_numbers() -> None:
         "activation_bits": None,
         "activation_scale": "token",
         "activation_grid": "int",
+        "embeddings": None,
     }
 
 
@@ -610,8 +611,9 @@ ANNOTATIONS = {"examples", "$schema", "$defs", "title", "description", "default"
 def fits(value: Any, rule: dict[str, Any], whole: dict[str, Any]) -> bool:
     """As much of JSON Schema as the schema uses."""
     unknown = set(rule) - ANNOTATIONS - {
-        "$ref", "anyOf", "enum", "const", "type", "pattern", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
-        "properties", "required", "additionalProperties", "propertyNames", "items", "minItems", "minLength",
+        "$ref", "anyOf", "enum", "const", "type", "pattern", "minimum", "maximum", "exclusiveMinimum",
+        "exclusiveMaximum", "properties", "required", "additionalProperties", "propertyNames", "items", "minItems",
+        "minLength",
     }  # fmt: skip
     assert not unknown, f"this check does not know {unknown}"
     if "$ref" in rule:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from compress.calibration.grouped import statistics_for
 from compress.calibration.ranges import Range
 from compress.calibration.statistics import Statistics
 from compress.calibration.windows import Windows
@@ -332,7 +333,8 @@ class _Sums:
             alike = (n for n in self.last if self.same(n, x) and (needs[n], self.windows[n], n in ranged) == kind)
             self.leaders[name] = next(alike, name)
             width = window.columns(x) if window else x.shape[-1]
-            found[name] = found.get(self.leaders[name]) or Statistics(width, needs[name], x.device)
+            groups = window.groups if window else 1
+            found[name] = found.get(self.leaders[name]) or statistics_for(width, needs[name], x.device, groups)
             if name in ranged and self.leaders[name] == name:
                 found[name].range = Range(self.before * (x.numel() // x.shape[-1] // len(x)))
         leader = self.leaders[name]

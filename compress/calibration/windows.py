@@ -30,6 +30,7 @@ class Windows:
         kernel, stride, dilation: one number for each dimension: (length,), (height, width) or (depth, height, width).
         padding: (left, right, top, bottom), or as many as there are dimensions.
         mode: what the padding is filled with, as `functional.pad` calls it.
+        groups: of channels, which different rows of the weight multiply.
     """
 
     kernel: tuple[int, ...]
@@ -37,13 +38,14 @@ class Windows:
     dilation: tuple[int, ...]
     padding: tuple[int, ...]
     mode: str
+    groups: int
 
     @classmethod
     def of(cls, module: Convolution) -> Windows:
         """The windows of a module, whose padding may be a word."""
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         padding = tuple(module._reversed_padding_repeated_twice)
-        return cls(module.kernel_size, module.stride, module.dilation, padding, mode)
+        return cls(module.kernel_size, module.stride, module.dilation, padding, mode, module.groups)
 
     def columns(self, inputs: Tensor) -> int:
         """C * K."""

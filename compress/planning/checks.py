@@ -180,14 +180,22 @@ def shapes(case: Case) -> Iterator[Problem]:
 
 
 def grouped_convolutions(case: Case) -> Iterator[Problem]:
-    """Convolutions in groups, for a pass that learns from inputs."""
-    grouped = [s for s in case.sites if s.groups > 1 and case.pass_.needs != "none"]
+    """Convolutions in groups, for a pass that learns from inputs and does not take one row after the other."""
+    grouped = [s for s in case.sites if s.groups > 1 and _mixes_rows(case.pass_.at(s.name))]
     if grouped:
         yield case.refused(
             f"{listed(s.name for s in grouped)}: a convolution in {grouped[0].groups} groups, whose rows have "
-            f"different inputs; {case.pass_.key} learns from inputs that all rows share. `exclude` them; a pass that "
-            "needs no statistics, such as rtn, can work on them"
+            f"different inputs; {case.pass_.key}, as it is set here, learns from inputs that all rows share. `exclude` "
+            "them; gptq with a scale for each row or group, wanda, sparsegpt with N:M, and a pass that needs no "
+            "statistics, such as rtn, can work on them"
         )
+
+
+def _mixes_rows(pass_: Pass) -> bool:
+    """Whether a pass learns from the inputs of a matrix, and not of each row alone."""
+    if pass_.surveys and getattr(pass_, "survey_needs", "none") != "none":
+        return True
+    return pass_.needs != "none" and not getattr(pass_, "rowwise", False)
 
 
 def experts(case: Case) -> Iterator[Problem]:
