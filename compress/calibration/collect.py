@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from compress.calibration.attention import input_of
 from compress.calibration.grouped import statistics_for
 from compress.calibration.ranges import Range
 from compress.calibration.statistics import Statistics
@@ -17,6 +18,7 @@ from compress.calibration.windows import Windows
 from compress.errors import CompressError, NonFiniteError
 from compress.lazy import torch
 from compress.models.convolutions import is_convolution
+from compress.models.members import is_attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -283,8 +285,11 @@ def statistics(
     ends = _Ends({*modules, *(p.left for p in experts)}, once)
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            sums.see(name, args[0] if args else next(iter(kwargs.values())))
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            leaf = name.rpartition(".")[2]
+            x = input_of(module, leaf, args, kwargs) if is_attention(module) else next(iter((*args, *kwargs.values())))
+            if x is not None:
+                sums.see(name, x)
             ends.count(name)
 
         return hook

@@ -145,6 +145,8 @@ class Turn:
         weight, error = observed(site, pass_, made.before, made.compared, edit, store)
         weight, rounding = attached(pass_.at(site.name), weight, self.state.statistics.get(site.name))
         reasons = [reason for reason in (made.fallback, rounding.get("fallback")) if reason]
+        if made.fallback and site.read_by is not None and site.name not in self.state.statistics:
+            reasons.append("its queries, keys and values were not one tensor")
         fallback: dict[str, Any] = {"fallback": "; ".join(reasons)} if reasons else {}
         if pass_.needs != "none":
             fallback |= notes_on_tokens(self.context, site, self.state.statistics, made.fallback)

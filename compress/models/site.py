@@ -72,6 +72,7 @@ class Site:
         router: it chooses among experts.
         filter: a convolution that filters each channel by itself over time, with a few weights.
         looked_up: rows of it are looked up, as in an embedding; a head may multiply with it too.
+        read_by: full name of the module that multiplies with it itself, where no layer of its own does.
         shared: full names of further modules that use it, such as a head that is tied to the embedding.
     """
 
@@ -83,6 +84,7 @@ class Site:
     router: bool = False
     filter: bool = False
     looked_up: bool = False
+    read_by: str | None = None
     shared: tuple[str, ...] = ()
 
     @property
@@ -104,6 +106,11 @@ class Site:
     def place(self) -> str:
         """What a reader finds it under: its parameter, with its number where it is one of several."""
         return self.name if self.is_expert else self.parameter
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether a module with its name has it as a weight."""
+        return not self.is_expert and (self.read_by is None or self.parameter == f"{self.name}.weight")
 
     @property
     def is_expert(self) -> bool:

@@ -29,6 +29,7 @@ from compress.runtime.conv import PackedConvolution
 from compress.runtime.embedding import PackedEmbedding, SharedLinear, packed_embedding
 from compress.runtime.experts import PackedExperts
 from compress.runtime.linear import PackedLinear
+from compress.runtime.members import is_member, pack_member
 from compress.runtime.packed import PackedModule
 
 if TYPE_CHECKING:
@@ -181,6 +182,9 @@ def replace_modules(model: nn.Module, specs: dict[str, Spec], shared: Mapping[st
     replaced: dict[nn.Module, PackedModule] = {}
     for name, spec in specs.items():
         if name.rpartition(".")[0] in fused:
+            continue
+        if is_member(model, name):
+            pack_member(model, name, spec)
             continue
         old_module = model.get_submodule(name)
         weight = old_module.weight
