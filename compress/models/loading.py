@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from compress.errors import CheckpointError
 from compress.io.heap import align
 from compress.lazy import nn, torch, transformers
-from compress.models.architecture import class_of
+from compress.models.architecture import class_of, predicts_next
 from compress.models.experts import run_one_by_one
 from compress.models.refusals import read_settings
 
@@ -181,7 +181,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
     logging.disable_progress_bar()
     try:
         model = class_of(read_config(folder)).from_pretrained(folder, dtype=dtype or "auto").eval()
-        align(model)
+        align(model, convolutions=predicts_next(model))
         run_one_by_one(model)
         return model
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
