@@ -253,7 +253,8 @@ def test_sinusoids_that_are_in_no_file_are_computed_and_weights_never_are(tmp_pa
     sides = {f"{side}_{what}": n for side in ("encoder", "decoder")
              for what, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 32))}  # fmt: skip
     tokens = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
-    meant = values(saved("MarianMTModel", tmp_path, **sides, **tokens, vocab_size=64, d_model=16))
+    size = {"vocab_size": 64, "d_model": 16, "max_position_embeddings": 32}
+    meant = values(saved("MarianMTModel", tmp_path, **sides, **tokens, **size))
     stored = load_file(tmp_path / "model.safetensors")
     name = "model.encoder.embed_positions.weight"
     assert name not in stored
