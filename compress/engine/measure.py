@@ -9,46 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from compress.calibration.metrics import REFERENCE_NUMBERS, Reference, judge_of, measure, pooled
 from compress.checkpoint.packed_layout import spec_at, stored_bytes
-from compress.config.pipeline import GATES
 from compress.engine.placement import streamed
-from compress.errors import DataError
 from compress.io.keys import hash_of, key_of
+from compress.models.families.transformers_model import TOKENS
 from compress.models.logits import logits_in, logits_of
 from compress.report.report import Row
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from compress.calibration.data import Dataset
-    from compress.calibration.metrics import Judge, Quality
+    from compress.calibration.metrics import Quality
     from compress.checkpoint.artifact import Artifact
-    from compress.config.pipeline import Evaluation
     from compress.encodings import Spec
     from compress.engine.placement import Context, Hold
-
-
-GATES_OF: dict[Judge, str] = {
-    "next token": "max_increase", "masked": "max_increase", "classes": "max_drop", "predictions": "max_error",
-    "outputs": "max_error",
-}  # fmt: skip
-
-
-def refuse_idle_gate(section: Evaluation, model: nn.Module, data: Dataset) -> None:
-    """Refuse a gate on what is not measured of this model on these data.
-
-    Raises:
-        DataError: names the gate that there is.
-    """
-    judge = judge_of(model, data.labels)
-    idle = [gate for gate in GATES if gate != GATES_OF[judge] and getattr(section, gate) is not None]
-    if idle:
-        labels = "has no labels" if data.labels is None else "has labels"
-        raise DataError(
-            f"evaluate.{idle[0]} changes nothing: the evaluation data {labels}, and a {type(model).__name__} is judged "
-            f"on them by {judge}; its gate is {GATES_OF[judge]}"
-        )
 
 
 class Meter:
@@ -66,6 +42,11 @@ class Meter:
         """What is measured on."""
         if self.judge != "next token":
             return {"samples": len(data), "kl_tokens": self.kl_tokens, "judged_by": self.judge}
+        if data.named:
+            lengths = [sample[TOKENS].shape[1] for sample in data.named]
+            tokens = sum(length - 1 for length in lengths)
+            said = {"windows": len(data), "length": max(lengths), "tokens": tokens}
+            return {**said, "kl_tokens": self.kl_tokens}
         windows, length = data.inputs.shape
         return {"windows": windows, "length": length, "tokens": windows * (length - 1), "kl_tokens": self.kl_tokens}
 
@@ -89,6 +70,7 @@ class Meter:
                     part.inputs,
                     labels=part.labels,
                     judge=self.judge,
+                    tokens_of=context.tokens_of,
                     reference=self.references[name],
                     keep=keep,
                     progress=lambda items, total: context.bars.over(items, total, label, "end"),
@@ -103,7 +85,7 @@ def logits(context: Context, batch: Tensor, hold: Hold = nullcontext) -> Tensor 
     """What a model that can be called makes of a batch: whole, or in pieces where a vocabulary is large."""
     if not context.graph.is_language_model:
         return logits_in(context.forward(batch))
-    return logits_of(context.graph.model, lambda: context.forward(batch), batch, hold=hold)
+    return logits_of(context.graph.model, lambda: context.forward(batch), context.tokens_of(batch), hold=hold)
 
 
 def measured_row(

@@ -11,6 +11,7 @@ from compress.config.pipeline import GATES, GIVEN
 from compress.errors import Problem
 from compress.models.experts import takes_choices
 from compress.models.members import is_recurrent
+from compress.models.named import takes_more_than_text
 from compress.models.positions import longest_window
 from compress.planning.dense import LEAST_REACHED
 
@@ -357,11 +358,13 @@ def data_sections(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
     images, model = not graph.takes_tokens, type(graph.model).__name__
     for name, section in (("calibration", pipeline.calibration), ("evaluate", pipeline.evaluate)):
         for source in section.sources.values() if section else ():
-            if source != GIVEN and is_images(source) != images:
+            by_name = is_images(source) and takes_more_than_text(graph.model)
+            if source != GIVEN and is_images(source) != images and not by_name:
                 wanted = f"{'images' if graph.is_image_model else 'inputs'} from a {IMAGE_SUFFIX} file"
                 wanted = wanted if images else "text"
                 yield Problem(f"{name}.source", f"{source}: {model} takes {wanted}")
-        if section and longest and section.length > longest:
+        texts = section is not None and not any(map(is_images, section.sources.values()))
+        if section and longest and texts and section.length > longest:
             yield Problem(f"{name}.length", f"{section.length} is more than the model's {longest} positions")
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
+VECTORS = "norms and biases"  # as `planning/dense.py` calls them
 SAID = {
     "classes": "accuracy",
     "masked": "perplexity of masked tokens",
@@ -180,7 +181,7 @@ def caption(report: Report) -> str:
 
 def _dense(report: Report) -> list[str]:
     """What no pass made smaller, and what that makes of the bits of all parameters."""
-    if not report.dense:
+    if not report.dense.keys() - {VECTORS}:  # what everybody expects
         return []
     parts = ", ".join(f"{what} {size_text(size)}" for what, size in report.dense.items())
     bits = report.rows[-1].bits_per_parameter if report.rows else None
@@ -218,6 +219,8 @@ def _measured_on(report: Report) -> str:
         return "size only: the pipeline has no `evaluate:`"
     d = report.data
     kl = f"; KL on {d['kl_tokens']} of them" if d.get("kl_tokens") else ""
+    if d.get("judged_by") in ("predictions", "outputs"):
+        kl = f", {d['kl_tokens']} rows of outputs"
     source = d["source"] if isinstance(d["source"], str) else ", ".join(d["source"].values())
     if "samples" in d:
         return f"{SAID[d.get('judged_by', 'classes')]} on {source}, {d['samples']} samples{kl}"
