@@ -11,7 +11,9 @@ from torch import Tensor, nn
 import compress
 from compress import ConfigError, FlexRound, GlobalMagnitude, Gptq, Magnitude, Rtn
 from compress.calibration import collect, windows
+from compress.calibration.grouped import statistics_for
 from compress.encodings import Spec, pack
+from compress.engine.several import _fed_alike
 from compress.models import graph as graphs
 from compress.passes.base import Target
 from compress.passes.quantize.flexround import Division
@@ -213,6 +215,64 @@ def test_packed_convolutions_of_other_dimensions_compute_bit_for_bit_what_the_de
             assert not torch.equal(made(x), model(x))
 
 
+TRANSPOSED: list[tuple[nn.Module, Tensor]] = [
+    (nn.ConvTranspose2d(4, 6, 3), torch.randn(5, 4, 6, 7)),
+    (nn.ConvTranspose2d(4, 6, (3, 2), stride=(2, 3), padding=(1, 0), output_padding=(1, 2)), torch.randn(5, 4, 6, 7)),
+    (nn.ConvTranspose2d(4, 6, 3, dilation=2, padding=2, bias=False), torch.randn(5, 4, 6, 7)),
+    (nn.ConvTranspose2d(4, 6, 1, padding=1), torch.randn(5, 4, 6, 7)),
+    (nn.ConvTranspose1d(4, 6, 4, stride=2, padding=1), torch.randn(5, 4, 20)),
+    (nn.ConvTranspose3d(4, 6, (2, 1, 3), stride=2), torch.randn(2, 4, 3, 4, 3)),
+]
+each_transposed = pytest.mark.parametrize(
+    ("conv", "x"), TRANSPOSED, ids=lambda v: str(v) if isinstance(v, nn.Module) else ""
+)
+
+
+@each_transposed
+def test_windows_of_a_transposed_convolution_times_its_matrix_are_its_output(conv: Any, x: Tensor) -> None:
+    (site,) = graphs.find(conv).sites
+    rows = torch.cat(list(windows.Windows.of(conv).rows(x)))
+    with torch.no_grad():
+        expected = conv(x)
+        made = rows @ site.matrix(conv.weight).T + (0 if conv.bias is None else conv.bias)
+    assert torch.allclose(made, expected.movedim(1, -1).reshape(-1, 6), atol=1e-5)
+    assert torch.equal(site.value(site.matrix(conv.weight)), conv.weight)
+
+
+@each_transposed
+def test_a_packed_transposed_convolution_computes_bit_for_bit_what_the_dense_one_does(
+    conv: nn.Module, x: Tensor
+) -> None:
+    model = nn.Sequential(copy.deepcopy(conv))
+    for passes in ([Rtn(bits=3)], [Gptq(bits=3)], [compress.Wanda(sparsity=0.5), Rtn(bits=4, symmetric=True)]):
+        result = compress.apply(model, passes, x)
+        made = packed_copy(model, result.weights)
+        with torch.no_grad():
+            assert torch.equal(made(x), result.model(x))
+            assert not torch.equal(made(x), model(x))
+            assert not result.report.fallbacks
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_a_transposed_convolution_in_groups_is_solved_group_by_group(groups: int) -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.ConvTranspose2d(8, 12, 3, stride=2, padding=1, groups=groups))
+    (site,) = graphs.find(model).sites
+    weight = model[0].weight
+    assert torch.equal(site.value(site.matrix(weight)), weight)
+    assert torch.equal(site.matrix(weight)[12 // groups].view(-1, 3, 3), weight[8 // groups : 16 // groups, 0])
+    x = nn.functional.avg_pool2d(images(24, channels=8), 3, stride=1, padding=1)
+    lost = []
+    for pass_ in (Rtn(bits=3), Gptq(bits=3)):
+        result = compress.apply(model, [pass_], x)
+        made = packed_copy(model, result.weights)
+        with torch.no_grad():
+            assert torch.equal(made(x), result.model(x))
+            assert torch.equal(made[0](x, output_size=(18, 22)), result.model[0](x, output_size=(18, 22)))
+            lost.append(float((result.model(x) - model(x)).square().sum()))
+    assert lost[1] < 0.8 * lost[0]
+
+
 def test_gptq_learns_a_convolution_over_time_from_its_windows() -> None:
     model = nn.Sequential(nn.Conv1d(8, 16, 5, padding=2))
     x = nn.functional.avg_pool1d(torch.randn(32, 8, 64), 5, stride=1, padding=2)  # neighbours are alike
@@ -395,6 +455,29 @@ def test_statistics_of_groups_are_those_of_their_own_inputs(channels: int) -> No
                 assert close(own.gram, expected.gram)
                 assert close(own.mean.float(), rows.mean(0))
             assert close(found.square_sum[group * size : group * size + size].float(), rows.square().sum(0))
+
+
+@pytest.mark.parametrize("need", ["norm", "gram"])
+def test_statistics_of_groups_are_added_up_over_processes(need: Any) -> None:
+    torch.manual_seed(1)
+    model, x = nn.Conv2d(8, 8, 3, groups=4), images(6, channels=8)
+    with torch.no_grad():
+        whole, *parts = (
+            collect.statistics({"it": model}, {"it": need}, [lambda part=part: model(part)])["it"]
+            for part in (x, x[:4], x[4:])
+        )
+    (one,) = _fed_alike([[[["it"], part.width, part.need, part.groups]] for part in parts])
+    assert one == [["it"], 72, need, 4]
+    made = statistics_for(one[1], one[2], groups=one[3])
+    for part in parts:
+        made.tokens += part.tokens
+        for mine, theirs in zip(made.sums(), part.sums(), strict=True):
+            mine += theirs
+    for group in range(4):
+        own, expected = made.of_group(group), whole.of_group(group)
+        assert own.tokens == expected.tokens
+        assert close(own.norm, expected.norm)
+        assert need == "norm" or close(own.gram, expected.gram)
 
 
 def test_convolutions_in_groups_share_no_statistics_with_those_that_are_not() -> None:

@@ -14,10 +14,9 @@ from compress.calibration.attention import input_of
 from compress.calibration.grouped import statistics_for
 from compress.calibration.ranges import Range
 from compress.calibration.statistics import Statistics
-from compress.calibration.windows import Windows
+from compress.calibration.windows import windows_of
 from compress.errors import CompressError, NonFiniteError
 from compress.lazy import torch
-from compress.models.convolutions import is_convolution
 from compress.models.members import is_attention
 
 if TYPE_CHECKING:
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
     from compress.calibration.experts import FusedParameter, See
     from compress.calibration.statistics import Need
+    from compress.calibration.windows import Windows
 
 RoundInputs: TypeAlias = "Callable[[Tensor], Tensor]"
 
@@ -280,7 +280,7 @@ def statistics(
     Experts of fused parameters are seen as often as tokens are sent to them; one that never is has no statistics. With
     `all_experts` each is shown all tokens that any of them is sent, and what comes out is still what the router chose.
     """
-    windows = {n: Windows.of(m) if is_convolution(m) else None for n, m in modules.items()}
+    windows = {name: windows_of(module) for name, module in modules.items()}
     sums = _Sums(needs, windows, ranged, before)
     ends = _Ends({*modules, *(p.left for p in experts)}, once)
 

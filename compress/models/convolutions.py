@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Convolution: TypeAlias = "nn.Conv1d | nn.Conv2d | nn.Conv3d"
+TransposedConvolution: TypeAlias = "nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d"
 
 
 def is_convolution(module: object) -> TypeGuard[Convolution]:
@@ -19,10 +20,15 @@ def is_convolution(module: object) -> TypeGuard[Convolution]:
     return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
 
-def is_plain(module: Convolution) -> bool:
+def is_transposed_convolution(module: object) -> TypeGuard[TransposedConvolution]:
+    """Whether it is one that spreads each input over several outputs; or a class made of one."""
+    return isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+
+
+def is_plain(module: Convolution | TransposedConvolution) -> bool:
     """Whether it multiplies its weight as it is. A class with a forward of its own does something else with it."""
-    forward = type(module).forward
-    return forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    return type(module).forward in [kind.forward for kind in kinds]
 
 
 def is_filter(module: Convolution) -> bool:
@@ -39,4 +45,13 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[in
     `geometry`: padding, dilation and groups, as torch takes them.
     """
     made = (functional.conv1d, functional.conv2d, functional.conv3d)[len(stride) - 1]
+    return made(x, weight, bias, stride, *geometry)
+
+
+def convolve_back(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], *geometry: Any) -> Tensor:
+    """The transposed convolution of torch for as many dimensions as there are strides.
+
+    `geometry`: padding, output padding, groups and dilation, as torch takes them.
+    """
+    made = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)[len(stride) - 1]
     return made(x, weight, bias, stride, *geometry)

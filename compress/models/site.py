@@ -23,7 +23,9 @@ class TensorRef:
         index: which piece along the first dimensions; (3,) is the fourth expert of a fused tensor (experts, ...).
         of: how many pieces there are.
         transposed: it is kept as (in, out).
-        stored: its own shape where it is a convolution's, (out, in / groups, *window).
+        stored: its own shape where it is a convolution's, (out, in / groups, *window); (in, out / groups, *window) of a
+            transposed one.
+        groups: of a transposed convolution.
     """
 
     parameter: str
@@ -31,16 +33,24 @@ class TensorRef:
     transposed: bool = False
     stored: tuple[int, ...] = ()
     of: int = 1
+    groups: int = 1
 
     def read(self, value: Tensor) -> Tensor:
         """The matrix (out, in), from the parameter's value; of its memory where it need not be turned."""
         piece = value[self.index] if self.index else value
+        if self.stored and self.transposed:
+            inputs, outputs = self.stored[0] // self.groups, self.stored[1]
+            turned = piece.reshape(self.groups, inputs, outputs, -1).transpose(1, 2)
+            return turned.reshape(self.groups * outputs, -1)
         if self.stored:
             return piece.reshape(len(piece), -1)
         return piece.T.contiguous() if self.transposed else piece
 
     def laid(self, matrix: Tensor) -> Tensor:
         """A matrix (out, in) as it lies in the parameter: all of that, or its piece."""
+        if self.stored and self.transposed:
+            inputs, outputs = self.stored[0] // self.groups, self.stored[1]
+            return matrix.reshape(self.groups, outputs, inputs, -1).transpose(1, 2).reshape(self.stored)
         return matrix.reshape(self.stored) if self.stored else matrix.T.contiguous() if self.transposed else matrix
 
     def write(self, matrix: Tensor, value: Tensor | None = None) -> Tensor:

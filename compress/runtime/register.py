@@ -24,9 +24,9 @@ from compress.io.heap import align
 from compress.io.manifest import MANIFEST, verify_folder
 from compress.io.safetensors_file import read_header, refuse_other_tensors
 from compress.models.architecture import predicts_next
-from compress.models.convolutions import is_convolution
+from compress.models.convolutions import is_convolution, is_transposed_convolution
 from compress.models.experts import fused_parameters, keeps_transposed, run_one_by_one
-from compress.runtime.conv import PackedConvolution
+from compress.runtime.conv import PackedConvolution, PackedTransposedConvolution
 from compress.runtime.embedding import PackedEmbedding, SharedLinear, packed_embedding
 from compress.runtime.experts import PackedExperts
 from compress.runtime.linear import PackedLinear
@@ -160,7 +160,9 @@ def add_biases(model: nn.Module, names: list[str]) -> None:
         module = model.get_submodule(name)
         weight = module.weight
         assert isinstance(weight, Tensor)
-        rows = weight.shape[0] if isinstance(module, nn.Linear) or is_convolution(module) else weight.shape[1]
+        rows = weight.shape[0] if isinstance(module, nn.Linear) else weight.shape[1]
+        if is_convolution(module) or is_transposed_convolution(module):
+            rows = module.out_channels
         bias = torch.empty(rows, dtype=weight.dtype, device=weight.device)
         module.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
 
@@ -275,6 +277,8 @@ def _fused(model: nn.Module, specs: dict[str, Spec]) -> dict[str, list[Spec]]:
 def _packed_module(old: nn.Module, spec: Spec, dtype: torch.dtype) -> PackedModule:
     if is_convolution(old):
         return PackedConvolution(spec, old)
+    if is_transposed_convolution(old):
+        return PackedTransposedConvolution(spec, old)
     if isinstance(old, nn.Embedding):
         made = packed_embedding(old, spec)
         made.described = True  # until its tensors are read

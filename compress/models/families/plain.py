@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from compress.lazy import nn, torch
-from compress.models.convolutions import is_convolution, is_filter, is_plain
+from compress.models.convolutions import is_convolution, is_filter, is_plain, is_transposed_convolution
 from compress.models.experts import fused_parameters, keeps_transposed, router_names
 from compress.models.members import OUT, is_attention, members
 from compress.models.site import Site, TensorRef
@@ -73,6 +73,10 @@ def _site(name: str, module: nn.Module) -> Site | None:
         stored = tuple(module.weight.shape)
         shape, ref = (stored[0], math.prod(stored[1:])), TensorRef(parameter, stored=stored)
         return Site(name, shape, ref, groups=module.groups, filter=is_filter(module))
+    if is_transposed_convolution(module) and is_plain(module):
+        stored, groups = tuple(module.weight.shape), module.groups
+        turned = (groups * stored[1], stored[0] // groups * math.prod(stored[2:]))
+        return Site(name, turned, TensorRef(parameter, transposed=True, stored=stored, groups=groups), groups=groups)
     return None
 
 
