@@ -466,7 +466,7 @@ def test_statistics_of_groups_are_added_up_over_processes(need: Any) -> None:
             collect.statistics({"it": model}, {"it": need}, [lambda part=part: model(part)])["it"]
             for part in (x, x[:4], x[4:])
         )
-    (one,) = _fed_alike([[[["it"], part.width, part.need, part.groups]] for part in parts])
+    (one,) = _fed_alike([[(["it"], part.width, part.need, part.groups)] for part in parts])
     assert one == [["it"], 72, need, 4]
     made = statistics_for(one[1], one[2], groups=one[3])
     for part in parts:
