@@ -14,6 +14,7 @@ from compress.lazy import torch, transformers
 from compress.logs import LOGGER
 from compress.models import graph as graphs
 from compress.models import hub, loading, refusals
+from compress.models.architecture import mapped, predicts_masked
 from compress.models.companions import companions, without_code
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from compress.checkpoint.artifact import Artifact
+    from compress.checkpoint.matching import Matched
     from compress.checkpoint.sources import Source
 
 MOST_COMPUTED = 1 << 26  # numbers that a model of any size may compute, such as causal masks
@@ -66,6 +68,8 @@ class OpenedModel:
         """config.json for a model that is to be loaded in a type; of the source's, all but names of code."""
         found = without_code(refusals.read_settings(self.folder)) | loading.INSTEAD.get(self.config.model_type, {})
         found.pop(refusals.SECTIONS[0], None)  # of codes that are read as numbers
+        if found.get("architectures") and found["architectures"] != self.config.architectures:
+            found["architectures"] = self.config.architectures
         if getattr(self.config, "dtype", None) == dtype:
             return found
         found.pop("torch_dtype", None)  # the old name; a loader would otherwise round once more
@@ -100,13 +104,37 @@ def open_folder(folder: Path) -> OpenedModel:
     notes = refusals.refuse_other_tasks(folder, settings, config)
     _refuse_larger(folder, config, source)
     _refuse_generation(folder)
-    matched = match(folder, source, graphs.find(loading.build(config)))
-    notes = [*notes, *matched.notes]
+    matched, without = _matched(folder, source, config)
+    notes = [*notes, *matched.notes, *without]
     if coded:
         notes.append(f"the weights are stored as {coded}, and are read as the numbers that those mean")
     for note in notes:
         LOGGER.warning("%s: %s", folder, note)
     return OpenedModel(folder, config, matched.artifact, _dtype(config, source), tuple(notes))
+
+
+def _matched(folder: Path, source: Source, config: Any) -> tuple[Matched, list[str]]:
+    """A folder's weights with its model, and a note where the head that `architectures` names is not in the files.
+
+    Sentence encoders are saved without the head that they were trained with, and keep its name.
+    """
+    model = loading.build(config)
+    try:
+        return match(folder, source, graphs.find(model)), []
+    except CheckpointError:
+        base = next(mapped("AutoModel", config), None)
+        if not predicts_masked(model) or base is None or base is type(model):
+            raise
+        named = list(config.architectures)
+        config.architectures = [base.__name__]
+        try:
+            found = match(folder, source, graphs.find(loading.build(config)))
+        except CheckpointError:
+            config.architectures = named
+        else:
+            head = f"the files hold no head of a {type(model).__name__}: it is taken for a {base.__name__}"
+            return found, [f"{head}, and config.json of what is written says so"]
+        raise
 
 
 def load_measured(model: str | Path, dtype: torch.dtype | None = None) -> Any:
