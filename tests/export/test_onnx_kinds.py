@@ -49,6 +49,7 @@ def test_keys_and_values_may_have_other_widths(tmp_path: Path) -> None:
     assert widths["past_key_values.0.value"] == 8
 
 
+@pytest.mark.real
 def test_genai_has_no_place_for_several_widths(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime_genai")
     with pytest.raises(CompressError, match="keep keys and values of several shapes"):
