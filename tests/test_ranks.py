@@ -15,7 +15,7 @@ import pytest
 import torch
 from children import PROCESSES, contents
 from commands import make_changed, make_text_model, write_text
-from mixtures import make_mixture
+from expert_models import make_mixture
 from torch import Tensor
 
 from compress.api.together import device_for, refuse_differing

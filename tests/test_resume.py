@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from children import contents, prepare, run, unfinished
-from mixtures import make_mixture
+from expert_models import make_mixture
 
 PASSES = """\
 passes:

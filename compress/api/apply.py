@@ -183,6 +183,7 @@ def _applied(
         refuse_idle_gate(pipeline.evaluate, model, data.evaluation)
     merges.check_models(pipeline, artifact, "apply")
     merges.check_data(pipeline, data.calibration, graph, "apply")
+    given.refuse_by_name(pipeline, data.calibration)
     devices = devices_of(made, resident=True)
     context = Context(
         artifact=artifact, given=artifact, ledger=MemoryLedger(), seed=steps.seed, dtype=dtype,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
-from compress.calibration.data import Dataset, load_images
-from compress.calibration.given import gathered, kind_of, token_ids
+from compress.calibration.data import Dataset, load_samples
+from compress.calibration.given import by_name, gathered, kind_of, token_ids
 from compress.calibration.masks import masked
 from compress.calibration.texts import is_images
 from compress.calibration.tokens import load_tokens
@@ -17,8 +18,11 @@ from compress.config.pipeline import GIVEN
 from compress.errors import DataError
 from compress.models.architecture import predicts_masked, predicts_next
 from compress.models.families import family_of
+from compress.models.families.transformers_model import TOKENS, called_with
 from compress.models.graph import Graph
 from compress.models.logits import vocabulary as vocabulary_of
+from compress.models.logits import words as words_of
+from compress.models.named import inputs_of, needs_several
 from compress.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from compress.calibration.texts import Split, Ticking
-    from compress.config.pipeline import DataSection
+    from compress.config.pipeline import DataSection, Pipeline
 
 Given = Any  # one source, or several by name: what `calibration/given.py` takes
 
@@ -41,7 +45,8 @@ def dataset(graph: Graph, name: Split, data: Given | None, dtype: torch.dtype) -
     """
     if data is None:
         return None
-    return model_inputs(graph, name, gathered(name, data, kind_of(graph.model)), dtype)
+    named = by_name(name, data, graph.model)
+    return model_inputs(graph, name, named or gathered(name, data, kind_of(graph.model)), dtype)
 
 
 def model_inputs(graph: Graph, name: str, data: Dataset, dtype: torch.dtype) -> Dataset:
@@ -51,12 +56,22 @@ def model_inputs(graph: Graph, name: str, data: Dataset, dtype: torch.dtype) -> 
         DataError: the model cannot take it.
     """
     inputs = data.inputs
+    if data.named:
+        data = _with_one_input(graph, name, data)
+        inputs = data.inputs
+    if needs_several(graph.model) and not data.named:
+        raise DataError(
+            f"{type(graph.model).__name__} is called with text and images, and {name} has one input; give what its "
+            "processor returns: a mapping of input_ids and pixel_values, or a list with one for each sample"
+        )
+    if data.named:
+        return replace(data, named=tuple(_sample(graph, name, sample, dtype) for sample in data.named))
     if graph.takes_tokens:
-        known: int = graph.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        known = words_of(graph.model)
         # Some tables have rows for more than text, such as the places of images, that are never predicted.
         predicted = vocabulary_of(graph.model) if graph.is_language_model else 0
         least = 2 if name == "evaluation" and graph.is_language_model else 1
-        return data.of(token_ids(name, inputs, min(known, predicted or known), least))
+        return data.of(token_ids(name, inputs, min(filter(None, (known, predicted)), default=None), least))
     if inputs.numel() == 0:
         raise DataError(f"{name} is empty: shape {tuple(inputs.shape)}")
     if inputs.is_floating_point() and not torch.isfinite(inputs).all():
@@ -67,6 +82,35 @@ def model_inputs(graph: Graph, name: str, data: Dataset, dtype: torch.dtype) -> 
     return data.of(inputs.to(dtype)) if own else data
 
 
+def _with_one_input(graph: Graph, name: str, data: Dataset) -> Dataset:
+    """Samples by name, as one tensor where they have no other input than the model's first.
+
+    Raises:
+        DataError: an input that the model does not take.
+    """
+    names = {key for sample in data.named for key in sample}
+    strange = sorted(names - inputs_of(graph.model)) if isinstance(graph.model, PreTrainedModel) else sorted(names)
+    if strange:
+        raise DataError(f"{name} has {strange[0]}, which {type(graph.model).__name__} does not take; leave it out")
+    if names != {called_with(graph.model)}:
+        return data
+    return replace(data, inputs=torch.cat([value for sample in data.named for value in sample.values()]), named=())
+
+
+def _sample(graph: Graph, name: str, sample: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A sample with several inputs as the model takes it: numbers in the type it computes in, as `input_ids` fit."""
+    found = {}
+    for key, value in sample.items():
+        if key == TOKENS:
+            value = token_ids(f"{name}: {key}", value, words_of(graph.model))
+        elif value.is_floating_point():
+            if not torch.isfinite(value).all():
+                raise DataError(f"{name}: {key} holds NaN or infinity")
+            value = value.to(dtype)
+        found[key] = value
+    return found
+
+
 def _images(graph: Graph, name: str, images: Tensor) -> Tensor:
     channels = getattr(graph.model.config, "num_channels", None)
     if images.dim() != 4 or not images.is_floating_point() or (channels and images.shape[1] != channels):
@@ -75,6 +119,20 @@ def _images(graph: Graph, name: str, images: Tensor) -> Tensor:
             f"model expects; got {images.dtype} {tuple(images.shape)}"
         )
     return images
+
+
+def refuse_by_name(steps: Pipeline, data: Dataset | None) -> None:
+    """Refuse samples with several inputs for a pass that learns from whole models.
+
+    Raises:
+        DataError: names the pass.
+    """
+    whole = [p for stage in steps.passes for p in stage if p.loss is not None or getattr(p, "judged", False)]
+    if data is not None and data.named and whole:
+        raise DataError(
+            f"{whole[0].key} learns from tokens or images alone, and the calibration data has several inputs; give it "
+            "one, in a pipeline of its own"
+        )
 
 
 def with_masks(model: nn.Module, data: Dataset, folder: Path) -> Dataset:
@@ -92,6 +150,10 @@ def given_section(cls: type[DataSection], data: Dataset | None, options: Mapping
     if data is None:
         return None
     inputs = data.inputs
+    if data.named:
+        lengths = [sample[TOKENS].shape[1] if TOKENS in sample else 1 for sample in data.named]
+        source = dict.fromkeys(data.parts, GIVEN) or GIVEN
+        return cls(source=source, samples=max(data.parts.values(), default=len(inputs)), length=max(lengths), **options)
     length = math.prod(inputs.shape[2:]) if inputs.dim() == 4 else inputs.shape[1] if inputs.dim() > 1 else 1
     source = dict.fromkeys(data.parts, GIVEN) or GIVEN
     return cls(source=source, samples=max(data.parts.values(), default=len(inputs)), length=length, **options)
@@ -111,8 +173,7 @@ def read_data(section: DataSection, folder: Path, split: Split, over: Ticking | 
 
 def _read_source(section: DataSection, source: str, folder: Path, split: Split, over: Ticking | None) -> Dataset:
     if is_images(source):
-        images, labels = load_images(source, section.samples)
-        return Dataset(images, labels)
+        return load_samples(source, section.samples)
     tokens = load_tokens(
         source,
         load_tokenizer(folder, f"{split} text"),

@@ -140,6 +140,7 @@ def run(
     with bars.shown():
         data = _data(steps, opened, data, bars)
     merges.check_data(steps, data.calibration, graph, file)
+    given.refuse_by_name(steps, data.calibration)
     work = _Work(steps, opened, data, made, (opened.artifact.source, *merged), executor, bars, str(model))
     refuse_differing(executor, work.facts())
     return _led(work, destination, overwrite, fresh, on_row) if executor.rank == 0 else _followed(work)
@@ -332,12 +333,13 @@ def _export(work: _Work, context: Context, measured: Report, destination: Path) 
     compared = packed_layout.verify(context.artifact, partial, context.bars)
     measured.verified = {"run": work.identity, "tensors_equal": compared}
     if data.evaluation is not None:
-        few = data.evaluation.inputs[:2]
+        few = data.evaluation.inputs[: 1 if data.evaluation.named else 2]
         measured.verified["max_logit_difference"] = logit_difference(context, partial, few, work.plan.places)
     if steps.export:
         made = open_packed(partial, context.dtype)
         written = {exporter.key: partial / exporter.key for exporter in steps.export}
-        measured.verified |= write_all(made, steps.export, written, destination, data.evaluation, context.bars)
+        compared_on = None if data.evaluation is not None and data.evaluation.named else data.evaluation
+        measured.verified |= write_all(made, steps.export, written, destination, compared_on, context.bars)
     if context.delta is not None:
         measured.verified["delta"] = {"tensors_equal": _put_delta(context.delta, partial / "delta", context)}
     write_text(partial / "pipeline.yaml", resolved)

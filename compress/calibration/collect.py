@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from compress.calibration.ranges import Range
@@ -226,6 +226,35 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or bool(a == b)
 
 
+@dataclass
+class _Ends:
+    """Where a forward pass may end: once everything has been reached that is watched, if nothing is reached again.
+
+    Attributes:
+        names: of what is watched.
+        once: whether everything is known to be reached exactly once.
+        reached: how often each was in this pass.
+    """
+
+    names: set[str]
+    once: bool
+    reached: Counter[str] = field(default_factory=Counter)
+
+    def count(self, name: str) -> None:
+        """Something is reached."""
+        self.reached[name] += 1
+        if self.once and len(self.reached) == len(self.names):
+            raise Stop
+
+    def run(self, forwards: Iterable[Callable[[], Any]]) -> None:
+        """Run forward passes, the first of which shows whether later ones may end early."""
+        for number, forward in enumerate(forwards):
+            self.reached.clear()
+            with suppress(Stop):
+                forward()
+            self.once = self.once or (number == 0 and all(self.reached[name] == 1 for name in self.names))
+
+
 def statistics(
     modules: Mapping[str, nn.Module],
     needs: Mapping[str, Need],
@@ -247,74 +276,89 @@ def statistics(
     Experts of fused parameters are seen as often as tokens are sent to them; one that never is has no statistics. With
     `all_experts` each is shown all tokens that any of them is sent, and what comes out is still what the router chose.
     """
-    found: dict[str, Statistics] = {}
-    leaders: dict[str, str] = {}
-    last: dict[str, tuple[Tensor, int]] = {}  # leader -> the tensor it saw last (held: identity means something)
-    reached: Counter[str] = Counter()
     windows = {n: Windows.of(m) if isinstance(m, nn.Conv2d) else None for n, m in modules.items()}
+    sums = _Sums(needs, windows, ranged, before)
+    ends = _Ends({*modules, *(p.left for p in experts)}, once)
 
-    def same(name: str, x: Tensor) -> bool:
-        seen, version = last.get(name, (None, 0))
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            sums.see(name, args[0] if args else next(iter(kwargs.values())))
+            ends.count(name)
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, m in modules.items()]
+    try:
+        with _watched_experts(experts, sums.see_expert, ends.count, all_experts) if experts else nullcontext():
+            ends.run(forwards)
+        sums.check()
+    finally:
+        sums.last.clear()  # the hooks refer to it, and each other, until the next garbage collection
+        for handle in handles:
+            handle.remove()
+    return sums.found
+
+
+@dataclass
+class _Sums:
+    """Statistics while they are summed up.
+
+    Attributes:
+        windows: of the modules that are convolutions.
+        found: statistics of every module and expert that was reached.
+        leaders: module -> the first of those that are fed by the same tensor.
+        last: leader -> the tensor it saw last (held: identity means something).
+    """
+
+    needs: Mapping[str, Need]
+    windows: Mapping[str, Windows | None]
+    ranged: Collection[str]
+    before: int
+    found: dict[str, Statistics] = field(default_factory=dict)
+    leaders: dict[str, str] = field(default_factory=dict)
+    last: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+
+    def same(self, name: str, x: Tensor) -> bool:
+        """Whether a leader saw this very tensor last."""
+        seen, version = self.last.get(name, (None, 0))
         return seen is x and version == x._version
 
-    def see(name: str, x: Tensor) -> None:
-        window = windows[name]
+    def see(self, name: str, x: Tensor) -> None:
+        """A module was given an input."""
+        window, found, needs, ranged = self.windows[name], self.found, self.needs, self.ranged
         if name not in found:
             kind = needs[name], window, name in ranged
-            first = (n for n in last if same(n, x) and (needs[n], windows[n], n in ranged) == kind)
-            leaders[name] = next(first, name)
+            alike = (n for n in self.last if self.same(n, x) and (needs[n], self.windows[n], n in ranged) == kind)
+            self.leaders[name] = next(alike, name)
             width = window.columns(x) if window else x.shape[-1]
-            found[name] = found.get(leaders[name]) or Statistics(width, needs[name], x.device)
-            if name in ranged and leaders[name] == name:
-                found[name].range = Range(before * (x.numel() // x.shape[-1] // len(x)))
-        leader = leaders[name]
+            found[name] = found.get(self.leaders[name]) or Statistics(width, needs[name], x.device)
+            if name in ranged and self.leaders[name] == name:
+                found[name].range = Range(self.before * (x.numel() // x.shape[-1] // len(x)))
+        leader = self.leaders[name]
         if leader == name:
             for part in window.rows(x) if window else [x]:
                 found[name].update(part, name)
             if (seen := found[name].range) is not None:
                 seen.update(x)
-            last[name] = x, x._version
-        elif not same(leader, x):
+            self.last[name] = x, x._version
+        elif not self.same(leader, x):
             raise CompressError(
                 f"{name} and {leader} were fed by one tensor at first and by different ones later: statistics "
                 "would be wrong. Models whose wiring changes from batch to batch are not supported"
             )
 
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            see(name, args[0] if args else next(iter(kwargs.values())))
-            count(name)
+    def see_expert(self, name: str, x: Tensor) -> None:
+        """An expert was sent tokens."""
+        if name not in self.found:
+            self.found[name] = Statistics(x.shape[-1], self.needs[name], x.device)
+            self.leaders[name] = name
+        self.found[name].update(x, name)
 
-        return hook
-
-    def count(name: str) -> None:
-        reached[name] += 1
-        if once and len(reached) == len(ends):
-            raise Stop
-
-    def see_expert(name: str, x: Tensor) -> None:
-        if name not in found:
-            found[name] = Statistics(x.shape[-1], needs[name], x.device)
-            leaders[name] = name
-        found[name].update(x, name)
-
-    ends = {*modules, *(p.left for p in experts)}
-    handles = [m.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, m in modules.items()]
-    try:
-        with _watched_experts(experts, see_expert, count, all_experts) if experts else nullcontext():
-            for number, forward in enumerate(forwards):
-                reached.clear()
-                with suppress(Stop):
-                    forward()
-                once = once or (number == 0 and all(reached[name] == 1 for name in ends))
-        for name, leader in leaders.items():
+    def check(self) -> None:
+        """Look whether all inputs were finite."""
+        for name, leader in self.leaders.items():
             if name == leader:
-                found[name].check(name)
-    finally:
-        last.clear()  # the hooks refer to it, and each other, until the next garbage collection
-        for handle in handles:
-            handle.remove()
-    return found
+                self.found[name].check(name)
 
 
 @contextmanager

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from compress.calibration.data import Dataset
+from compress.calibration.data import Dataset, of_samples
 from compress.errors import DataError
 from compress.lazy import torch, transformers
 from compress.models.architecture import predicts_next
 from compress.models.families.transformers_model import TOKENS, called_with, called_with_images
+from compress.models.named import has_several, inputs_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -51,6 +52,49 @@ def kind_of(model: nn.Module) -> Kind:
     if called_with(model) == TOKENS:
         return "tokens" if predicts_next(model) else "labelled"
     return "images" if called_with_images(model) else "inputs"
+
+
+def by_name(name: str, data: Any, model: nn.Module) -> Dataset | None:
+    """Samples with several inputs, as a model's processor returns them; None where there is one input.
+
+    Args:
+        name: what messages call them.
+        data: a mapping of one sample or of several, a list or a loader of such mappings, or several sources by name.
+        model: that they are for.
+
+    Raises:
+        DataError: several samples in a mapping that cannot be told apart, or an input that the model does not take.
+    """
+    if not isinstance(model, transformers.PreTrainedModel):
+        return None
+    if isinstance(data, Mapping) and not has_several(model, {*data}):
+        if not data or PROCESSED & {*data}:
+            return None
+        parts = {str(n): by_name(f"{name} {n!r}", part, model) for n, part in data.items()}
+        found = {n: part for n, part in parts.items() if part is not None}
+        return Dataset.joined(found) if len(found) == len(parts) else None
+    items = [data] if isinstance(data, Mapping) else data if isinstance(data, list) else None
+    if not items or not all(isinstance(item, Mapping) and has_several(model, {*item}) for item in items):
+        return None
+    return of_samples([sample for i, item in enumerate(items) for sample in _samples(f"{name}, item {i}", item, model)])
+
+
+def _samples(name: str, item: Mapping[str, Any], model: nn.Module) -> list[dict[str, Tensor]]:
+    """The samples of a mapping, each a batch of one."""
+    known = inputs_of(model)
+    strange = sorted({*item} - known - {"labels", "label", *ASIDE})
+    if strange:
+        raise DataError(f"{name} has {strange[0]}, which {type(model).__name__} does not take; leave it out")
+    values = {n: _tensor(f"{name}: {n}", v, "inputs") for n, v in item.items() if n in known and n != "labels"}
+    count = len(values[called_with(model)])
+    if count == 1:
+        return [values]
+    if any(len(value) != count for value in values.values()):
+        raise DataError(
+            f"{name} holds {count} samples, and some inputs have no entry for each: give a list with a mapping for "
+            "each sample"
+        )
+    return [{n: value[i : i + 1] for n, value in values.items()} for i in range(count)]
 
 
 def gathered(name: str, data: Any, kind: Kind) -> Dataset:

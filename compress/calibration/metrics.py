@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from compress.calibration.data import batches
-from compress.calibration.given import OF_TOKENS, gathered, kind_of, token_ids
+from compress.calibration.given import OF_TOKENS, by_name, gathered, kind_of, token_ids
 from compress.calibration.shares import LONE
 from compress.calibration.surroundings import device_of, evaluating, undisturbed
 from compress.errors import DataError, NonFiniteError
@@ -18,10 +18,11 @@ from compress.models.architecture import has_logits, predicts_masked, predicts_n
 from compress.models.families import family_of
 from compress.models.families.transformers_model import TOKENS, called_with
 from compress.models.logits import logits_in, logits_of, rows_at_once
+from compress.models.named import call_with, predicted_tokens
 from compress.models.positions import longest_window
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -183,6 +184,7 @@ def measure(
     progress: Callable[[Iterable[Tensor], int], Iterator[Tensor]] | None = None,
     divided: int = 1,
     together: Together = LONE,
+    tokens_of: Callable[[Tensor], Tensor] = lambda batch: batch,
 ) -> Quality:
     """Evaluate a causal language model, a masked one or a classifier, or compare outputs with an original's.
 
@@ -199,13 +201,14 @@ def measure(
         progress: wraps the batches.
         divided: how many parts a usual batch is divided into.
         together: the processes that share the batches; what they find is the same to the bit, however many they are.
+        tokens_of: token ids of a batch, below 0 where none is predicted; by default the batch itself.
 
     Raises:
         NonFiniteError: what the model makes of the data is not finite.
         DataError: labels that the model has no logit for, or windows of one token.
     """
     judge = judge or ("next token" if labels is None else "classes")
-    if judge == "next token" and tokens.shape[1] < 2:
+    if judge == "next token" and tokens.dim() > 1 and tokens.shape[1] < 2:
         raise DataError("windows have one token; at least two tokens are needed, of which the second is predicted")
     parts = batches(tokens, TOKENS_AT_ONCE, divided)
     start, stop = (len(parts) * rank // together.world for rank in (together.rank, together.rank + 1))
@@ -217,7 +220,8 @@ def measure(
     with torch.no_grad():
         for batch in progress(own, len(own)) if progress else own:
             theirs = None if labels is None else labels[before + sample :][: len(batch)]
-            for out, wanted in _predictions(logits(batch), batch, theirs, judge):
+            meant = tokens_of(batch) if judge == "next token" else batch
+            for out, wanted in _predictions(logits(batch), meant, theirs, judge):
                 seen.append(_counted(out, wanted, reference, keep, count, judge == "predictions"))
                 count += len(out)
             sample += len(batch)
@@ -233,7 +237,7 @@ Counted = tuple[float, float, int, int, int, int, float, float]
 
 def _predictions_in(samples: int, tokens: Tensor, labels: Tensor | None, judge: Judge) -> int:
     """How many predictions are made of the first samples; of outputs, whose rows nobody knows, one of each."""
-    if judge == "next token":
+    if judge == "next token" and tokens.dim() > 1:
         return samples * (tokens.shape[1] - 1)
     return int((labels[:samples] >= 0).sum()) if labels is not None and labels.dim() > 1 else samples
 
@@ -300,8 +304,10 @@ def _predictions(
     pieces = [found[:, :-1].flatten(0, 1)] if isinstance(found, torch.Tensor) else found
     for piece in pieces:
         for part in torch.split(piece, rows_at_once(*piece.shape)):
-            yield part.float(), wanted[count:][: len(part)]
+            right = wanted[count:][: len(part)]
             count += len(part)
+            there = right >= 0
+            yield (part.float(), right) if bool(there.all()) else (part[there.to(part.device)].float(), right[there])
 
 
 def _labelled(out: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -362,7 +368,7 @@ def evaluate(
     """
     ours = isinstance(model, transformers.PreTrainedModel)
     kind = kind_of(model) if ours else "inputs" if isinstance(data, tuple) else "tokens"
-    found = gathered("data", data, kind)
+    found = by_name("data", data, model) or gathered("data", data, kind)
     inputs, labels = found.inputs, found.labels
     judge: Judge = judge_of(model, labels) if ours else "next token" if labels is None else "classes"
     if judge in ("predictions", "outputs") and against is None:
@@ -371,18 +377,20 @@ def evaluate(
             "or the original to compare with (`against`)"
         )
     models = [model] if against is None else [model, against]
-    if kind in OF_TOKENS:
+    if kind in OF_TOKENS and not found.named:
         for each in models:
             inputs = _checked_tokens(each, inputs, 2 if judge == "next token" else 1)
     measured = partial(measure, tokens=inputs, labels=labels, judge=judge, progress=progress, together=together)
+    if found.named:
+        measured.keywords["tokens_of"] = lambda number: predicted_tokens(model, found.named[int(number)])
     with evaluating(*models):
         reference = None
         if against is not None:
             reference = Reference()
             with _moved(against, device):
-                measured(_logits_of(against, judge), reference=reference, keep=True)
+                measured(_logits_of(against, judge, found.named), reference=reference, keep=True)
         with _moved(model, device):
-            return measured(_logits_of(model, judge), reference=reference)
+            return measured(_logits_of(model, judge, found.named), reference=reference)
 
 
 @contextmanager
@@ -408,8 +416,18 @@ def _checked_tokens(model: nn.Module, tokens: Tensor, least: int) -> Tensor:
     return tokens
 
 
-def _logits_of(model: nn.Module, judge: Judge) -> Callable[[Tensor], Tensor | Iterator[Tensor]]:
+def _logits_of(
+    model: nn.Module, judge: Judge, named: Sequence[Mapping[str, Tensor]]
+) -> Callable[[Tensor], Tensor | Iterator[Tensor]]:
     device = device_of(model)
+    if named:
+
+        def of_sample(number: Tensor) -> Tensor | Iterator[Tensor]:
+            sample = {name: value.to(device) for name, value in named[int(number)].items()}
+            run = partial(call_with, model, sample)
+            return logits_of(model, run, sample[TOKENS]) if judge == "next token" else logits_in(run())
+
+        return of_sample
     if judge == "next token":
 
         def of_tokens(batch: Tensor) -> Tensor | Iterator[Tensor]:

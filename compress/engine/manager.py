@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.calibration.data import CALIBRATED_AT_ONCE
+from compress.calibration.data import CALIBRATED_AT_ONCE, numbered_together
 from compress.calibration.metrics import TOKENS_AT_ONCE
 from compress.config.pipeline import GIVEN
 from compress.engine.measure import Meter, against, measured_row
@@ -70,6 +70,8 @@ def execute(
     Raises:
         GateError: perplexity rose above the gate, or accuracy fell below it; what is finished stays in the ledger.
     """
+    (calibration, evaluation), samples = numbered_together(data.calibration, data.evaluation)
+    data, context = Data(calibration, evaluation), replace(context, named=samples)
     report, meter = Report(model_name, dense=dict(plan.dense.parts)), Meter(context, data.evaluation)
     depends = _dependencies(pipeline, plan, context, data)
     context.ledger.depends_on(depends)

@@ -13,6 +13,7 @@ from compress.config.pipeline import GATES
 from compress.engine.placement import streamed
 from compress.errors import DataError
 from compress.io.keys import hash_of, key_of
+from compress.models.families.transformers_model import TOKENS
 from compress.models.logits import logits_in, logits_of
 from compress.report.report import Row
 
@@ -66,6 +67,11 @@ class Meter:
         """What is measured on."""
         if self.judge != "next token":
             return {"samples": len(data), "kl_tokens": self.kl_tokens, "judged_by": self.judge}
+        if data.named:
+            lengths = [sample[TOKENS].shape[1] for sample in data.named]
+            tokens = sum(length - 1 for length in lengths)
+            said = {"windows": len(data), "length": max(lengths), "tokens": tokens}
+            return {**said, "kl_tokens": self.kl_tokens}
         windows, length = data.inputs.shape
         return {"windows": windows, "length": length, "tokens": windows * (length - 1), "kl_tokens": self.kl_tokens}
 
@@ -89,6 +95,7 @@ class Meter:
                     part.inputs,
                     labels=part.labels,
                     judge=self.judge,
+                    tokens_of=context.tokens_of,
                     reference=self.references[name],
                     keep=keep,
                     progress=lambda items, total: context.bars.over(items, total, label, "end"),
@@ -103,7 +110,7 @@ def logits(context: Context, batch: Tensor, hold: Hold = nullcontext) -> Tensor 
     """What a model that can be called makes of a batch: whole, or in pieces where a vocabulary is large."""
     if not context.graph.is_language_model:
         return logits_in(context.forward(batch))
-    return logits_of(context.graph.model, lambda: context.forward(batch), batch, hold=hold)
+    return logits_of(context.graph.model, lambda: context.forward(batch), context.tokens_of(batch), hold=hold)
 
 
 def measured_row(

@@ -21,6 +21,7 @@ from compress.engine.devices import Devices
 from compress.engine.executor import SingleProcess
 from compress.io.heap import give_back
 from compress.models.graph import forward
+from compress.models.named import call_with, predicted_tokens
 from compress.models.site import parameter_of
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ class Context:
         divided: how many parts usual batches are divided into, because the device has no room for whole ones.
         delta: a compressed one that was made, and belongs into the result.
         experts: of a mixture, and what is learned of their inputs.
+        named: samples with several inputs by name; what runs through the model are their numbers.
     """
 
     artifact: Artifact
@@ -114,6 +116,7 @@ class Context:
     divided: int = 1
     delta: MadeDelta | None = None
     experts: ExpertOptions = field(default_factory=ExpertOptions)
+    named: tuple[Mapping[str, Tensor], ...] = ()
 
     @property
     def graph(self) -> Graph:
@@ -141,7 +144,15 @@ class Context:
 
     def forward(self, inputs: Tensor) -> Any:
         """What the model makes of inputs, wherever they wait."""
+        if self.named and inputs.dim() == 1:
+            sample = {name: self.devices.to_compute(value) for name, value in self.named[int(inputs)].items()}
+            return call_with(self.graph.model, sample)
         return forward(self.graph, self.devices.to_compute(inputs))
+
+    def tokens_of(self, inputs: Tensor) -> Tensor:
+        """(B, T) token ids of inputs, below 0 where none is predicted."""
+        named = self.named and inputs.dim() == 1
+        return predicted_tokens(self.graph.model, self.named[int(inputs)]) if named else inputs
 
     def waiting(
         self, arrivals: Iterable[tuple[Tensor, Mapping[int, Call]]], kinds: Mapping[int, int] | None = None

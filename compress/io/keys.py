@@ -37,6 +37,10 @@ class Samples(Protocol):
     def parts(self) -> Mapping[str, int]:
         """Name -> count."""
 
+    @property
+    def named(self) -> Sequence[Mapping[str, Tensor]]:
+        """Samples with several inputs by name."""
+
 
 def key_of(*parts: Any) -> str:
     """A key from JSON-able parts, the previous key among them."""
@@ -48,7 +52,8 @@ def hash_of(data: Samples | None) -> str | None:
     if data is None:
         return None
     tensors = [data.inputs] if data.labels is None else [data.inputs, data.labels]
-    return key_of(dict(data.parts), *((list(t.shape), digest(t)) for t in tensors))
+    named = [[(name, list(t.shape), digest(t)) for name, t in sorted(sample.items())] for sample in data.named]
+    return key_of(dict(data.parts), *((list(t.shape), digest(t)) for t in tensors), *([named] if named else []))
 
 
 def digest(tensor: Tensor) -> str:

@@ -10,12 +10,10 @@ import inspect
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from compress.lazy import nn
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
 MARKS = ("is_transposed", "has_gate", "has_bias", "is_concatenated")  # what transformers sets on such a module
 # Classes without the marks -> whether they keep (experts, in, out).
@@ -25,7 +23,6 @@ UNMARKED = {
     "JetMoeParallelExperts": False,
     "Llama4TextExperts": True,
 }
-JOINED = ("DbrxExpertGLU",)  # classes that keep the rows of all experts in one matrix
 ROUTERS = ("Router", "TopKGating")  # in the names of classes
 GATES = ("gate", "router", "shared_expert_gate")  # beside fused experts
 OURS = "transformers.models."
@@ -52,13 +49,8 @@ def takes_choices(module: nn.Module) -> bool:
     return CHOICES in inspect.signature(type(module).forward).parameters
 
 
-def joins_experts(module: nn.Module) -> bool:
-    """Whether a module keeps all experts in one matrix, row upon row, which passes do not take apart."""
-    return type(module).__name__ in JOINED and type(module).__module__.startswith(OURS)
-
-
 def router_names(model: nn.Module) -> set[str]:
-    """Full names of the linear layers that choose among experts, or weigh them."""
+    """Full names of the modules that choose among experts, or weigh them, and of what is in them."""
     modules = dict(model.named_modules())
     beside = {name.rpartition(".")[0] for name, module in modules.items() if next(fused_parameters(module), None)}
 
@@ -67,7 +59,7 @@ def router_names(model: nn.Module) -> set[str]:
         return (owner in beside and leaf in GATES) or any(part in type(module).__name__ for part in ROUTERS)
 
     routers = tuple(f"{name}." for name, module in modules.items() if routes(name, module))
-    return {n for n, module in modules.items() if isinstance(module, nn.Linear) and f"{n}.".startswith(routers)}
+    return {name for name in modules if f"{name}.".startswith(routers)}
 
 
 def run_one_by_one(model: nn.Module) -> None:

@@ -51,6 +51,17 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
+def words(model: nn.Module) -> int | None:
+    """How many token ids a model looks up; None where neither a table nor its configuration says."""
+    try:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        config: Any = getattr(model, "config", None)
+        return getattr(config and config.get_text_config(), "vocab_size", None)
+    weight = getattr(table, "weight", None)
+    return None if weight is None else int(weight.shape[0])
+
+
 def vocabulary(model: nn.Module) -> int:
     """How many logits a language model has at each position; 0 where it has no head that it names."""
     find = getattr(model, "get_output_embeddings", None)

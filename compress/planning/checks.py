@@ -10,6 +10,7 @@ from compress.calibration.texts import IMAGE_SUFFIX, is_images
 from compress.config.pipeline import GATES, GIVEN
 from compress.errors import Problem
 from compress.models.experts import takes_choices
+from compress.models.named import takes_more_than_text
 from compress.models.positions import longest_window
 from compress.planning.dense import LEAST_REACHED
 
@@ -228,7 +229,8 @@ def tables(case: Case, written: Pass) -> Iterator[Problem]:
         yield case.refused(
             f"a {case.model} has no embedding and no head that is not excluded; leave it out", "embeddings"
         )
-    for site in graph.sites if pass_.reach == "model" and pass_.calibrated else ():
+    others = [site for site in graph.sites if site not in case.sites]
+    for site in others if pass_.reach == "model" and pass_.calibrated else ():
         head = next((name for name in site.shared if pass_.selects(name, in_block=False)), None)
         if head is not None:
             yield case.refused(f"{head} is tied to {site.name}; compressing one would change the other. Exclude it")
@@ -321,11 +323,13 @@ def data_sections(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
     images, model = not graph.takes_tokens, type(graph.model).__name__
     for name, section in (("calibration", pipeline.calibration), ("evaluate", pipeline.evaluate)):
         for source in section.sources.values() if section else ():
-            if source != GIVEN and is_images(source) != images:
+            by_name = is_images(source) and takes_more_than_text(graph.model)
+            if source != GIVEN and is_images(source) != images and not by_name:
                 wanted = f"{'images' if graph.is_image_model else 'inputs'} from a {IMAGE_SUFFIX} file"
                 wanted = wanted if images else "text"
                 yield Problem(f"{name}.source", f"{source}: {model} takes {wanted}")
-        if section and longest and section.length > longest:
+        texts = section is not None and not any(map(is_images, section.sources.values()))
+        if section and longest and texts and section.length > longest:
             yield Problem(f"{name}.length", f"{section.length} is more than the model's {longest} positions")
 
 

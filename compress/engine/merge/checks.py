@@ -65,7 +65,7 @@ def check_data(pipeline: Pipeline, data: Dataset | None, graph: Graph, file: str
         DataError: a classifier's, without labels; windows of one token, which predict nothing.
     """
     for path, pass_ in _merges(pipeline):
-        if pass_.judged and graph.is_language_model and data is not None and data.inputs.shape[1] < 2:
+        if pass_.judged and graph.is_language_model and data is not None and data.inputs.shape[-1] < 2:
             raise DataError(f"{file}: {path} goes by the loss on the calibration data: at least two tokens are needed")
         judged = pass_.judged and not graph.is_language_model
         if judged and data is not None and data.labels is None:
