@@ -218,15 +218,12 @@ class _Reader:
         factors: dict[str, dict[str, str]] = {}
         whole: dict[str, str] = {}
         for key in self.adapter.names():
-            name, dtype = key.removeprefix(PREFIX), self.adapter.dtype(key)
-            if not dtype.is_floating_point:
-                raise CheckpointError(
-                    f"{self.file}: {key} is {str(dtype).removeprefix('torch.')}, and no number; fetch it again"
-                )
+            name = key.removeprefix(PREFIX)
             matched = FACTOR.fullmatch(name)
             if matched:
                 part = matched["part"] + (".bias" if matched["leaf"] == "bias" else "")
                 factors.setdefault(matched["layer"], {})[part] = key
+                self._refuse_codes(key, torch.float32)
             elif "lora_" in name or ".original_module." in name or "token_adapter" in name:
                 raise CheckpointError(f"{self.file} holds {key}, which is no part of a plain LoRA; merge it in peft")
             else:
@@ -254,6 +251,7 @@ class _Reader:
             return known  # the second name of a tied tensor: matched, and compared with the first, later
         stored, _ = self._place(name)
         self._refuse_shape(key, self.base.shape(stored), stored)
+        self._refuse_codes(key, self.base.dtype(stored))
         return stored
 
     def _place(self, name: str) -> tuple[str, nn.Module | None]:
@@ -329,6 +327,14 @@ class _Reader:
         if magnitude:
             self._refuse_shape(magnitude, (lies[0],), stored)
         return Addition(a, b, self.config.scale_of(layer), turned, embedding, magnitude)
+
+    def _refuse_codes(self, key: str, meant: torch.dtype) -> None:
+        dtype = self.adapter.dtype(key)
+        if meant.is_floating_point and not dtype.is_floating_point:
+            name = str(dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{self.file}: {key} is {name}, and is to be numbers; save it anew without quantization"
+            )
 
     def _refuse_shape(self, key: str, wanted: tuple[int, ...], stored: str) -> None:
         shape = self.adapter.shape(key)

@@ -10,6 +10,7 @@ from compress.config.pipeline import walk
 from compress.engine.merge import alike
 from compress.engine.merge.parents import open_parent, vocabulary_names
 from compress.errors import ConfigError, DataError, Problem, UsageError
+from compress.passes.merge.average import Average
 from compress.passes.merge.base import MergePass
 
 if TYPE_CHECKING:
@@ -56,6 +57,22 @@ def check_models(pipeline: Pipeline, base: Artifact, file: str = "pipeline") -> 
     if problems:
         raise ConfigError(problems, file)
     return found
+
+
+def open_alike(model: str, base: Artifact) -> Artifact:
+    """A fine-tune of a base, whose every tensor may be compared with the base's.
+
+    Raises:
+        UsageError: it cannot be read, is of another make, or its tensors mean something else.
+    """
+    everything = Average(models=(model,))
+    parent = open_parent(model, base, everything)
+    other = _other_meaning(base, parent, everything)
+    other.pop(alike.TOKENIZER, None)
+    if other:
+        said = ", ".join(f"{field} ({ours} in the base, {theirs} here)" for field, (ours, theirs) in other.items())
+        raise UsageError(f"{model} differs from the base in {said}, and not in its tensors alone; give its own base")
+    return parent
 
 
 def check_data(pipeline: Pipeline, data: Dataset | None, graph: Graph, file: str = "pipeline") -> None:
