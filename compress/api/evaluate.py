@@ -85,8 +85,8 @@ def _torch(
     tokenizer = found.folder if opened is None else opened.tokenizer
     dtype = measured_in(found.folder) if opened is None else opened.dtype
     data = given.read_data(section, tokenizer, "evaluation", bars.over)
-    described = digest_of_file(found.folder / "config.json")
-    refuse_differing(executor, {"model": described, "data": hash_of(data)})
+    described = [found.folder / "config.json", *([] if found.adapter is None else [found.adapter / adapters.CONFIG])]
+    refuse_differing(executor, {"model": [digest_of_file(file) for file in described], "data": hash_of(data)})
     loaded = loading.load_model(found.folder, dtype) if opened is None else load_merged(opened)
     original = load_measured(against) if against else None
     matched = given.matched(loaded, given.with_masks(loaded, data, tokenizer))

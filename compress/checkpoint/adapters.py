@@ -233,10 +233,10 @@ class _Reader:
         added: dict[str, Addition] = {}
         biases: dict[str, tuple[str, float]] = {}
         for layer, parts in factors.items():
+            self._refuse_tied(f"{layer}.weight", layer)
             stored, module = self._place(f"{layer}.weight")
             if stored in added:
                 raise CheckpointError(f"{self.file} holds factors for {stored} twice; fetch it again")
-            self._refuse_tied(f"{layer}.weight", layer)
             added[stored] = self._addition(layer, dict(parts), stored, module)
             if "lora_B.bias" in parts:
                 bias, _ = self._place(f"{layer}.bias")
@@ -332,9 +332,7 @@ class _Reader:
         dtype = self.adapter.dtype(key)
         if meant.is_floating_point and not dtype.is_floating_point:
             name = str(dtype).removeprefix("torch.")
-            raise CheckpointError(
-                f"{self.file}: {key} is {name}, and is to be numbers; save it anew without quantization"
-            )
+            raise CheckpointError(f"{self.file}: {key} is {name}, not numbers; save it without quantization")
 
     def _refuse_shape(self, key: str, wanted: tuple[int, ...], stored: str) -> None:
         shape = self.adapter.shape(key)

@@ -123,12 +123,12 @@ def open_folder(folder: Path, adapter: Path | None = None) -> OpenedModel:
     source = source if adapter is None else with_adapter(source, adapter, graph)
     matched = match(folder, source, graph)
     notes = [*notes, *matched.notes]
-    if adapter is not None:
-        notes.append(f"the adapter {adapter} is merged into it")
     if coded:
         notes.append(f"the weights are stored as {coded}, and are read as the numbers that those mean")
     for note in notes:
         LOGGER.warning("%s: %s", folder, note)
+    if adapter is not None:  # as was asked for: it is only reported
+        notes.append(f"the adapter {adapter} is merged into its base {folder}")
     return OpenedModel(folder, config, matched.artifact, _dtype(config, source), tuple(notes), adapter)
 
 

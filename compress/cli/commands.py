@@ -37,7 +37,7 @@ PipelineArg = Annotated[
         autocompletion=completion.pipelines,
     ),
 ]
-ModelArg = Annotated[str, typer.Argument(help="demo, a local folder, or a hub id")]
+ModelArg = Annotated[str, typer.Argument(help="demo, a local folder, a hub id, an adapter, or BASE+ADAPTER")]
 DeviceOption = Annotated[
     str | None, typer.Option(help="what computes: auto, cpu, cuda, cuda:1  [default: the pipeline's choice, or auto]")
 ]

@@ -32,6 +32,7 @@ OTHERS = {
 }
 # Ways to begin that take something off the base too: `init_lora_weights`.
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+MOST = 1e9  # that a rank or an alpha may be
 LONGEST_PATTERN, MOST_REPEATS = 500, 8  # of a regular expression in a configuration
 GROUP_REPEATED = re.compile(r"\)\s*[*+{?]")  # may take time without end
 
@@ -104,8 +105,8 @@ def _base_of(adapter: Path) -> Path:
     how = f"say which model it belongs to: BASE+{adapter}"
     if not isinstance(name, str) or not name:
         raise UsageError(f"{adapter / CONFIG} names no base (base_model_name_or_path); {how}")
-    beside = adapter / Path(name).expanduser()
-    found = beside if beside.is_dir() else Path(name).expanduser()
+    beside = adapter / name
+    found = beside if beside.is_dir() else Path(name)
     if found.is_dir():
         return found
     if isinstance(revision, str) and revision != "main":
@@ -167,7 +168,7 @@ class LoraConfig:
         for key, value in numbers.items():
             whole = key == "r" or key.startswith("rank_pattern")
             fine = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-            if not fine or not math.isfinite(value) or (whole and value < 1):
+            if not fine or not abs(value) <= MOST or (whole and value < 1):
                 kind = "a whole number of at least 1" if whole else "a number"
                 raise CheckpointError(f"{file}: {key} is {value!r:.40}, and must be {kind}; fetch it again")
         for pattern in (*patterns["rank_pattern"], *patterns["alpha_pattern"]):
