@@ -257,6 +257,53 @@ def test_names_without_the_part_that_a_task_adds_are_found(base: Path, tmp_path:
     assert torch.equal(new[name], rounded(old[name], product(tensors, "layers.0.self_attn.q_proj", 3)))
 
 
+def adapted(config: Mapping[str, Any], before: Path, folder: Path, kind: Any) -> Any:
+    """An adapter that PEFT itself has made and saved, and the model that it merges it into."""
+    peft = pytest.importorskip("peft")
+    made = peft.get_peft_model(kind.from_pretrained(before), peft.LoraConfig(**config))
+    for parameter in made.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.3)
+    made.save_pretrained(folder)
+    return peft.PeftModel.from_pretrained(kind.from_pretrained(before), folder).merge_and_unload()
+
+
+SOME = ["q_proj", "v_proj", "down_proj"]
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "plain": {"target_modules": SOME},
+    "rooted": {"target_modules": SOME, "use_rslora": True},
+    "patterns": {"target_modules": SOME, "rank_pattern": {r"layers\.1.*down_proj": 5}, "alpha_pattern": {"v_proj": 7}},
+    "dora": {"target_modules": SOME, "use_dora": True},
+    "biases": {"target_modules": SOME, "bias": "all"},
+    "biases of layers": {"target_modules": SOME, "bias": "lora_only"},
+    "biases of B": {"target_modules": SOME, "lora_bias": True},
+    "embeddings": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+    "whole": {"target_modules": SOME, "modules_to_save": ["lm_head", "embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_peft_s_own_adapters_are_merged_to_its_own_bits(name: str, tmp_path: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        folder = tmp_path / str(dtype)
+        before = saved(make_llama(attention_bias=True, mlp_bias=True).to(dtype), folder / "base")
+        wanted = adapted({"r": 8, **ADAPTERS[name]}, before, folder / "adapter", transformers.LlamaForCausalLM)
+        found, old = values(folder / "adapter"), values(before)
+        assert all(torch.equal(value, wanted.get_parameter(key)) for key, value in found.items())
+        assert any(not torch.equal(value, old[key]) for key, value in found.items())
+
+
+def test_peft_merges_what_was_extracted_to_the_same_bits(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    before = saved(make_llama(attention_bias=True), tmp_path / "base")
+    after = tuned(before, tmp_path / "tuned", lambda name, value: value + 0.05 * torch.randn_like(value))
+    for options in ({"rank": 4}, {"energy": 0.9}):
+        compress.extract_lora(before, after, tmp_path / "out", overwrite=True, **options)
+        loaded = transformers.LlamaForCausalLM.from_pretrained(before)
+        wanted = peft.PeftModel.from_pretrained(loaded, tmp_path / "out").merge_and_unload()
+        assert all(torch.equal(v, wanted.get_parameter(name)) for name, v in values(tmp_path / "out").items())
+
+
 # --- where the base is ------------------------------------------------------------------------------------------------
 
 
@@ -654,7 +701,7 @@ def test_batch_norms_are_kept_with_their_statistics(tmp_path: Path) -> None:
         if isinstance(module, nn.Conv2d):
             module.weight.data += 0.1 * torch.randn_like(module.weight)
         if isinstance(module, nn.BatchNorm2d):
-            module.running_mean += 1
+            module.running_mean = module.running_mean + 1  # type: ignore[assignment]
     after = saved(model, tmp_path / "tuned")
     found = compress.extract_lora(before, after, tmp_path / "out", rank=999)
     assert found["error"] < 1e-5

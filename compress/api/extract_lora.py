@@ -170,7 +170,7 @@ class _Differing:
 
     @property
     def biases(self) -> list[str]:
-        """Of `whole`, those of layers that are not kept themselves."""
+        """Those of `whole` whose layers are not kept themselves."""
         return [name for name in self.whole if not _kept_module(self.base, name)]
 
     def pieces(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
