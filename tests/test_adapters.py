@@ -282,6 +282,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore")  # PEFT's and its use of transformers
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_peft_s_own_adapters_are_merged_to_its_own_bits(name: str, tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):
@@ -293,6 +294,7 @@ def test_peft_s_own_adapters_are_merged_to_its_own_bits(name: str, tmp_path: Pat
         assert any(not torch.equal(value, old[key]) for key, value in found.items())
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_peft_merges_what_was_extracted_to_the_same_bits(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     before = saved(make_llama(attention_bias=True), tmp_path / "base")
