@@ -691,8 +691,10 @@ def test_what_an_adapter_has_no_place_for_is_listed(tmp_path: Path) -> None:
     assert "model.layers.0.self_attn.q_proj: rank 4, error 0." in ended.out
     assert "left out, for no adapter holds them: model.embed_tokens.weight" in ended.out
     only = tuned(before, tmp_path / "only", lambda name, value: value * 1.1 if "embed" in name else value)
-    with pytest.raises(UsageError, match="weight alone, which no adapter holds"):
-        compress.extract_lora(before, only, tmp_path / "no", rank=4)
+    norms = tuned(before, tmp_path / "norms", lambda name, value: value * 1.1 if value.dim() < 2 else value)
+    for fine_tune, name in ((only, "embed_tokens.weight"), (norms, "layernorm.weight")):
+        with pytest.raises(UsageError, match=f"{name}, and in no matrix that has factors"):
+            compress.extract_lora(before, fine_tune, tmp_path / "no", rank=4)
 
 
 def test_batch_norms_are_kept_with_their_statistics(tmp_path: Path) -> None:

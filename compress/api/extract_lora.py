@@ -88,9 +88,10 @@ def extract_lora(
     _refuse_existing(destination, overwrite)
     with bars.shown():
         found = _Differing.between(opened.artifact, parent, bars)
-    if not found.layers and not found.whole:
-        why = f": they differ in {found.left_out[0]} alone, which no adapter holds" if found.left_out else ""
-        raise UsageError(f"{tuned} adds nothing to {base} that an adapter could hold{why or '; the models are equal'}")
+    if not found.layers:  # PEFT loads no adapter without factors
+        others = [*found.whole, *found.left_out]
+        why = f"they differ in {others[0]}, and in no matrix that has factors" if others else "the models are equal"
+        raise UsageError(f"{tuned} adds nothing to {base} that an adapter could hold: {why}")
     with working_for(destination) as work, clear_result(work), bars.shown():
         _refuse_existing(destination, overwrite)
         watch = Watch.over([*opened.artifact.source.files(), *parent.source.files(), *opened.companions])
