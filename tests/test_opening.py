@@ -256,17 +256,17 @@ def test_what_says_that_a_checkpoint_is_quantized_is_believed(
 
 # --- what kind of model -----------------------------------------------------------------------------------------------
 
-ADAPTER = {"base_model_name_or_path": "org/base", "peft_type": "LORA"}
+ADAPTER = {"base_model_name_or_path": "./nowhere", "peft_type": "LORA"}
 
 
-def test_an_adapter_is_refused_alone_and_beside_weights(folder: Path, tiny_folder: Path) -> None:
+def test_an_adapter_is_refused_beside_weights_and_without_its_base(folder: Path, tiny_folder: Path) -> None:
     configure(folder, "adapter_config.json", **ADAPTER)
-    both_refuse(folder, "adapter of org/base", "beside", "merge_and_unload")
+    both_refuse(folder, "adapter of ./nowhere", "beside", "merge_and_unload")
     (folder / WEIGHTS).rename(folder / "adapter_model.safetensors")
-    both_refuse(folder, "is an adapter of org/base", "merge_and_unload")
+    both_refuse(folder, "the base of the adapter", "./nowhere", f"BASE+{folder}")
     (folder / "config.json").unlink()
-    both_refuse(folder, "is an adapter of org/base", "merge_and_unload")
-    with pytest.raises(UsageError, match="is an adapter of org/base"):
+    both_refuse(folder, "the base of the adapter", "./nowhere", f"BASE+{folder}")
+    with pytest.raises(UsageError, match="the base of the adapter"):
         compress.run({"passes": [{"average": {"models": [str(folder)]}}]}, tiny_folder, folder.with_name("out"))
 
 
