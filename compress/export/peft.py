@@ -15,6 +15,7 @@ from compress.export.hf import Dense, Hf, refuse_rounded, verify_dense, write_de
 from compress.io.atomic import write_json, writing
 from compress.io.safetensors_file import compare_tensors, write_tensors
 from compress.lazy import nn, torch
+from compress.models.convolutions import is_convolution
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -121,7 +122,7 @@ def shapes_of(site: Site, form: LowRankForm) -> tuple[tuple[int, ...], tuple[int
 
 def expressible(module: nn.Module) -> bool:
     """Whether PEFT has corrections for a layer, if it is a convolution."""
-    if not isinstance(module, nn.Conv2d):
+    if not is_convolution(module):
         return True
     usual = module.groups == 1 and module.dilation == (1, 1) and module.padding_mode == "zeros"
     return usual and type(module) is nn.Conv2d

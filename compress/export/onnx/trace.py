@@ -20,6 +20,7 @@ from transformers import DynamicCache
 
 from compress.errors import CompressError
 from compress.models.architecture import has_logits
+from compress.models.convolutions import convolve, is_convolution
 from compress.models.logits import logits_in
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.encodings import Spec
+    from compress.models.convolutions import Convolution
     from compress.models.graph import Graph
 
 PLACEHOLDER_DOMAIN = "compress"  # of the placeholders; none is left in what is written
@@ -51,10 +53,10 @@ class PlacedLinear(nn.Module):
         return made if self.bias is None else made + self.bias
 
 
-class PlacedConv2d(nn.Module):
+class PlacedConvolution(nn.Module):
     """Stands for a packed convolution; has the geometry that models read."""
 
-    def __init__(self, name: str, spec: Spec, replaced: nn.Conv2d):
+    def __init__(self, name: str, spec: Spec, replaced: Convolution):
         super().__init__()
         self.name, self.bias, self.rounds = name, replaced.bias, spec.inputs is not None
         self.in_channels, self.out_channels, self.groups = replaced.in_channels, replaced.out_channels, replaced.groups
@@ -69,14 +71,14 @@ class PlacedConv2d(nn.Module):
         return torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, channels, height, width) -> (N, out, places down, places across)."""
+        """(N, channels, *positions) -> (N, out, *places)."""
         if self.rounds:
             x = placed(INPUT, (x,), self.name, tuple(x.shape))
         weight = placed(WEIGHT, (x,), self.name, self.shape)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             x, padding = nn.functional.pad(x, self.edges, mode=self.padding_mode), 0
-        return nn.functional.conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return convolve(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
 def placed(kind: str, inputs: tuple[Tensor, ...], site: str, shape: tuple[Any, ...]) -> Tensor:
@@ -107,8 +109,8 @@ def traced(graph: Graph, specs: Mapping[str, Spec], opset: int) -> ir.Model:
     for name, spec in specs.items():
         old = model.get_submodule(name)
         made = (
-            PlacedConv2d(name, spec, old)
-            if isinstance(old, nn.Conv2d)
+            PlacedConvolution(name, spec, old)
+            if is_convolution(old)
             else PlacedLinear(name, spec, getattr(old, "bias", None))
         )
         model.set_submodule(name, made)
