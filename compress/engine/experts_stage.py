@@ -18,6 +18,7 @@ from compress.engine.stage import StageResult, StageRunner, calibration_batches
 from compress.engine.sweep import chain_of
 from compress.errors import UnsupportedModelError
 from compress.io.keys import key_of
+from compress.models.changed_settings import changed
 from compress.models.fewer_experts import LEAST_IN_GROUP, fewer, mixture_of
 from compress.passes.experts import ExpertsPass
 from compress.passes.interface import ExpertsSeen
@@ -80,7 +81,7 @@ def _without(context: Context, made: Fewer) -> Context:
         committed=made.moved(before.committed),
         restated=made.moved(before.restated),
         vectors={n: _cut(v, made.cuts[n]) if n in made.cuts else v for n, v in before.vectors.items()},
-        configured={**before.configured, **made.configured},
+        configured=changed(before.configured, made.configured),
     )
     after = replace(context, artifact=artifact)
     for name in artifact.vectors:

@@ -96,7 +96,7 @@ class Fewer:
     Attributes:
         graph: what is left, with experts renumbered.
         cuts: parameter or buffer -> what is left of it.
-        configured: changed entries of the configuration, with their new values.
+        configured: changed entries of the configuration, with their new values; those of a part of it inside that.
     """
 
     graph: Graph
@@ -187,7 +187,7 @@ def fewer(graph: Graph, kept: Mapping[str, Sequence[int]], in_place: bool = Fals
     assert isinstance(model, transformers.PreTrainedModel)
     (keep,) = {len(numbers) for numbers in kept.values()}
     changes = _changes(model.config, mixture, keep)
-    configured = _entries(model.config, changes)
+    configured = _entries(changes)
     fresh = rebuilt(model, configured, f"{keep} experts in every layer")
     cuts = _cuts(graph, mixture, kept, fresh)
     if in_place:
@@ -241,12 +241,12 @@ def _changes(config: transformers.PreTrainedConfig, mixture: Mixture, keep: int)
     return changes
 
 
-def _entries(config: transformers.PreTrainedConfig, changes: Mapping[Path, Any]) -> dict[str, Any]:
-    """The changes as whole entries of the configuration."""
-    settings = config.to_dict()
+def _entries(changes: Mapping[Path, Any]) -> dict[str, Any]:
+    """The changes as parts of the configuration inside each other."""
+    entries: dict[str, Any] = {}
     for path, value in changes.items():
-        reduce(lambda inner, name: inner[name], path[:-1], settings)[path[-1]] = value
-    return {path[0]: settings[path[0]] for path in changes}
+        reduce(lambda inner, name: inner.setdefault(name, {}), path[:-1], entries)[path[-1]] = value
+    return entries
 
 
 def _layer_of(name: str, layers: Sequence[str]) -> str | None:

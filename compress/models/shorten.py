@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from compress.errors import UnsupportedModelError
 from compress.lazy import nn, transformers
+from compress.models.changed_settings import changed
 from compress.models.loading import built
 
 if TYPE_CHECKING:
@@ -154,7 +155,8 @@ def rebuilt(
         UnsupportedModelError: there is no such model.
     """
     try:  # from entries, as a written config.json is read: some lists are made of others then
-        config = type(model.config).from_dict({**copy.deepcopy(model.config).to_dict(), **configured})
+        settings = changed(copy.deepcopy(model.config).to_dict(), configured, model.config)
+        config = type(model.config).from_dict(settings)
         return built(lambda: type(model)._from_config(config))
     except Exception as error:  # a wrong value surfaces wherever the model's code first uses it
         raise UnsupportedModelError(f"{type(model).__name__} cannot be built with {having}: {error}") from error

@@ -42,7 +42,7 @@ class ExpertsPass(Pass):
     @property
     def kept_in_words(self) -> str:
         """How many experts stay."""
-        return f"{self.keep:g}" if isinstance(self.keep, int) else f"{self.keep:.4g} times the number"
+        return f"{self.keep}" if isinstance(self.keep, int) else f"{100 * self.keep:g}%"
 
     def produces(self, kind: str) -> str:
         return kind
