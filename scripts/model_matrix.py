@@ -119,15 +119,24 @@ def line_of(kind: str, entry: Entry, methods: list[str], limit: int) -> Line:
     return found
 
 
-def table(lines: list[Line]) -> str:
+Row = tuple[str, list[str]]  # kind, cells
+
+
+def table(rows: list[Row]) -> str:
     heads = ("model type", "class", "reached", "of all", "methods", "differs by", "exports", "what fails")
     made = []
     for kind in KINDS:
-        mine = [line for line in lines if line.kind == kind]
+        mine = [cells for its, cells in rows if its == kind]
         if mine:
             made += ["", f"### {kind.capitalize()}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-            made += [f"| {' | '.join(line.cells())} |" for line in mine]
+            made += [f"| {' | '.join(cells)} |" for cells in mine]
     return "\n".join(made).strip() + "\n"
+
+
+def kept_rows(file: Path | None) -> dict[str, list[str]]:
+    """Rows of earlier runs, by the name of the model; the last of each."""
+    lines = file.read_text().splitlines() if file is not None and file.exists() else []
+    return {row["name"]: row["cells"] for row in map(json.loads, lines)}
 
 
 def main() -> None:
@@ -136,20 +145,22 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--limit", type=int, default=60, metavar="SECONDS", help="for one model")
     parser.add_argument("--out", type=Path, help="a file for the table, instead of docs/models.md")
-    parser.add_argument("--json", type=Path, help="a file for one object a line, as each is done")
+    parser.add_argument("--json", type=Path, help="a file that keeps a line of each model; the table has all in it")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    lines = []
+    kept = kept_rows(args.json)
+    rows: list[Row] = []
     for kind, entries in KINDS.items():
         for entry in entries:
             if args.only and not any(entry.name.startswith(name) for name in args.only):
+                rows += [(kind, kept[entry.name])] if entry.name in kept else []
                 continue
             line = line_of(kind, entry, args.methods, args.limit)
-            lines.append(line)
+            rows.append((kind, line.cells()))
             mark = "!" if line.wrong() else " "
             said = " | ".join(line.cells()[2:])
             print(f"{mark} {entry.name} {line.seconds:.1f}s: {said}", file=sys.stderr, flush=True)
@@ -157,11 +168,11 @@ def main() -> None:
                 row = {"name": entry.name, "kind": kind, "cells": line.cells(), "failures": line.failures}
                 with args.json.open("a") as file:
                     print(json.dumps(row), file=file)
-    text = table(lines)
-    if args.only and not args.out:
-        print(text)
-    elif args.out:
+    text = table(rows)
+    if args.out:
         args.out.write_text(text)
+    elif args.only and not kept:
+        print(text)
     else:
         before, rest = TARGET.read_text().split(BEGIN)
         TARGET.write_text(f"{before}{BEGIN}\n{text}{END}{rest.split(END)[1]}")

@@ -247,3 +247,19 @@ def test_other_codes_are_refused_in_one_sentence(method: str, tmp_path: Path) ->
     configure(tmp_path, quantization_config={"quant_method": method, "format": "pack-quantized"})
     with pytest.raises(CheckpointError, match=f"already quantized \\({method}"):
         open_folder(tmp_path)
+
+
+def test_sinusoids_that_are_in_no_file_are_computed_and_weights_never_are(tmp_path: Path) -> None:
+    sides = {f"{side}_{what}": n for side in ("encoder", "decoder")
+             for what, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 32))}  # fmt: skip
+    tokens = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    size = {"vocab_size": 64, "d_model": 16, "max_position_embeddings": 32}
+    meant = values(saved("MarianMTModel", tmp_path, **sides, **tokens, **size))
+    stored = load_file(tmp_path / "model.safetensors")
+    name = "model.encoder.embed_positions.weight"
+    assert name not in stored
+    assert torch.equal(open_folder(tmp_path).artifact.tensor(name), meant[name])
+    del stored["model.encoder.layers.0.fc1.weight"]
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"1 parameters .* such as model\.encoder\.layers\.0\.fc1\.weight"):
+        open_folder(tmp_path)

@@ -264,6 +264,7 @@ def test_the_written_file_states_every_option_that_changes_numbers() -> None:
     assert {"seed", "dtype", "export"} <= set(written)
     assert written["passes"][0]["rtn"] == {
         "bits": 4,
+        "embeddings": None,
         "group_size": None,
         "granularity": None,
         "symmetric": False,

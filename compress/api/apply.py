@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress import progress
 from compress.api import data as given
+from compress.api.gates import refuse_idle_gate
 from compress.calibration import collect
 from compress.calibration.statistics import MIN_EXPERT_TOKENS
 from compress.calibration.surroundings import device_of, evaluating, undisturbed
@@ -20,7 +21,6 @@ from compress.encodings import Weight
 from compress.engine import manager
 from compress.engine.devices import devices_of
 from compress.engine.ledger import MemoryLedger
-from compress.engine.measure import refuse_idle_gate
 from compress.engine.merge import checks as merges
 from compress.engine.placement import Context, expert_options
 from compress.errors import ConfigError, Problem

@@ -15,6 +15,7 @@ import torch
 from compress import progress
 from compress.api import data as given
 from compress.api.export import write_all
+from compress.api.gates import refuse_idle_gate
 from compress.api.output_folder import (
     LOG,
     RESULT,
@@ -41,7 +42,6 @@ from compress.engine import manager
 from compress.engine.devices import devices_of
 from compress.engine.executor import SingleProcess
 from compress.engine.ledger import FolderLedger
-from compress.engine.measure import refuse_idle_gate
 from compress.engine.merge import checks as merges
 from compress.engine.placement import Context, expert_options
 from compress.engine.read_ahead import ReadAhead

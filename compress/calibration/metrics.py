@@ -98,8 +98,8 @@ def pooled(parts: Sequence[Quality]) -> Quality:
         accuracy=mean("accuracy"),
         negative_flips=mean("negative_flips"),
         loss=loss,
-        relative_error=mean("relative_error", "kl_tokens"),
-        cosine=mean("cosine", "kl_tokens"),
+        relative_error=mean("relative_error"),
+        cosine=mean("cosine"),
     )
 
 

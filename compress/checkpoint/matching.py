@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.artifact import Artifact
 from compress.checkpoint.converted import Conversions, ConvertedSource
+from compress.checkpoint.sources import AddedSource
 from compress.errors import CheckpointError
 from compress.lazy import torch, transformers
+from compress.models.loading import computed_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -77,6 +79,7 @@ def match(folder: Path, source: Source, graph: Graph) -> Matched:
     if quantized is not None:
         _already_quantized(folder, f"it has tensors such as {quantized}")
     renamed: dict[str, str] = {}
+    found = _with_computed(graph, found)
     absent = _refuse_missing(folder, graph, source, found)
     carried = _refuse_extra(folder, graph, source, spelling, found.extra)
     for name, tensor in graph.tensors():
@@ -94,6 +97,16 @@ def match(folder: Path, source: Source, graph: Graph) -> Matched:
         for name in carried[:1]
     ]
     return Matched(Artifact(graph, found.source, renamed, carried=tuple(carried)), tuple(notes))
+
+
+def _with_computed(graph: Graph, found: _Found) -> _Found:
+    """Parameters that no file holds, where transformers computes what they are."""
+    missing = [n for n, _ in graph.tensors() if n not in found.places and n not in graph.buffers]
+    computed = computed_parameters(graph.model, missing) if missing else {}  # type: ignore[arg-type]
+    if not computed:
+        return found
+    places = {**found.places, **{name: [name] for name in computed}}
+    return _Found(AddedSource(found.source, computed), places, found.extra)
 
 
 def _refuse_missing(folder: Path, graph: Graph, source: Source, found: _Found) -> set[str]:

@@ -207,3 +207,28 @@ class ChangedSource:
     def files(self) -> list[Path]:
         """The files that it reads."""
         return self.before.files()
+
+
+class AddedSource(ChangedSource):
+    """A source with further tensors, that are computed and in no file."""
+
+    def __init__(self, before: Source, added: Mapping[str, Tensor]):
+        super().__init__(before)
+        self._added = added
+
+    def names(self) -> Iterable[str]:
+        return [*self.before.names(), *self._added]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._added[name].shape) if name in self._added else self.before.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._added[name].dtype if name in self._added else self.before.dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        return self._added[name].clone() if name in self._added else self.before.read(name)
+
+    def piece(self, name: str, start: int, stop: int) -> Tensor:
+        if name in self._added:
+            return self._added[name].flatten()[start:stop].clone()
+        return self.before.piece(name, start, stop)

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.calibration.metrics import REFERENCE_NUMBERS, Reference, judge_of, measure, pooled
 from compress.checkpoint.packed_layout import spec_at, stored_bytes
-from compress.config.pipeline import GATES
 from compress.engine.placement import streamed
-from compress.errors import DataError
 from compress.io.keys import hash_of, key_of
 from compress.models.families.transformers_model import TOKENS
 from compress.models.logits import logits_in, logits_of
@@ -20,36 +18,13 @@ from compress.report.report import Row
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from compress.calibration.data import Dataset
-    from compress.calibration.metrics import Judge, Quality
+    from compress.calibration.metrics import Quality
     from compress.checkpoint.artifact import Artifact
-    from compress.config.pipeline import Evaluation
     from compress.encodings import Spec
     from compress.engine.placement import Context, Hold
-
-
-GATES_OF: dict[Judge, str] = {
-    "next token": "max_increase", "masked": "max_increase", "classes": "max_drop", "predictions": "max_error",
-    "outputs": "max_error",
-}  # fmt: skip
-
-
-def refuse_idle_gate(section: Evaluation, model: nn.Module, data: Dataset) -> None:
-    """Refuse a gate on what is not measured of this model on these data.
-
-    Raises:
-        DataError: names the gate that there is.
-    """
-    judge = judge_of(model, data.labels)
-    idle = [gate for gate in GATES if gate != GATES_OF[judge] and getattr(section, gate) is not None]
-    if idle:
-        labels = "has no labels" if data.labels is None else "has labels"
-        raise DataError(
-            f"evaluate.{idle[0]} changes nothing: the evaluation data {labels}, and a {type(model).__name__} is judged "
-            f"on them by {judge}; its gate is {GATES_OF[judge]}"
-        )
 
 
 class Meter:

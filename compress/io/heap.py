@@ -6,6 +6,8 @@ import ctypes
 import os
 from typing import TYPE_CHECKING
 
+from compress.lazy import torch
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -31,12 +33,17 @@ def give_back() -> None:
         trim(0)
 
 
-def align(model: nn.Module) -> None:
-    """Weights of an image model lie as the file has them; convolutions then sum up in another order.
+def align(model: nn.Module, convolutions: bool) -> None:
+    """Weights lie as the file has them; convolutions, and products with a single row, then sum up in another order.
 
-    A language model's products do not, and its embedding may stay in the mapped file.
+    Args:
+        model: in memory.
+        convolutions: only theirs are moved: products of a language model have many rows, and its embedding may stay in
+            the mapped file.
     """
-    if getattr(model, "main_input_name", "") == "pixel_values":
-        for tensor in (*model.parameters(), *model.buffers()):
+    for module in model.modules():
+        if convolutions and not isinstance(module, torch.nn.modules.conv._ConvNd):
+            continue
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
                 tensor.data = tensor.data.clone()

@@ -18,7 +18,8 @@ COMPANIONS = (
     "vocab.txt", "vocab.bpe", "encoder.json", "emoji.json", "merges.txt", "bpe.codes", "dict.txt", "*.model",
     "*.tiktoken", "tokenizer.model.v*", "tekken.json", "source.spm", "target.spm", "chat_template.jinja",
     "chat_template.json", "additional_chat_templates/*.jinja", "generation_config.json", "preprocessor_config.json",
-    "processor_config.json",
+    "processor_config.json", "video_preprocessor_config.json", "modules.json", "sentence_bert_config.json",
+    "config_sentence_transformers.json", "*_Pooling/config.json",
 )  # fmt: skip
 CODE = "auto_map"  # names classes in files of code, which do not travel along
 

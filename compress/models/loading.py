@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,15 @@ from safetensors import SafetensorError
 from compress.errors import CheckpointError
 from compress.io.heap import align
 from compress.lazy import nn, torch, transformers
-from compress.models.architecture import class_of
+from compress.models.architecture import class_of, predicts_next
 from compress.models.experts import run_one_by_one
 from compress.models.refusals import read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
+
+    from torch import Tensor
 
 LARGE = 1 << 20  # numbers that are too many to be made and forgotten, parameter by parameter
 MOST_WORDS = 300  # characters of another library's message
@@ -108,6 +111,39 @@ def built(make: Callable[[], transformers.PreTrainedModel]) -> transformers.PreT
     return model
 
 
+def computed_parameters(model: transformers.PreTrainedModel, names: Iterable[str]) -> dict[str, Tensor]:
+    """Parameters that no file need hold, as transformers makes them: such as the sinusoids of Marian's positions.
+
+    Args:
+        model: with its parameters on the meta device.
+        names: of parameters that are in no file.
+
+    Returns:
+        Those of them that are the same whenever they are made.
+    """
+    declared = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    sinusoids = (n for n in names if any(re.search(pattern, n) for pattern in declared) or "embed_positions" in n)
+    found = {}
+    for name in sinusoids:
+        owner, _, leaf = name.rpartition(".")
+        made = [_made_anew(model, model.get_submodule(owner), leaf) for _ in range(2)]
+        if torch.equal(*made) and bool(torch.isfinite(made[0]).all()):
+            found[name] = made[0]
+    return found
+
+
+def _made_anew(model: transformers.PreTrainedModel, module: nn.Module, leaf: str) -> Tensor:
+    """A parameter of a module, initialized from numbers that are no zeros."""
+    kept = module._parameters[leaf]
+    assert kept is not None
+    module._parameters[leaf] = nn.Parameter(torch.rand(kept.shape), requires_grad=False)
+    try:
+        model._init_weights(module)
+        return module._parameters[leaf].detach()  # type: ignore[union-attr]
+    finally:
+        module._parameters[leaf] = kept
+
+
 def _take_packed_branch(model: nn.Module) -> None:
     """Let a model compute as its packed copy will: some code (FalconMamba, Jamba) asks, and calls `dt_proj` only then.
 
@@ -181,7 +217,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
     logging.disable_progress_bar()
     try:
         model = class_of(read_config(folder)).from_pretrained(folder, dtype=dtype or "auto").eval()
-        align(model)
+        align(model, convolutions=predicts_next(model))
         run_one_by_one(model)
         return model
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:

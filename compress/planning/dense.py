@@ -53,7 +53,7 @@ def left_dense(graph: Graph, dtypes: Mapping[str, torch.dtype], worked_on: Colle
     parts: Counter[str] = Counter()
     unreached: Counter[str] = Counter()
     reached = considered = 0
-    for name, what, tensor, reachable, smaller in _parameters(graph, worked_on):
+    for name, what, tensor, reachable, smaller in _parameters(graph, dtypes, worked_on):
         size = tensor.numel() * dtypes[name].itemsize
         if smaller < 1:
             parts[what] += round((1 - smaller) * size)
@@ -76,7 +76,9 @@ def _tower(name: str) -> str:
     return f"the {name} tower"
 
 
-def _parameters(graph: Graph, worked_on: Collection[str]) -> Iterator[tuple[str, str, Tensor, float, float]]:
+def _parameters(
+    graph: Graph, dtypes: Collection[str], worked_on: Collection[str]
+) -> Iterator[tuple[str, str, Tensor, float, float]]:
     """(name, what it is, value, share that passes can reach, share that they make smaller) of all but tied ones."""
     model = graph.model
     pieces: dict[str, list[str]] = {}
@@ -89,7 +91,7 @@ def _parameters(graph: Graph, worked_on: Collection[str]) -> Iterator[tuple[str,
     heads = {f"{name}.weight" for name, module in model.named_modules() if module is head}
     apart = {tower.name for tower in graph.left_out}
     for name, tensor in model.named_parameters():
-        if name in graph.tied:
+        if name in graph.tied or name not in dtypes:  # a module of its own class keeps blocks that are gone
             continue
         sites = pieces.get(name, [])
         smaller = sum(site in worked_on for site in sites) / len(sites) if sites else 0.0

@@ -229,6 +229,8 @@ def _measured_on(report: Report) -> str:
         return "size only: the pipeline has no `evaluate:`"
     d = report.data
     kl = f"; KL on {d['kl_tokens']} of them" if d.get("kl_tokens") else ""
+    if d.get("judged_by") in ("predictions", "outputs"):
+        kl = f", {d['kl_tokens']} rows of outputs"
     source = d["source"] if isinstance(d["source"], str) else ", ".join(d["source"].values())
     if "samples" in d:
         return f"{SAID[d.get('judged_by', 'classes')]} on {source}, {d['samples']} samples{kl}"

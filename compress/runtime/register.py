@@ -23,6 +23,7 @@ from compress.errors import CheckpointError
 from compress.io.heap import align
 from compress.io.manifest import MANIFEST, verify_folder
 from compress.io.safetensors_file import read_header, refuse_other_tensors
+from compress.models.architecture import predicts_next
 from compress.models.experts import fused_parameters, keeps_transposed, run_one_by_one
 from compress.runtime.conv import PackedConv2d
 from compress.runtime.embedding import PackedEmbedding, SharedLinear, packed_embedding
@@ -107,7 +108,7 @@ class CompressQuantizer(HfQuantizer):
             raise ValueError(str(error)) from error
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        align(model)
+        align(model, convolutions=predicts_next(model))
         for module in model.modules():
             if isinstance(module, PackedEmbedding):
                 module.described = False

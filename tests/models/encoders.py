@@ -33,7 +33,7 @@ ENCODERS = (
     Entry("BlenderbotForConditionalGeneration", inputs="sequences"),
     Entry("LEDForConditionalGeneration", inputs="sequences"),
     Entry("M2M100ForConditionalGeneration", inputs="sequences"),
-    Entry("MarianMTModel", inputs="sequences", refused="are not in the files"),
+    Entry("MarianMTModel", inputs="sequences"),
     Entry("MBartForConditionalGeneration", inputs="sequences"),
     Entry("PegasusForConditionalGeneration", inputs="sequences"),
     Entry("ProphetNetForConditionalGeneration", inputs="sequences"),
