@@ -12,6 +12,7 @@ from compress.encodings.format import METHOD, WEIGHTS
 from compress.io.atomic import write_json, writing
 from compress.io.safetensors_file import compare_tensors, write_tensors
 from compress.lazy import torch
+from compress.models.changed_settings import changed
 from compress.models.companions import copy_companions
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ def write_packed(
     shared = {n: name for name, site in artifact.sites.items() if name in artifact.committed for n in site.shared}
     if shared:
         section["shared"] = shared
-    write_json({**config, **artifact.configured, "quantization_config": section}, folder / "config.json")
+    settings = changed(config, artifact.configured, getattr(artifact.graph.model, "config", None))
+    write_json({**settings, "quantization_config": section}, folder / "config.json")
     if source:
         copy_companions(source, folder, tokenizer)
 
