@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from compress.models.experts import passing_on
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -114,11 +116,21 @@ def shown_to_all(module: nn.Module, hidden: Tensor) -> None:
         module: takes (tokens, in), the experts of each token (tokens, k), and their weights (tokens, k).
         hidden: (tokens, in).
     """
-    weights = hidden.new_ones(len(hidden), 1)
     experts = max(len(p) for p in module._parameters.values() if p is not None and p.dim() > 2)
     for number in range(experts):
-        chosen = torch.full((len(hidden), 1), number, dtype=torch.int64, device=hidden.device)
-        module.forward(hidden, chosen, weights)
+        put_out(module, hidden, number)
 
 
-__all__ = ["FusedParameter", "SeenExperts", "shown_to_all"]
+def put_out(module: nn.Module, hidden: Tensor, number: int) -> Tensor:
+    """What one expert of a module makes of tokens, (tokens, in), as if the router gave it all of their weight."""
+    chosen = torch.full((len(hidden), 1), number, dtype=torch.int64, device=hidden.device)
+    weights = hidden.new_ones(len(hidden), 1)
+    if passing_on(module):  # such code (LongCat-Flash) fails on tokens with one choice: the second counts nothing
+        beyond = min(len(p) for p in module._parameters.values() if p is not None and p.dim() > 2)
+        chosen = torch.cat([chosen, torch.full_like(chosen, beyond)], dim=1)
+        weights = torch.cat([weights, torch.zeros_like(weights)], dim=1)
+    output: Tensor = module.forward(hidden, chosen, weights)
+    return output
+
+
+__all__ = ["FusedParameter", "SeenExperts", "put_out", "shown_to_all"]

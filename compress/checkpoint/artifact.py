@@ -82,7 +82,7 @@ class Artifact:
         restated: original weights as a pass wrote them anew without changing what the model computes.
         vectors: parameters that are no site's, such as biases and scales of norms, as passes made them, (1, N) each.
             One that the source does not have is a bias that a layer was given.
-        configured: changed entries of the source's configuration, with their new values.
+        configured: changed entries of the source's configuration, with their new values, as `changed` takes them.
         carried: tensors of the source that the model has no place for, and that stay what they are.
     """
 

@@ -12,6 +12,7 @@ from compress.encodings.format import METHOD, WEIGHTS
 from compress.io.atomic import write_json, writing
 from compress.io.safetensors_file import compare_tensors, write_tensors
 from compress.lazy import torch
+from compress.models.changed_settings import changed
 from compress.models.companions import copy_companions
 
 if TYPE_CHECKING:
@@ -71,9 +72,15 @@ def stored_bytes(artifact: Artifact) -> int:
 
 
 def write_packed(
-    artifact: Artifact, folder: Path, config: dict[str, Any], source: Path | None, version: str, bars: Bars
+    artifact: Artifact,
+    folder: Path,
+    config: dict[str, Any],
+    source: Path | None,
+    version: str,
+    bars: Bars,
+    tokenizer: Path | None = None,
 ) -> None:
-    """Write weights, configuration and the source's tokenizer files into `folder`.
+    """Write weights, configuration and the source's tokenizer files, or those of `tokenizer`, into `folder`.
 
     `config` is the source's; entries that passes changed take their place.
     """
@@ -88,9 +95,10 @@ def write_packed(
     shared = {n: name for name, site in artifact.sites.items() if name in artifact.committed for n in site.shared}
     if shared:
         section["shared"] = shared
-    write_json({**config, **artifact.configured, "quantization_config": section}, folder / "config.json")
+    settings = changed(config, artifact.configured, getattr(artifact.graph.model, "config", None))
+    write_json({**settings, "quantization_config": section}, folder / "config.json")
     if source:
-        copy_companions(source, folder)
+        copy_companions(source, folder, tokenizer)
 
 
 def _write_weights(artifact: Artifact, file: Path, bars: Bars) -> None:

@@ -23,10 +23,12 @@ UNMARKED = {
     "JetMoeParallelExperts": False,
     "Llama4TextExperts": True,
 }
+PASS_ON = ("zero_expert_num",)  # what a module calls how many numbers behind its experts' only pass on what comes in
 ROUTERS = ("Router", "TopKGating")  # in the names of classes
 GATES = ("gate", "router", "shared_expert_gate")  # beside fused experts
 OURS = "transformers.models."
-CHOICES = "top_k_index"  # what such a module calls the experts of each token
+# What such a module calls the experts of each token, and how much each of them counts.
+CHOICES = {"top_k_index": "top_k_weights", "router_indices": "routing_weights"}
 EAGER = "eager"  # one expert after the other
 
 
@@ -46,7 +48,12 @@ def fused_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def takes_choices(module: nn.Module) -> bool:
     """Whether a module of experts is told which of them each token goes to, and so can be told another choice."""
-    return CHOICES in inspect.signature(type(module).forward).parameters
+    return not CHOICES.keys().isdisjoint(inspect.signature(type(module).forward).parameters)
+
+
+def passing_on(module: nn.Module) -> int:
+    """How many numbers behind those of its experts a module takes that only pass on what they are given."""
+    return sum(getattr(module, name, 0) or 0 for name in PASS_ON)
 
 
 def router_names(model: nn.Module) -> set[str]:

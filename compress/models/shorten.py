@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from compress.errors import UnsupportedModelError
 from compress.lazy import nn, transformers
+from compress.models.changed_settings import changed
 from compress.models.loading import built
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def without(graph: Graph, gone: Sequence[int], in_place: bool = False) -> Shorte
     configured: dict[str, Any] = {}
     if isinstance(model, transformers.PreTrainedModel):
         configured = _changes(model.config, len(graph.blocks), kept)
-        fresh = _rebuilt(model, configured)
+        fresh = rebuilt(model, configured, f"{configured[count_name(model.config)]} blocks")
         _number(graph, kept, fresh, in_place)
         if in_place:
             for name, value in configured.items():
@@ -140,14 +141,25 @@ def _changes(config: transformers.PreTrainedConfig, count: int, kept: Sequence[i
     return changes
 
 
-def _rebuilt(model: transformers.PreTrainedModel, configured: dict[str, Any]) -> transformers.PreTrainedModel:
+def rebuilt(
+    model: transformers.PreTrainedModel, configured: dict[str, Any], having: str
+) -> transformers.PreTrainedModel:
+    """A model of the same kind, parameters on the meta device.
+
+    Args:
+        model: whose configuration is taken.
+        configured: entries of it that change, with their new values.
+        having: what it has then, in words.
+
+    Raises:
+        UnsupportedModelError: there is no such model.
+    """
     try:  # from entries, as a written config.json is read: some lists are made of others then
-        config = type(model.config).from_dict({**copy.deepcopy(model.config).to_dict(), **configured})
+        settings = changed(copy.deepcopy(model.config).to_dict(), configured, model.config)
+        config = type(model.config).from_dict(settings)
         return built(lambda: type(model)._from_config(config))
     except Exception as error:  # a wrong value surfaces wherever the model's code first uses it
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be built with {configured[count_name(config)]} blocks: {error}"
-        ) from error
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be built with {having}: {error}") from error
 
 
 def _number(graph: Graph, kept: Sequence[int], fresh: transformers.PreTrainedModel, in_place: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from compress.passes.base import BlockPass, LinearPass, ModelPass, Override, Pass
 from compress.passes.compensate.eora import Eora
 from compress.passes.depth import DepthPass
+from compress.passes.experts import ExpertsPass
 from compress.passes.factorize.low_rank import LowRank
 from compress.passes.merge.adamerging import AdaMerging
 from compress.passes.merge.average import Average
@@ -22,6 +23,7 @@ from compress.passes.merge.task_arithmetic import TaskArithmetic
 from compress.passes.merge.ties import Ties
 from compress.passes.merge.weight_matching import WeightMatching
 from compress.passes.prune.bip import Bip
+from compress.passes.prune.expert_prune import ExpertPrune
 from compress.passes.prune.global_magnitude import GlobalMagnitude
 from compress.passes.prune.layer_drop import LayerDrop
 from compress.passes.prune.magnitude import Magnitude
@@ -60,6 +62,7 @@ PASSES: tuple[type[Pass], ...] = (
     SparseGpt,
     Bip,
     LayerDrop,
+    ExpertPrune,
     Perp,
     PerpReconstruct,
     SparseSoup,
@@ -94,6 +97,8 @@ __all__ = [
     "DeltaPass",
     "DepthPass",
     "Eora",
+    "ExpertPrune",
+    "ExpertsPass",
     "FlexRound",
     "GlobalMagnitude",
     "Gptq",

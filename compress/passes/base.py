@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from compress.calibration.statistics import Need
     from compress.encodings import Form, InputForm, LowRankForm
 
-# What a pass must see at once: a matrix, a block, the model; all models of a merge; or which blocks there are.
-Reach = Literal["matrix", "block", "model", "merge", "depth"]
+# What a pass must see at once: a matrix, a block, the model; all models of a merge; or which blocks, or experts of a
+# layer, there are.
+Reach = Literal["matrix", "block", "model", "merge", "depth", "experts"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,6 +110,26 @@ class Depth:
 
 
 @dataclass(frozen=True)
+class ExpertsSeen:
+    """What an ExpertsPass works on: the experts of one layer, and what calibration data showed of them.
+
+    Attributes:
+        tokens: (experts,) int64, how many tokens each was sent.
+        weighted: (experts,) float64, the sum over its tokens of the weight that the router gave it times the norm of
+            what it put out; zeros for a pass that does not ask for outputs.
+        keep: how many stay.
+        groups: into which they fall, neighbours together; equally many of each stay.
+        may: the numbers of those that may go.
+    """
+
+    tokens: Tensor
+    weighted: Tensor
+    keep: int
+    groups: int
+    may: frozenset[int]
+
+
+@dataclass(frozen=True)
 class Edit:
     """What a pass did to one weight: new dense values, or codes; and the mask, where there is one.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from compress.config.lines import line_of
 from compress.config.pipeline import walk
 from compress.errors import ConfigError
-from compress.planning import checks, depth, device_memory, disk, memory, merge, sites
+from compress.planning import checks, depth, device_memory, disk, experts, memory, merge, sites
 from compress.planning.dense import Dense, left_dense
 from compress.planning.disk import computed
 from compress.planning.need import most
@@ -34,6 +34,7 @@ PLANNERS: dict[Reach, Planner] = {
     "model": sites.plan,
     "merge": merge.plan,
     "depth": depth.plan,
+    "experts": experts.plan,
 }
 
 

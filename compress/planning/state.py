@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from compress.encodings import Spec
     from compress.errors import Problem
+    from compress.models.fewer_experts import Fewer
     from compress.models.graph import Graph
     from compress.models.shorten import Shorter
     from compress.models.site import Site
@@ -27,8 +29,8 @@ CARRIED = "carried along"  # stands for all tensors without a place, among the s
 class PassPlan:
     """One pass on one model: the sites it works on, and each one's expected spec afterwards.
 
-    A pass that takes blocks out has the sites of which it may take some, and one that merges those whose weights it
-    merges; both have no specs.
+    A pass that takes blocks or experts out has the sites of which it may take some, and one that merges those whose
+    weights it merges; they have no specs.
     """
 
     path: str
@@ -49,7 +51,7 @@ class PlanState:
         kinds: site -> kind of its weight, such as `dense` or `sparse-quantized`.
         specs: site -> how its weight is stored; only of sites that a pass worked on.
         new_biases: site -> bytes of a bias that a pass gives it.
-        shorter: whether a pass took blocks out.
+        shorter: whether a pass took blocks or experts out.
         merges: how many passes merged.
         first_change: path of the first pass that is not a merge; empty before it.
         first_learner: path of the first pass that learns from data; empty before it.
@@ -88,6 +90,23 @@ class PlanState:
             kinds=shorter.moved(self.kinds),
             specs=shorter.moved(self.specs),
             new_biases=shorter.moved(self.new_biases),
+            shorter=True,
+        )
+
+    def without_experts(self, fewer: Fewer) -> PlanState:
+        """The state of the model without the experts that a pass takes out."""
+        before = {name: tensor.numel() for name, tensor in self.graph.tensors()}
+        sizes = {
+            name: size * math.prod(fewer.cuts[name].shape) // before[name] if name in fewer.cuts else size
+            for name, size in self.sizes.items()
+        }
+        return replace(
+            self,
+            graph=fewer.graph,
+            sizes=sizes,
+            kinds=fewer.moved(self.kinds),
+            specs=fewer.moved(self.specs),
+            new_biases=fewer.moved(self.new_biases),
             shorter=True,
         )
 

@@ -73,6 +73,7 @@ class Report:
     notes: list[str] = field(default_factory=list)  # what of the source was left out, or taken for something else
     trained: list[dict[str, Any]] = field(default_factory=list)  # pass, numbers it trained, parameters of the model
     dropped: list[dict[str, Any]] = field(default_factory=list)  # pass, blocks it took out, of how many, distances
+    experts: list[dict[str, Any]] = field(default_factory=list)  # pass, how many it kept, of how many, and which went
     merged: list[dict[str, Any]] = field(default_factory=list)  # pass, models, tensors it merged, delta, changes
     verified: dict[str, Any] = field(default_factory=dict)
 
@@ -168,13 +169,14 @@ def size_text(count: int) -> str:
 
 
 def caption(report: Report) -> str:
-    """What the numbers were measured on, which inputs were rounded, what was trained, and which blocks went."""
+    """What the numbers were measured on, which inputs were rounded, what was trained, and what went."""
     rounded = [f"inputs of {count} layers in {words}" for words, count in sorted(report.inputs().items())]
     trained = [
         f"{t['pass']} trained {t['numbers']:,} numbers, {t['numbers'] / t['parameters']:.2%} of the model's"
         for t in report.trained
     ]
     gone = [f"{d['pass']} dropped {_block_list(d['blocks'])} of {d['of']}" for d in report.dropped]
+    gone += [_experts(facts) for facts in report.experts]
     merged = [_merged(m) for m in report.merged]
     return "; ".join([_measured_on(report), *merged, *rounded, *trained, *gone, *_dense(report)])
 
@@ -206,6 +208,14 @@ def said(delta: Mapping[str, Any]) -> str:
     bits, times = delta["bits_per_parameter"], delta["times_smaller"]
     size = size_text(delta["bytes"])
     return f"a delta of {size}: {bits:.3f} bits per parameter, {times:.1f} times smaller than the model"
+
+
+def _experts(facts: Mapping[str, Any]) -> str:
+    """How many experts stay, and how many of those that went the calibration data never reached."""
+    layers = facts["layers"].values()
+    unseen = sum(not layer["tokens"][number] for layer in layers for number in layer["gone"])
+    never = f" ({unseen} of those that went were sent no token)" if unseen else ""
+    return f"{facts['pass']} kept {facts['kept']} of {facts['of']} experts in each of {len(layers)} layers{never}"
 
 
 def _block_list(places: Sequence[int]) -> str:

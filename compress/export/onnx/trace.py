@@ -19,7 +19,9 @@ from torch import nn
 from transformers import DynamicCache
 
 from compress.errors import CompressError
+from compress.models.architecture import has_logits
 from compress.models.convolutions import convolve, is_convolution
+from compress.models.logits import logits_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -123,14 +125,23 @@ def traced(graph: Graph, specs: Mapping[str, Spec], opset: int) -> ir.Model:
                 signature.module, signature.examples, dynamo=True, verbose=False, optimize=False, opset_version=opset,
                 input_names=list(signature.inputs), output_names=list(signature.outputs), dynamic_shapes=dynamic,
             )  # fmt: skip
+        except CompressError:
+            raise
         except Exception as error:  # whatever the model's own code does that cannot be traced
-            reason = str(error).strip().splitlines()
             raise CompressError(
-                f"{type(model).__name__} cannot be exported to ONNX: torch.onnx cannot trace it "
-                f"({reason[-1] if reason else type(error).__name__}). Use another format; what is done is kept"
+                f"{type(model).__name__} cannot be exported to ONNX: torch.onnx cannot trace it ({_cause(error)}). Use "
+                "another format; what is done is kept"
             ) from error
     assert program is not None
     return program.model
+
+
+def _cause(error: BaseException) -> str:
+    """What an error comes from, behind all that was made of it on the way."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
 
 def _materialise(model: nn.Module) -> None:
@@ -175,9 +186,8 @@ class Encoder(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits."""
-        found: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
-        return found
+        """Logits, or what the last layer makes."""
+        return logits_in(self.model(input_ids=input_ids, attention_mask=attention_mask))
 
 
 class TracedImageModel(nn.Module):
@@ -205,12 +215,13 @@ def _call_signature(graph: Graph) -> CallSignature:
     cache = _cache_of(model, tokens)
     if cache is None:
         ones = torch.ones_like(tokens)
-        return CallSignature(Encoder(model), (tokens, ones), ("input_ids", "attention_mask"), ("logits",), (axes, axes))
+        made = "logits" if has_logits(model) else "last_hidden_state"
+        return CallSignature(Encoder(model), (tokens, ones), ("input_ids", "attention_mask"), (made,), (axes, axes))
     positions = "position_ids" in inspect.signature(model.forward).parameters
-    layers, (heads, width) = len(cache), (cache[0].shape[1], cache[0].shape[3])
+    layers = len(cache)
     mask = torch.ones(ROWS, PAST + LENGTH, dtype=torch.long)
     place = torch.arange(PAST, PAST + LENGTH).expand(ROWS, -1).contiguous()
-    past = [torch.zeros(ROWS, heads, PAST, width) for _ in range(2 * layers)]
+    past = [torch.zeros(ROWS, each.shape[1], PAST, each.shape[3]) for pair in cache for each in pair]
     names = [f"{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
     return CallSignature(
         TracedDecoder(model, layers, positions),
@@ -222,14 +233,23 @@ def _call_signature(graph: Graph) -> CallSignature:
     )  # fmt: skip
 
 
-def _cache_of(model: nn.Module, tokens: Tensor) -> list[Tensor] | None:
-    """The keys that a decoder keeps, one per layer; None of a model that keeps none."""
+def _cache_of(model: nn.Module, tokens: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+    """The keys and values that each layer of a decoder keeps; None of a model that keeps none.
+
+    Raises:
+        CompressError: some layers keep states of another kind.
+    """
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         return None
     found: Any = model(input_ids=tokens, use_cache=True)
     layers = getattr(getattr(found, "past_key_values", None), "layers", [])
-    keys = [layer.keys for layer in layers if getattr(layer, "keys", None) is not None]
-    return keys or None
+    kept = [(layer.keys, layer.values) for layer in layers if getattr(layer, "keys", None) is not None]
+    if kept and len(kept) < len(layers):
+        raise CompressError(
+            f"{type(model).__name__} cannot be exported to ONNX: {len(layers) - len(kept)} of its {len(layers)} layers "
+            "keep states that are no keys and values. Use another format; what is done is kept"
+        )
+    return kept or None
 
 
 @contextmanager

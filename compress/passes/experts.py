@@ -1,0 +1,78 @@
+"""A pass that takes experts out of the layers of a mixture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from annotated_types import Ge, Gt, Lt
+
+from compress.passes.base import OptionError, Pass, Reach
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from compress.models.graph import Graph
+    from compress.passes.interface import ExpertsSeen
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsPass(Pass):
+    """A pass that takes experts out of every layer of a mixture, of those of which it selects every matrix.
+
+    Args:
+        keep: how many experts of every layer stay: a share of them, or a whole number.
+    """
+
+    keep: Annotated[float, Gt(0), Lt(1)] | Annotated[int, Ge(1)] = 0.75
+
+    reach: ClassVar[Reach] = "experts"
+
+    @property
+    def calibrated(self) -> bool:
+        return True
+
+    @property
+    def sees_outputs(self) -> bool:
+        """Whether it must know what experts put out, not only what they are sent."""
+        return True
+
+    @property
+    def kept_in_words(self) -> str:
+        """How many experts stay."""
+        return f"{self.keep}" if isinstance(self.keep, int) else f"{100 * self.keep:g}%"
+
+    def produces(self, kind: str) -> str:
+        return kind
+
+    def check(self) -> Iterator[OptionError]:
+        if self.overrides:
+            yield OptionError("overrides", "every layer keeps as many experts; use exclude for those that must stay")
+
+    def kept_of(self, count: int, groups: int, least: int = 1) -> int:
+        """How many experts of `count` stay. A share is rounded so that equally many of each group do, `least` or more.
+
+        A whole number is taken as it is.
+        """
+        if isinstance(self.keep, int):
+            return self.keep
+        return min(count, groups * max(least, int(self.keep * count / groups + 0.5)))
+
+    def candidates(self, graph: Graph, layer: str) -> frozenset[int]:
+        """Numbers of the experts of a layer that it may take out: those of which it selects every matrix."""
+        may: dict[int, bool] = {}
+        for site in graph.sites:
+            if site.is_expert and site.parameter.rpartition(".")[0] == layer:
+                number = site.ref.index[0]
+                may[number] = may.get(number, True) and self.selects(site.name, in_block=True)
+        return frozenset(number for number, selected in may.items() if selected)
+
+    def scores(self, layer: ExpertsSeen) -> Tensor:
+        """(experts,) float64: what each is worth."""
+        raise NotImplementedError
+
+    def run(self, layer: ExpertsSeen) -> tuple[int, ...]:
+        """Numbers of the experts that stay, in order."""
+        raise NotImplementedError

@@ -1,0 +1,96 @@
+"""Plans a pass that takes experts out of a mixture: which may go, and what is left. Reads no weight."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compress.errors import Problem, UnsupportedModelError
+from compress.models.fewer_experts import LEAST_IN_GROUP, check_fewer, fewer, mixture_of
+from compress.passes.experts import ExpertsPass
+from compress.planning import checks
+from compress.planning.state import PassPlan, Planned
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from compress.models.fewer_experts import Fewer, Mixture
+    from compress.passes import Pass
+    from compress.planning.state import PlanState
+
+
+def plan(state: PlanState, path: str, pass_: Pass, *, fused: bool, first: bool) -> Planned:
+    """The experts that may go; see `Planner`.
+
+    What comes after it is planned as if the last of them went: those of a layer are of one make.
+    """
+    assert isinstance(pass_, ExpertsPass)
+    graph, after = state.graph, state.entered(path, pass_)
+    names = [s.name for s in graph.sites]
+    problems = [*checks.unmatched_patterns(path, pass_, names, "layer"), *checks.fused_whole(path, pass_, fused)]
+    try:
+        mixture = mixture_of(graph)
+    except UnsupportedModelError as error:
+        return Planned(PassPlan(path, pass_, (), {}), after, (*problems, Problem(path, str(error))))
+    keep = pass_.kept_of(mixture.count, mixture.groups, LEAST_IN_GROUP if mixture.groups > 1 else 1)
+    may = {name: pass_.candidates(graph, name) for name in mixture.layers}
+    sites = tuple(
+        s for s in graph.sites if s.is_expert and s.ref.index[0] in may.get(s.parameter.rpartition(".")[0], ())
+    )
+    part = PassPlan(path, pass_, sites, {})
+    refused = check_fewer(mixture, keep)
+    if refused is not None:
+        return Planned(part, after, (*problems, Problem(f"{path}.keep", refused)))
+    problems += _may_go(path, pass_, mixture, keep, may)
+    try:
+        made = fewer(graph, {name: _example(mixture, keep, may[name]) for name in mixture.layers})
+    except UnsupportedModelError as error:
+        return Planned(part, after, (*problems, Problem(path, str(error))))
+    problems += _worked_on(state, path, pass_, made, may)
+    return Planned(part, after.without_experts(made), tuple(problems))
+
+
+def _may_go(
+    path: str, pass_: ExpertsPass, mixture: Mixture, keep: int, may: Mapping[str, frozenset[int]]
+) -> Iterator[Problem]:
+    """Too few experts that `include` and `exclude` leave every matrix."""
+    size, gone = mixture.count // mixture.groups, (mixture.count - keep) // mixture.groups
+    for name, numbers in may.items():
+        for first in range(0, mixture.count, size):
+            there = len(numbers.intersection(range(first, first + size)))
+            if there < gone:
+                group = f" of the group from {first} on" if mixture.groups > 1 else ""
+                yield Problem(
+                    path,
+                    f"{gone} experts{group} of {name} should go, and only {there} may: those of which include and "
+                    f"exclude leave {pass_.key} every matrix",
+                )
+                return
+
+
+def _example(mixture: Mixture, keep: int, may: frozenset[int]) -> tuple[int, ...]:
+    """Experts of a layer that might stay: those that must, and the first of the others."""
+    size, stay = mixture.count // mixture.groups, keep // mixture.groups
+    groups = (range(first, first + size) for first in range(0, mixture.count, size))
+    return tuple(i for group in groups for i in sorted(sorted(group, key=lambda i: (i in may, i))[:stay]))
+
+
+def _worked_on(
+    state: PlanState, path: str, pass_: ExpertsPass, made: Fewer, may: Mapping[str, frozenset[int]]
+) -> Iterator[Problem]:
+    """What passes before it made, of which it would matter which experts go, or that cannot be cut."""
+    for site in state.graph.sites:
+        if site.parameter in made.cuts and not site.is_expert and site.name in state.specs:
+            yield Problem(
+                path, f"{site.name} was worked on before, and rows of it have to go; put {pass_.key} before that"
+            )
+    kinds: dict[str, set[tuple[str, bool]]] = {}
+    for site in state.graph.sites:
+        owner = site.parameter.rpartition(".")[0]
+        if site.is_expert and site.ref.index[0] in may.get(owner, ()):
+            kinds.setdefault(site.parameter, set()).add((state.kinds[site.name], site.name in state.specs))
+    if any(len(found) > 1 for found in kinds.values()):
+        yield Problem(
+            path,
+            "passes before it made weights of different kinds of the experts of a layer, so what may follow would "
+            f"depend on which of them go; put {pass_.key} before them",
+        )
