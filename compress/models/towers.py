@@ -18,8 +18,9 @@ LANGUAGE = "language"
 # What parts of a path say; the first word that one of them begins with.
 WORDS = {
     "vis": "vision", "image": "vision", "vit": "vision", "pixel": "vision", "audio": "audio", "speech": "audio",
-    "sound": "audio", "language": LANGUAGE, "text": LANGUAGE, "llm": LANGUAGE, "encoder": "encoder",
-    "decoder": "decoder",
+    "sound": "audio", "connector": "connector", "projector": "connector", "perceiver": "connector",
+    "resampler": "connector", "qformer": "connector", "language": LANGUAGE, "text": LANGUAGE, "llm": LANGUAGE,
+    "encoder": "encoder", "decoder": "decoder",
 }  # fmt: skip
 APART = ("vision", "audio")  # towers beside which the main one is that of the language
 

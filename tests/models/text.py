@@ -101,7 +101,7 @@ TEXT = (
     Entry("VaultGemmaForCausalLM", {"layer_types": ["sliding_attention", "full_attention"]}),
     Entry("WhisperForCausalLM"),
     Entry("XGLMForCausalLM"),
-    Entry("XLMWithLMHeadModel"),
+    Entry("XLMWithLMHeadModel", without=("flexround",)),  # attention and MLP lie in lists of their own
     Entry("XLMRobertaForCausalLM", {"is_decoder": True}),
     Entry("XLNetLMHeadModel", share=0.35),
     Entry("YoutuForCausalLM", LATENT),
