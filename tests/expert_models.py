@@ -1,7 +1,7 @@
 """Tiny random mixtures of experts, and a replica of one whose experts are separate linear layers."""
 
 import copy
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
@@ -18,7 +18,7 @@ LATENT = {
 }  # fmt: skip
 GROUPED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
 NARROW = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LOCAL: dict[str, object] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 # Kind of model -> what its configuration has beside SMALL.
 KINDS: dict[str, dict[str, object]] = {
@@ -80,7 +80,8 @@ class Unfused(nn.Module):
     def __init__(self, fused: nn.Module):
         super().__init__()
         self.gated = fused.has_gate
-        self.activation: Callable[[Tensor], Tensor] = fused._apply_gate if self.gated else fused.act_fn
+        activation: Any = fused._apply_gate if self.gated else fused.act_fn
+        self.activation = activation
         first = "gate_up_proj" if self.gated else "up_proj"
         for leaf in (first, "down_proj"):
             bias = getattr(fused, f"{leaf}_bias", None)

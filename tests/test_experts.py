@@ -427,7 +427,8 @@ def linear(weight: Tensor) -> nn.Linear:
 def test_options_of_experts_are_part_of_what_a_run_is(tmp_path: Path) -> None:
     make_mixture("Mixtral").save_pretrained(tmp_path / "model")
     found = []
-    for number, options in enumerate(({}, {"min_expert_tokens": 10_000}, {"calibrate_all_experts": True})):
+    choices: list[dict[str, Any]] = [{}, {"min_expert_tokens": 10_000}, {"calibrate_all_experts": True}]
+    for number, options in enumerate(choices):
         steps = {"calibration": {"source": "demo", **options}, "passes": [{"gptq": W4}]}
         report = compress.run(steps, tmp_path / "model", tmp_path / f"out{number}", calibration=TOKENS)
         folder = AutoModelForCausalLM.from_pretrained(tmp_path / f"out{number}").eval()
