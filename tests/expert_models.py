@@ -101,7 +101,7 @@ class Unfused(nn.Module):
         found = torch.zeros_like(hidden)
         for number in range(len(self.first)):
             # By place among the choices first, as transformers' mask has it: sums over tokens run in its order.
-            place, token = torch.where(number == chosen.T)
+            place, token = torch.where((chosen.T - number).logical_not())
             if not len(token):
                 continue
             made = self.down_proj[number](self.activation(self.first[number](hidden[token])))
