@@ -44,6 +44,11 @@ KINDS: dict[str, dict[str, object]] = {
     },
     "JetMoe": {**LOCAL, "kv_channels": 16, "num_key_value_heads": 4},
     "HunYuanMoEV1": {"num_experts": 4, "moe_topk": 2, "head_dim": 16},
+    "Dbrx": {
+        "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+    },
     "Llama4": {
         "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size": 32, "intermediate_size_mlp": 96,
         "head_dim": 16, "interleave_moe_layer_step": 1, "attention_chunk_size": 64,
@@ -55,8 +60,9 @@ COMMON = ("Mixtral", "Qwen2Moe", "Qwen3Moe", "GptOss", "DeepseekV3", "Olmoe", "G
 def make_mixture(kind: str, **changes: object) -> transformers.PreTrainedModel:
     """A random model of two blocks with weights large enough that they matter."""
     config = getattr(transformers, f"{kind}TextConfig" if kind == "Llama4" else f"{kind}Config")
+    usual = SMALL if kind != "Dbrx" else {name: SMALL[name] for name in ("vocab_size", "pad_token_id", "eos_token_id")}
     torch.manual_seed(7)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config(**{**SMALL, **KINDS[kind], **changes})).eval()
+    model = getattr(transformers, f"{kind}ForCausalLM")(config(**{**usual, **KINDS[kind], **changes})).eval()
     assert isinstance(model, transformers.PreTrainedModel)
     return model
 
