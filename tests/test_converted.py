@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ import compress
 from compress.checkpoint.opening import open_folder
 from compress.encodings.format import WEIGHTS
 from compress.errors import CheckpointError
+from compress.models import loading
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
-MIXTURE = {**SIZE, "intermediate_size": 48, "moe_intermediate_size": 48, "pad_token_id": 0}
+MIXTURE = {
+    **SIZE, "intermediate_size": 48, "moe_intermediate_size": 48, "num_experts_per_tok": 2, "pad_token_id": 0,
+}  # fmt: skip
 RTN = {"passes": [{"rtn": {"bits": 4, "group_size": 16}}]}
 
 
@@ -43,7 +47,7 @@ MIXTURES = [
     ("DeepseekV3ForCausalLM", {
         "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
         "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-        "head_dim": 8,
+        "num_key_value_heads": 4,
     }),
     ("GptOssForCausalLM", {"num_local_experts": 4, "head_dim": 8}),
     ("Qwen3VLMoeTextModel", {"num_experts": 4, "head_dim": 8}),
@@ -69,6 +73,23 @@ def test_parameters_and_every_piece_of_them_are_those_that_transformers_loads(
     assert fused >= 2
 
 
+@pytest.mark.parametrize(("cls", "options"), MIXTURES, ids=[cls for cls, _ in MIXTURES])
+def test_plain_weights_are_exported_under_the_names_of_the_hub(
+    cls: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    saved(cls, tmp_path / "in", **{**MIXTURE, **options})
+    report = compress.run({**RTN, "export": ["hf"]}, tmp_path / "in", tmp_path / "out")
+    names = [set(load_file(folder / "model.safetensors")) for folder in (tmp_path / "in", tmp_path / "out" / "hf")]
+    assert names[0] == names[1]
+    assert report.verified["hf"]["tensors_equal"] == len(names[0])
+    made = getattr(transformers, cls)
+    one_by_one = {"experts_implementation": "eager"}  # as packed experts run; other products sum up in another order
+    packed, plain = (made.from_pretrained(tmp_path / "out" / where, **one_by_one) for where in ("", "hf"))
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(packed(tokens)[0], plain(tokens)[0])
+
+
 def test_one_expert_is_read_without_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved("MixtralForCausalLM", tmp_path, **MIXTURE, num_local_experts=4)
     source: Any = open_folder(tmp_path).artifact.source
@@ -79,6 +100,16 @@ def test_one_expert_is_read_without_the_others(tmp_path: Path, monkeypatch: pyte
     source.piece("model.layers.1.mlp.experts.gate_up_proj", 2 * size, 3 * size)
     prefix = "model.layers.1.block_sparse_moe.experts.2"
     assert sorted(read) == [f"{prefix}.w1.weight", f"{prefix}.w3.weight"]
+
+
+def test_a_model_is_built_without_the_memory_of_its_largest_parameter() -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    config = transformers.DeepseekV3Config(num_hidden_layers=4)  # 256 experts of 2048 x 7168 in the last: 22 billion
+    config.architectures = ["DeepseekV3ForCausalLM"]
+    model = loading.build(config)
+    assert sum(p.numel() for p in model.parameters()) > 10**10
+    assert all(p.is_meta for p in model.parameters())
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # kilobytes
 
 
 # --- nothing is dropped -----------------------------------------------------------------------------------------------

@@ -226,6 +226,35 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or bool(a == b)
 
 
+@dataclass
+class _Ends:
+    """Where a forward pass may end: once everything has been reached that is watched, if nothing is reached again.
+
+    Attributes:
+        names: of what is watched.
+        once: whether everything is known to be reached exactly once.
+        reached: how often each was in this pass.
+    """
+
+    names: set[str]
+    once: bool
+    reached: Counter[str] = field(default_factory=Counter)
+
+    def count(self, name: str) -> None:
+        """Something is reached."""
+        self.reached[name] += 1
+        if self.once and len(self.reached) == len(self.names):
+            raise Stop
+
+    def run(self, forwards: Iterable[Callable[[], Any]]) -> None:
+        """Run forward passes, the first of which shows whether later ones may end early."""
+        for number, forward in enumerate(forwards):
+            self.reached.clear()
+            with suppress(Stop):
+                forward()
+            self.once = self.once or (number == 0 and all(self.reached[name] == 1 for name in self.names))
+
+
 def statistics(
     modules: Mapping[str, nn.Module],
     needs: Mapping[str, Need],
@@ -249,29 +278,19 @@ def statistics(
     """
     windows = {n: Windows.of(m) if isinstance(m, nn.Conv2d) else None for n, m in modules.items()}
     sums = _Sums(needs, windows, ranged, before)
-    ends = {*modules, *(p.left for p in experts)}
-    reached: Counter[str] = Counter()
-
-    def count(name: str) -> None:
-        reached[name] += 1
-        if once and len(reached) == len(ends):
-            raise Stop
+    ends = _Ends({*modules, *(p.left for p in experts)}, once)
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             sums.see(name, args[0] if args else next(iter(kwargs.values())))
-            count(name)
+            ends.count(name)
 
         return hook
 
     handles = [m.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, m in modules.items()]
     try:
-        with _watched_experts(experts, sums.see_expert, count, all_experts) if experts else nullcontext():
-            for number, forward in enumerate(forwards):
-                reached.clear()
-                with suppress(Stop):
-                    forward()
-                once = once or (number == 0 and all(reached[name] == 1 for name in ends))
+        with _watched_experts(experts, sums.see_expert, ends.count, all_experts) if experts else nullcontext():
+            ends.run(forwards)
         sums.check()
     finally:
         sums.last.clear()  # the hooks refer to it, and each other, until the next garbage collection

@@ -12,7 +12,7 @@ from compress.errors import CheckpointError
 from compress.lazy import torch, transformers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
     from pathlib import Path
 
     from compress.checkpoint.sources import Source
@@ -139,6 +139,13 @@ class Spelling:
             if pattern is not None:
                 return converter, target, pattern
         return None
+
+    def place(self, stored: str, names: Collection[str]) -> str | None:
+        """Which of the model's names a tensor of a file has, or begins to make; None where it has no place."""
+        made = self.converted(stored)
+        if made is not None:
+            return next((s for s in self.prefixed(made[1]) if s in names), None)
+        return next((s for s in self.of(stored) if s in names), None)
 
     def of(self, name: str) -> list[str]:
         """All spellings, the likeliest first."""

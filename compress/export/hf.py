@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from compress.checkpoint.matching import Spelling
 from compress.checkpoint.packed_layout import spec_at
 from compress.checkpoint.sources import SINGLE
 from compress.errors import NonFiniteError
@@ -12,10 +14,11 @@ from compress.export.base import Exporter, refuse_added
 from compress.io.atomic import write_json, writing
 from compress.io.safetensors_file import compare_tensors, in_range, write_tensors
 from compress.io.small_file import read_object
-from compress.lazy import torch
+from compress.lazy import torch, transformers
 from compress.models import loading
 from compress.models.companions import copy_companions
 from compress.models.graph import forward
+from compress.models.hub_names import undone
 from compress.models.logits import logits_in
 from compress.models.site import parameter_of
 
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from compress.export.base import Logits, PackedFolder
     from compress.io.safetensors_file import Entry
     from compress.models.graph import Graph
+    from compress.models.hub_names import Undone
     from compress.models.site import Site
     from compress.progress import Bars
 
@@ -95,6 +99,49 @@ class Dense:
         return getattr(torch, spec.value_dtype) if plain and spec.value_dtype else torch.float32
 
 
+@dataclass(frozen=True)
+class OnHub:
+    """The same tensors under the names that the hub has for them, a matrix for each expert of a mixture.
+
+    Where loading those would not give the parameters back, or there are no other names, they are those of the model.
+    """
+
+    dense: Dense
+
+    @cached_property
+    def _groups(self) -> dict[str, Undone]:
+        graph, described = self.dense.artifact.graph, {}
+        if not isinstance(graph.model, transformers.PreTrainedModel):
+            return {}
+        for name, ((_, shape, dtype),) in self.dense.layout():
+            if name not in self.dense.artifact.carried:
+                described[name] = shape, dtype
+        spelling = Spelling(graph.model)
+        found = undone(graph.model, described, lambda stored: spelling.place(stored, described)) or []
+        return {group.first: group for group in found}
+
+    def layout(self) -> list[tuple[str, list[Entry]]]:
+        """Groups of parameters that lie together, in the model's order; last what is carried along."""
+        plain = dict(self.dense.layout())
+        if not self._groups:
+            return list(plain.items())
+
+        def blank(name: str) -> Tensor:
+            ((_, shape, dtype),) = plain[name]
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        found = [
+            (first, [(name, tuple(t.shape), t.dtype) for name, t in group.tensors(blank).items()])
+            for first, group in self._groups.items()
+        ]
+        return found + [(name, plain[name]) for name in self.dense.artifact.carried]
+
+    def read(self, owner: str) -> dict[str, Tensor]:
+        """The tensors of a group."""
+        group = self._groups.get(owner)
+        return self.dense.read(owner) if group is None else group.tensors(lambda name: self.dense.read(name)[name])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hf(Exporter):
     """The decompressed model in a plain folder, which transformers loads without this package."""
@@ -110,10 +157,10 @@ class Hf(Exporter):
         return spec.shape[0] * spec.shape[1] * computed.itemsize
 
     def write(self, made: PackedFolder, folder: Path, final: Path, bars: Bars) -> None:
-        write_dense(Dense(made.artifact, made.dtype), folder, made.folder, bars, self.key)
+        write_dense(OnHub(Dense(made.artifact, made.dtype)), folder, made.folder, bars, self.key)
 
     def verify(self, made: PackedFolder, folder: Path, bars: Bars) -> dict[str, Any]:
-        return {"tensors_equal": verify_dense(Dense(made.artifact, made.dtype), folder, bars, self.key)}
+        return {"tensors_equal": verify_dense(OnHub(Dense(made.artifact, made.dtype)), folder, bars, self.key)}
 
     def tolerance(self, specs: Mapping[str, Spec]) -> float:
         return 0.0
@@ -144,13 +191,14 @@ def loaded(made: PackedFolder, folder: Path, dtype: torch.dtype | None = None) -
     return logits
 
 
-def write_dense(dense: Dense, folder: Path, source: Path, bars: Bars, heading: str) -> None:
+def write_dense(dense: Dense | OnHub, folder: Path, source: Path, bars: Bars, heading: str) -> None:
     """Write a plain folder; everything but weights comes from the packed folder `source`."""
     folder.mkdir(parents=True, exist_ok=True)
     with writing(folder / SINGLE):
         write_tensors(dense.layout(), dense.read, folder / SINGLE, bars, heading)
-    assert dense.dtype is not None
-    write_json(plain_config(source, dense.dtype), folder / "config.json")
+    dtype = dense.dense.dtype if isinstance(dense, OnHub) else dense.dtype
+    assert dtype is not None
+    write_json(plain_config(source, dtype), folder / "config.json")
     copy_companions(source, folder)
 
 
@@ -162,6 +210,6 @@ def plain_config(source: Path, dtype: torch.dtype) -> dict[str, Any]:
     return {**config, "dtype": str(dtype).removeprefix("torch.")}
 
 
-def verify_dense(dense: Dense, folder: Path, bars: Bars, heading: str) -> int:
+def verify_dense(dense: Dense | OnHub, folder: Path, bars: Bars, heading: str) -> int:
     """Compare a plain folder with what was meant; returns how many tensors there are."""
     return compare_tensors(dense.layout(), dense.read, folder / SINGLE, bars, heading)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
+LARGE = 1 << 20  # numbers that are too many to be made and forgotten, parameter by parameter
 MOST_WORDS = 300  # characters of another library's message
 # Model type -> what its configuration has to say instead. RWKV divides weights in place at its first call, and hidden
 # states between blocks, so that float16 does not overflow; packed weights stay what they are.
@@ -144,9 +145,28 @@ def _parameters_on_meta() -> Iterator[None]:
 
     nn.Module.register_parameter = register  # type: ignore[method-assign]
     try:
-        yield
+        with _large_on_meta():
+            yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def _large_on_meta() -> AbstractContextManager[None]:
+    """While open, tensors that are made without numbers take no memory if they are large: they become parameters.
+
+    The experts of a block of DeepSeek V3 would not even be allocated, in memory that holds less.
+    """
+    from torch.overrides import TorchFunctionMode
+
+    class LargeOnMeta(TorchFunctionMode):  # made here: torch is imported when it is first needed
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if func is not torch.empty or kwargs.get("device") is not None:
+                return func(*args, **kwargs)
+            made = func(*args, **{**kwargs, "device": "meta"})
+            return made if made.numel() > LARGE else func(*args, **kwargs)
+
+    return LargeOnMeta()
 
 
 def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:

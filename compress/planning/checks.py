@@ -228,7 +228,8 @@ def tables(case: Case, written: Pass) -> Iterator[Problem]:
         yield case.refused(
             f"a {case.model} has no embedding and no head that is not excluded; leave it out", "embeddings"
         )
-    for site in graph.sites if pass_.reach == "model" and pass_.calibrated else ():
+    others = [site for site in graph.sites if site not in case.sites]
+    for site in others if pass_.reach == "model" and pass_.calibrated else ():
         head = next((name for name in site.shared if pass_.selects(name, in_block=False)), None)
         if head is not None:
             yield case.refused(f"{head} is tied to {site.name}; compressing one would change the other. Exclude it")

@@ -103,6 +103,6 @@ TEXT = (
     Entry("XGLMForCausalLM"),
     Entry("XLMWithLMHeadModel"),
     Entry("XLMRobertaForCausalLM", {"is_decoder": True}),
-    Entry("XLNetLMHeadModel"),
+    Entry("XLNetLMHeadModel", share=0.35),
     Entry("YoutuForCausalLM", LATENT),
 )

@@ -9,13 +9,14 @@ from entry import Entry
 EDGES = ("*patch_embed*", "*classifier*", "*embedder.*")  # what a large model has little of
 IMAGES: dict[str, Any] = {"inputs": "images", "apart": EDGES}
 CONVNEXT: dict[str, Any] = {**IMAGES, "apart": (*EDGES, "*dwconv*", "*downsampling*", "*grn*")}
+SIGLIP: dict[str, Any] = {**IMAGES, "apart": (*EDGES, "*head.*", "*text_model*")}
 TWO_STAGES = {"hidden_sizes": [32, 64], "depths": [2, 2]}
 PYRAMID = {
     **TWO_STAGES, "num_encoder_blocks": 2, "num_attention_heads": [2, 4], "mlp_ratios": [2, 2], "strides": [4, 2],
 }  # fmt: skip
 WINDOWS = {"depths": [2, 2], "num_heads": [2, 4], "embed_dim": 32, "window_size": 4, "patch_size": 4}
 SEGFORMER = ("*patch_embeddings.proj", "*dwconv*")
-SOUND = ("*feature_extractor*", "*pos_conv_embed*")
+SOUND = ("*feature_extractor*", "*pos_conv_embed*", "*feature_projection*", "*lm_head*")
 CONVOLUTIONS = {"conv_dim": [32, 32], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2,
                 "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}  # fmt: skip
 
@@ -68,7 +69,8 @@ VISION = (
     Entry(
         "RegNetForImageClassification",
         {**TWO_STAGES, "embedding_size": 32, "groups_width": 16},
-        exclude=("*attention.2",),
+        exclude=("*attention.2", "*layer.1.convolution"),
+        tolerance=1e-6,
         **IMAGES,
     ),
     Entry("ResNetForImageClassification", {**TWO_STAGES, "embedding_size": 32, "layer_type": "basic"}, **IMAGES),
@@ -87,10 +89,11 @@ VISION = (
             "decoder_hidden_size": 32,
         },
         exclude=SEGFORMER,
+        without=("flexround",),
         **IMAGES,
     ),
     Entry("SiglipModel", inputs="pairs", refused="pixel_values is not used"),
-    Entry("SiglipForImageClassification", **IMAGES),
+    Entry("SiglipForImageClassification", **SIGLIP),
     Entry("SwinForImageClassification", WINDOWS, **IMAGES),
     Entry("Swinv2ForImageClassification", WINDOWS, exclude=("*continuous_position_bias_mlp*",), **IMAGES),
     Entry(

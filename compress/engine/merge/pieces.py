@@ -31,8 +31,8 @@ def depth_of(block: int | None, count: int) -> float:
 
 
 def layers_of(graph: Graph) -> dict[str, int]:
-    """Tensor -> how many sites stand before the one that it belongs to, or comes behind; 0 also before the first."""
-    sites, found, number = {site.name for site in graph.sites}, {}, -1
+    """Tensor -> how many layers (no embeddings) stand before its own, or before what it comes behind; 0 at first."""
+    sites, found, number = {site.name for site in graph.sites if not site.looked_up}, {}, -1
     for owner, module in graph.model.named_modules():
         number += owner in sites
         for leaf, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
