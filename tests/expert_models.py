@@ -1,7 +1,7 @@
 """Tiny random mixtures of experts, and a replica of one whose experts are separate linear layers."""
 
 import copy
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
@@ -18,7 +18,7 @@ LATENT = {
 }  # fmt: skip
 GROUPED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
 NARROW = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LOCAL: dict[str, object] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 # Kind of model -> what its configuration has beside SMALL.
 KINDS: dict[str, dict[str, object]] = {
@@ -44,6 +44,11 @@ KINDS: dict[str, dict[str, object]] = {
     },
     "JetMoe": {**LOCAL, "kv_channels": 16, "num_key_value_heads": 4},
     "HunYuanMoEV1": {"num_experts": 4, "moe_topk": 2, "head_dim": 16},
+    "Dbrx": {
+        "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+    },
     "Llama4": {
         "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size": 32, "intermediate_size_mlp": 96,
         "head_dim": 16, "interleave_moe_layer_step": 1, "attention_chunk_size": 64,
@@ -55,8 +60,9 @@ COMMON = ("Mixtral", "Qwen2Moe", "Qwen3Moe", "GptOss", "DeepseekV3", "Olmoe", "G
 def make_mixture(kind: str, **changes: object) -> transformers.PreTrainedModel:
     """A random model of two blocks with weights large enough that they matter."""
     config = getattr(transformers, f"{kind}TextConfig" if kind == "Llama4" else f"{kind}Config")
+    usual = SMALL if kind != "Dbrx" else {name: SMALL[name] for name in ("vocab_size", "pad_token_id", "eos_token_id")}
     torch.manual_seed(7)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config(**{**SMALL, **KINDS[kind], **changes})).eval()
+    model = getattr(transformers, f"{kind}ForCausalLM")(config(**{**usual, **KINDS[kind], **changes})).eval()
     assert isinstance(model, transformers.PreTrainedModel)
     return model
 
@@ -80,7 +86,8 @@ class Unfused(nn.Module):
     def __init__(self, fused: nn.Module):
         super().__init__()
         self.gated = fused.has_gate
-        self.activation: Callable[[Tensor], Tensor] = fused._apply_gate if self.gated else fused.act_fn
+        activation: Any = fused._apply_gate if self.gated else fused.act_fn
+        self.activation = activation
         first = "gate_up_proj" if self.gated else "up_proj"
         for leaf in (first, "down_proj"):
             bias = getattr(fused, f"{leaf}_bias", None)
@@ -100,7 +107,7 @@ class Unfused(nn.Module):
         found = torch.zeros_like(hidden)
         for number in range(len(self.first)):
             # By place among the choices first, as transformers' mask has it: sums over tokens run in its order.
-            place, token = torch.where(number == chosen.T)
+            place, token = torch.where((chosen.T - number).logical_not())
             if not len(token):
                 continue
             made = self.down_proj[number](self.activation(self.first[number](hidden[token])))

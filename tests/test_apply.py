@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    DbrxConfig,
-    DbrxForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -24,7 +22,6 @@ from transformers import (
 import compress
 from compress import (
     AdaRound,
-    ConfigError,
     DataError,
     FlexRound,
     GlobalMagnitude,
@@ -296,16 +293,6 @@ def test_a_transposed_layer_is_compressed_along_its_inputs() -> None:
     same = compress.apply(plain, [Rtn(bits=4, group_size=32)]).weights["0"]
     assert torch.equal(weight.encoding.codes, same.encoding.codes)
     assert torch.equal(result.model.get_submodule(name).weight, weight.dequantize().T)
-
-
-def test_experts_joined_row_upon_row_are_refused_in_a_clear_sentence() -> None:
-    config = DbrxConfig(
-        d_model=32, n_heads=4, n_layers=1, max_seq_len=64, vocab_size=64,
-        attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
-        ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
-    )  # fmt: skip
-    with pytest.raises(ConfigError, match=r"can reach \d+% of the matrices of a DbrxForCausalLM.*w1 of DbrxExpertGLU"):
-        compress.apply(DbrxForCausalLM(config), [Rtn()])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

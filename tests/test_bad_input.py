@@ -449,19 +449,6 @@ def test_a_folder_that_was_compressed_already_is_refused(rtn: Path, tiny_folder:
     assert_refused(ended, 2, again, str(out), "already quantized", "compress eval")
 
 
-def test_experts_joined_row_upon_row_are_refused(rtn: Path, tmp_path: Path, out: Path) -> None:
-    from transformers import DbrxConfig, DbrxForCausalLM
-
-    config = DbrxConfig(
-        d_model=64, n_heads=4, n_layers=2, max_seq_len=128, vocab_size=256,
-        attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
-        ffn_config={"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
-    )  # fmt: skip
-    DbrxForCausalLM(config).save_pretrained(tmp_path / "dbrx")
-    ended = compress_command("run", rtn, tmp_path / "dbrx", "-o", out)
-    assert_refused(ended, 2, out, "DbrxForCausalLM", "w1 of DbrxExpertGLU", "allow_dense: true")
-
-
 def test_a_module_with_nothing_to_compress_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="nothing to compress"):
         compress.apply(nn.Sequential(nn.LayerNorm(4)), [compress.Rtn()])

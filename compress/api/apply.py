@@ -22,7 +22,7 @@ from compress.engine import manager
 from compress.engine.devices import devices_of
 from compress.engine.ledger import MemoryLedger
 from compress.engine.merge import checks as merges
-from compress.engine.placement import Context, expert_options
+from compress.engine.placement import Context, expert_options, products_of
 from compress.errors import ConfigError, Problem
 from compress.models import graph as graphs
 from compress.models.experts import running_one_by_one
@@ -187,7 +187,7 @@ def _applied(
     devices = devices_of(made, resident=True)
     context = Context(
         artifact=artifact, given=artifact, ledger=MemoryLedger(), seed=steps.seed, dtype=dtype,
-        products=steps.products, resident=True, bars=progress.Bars(), devices=devices,
+        products=products_of(graph, steps.products), resident=True, bars=progress.Bars(), devices=devices,
         experts=expert_options(pipeline.calibration),
     )  # fmt: skip
     with devices.scope():

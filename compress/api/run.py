@@ -43,7 +43,7 @@ from compress.engine.devices import devices_of
 from compress.engine.executor import SingleProcess
 from compress.engine.ledger import FolderLedger
 from compress.engine.merge import checks as merges
-from compress.engine.placement import Context, expert_options
+from compress.engine.placement import Context, expert_options, products_of
 from compress.engine.read_ahead import ReadAhead
 from compress.engine.resume import Resume
 from compress.errors import CheckpointError, UsageError
@@ -190,9 +190,10 @@ class _Work:
     def context(self, ledger: MemoryLedger) -> Context:
         """What the first stage works in."""
         opened, steps, compute = self.opened, self.steps, self.plan.places.compute
+        products = products_of(opened.artifact.graph, steps.products)
         return Context(
             artifact=opened.artifact, given=opened.artifact, ledger=ledger, seed=steps.seed,
-            dtype=_dtype(steps, opened), products=steps.products, resident=False, bars=self.bars,
+            dtype=_dtype(steps, opened), products=products, resident=False, bars=self.bars,
             executor=self.executor, devices=devices_of(self.plan), experts=expert_options(steps.calibration),
             ahead=ReadAhead(compute) if compute.type == "cuda" else None,
         )  # fmt: skip

@@ -39,12 +39,14 @@ class FusedParameter:
         owner: the module that it belongs to.
         leaf: its name there.
         width: how many inputs an expert has.
+        count: how many experts there are.
         names: number of an expert -> its name, of those that are to be seen.
     """
 
     owner: nn.Module
     leaf: str
     width: int
+    count: int
     names: Mapping[int, str]
 
     @property
@@ -62,10 +64,10 @@ class FusedParameter:
             return None
         if matrix.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
             return None
-        place, size = matrix.storage_offset() - whole.storage_offset(), whole[0].numel()
+        place, size = matrix.storage_offset() - whole.storage_offset(), whole.numel() // self.count
         if not 0 <= place < whole.numel() or place % size:
             return None
-        return -1 if matrix.dim() == whole.dim() and len(matrix) == len(whole) else place // size
+        return -1 if matrix.dim() > 2 and len(matrix) == self.count else place // size
 
 
 class SeenExperts(TorchFunctionMode):

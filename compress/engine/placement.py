@@ -67,6 +67,11 @@ def expert_options(section: Calibration | None) -> ExpertOptions:
     return ExpertOptions(section.min_expert_tokens, section.calibrate_all_experts)
 
 
+def products_of(graph: Graph, asked: Products) -> Products:
+    """How a model multiplies while calibrating: DBRX adds up what experts make in the type that it was given."""
+    return "float32" if any(site.ref.joined for site in graph.sites) else asked
+
+
 @dataclass(frozen=True)
 class MadeDelta:
     """A compressed delta.
@@ -278,7 +283,7 @@ def take_records(
                 continue
             if site.parameter not in fused:
                 fused[site.parameter] = model.get_parameter(site.parameter).detach().to(context.dtype, copy=True)
-            fused[site.parameter][site.ref.index] = piece
+            site.ref.pieces(fused[site.parameter])[site.ref.index] = piece
         elif context.resident:
             set_value(context.graph.model, record.site, value_of(context, record.site))
     for name, value in fused.items():

@@ -256,7 +256,7 @@ def fused_parameters(model: nn.Module, experts: Sequence[Site]) -> list[FusedPar
     for parameter, sites in found.items():
         owner, _, leaf = parameter.rpartition(".")
         names = {site.ref.index[0]: site.name for site in sites}
-        made.append(FusedParameter(model.get_submodule(owner), leaf, sites[0].shape[1], names))
+        made.append(FusedParameter(model.get_submodule(owner), leaf, sites[0].shape[1], sites[0].ref.of, names))
     return made
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ UNMARKED = {
     "Llama4TextExperts": True,
 }
 PASS_ON = ("zero_expert_num",)  # what a module calls how many numbers behind its experts' only pass on what comes in
+# Classes that keep the rows of all experts in one matrix: what says how many there are, and parameter -> transposed.
+JOINED: dict[str, tuple[str, dict[str, bool]]] = {
+    "DbrxExpertGLU": ("moe_num_experts", {"w1": False, "v1": False, "w2": True}),
+}
 ROUTERS = ("Router", "TopKGating")  # in the names of classes
 GATES = ("gate", "router", "shared_expert_gate")  # beside fused experts
 OURS = "transformers.models."
@@ -40,10 +45,40 @@ def keeps_transposed(module: nn.Module) -> bool | None:
     return UNMARKED.get(type(module).__name__) if ours else None
 
 
-def fused_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name in the module, value) of its own parameters that hold a matrix for every expert."""
-    if keeps_transposed(module) is not None:
-        yield from ((leaf, p) for leaf, p in module.named_parameters(recurse=False) if p.dim() == 3)
+@dataclass(frozen=True)
+class Fused:
+    """A parameter that holds a matrix for every expert.
+
+    Attributes:
+        leaf: its name in the module.
+        count: how many experts there are.
+        shape: of the matrix of one, as it lies there.
+        transposed: each is kept as (in, out).
+        joined: their rows stand one upon the other in a matrix.
+        value: of the parameter.
+    """
+
+    leaf: str
+    count: int
+    shape: tuple[int, int]
+    transposed: bool
+    joined: bool
+    value: Tensor
+
+
+def fused_parameters(module: nn.Module) -> Iterator[Fused]:
+    """Those of a module itself."""
+    transposed = keeps_transposed(module)
+    if transposed is not None:
+        for leaf, value in module.named_parameters(recurse=False):
+            if value.dim() == 3:
+                yield Fused(leaf, len(value), (value.shape[1], value.shape[2]), transposed, False, value)
+    elif type(module).__name__ in JOINED and type(module).__module__.startswith(OURS):
+        number, leaves = JOINED[type(module).__name__]
+        count = int(getattr(module, number))
+        for leaf, value in module.named_parameters(recurse=False):
+            if leaf in leaves:
+                yield Fused(leaf, count, (len(value) // count, value.shape[1]), leaves[leaf], True, value)
 
 
 def takes_choices(module: nn.Module) -> bool:
@@ -59,7 +94,8 @@ def passing_on(module: nn.Module) -> int:
 def router_names(model: nn.Module) -> set[str]:
     """Full names of the modules that choose among experts, or weigh them, and of what is in them."""
     modules = dict(model.named_modules())
-    beside = {name.rpartition(".")[0] for name, module in modules.items() if next(fused_parameters(module), None)}
+    holding = (name for name, module in modules.items() if next(fused_parameters(module), None) is not None)
+    beside = {name.rpartition(".")[0] for name in holding}
 
     def routes(name: str, module: nn.Module) -> bool:
         owner, _, leaf = name.rpartition(".")

@@ -205,7 +205,7 @@ def _layers(graph: Graph) -> tuple[str, ...]:
 
 def _experts_in(module: nn.Module) -> int:
     """How many experts a module has; those that only pass on what they are given need no second matrix."""
-    return min(len(p) for _, p in fused_parameters(module))
+    return min(fused.count for fused in fused_parameters(module))
 
 
 def _most(value: Any) -> int:
@@ -279,8 +279,8 @@ def _cuts(
         # What stands behind the experts stays: those of LongCat-Flash that only pass on what they are given.
         cuts[name] = Cut(dim, (*kept[layer], *range(count, old[dim])), new)
     for layer in mixture.layers:
-        for leaf, _ in fused_parameters(model.get_submodule(layer)):
-            if f"{layer}.{leaf}" not in cuts and len(kept[layer]) < count:
+        for fused in fused_parameters(model.get_submodule(layer)):
+            if f"{layer}.{fused.leaf}" not in cuts and len(kept[layer]) < count:
                 raise UnsupportedModelError(f"the configuration of a {kind} does not decide the experts of {layer}")
     return cuts
 

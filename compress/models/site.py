@@ -22,6 +22,7 @@ class TensorRef:
         parameter: full name.
         index: which piece along the first dimensions; (3,) is the fourth expert of a fused tensor (experts, ...).
         of: how many pieces there are.
+        joined: the rows of all pieces stand one upon the other in a matrix.
         transposed: it is kept as (in, out).
         stored: its own shape where it is a convolution's, (out, in / groups, *window); (in, out / groups, *window) of a
             transposed one.
@@ -34,10 +35,15 @@ class TensorRef:
     stored: tuple[int, ...] = ()
     of: int = 1
     groups: int = 1
+    joined: bool = False
+
+    def pieces(self, value: Tensor) -> Tensor:
+        """The parameter's value, pieces along its first dimensions; of its memory."""
+        return value.view(self.of, -1, value.shape[-1]) if self.joined else value
 
     def read(self, value: Tensor) -> Tensor:
         """The matrix (out, in), from the parameter's value; of its memory where it need not be turned."""
-        piece = value[self.index] if self.index else value
+        piece = self.pieces(value)[self.index] if self.index else value
         if self.stored and self.transposed:
             inputs, outputs = self.stored[0] // self.groups, self.stored[1]
             turned = piece.reshape(self.groups, inputs, outputs, -1).transpose(1, 2)
@@ -65,7 +71,7 @@ class TensorRef:
             return piece
         assert value is not None
         changed = value.clone()
-        changed[self.index] = piece
+        self.pieces(changed)[self.index] = piece
         return changed
 
 
@@ -179,14 +185,15 @@ def parameter_of(sites: Sequence[Site], matrices: Iterable[Tensor], dtype: torch
         whole[number] = piece
         del matrix, piece
     assert whole is not None
-    return whole
+    return whole.flatten(0, 1) if sites[0].ref.joined else whole
 
 
 def learned_parameter(sites: Sequence[Site], matrices: Sequence[Tensor]) -> Tensor:
     """What `parameter_of` gives, as a value through which gradients reach the matrices."""
     if not sites[0].is_expert:
         return sites[0].value(matrices[0])
-    return torch.stack([m.T if s.ref.transposed else m for s, m in zip(sites, matrices, strict=True)])
+    whole = torch.stack([m.T if s.ref.transposed else m for s, m in zip(sites, matrices, strict=True)])
+    return whole.flatten(0, 1) if sites[0].ref.joined else whole
 
 
 def bytes_by_tensor(sites: Iterable[Site], sizes: Mapping[str, int], made: Mapping[str, int]) -> dict[str, int]:

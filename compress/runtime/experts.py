@@ -27,12 +27,13 @@ class PackedExperts(nn.Module):
 
     Attributes:
         transposed: whether the parameter keeps (experts, in, out).
+        joined: whether the parameter is a matrix, of the rows of all experts.
         dtype: of what it gives; it follows `model.to(...)` as a parameter does.
     """
 
-    def __init__(self, specs: Sequence[Spec], *, transposed: bool, dtype: torch.dtype):
+    def __init__(self, specs: Sequence[Spec], *, transposed: bool, dtype: torch.dtype, joined: bool = False):
         super().__init__()
-        self.transposed, self.dtype = transposed, dtype
+        self.transposed, self.dtype, self.joined = transposed, dtype, joined
         for number, spec in enumerate(specs):
             self.add_module(str(number), PackedModule(spec, bias=False))
 
@@ -63,7 +64,12 @@ class PackedExperts(nn.Module):
         first = self._modules["0"]
         assert isinstance(first, PackedModule)
         rows, columns = first.spec.shape
-        return torch.Size((len(self), columns, rows) if self.transposed else (len(self), rows, columns))
+        piece = (columns, rows) if self.transposed else (rows, columns)
+        return torch.Size((len(self) * piece[0], piece[1]) if self.joined else (len(self), *piece))
+
+    def view(self, *_: Any) -> PackedExperts:
+        """What a model that keeps one matrix takes its experts from."""
+        return self
 
     @property
     def device(self) -> torch.device:

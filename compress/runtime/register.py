@@ -25,7 +25,7 @@ from compress.io.manifest import MANIFEST, verify_folder
 from compress.io.safetensors_file import read_header, refuse_other_tensors
 from compress.models.architecture import predicts_next
 from compress.models.convolutions import is_convolution, is_transposed_convolution
-from compress.models.experts import fused_parameters, keeps_transposed, run_one_by_one
+from compress.models.experts import fused_parameters, run_one_by_one
 from compress.runtime.conv import PackedConvolution, PackedTransposedConvolution
 from compress.runtime.embedding import PackedEmbedding, SharedLinear, packed_embedding
 from compress.runtime.experts import PackedExperts
@@ -35,6 +35,8 @@ from compress.runtime.packed import PackedModule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from compress.models.experts import Fused
 
 
 class CompressConfig(QuantizationConfigMixin):
@@ -212,18 +214,16 @@ def replace_modules(model: nn.Module, specs: dict[str, Spec], shared: Mapping[st
 def _replace_experts(model: nn.Module, specs: dict[str, Spec]) -> dict[str, list[Spec]]:
     """Put packed experts in the place of fused parameters; these parameters, with the specs of their experts."""
     fused = _fused(model, specs)
-    for parameter, experts in fused.items():
-        owner, _, leaf = parameter.rpartition(".")
-        module = model.get_submodule(owner)
-        old = module._parameters.pop(leaf)
-        assert old is not None
-        with torch.device(old.device):
-            made = PackedExperts(experts, transposed=bool(keeps_transposed(module)), dtype=old.dtype)
-        module.add_module(leaf, made)
+    for parameter, (found, experts) in fused.items():
+        module = model.get_submodule(parameter.rpartition(".")[0])
+        del module._parameters[found.leaf]
+        with torch.device(found.value.device):
+            made = PackedExperts(experts, transposed=found.transposed, joined=found.joined, dtype=found.value.dtype)
+        module.add_module(found.leaf, made)
         module._is_hf_initialized = True  # type: ignore[assignment]  # its class would fill the parameter
     if fused:
         run_one_by_one(model)
-    return fused
+    return {parameter: experts for parameter, (_, experts) in fused.items()}
 
 
 def _sharing(old: nn.Module, owner: PackedEmbedding) -> PackedModule:
@@ -255,22 +255,22 @@ def _untie(model: nn.Module, ties: Mapping[nn.Module, dict[str, str]]) -> None:
         known.pop(name)
 
 
-def _fused(model: nn.Module, specs: dict[str, Spec]) -> dict[str, list[Spec]]:
-    """Fused parameter -> the specs of its experts, in their order; of those parameters that have any."""
-    sizes = {
-        f"{owner}.{leaf}" if owner else leaf: len(value)
+def _fused(model: nn.Module, specs: dict[str, Spec]) -> dict[str, tuple[Fused, list[Spec]]]:
+    """Fused parameter -> what it is, and the specs of its experts in their order; of those parameters that have any."""
+    every = {
+        f"{owner}.{fused.leaf}" if owner else fused.leaf: fused
         for owner, module in model.named_modules()
-        for leaf, value in fused_parameters(module)
+        for fused in fused_parameters(module)
     }
-    found: dict[str, list[Spec]] = {}
+    found: dict[str, tuple[Fused, list[Spec]]] = {}
     for parameter in dict.fromkeys(name.rpartition(".")[0] for name in specs):
-        if parameter not in sizes:
+        if parameter not in every:
             continue
-        names = [f"{parameter}.{number}" for number in range(sizes[parameter])]
+        names = [f"{parameter}.{number}" for number in range(every[parameter].count)]
         missing = [name for name in names if name not in specs]
         if missing:
             raise ValueError(f"{missing[0]} is not described among the packed experts of {parameter}")
-        found[parameter] = [specs[name] for name in names]
+        found[parameter] = every[parameter], [specs[name] for name in names]
     return found
 
 

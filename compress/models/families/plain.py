@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.lazy import nn, torch
 from compress.models.convolutions import is_convolution, is_filter, is_plain, is_transposed_convolution
-from compress.models.experts import fused_parameters, keeps_transposed, router_names
+from compress.models.experts import fused_parameters, router_names
 from compress.models.members import OUT, is_attention, members
 from compress.models.site import Site, TensorRef
 from compress.models.symmetry import is_transposed
@@ -96,10 +96,10 @@ def _members(name: str, module: nn.Module) -> Iterator[Site]:
 
 def _experts(name: str, module: nn.Module) -> Iterator[Site]:
     """One matrix after the other of every parameter that holds those of all experts."""
-    transposed = bool(keeps_transposed(module))
-    for leaf, value in fused_parameters(module):
-        parameter = f"{name}.{leaf}" if name else leaf
-        count, first, second = value.shape
-        for number in range(count):
-            ref = TensorRef(parameter, (number,), transposed, of=count)
-            yield Site(f"{parameter}.{number}", (second, first) if transposed else (first, second), ref)
+    for fused in fused_parameters(module):
+        parameter = f"{name}.{fused.leaf}" if name else fused.leaf
+        first, second = fused.shape
+        shape = (second, first) if fused.transposed else (first, second)
+        for number in range(fused.count):
+            ref = TensorRef(parameter, (number,), fused.transposed, of=fused.count, joined=fused.joined)
+            yield Site(f"{parameter}.{number}", shape, ref)
