@@ -2,6 +2,7 @@ from . import demo
 from .api.apply import Result, apply
 from .api.apply_delta import apply_delta
 from .api.export import export_to
+from .api.extract_lora import extract_lora
 from .api.run import run
 from .api.verify import verify
 from .calibration.metrics import Quality, evaluate
@@ -128,6 +129,7 @@ __all__ = [
     "demo",
     "evaluate",
     "export_to",
+    "extract_lora",
     "load_tokens",
     "register",
     "run",

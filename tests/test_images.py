@@ -53,7 +53,7 @@ from compress.encodings import Spec, pack
 from compress.models import graph as graphs
 from compress.passes import PASSES, DepthPass, ExpertsPass, MergePass, Pass
 from compress.report.report import caption, headings, markdown
-from compress.runtime.conv import PackedConv2d
+from compress.runtime.conv import PackedConvolution
 from compress.runtime.packed import PackedModule
 from compress.runtime.register import replace_modules
 
@@ -337,7 +337,7 @@ def test_a_resnet_is_written_packed_and_loads_in_one_line_with_equal_logits(
     assert report.verified["max_logit_difference"] == 0.0
     assert report.fallbacks == [] or "gptq" in passes[0]  # which says what inputs are always zero
     loaded = load(tmp_path / "out")
-    assert sum(isinstance(m, PackedConv2d) for m in loaded.modules()) == (9 if len(passes) == 1 else 10)
+    assert sum(isinstance(m, PackedConvolution) for m in loaded.modules()) == (9 if len(passes) == 1 else 10)
     pipeline = load_pipeline({"passes": passes})
     result = compress.apply(load(resnet), pipeline.passes, images, evaluation=(images, labels))
     assert torch.equal(logits(loaded, images), logits(result.model, images))
@@ -378,7 +378,7 @@ def test_other_image_classifiers_give_the_same_numbers_from_their_folder(
     result = compress.apply(load(tmp_path / "model"), passes, images)
     loaded = load(tmp_path / "out")
     assert {n for n, m in loaded.named_modules() if isinstance(m, PackedModule)} == result.weights.keys()
-    assert any(isinstance(m, PackedConv2d) for m in loaded.modules())
+    assert any(isinstance(m, PackedConvolution) for m in loaded.modules())
     assert torch.equal(logits(loaded, images), logits(result.model, images))
 
 

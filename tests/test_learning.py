@@ -201,7 +201,7 @@ def test_learning_leaves_the_model_closer_to_the_original_than_rounding(
     data = data_for(model, 32)
     pass_ = FlexRound(bits=3, steps=30)
     learned = compress.apply(model, [pass_], calibration=data)
-    rounded = compress.apply(model, [pass_.fallback()])
+    rounded = compress.apply(model, [pass_.stand_in()])
     wanted = passing_through(model, names, data)[-1][1]
 
     def lost(result: compress.Result) -> float:
@@ -425,7 +425,7 @@ def test_a_sample_is_never_learned_with_the_arguments_of_another(
 def test_a_block_whose_outputs_are_not_finite_is_rounded_and_the_others_learn(samples: Tensor) -> None:
     pass_ = FlexRound(bits=3, steps=20)
     result = compress.apply(LastOverflows(), [pass_], calibration=samples)
-    rounded = codes(compress.apply(Model(), [pass_.fallback()]))
+    rounded = codes(compress.apply(Model(), [pass_.stand_in()]))
     names = {f"blocks.2.{leaf}" for leaf in ("up", "gate", "down")}
     assert {note.split(":")[0] for note in result.report.fallbacks} == names
     for name, made in codes(result).items():
@@ -457,7 +457,7 @@ def test_where_learning_fails_each_layer_is_rounded_with_its_own_options(
     overrides = (Override("*.down", {"bits": 8}), Override("*.gate", {"bits": 4, "group_size": 16}))
     pass_ = FlexRound(bits=3, overrides=overrides, **QUICK)
     result = compress.apply(Model(), [pass_], calibration=samples)
-    rounded = compress.apply(Model(), [replace(pass_.fallback(), overrides=overrides)])
+    rounded = compress.apply(Model(), [replace(pass_.stand_in(), overrides=overrides)])
     for leaf, bits in (("up", 3), ("gate", 4), ("down", 8)):
         name = f"blocks.1.{leaf}"
         assert result.weights[name].encoding.bits == bits
@@ -493,7 +493,7 @@ class Unused(Model):
 def test_a_layer_that_nothing_ever_reaches_is_rounded_and_the_rest_of_its_block_learns(samples: Tensor) -> None:
     pass_ = FlexRound(bits=3, steps=20)
     result = codes(compress.apply(Unused(), [pass_], calibration=samples))
-    nearest = codes(compress.apply(Unused(), [pass_.fallback()]))
+    nearest = codes(compress.apply(Unused(), [pass_.stand_in()]))
     assert len(result) == 12
     for i in range(3):
         assert torch.equal(result[f"blocks.{i}.spare"], nearest[f"blocks.{i}.spare"])
@@ -504,7 +504,7 @@ def test_by_layer_a_layer_that_nothing_reaches_is_rounded_and_the_others_learn(s
     pass_ = FlexRound(bits=3, steps=20, objective="layer")
     result = compress.apply(Unused(), [pass_], calibration=samples)
     assert result.report.fallbacks == []
-    nearest = codes(compress.apply(Unused(), [pass_.fallback()]))
+    nearest = codes(compress.apply(Unused(), [pass_.stand_in()]))
     for i in range(3):
         assert torch.equal(codes(result)[f"blocks.{i}.spare"], nearest[f"blocks.{i}.spare"])
         assert not torch.equal(codes(result)[f"blocks.{i}.up"], nearest[f"blocks.{i}.up"])

@@ -256,17 +256,17 @@ def test_what_says_that_a_checkpoint_is_quantized_is_believed(
 
 # --- what kind of model -----------------------------------------------------------------------------------------------
 
-ADAPTER = {"base_model_name_or_path": "org/base", "peft_type": "LORA"}
+ADAPTER = {"base_model_name_or_path": "./nowhere", "peft_type": "LORA"}
 
 
-def test_an_adapter_is_refused_alone_and_beside_weights(folder: Path, tiny_folder: Path) -> None:
+def test_an_adapter_is_refused_beside_weights_and_without_its_base(folder: Path, tiny_folder: Path) -> None:
     configure(folder, "adapter_config.json", **ADAPTER)
-    both_refuse(folder, "adapter of org/base", "beside", "merge_and_unload")
+    both_refuse(folder, "adapter of ./nowhere", "beside", "merge_and_unload")
     (folder / WEIGHTS).rename(folder / "adapter_model.safetensors")
-    both_refuse(folder, "is an adapter of org/base", "merge_and_unload")
+    both_refuse(folder, "the base of the adapter", "./nowhere", f"BASE+{folder}")
     (folder / "config.json").unlink()
-    both_refuse(folder, "is an adapter of org/base", "merge_and_unload")
-    with pytest.raises(UsageError, match="is an adapter of org/base"):
+    both_refuse(folder, "the base of the adapter", "./nowhere", f"BASE+{folder}")
+    with pytest.raises(UsageError, match="the base of the adapter"):
         compress.run({"passes": [{"average": {"models": [str(folder)]}}]}, tiny_folder, folder.with_name("out"))
 
 
@@ -540,3 +540,23 @@ def test_what_a_class_declares_to_leave_out_is_nothing_that_the_model_has(tmp_pa
     names = load_file(tmp_path / "out" / "compress.safetensors")
     assert "transformer.h.0.attn.c_attn.bias" in names
     assert compress.export_to(tmp_path / "out", [compress.Hf()])["hf"]["max_logit_difference"] == 0
+
+
+def test_an_encoder_that_was_saved_without_its_head_is_the_model_without_it(tmp_path: Path) -> None:
+    bert(transformers.BertModel, pad_token_id=0).save_pretrained(tmp_path / "in")
+    configure(tmp_path / "in", architectures=["BertForMaskedLM"])
+    opened = open_folder(tmp_path / "in")
+    assert type(opened.artifact.graph.model).__name__ == "BertModel"
+    assert any("no head of a BertForMaskedLM: it is taken for a BertModel" in note for note in opened.notes)
+    compress.run({"passes": ["rtn"]}, tmp_path / "in", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["BertModel"]
+    _, info = transformers.AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+
+
+def test_a_damaged_encoder_is_still_an_error(tmp_path: Path) -> None:
+    bert(BertForMaskedLM).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / WEIGHTS)
+    del stored["bert.encoder.layer.0.output.dense.weight"]
+    save_file(stored, tmp_path / WEIGHTS, {"format": "pt"})
+    both_refuse(tmp_path, "1 parameters or buffers of BertForMaskedLM are not in the files")

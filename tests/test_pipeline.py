@@ -267,6 +267,7 @@ def test_the_written_file_states_every_option_that_changes_numbers() -> None:
         "embeddings": None,
         "group_size": None,
         "granularity": None,
+        "fallback": None,
         "symmetric": False,
         "scale_search": "minmax",
         "activation_bits": None,
@@ -610,8 +611,9 @@ ANNOTATIONS = {"examples", "$schema", "$defs", "title", "description", "default"
 def fits(value: Any, rule: dict[str, Any], whole: dict[str, Any]) -> bool:
     """As much of JSON Schema as the schema uses."""
     unknown = set(rule) - ANNOTATIONS - {
-        "$ref", "anyOf", "enum", "type", "pattern", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
-        "properties", "required", "additionalProperties", "propertyNames", "items", "minItems", "minLength",
+        "$ref", "anyOf", "enum", "const", "type", "pattern", "minimum", "maximum", "exclusiveMinimum",
+        "exclusiveMaximum", "properties", "required", "additionalProperties", "propertyNames", "items", "minItems",
+        "minLength",
     }  # fmt: skip
     assert not unknown, f"this check does not know {unknown}"
     if "$ref" in rule:
@@ -619,6 +621,8 @@ def fits(value: Any, rule: dict[str, Any], whole: dict[str, Any]) -> bool:
     if "anyOf" in rule and not any(fits(value, option, whole) for option in rule["anyOf"]):
         return False
     if "enum" in rule and not any(value == option and type(value) is type(option) for option in rule["enum"]):
+        return False
+    if "const" in rule and value != rule["const"]:
         return False
     kinds = rule.get("type", [])
     if kinds and not any(_is(value, kind) for kind in ([kinds] if isinstance(kinds, str) else kinds)):

@@ -31,7 +31,7 @@ from compress.errors import ConfigError
 from compress.passes import PASSES, ModelPass, Pass
 from compress.passes.base import Block
 from compress.passes.quantize.activations import ActivationOptions
-from compress.runtime.conv import PackedConv2d
+from compress.runtime.conv import PackedConvolution
 from compress.runtime.packed import PackedModule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -340,7 +340,7 @@ def test_a_convolution_rounds_its_input_packed_as_in_memory(options: dict[str, A
         spec, tensors = pack(result.weights[name])
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Conv2d)
-        packed = PackedConv2d(spec, layer)
+        packed = PackedConvolution(spec, layer)
         packed.load_state_dict({**tensors, "bias": layer.bias})
         x = torch.randn(2, layer.in_channels, 9, 9)
         with torch.no_grad():
@@ -363,7 +363,7 @@ def test_an_image_classifier_rounds_its_inputs_from_its_folder_too(tmp_path: Pat
     )
     assert report.verified["max_logit_difference"] == 0
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
-    packed = [m for m in loaded.modules() if isinstance(m, PackedConv2d)]
+    packed = [m for m in loaded.modules() if isinstance(m, PackedConvolution)]
     assert packed
     assert all(m.spec.inputs == InputForm(bits=8, scale="tensor") for m in packed)
 

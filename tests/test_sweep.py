@@ -565,7 +565,7 @@ def test_a_site_that_nothing_ever_reaches_falls_back_and_is_reported(samples: Te
     assert len(result.report.fallbacks) == 3
     for note in result.report.fallbacks:
         assert "spare: " in note
-        assert f"{pass_.fallback().key} instead of {pass_.key}: no input ever reached this layer" in note
+        assert f"{pass_.stand_in().key} instead of {pass_.key}: no input ever reached this layer" in note
 
 
 # --- in memory, and streamed from disk --------------------------------------------------------------------------------

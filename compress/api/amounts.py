@@ -44,7 +44,7 @@ def check_amounts(steps: Pipeline, opened: OpenedModel, file: str = "pipeline") 
             continue
         try:
             wanted = section.length * max(1, section.samples)
-            tokenizer = load_tokenizer(opened.folder, f"{split} text")
+            tokenizer = load_tokenizer(opened.tokenizer, f"{split} text")
             found = count_tokens(source, tokenizer, wanted, split, section.field, section.protocol)
             if found < wanted:
                 raise DataError(too_few(source, found, section.samples, section.length))

@@ -80,7 +80,7 @@ def apply(
     """Run passes over a module in memory.
 
     Args:
-        model: a transformers causal language model or image classifier, or any module with Linear or Conv2d layers.
+        model: a transformers causal language model or image classifier, or any module that has layers.
         passes: in order; a nested list is fused block by block, as `blockwise:` in a pipeline file.
         calibration: (samples, length) integer token ids for a language model, else inputs (samples, ...), or those and
             (samples,) integer labels: as tensors or arrays, a list of samples, what a tokenizer or an image processor

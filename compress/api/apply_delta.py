@@ -24,7 +24,7 @@ from compress.errors import NonFiniteError, UsageError
 from compress.io.atomic import write_json, writing
 from compress.io.keys import Watch
 from compress.io.safetensors_file import compare_tensors, in_range, write_tensors
-from compress.models.companions import companions, copy_companions
+from compress.models.companions import copy_companions
 from compress.progress import Bars
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def apply_delta(
         raise UsageError(
             f"{delta} is not a compressed delta; a merge with compeft or bitdelta writes one into OUT/delta"
         )
-    refuse_destination(destination, {"model": [opened.folder], "delta": [file]}, overwrite)
+    refuse_destination(destination, {"model": opened.folders, "delta": [file]}, overwrite)
     _refuse_existing(destination, overwrite)
     checked = Delta.open(file)
     checked.refuse_other(opened.artifact, str(delta))
@@ -80,14 +80,14 @@ def apply_delta(
     layout, read = list(entries(model)), partial(_finite_tensor, model)
     with working_for(destination) as work, clear_result(work), bars.shown():
         _refuse_existing(destination, overwrite)  # what another process may have made or put back
-        watch = Watch.over([*model.source.files(), opened.folder / "config.json", *companions(opened.folder)])
+        watch = Watch.over([*model.source.files(), *opened.companions])
         made = work / RESULT
         made.mkdir()
         with writing(made / SINGLE):
             write_tensors(layout, read, made / SINGLE, bars, "weights")
         compared = compare_tensors(layout, read, made / SINGLE, bars, "weights")
         write_json(opened.settings(opened.dtype), made / "config.json")
-        copy_companions(opened.folder, made)
+        copy_companions(opened.folder, made, opened.tokenizer)
         facts = {"tensors_equal": compared, "delta": checked.facts()}
         about = {"base": str(base), "delta": str(delta), "method": checked.about["method"], **facts}
         write_json(about, made / APPLIED)

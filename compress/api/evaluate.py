@@ -13,11 +13,11 @@ from compress.api.output_folder import refuse_changed
 from compress.api.together import device_for, refuse_differing
 from compress.calibration.metrics import Reference, evaluate, measure
 from compress.calibration.surroundings import undisturbed
-from compress.checkpoint.opening import load_measured, measured_in
+from compress.checkpoint.opening import load_measured, load_merged, measured_in, open_folder
 from compress.engine.executor import SingleProcess
 from compress.errors import DataError, UsageError
 from compress.io.keys import digest_of_file, hash_of
-from compress.models import hub, loading
+from compress.models import adapters, loading
 from compress.models.logits import logits_in, logits_of, rows_at_once
 from compress.planning.places import chosen_device, device_name
 from compress.progress import Bars
@@ -50,7 +50,7 @@ def measure_model(
     """Quality and size; of an ONNX file also its speed and the memory that loading it takes.
 
     Args:
-        model: `demo`, a folder or a hub id; for onnxruntime a folder with one .onnx file, or that file.
+        model: `demo`, a folder, a hub id or an adapter; for onnxruntime a folder with one .onnx file, or that file.
         section: the data.
         against: the original, for the divergence.
         runtime: what runs the model.
@@ -78,17 +78,21 @@ def measure_model(
 def _torch(
     model: str, section: Evaluation, against: str | None, device: torch.device, executor: Executor, bars: Bars
 ) -> dict[str, Any]:
-    folder = hub.resolve(model)
-    refuse_changed(folder)
-    dtype = measured_in(folder)
-    data = given.read_data(section, folder, "evaluation", bars.over)
-    refuse_differing(executor, {"model": digest_of_file(folder / "config.json"), "data": hash_of(data)})
-    loaded = loading.load_model(folder, dtype)
+    found = adapters.locate(model)
+    for folder in found.folders:
+        refuse_changed(folder)
+    opened = None if found.adapter is None else open_folder(found.folder, found.adapter)
+    tokenizer = found.folder if opened is None else opened.tokenizer
+    dtype = measured_in(found.folder) if opened is None else opened.dtype
+    data = given.read_data(section, tokenizer, "evaluation", bars.over)
+    described = [found.folder / "config.json", *([] if found.adapter is None else [found.adapter / adapters.CONFIG])]
+    refuse_differing(executor, {"model": [digest_of_file(file) for file in described], "data": hash_of(data)})
+    loaded = loading.load_model(found.folder, dtype) if opened is None else load_merged(opened)
     original = load_measured(against) if against else None
-    matched = given.matched(loaded, given.with_masks(loaded, data, folder))
+    matched = given.matched(loaded, given.with_masks(loaded, data, tokenizer))
     shown = _progress(bars)
     quality = evaluate(loaded, matched, against=original, device=device, progress=shown, together=executor)
-    weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    weights = sum(f.stat().st_size for folder in found.folders for f in folder.glob("*.safetensors"))
     return {"model": model, **_result(quality, section), "bytes": weights, "device": device_name(device)}
 
 

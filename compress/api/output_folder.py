@@ -19,6 +19,7 @@ from compress.io import lock, manifest
 from compress.io.atomic import flush_folder, flush_names, remove_made
 from compress.io.keys import digest_of_file
 from compress.logs import LOGGER
+from compress.models.adapters import existing_parts
 from compress.passes import MergePass
 
 if TYPE_CHECKING:
@@ -109,14 +110,14 @@ def _shown(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def inputs_of(steps: Pipeline, model: Path, pipeline: object) -> dict[str, list[Path]]:
+def inputs_of(steps: Pipeline, model: list[Path], pipeline: object) -> dict[str, list[Path]]:
     """Every folder and file on disk that a run reads, by what it is called."""
     data = [source for section in (steps.calibration, steps.evaluate) if section for source in section.sources.values()]
     merged = [model for _, _, pass_ in walk(steps) if isinstance(pass_, MergePass) for model in pass_.models]
     files = [Path(pipeline)] if isinstance(pipeline, str | Path) else []
     return {
-        "model": [model],
-        "merged model": [Path(name) for name in merged if name != BUNDLED and Path(name).exists()],
+        "model": model,
+        "merged model": [part for name in merged if name != BUNDLED for part in existing_parts(name)],
         "data": [Path(name) for name in data if name != BUNDLED and Path(name).exists()],
         "pipeline": [file for file in files if file.is_file()],  # not a ready-made one
     }

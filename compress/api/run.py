@@ -55,7 +55,6 @@ from compress.io.safetensors_file import compare_tensors
 from compress.io.source_code import code_of, plug_ins
 from compress.logs import LOGGER, kept_in
 from compress.models.architecture import auto_class
-from compress.models.companions import companions
 from compress.passes import MergePass
 from compress.planning import plan, resources
 from compress.planning.places import places
@@ -96,7 +95,7 @@ def run(
 
     Args:
         pipeline: a YAML file, or a mapping of the same shape.
-        model: `demo`, a local folder or a hub id.
+        model: `demo`, a local folder, a hub id, or an adapter: its folder or hub id, or BASE+ADAPTER.
         out: the folder to write; must not exist unless it is this very run's result.
         calibration: (samples, length) token ids, or images, instead of the pipeline's source.
         evaluation: the same, for measuring; of an image model, (images, labels).
@@ -128,7 +127,7 @@ def run(
     destination = Path(out).absolute()
     opened = open_model(model).of_towers(steps.towers)
     if executor.rank == 0:
-        refuse_destination(destination, inputs_of(steps, opened.folder, pipeline), overwrite)
+        refuse_destination(destination, inputs_of(steps, opened.folders, pipeline), overwrite)
     graph = opened.artifact.graph
     data = manager.Data(
         given.dataset(graph, "calibration", calibration, _dtype(steps, opened)),
@@ -186,8 +185,7 @@ class _Work:
     def watch(self) -> Watch:
         """Everything that is read of a model, and of those that are merged into it."""
         read = [file for source in self.sources for file in source.files()]
-        folder = self.opened.folder
-        return Watch.over([*read, folder / "config.json", *companions(folder)])
+        return Watch.over([*read, *self.opened.companions])
 
     def context(self, ledger: MemoryLedger) -> Context:
         """What the first stage works in."""
@@ -282,11 +280,11 @@ def _data(steps: Pipeline, opened: OpenedModel, data: manager.Data, bars: progre
     graph, dtype = opened.artifact.graph, _dtype(steps, opened)
     needed = any(p.calibrated for stage in steps.passes for p in stage)
     if calibration is None and needed and steps.calibration:
-        found = given.read_data(steps.calibration, opened.folder, "calibration", bars.over)
+        found = given.read_data(steps.calibration, opened.tokenizer, "calibration", bars.over)
         calibration = given.model_inputs(graph, "calibration", found, dtype)
     if evaluation is None and steps.evaluate:
-        found = given.read_data(steps.evaluate, opened.folder, "evaluation", bars.over)
-        found = given.with_masks(graph.model, found, opened.folder)
+        found = given.read_data(steps.evaluate, opened.tokenizer, "evaluation", bars.over)
+        found = given.with_masks(graph.model, found, opened.tokenizer)
         evaluation = given.model_inputs(graph, "evaluation", found, dtype)
     if steps.evaluate and evaluation is not None:
         refuse_idle_gate(steps.evaluate, graph.model, evaluation)
@@ -330,7 +328,8 @@ def _export(work: _Work, context: Context, measured: Report, destination: Path) 
     partial = work_of(destination) / RESULT
     remove_made(partial)
     config = opened.settings(context.dtype)
-    packed_layout.write_packed(context.artifact, partial, config, opened.folder, version(), context.bars)
+    where = (opened.folder, version(), context.bars, opened.tokenizer)
+    packed_layout.write_packed(context.artifact, partial, config, *where)
     compared = packed_layout.verify(context.artifact, partial, context.bars)
     measured.verified = {"run": work.identity, "tensors_equal": compared}
     if data.evaluation is not None:

@@ -10,20 +10,24 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from compress.calibration.attention import input_of
+from compress.calibration.grouped import statistics_for
 from compress.calibration.ranges import Range
 from compress.calibration.statistics import Statistics
-from compress.calibration.windows import Windows
+from compress.calibration.windows import windows_of
 from compress.errors import CompressError, NonFiniteError
-from compress.lazy import nn, torch
+from compress.lazy import torch
+from compress.models.members import is_attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
 
     from compress.calibration.experts import FusedParameter, See
     from compress.calibration.statistics import Need
+    from compress.calibration.windows import Windows
 
 RoundInputs: TypeAlias = "Callable[[Tensor], Tensor]"
 
@@ -276,13 +280,16 @@ def statistics(
     Experts of fused parameters are seen as often as tokens are sent to them; one that never is has no statistics. With
     `all_experts` each is shown all tokens that any of them is sent, and what comes out is still what the router chose.
     """
-    windows = {n: Windows.of(m) if isinstance(m, nn.Conv2d) else None for n, m in modules.items()}
+    windows = {name: windows_of(module) for name, module in modules.items()}
     sums = _Sums(needs, windows, ranged, before)
     ends = _Ends({*modules, *(p.left for p in experts)}, once)
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            sums.see(name, args[0] if args else next(iter(kwargs.values())))
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            leaf = name.rpartition(".")[2]
+            x = input_of(module, leaf, args, kwargs) if is_attention(module) else next(iter((*args, *kwargs.values())))
+            if x is not None:
+                sums.see(name, x)
             ends.count(name)
 
         return hook
@@ -331,7 +338,8 @@ class _Sums:
             alike = (n for n in self.last if self.same(n, x) and (needs[n], self.windows[n], n in ranged) == kind)
             self.leaders[name] = next(alike, name)
             width = window.columns(x) if window else x.shape[-1]
-            found[name] = found.get(self.leaders[name]) or Statistics(width, needs[name], x.device)
+            groups = window.groups if window else 1
+            found[name] = found.get(self.leaders[name]) or statistics_for(width, needs[name], x.device, groups)
             if name in ranged and self.leaders[name] == name:
                 found[name].range = Range(self.before * (x.numel() // x.shape[-1] // len(x)))
         leader = self.leaders[name]

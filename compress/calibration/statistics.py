@@ -37,7 +37,10 @@ class Statistics:
         gram: (I, I) float32, the sum over tokens of x x^T; None unless asked for. Only its lower half is summed up,
             panel by panel.
         range: of the numbers, with a sample; None unless asked for.
+        groups: of a convolution, each with inputs of its own; 1 of everything else.
     """
+
+    groups = 1
 
     def __init__(self, width: int, need: Need, device: torch.device | None = None):
         """`device`: where the inputs will be; torch's default device if not given."""

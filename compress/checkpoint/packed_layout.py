@@ -72,9 +72,15 @@ def stored_bytes(artifact: Artifact) -> int:
 
 
 def write_packed(
-    artifact: Artifact, folder: Path, config: dict[str, Any], source: Path | None, version: str, bars: Bars
+    artifact: Artifact,
+    folder: Path,
+    config: dict[str, Any],
+    source: Path | None,
+    version: str,
+    bars: Bars,
+    tokenizer: Path | None = None,
 ) -> None:
-    """Write weights, configuration and the source's tokenizer files into `folder`.
+    """Write weights, configuration and the source's tokenizer files, or those of `tokenizer`, into `folder`.
 
     `config` is the source's; entries that passes changed take their place.
     """
@@ -92,7 +98,7 @@ def write_packed(
     settings = changed(config, artifact.configured, getattr(artifact.graph.model, "config", None))
     write_json({**settings, "quantization_config": section}, folder / "config.json")
     if source:
-        copy_companions(source, folder)
+        copy_companions(source, folder, tokenizer)
 
 
 def _write_weights(artifact: Artifact, file: Path, bars: Bars) -> None:

@@ -37,7 +37,7 @@ PipelineArg = Annotated[
         autocompletion=completion.pipelines,
     ),
 ]
-ModelArg = Annotated[str, typer.Argument(help="demo, a local folder, or a hub id")]
+ModelArg = Annotated[str, typer.Argument(help="demo, a local folder, a hub id, an adapter, or BASE+ADAPTER")]
 DeviceOption = Annotated[
     str | None, typer.Option(help="what computes: auto, cpu, cuda, cuda:1  [default: the pipeline's choice, or auto]")
 ]
@@ -275,6 +275,28 @@ def apply_delta(
     found = applying.apply_delta(base, delta, out, overwrite=overwrite, bars=bars)
     text = f"{out}: {sentences.verified(found)}; {report.said(found['delta'])}"
     _say(json.dumps(found, indent=1) if as_json else text)
+
+
+@app.command("extract-lora")
+def extract_lora(
+    base: Annotated[str, typer.Argument(help="the model that the fine-tune was made from")],
+    tuned: Annotated[str, typer.Argument(help="the fine-tune: a folder or hub id")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="the folder to write")],
+    rank: Annotated[int | None, typer.Option(help="of every matrix, at most")] = None,
+    energy: Annotated[float | None, typer.Option(help="share of each matrix' squared changes to keep, 0 to 1")] = None,
+    overwrite: Annotated[bool, typer.Option(help="replace an existing folder")] = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write what a fine-tune adds to its base as a LoRA adapter, by rank or by energy."""
+    bars = _bars(verbose, quiet)
+    from compress.api import extract_lora as extracting
+    from compress.report import sentences
+
+    options: dict[str, Any] = {"rank": rank, "energy": energy, "overwrite": overwrite}
+    found = extracting.extract_lora(base, tuned, out, **options, bars=bars)
+    _say(json.dumps(found, indent=1) if as_json else sentences.extracted(found, out))
 
 
 @app.command()

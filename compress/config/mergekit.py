@@ -228,9 +228,14 @@ def _literal(text: str) -> str:
 
 
 def _model_name(model: Any) -> str | None:
-    """What a model is called: a text, or a mapping as mergekit writes it."""
+    """What a model is called: a text, or a mapping as mergekit writes it; with an adapter BASE+ADAPTER."""
     if isinstance(model, dict) and isinstance(model.get("model"), dict):
-        model = model["model"].get("path")
+        path, lora = model["model"].get("path"), model.get("lora")
+        if lora is None:
+            model = path
+        else:
+            adapter = lora.get("path") if isinstance(lora, dict) else lora
+            model = f"{path}+{adapter}" if isinstance(path, str) and isinstance(adapter, str) else None
     return model if isinstance(model, str) else None
 
 

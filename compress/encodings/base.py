@@ -24,7 +24,7 @@ from compress.encodings.lookup import BlockScale, Lookup
 from compress.lazy import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -106,6 +106,13 @@ class Encoding(ABC):
     @abstractmethod
     def rows(self, part: slice) -> Self:
         """Some of its rows, as they would have been encoded alone; may share memory."""
+
+    def above(self, others: Sequence[Self]) -> Self:
+        """Its rows, and below them those of others that are encoded alike: the inverse of `rows`.
+
+        Only needed of what passes make whose rows are independent.
+        """
+        raise NotImplementedError(f"rows of {self.form.family} codes are not put together")
 
     @abstractmethod
     def idle(self) -> Tensor:

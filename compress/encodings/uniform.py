@@ -17,7 +17,7 @@ from compress.encodings.pieces import rows_in_piece
 from compress.lazy import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -109,6 +109,12 @@ class Uniform(Encoding):
             return replace(self, codes=self.codes[part])
         scale = narrowest(self.scale[part])
         return replace(self, codes=self.codes[part], scale=scale, zero_point=self.zero_point[part])
+
+    def above(self, others: Sequence[Self]) -> Self:
+        every = (self, *others)
+        scale = narrowest(torch.cat([each.scale.float() for each in every]))
+        codes, zero = (torch.cat([getattr(each, name) for each in every]) for name in ("codes", "zero_point"))
+        return replace(self, codes=codes, scale=scale, zero_point=zero)
 
     def idle(self) -> Tensor:
         return self.zero_point.repeat_interleave(self.group_size, dim=1)

@@ -33,8 +33,8 @@ def learn_block(turn: Turn, pass_: BlockPass) -> None:
     try:
         edits, fallback = _block_edits(turn, pass_, targets), None
     except SolveError as error:
-        edits = {name: pass_.at(name).fallback().run(target) for name, target in targets.items()}
-        fallback = f"{pass_.fallback().key} instead of {pass_.key}: {error}"
+        edits = {name: pass_.at(name).stand_in().run(target) for name, target in targets.items()}
+        fallback = f"{pass_.stand_in().key} instead of {pass_.key}: {error}"
     seconds = round((time.perf_counter() - started) / max(1, len(chosen)), 4)
     for name in [n for n in edits if n not in targets]:
         turn.take(pass_, turn.vector_made(pass_, name, edits[name]))

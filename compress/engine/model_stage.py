@@ -10,7 +10,7 @@ from compress.checkpoint.artifact import finite_weight
 from compress.engine.ledger import KeptInLedger, Record
 from compress.engine.model_training import in_memory, model_data
 from compress.engine.placement import make_room, take_records
-from compress.engine.stage import StageResult, StageRunner, generator_for, layers_changed
+from compress.engine.stage import StageResult, StageRunner, departed, generator_for, layers_changed
 from compress.engine.validate import observed, observed_vector
 from compress.io.keys import key_of
 from compress.passes.base import ModelPass, Whole
@@ -102,4 +102,5 @@ class _ModelWork:
         weight, error = observed(site, pass_, before, finite_weight(site, before), edit, artifact.store_dtype(site))
         error = 0.0 if pass_.preserves else error
         weight, rounding = attached(pass_.at(name), weight, None)
-        return Record(name, weight, {pass_.key: {"error": error, **edit.notes, **rounding}})
+        notes = {"error": error, **edit.notes, **rounding}
+        return Record(name, weight, {pass_.key: notes | departed(pass_, site, notes)})

@@ -24,5 +24,5 @@ def solved(pass_: LinearPass, target: Target) -> tuple[Edit, str | None]:
             return replace(pass_, **options).run(target), f"damping x{factor:g}: {reason}" if reason else None
         except SolveError as error:
             reason = str(error)
-    other = pass_.fallback()
+    other = pass_.stand_in()
     return other.run(target), f"{other.key} instead of {pass_.key}: {reason}"

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from compress.calibration.grouped import statistics_for
 from compress.calibration.ranges import Range
 from compress.calibration.shares import Shares
-from compress.calibration.statistics import Statistics
 from compress.engine.executor import Executor
 from compress.errors import CompressError, DataError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from compress.calibration.statistics import Statistics
     from compress.engine.exchange import Exchange
     from compress.engine.executor import Done, Work
     from compress.engine.ledger import MemoryLedger, Record
@@ -88,9 +89,10 @@ class SeveralProcesses(Executor):
         own: dict[int, list[str]] = {}
         for name, found in seen.items():
             own.setdefault(id(found), []).append(name)
-        said = [[names, seen[names[0]].width, seen[names[0]].need] for names in own.values()]
-        for names, width, need in _fed_alike(self.gathered(said)):
-            mine = next((seen[name] for name in names if name in seen), None) or Statistics(width, need)
+        said = [[names, seen[names[0]].width, seen[names[0]].need, seen[names[0]].groups] for names in own.values()]
+        for names, width, need, groups in _fed_alike(self.gathered(said)):
+            mine = next((seen[name] for name in names if name in seen), None)
+            mine = mine or statistics_for(width, need, groups=groups)
             self.add(list(mine.sums()))
             self._add_facts(mine)
             for name in names:
@@ -170,17 +172,17 @@ def dealt(costs: Sequence[float], world: int) -> list[int]:
     return owners
 
 
-Fed = tuple[list[str], int, str]
+Fed = tuple[list[str], int, str, int]
 
 
 def _fed_alike(said: Sequence[Sequence[Fed]]) -> list[Any]:
-    """Sites that share statistics in some process, with their width and need, in an order that all agree on.
+    """Sites that share statistics in some process, with their width, need and groups, in an order that all agree on.
 
     An expert may have seen nothing in one of them.
     """
     groups: list[Any] = []
     of: dict[str, Any] = {}
-    for names, width, need in (fed for each in said for fed in each):
+    for names, *facts in (fed for each in said for fed in each):
         known = {id(of[name]) for name in names if name in of}
         if len(known) > 1:
             raise CompressError(
@@ -188,7 +190,7 @@ def _fed_alike(said: Sequence[Sequence[Fed]]) -> list[Any]:
                 "statistics would be wrong. Models whose wiring changes from batch to batch are not supported"
             )
         if not known:
-            groups.append([[], width, need])
+            groups.append([[], *facts])
         group = next((of[name] for name in names if name in of), groups[-1])
         for name in names:
             if name not in of:

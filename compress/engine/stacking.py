@@ -21,7 +21,11 @@ def stacks(
     def fits(a: Site, b: Site) -> bool:
         fed_alike = found.get(a.name) is not None and found.get(a.name) is found.get(b.name)
         return (
-            fed_alike and masked(a) == masked(b) and pass_.at(a.name).rowwise and pass_.at(a.name) == pass_.at(b.name)
+            fed_alike
+            and a.groups == 1
+            and masked(a) == masked(b)
+            and pass_.at(a.name).rowwise
+            and pass_.at(a.name) == pass_.at(b.name)
         )
 
     grouped: list[list[Site]] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from compress.checkpoint.artifact import Artifact
     from compress.engine.ledger import Record
     from compress.engine.placement import Context
+    from compress.models.site import Site
     from compress.passes.base import Pass, Reach
     from compress.planning.plan import PassPlan
     from compress.report.sections import Section
@@ -109,6 +110,12 @@ def generator_for(seed: int, stage: int, position: int, name: str) -> torch.Gene
     """Randomness of one pass on one site or block. `position`: of the pass in its stage."""
     number = int(key_of(seed, stage, position, name)[:15], 16)
     return torch.Generator().manual_seed(number)
+
+
+def departed(pass_: Pass, site: Site, notes: Mapping[str, Any]) -> dict[str, str]:
+    """What the report says where a pass cannot do what it was asked to; it may say more of the same layer already."""
+    reason = pass_.at(site.name).departure(site.shape)
+    return {"fallback": "; ".join(filter(None, (notes.get("fallback"), reason)))} if reason else {}
 
 
 def layers_changed(artifact: Artifact, records: Sequence[Record]) -> LayersChanged:

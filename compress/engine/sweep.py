@@ -25,6 +25,7 @@ from compress.engine.placement import present, set_value, streamed, value_of
 from compress.engine.tail import outside_statistics
 from compress.errors import UnsupportedModelError
 from compress.io.heap import bound_heap
+from compress.models.tables import multiplies
 from compress.passes.targets import works_on
 
 if TYPE_CHECKING:
@@ -229,7 +230,8 @@ def _block_statistics(
     needs = {s.name: wanted.needs[s.name] for s in wanted_of}
     if not needs:
         return {}
-    modules = {s.name: graph.model.get_submodule(s.name) for s in wanted_of if not s.is_expert}
+    called = {s.name: multiplies(graph.model, s) for s in wanted_of if not s.is_expert}
+    modules = {name: graph.model.get_submodule(module) for name, module in called.items() if module is not None}
     experts = fused_parameters(graph.model, [s for s in wanted_of if s.is_expert])
     whole = (partial(context.forward, batch) for batch in batches)
     block = graph.model.get_submodule(graph.blocks[index])

@@ -12,13 +12,13 @@ import torch
 from compress.calibration.precision import products
 from compress.checkpoint.artifact import Packed
 from compress.encodings import Weight
+from compress.engine.by_group import solved_by_group
 from compress.engine.few_tokens import notes_on_tokens, usable
 from compress.engine.ledger import Record
 from compress.engine.parcels import Records
 from compress.engine.placement import make_room
-from compress.engine.retry import solved
 from compress.engine.stacking import split_rows, stacks
-from compress.engine.stage import generator_for
+from compress.engine.stage import departed, generator_for
 from compress.engine.validate import observed, observed_vector
 from compress.io.heap import give_back
 from compress.passes.base import Edit
@@ -101,11 +101,13 @@ class Turn:
 
     def target(self, pass_: Pass, sites: list[Site], weights: list[Weight]) -> Target:
         """What the pass is given of sites with the same inputs."""
+        seen = usable(self.context, sites[0], self.state.statistics)
         return make_target(
             self.context.graph,
             sites,
             weights,
-            statistics=usable(self.context, sites[0], self.state.statistics),
+            # Those of groups are for a pass that is given the groups one by one.
+            statistics=None if seen is not None and seen.groups > 1 and pass_.needs == "none" else seen,
             generator=self.generator(sites[0].name),
             original=self.context.original if pass_.compares else None,
         )
@@ -143,9 +145,12 @@ class Turn:
         weight, error = observed(site, pass_, made.before, made.compared, edit, store)
         weight, rounding = attached(pass_.at(site.name), weight, self.state.statistics.get(site.name))
         reasons = [reason for reason in (made.fallback, rounding.get("fallback")) if reason]
+        if made.fallback and site.read_by is not None and site.name not in self.state.statistics:
+            reasons.append("its queries, keys and values were not one tensor")
         fallback: dict[str, Any] = {"fallback": "; ".join(reasons)} if reasons else {}
         if pass_.needs != "none":
             fallback |= notes_on_tokens(self.context, site, self.state.statistics, made.fallback)
+        fallback |= departed(pass_, site, fallback)
         note = {"error": error, "seconds": made.seconds, **edit.notes, **rounding, **fallback}
         return Record(site.name, weight, note)
 
@@ -189,7 +194,7 @@ def _solve(turn: Turn, pass_: LinearPass, sites: list[Site]) -> list[Record]:
     before = [turn.weight(site) for site in sites]  # read no earlier than needed: one stack in memory, not the block
     target = turn.target(pass_, sites, before)
     with products(turn.context.products):
-        stacked, fallback = solved(pass_.at(sites[0].name), target)
+        stacked, fallback = solved_by_group(pass_.at(sites[0].name), target)
     seconds = round((time.perf_counter() - started) / len(sites), 4)
     compared = target.weight if target.original is None else target.original
     rows = torch.split(compared, [s.shape[0] for s in sites])

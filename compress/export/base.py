@@ -139,7 +139,7 @@ def refuse_tables(graph: Graph, specs: Mapping[str, Spec], why: str) -> Iterator
 
 
 def refuse_experts(graph: Graph, names: Collection[str], container: str) -> Iterator[str]:
-    """Why experts of fused parameters do not fit a container of layers; nothing where there are none.
+    """Why matrices that are no layers, such as experts, do not fit a container of layers; nothing without any.
 
     Args:
         graph: of the model.
@@ -151,6 +151,12 @@ def refuse_experts(graph: Graph, names: Collection[str], container: str) -> Iter
         yield (
             f"{container} holds layers, and {len(experts)} of the compressed matrices are experts that the model keeps "
             f"together in one tensor, such as {experts[0]}; `exclude` them, or export hf"
+        )
+    read = [site.name for site in graph.sites if site.read_by is not None and site.name in names]
+    if read:
+        yield (
+            f"{container} holds layers, and {len(read)} of the compressed matrices are read by a module of torch "
+            f"itself, such as {read[0]}; `exclude` them, or export hf"
         )
 
 

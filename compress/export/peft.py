@@ -15,6 +15,7 @@ from compress.export.hf import Dense, Hf, refuse_rounded, verify_dense, write_de
 from compress.io.atomic import write_json, writing
 from compress.io.safetensors_file import compare_tensors, write_tensors
 from compress.lazy import nn, torch
+from compress.models.convolutions import is_convolution
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -76,25 +77,36 @@ class PeftAdapter:
     def config(self, base: Path) -> dict[str, Any]:
         """adapter_config.json. With alpha the rank, nothing is scaled."""
         ranks = {name: form.rank for name, form in self.forms().items()}
-        most = Counter(ranks.values()).most_common(1)[0][0]
-        others = {name: rank for name, rank in ranks.items() if rank != most}
-        graph = self.artifact.graph
-        return {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM" if graph.is_language_model else None,
-            "base_model_name_or_path": str(base),
-            "inference_mode": True,
-            "r": most,
-            "lora_alpha": most,
-            "rank_pattern": others,
-            "alpha_pattern": others,
-            "target_modules": list(ranks),
-            "fan_in_fan_out": any(self.artifact.sites[name].ref.transposed for name in ranks),
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "use_rslora": False,
-            "use_dora": False,
-        }
+        return adapter_config(self.artifact.graph, ranks, str(base))
+
+
+def adapter_config(graph: Graph, ranks: Mapping[str, int], base: str) -> dict[str, Any]:
+    """adapter_config.json. With alpha the rank, nothing is scaled.
+
+    Args:
+        graph: of the base.
+        ranks: layer -> the rank of its factors.
+        base: where PEFT finds the base.
+    """
+    most = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    others = {name: rank for name, rank in ranks.items() if rank != most}
+    transposed = {site.name for site in graph.sites if site.ref.transposed}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if graph.is_language_model else None,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": most,
+        "lora_alpha": most,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": list(ranks),
+        "fan_in_fan_out": any(name in transposed for name in ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+    }
 
 
 def peft_names(site: str) -> tuple[str, str]:
@@ -108,8 +120,9 @@ def shapes_of(site: Site, form: LowRankForm) -> tuple[tuple[int, ...], tuple[int
     return ((form.rank, *site.ref.stored[1:]), (*b, 1, 1)) if site.is_convolution else (a, b)
 
 
-def _expressible(module: nn.Module) -> bool:
-    if not isinstance(module, nn.Conv2d):
+def expressible(module: nn.Module) -> bool:
+    """Whether PEFT has corrections for a layer, if it is a convolution."""
+    if not is_convolution(module):
         return True
     usual = module.groups == 1 and module.dilation == (1, 1) and module.padding_mode == "zeros"
     return usual and type(module) is nn.Conv2d
@@ -133,7 +146,7 @@ class Peft(Exporter):
             )
         yield from refuse_experts(graph, corrected, "PEFT")
         modules = dict(graph.model.named_modules())
-        strange = [name for name in corrected if name in modules and not _expressible(modules[name])]
+        strange = [name for name in corrected if name in modules and not expressible(modules[name])]
         if strange:
             yield (
                 f"PEFT corrects a convolution only if it is a plain Conv2d without groups, dilation and padding other "

@@ -21,21 +21,27 @@ COMPANIONS = (
     "processor_config.json", "video_preprocessor_config.json", "modules.json", "sentence_bert_config.json",
     "config_sentence_transformers.json", "*_Pooling/config.json",
 )  # fmt: skip
+OF_THE_MODEL = ("generation_config.json", "preprocessor_config.json", "processor_config.json")  # of no tokenizer
 CODE = "auto_map"  # names classes in files of code, which do not travel along
 
 
-def companions(folder: Path) -> list[Path]:
-    """The files of a model's folder that belong to it and are copied, weights and config.json left out."""
-    return [found for found in _matching(folder) if _lies_in(found, folder)]
+def companions(folder: Path, tokenizer: Path | None = None) -> list[Path]:
+    """The files of a model's folder that belong to it and are copied, weights and config.json left out.
+
+    Args:
+        folder: the model's.
+        tokenizer: another folder, whose tokenizer takes the place of the model's.
+    """
+    return [found for found, source in _matching(folder, tokenizer) if _lies_in(found, source)]
 
 
-def copy_companions(source: Path, folder: Path) -> None:
+def copy_companions(source: Path, folder: Path, tokenizer: Path | None = None) -> None:
     """Copy the tokenizer's files and their like; what names code that is not copied is left out of them."""
-    for found in _matching(source):
-        if not _lies_in(found, source):
+    for found, place in _matching(source, tokenizer):
+        if not _lies_in(found, place):
             LOGGER.warning("%s is a link that leads out of the model's folder; it is not copied", found)
             continue
-        target = folder / found.relative_to(source)
+        target = folder / found.relative_to(place)
         target.parent.mkdir(exist_ok=True)
         settings = _naming_code(found)
         if settings is None:
@@ -44,8 +50,18 @@ def copy_companions(source: Path, folder: Path) -> None:
             write_json(without_code(settings), target)
 
 
-def _matching(source: Path) -> list[Path]:
-    return sorted({found for pattern in COMPANIONS for found in source.glob(pattern) if found.is_file()})
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer that can be used by itself."""
+    settings, files = (folder / name for name in ("tokenizer_config.json", "tokenizer.json"))
+    return settings.is_file() and (files.is_file() or any(folder.glob("*.model")) or (folder / "vocab.json").is_file())
+
+
+def _matching(source: Path, tokenizer: Path | None = None) -> list[tuple[Path, Path]]:
+    """Every file, with the folder that it is of."""
+    places: list[tuple[Path, tuple[str, ...]]] = [(source, COMPANIONS)]
+    if tokenizer is not None and tokenizer != source:
+        places = [(source, OF_THE_MODEL), (tokenizer, tuple(p for p in COMPANIONS if p not in OF_THE_MODEL))]
+    return sorted({(f, place) for place, patterns in places for p in patterns for f in place.glob(p) if f.is_file()})
 
 
 def _lies_in(path: Path, folder: Path) -> bool:

@@ -1,7 +1,7 @@
 """A model as blocks and sites.
 
 A block is one of the model's repeated modules (decoder layers, residual blocks; the children of a plain
-`nn.Sequential`). A site is a matrix to compress: the weight of a `Linear`, of a `Conv2d` (a row per output channel),
+`nn.Sequential`). A site is a matrix to compress: the weight of a `Linear`, of a convolution (a row per output channel),
 of a transformers `Conv1D` (stored transposed), or one expert of a fused parameter; and the table of an `Embedding`
 (`tables.py`). Nothing is traced: which block feeds which is observed while running (`calibration/collect.py`).
 """
@@ -121,7 +121,7 @@ def find(model: nn.Module) -> Graph:
     linear, sites = sites, with_tables(model, sites, tied)
     if not sites:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no Linear, Conv2d, Conv1D or Embedding layer: nothing to compress"
+            f"{type(model).__name__} has no Linear, convolution, Conv1D or Embedding layer: nothing to compress"
         )
     _refuse_shared(model, linear, tied)
     kept = model.state_dict().keys()

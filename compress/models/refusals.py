@@ -43,8 +43,18 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return found
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter."""
+    return any((folder / name).is_file() for name in ADAPTER)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds a model's own weights."""
+    return any(folder.glob("model*.safetensors"))
+
+
 def refuse_adapter(folder: Path) -> None:
-    """An adapter is no model, and beside a model's own weights it would be left out.
+    """An adapter is no base of another one, and beside a model's own weights it would be left out.
 
     Raises:
         CheckpointError: the folder holds one.
@@ -57,12 +67,15 @@ def refuse_adapter(folder: Path) -> None:
     except (OSError, ValueError, AttributeError, RecursionError):
         base = None
     of = f" of {base}" if isinstance(base, str) else ""
-    beside = any(folder.glob("model*.safetensors"))
-    what = f"holds an adapter{of} ({there}) beside a model's weights" if beside else f"is an adapter{of} ({there})"
-    other = ", or take its files out of the folder if the weights have it already" if beside else ""
+    if not has_weights(folder):
+        raise CheckpointError(
+            f"{folder} is an adapter{of} ({there}), and no base of another one: merge it first (in peft: "
+            "merge_and_unload, then save_pretrained)"
+        )
     raise CheckpointError(
-        f"{folder} {what}, which is not applied here: merge it first (in peft: merge_and_unload, then "
-        f"save_pretrained){other}"
+        f"{folder} holds an adapter{of} ({there}) beside a model's weights, which is not applied here: take its files "
+        "into a folder of their own and give that, or out of the folder if the weights have it already (as after "
+        "merge_and_unload in peft)"
     )
 
 

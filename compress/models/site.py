@@ -23,7 +23,9 @@ class TensorRef:
         index: which piece along the first dimensions; (3,) is the fourth expert of a fused tensor (experts, ...).
         of: how many pieces there are.
         transposed: it is kept as (in, out).
-        stored: its own shape where it is a convolution's, (out, in / groups, kernel height, kernel width).
+        stored: its own shape where it is a convolution's, (out, in / groups, *window); (in, out / groups, *window) of a
+            transposed one.
+        groups: of a transposed convolution.
     """
 
     parameter: str
@@ -31,16 +33,24 @@ class TensorRef:
     transposed: bool = False
     stored: tuple[int, ...] = ()
     of: int = 1
+    groups: int = 1
 
     def read(self, value: Tensor) -> Tensor:
         """The matrix (out, in), from the parameter's value; of its memory where it need not be turned."""
         piece = value[self.index] if self.index else value
+        if self.stored and self.transposed:
+            inputs, outputs = self.stored[0] // self.groups, self.stored[1]
+            turned = piece.reshape(self.groups, inputs, outputs, -1).transpose(1, 2)
+            return turned.reshape(self.groups * outputs, -1)
         if self.stored:
             return piece.reshape(len(piece), -1)
         return piece.T.contiguous() if self.transposed else piece
 
     def laid(self, matrix: Tensor) -> Tensor:
         """A matrix (out, in) as it lies in the parameter: all of that, or its piece."""
+        if self.stored and self.transposed:
+            inputs, outputs = self.stored[0] // self.groups, self.stored[1]
+            return matrix.reshape(self.groups, outputs, inputs, -1).transpose(1, 2).reshape(self.stored)
         return matrix.reshape(self.stored) if self.stored else matrix.T.contiguous() if self.transposed else matrix
 
     def write(self, matrix: Tensor, value: Tensor | None = None) -> Tensor:
@@ -65,12 +75,14 @@ class Site:
 
     Attributes:
         name: the module's full name, as patterns match it.
-        shape: (out, in); (out, in / groups * kernel height * kernel width) of a convolution.
+        shape: (out, in); (out, in / groups * places of the window) of a convolution.
         ref: where it lies.
         block: index into `Graph.blocks`, or None for a site outside every block, such as an output head.
         groups: of a convolution; with more than one, each row multiplies only its own group's inputs.
-        router: it chooses among experts; passes leave it alone unless a pattern names it.
+        router: it chooses among experts.
+        filter: a convolution that filters each channel by itself over time, with a few weights.
         looked_up: rows of it are looked up, as in an embedding; a head may multiply with it too.
+        read_by: full name of the module that multiplies with it itself, where no layer of its own does.
         shared: full names of further modules that use it, such as a head that is tied to the embedding.
     """
 
@@ -80,7 +92,9 @@ class Site:
     block: int | None = None
     groups: int = 1
     router: bool = False
+    filter: bool = False
     looked_up: bool = False
+    read_by: str | None = None
     shared: tuple[str, ...] = ()
 
     @property
@@ -94,9 +108,19 @@ class Site:
         return self.ref.parameter
 
     @property
+    def named_only(self) -> bool:
+        """Whether passes leave it alone unless a pattern names it."""
+        return self.router or self.filter or self.looked_up
+
+    @property
     def place(self) -> str:
         """What a reader finds it under: its parameter, with its number where it is one of several."""
         return self.name if self.is_expert else self.parameter
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether a module with its name has it as a weight."""
+        return not self.is_expert and (self.read_by is None or self.parameter == f"{self.name}.weight")
 
     @property
     def is_expert(self) -> bool:
@@ -105,7 +129,7 @@ class Site:
 
     @property
     def is_convolution(self) -> bool:
-        """Whether its columns are those of a window over an image."""
+        """Whether its columns are those of a window that moves over its inputs."""
         return bool(self.ref.stored)
 
     @property

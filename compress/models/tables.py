@@ -80,7 +80,7 @@ def _hands_on(forward: object) -> bool:
 def multiplies(model: nn.Module, site: Site) -> str | None:
     """The module that multiplies with a site, whose inputs count for it; None where its rows are only looked up."""
     if not site.looked_up:
-        return site.name
+        return site.name if site.read_by is None else site.read_by
     return next((name for name in site.names if not isinstance(model.get_submodule(name), nn.Embedding)), None)
 
 

@@ -98,6 +98,10 @@ class Pass:
         """Why this pass cannot work on an (out, in) matrix, or None."""
         return None
 
+    def departure(self, shape: tuple[int, int]) -> str | None:
+        """What it does otherwise than it was asked to with an (out, in) matrix, in words for the report, or None."""
+        return None
+
     def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> OptionError | None:
         """Why it cannot work on all these matrices together, or None."""
         return None
@@ -186,11 +190,11 @@ class LinearPass(Pass):
         """The edit of one matrix.
 
         Raises:
-            SolveError: the linear algebra failed; the caller retries with more damping, then runs `fallback`.
+            SolveError: the linear algebra failed; the caller retries with more damping, then runs `stand_in`.
         """
         raise NotImplementedError
 
-    def fallback(self) -> LinearPass:
+    def stand_in(self) -> LinearPass:
         """A pass that cannot fail and makes the same kind of weight."""
         raise NotImplementedError
 
@@ -214,11 +218,11 @@ class BlockPass(Pass):
         """The edits of a block's sites, in the order of `block.targets`.
 
         Raises:
-            SolveError: nothing could be learned; the caller then runs `fallback` on each site.
+            SolveError: nothing could be learned; the caller then runs `stand_in` on each site.
         """
         raise NotImplementedError
 
-    def fallback(self) -> LinearPass:
+    def stand_in(self) -> LinearPass:
         """A pass that cannot fail and makes the same kind of weight."""
         raise NotImplementedError
 
@@ -235,16 +239,6 @@ class ModelPass(Pass):
 
 
 __all__ = [
-    "Block",
-    "BlockPass",
-    "Edit",
-    "LinearPass",
-    "Loss",
-    "ModelPass",
-    "OptionError",
-    "Override",
-    "Pass",
-    "Reach",
-    "Target",
-    "Whole",
-]
+    "Block", "BlockPass", "Edit", "LinearPass", "Loss", "ModelPass", "OptionError", "Override", "Pass",
+    "Reach", "Target", "Whole",
+]  # fmt: skip

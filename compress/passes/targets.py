@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 def works_on(pass_: Pass, site: Site) -> bool:
     """Whether a pass works on a site.
 
-    A router of a mixture, and an embedding, is only worked on where an `include` pattern names it: `*.gate` does, `*`
-    and `*.mlp.*` do not.
+    A router of a mixture, an embedding, and a filter of each channel over time, is only worked on where an `include`
+    pattern names it: `*.gate` does, `*` and `*.mlp.*` do not.
     """
-    if (site.router or site.looked_up) and not any(names(p, site.name) for p in pass_.include):
+    if site.named_only and not any(names(p, site.name) for p in pass_.include):
         return False
     return pass_.selects(site.name, site.block is not None)
 

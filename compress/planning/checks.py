@@ -10,6 +10,7 @@ from compress.calibration.texts import IMAGE_SUFFIX, is_images
 from compress.config.pipeline import GATES, GIVEN
 from compress.errors import Problem
 from compress.models.experts import takes_choices
+from compress.models.members import is_recurrent
 from compress.models.named import takes_more_than_text
 from compress.models.positions import longest_window
 from compress.planning.dense import LEAST_REACHED
@@ -181,14 +182,20 @@ def shapes(case: Case) -> Iterator[Problem]:
 
 
 def grouped_convolutions(case: Case) -> Iterator[Problem]:
-    """Convolutions in groups, for a pass that learns from inputs."""
-    grouped = [s for s in case.sites if s.groups > 1 and case.pass_.needs != "none"]
+    """Convolutions in groups, for a pass that learns from inputs and does not take one row after the other."""
+    grouped = [s for s in case.sites if s.groups > 1 and _mixes_rows(case.pass_.at(s.name))]
     if grouped:
         yield case.refused(
             f"{listed(s.name for s in grouped)}: a convolution in {grouped[0].groups} groups, whose rows have "
-            f"different inputs; {case.pass_.key} learns from inputs that all rows share. `exclude` them; a pass that "
-            "needs no statistics, such as rtn, can work on them"
+            f"different inputs; {case.pass_.key}, as it is set here, learns from inputs that all rows share. `exclude` "
+            "them; gptq with a scale for each row or group, wanda, sparsegpt with N:M, and a pass that needs no "
+            "statistics, such as rtn, can work on them"
         )
+
+
+def _mixes_rows(pass_: Pass) -> bool:
+    """Whether a pass learns from the inputs of a matrix, and not of each row alone."""
+    return learns_from_inputs(pass_) and (pass_.surveys or not getattr(pass_, "rowwise", False))
 
 
 def experts(case: Case) -> Iterator[Problem]:
@@ -206,6 +213,34 @@ def experts(case: Case) -> Iterator[Problem]:
             f"{listed(biased)}: experts that the model keeps together in one tensor can be given no bias; `exclude` "
             f"them, or let {case.pass_.key} add none"
         )
+
+
+def members(case: Case) -> Iterator[Problem]:
+    """What has no place at a matrix that a module reads itself: rounded inputs, a new bias, sums over its inside."""
+    chosen = [(site, case.pass_.at(site.name)) for site in case.sites if site.read_by is not None]
+    rounded = [site.name for site, own in chosen if own.input_form() is not None]
+    if rounded:
+        yield case.refused(
+            f"{listed(rounded)}: matrices that a module of torch multiplies with itself, whose inputs cannot be "
+            "rounded; `exclude` them and quantize their weights in a pass of their own, without activation_bits"
+        )
+    biased = [site.name for site, own in chosen if own.adds_biases and not site.is_layer]
+    if biased:
+        yield case.refused(f"{listed(biased)}: no layers, so they can be given no bias; `exclude` them")
+    modules = dict(case.state.graph.model.named_modules())
+    unseen = [site for site, own in chosen if learns_from_inputs(own) and is_recurrent(modules[site.read_by or ""])]
+    if unseen:
+        kind = type(modules[unseen[0].read_by or ""]).__name__
+        yield case.refused(
+            f"{listed(site.name for site in unseen)}: matrices of an {kind}, in which nobody sees what they are "
+            f"multiplied with, and {case.pass_.key} learns from that; `exclude` them, or let a pass that needs no "
+            "statistics, such as rtn, work on them"
+        )
+
+
+def learns_from_inputs(pass_: Pass) -> bool:
+    """Whether a pass must know anything of the inputs of a matrix."""
+    return pass_.needs != "none" or (pass_.surveys and getattr(pass_, "survey_needs", "none") != "none")
 
 
 def tied_or_outside(case: Case) -> Iterator[Problem]:

@@ -22,6 +22,7 @@ LEAST_REACHED = 0.9  # of the matrices that passes are for; below that much woul
 VECTORS = "norms and biases"
 LAYERS = "other layers"
 OUTSIDE = "layers outside of the blocks"
+FILTERS = "depthwise convolutions over time"
 # These are not what passes are for; whoever wants them compressed names them.
 APART = ("embeddings", "the output head", "routers", OUTSIDE)
 
@@ -87,6 +88,7 @@ def _parameters(
     inside = {site.parameter for site in graph.sites if site.block is not None}
     routers = tuple(f"{name}." for name in router_names(model))
     tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    filters = {site.parameter for site in graph.sites if site.filter}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     heads = {f"{name}.weight" for name, module in model.named_modules() if module is head}
     apart = {tower.name for tower in graph.left_out}
@@ -105,6 +107,8 @@ def _parameters(
             what = _tower(named(name))
         elif name.startswith(routers):
             what = "routers"
+        elif name in filters:
+            what = FILTERS
         elif name in inside:
             what = LAYERS
         elif sites:
@@ -117,6 +121,8 @@ def _parameters(
 def _kind_of(model: nn.Module, name: str) -> str:
     """What a matrix is that no pass reaches, by the class of its module."""
     owner, _, leaf = name.rpartition(".")
+    if ".parametrizations." in f".{owner}.":  # torch makes the matrix of several when it is asked for
+        return "layers with a parametrized weight"
     module = model.get_submodule(owner)
     if isinstance(module, nn.modules.conv._ConvNd):
         return f"{type(module).__name__} layers"

@@ -80,7 +80,7 @@ def _grams(graph: Graph, sites: Sequence[Site]) -> int:
     """The sums of a block, one for all layers of a part that take inputs of one width, and the widest's factor."""
     blocks: dict[int | None, set[tuple[str, int]]] = {}
     for site in (s for s in sites if not s.is_expert):
-        blocks.setdefault(site.block, set()).add((site.name.rpartition(".")[0], site.shape[1]))
-    kept = max((sum(width**2 for _, width in parts) for parts in blocks.values()), default=0)
+        blocks.setdefault(site.block, set()).add((site.name.rpartition(".")[0], memory.in_grams(site)))
+    kept = max((sum(size for _, size in parts) for parts in blocks.values()), default=0)
     widest = max((site.shape[1] for site in sites), default=0)
     return int(ROUNDED_UP * ((kept + widest**2) * memory.FLOAT + memory.of_experts(graph)))

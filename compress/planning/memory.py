@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from compress.config.pipeline import DataSection, Pipeline
     from compress.models.graph import Graph
+    from compress.models.site import Site
     from compress.passes import Pass
     from compress.planning.state import PassPlan
 
@@ -156,7 +157,7 @@ def _stage(pipeline: Pipeline, passes: Sequence[Pass], graph: Graph) -> dict[str
     """The largest part of the model that is there at a time, and what a pass needs beside it."""
     calibrated = any(p.calibrated for p in passes)
     learns = any(p.reach == "block" for p in passes)
-    grams = 4 * widest(graph) ** 2 * FLOAT + of_experts(graph)
+    grams = 4 * max((in_grams(s) for s in graph.sites), default=0) * FLOAT + of_experts(graph)
     return {
         "weights": max(2 * outside(graph), (block(graph) if calibrated else 0) + 4 * largest(graph)) * FLOAT,
         "statistics": grams if any(p.needs == "gram" for p in passes) else 0,
@@ -235,6 +236,11 @@ def largest(graph: Graph) -> int:
 def widest(graph: Graph) -> int:
     """How many numbers the largest input of a matrix has."""
     return max((s.shape[1] for s in graph.sites), default=0)
+
+
+def in_grams(site: Site) -> int:
+    """How many numbers the Gram matrix of a site has, or those of all groups of a convolution."""
+    return site.groups * site.shape[1] ** 2
 
 
 def of_experts(graph: Graph) -> int:

@@ -76,7 +76,7 @@ def _for_table(override: Override, site: Site) -> list[Override]:
 def _inside(graph: Graph) -> list[str]:
     """Patterns of every site inside the blocks."""
     if "" in graph.blocks:
-        return [escape(site.name) for site in graph.sites if site.block is not None and not site.router]
+        return [escape(site.name) for site in graph.sites if site.block is not None and not site.named_only]
     alone = {site.name for site in graph.sites if site.block is not None} & {*graph.blocks}
     return [escape(name) + ("" if name in alone else ".*") for name in graph.blocks]
 

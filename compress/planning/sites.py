@@ -77,6 +77,7 @@ def _problems(case: Case, written: Pass, chosen: tuple[Site, ...], fused: bool, 
     yield from checks.shapes(case)
     yield from checks.grouped_convolutions(case)
     yield from checks.experts(case)
+    yield from checks.members(case)
     yield from checks.tied_or_outside(case)
     yield from checks.tables(case, written)
     yield from checks.training_objective(case)

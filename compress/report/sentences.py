@@ -31,6 +31,20 @@ def verified(facts: Mapping[str, Any]) -> str:
     return text
 
 
+def extracted(found: Mapping[str, Any], out: object) -> str:
+    """What an adapter taken from a fine-tune holds, and how far it is from that; a line for each matrix."""
+    layers, left = found["layers"], found["left_out"]
+    rows = [f"{name}: rank {each['rank']}, error {each['error']:.3g}" for name, each in layers.items()]
+    rows.append(
+        f"{out}: {len(layers)} layers as factors, {len(found['whole'])} norms and biases whole, "
+        f"{size_text(found['bytes'])}; relative error of the change {found['error']:.3g}"
+    )
+    if left:
+        more = f" and {len(left) - MOST_NOTES} more" if len(left) > MOST_NOTES else ""
+        rows.append(f"left out, for no adapter holds them: {', '.join(left[:MOST_NOTES])}{more}")
+    return "\n".join(rows)
+
+
 def run_lines(report: Report, out: object) -> Iterator[str]:
     """Lines below the table of a run: fallbacks, and every folder that was written and read back."""
     for text in (*report.notes, *report.fallbacks[:MOST_NOTES]):

@@ -24,11 +24,13 @@ from compress.io.heap import align
 from compress.io.manifest import MANIFEST, verify_folder
 from compress.io.safetensors_file import read_header, refuse_other_tensors
 from compress.models.architecture import predicts_next
+from compress.models.convolutions import is_convolution, is_transposed_convolution
 from compress.models.experts import fused_parameters, keeps_transposed, run_one_by_one
-from compress.runtime.conv import PackedConv2d
+from compress.runtime.conv import PackedConvolution, PackedTransposedConvolution
 from compress.runtime.embedding import PackedEmbedding, SharedLinear, packed_embedding
 from compress.runtime.experts import PackedExperts
 from compress.runtime.linear import PackedLinear
+from compress.runtime.members import is_member, pack_member
 from compress.runtime.packed import PackedModule
 
 if TYPE_CHECKING:
@@ -158,7 +160,9 @@ def add_biases(model: nn.Module, names: list[str]) -> None:
         module = model.get_submodule(name)
         weight = module.weight
         assert isinstance(weight, Tensor)
-        rows = weight.shape[0] if isinstance(module, nn.Linear | nn.Conv2d) else weight.shape[1]
+        rows = weight.shape[0] if isinstance(module, nn.Linear) else weight.shape[1]
+        if is_convolution(module) or is_transposed_convolution(module):
+            rows = module.out_channels
         bias = torch.empty(rows, dtype=weight.dtype, device=weight.device)
         module.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
 
@@ -181,6 +185,9 @@ def replace_modules(model: nn.Module, specs: dict[str, Spec], shared: Mapping[st
     replaced: dict[nn.Module, PackedModule] = {}
     for name, spec in specs.items():
         if name.rpartition(".")[0] in fused:
+            continue
+        if is_member(model, name):
+            pack_member(model, name, spec)
             continue
         old_module = model.get_submodule(name)
         weight = old_module.weight
@@ -268,8 +275,10 @@ def _fused(model: nn.Module, specs: dict[str, Spec]) -> dict[str, list[Spec]]:
 
 
 def _packed_module(old: nn.Module, spec: Spec, dtype: torch.dtype) -> PackedModule:
-    if isinstance(old, nn.Conv2d):
-        return PackedConv2d(spec, old)
+    if is_convolution(old):
+        return PackedConvolution(spec, old)
+    if is_transposed_convolution(old):
+        return PackedTransposedConvolution(spec, old)
     if isinstance(old, nn.Embedding):
         made = packed_embedding(old, spec)
         made.described = True  # until its tensors are read

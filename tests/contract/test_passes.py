@@ -276,7 +276,7 @@ def test_the_manager_accepts_the_edit_and_finds_the_kind_it_was_promised(pass_: 
 
 def test_the_fallback_needs_no_data_and_makes_the_same_kind() -> None:
     for pass_ in SOLVERS:
-        fallback = pass_.fallback()
+        fallback = pass_.stand_in()
         assert fallback.needs == "none", pass_
         assert errors_in(fallback) == [], pass_
         for kind in pass_.accepts:

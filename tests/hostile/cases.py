@@ -71,6 +71,9 @@ TARGETS = (
     Target("config", "model/config.json", mutations.of_json, (run("rtn.yaml", "model"),), NEW),
     Target("weights", "model/model.safetensors", mutations.of_header, (run("rtn.yaml", "model"),), NEW),
     Target("index", "shards/model.safetensors.index.json", mutations.of_json, (run("rtn.yaml", "shards"),), NEW),
+    Target("adapter", "adapter/adapter_model.safetensors", mutations.of_header, (run("rtn.yaml", "adapter"),), NEW),
+    Target("adapter's configuration", "adapter/adapter_config.json", mutations.of_json, (run("rtn.yaml", "adapter"),),
+           NEW),
     Target("generation", "model/generation_config.json", mutations.of_json, (run("rtn.yaml", "model"),), NEW),
     Target("tokenizer", "model/tokenizer.json", mutations.of_json, (measure("model"),)),
     Target("tokenizer's configuration", "model/tokenizer_config.json", mutations.of_json, (measure("model"),)),
@@ -110,13 +113,28 @@ WORDS = (
     "x" * 300, "x/" * 300, "[/x]", "[red]x", "\n", "a\nb", "\x1b[31m", "ü", "😀", "*", "%s", "{}", "{0}", "=", ":",
     "hf", "onnx:", "hf:", "onnx:mode=", "onnx:=", "onnx:mode=fast,mode=fast", "onnx:mode=[[[", "onnx:mode=&a",
     "onnx:a.b=1", "gguf:x={", ",", "gptq.", "wanda[2:4]", "0", "-1", "1e9", "99999999999999999999", "nan", "true",
-    "null", "transformers", "onnxruntime",
+    "null", "transformers", "onnxruntime", "adapter", "model+adapter", "model+", "+",
 )  # fmt: skip
-COMMANDS = ("run", "check", "plan", "eval", "export", "apply-delta", "inspect", "list", "init", "schema", "walk", "")
+COMMANDS = (
+    "run",
+    "check",
+    "plan",
+    "eval",
+    "export",
+    "apply-delta",
+    "extract-lora",
+    "inspect",
+    "list",
+    "init",
+    "schema",
+    "walk",
+    "",
+)
 STARTS: tuple[Command, ...] = (
     ("run", "rtn.yaml", "model", "-o"), ("check",), ("plan", "rtn.yaml"), ("export", "out", "--to"), ("inspect",),
     ("apply-delta", "model", "delta", "-o"), ("eval", "out", "--samples"), ("eval", "--source", "words.txt"),
-    ("init", "new.yaml", "--from-mergekit"), ("run", "rtn.yaml"), ("eval", "out", "--runtime"),
+    ("extract-lora", "model", "tuned", "-o", "new", "--rank"), ("init", "new.yaml", "--from-mergekit"),
+    ("run", "rtn.yaml"), ("eval", "out", "--runtime"),
 )  # fmt: skip
 
 

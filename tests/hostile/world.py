@@ -52,6 +52,7 @@ def make(folder: Path) -> Path:
     make_model(folder / "model")
     make_tuned(folder)
     make_shards(folder)
+    make_adapter(folder / "adapter")
     (folder / "words.txt").write_text(TEXT)
     rows = (json.dumps({"text": TEXT[i : i + 200]}) for i in range(0, 2000, 200))
     (folder / "words.jsonl").write_text("\n".join(rows) + "\n")
@@ -82,6 +83,23 @@ def make_model(folder: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
+
+
+def make_adapter(folder: Path) -> None:
+    """A LoRA adapter of the model, as PEFT writes one, with something trained whole."""
+    folder.mkdir()
+    layers = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+    tensors = {f"{layer}.lora_{part}.weight": torch.randn(2, 32) for layer in layers for part in "AB"}
+    tensors = {name: value.T.contiguous() if "lora_B" in name else value for name, value in tensors.items()}
+    tensors["model.norm.weight"] = torch.ones(32)
+    save_file(
+        {f"base_model.model.{name}": value for name, value in tensors.items()}, folder / "adapter_model.safetensors"
+    )
+    settings = {
+        "peft_type": "LORA", "base_model_name_or_path": "../model", "r": 2, "lora_alpha": 4, "use_rslora": True,
+        "rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 3.5}, "bias": "none", "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
 
 
 def make_tuned(folder: Path) -> None:

@@ -35,7 +35,7 @@ def begun(w: Tensor, **options: object) -> UpOrDown:
 
 
 def nearest(w: Tensor, options: dict[str, object]) -> Uniform:
-    found = AdaRound(**options).fallback().run(target(w)).encoding
+    found = AdaRound(**options).stand_in().run(target(w)).encoding
     assert isinstance(found, Uniform)
     return found
 
@@ -278,7 +278,7 @@ def test_a_start_that_is_not_finite_is_a_solve_error_and_the_fallback_has_the_sa
     bad = replace(block, data=replace(block.data, call=lambda w, h, n: block.data.call(w, h, n) * torch.inf))
     with pytest.raises(SolveError, match="not finite"):
         dict(AdaRound(**options).run(bad))
-    assert AdaRound(**options).fallback() == Rtn(**options)
+    assert AdaRound(**options).stand_in() == Rtn(**options)
 
 
 @pytest.mark.parametrize(

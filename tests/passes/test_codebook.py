@@ -410,8 +410,8 @@ def test_without_inputs_it_falls_back_to_no_weighting(x: Tensor | None) -> None:
     given = Target(w, None, None if x is None else statistics(x, "norm"))
     with pytest.raises(SolveError, match="no input"):
         pass_.run(given)
-    assert pass_.fallback() == Codebook(bits=3, weighting="none")
-    assert torch.equal(pass_.fallback().run(given).encoding.codes, data_free(w, bits=3).codes)
+    assert pass_.stand_in() == Codebook(bits=3, weighting="none")
+    assert torch.equal(pass_.stand_in().run(given).encoding.codes, data_free(w, bits=3).codes)
 
 
 # --- options ----------------------------------------------------------------------------------------------------------

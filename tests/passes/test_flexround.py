@@ -38,7 +38,7 @@ def begun(w: Tensor, kernel: int = 1, **options: object) -> Division:
 
 
 def nearest(w: Tensor, options: dict[str, object], kept: Tensor | None = None) -> Uniform:
-    found = FlexRound(**options).fallback().run(target(w, kept=kept)).encoding
+    found = FlexRound(**options).stand_in().run(target(w, kept=kept)).encoding
     assert isinstance(found, Uniform)
     return found
 
@@ -428,7 +428,7 @@ def test_a_start_that_is_not_finite_is_a_solve_error_and_the_fallback_has_the_sa
     pass_ = FlexRound(**options)
     with pytest.raises(SolveError, match="not finite"):
         dict(pass_.run(bad))
-    assert pass_.fallback() == Rtn(**options)
+    assert pass_.stand_in() == Rtn(**options)
 
 
 def test_no_statistics_are_a_solve_error_by_layer() -> None:

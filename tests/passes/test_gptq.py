@@ -195,7 +195,7 @@ def test_no_statistics_are_a_solve_error_and_the_fallback_has_the_same_grid() ->
     pass_ = Gptq(bits=3, group_size=16, symmetric=True, scale_search="mse")
     with pytest.raises(SolveError, match="no input"):
         pass_.run(target(weight(ROWS, COLUMNS)))
-    assert pass_.fallback() == Rtn(bits=3, group_size=16, symmetric=True, scale_search="mse")
+    assert pass_.stand_in() == Rtn(bits=3, group_size=16, symmetric=True, scale_search="mse")
 
 
 @pytest.mark.parametrize("option", ["damping", "tile"])

@@ -137,5 +137,5 @@ def test_masked_weights_stay_zero_and_take_no_part() -> None:
 def test_the_fallback_is_powerquant_with_the_same_grid() -> None:
     pass_ = Nupes(bits=3, group_size=16, levels="half", scale_search="minmax")
     same = PowerQuant(bits=3, group_size=16, levels="half", scale_search="minmax")
-    assert pass_.fallback() == same
-    assert replace(pass_, include=("*",)).fallback().include == ("*",)
+    assert pass_.stand_in() == same
+    assert replace(pass_, include=("*",)).stand_in().include == ("*",)

@@ -163,7 +163,7 @@ def test_the_error_that_is_returned_is_the_error() -> None:
 def test_olive_needs_no_data_and_is_its_own_fallback() -> None:
     pass_ = Olive(bits=8)
     assert pass_.needs == "none"
-    assert pass_.fallback() == pass_
+    assert pass_.stand_in() == pass_
 
 
 @pytest.mark.parametrize(

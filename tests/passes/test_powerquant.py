@@ -77,7 +77,7 @@ def test_masked_weights_stay_zero(options: dict[str, object]) -> None:
 def test_it_needs_no_data_and_is_its_own_fallback() -> None:
     pass_ = PowerQuant(bits=3)
     assert pass_.needs == "none"
-    assert pass_.fallback() == pass_
+    assert pass_.stand_in() == pass_
 
 
 def test_a_given_exponent_is_used() -> None:

@@ -44,7 +44,7 @@ def test_rtn_keeps_masked_weights_at_zero(options: dict[str, object]) -> None:
 def test_rtn_needs_no_data_and_is_its_own_fallback() -> None:
     pass_ = Rtn(bits=3)
     assert pass_.needs == "none"
-    assert pass_.fallback() == pass_
+    assert pass_.stand_in() == pass_
 
 
 def test_rounding_again_changes_nothing() -> None:

@@ -168,7 +168,7 @@ def test_a_hessian_that_is_not_positive_definite_is_a_solve_error() -> None:
 def test_no_statistics_are_a_solve_error_and_the_fallback_makes_the_same_pattern() -> None:
     with pytest.raises(SolveError, match="no input"):
         SparseGpt().run(target(weight(ROWS, COLUMNS)))
-    assert SparseGpt(sparsity="2:4").fallback() == Magnitude(sparsity="2:4")
+    assert SparseGpt(sparsity="2:4").stand_in() == Magnitude(sparsity="2:4")
 
 
 @pytest.mark.parametrize("option", ["damping", "tile"])

@@ -164,7 +164,7 @@ def test_columns_of_dead_inputs_go_first() -> None:
 def test_no_statistics_are_a_solve_error_and_the_fallback_makes_the_same_pattern() -> None:
     with pytest.raises(SolveError, match="no input"):
         Wanda().run(target(weight(ROWS, COLUMNS)))
-    assert Wanda(sparsity="2:4").fallback() == Magnitude(sparsity="2:4")
+    assert Wanda(sparsity="2:4").stand_in() == Magnitude(sparsity="2:4")
 
 
 def test_free_rows_with_a_fixed_pattern_are_refused() -> None:

@@ -43,7 +43,11 @@ def locate(model: str) -> Path:
     path = Path(model)
     if path.is_file() and path.suffix == ".safetensors":
         return path
-    folder = hub.resolve(model)
+    return in_folder(hub.resolve(model))
+
+
+def in_folder(folder: Path) -> Path:
+    """The file of the delta that a folder holds, or else the folder."""
     return folder / DELTA if (folder / DELTA).is_file() else folder
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compress.checkpoint.sources import FolderSource
+from compress.checkpoint.sources import ChangedSource, FolderSource
 from compress.config.lines import line_of
 from compress.config.pipeline import walk
 from compress.engine.merge import alike
 from compress.engine.merge.parents import open_parent, vocabulary_names
 from compress.errors import ConfigError, DataError, Problem, UsageError
+from compress.passes.merge.average import Average
 from compress.passes.merge.base import MergePass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     from compress.calibration.data import Dataset
     from compress.checkpoint.artifact import Artifact
@@ -57,6 +59,22 @@ def check_models(pipeline: Pipeline, base: Artifact, file: str = "pipeline") -> 
     return found
 
 
+def open_alike(model: str, base: Artifact) -> Artifact:
+    """A fine-tune of a base, whose every tensor may be compared with the base's.
+
+    Raises:
+        UsageError: it cannot be read, is of another make, or its tensors mean something else.
+    """
+    everything = Average(models=(model,))
+    parent = open_parent(model, base, everything)
+    other = _other_meaning(base, parent, everything)
+    other.pop(alike.TOKENIZER, None)
+    if other:
+        said = ", ".join(f"{field} ({ours} in the base, {theirs} here)" for field, (ours, theirs) in other.items())
+        raise UsageError(f"{model} differs from the base in {said}, and not in its tensors alone; give its own base")
+    return parent
+
+
 def check_data(pipeline: Pipeline, data: Dataset | None, graph: Graph, file: str = "pipeline") -> None:
     """Refuse calibration data that a merge cannot be judged on.
 
@@ -79,11 +97,18 @@ def _other_meaning(base: Artifact, parent: Artifact, pass_: MergePass) -> dict[s
     ours, theirs = (getattr(artifact.graph.model, "config", None) for artifact in (base, parent))
     found = alike.differences(ours, theirs) if parent.graph is not base.graph else {}
     tables = vocabulary_names(base.graph)
-    folders = [artifact.source.folder for artifact in (base, parent) if isinstance(artifact.source, FolderSource)]
-    if len(folders) == 2 and any(pass_.selects(name, in_block=True) for name in tables):
+    folders = [folder for artifact in (base, parent) if (folder := _folder_of(artifact.source)) is not None]
+    if len(folders) == 2 and folders[0] != folders[1] and any(pass_.selects(name, in_block=True) for name in tables):
         other = alike.other_tokens(*folders)
         found |= {} if other is None else {alike.TOKENIZER: other}
     return found
+
+
+def _folder_of(source: Source) -> Path | None:
+    """The folder of a model whose tensors are read, changed on the way or not; of an adapter, its base's."""
+    while isinstance(source, ChangedSource):
+        source = source.before
+    return source.folder if isinstance(source, FolderSource) else None
 
 
 def _refuse_other_meaning(model: str, found: Mapping[str, tuple[str, str]], pass_: MergePass) -> None:

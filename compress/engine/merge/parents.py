@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
 from compress.checkpoint.artifact import Artifact
-from compress.checkpoint.delta.file import Delta, locate
+from compress.checkpoint.delta.file import Delta, in_folder, locate
 from compress.checkpoint.delta.source import with_delta
 from compress.checkpoint.opening import open_folder
 from compress.checkpoint.sources import FolderSource
 from compress.errors import UsageError
+from compress.models import adapters
 
 if TYPE_CHECKING:
     from compress.models.graph import Graph
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def open_parent(model: str, base: Artifact, pass_: MergePass) -> Artifact:
-    """A model to merge with, or a compressed delta, which with the base makes one; matched with the base's structure.
+    """A model to merge with, or an adapter or compressed delta that makes one; matched with the base's structure.
 
     Args:
         model: what the user calls it.
@@ -29,18 +31,28 @@ def open_parent(model: str, base: Artifact, pass_: MergePass) -> Artifact:
     Raises:
         UsageError: it cannot be read, is of another make than the base, or is a delta of another.
     """
-    place, graph = locate(model), base.graph
-    if place.is_file():
-        delta = Delta.open(place)
-        delta.refuse_other(base, model)
-        parent = with_delta(base, delta)
-    elif not isinstance(graph.model, PreTrainedModel):  # a module of its own class: its folder has nothing but values
-        parent = Artifact(graph, FolderSource(place), dict(graph.tied))
-    else:
-        parent = open_folder(place).artifact
+    parent, graph = _opened(model, base), base.graph
+    if parent.graph is not graph:
         _refuse_other_make(model, graph, parent.graph)
     _refuse_other_shapes(model, graph, parent, pass_)
     return parent
+
+
+def _opened(model: str, base: Artifact) -> Artifact:
+    """What a user calls a model, whatever it is."""
+    found = None if Path(model).is_file() else adapters.locate(model)
+    if found is not None and found.adapter is not None:
+        return open_folder(found.folder, found.adapter).artifact
+    place = locate(model) if found is None else in_folder(found.folder)
+    if place.is_file():
+        delta = Delta.open(place)
+        delta.refuse_other(base, model)
+        return with_delta(base, delta)
+    if not isinstance(
+        base.graph.model, PreTrainedModel
+    ):  # a module of its own class: its folder has nothing but values
+        return Artifact(base.graph, FolderSource(place), dict(base.graph.tied))
+    return open_folder(place).artifact
 
 
 def _refuse_other_make(model: str, graph: Graph, parent: Graph) -> None:

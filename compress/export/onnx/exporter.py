@@ -71,6 +71,12 @@ class Onnx(Exporter):
             yield from refuse_missing(package, "onnx")
         yield from refuse_experts(graph, specs, "ONNX")
         yield from refuse_tables(graph, specs, "its nodes look rows up in plain tables")
+        turned = [s.name for s in graph.sites if s.is_convolution and s.ref.transposed and s.name in specs]
+        if turned:
+            yield (
+                f"it has no graph for the {len(turned)} transposed convolutions that are compressed, such as "
+                f"{turned[0]}; `exclude` them, or export hf"
+            )
         pairs = [s.name for s in graph.sites if s.is_convolution and s.name in specs and _pairs_inputs(specs[s.name])]
         if pairs:
             yield (

@@ -60,7 +60,7 @@ def configuration(made: PackedFolder, file: Path) -> dict[str, Any]:
     """genai_config.json of a written graph.
 
     Raises:
-        CompressError: it keeps no cache, so it cannot generate.
+        CompressError: it keeps no cache, so it cannot generate; or one of several shapes.
     """
     import onnx_ir as ir
 
@@ -71,9 +71,15 @@ def configuration(made: PackedFolder, file: Path) -> dict[str, Any]:
         model = type(made.artifact.graph.model).__name__
         raise CompressError(f"{model} keeps no cache of what it read, so onnxruntime-genai cannot use it; export onnx")
     config: Any = made.artifact.graph.model.config
-    first = inputs["past_key_values.0.key"]
-    assert first is not None
-    heads, width = int(str(first[1])), int(str(first[3]))
+    kept = {
+        (str(s[1]), str(s[3])) for n, s in inputs.items() if n and n.startswith("past_key_values") and s is not None
+    }
+    if len(kept) > 1:
+        raise CompressError(
+            f"the layers of {type(made.artifact.graph.model).__name__} keep keys and values of several shapes, for "
+            "which genai_config.json has no place; export onnx"
+        )
+    ((heads, width),) = ((int(heads), int(width)) for heads, width in kept)
     eos = config.eos_token_id if config.eos_token_id is not None else 0
     longest = getattr(config, "max_position_embeddings", None) or 2048
     names = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}

@@ -49,18 +49,19 @@ class Runner:
     def __init__(self, session: Any):
         self.session = session
         self.inputs = {i.name: i for i in session.get_inputs()}
+        self.made = session.get_outputs()[0].name  # logits; of an encoder without a head what its last layer makes
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Token ids (rows, length), or images -> logits float32."""
         if "pixel_values" in self.inputs:
-            return torch.from_numpy(self.session.run(["logits"], {"pixel_values": inputs.float().numpy()})[0])
+            return torch.from_numpy(self.session.run([self.made], {"pixel_values": inputs.float().numpy()})[0])
         logits, _ = self.step(inputs, None)
         return logits
 
     @property
     def width(self) -> int:
         """How many tokens or classes it gives logits for; 0 where the file does not say."""
-        found = next((o.shape[-1] for o in self.session.get_outputs() if o.name == "logits"), 0)
+        found = next((o.shape[-1] for o in self.session.get_outputs() if o.name == self.made), 0)
         return found if isinstance(found, int) else 0
 
     @property
@@ -84,6 +85,6 @@ class Runner:
         }
         if "position_ids" in self.inputs:
             given["position_ids"] = numpy.arange(before, before + length)[None].repeat(rows, 0)
-        wanted = ["logits", *(name.replace("past_key_values", "present") for name in names)]
+        wanted = [self.made, *(name.replace("past_key_values", "present") for name in names)]
         logits, *present = self.session.run(wanted, given | past)
         return torch.from_numpy(logits), dict(zip(names, present, strict=True))

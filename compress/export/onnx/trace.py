@@ -19,6 +19,9 @@ from torch import nn
 from transformers import DynamicCache
 
 from compress.errors import CompressError
+from compress.models.architecture import has_logits
+from compress.models.convolutions import convolve, is_convolution
+from compress.models.logits import logits_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.encodings import Spec
+    from compress.models.convolutions import Convolution
     from compress.models.graph import Graph
 
 PLACEHOLDER_DOMAIN = "compress"  # of the placeholders; none is left in what is written
@@ -49,10 +53,10 @@ class PlacedLinear(nn.Module):
         return made if self.bias is None else made + self.bias
 
 
-class PlacedConv2d(nn.Module):
+class PlacedConvolution(nn.Module):
     """Stands for a packed convolution; has the geometry that models read."""
 
-    def __init__(self, name: str, spec: Spec, replaced: nn.Conv2d):
+    def __init__(self, name: str, spec: Spec, replaced: Convolution):
         super().__init__()
         self.name, self.bias, self.rounds = name, replaced.bias, spec.inputs is not None
         self.in_channels, self.out_channels, self.groups = replaced.in_channels, replaced.out_channels, replaced.groups
@@ -67,14 +71,14 @@ class PlacedConv2d(nn.Module):
         return torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, channels, height, width) -> (N, out, places down, places across)."""
+        """(N, channels, *positions) -> (N, out, *places)."""
         if self.rounds:
             x = placed(INPUT, (x,), self.name, tuple(x.shape))
         weight = placed(WEIGHT, (x,), self.name, self.shape)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             x, padding = nn.functional.pad(x, self.edges, mode=self.padding_mode), 0
-        return nn.functional.conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return convolve(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
 def placed(kind: str, inputs: tuple[Tensor, ...], site: str, shape: tuple[Any, ...]) -> Tensor:
@@ -105,8 +109,8 @@ def traced(graph: Graph, specs: Mapping[str, Spec], opset: int) -> ir.Model:
     for name, spec in specs.items():
         old = model.get_submodule(name)
         made = (
-            PlacedConv2d(name, spec, old)
-            if isinstance(old, nn.Conv2d)
+            PlacedConvolution(name, spec, old)
+            if is_convolution(old)
             else PlacedLinear(name, spec, getattr(old, "bias", None))
         )
         model.set_submodule(name, made)
@@ -121,14 +125,23 @@ def traced(graph: Graph, specs: Mapping[str, Spec], opset: int) -> ir.Model:
                 signature.module, signature.examples, dynamo=True, verbose=False, optimize=False, opset_version=opset,
                 input_names=list(signature.inputs), output_names=list(signature.outputs), dynamic_shapes=dynamic,
             )  # fmt: skip
+        except CompressError:
+            raise
         except Exception as error:  # whatever the model's own code does that cannot be traced
-            reason = str(error).strip().splitlines()
             raise CompressError(
-                f"{type(model).__name__} cannot be exported to ONNX: torch.onnx cannot trace it "
-                f"({reason[-1] if reason else type(error).__name__}). Use another format; what is done is kept"
+                f"{type(model).__name__} cannot be exported to ONNX: torch.onnx cannot trace it ({_cause(error)}). Use "
+                "another format; what is done is kept"
             ) from error
     assert program is not None
     return program.model
+
+
+def _cause(error: BaseException) -> str:
+    """What an error comes from, behind all that was made of it on the way."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
 
 def _materialise(model: nn.Module) -> None:
@@ -173,9 +186,8 @@ class Encoder(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits."""
-        found: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
-        return found
+        """Logits, or what the last layer makes."""
+        return logits_in(self.model(input_ids=input_ids, attention_mask=attention_mask))
 
 
 class TracedImageModel(nn.Module):
@@ -203,12 +215,13 @@ def _call_signature(graph: Graph) -> CallSignature:
     cache = _cache_of(model, tokens)
     if cache is None:
         ones = torch.ones_like(tokens)
-        return CallSignature(Encoder(model), (tokens, ones), ("input_ids", "attention_mask"), ("logits",), (axes, axes))
+        made = "logits" if has_logits(model) else "last_hidden_state"
+        return CallSignature(Encoder(model), (tokens, ones), ("input_ids", "attention_mask"), (made,), (axes, axes))
     positions = "position_ids" in inspect.signature(model.forward).parameters
-    layers, (heads, width) = len(cache), (cache[0].shape[1], cache[0].shape[3])
+    layers = len(cache)
     mask = torch.ones(ROWS, PAST + LENGTH, dtype=torch.long)
     place = torch.arange(PAST, PAST + LENGTH).expand(ROWS, -1).contiguous()
-    past = [torch.zeros(ROWS, heads, PAST, width) for _ in range(2 * layers)]
+    past = [torch.zeros(ROWS, each.shape[1], PAST, each.shape[3]) for pair in cache for each in pair]
     names = [f"{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
     return CallSignature(
         TracedDecoder(model, layers, positions),
@@ -220,14 +233,23 @@ def _call_signature(graph: Graph) -> CallSignature:
     )  # fmt: skip
 
 
-def _cache_of(model: nn.Module, tokens: Tensor) -> list[Tensor] | None:
-    """The keys that a decoder keeps, one per layer; None of a model that keeps none."""
+def _cache_of(model: nn.Module, tokens: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+    """The keys and values that each layer of a decoder keeps; None of a model that keeps none.
+
+    Raises:
+        CompressError: some layers keep states of another kind.
+    """
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         return None
     found: Any = model(input_ids=tokens, use_cache=True)
     layers = getattr(getattr(found, "past_key_values", None), "layers", [])
-    keys = [layer.keys for layer in layers if getattr(layer, "keys", None) is not None]
-    return keys or None
+    kept = [(layer.keys, layer.values) for layer in layers if getattr(layer, "keys", None) is not None]
+    if kept and len(kept) < len(layers):
+        raise CompressError(
+            f"{type(model).__name__} cannot be exported to ONNX: {len(layers) - len(kept)} of its {len(layers)} layers "
+            "keep states that are no keys and values. Use another format; what is done is kept"
+        )
+    return kept or None
 
 
 @contextmanager

@@ -176,7 +176,7 @@ class Eora(LinearPass):
         mean = None if target.statistics is None else target.statistics.mean
         return None if mean is None else (left @ mean).float()
 
-    def fallback(self) -> Eora:
+    def stand_in(self) -> Eora:
         return replace(self, method="svd", bias=False, overrides=())
 
 

@@ -157,7 +157,7 @@ class LowRank(Budget, BlockPass):
         notes["output_error_start"] = seen.size(weight - made.product().double()) / (seen.size(weight) or 1.0)
         return _FactoredMatrix(target.weight, made, self.learning_rate, self.perturbation, notes)
 
-    def fallback(self) -> Svd:
+    def stand_in(self) -> Svd:
         return Svd(ratio=self.ratio)
 
 

@@ -69,7 +69,8 @@ class MergePass(Pass):
     """A pass that merges the model with others of the same architecture. Include, exclude: full names of tensors.
 
     Args:
-        models: the others, each a local folder or a hub id. The model that the pipeline is run on is the base.
+        models: the others, each a local folder, a hub id, or an adapter. The model that the pipeline is run on is the
+            base.
         vocabulary: of different sizes: `refuse` them, or merge the rows that all have in `common`; the further rows of
             the base stay as they are, so its tokenizer still fits.
         accept: what a model may differ in from the base although its weights fit: fields of its configuration, such as

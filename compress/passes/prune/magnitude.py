@@ -90,7 +90,7 @@ class Pruner(LinearPass):
     def produces(self, kind: str) -> str:
         return "sparse"
 
-    def fallback(self) -> LinearPass:
+    def stand_in(self) -> LinearPass:
         return Magnitude(sparsity=self.sparsity)
 
 
@@ -127,5 +127,5 @@ class Magnitude(Pruner):
             mask &= target.mask
         return Edit(weight=target.weight * mask, mask=mask)
 
-    def fallback(self) -> Self:
+    def stand_in(self) -> Self:
         return self

@@ -62,7 +62,7 @@ class AdaRound(UniformOptions, LearnedPass):
         scale, zero = self.grid(target.weight)
         return UpOrDown(target.weight, scale, zero, self)
 
-    def fallback(self) -> Rtn:
+    def stand_in(self) -> Rtn:
         return rtn_like(self)
 
 

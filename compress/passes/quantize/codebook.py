@@ -150,5 +150,5 @@ class Codebook(CodebookOptions, EmbeddingOptions):
     def run(self, target: Target) -> Edit:
         return Edit(encoding=self.by_kmeans(target), mask=target.mask)
 
-    def fallback(self) -> Self:
+    def stand_in(self) -> Self:
         return replace(self, weighting="none", overrides=())

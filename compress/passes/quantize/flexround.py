@@ -64,7 +64,7 @@ class FlexRound(UniformOptions, LearnedPass):
         scale, zero = self.grid(target.weight)
         return Division(target.weight, scale, zero, self, target.generator, target.kernel)
 
-    def fallback(self) -> Rtn:
+    def stand_in(self) -> Rtn:
         return rtn_like(self)
 
 
@@ -74,6 +74,7 @@ def rtn_like(options: UniformOptions) -> Rtn:
         bits=options.bits,
         group_size=options.group_size,
         granularity=options.granularity,
+        fallback=options.fallback,
         symmetric=options.symmetric,
         scale_search=options.scale_search,
     )

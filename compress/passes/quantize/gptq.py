@@ -68,12 +68,13 @@ class Gptq(UniformPass):
         statistics = target.statistics
         if statistics is None or statistics.gram is None:
             raise SolveError("no input ever reached this layer")
+        rows, columns = target.weight.shape
         codes, scale, zero, dead = solve(
             target.weight,
             statistics.gram,
             target.mask,
             bits=self.bits,
-            group_size=self.group_size,
+            group_size=None if self.departure((rows, columns)) else self.group_size,
             damping=self.damping,
             act_order=self.act_order,
             tile=self.tile,
@@ -82,11 +83,12 @@ class Gptq(UniformPass):
         notes = {"dead_inputs": dead} if dead else {}
         return Edit(encoding=Uniform(codes, scale, zero, self.bits, self.symmetric), mask=target.mask, notes=notes)
 
-    def fallback(self) -> Rtn:
+    def stand_in(self) -> Rtn:
         return Rtn(
             bits=self.bits,
             group_size=self.group_size,
             granularity=self.granularity,
+            fallback=self.fallback,
             symmetric=self.symmetric,
             scale_search=self.scale_search,
         )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 Granularity = Literal["tensor", "channel", "group"]
+Fallback = Literal["channel"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +31,15 @@ class GridOptions(ActivationOptions):
         bits: 2 to 8.
         group_size: neighbouring columns that share a scale; None is one scale per row (`granularity: channel`).
         granularity: `tensor` is one scale for the whole matrix. By default `group` or `channel`, as group_size says.
+        fallback: `channel` gives layers whose columns group_size does not divide one scale per row, and the report says
+            which; None refuses them.
         scale_search: `minmax` covers the range; `mse` searches the range with the least error**2.4.
     """
 
     bits: Annotated[int, Ge(2), Le(8)] = 4
     group_size: Annotated[int, Ge(1)] | None = None
     granularity: Granularity | None = None
+    fallback: Fallback | None = None
     scale_search: Search = "minmax"
 
     def check(self) -> Iterator[OptionError]:
@@ -46,18 +50,35 @@ class GridOptions(ActivationOptions):
             yield OptionError("group_size", f"makes no sense with granularity {self.granularity}")
 
     def check_shape(self, shape: tuple[int, int]) -> str | None:
-        if self.group_size is not None and shape[1] % self.group_size:
+        if self._misfit(shape[1]) and self.fallback is None:
             fits = [g for g in (16, 32, 64, 128, 256, 512) if shape[1] % g == 0]
             would = f"{', '.join(map(str, fits))} would" if fits else "only per channel (no group_size) would"
-            return f"group_size {self.group_size} does not divide its {shape[1]} columns; {would}"
+            return (
+                f"group_size {self.group_size} does not divide its {shape[1]} columns; {would}, or fallback: channel "
+                "for one scale per row in layers like it"
+            )
         return None
+
+    def departure(self, shape: tuple[int, int]) -> str | None:
+        if self._misfit(shape[1]):
+            return f"one scale per row: group_size {self.group_size} does not divide its {shape[1]} columns"
+        return None
+
+    def mistakes(self) -> Iterator[OptionError]:
+        yield from super().mistakes()
+        sizes = [self.group_size, *(override.options.get("group_size") for override in self.overrides)]
+        if self.fallback is not None and not any(sizes):
+            yield OptionError("fallback", "changes nothing without group_size")
+
+    def _misfit(self, columns: int) -> bool:
+        return self.group_size is not None and columns % self.group_size != 0
 
     def produces(self, kind: str) -> str:
         return "quantized" if kind == "dense" else "sparse-quantized"
 
     def groups(self, columns: int) -> int:
         """Groups of columns in a matrix this wide."""
-        return columns // self.group_size if self.group_size and columns % self.group_size == 0 else 1
+        return columns // self.group_size if self.group_size and not self._misfit(columns) else 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,7 +71,7 @@ class Jlcm(CodebookOptions, LearnedPass):
     def start(self, target: Target) -> Choice:
         return Choice(target.weight, self.by_kmeans(target), self)
 
-    def fallback(self) -> Codebook:
+    def stand_in(self) -> Codebook:
         shared = {f.name: getattr(self, f.name) for f in fields(CodebookOptions)}
         return Codebook(**{**shared, "weighting": "none", "overrides": ()})
 

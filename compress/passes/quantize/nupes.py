@@ -66,7 +66,7 @@ class Nupes(PowerOptions, LearnedPass):
     def start(self, target: Target) -> Position:
         return Position(target.weight, self.encoded(target, self.grid([self.profile(target)])), self)
 
-    def fallback(self) -> PowerQuant:
+    def stand_in(self) -> PowerQuant:
         shared = {f.name: getattr(self, f.name) for f in fields(PowerOptions)}
         return PowerQuant(**shared)
 

@@ -94,7 +94,7 @@ class Olive(ActivationOptions, EmbeddingOptions):
         victims = encoding.codes == PAIR_TYPES[encoding.normal].identifier
         return Edit(encoding=encoding, mask=mask, notes={**notes, "victims": float(victims.float().mean())})
 
-    def fallback(self) -> Self:
+    def stand_in(self) -> Self:
         return self
 
     @property

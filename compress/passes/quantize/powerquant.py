@@ -113,7 +113,7 @@ class PowerQuant(PowerOptions, EmbeddingOptions):
     def run(self, target: Target) -> Edit:
         return self.nearest(target, self.grid([self.profile(target)], self.exponent))
 
-    def fallback(self) -> Self:
+    def stand_in(self) -> Self:
         return self
 
 

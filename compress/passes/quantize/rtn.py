@@ -34,5 +34,5 @@ class Rtn(UniformPass):
     def run(self, target: Target) -> Edit:
         return Edit(encoding=self.nearest(target.weight), mask=target.mask)
 
-    def fallback(self) -> Self:
+    def stand_in(self) -> Self:
         return self

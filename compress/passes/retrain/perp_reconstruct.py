@@ -106,7 +106,7 @@ class PerpReconstruct(Retraining, BlockPass):
             raise SolveError("no input ever reached these layers")
         return by_layer(trained.part(tuple(grams)), original, grams, recipe, block.over, block.kept)
 
-    def fallback(self) -> LinearPass:
+    def stand_in(self) -> LinearPass:
         return Unchanged()
 
 
