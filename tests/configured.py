@@ -92,6 +92,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"sparsity": "2:4", "update": "exact"},
     ],
     "layer_drop": [{"blocks": 2}, {"blocks": 3, "greedy": False}, {"blocks": 2, "criterion": "angular"}, {"blocks": 0}],
+    "expert_prune": [{"keep": 6}, {"keep": 0.25, "by": "frequency"}],
     "sparsegpt": [{"sparsity": "4:8", "damping": 0.1}, {"sparsity": 0.7, "tile": 16}],
     "average": [
         {"weights": (0.5, 1.0, 2.0), "normalize": False},

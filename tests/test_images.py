@@ -51,7 +51,7 @@ from compress.checkpoint.opening import open_model
 from compress.config.reading import load_pipeline
 from compress.encodings import Spec, pack
 from compress.models import graph as graphs
-from compress.passes import PASSES, DepthPass, MergePass, Pass
+from compress.passes import PASSES, DepthPass, ExpertsPass, MergePass, Pass
 from compress.report.report import caption, headings, markdown
 from compress.runtime.conv import PackedConvolution
 from compress.runtime.packed import PackedModule
@@ -162,7 +162,9 @@ QUANTIZERS = [cls for cls in PASSES if cls().produces("dense").endswith("quantiz
 
 
 @pytest.mark.parametrize(
-    "cls", [c for c in PASSES if not c.preserves and not issubclass(c, DepthPass | MergePass)], ids=lambda cls: cls.key
+    "cls",
+    [c for c in PASSES if not c.preserves and not issubclass(c, DepthPass | ExpertsPass | MergePass)],
+    ids=lambda cls: cls.key,
 )
 def test_every_pass_works_on_the_network_and_packed_it_computes_the_same(cls: type[Pass], digits: Digits) -> None:
     steps = {"steps": 2} if "steps" in {f.name for f in fields(cls)} and cls().calibrated else {}

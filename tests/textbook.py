@@ -13,7 +13,8 @@ from compress.calibration.training import Make, ModelData, TrainingStore
 from compress.encodings import Uniform, fit
 from compress.passes.base import Block, Pass, Target, Whole
 from compress.passes.depth import DepthPass
-from compress.passes.interface import Depth, Distance
+from compress.passes.experts import ExpertsPass
+from compress.passes.interface import Depth, Distance, ExpertsSeen
 from compress.passes.merge.base import MergePass, Piece
 from compress.passes.merge.models import Models, Running, T, Tried
 
@@ -101,6 +102,16 @@ def dropped(pass_: DepthPass, seed: int = 0, device: str | torch.device = "cpu")
         gone += [left[i] for i in chosen]
         left = [block for i, block in enumerate(left) if i not in chosen]
     return gone, len(left)
+
+
+def experts_seen(pass_: ExpertsPass, groups: int = 1, seed: int = 0, device: str | torch.device = "cpu") -> ExpertsSeen:
+    """What calibration data showed of twelve experts, of which the second may not go."""
+    made = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 50, (12,), generator=made)
+    weighted = tokens.double() * torch.rand(12, generator=made, dtype=torch.float64)
+    keep = groups * round(pass_.kept_of(12, groups) / groups)
+    may = frozenset(range(12)) - {1}
+    return ExpertsSeen(tokens.to(device), weighted.to(device), keep, groups, may)
 
 
 def merged(pass_: MergePass, models: Sequence[Mapping[str, Tensor]], piece: int = 1000, seed: int = 0) -> Values:

@@ -20,14 +20,15 @@ from compress.config.writing import dump
 from compress.encodings import Weight
 from compress.engine.validate import observed
 from compress.models.site import Site, TensorRef
-from compress.passes import PASSES, BlockPass, DepthPass, LinearPass, MergePass, ModelPass, Override, Pass
+from compress.passes import PASSES, BlockPass, DepthPass, ExpertsPass, LinearPass, MergePass, ModelPass, Override, Pass
 from compress.passes.base import Edit, Target
 
-EDITORS = [p for p in CONFIGURED if not isinstance(p, DepthPass | MergePass)]
+EDITORS = [p for p in CONFIGURED if not isinstance(p, DepthPass | ExpertsPass | MergePass)]
 SOLVERS = [p for p in CONFIGURED if isinstance(p, LinearPass | BlockPass)]
 LINEAR = [p for p in CONFIGURED if isinstance(p, LinearPass)]
 MERGES = [p for p in CONFIGURED if isinstance(p, MergePass)]
 DEPTH = [p for p in CONFIGURED if isinstance(p, DepthPass)]
+EXPERTS = [p for p in CONFIGURED if isinstance(p, ExpertsPass)]
 
 
 def named(pass_: Pass) -> str:
@@ -166,7 +167,9 @@ def test_options_survive_the_yaml_file() -> None:
 
 def test_patterns_and_overrides_survive_the_yaml_file() -> None:
     for pass_ in CONFIGURED:
-        if isinstance(pass_, ModelPass | DepthPass):  # one decision over all layers: nothing to override for some
+        if isinstance(
+            pass_, ModelPass | DepthPass | ExpertsPass
+        ):  # one decision over all layers: nothing to override for some
             assert [e.option for e in dataclasses.replace(pass_, overrides=(Override("*", {}),)).check()] == [
                 "overrides"
             ], pass_
@@ -219,6 +222,23 @@ def test_as_many_blocks_go_as_a_pass_says_and_every_time_the_same_ones(pass_: De
         assert first == list(range(first[0], first[0] + pass_.blocks))
     torch.manual_seed(12345)
     assert textbook.dropped(pass_) == (first, left)
+
+
+@pytest.mark.parametrize("pass_", EXPERTS, ids=named)
+def test_as_many_experts_of_every_group_stay_as_a_pass_says_and_every_time_the_same_ones(pass_: ExpertsPass) -> None:
+    for groups in (1, 3):
+        seen = textbook.experts_seen(pass_, groups)
+        before = [t.clone() for t in tensors(seen)]
+        kept = pass_.run(seen)
+        assert len(kept) == seen.keep
+        assert list(kept) == sorted(set(kept))
+        size = len(seen.tokens) // groups
+        assert {sum(i // size == group for i in kept) for group in range(groups)} == {seen.keep // groups}
+        assert set(range(len(seen.tokens))) - set(kept) <= seen.may
+        torch.manual_seed(12345)
+        assert pass_.run(seen) == kept
+        assert all(torch.equal(x, y) for x, y in zip(before, tensors(seen), strict=True))
+        assert pass_.scores(seen).shape == seen.tokens.shape
 
 
 @each_editor
