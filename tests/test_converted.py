@@ -95,7 +95,13 @@ def test_one_expert_is_read_without_the_others(tmp_path: Path, monkeypatch: pyte
     source: Any = open_folder(tmp_path).artifact.source
     read: list[str] = []
     before = source.before.read
-    monkeypatch.setattr(source.before, "read", lambda name: read.append(name) or before(name))
+
+    def noted(name: str) -> Tensor:
+        read.append(name)
+        value: Tensor = before(name)
+        return value
+
+    monkeypatch.setattr(source.before, "read", noted)
     size = 96 * 32
     source.piece("model.layers.1.mlp.experts.gate_up_proj", 2 * size, 3 * size)
     prefix = "model.layers.1.block_sparse_moe.experts.2"
@@ -131,7 +137,8 @@ def test_tensors_that_transformers_declares_to_leave_out_are_carried_along(tmp_p
         there = load_file(file)
         assert all(torch.equal(there[name], value) for name, value in more.items())
     for folder in (tmp_path / "out", tmp_path / "out" / "hf"):
-        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        found: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        loaded, info = found
         assert type(loaded).__name__ == "Qwen3_5ForCausalLM"
         assert not info["missing_keys"]
     assert compress.verify(tmp_path / "out") > 0
@@ -204,7 +211,8 @@ def test_float8_with_a_scale_for_each_block_is_read_as_numbers(tmp_path: Path) -
     assert any("stored as fp8" in note for note in opened.notes)
     compress.run({**RTN, "export": ["hf"]}, tmp_path / "in", tmp_path / "out")
     for folder in (tmp_path / "out", tmp_path / "out" / "hf"):
-        _, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        found: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        _, info = found
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
 

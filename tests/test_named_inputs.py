@@ -146,7 +146,8 @@ def test_a_folder_is_compressed_and_loads_as_what_it_was(tmp_path: Path) -> None
     data = pictured(8, 9)
     report = compress.run(steps, tmp_path / "in", tmp_path / "out", calibration=data, evaluation=data)
     assert report.verified["max_logit_difference"] == 0.0
-    loaded, info = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
+    found: Any = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
+    loaded, info = found
     assert type(loaded).__name__ == "LlavaForConditionalGeneration"
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

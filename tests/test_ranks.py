@@ -378,10 +378,10 @@ def test_the_dearest_work_is_dealt_first() -> None:
 
 
 def test_sites_are_fed_alike_by_whoever_has_seen_them() -> None:
-    seen = [[(["q", "k"], 4, "gram")], [(["q", "k", "v"], 4, "gram"), (["expert"], 8, "norm")]]
-    assert _fed_alike(seen) == [[["q", "k", "v"], 4, "gram"], [["expert"], 8, "norm"]]
+    seen = [[(["q", "k"], 4, "gram", 1)], [(["q", "k", "v"], 4, "gram", 1), (["expert"], 8, "norm", 1)]]
+    assert _fed_alike(seen) == [[["q", "k", "v"], 4, "gram", 1], [["expert"], 8, "norm", 1]]
     with pytest.raises(CompressError, match="fed by one tensor in one process and by different ones"):
-        _fed_alike([[(["q"], 4, "gram"), (["k"], 4, "gram")], [(["q", "k"], 4, "gram")]])
+        _fed_alike([[(["q"], 4, "gram", 1), (["k"], 4, "gram", 1)], [(["q", "k"], 4, "gram", 1)]])
 
 
 def test_sums_over_batches_are_the_same_to_the_bit_in_whatever_order_they_are_added() -> None:
