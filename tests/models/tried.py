@@ -18,10 +18,10 @@ import compress
 from compress.export import EXPORTERS
 
 METHODS: dict[str, dict[str, Any]] = {
-    "rtn": {"bits": 4, "group_size": 16},
-    "gptq": {"bits": 4, "group_size": 16},
+    "rtn": {"bits": 4, "group_size": 16, "fallback": "channel"},
+    "gptq": {"bits": 4, "group_size": 16, "fallback": "channel"},
     "wanda": {"sparsity": 0.5},
-    "flexround": {"bits": 4, "group_size": 16, "steps": 3},
+    "flexround": {"bits": 4, "group_size": 16, "fallback": "channel", "steps": 3},
 }
 CONTAINERS: dict[str, Any] = {
     exporter.key: exporter for exporter in EXPORTERS if exporter.key in ("hf", "compressed-tensors")
