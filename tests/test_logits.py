@@ -129,7 +129,7 @@ def test_quality_is_the_same_in_pieces(room: int, tokens: Tensor, monkeypatch: p
         monkeypatch.setattr(logits, "PIECE", 5 * VOCABULARY)
         reference = metrics.Reference(room)
         for each, keep in ((other, True), (model, False)):
-            call = partial(called, each) if whole else metrics._logits_of(each, None)
+            call = partial(called, each) if whole else metrics._logits_of(each, "next token")
             found = metrics.measure(call, tokens, reference=reference, keep=keep)
         return found
 

@@ -417,7 +417,7 @@ def _checked_tokens(model: nn.Module, tokens: Tensor, least: int) -> Tensor:
 
 
 def _logits_of(
-    model: nn.Module, judge: Judge, named: Sequence[Mapping[str, Tensor]]
+    model: nn.Module, judge: Judge, named: Sequence[Mapping[str, Tensor]] = ()
 ) -> Callable[[Tensor], Tensor | Iterator[Tensor]]:
     device = device_of(model)
     if named:
