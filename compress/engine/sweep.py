@@ -176,6 +176,11 @@ def _tower(
                 f"the blocks of {type(graph.model).__name__} do not simply feed one another, so {wanted.label} cannot "
                 "learn them one by one; use a method that does not learn by reconstruction, such as gptq"
             )
+        if not _one_for_each_sample(context, tower, batches):
+            raise UnsupportedModelError(
+                f"the hidden states of {type(graph.model).__name__} are not one for each sample, so {wanted.label} "
+                "cannot learn its blocks one by one; use a method that does not learn by reconstruction, such as gptq"
+            )
         original = _original_chain(context, tower, batches) or chain.copy()
     for index in itertools.islice(shown, len(tower.blocks)):
         _read_ahead(context, index + 1)
@@ -283,6 +288,16 @@ def _arrival(context: Context, batch: Tensor, tower: Tower, kinds: Kinds) -> tup
         return arrivals_by_kind(run, context.graph.model, tower.blocks, kinds)
     hidden, call = collect.arrival(run, context.graph.model.get_submodule(tower.blocks[0]))
     return hidden, {kinds.of[0]: call}
+
+
+def _one_for_each_sample(context: Context, tower: Tower, batches: Sequence[Tensor]) -> bool:
+    """Whether hidden states have an entry for each sample first; Gemma 3n hands on four for all samples."""
+    if tower.blocks == ("",):
+        return True
+    first = context.graph.model.get_submodule(tower.blocks[0])
+    with streamed(context):
+        hidden, _ = collect.arrival(partial(context.forward, batches[0][:1]), first)
+    return len(hidden) == 1
 
 
 def _original_chain(context: Context, tower: Tower, batches: Sequence[Tensor]) -> Activations | None:
