@@ -15,8 +15,9 @@ from torch import Tensor
 import compress
 from compress import Gptq, Rtn, Wanda
 from compress.calibration.data import Dataset
-from compress.calibration.masks import EVERY, LEFT_OUT, masked
+from compress.calibration.masks import EVERY, masked
 from compress.errors import ConfigError, DataError, GateError
+from compress.models.named import LEFT_OUT
 
 SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOKENS = torch.randint(5, 64, (6, 20), generator=torch.Generator().manual_seed(1))

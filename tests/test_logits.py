@@ -30,6 +30,7 @@ from transformers import (
 
 import compress
 from compress.calibration import metrics
+from compress.calibration.reference import Reference
 from compress.calibration.training import Loss
 from compress.checkpoint.sources import FolderSource
 from compress.engine import loss_in_pieces, model_training
@@ -127,7 +128,7 @@ def test_quality_is_the_same_in_pieces(room: int, tokens: Tensor, monkeypatch: p
     def quality(whole: bool) -> metrics.Quality:
         monkeypatch.setattr(logits, "WHOLE", (48 if whole else 5) * VOCABULARY)
         monkeypatch.setattr(logits, "PIECE", 5 * VOCABULARY)
-        reference = metrics.Reference(room)
+        reference = Reference(room)
         for each, keep in ((other, True), (model, False)):
             call = partial(called, each) if whole else metrics._logits_of(each, "next token")
             found = metrics.measure(call, tokens, reference=reference, keep=keep)
@@ -143,7 +144,7 @@ def test_quality_is_the_same_in_pieces(room: int, tokens: Tensor, monkeypatch: p
 
 def test_the_original_may_come_in_other_pieces_than_the_model(tokens: Tensor) -> None:
     model = KINDS["llama"]().eval()
-    reference, rows = metrics.Reference(), called(model, tokens).detach()[:, :-1].flatten(0, 1)
+    reference, rows = Reference(), called(model, tokens).detach()[:, :-1].flatten(0, 1)
     metrics.measure(lambda _: iter(torch.split(rows, 7)), tokens, reference=reference, keep=True)
     found = metrics.measure(lambda _: iter(torch.split(rows, 9)), tokens, reference=reference)
     assert (found.kl, found.kl_tokens, found.negative_flips) == (0.0, 44, 0.0)

@@ -11,7 +11,8 @@ import torch
 from compress.api import data as given
 from compress.api.output_folder import refuse_changed
 from compress.api.together import device_for, refuse_differing
-from compress.calibration.metrics import Reference, evaluate, measure
+from compress.calibration.metrics import evaluate, measure
+from compress.calibration.reference import Reference
 from compress.calibration.surroundings import undisturbed
 from compress.checkpoint.opening import load_measured, load_merged, measured_in, open_folder
 from compress.engine.executor import SingleProcess

@@ -7,7 +7,7 @@ import tempfile
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from compress.calibration.collect import mixed, same_call
+from compress.calibration.calls import mixed, same_call
 from compress.calibration.reconstruct import HiddenSamples
 from compress.errors import UnsupportedModelError
 from compress.io.heap import give_back
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from compress.calibration.collect import Call
+    from compress.calibration.calls import Call
     from compress.calibration.reconstruct import Weights
 
 LARGEST_BUFFER = 1 << 30  # bytes of activations kept in memory; more is memory-mapped to a temporary file

@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from compress.lazy import torch
+from compress.models.named import LEFT_OUT
 
 if TYPE_CHECKING:
     from compress.calibration.data import Dataset
 
 EVERY = 7  # one token of so many is hidden: about the 15 % that BERT was trained with
-LEFT_OUT = -100  # the label of a token that is not hidden
 
 
 def masked(data: Dataset, mask: int) -> Dataset:

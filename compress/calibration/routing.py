@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from compress.calibration.collect import Call
+    from compress.calibration.calls import Call
 
 
 @dataclass

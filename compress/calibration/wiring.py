@@ -13,7 +13,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from compress.calibration.collect import Stop, same_call, split_arguments, watched
+from compress.calibration.calls import same_call, split_arguments
+from compress.calibration.collect import Stop, watched
 from compress.errors import NonFiniteError
 from compress.lazy import nn, torch
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from compress.calibration.collect import Call
+    from compress.calibration.calls import Call
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from compress.calibration.metrics import REFERENCE_NUMBERS, Reference, judge_of, measure, pooled
+from compress.calibration.metrics import judge_of, measure, pooled
+from compress.calibration.reference import REFERENCE_NUMBERS, Reference
 from compress.checkpoint.packed_layout import spec_at, stored_bytes
 from compress.engine.placement import streamed
 from compress.io.keys import hash_of, key_of

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from compress.calibration.collect import Call
+    from compress.calibration.calls import Call
     from compress.calibration.precision import Products
     from compress.checkpoint.artifact import Artifact
     from compress.config.pipeline import Calibration

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from compress.calibration.activation_cache import Activations
-    from compress.calibration.collect import Call
+    from compress.calibration.calls import Call
     from compress.calibration.reconstruct import Weights
     from compress.calibration.statistics import Need, Statistics
     from compress.engine.placement import Context

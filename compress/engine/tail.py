@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.calibration import collect
+from compress.calibration.calls import hidden_of
 from compress.calibration.precision import calibrating
 from compress.calibration.statistics import Statistics
 from compress.calibration.wiring import answering
@@ -102,7 +103,7 @@ def _answers(context: Context, chain: Activations) -> Answers | None:
             form = form or _form(output)
             if form is None:
                 return None
-            made.keep(number, collect.hidden_of(output).to(context.dtype))
+            made.keep(number, hidden_of(output).to(context.dtype))
     return None if form is None else (made, form)
 
 

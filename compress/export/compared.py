@@ -7,7 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from compress.calibration.data import batches
-from compress.calibration.metrics import TOKENS_AT_ONCE, Reference, measure
+from compress.calibration.metrics import TOKENS_AT_ONCE, measure
+from compress.calibration.reference import Reference
 from compress.errors import CompressError
 from compress.lazy import torch
 

@@ -148,7 +148,7 @@ def chosen(graph: Graph, names: Collection[str] | None = None) -> Graph:
     unknown = [name for name in names if name not in there]
     if unknown:
         raise UnsupportedModelError(
-            f"{type(graph.model).__name__} has no tower {unknown[0]!r}; it has {', '.join(map(repr, there))}"
+            f"towers: {type(graph.model).__name__} has no tower {unknown[0]!r}; it has {', '.join(map(repr, there))}"
         )
     kept = [tower for tower in graph.towers if tower.name in names]
     if len(kept) == len(graph.towers):

@@ -24,7 +24,7 @@ WITH_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", 
 PLACES = (
     "image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id", "audio_token_index",
 )  # fmt: skip
-LEFT_OUT = -100
+LEFT_OUT = -100  # in the place of a token that nobody predicts
 
 
 def inputs_of(model: Any) -> set[str]:

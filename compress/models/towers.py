@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 LANGUAGE = "language"
-# What parts of a path say; the first word that one of them begins with.
+# What a part of a path says that begins with a word, or has it behind a line.
 WORDS = {
     "vis": "vision", "image": "vision", "vit": "vision", "pixel": "vision", "audio": "audio", "speech": "audio",
     "sound": "audio", "connector": "connector", "projector": "connector", "perceiver": "connector",
@@ -83,7 +83,7 @@ def _lists(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def named(path: str) -> str:
-    """What the words of a path say of the list that lies there; the innermost word says most. Empty: nothing."""
+    """What the words of a path say of the list that lies there; the outermost says most. Empty: nothing."""
     for part in path.lower().split("."):
         for beginning, name in WORDS.items():
             if part.startswith(beginning) or f"_{beginning}" in part:

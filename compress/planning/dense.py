@@ -53,12 +53,13 @@ def left_dense(graph: Graph, dtypes: Mapping[str, torch.dtype], worked_on: Colle
     """
     parts: Counter[str] = Counter()
     unreached: Counter[str] = Counter()
+    apart = {*APART, VECTORS, *(_tower(tower.name) for tower in graph.left_out)}
     reached = considered = 0
     for name, what, tensor, reachable, smaller in _parameters(graph, dtypes, worked_on):
         size = tensor.numel() * dtypes[name].itemsize
         if smaller < 1:
             parts[what] += round((1 - smaller) * size)
-        if what in APART or what == VECTORS or what in _apart_towers(graph):
+        if what in apart:
             continue
         considered += tensor.numel()
         reached += round(reachable * tensor.numel())
@@ -67,10 +68,6 @@ def left_dense(graph: Graph, dtypes: Mapping[str, torch.dtype], worked_on: Colle
     if carried:
         parts["tensors that transformers makes no use of"] += carried
     return Dense(dict(parts.most_common()), dict(unreached.most_common()), reached / considered if considered else 1.0)
-
-
-def _apart_towers(graph: Graph) -> set[str]:
-    return {_tower(tower.name) for tower in graph.left_out}
 
 
 def _tower(name: str) -> str:

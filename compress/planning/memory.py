@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.calibration.data import CALIBRATED_AT_ONCE
-from compress.calibration.metrics import REFERENCE_NUMBERS, TOKENS_AT_ONCE
+from compress.calibration.metrics import TOKENS_AT_ONCE
+from compress.calibration.reference import REFERENCE_NUMBERS
 from compress.export.compared import NUMBERS as COMPARED
 from compress.models.logits import PIECE, WHOLE, WHOLE_LEARNED, bodies, vocabulary
 from compress.passes import MergePass

@@ -7,11 +7,12 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from compress.planning.dense import VECTORS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
-VECTORS = "norms and biases"  # as `planning/dense.py` calls them
 SAID = {
     "classes": "accuracy",
     "masked": "perplexity of masked tokens",
