@@ -6,8 +6,10 @@ Every hook is removed again, but for those of `quantize_inputs`, which are part 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import MutableMapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from compress.calibration.attention import input_of
@@ -72,6 +74,41 @@ def visits(
 
     watched(forward, blocks, entered, lambda i, hidden: leave(i, hidden_of(hidden)))
     return seen
+
+
+def calls_of(
+    forward: Callable[[], Any], modules: Sequence[nn.Module], once: bool = False
+) -> list[tuple[int, Any, Call]]:
+    """Run `forward`, to the first call if there is only one (`once`); every call of some modules.
+
+    Returns:
+        The number of the module, and the hidden states and other arguments that it was called with, as they were then.
+    """
+    seen: list[tuple[int, Any, Call]] = []
+    handles = []
+    for i, module in enumerate(modules):
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], i: int = i) -> None:
+            hidden, call = split_arguments(args, kwargs)
+            hidden = hidden.clone() if hasattr(hidden, "clone") and not once else hidden  # it may be changed in place
+            kept = {name: _as_now(value) for name, value in call.kwargs.items()}
+            seen.append((i, hidden, replace(call, args=tuple(map(_as_now, call.args)), kwargs=kept)))
+            if once:
+                raise Stop
+
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+    try:
+        with suppress(Stop):
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _as_now(value: Any) -> Any:
+    """An argument that blocks write to, such as keys and values that later ones read, as it is now."""
+    return copy(value) if isinstance(value, MutableMapping | list) else value
 
 
 def reached(forward: Callable[[], Any], modules: Sequence[nn.Module]) -> list[int]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from compress.calibration.activation_cache import Activations
+    from compress.calibration.calls import Call
     from compress.calibration.reconstruct import Weights
     from compress.encodings import Weight
     from compress.engine.placement import Context
@@ -75,9 +76,8 @@ class View:
 
         def call(weights: Weights, hidden: Tensor, numbers: Tensor) -> Tensor:
             with learning(self.context.products, hidden):
-                return self.chain.call_for(numbers, self.index).run(
-                    self.block, hidden, self._values({**fixed, **weights})
-                )
+                values = self._values({**fixed, **weights})
+                return self.chain.run(self.block, hidden, numbers, values, self.index)
 
         samples = self.chain.samples(), self.original.samples(), self.outputs.samples()
         shares = self.context.executor.shares(len(samples[2]))
@@ -90,7 +90,11 @@ class View:
         child makes of that.
         """
         everything = (*(s.name for s in self.context.graph.in_block(self.index)), *self.vectors())
-        for child, module in self.block.named_children():
+        children = dict(self.block.named_children())
+        first = next(self.chain.forwards(self.block, self._values({**fixed, **learned()}), self.index))
+        called = {list(children)[i] for i in collect.reached(first, list(children.values()))}
+        for child in [name for name in children if name in called]:
+            module = children[child]
             names = tuple(n for n in everything if f"{n}.".startswith(f"{self.prefix}{child}."))
             if any(n in self.context.artifact.sites for n in names):
                 yield names, self._part(child, module, learned(), fixed)
@@ -98,8 +102,7 @@ class View:
     def _part(self, child: str, module: nn.Module, learned: Weights, fixed: Weights) -> BlockData:
         now = self._values({**fixed, **learned})
         runs = self.chain.forwards(self.block, now, self.index)
-        arrivals = ((hidden, {0: call}) for hidden, call in (collect.arrival(run, module) for run in runs))
-        inputs = self.context.waiting(arrivals)
+        inputs = self.context.waiting(self._arrivals(runs, module))
         outputs = inputs.copy()
         original = _under(child, self.original_values())
         for number, made in enumerate(outputs.forwards(module, original)):
@@ -108,10 +111,17 @@ class View:
         def call(weights: Weights, hidden: Tensor, numbers: Tensor) -> Tensor:
             with learning(self.context.products, hidden):
                 own = _under(child, self._values({**fixed, **weights}))
-                return inputs.call_for(numbers).run(module, hidden, own)
+                return inputs.run(module, hidden, numbers, own)
 
         shares = self.context.executor.shares(len(inputs.samples()))
         return BlockData(call, inputs.samples(), inputs.samples(), outputs.samples(), shares)
+
+    def _arrivals(
+        self, runs: Iterator[Callable[[], Tensor]], child: nn.Module
+    ) -> Iterator[tuple[Tensor, Mapping[int, Call]]]:
+        for number, run in enumerate(runs):
+            hidden, call = collect.arrival(run, child)
+            yield hidden, {0: replace(call, visit=self.chain.call(number, self.index).visit)}
 
     def _values(self, weights: Weights) -> dict[str, Tensor]:
         """Values of sites and vectors by name in the block, as its modules take them."""

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from compress.calibration import collect
 from compress.calibration.precision import products
+from compress.engine.chains import chain_of
 from compress.engine.placement import make_room, present, streamed
 from compress.engine.stage import StageResult, StageRunner, calibration_batches
-from compress.engine.sweep import chain_of
 from compress.errors import NonFiniteError, UnsupportedModelError
 from compress.io.keys import key_of
 from compress.models.shorten import without

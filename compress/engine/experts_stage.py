@@ -13,9 +13,9 @@ from compress.calibration.routing import Routing
 from compress.checkpoint.artifact import Packed
 from compress.checkpoint.cut import CutSource
 from compress.encodings import Weight
+from compress.engine.chains import chain_of
 from compress.engine.placement import make_room, present, streamed
 from compress.engine.stage import StageResult, StageRunner, calibration_batches
-from compress.engine.sweep import chain_of
 from compress.errors import UnsupportedModelError
 from compress.io.keys import key_of
 from compress.models.changed_settings import changed

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import itertools
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from compress.calibration import collect
 from compress.calibration.experts import FusedParameter
 from compress.calibration.precision import calibrating
-from compress.calibration.wiring import Kinds, arrivals_by_kind, kinds_of_calls
 from compress.engine.block_view import View
-from compress.engine.placement import present, set_value, streamed, value_of
+from compress.engine.chains import INSTEAD, chain_of, original_chain, samples_of, visits_to
+from compress.engine.placement import present, streamed
 from compress.engine.tail import outside_statistics
 from compress.errors import UnsupportedModelError
 from compress.io.heap import bound_heap
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from compress.calibration.activation_cache import Activations
-    from compress.calibration.calls import Call
     from compress.calibration.reconstruct import Weights
     from compress.calibration.statistics import Need, Statistics
     from compress.engine.placement import Context
@@ -167,34 +165,37 @@ def _tower(
 
     `shown` gives the numbers of blocks, and draws progress.
     """
-    graph = context.graph
     chain = chain_of(context, tower, batches)
     original = None  # what arrives in the original model, beside what arrives in the compressed one
-    if wanted.learns:
-        if chain is None:
-            raise UnsupportedModelError(
-                f"the blocks of {type(graph.model).__name__} do not simply feed one another, so {wanted.label} cannot "
-                "learn them one by one; use a method that does not learn by reconstruction, such as gptq"
-            )
-        if not _one_for_each_sample(context, tower, batches):
-            raise UnsupportedModelError(
-                f"the hidden states of {type(graph.model).__name__} are not one for each sample, so {wanted.label} "
-                "cannot learn its blocks one by one; use a method that does not learn by reconstruction, such as gptq"
-            )
-        original = _original_chain(context, tower, batches) or chain.copy()
+    if wanted.learns and chain is None and tower.blocks == ("",):
+        raise UnsupportedModelError(
+            f"{type(context.graph.model).__name__} has no list of repeated blocks, and as a whole it puts out more "
+            f"than one tensor, so there is nothing that {wanted.label} could learn block by block; {INSTEAD}"
+        )
+    if wanted.learns and chain:
+        samples_of(context, tower, batches, wanted.label)
+        original = original_chain(context, tower, batches) or chain.copy()
     for index in itertools.islice(shown, len(tower.blocks)):
         _read_ahead(context, index + 1)
-        view = None
+        view, sites = None, wanted.sites[index]
         if chain and original:
-            outputs = original.copy()
-            view = View(context, index, chain, original, outputs)
-            _step(context, outputs, index, view.original_values(), "original: batches")
-            original = outputs
-        sites = wanted.sites[index]
+            view = _view(context, index, chain, original)
+            original = view.outputs
+        elif wanted.learns and sites:
+            met = visits_to(context, index, batches, wanted.label)
+            view = _view(context, index, met.chain, met.original)
         yield Unit(_unit(index), sites, partial(_block_statistics, context, wanted, index, chain, batches), view)
         if chain and index + 1 in tower.numbers:
             _step(context, chain, index, None, "propagate: batches")
     return chain
+
+
+def _view(context: Context, index: int, chain: Activations, original: Activations) -> View:
+    """A block with what arrives at it, and what it made of that in the original model."""
+    outputs = original.copy()
+    view = View(context, index, chain, original, outputs)
+    _step(context, outputs, index, view.original_values(), "original: batches")
+    return view
 
 
 def _unit(index: int) -> str:
@@ -263,58 +264,3 @@ def fused_parameters(model: nn.Module, experts: Sequence[Site]) -> list[FusedPar
         names = {site.ref.index[0]: site.name for site in sites}
         made.append(FusedParameter(model.get_submodule(owner), leaf, sites[0].shape[1], sites[0].ref.of, names))
     return made
-
-
-def chain_of(context: Context, tower: Tower, batches: Sequence[Tensor]) -> Activations | None:
-    """What arrives at the first block, if the blocks may be run one after the other without the model around them."""
-    graph = context.graph
-    if tower.blocks == ("",) and isinstance(graph.model, PreTrainedModel):  # outputs more than a tensor
-        return None
-    with streamed(context):
-        kinds: Kinds | None = Kinds((0,))
-        if tower.blocks != ("",):
-            kinds = kinds_of_calls(lambda: context.forward(batches[0][:1]), graph.model, tower.blocks)
-        if kinds is None:
-            return None
-        arrivals = (_arrival(context, batch, tower, kinds) for batch in batches)
-        arrived = context.bars.over(arrivals, len(batches), "embed: batches")
-        return context.waiting(arrived, dict(zip(tower.numbers, kinds.of, strict=True)))
-
-
-def _arrival(context: Context, batch: Tensor, tower: Tower, kinds: Kinds) -> tuple[Tensor, Mapping[int, Call]]:
-    """What arrives at the first block, and how each kind of block is called."""
-    run = partial(context.forward, batch)
-    if len(set(kinds.of)) > 1:
-        return arrivals_by_kind(run, context.graph.model, tower.blocks, kinds)
-    hidden, call = collect.arrival(run, context.graph.model.get_submodule(tower.blocks[0]))
-    return hidden, {kinds.of[0]: call}
-
-
-def _one_for_each_sample(context: Context, tower: Tower, batches: Sequence[Tensor]) -> bool:
-    """Whether hidden states have an entry for each sample first; Gemma 3n hands on four for all samples."""
-    if tower.blocks == ("",):
-        return True
-    first = context.graph.model.get_submodule(tower.blocks[0])
-    with streamed(context):
-        hidden, _ = collect.arrival(partial(context.forward, batches[0][:1]), first)
-    return len(hidden) == 1
-
-
-def _original_chain(context: Context, tower: Tower, batches: Sequence[Tensor]) -> Activations | None:
-    """What arrives at the first block of the original model, where something in front of it was compressed."""
-    artifact = context.artifact
-    inside = tuple(f"{name}." if name else "" for name in tower.blocks)
-    elsewhere = (s for s in context.graph.sites if s.block not in tower.numbers)
-    changed = list(dict.fromkeys(s.parameter for s in elsewhere if s.name in artifact.committed))
-    changed += [name for name in artifact.vectors if not name.startswith(inside)]
-    if not changed:
-        return None
-    now = {name: value_of(context, name) for name in changed if context.resident}
-    plain = replace(context, artifact=artifact.plain())
-    try:
-        for name in now:
-            set_value(context.graph.model, name, value_of(plain, name))
-        return chain_of(plain, tower, batches)
-    finally:
-        for name, value in now.items():
-            set_value(context.graph.model, name, value)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.calibration import collect
-from compress.calibration.calls import hidden_of
 from compress.calibration.precision import calibrating
 from compress.calibration.statistics import Statistics
 from compress.calibration.wiring import answering
@@ -103,7 +102,7 @@ def _answers(context: Context, chain: Activations) -> Answers | None:
             form = form or _form(output)
             if form is None:
                 return None
-            made.keep(number, hidden_of(output).to(context.dtype))
+            made.keep(number, made.call(number, last).samples_first(output).to(context.dtype))
     return None if form is None else (made, form)
 
 
@@ -122,7 +121,8 @@ def _run(context: Context, batch: Tensor, answers: Answers | None, number: int) 
     if answers is None:
         return context.forward(batch)
     made, form = answers
-    hidden = made.hidden[number][: len(batch)].to(context.devices.compute)
+    call = made.call(number, len(context.graph.blocks) - 1)
+    hidden = call.as_called(made.hidden[number][: len(batch)].to(context.devices.compute))
     with answering(context.graph.model, context.graph.blocks, form, hidden):
         return context.forward(batch)
 
