@@ -76,27 +76,42 @@ def visits(
     return seen
 
 
-def calls_of(
-    forward: Callable[[], Any], modules: Sequence[nn.Module], once: bool = False
-) -> list[tuple[int, Any, Call]]:
-    """Run `forward`, to the first call if there is only one (`once`); every call of some modules.
+@dataclass
+class Visit:
+    """One call of a module.
 
-    Returns:
-        The number of the module, and the hidden states and other arguments that it was called with, as they were then.
+    Attributes:
+        number: of the module.
+        hidden: what it was called with, as it was then.
+        call: what else it was called with.
+        output: what it put out.
     """
-    seen: list[tuple[int, Any, Call]] = []
+
+    number: int
+    hidden: Any
+    call: Call
+    output: Any = None
+
+
+def calls_of(forward: Callable[[], Any], modules: Sequence[nn.Module], once: bool = False) -> list[Visit]:
+    """Run `forward`, to the end of the first call if there is only one (`once`); every call of some modules."""
+    seen: list[Visit] = []
     handles = []
     for i, module in enumerate(modules):
 
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], i: int = i) -> None:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], i: int = i) -> None:
             hidden, call = split_arguments(args, kwargs)
-            hidden = hidden.clone() if hasattr(hidden, "clone") and not once else hidden  # it may be changed in place
             kept = {name: _as_now(value) for name, value in call.kwargs.items()}
-            seen.append((i, hidden, replace(call, args=tuple(map(_as_now, call.args)), kwargs=kept)))
+            seen.append(Visit(i, _copied(hidden), replace(call, args=tuple(map(_as_now, call.args)), kwargs=kept)))
+
+        def after(_: nn.Module, __: Any, output: Any, i: int = i) -> None:
+            made = output[0] if isinstance(output, tuple | list) and output else output
+            next(visit for visit in reversed(seen) if visit.number == i).output = made if once else _copied(made)
             if once:
                 raise Stop
 
-        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+        handles.append(module.register_forward_hook(after))
     try:
         with suppress(Stop):
             forward()
@@ -104,6 +119,11 @@ def calls_of(
         for handle in handles:
             handle.remove()
     return seen
+
+
+def _copied(value: Any) -> Any:
+    """Hidden states as they are now: what comes later may change them in place."""
+    return value.clone() if hasattr(value, "clone") else value
 
 
 def _as_now(value: Any) -> Any:

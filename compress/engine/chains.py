@@ -17,6 +17,8 @@ import torch
 from transformers import PreTrainedModel
 
 from compress.calibration import collect
+from compress.calibration.calls import Place
+from compress.calibration.precision import calibrating
 from compress.calibration.wiring import Kinds, arrivals_by_kind, kinds_of_calls
 from compress.engine.placement import set_value, streamed, value_of
 from compress.errors import UnsupportedModelError
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from compress.calibration.activation_cache import Activations
     from compress.calibration.calls import Call
     from compress.engine.placement import Context
+    from compress.models.site import Site
     from compress.models.towers import Tower
 
 INSTEAD = "use a method that does not learn by reconstruction, such as gptq"
@@ -99,7 +102,7 @@ def _dimension(context: Context, block: str, batches: Sequence[Tensor]) -> int |
 def _shape(context: Context, module: torch.nn.Module, batch: Tensor) -> tuple[int, ...] | None:
     """The shape of the hidden states of a module's first call."""
     seen = collect.calls_of(partial(context.forward, batch), [module], once=True)
-    hidden = seen[0][1] if seen else None
+    hidden = seen[0].hidden if seen else None
     return tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else None
 
 
@@ -131,67 +134,104 @@ def _changed(context: Context, counts: Callable[[str, int | None], bool]) -> lis
     """Parameters and vectors that passes have changed. `counts`: of which name and block."""
     artifact = context.artifact
     sites = (s for s in context.graph.sites if s.name in artifact.committed and counts("", s.block))
-    return [*dict.fromkeys(s.parameter for s in sites), *(n for n in artifact.vectors if counts(n, None))]
+    changed = [*dict.fromkeys(s.parameter for s in sites), *(n for n in artifact.vectors if counts(n, None))]
+    return [alias for name in changed for alias in context.graph.names_of(name)]
 
 
 @dataclass(frozen=True)
 class Visits:
-    """Every call of a block in passes of the whole model.
+    """Every call of a block in passes of the whole model, and of the blocks that share its matrices.
 
     Attributes:
         chain: what arrives in the compressed model.
         original: what arrives in the original one.
+        outputs: what is made of that there.
+        users: numbers of the other blocks.
     """
 
     chain: Activations
     original: Activations
+    outputs: Activations
+    users: tuple[int, ...]
 
 
-def visits_to(context: Context, index: int, batches: Sequence[Tensor], label: str) -> Visits:
-    """What arrives at a block whenever it is called.
+def visits_to(context: Context, index: int, batches: Sequence[Tensor], label: str, sites: Sequence[Site]) -> Visits:
+    """What arrives at a block whenever it is called, or another block that shares any of these sites.
 
     Raises:
         UnsupportedModelError: the block cannot be learned from that; `label` says who wanted to.
     """
-    chain = _calls(context, index, batches, label)
+    met = _Met(context, index, label, context.graph.users_of(sites))
+    chain, outputs = met.calls(batches, context)
     changed = _changed(context, lambda *_: True)
     if not changed:
-        return Visits(chain, chain.copy())
+        return Visits(chain, chain.copy(), outputs, met.users)
     with as_it_was(context, changed) as plain:
-        original = _calls(plain, index, batches, label)
+        original, outputs = met.calls(batches, plain)
     if [h.shape for h in chain.hidden] != [h.shape for h in original.hidden]:
-        raise _not_learned(context, index, label, "is called in another way once blocks before it are compressed")
-    return Visits(chain, original)
+        raise met.refused("is called in another way once blocks before it are compressed")
+    return Visits(chain, original, outputs, met.users)
 
 
-def _calls(context: Context, index: int, batches: Sequence[Tensor], label: str) -> Activations:
-    """Every call of a block, one after the other, as a batch of its own."""
-    name = context.graph.blocks[index]
-    module = context.graph.model.get_submodule(name)
-    with streamed(context):
-        often = len(collect.calls_of(partial(context.forward, batches[0][:1]), [module]))
-        if not often:
-            raise _not_learned(context, index, label, "is never reached by the calibration data")
-        dim = _dimension(context, name, batches)
-        if dim is None:
-            raise _not_learned(context, index, label, "is given nothing that has a dimension for samples")
+@dataclass(frozen=True)
+class _Met:
+    """A block that is to be met wherever it is called.
 
-        def arrivals() -> Iterator[tuple[Tensor, Mapping[int, Call]]]:
-            for batch in context.bars.over(batches, len(batches), "arrive: batches"):
-                calls = collect.calls_of(partial(context.forward, batch), [module], once=often == 1)
-                for visit, (_, hidden, call) in enumerate(calls):
-                    yield hidden.movedim(dim, 0).contiguous(), {0: replace(call, dim=dim, visit=visit)}
+    Attributes:
+        index: of the block.
+        label: of who wants to learn it.
+        users: numbers of other blocks that share its matrices.
+    """
 
-        made = context.waiting(arrivals(), {index: 0})
-    if len({hidden.shape[1:] for hidden in made.hidden}) > 1:
-        raise _not_learned(context, index, label, "is called with hidden states of several shapes")
-    return made
+    context: Context
+    index: int
+    label: str
+    users: tuple[int, ...]
+
+    def calls(self, batches: Sequence[Tensor], context: Context) -> tuple[Activations, Activations]:
+        """What arrives and what comes out, each call as a batch of its own, in the model as `context` has it."""
+        names = [context.graph.blocks[i] for i in (self.index, *self.users)]
+        modules = [context.graph.model.get_submodule(name) for name in names]
+        places = [None, *(_place(context, names[0], name) for name in names[1:])]
+        outputs: list[tuple[Tensor, Mapping[int, Call]]] = []
+        with calibrating(context.products, context.dtype, context.devices.compute), streamed(context):
+            often = len(collect.calls_of(partial(context.forward, batches[0][:1]), modules))
+            if not often:
+                raise self.refused("is never reached by the calibration data")
+            dim = _dimension(context, names[0], batches)
+            if dim is None:
+                raise self.refused("is given nothing that has a dimension for samples")
+
+            def arrivals() -> Iterator[tuple[Tensor, Mapping[int, Call]]]:
+                for batch in context.bars.over(batches, len(batches), "arrive: batches"):
+                    seen = collect.calls_of(partial(context.forward, batch), modules, once=often == 1)
+                    for number, visit in enumerate(seen):
+                        call = replace(visit.call, dim=dim, visit=number, place=places[visit.number])
+                        outputs.append((call.samples_first(visit.output).to(context.dtype).contiguous(), {0: call}))
+                        yield visit.hidden.movedim(dim, 0).contiguous(), {0: call}
+
+            made = context.waiting(arrivals(), {self.index: 0})
+        if len({hidden.shape[1:] for hidden in made.hidden}) > 1:
+            raise self.refused("is called with hidden states of several shapes")
+        return made, context.waiting(iter(outputs), {self.index: 0})
+
+    def refused(self, why: str) -> UnsupportedModelError:
+        """What to say of a block that cannot be learned."""
+        graph = self.context.graph
+        kind: Any = type(graph.model).__name__
+        return UnsupportedModelError(
+            f"{graph.blocks[self.index]} of {kind} {why}, so {self.label} cannot learn it; {INSTEAD}"
+        )
 
 
-def _not_learned(context: Context, index: int, label: str, why: str) -> UnsupportedModelError:
-    block = context.graph.blocks[index]
-    kind: Any = type(context.graph.model).__name__
-    return UnsupportedModelError(f"{block} of {kind} {why}, so {label} cannot learn it; {INSTEAD}")
+def _place(context: Context, block: str, other: str) -> Place:
+    """Another block, with what it calls the parameters that it shares with a block."""
+    graph = context.graph
+    module = graph.model.get_submodule(other)
+    theirs = {graph.tied.get(f"{other}.{name}", f"{other}.{name}"): name for name, _ in module.named_parameters()}
+    own = (name for name, _ in graph.model.get_submodule(block).named_parameters())
+    kept = {name: graph.tied.get(f"{block}.{name}", f"{block}.{name}") for name in own}
+    return Place(module, {name: theirs[full] for name, full in kept.items() if full in theirs})
 
 
 __all__ = ["INSTEAD", "Visits", "as_it_was", "chain_of", "original_chain", "samples_of", "visits_to"]

@@ -286,6 +286,7 @@ def take_records(
             site.ref.pieces(fused[site.parameter])[site.ref.index] = piece
         elif context.resident:
             set_value(context.graph.model, record.site, value_of(context, record.site))
+            tie(context.graph)
     for name, value in fused.items():
         set_value(context.graph.model, name, value)
 
@@ -386,7 +387,9 @@ def rounded_inputs(
 ) -> AbstractContextManager[None]:
     """While open, inputs of these sites are rounded. `through`: gradients pass as if they were not."""
     applied = {n: passed_through(i.apply) if through else i.apply for n, i in grids.items()}
-    return collect.quantized_inputs({context.graph.model.get_submodule(n): apply for n, apply in applied.items()})
+    names = {n: context.artifact.sites[n].names for n in applied}  # layers that blocks share have several
+    model = context.graph.model
+    return collect.quantized_inputs({model.get_submodule(u): a for n, a in applied.items() for u in names[n]})
 
 
 def passed_through(grid: collect.RoundInputs) -> collect.RoundInputs:
@@ -405,7 +408,7 @@ def present(context: Context, index: int, grids: Mapping[str, InputGrid] | None 
     if not context.resident:
         bring_in(context, name, block)
     try:
-        with rounded_inputs(context, grids_of(context, context.graph.in_block(index)) if grids is None else grids):
+        with rounded_inputs(context, grids_of(context, context.graph.used_in(index)) if grids is None else grids):
             yield
     finally:
         if not context.resident:

@@ -179,23 +179,17 @@ def _tower(
         _read_ahead(context, index + 1)
         view, sites = None, wanted.sites[index]
         if chain and original:
-            view = _view(context, index, chain, original)
-            original = view.outputs
-        elif wanted.learns and sites:
-            met = visits_to(context, index, batches, wanted.label)
-            view = _view(context, index, met.chain, met.original)
+            outputs = original.copy()
+            view = View(context, index, chain, original, outputs)
+            _step(context, outputs, index, view.original_values(), "original: batches")
+            original = outputs
+        if wanted.learns and sites and (chain is None or context.graph.users_of(sites)):
+            met = visits_to(context, index, batches, wanted.label, sites)
+            view = View(context, index, met.chain, met.original, met.outputs, met.users)
         yield Unit(_unit(index), sites, partial(_block_statistics, context, wanted, index, chain, batches), view)
         if chain and index + 1 in tower.numbers:
             _step(context, chain, index, None, "propagate: batches")
     return chain
-
-
-def _view(context: Context, index: int, chain: Activations, original: Activations) -> View:
-    """A block with what arrives at it, and what it made of that in the original model."""
-    outputs = original.copy()
-    view = View(context, index, chain, original, outputs)
-    _step(context, outputs, index, view.original_values(), "original: batches")
-    return view
 
 
 def _unit(index: int) -> str:
@@ -230,15 +224,32 @@ def _step(context: Context, into: Activations, index: int, weights: Weights | No
 def _block_statistics(
     context: Context, wanted: Wanted, index: int, chain: Activations | None, batches: Sequence[Tensor]
 ) -> dict[str, Statistics]:
-    """What is wanted of the inputs of a block's sites."""
+    """What is wanted of the inputs of a block's sites; where other blocks share one, also of theirs."""
+    asked = [s for s in wanted.sites[index] if s.name in wanted.needs]
+    alone = [s for s in asked if chain and not s.shared]
+    seen = _inputs_of(context, wanted, alone, index, chain, batches) if alone else {}
+    others = [s for s in asked if s not in alone]
+    if others:
+        seen |= _inputs_of(context, wanted, others, index, None, batches)
+    if seen:
+        context.executor.reduce(seen)
+    return seen
+
+
+def _inputs_of(
+    context: Context,
+    wanted: Wanted,
+    sites: Sequence[Site],
+    index: int,
+    chain: Activations | None,
+    batches: Sequence[Tensor],
+) -> dict[str, Statistics]:
+    """What is wanted of the inputs of some sites of a block: along the chain, or in passes of the whole model."""
     graph = context.graph
-    wanted_of = [s for s in wanted.sites[index] if s.name in wanted.needs]
-    needs = {s.name: wanted.needs[s.name] for s in wanted_of}
-    if not needs:
-        return {}
-    called = {s.name: multiplies(graph.model, s) for s in wanted_of if not s.is_expert}
-    modules = {name: graph.model.get_submodule(module) for name, module in called.items() if module is not None}
-    experts = fused_parameters(graph.model, [s for s in wanted_of if s.is_expert])
+    needs = {s.name: wanted.needs[s.name] for s in sites}
+    called = {s.name: multiplies(graph.model, s) for s in sites if not s.is_expert}
+    modules = {name: list(map(graph.model.get_submodule, users)) for name, users in called.items() if users}
+    experts = fused_parameters(graph.model, [s for s in sites if s.is_expert])
     whole = (partial(context.forward, batch) for batch in batches)
     block = graph.model.get_submodule(graph.blocks[index])
     forwards = chain.forwards(block, index=index) if chain else whole
@@ -246,11 +257,9 @@ def _block_statistics(
     with computed, present(context, index) if chain else streamed(context):
         forwards = context.bars.over(forwards, len(batches), "collect: batches")
         before = context.executor.shares(sum(map(len, batches))).first if wanted.ranged else 0
-        seen = collect.statistics(
+        return collect.statistics(
             modules, needs, forwards, wanted.ranged, before, experts, context.experts.calibrate_all
         )
-    context.executor.reduce(seen)
-    return seen
 
 
 def fused_parameters(model: nn.Module, experts: Sequence[Site]) -> list[FusedParameter]:

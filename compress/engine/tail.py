@@ -50,7 +50,7 @@ def outside_statistics(
     """
     model = context.graph.model
     needs = {s.name: wanted[s.name] for s in sites if s.name in wanted}
-    heads = {s.name: head for s in sites if s.name in needs and (head := multiplies(model, s)) is not None}
+    heads = {s.name: head for s in sites if s.name in needs for head in multiplies(model, s)}
     found = {s.name: _of_rows(context, s, needs[s.name]) for s in sites if s.name in needs and s.name not in heads}
     if not heads:
         return found

@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.checkpoint.sources import SINGLE
 from compress.encodings.bits import pack_bits, row_bytes
-from compress.export.base import Exporter, refuse_added, refuse_experts, refuse_missing, refuse_tables
+from compress.export.base import (
+    Exporter,
+    refuse_added,
+    refuse_experts,
+    refuse_missing,
+    refuse_shared,
+    refuse_tables,
+)
 from compress.export.hf import Dense, loaded, plain_config, refuse_rounded
 from compress.export.packed import specs_in
 from compress.io.atomic import write_json, writing
@@ -212,6 +219,7 @@ class CompressedTensors(Exporter):
                 f"{corrected[0]}; leave eora out, or export peft or hf"
             )
         yield from refuse_experts(graph, coded, FORMAT)
+        yield from refuse_shared(graph, coded, "compressed-tensors")
         yield from refuse_tables(graph, coded, "transformers reads no packed embeddings of compressed-tensors")
         modules = dict(graph.model.named_modules())
         tables = {site.name for site in graph.sites if site.looked_up}

@@ -247,6 +247,11 @@ def tied_or_outside(case: Case) -> Iterator[Problem]:
     """Matrices that share their values with another, and those where a block is learned that is none."""
     graph, pass_ = case.state.graph, case.pass_
     for site in case.sites:
+        if site.shared and not site.looked_up and pass_.at(site.name).adds_biases:
+            yield case.refused(
+                f"{site.name} is shared with {site.shared[0]}, so {pass_.key} cannot give it a bias of its own; "
+                "`exclude` it, or use a method that adds none"
+            )
         if site.parameter in graph.tied and not site.looked_up:
             other = graph.tied[site.parameter].removesuffix(".weight")
             yield case.refused(f"{site.name} is tied to {other}; compressing one would change the other. Exclude it")

@@ -64,25 +64,29 @@ class PackedLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the type of `x`."""
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What the layer makes of `x`, with this bias in the place of its own: (..., in) -> (..., out)."""
         x = self.rounded(x)
         if not (x.requires_grad and torch.is_grad_enabled()):  # kernels have no gradients
             if self.automatic and x.is_cuda and not torch.compiler.is_compiling():
                 self.choose_kernel()
             kernel = self.kernel
             if kernel is not None:
-                return self._quick(x, kernel)
+                return self._quick(x, kernel, bias)
         weight = self.dequantize().to(x.dtype)
         if not self.transposed:
-            return nn.functional.linear(x, weight, self.bias)
+            return nn.functional.linear(x, weight, bias)
         # Conv1D multiplies by an (in, out) matrix; the same call on the same layout gives the same bits.
-        bias = x.new_zeros(self.out_features) if self.bias is None else self.bias
+        bias = x.new_zeros(self.out_features) if bias is None else bias
         flat = torch.addmm(bias, x.reshape(-1, self.in_features), weight.T.contiguous())
         return flat.view(*x.shape[:-1], self.out_features)
 
-    def _quick(self, x: Tensor, kernel: Quick | GpuLookup) -> Tensor:
+    def _quick(self, x: Tensor, kernel: Quick | GpuLookup, bias: Tensor | None) -> Tensor:
         y = kernel.multiply(x.reshape(-1, self.in_features))
-        if self.bias is not None:
-            y = y + self.bias
+        if bias is not None:
+            y = y + bias
         return y.view(*x.shape[:-1], self.out_features)
 
     def choose_kernel(self) -> None:
