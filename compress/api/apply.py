@@ -195,7 +195,8 @@ def _applied(
     weights = {name: w for name, w in context.artifact.committed.items() if isinstance(w, Weight)}
     for name, weight in weights.items():
         if weight.inputs is not None:
-            collect.quantize_inputs(model.get_submodule(name), weight.inputs.apply)
+            for user in context.artifact.sites[name].names:
+                collect.quantize_inputs(model.get_submodule(user), weight.inputs.apply)
     return Result(model, weights, measured)
 
 
