@@ -200,8 +200,8 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize("pass_", [Compeft, BitDelta])
 def test_scalars_and_empty_and_unchanged_tensors_come_back(pass_: Any, tmp_path: Path) -> None:
+    from compress.engine.context import Context
     from compress.engine.ledger import FolderLedger
-    from compress.engine.placement import Context
     from compress.engine.stage import Stage
     from compress.planning.plan import PassPlan
     from compress.progress import Bars

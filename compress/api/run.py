@@ -39,11 +39,11 @@ from compress.config.reading import load_pipeline
 from compress.config.writing import dump
 from compress.encodings.format import version
 from compress.engine import manager
+from compress.engine.context import Context, expert_options, products_of
 from compress.engine.devices import devices_of
 from compress.engine.executor import SingleProcess
 from compress.engine.ledger import FolderLedger
 from compress.engine.merge import checks as merges
-from compress.engine.placement import Context, expert_options, products_of
 from compress.engine.read_ahead import ReadAhead
 from compress.engine.resume import Resume
 from compress.errors import CheckpointError, UsageError
@@ -67,9 +67,9 @@ if TYPE_CHECKING:
     from compress.checkpoint.opening import OpenedModel
     from compress.checkpoint.sources import Source
     from compress.config.pipeline import Pipeline
+    from compress.engine.context import MadeDelta
     from compress.engine.executor import Executor
     from compress.engine.ledger import MemoryLedger
-    from compress.engine.placement import MadeDelta
     from compress.report.report import Row
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from compress.calibration.calls import Call
     from compress.calibration.reconstruct import Weights
     from compress.encodings import Weight
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from compress.calibration.activation_cache import Activations
     from compress.calibration.calls import Call
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
     from compress.models.site import Site
     from compress.models.towers import Tower
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from compress.calibration.data import Dataset
+    from compress.engine.context import Context
     from compress.engine.executor import Executor
-    from compress.engine.placement import Context
     from compress.engine.stage import Stage
     from compress.models.shorten import Shorter
     from compress.passes.interface import Distance

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from compress.calibration.activation_cache import Activations
     from compress.calibration.data import Dataset
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
     from compress.engine.stage import Stage
     from compress.models.fewer_experts import Cut, Fewer, Mixture
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
     from compress.models.graph import Graph
 
 

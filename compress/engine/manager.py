@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from compress.calibration.data import Dataset
     from compress.checkpoint.artifact import Artifact
     from compress.config.pipeline import Evaluation, Pipeline
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
     from compress.engine.stage import StageResult, StageRunner
     from compress.planning.plan import Plan
     from compress.report.report import Row

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from compress.calibration.activation_cache import Activations
     from compress.calibration.reconstruct import Weights
     from compress.calibration.statistics import Need, Statistics
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
     from compress.models.graph import Graph
     from compress.models.site import Site
     from compress.models.towers import Tower

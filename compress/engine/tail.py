@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from compress.calibration.activation_cache import Activations
     from compress.calibration.statistics import Need
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
     from compress.models.site import Site
 
 

@@ -37,7 +37,7 @@ class TiedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """As of the owner."""
+        """That of the owner, unpacked."""
         return self.owner.weight
 
     @property
