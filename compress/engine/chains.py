@@ -20,7 +20,8 @@ from compress.calibration import collect
 from compress.calibration.calls import Place
 from compress.calibration.precision import calibrating
 from compress.calibration.wiring import Kinds, arrivals_by_kind, kinds_of_calls
-from compress.engine.placement import set_value, streamed, value_of
+from compress.engine.context import value_of
+from compress.engine.placement import set_value, streamed
 from compress.errors import UnsupportedModelError
 
 if TYPE_CHECKING:

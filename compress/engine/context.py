@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from compress.calibration.activation_cache import Activations
+from compress.calibration.precision import unrounded
 from compress.calibration.statistics import MIN_EXPERT_TOKENS
 from compress.engine.devices import Devices
 from compress.engine.executor import SingleProcess
@@ -157,3 +158,16 @@ class Context:
         # What is written is packed where it was computed, and then is small.
         stored = (replace(r, weight=self.devices.to_store(r.weight)) if self.ledger.in_memory else r for r in records)
         return self.executor.commit(self.ledger, unit, key, list(stored))
+
+
+def value_of(context: Context, name: str) -> Tensor:
+    """A parameter or buffer as it stands now, in the type the model computes in."""
+    with unrounded(context.devices.compute):  # a correction is the same, wherever it is multiplied out
+        value = context.tensor(name, context.dtype)
+    return value.to(context.dtype) if value.is_floating_point() else value
+
+
+def piece_made(context: Context, site: Site, weight: Weight) -> Tensor:
+    """A weight that was just made as it lies in its parameter, as `value_of` gives that."""
+    with unrounded(context.devices.compute):
+        return site.ref.laid(weight.dequantize()).to(context.dtype)

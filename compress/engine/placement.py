@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from compress.calibration import collect
-from compress.calibration.precision import unrounded
 from compress.encodings import Weight
+from compress.engine.context import piece_made, value_of
 from compress.io.heap import give_back
 
 if TYPE_CHECKING:
@@ -48,19 +48,6 @@ def bring_buffers(context: Context) -> None:
             set_value(model, name, value_of(context, name))
         else:  # of no checkpoint, but computed when the model was built
             set_value(model, name, context.devices.to_compute(buffer))
-
-
-def value_of(context: Context, name: str) -> Tensor:
-    """A parameter or buffer as it stands now, in the type the model computes in."""
-    with unrounded(context.devices.compute):  # a correction is the same, wherever it is multiplied out
-        value = context.tensor(name, context.dtype)
-    return value.to(context.dtype) if value.is_floating_point() else value
-
-
-def _piece_made(context: Context, site: Site, weight: Weight) -> Tensor:
-    """A weight that was just made as it lies in its parameter, as `value_of` gives that."""
-    with unrounded(context.devices.compute):
-        return site.ref.laid(weight.dequantize()).to(context.dtype)
 
 
 def evict(context: Context, prefix: str, module: nn.Module) -> None:
@@ -135,7 +122,7 @@ def take_records(
                 artifact.restated[record.site] = record.weight
         if context.resident and site is not None:
             weight, model = here.get(record.site), context.graph.model
-            piece = _piece_made(context, site, weight if isinstance(weight, Weight) else context.weight(site))
+            piece = piece_made(context, site, weight if isinstance(weight, Weight) else context.weight(site))
             if not site.is_expert:
                 set_value(model, site.parameter, piece)
                 if site.shared:

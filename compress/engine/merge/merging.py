@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.sources import WrittenSource
-from compress.engine.context import MadeDelta
+from compress.engine.context import MadeDelta, value_of
 from compress.engine.merge.aligning import Aligner
 from compress.engine.merge.delta import make_delta
 from compress.engine.merge.merger import Merger
@@ -17,7 +17,7 @@ from compress.engine.merge.parents import open_parent
 from compress.engine.merge.pieces import ModelReader
 from compress.engine.merge.trials import Trials
 from compress.engine.merge.writing import Settled, write_applied, write_merged
-from compress.engine.placement import set_value, tie, value_of
+from compress.engine.placement import set_value, tie
 from compress.engine.stage import StageResult, StageRunner, generator_for
 from compress.io.keys import key_of
 from compress.passes.merge.base import MergePass
