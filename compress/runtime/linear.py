@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from compress.encodings import unpack
+from compress.runtime.lazy_weight import lazy_weight
 from compress.runtime.lookup import GpuLookup
 from compress.runtime.packed import PackedModule
 
@@ -58,7 +59,14 @@ class PackedLinear(PackedModule):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the layer that it replaces, unpacked: some models multiply with `layer.weight` themselves."""
+        """The weight of the layer that it replaces: some models multiply with `layer.weight` themselves.
+
+        It is unpacked once its numbers are asked for; its type, shape and device are known without.
+        """
+        rows, columns = self.spec.shape
+        return lazy_weight((columns, rows) if self.transposed else (rows, columns), self.like, self._unpacked)
+
+    def _unpacked(self) -> Tensor:
         weight = self.dequantize().to(self.like.dtype)
         return weight.T.contiguous() if self.transposed else weight
 
