@@ -235,7 +235,9 @@ def statistics(
     Experts of fused parameters are seen as often as tokens are sent to them; one that never is has no statistics. With
     `all_experts` each is shown all tokens that any of them is sent, and what comes out is still what the router chose.
     """
-    several = {name: each if isinstance(each, list | tuple) else [each] for name, each in modules.items()}
+    several: dict[str, Sequence[nn.Module]] = {
+        name: [each] if callable(each) else each for name, each in modules.items()
+    }
     windows = {name: windows_of(each[0]) for name, each in several.items()}
     sums = Sums(needs, windows, ranged, before)
     ends = _Ends({*modules, *(p.left for p in experts)}, once)

@@ -61,7 +61,7 @@ class LazyWeight(Tensor):
         return func(*_dense(args), **_dense(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """What reaches torch past the above."""
         return func(*_dense(args), **_dense(kwargs or {}))
 
@@ -78,7 +78,7 @@ def lazy_weight(shape: tuple[int, ...], like: Tensor, make: Callable[[], Tensor]
         like: a tensor of its type and device.
         make: unpacks it.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or like.is_meta:
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or like.is_meta:
         return make()
     return LazyWeight(shape, like, make)
 
