@@ -25,8 +25,8 @@ from compress import Codebook, ConfigError, Eora, Gptq, LowRank, Magnitude, Oliv
 from compress.config.reading import parse
 from compress.encodings import Codebooks, Uniform
 from compress.errors import CompressError
-from compress.export import gguf as exporter
-from compress.export.blocks import NON_LINEAR, to_blocks
+from compress.export.gguf import exporter
+from compress.export.gguf.blocks import NON_LINEAR, to_blocks
 from compress.models import graph as graphs
 from compress.models.loading import load_model
 from compress.passes import Pass
@@ -244,14 +244,14 @@ def split(pattern: str) -> Tokenizer:
 def test_expressions_that_readers_know_by_name_are_named(name: str, tmp_path: Path) -> None:
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    from compress.export.vocabulary import read_vocabulary
+    from compress.export.gguf.vocabulary import read_vocabulary
 
     split(GGUF_PRE_TOKENIZER_SPLITS[name]).save(str(tmp_path / "tokenizer.json"))
     assert read_vocabulary(tmp_path, small().config).splits == name
 
 
 def test_single_digits_before_bytes_are_those_of_smollm(tmp_path: Path) -> None:
-    from compress.export.vocabulary import read_vocabulary
+    from compress.export.gguf.vocabulary import read_vocabulary
 
     found = tokenizer()
     steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
