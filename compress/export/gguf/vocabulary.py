@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+# Kind of token -> what a file calls it, its spelling included.
+KEYS = {
+    "bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator", "mask": "mask", "cls": "cls",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -58,9 +63,9 @@ class Vocabulary:
             writer.add_token_merges(self.cut.merges)
         if self.cut.space is not None:
             writer.add_add_space_prefix(self.cut.space)
-        for key in ("bos", "eos", "unk", "pad", "sep", "mask", "cls"):
-            if key in self.special:
-                getattr(writer, f"add_{key}_token_id")(self.special[key])
+        for kind, key in KEYS.items():
+            if kind in self.special:
+                writer.add_uint32(f"tokenizer.ggml.{key}_token_id", self.special[kind])
         writer.add_add_bos_token(self.begins)
         writer.add_add_eos_token(self.ends)
         if self.cut.model == "bert":
