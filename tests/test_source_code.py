@@ -59,7 +59,9 @@ def with_a_line(text: str) -> str:
     return text + "\nADDED = 1\n"
 
 
-@pytest.mark.parametrize("file", ["export/gguf/keys.py", "export/onnx/trace.py", "report/html.py", "cli.py", "api/run.py"])
+@pytest.mark.parametrize(
+    "file", ["export/gguf/keys.py", "export/onnx/trace.py", "report/html.py", "cli.py", "api/run.py"]
+)
 def test_what_no_pass_computes_with_changes_no_key(package: Path, file: str) -> None:
     if not (package / file).is_file():
         (package / file).write_text("")

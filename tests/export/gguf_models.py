@@ -27,9 +27,7 @@ def rope(kind: str, **options: object) -> dict[str, Any]:
 
 
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=32)
-LLAMA3 = rope(
-    "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
-)
+LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 LONG = rope(
     "longrope", long_factor=[1.0 + i for i in range(8)], short_factor=[1 + i / 4 for i in range(8)],
     original_max_position_embeddings=64,
@@ -124,7 +122,9 @@ def config_of(variant: str, **changes: object) -> Any:
 def structure(config: Any) -> PreTrainedModel:
     """A model without values."""
     with torch.device("meta"):
-        found: PreTrainedModel = (AutoModel if config.model_type == "bert" else AutoModelForCausalLM).from_config(config)
+        found: PreTrainedModel = (AutoModel if config.model_type == "bert" else AutoModelForCausalLM).from_config(
+            config
+        )
     return found
 
 
@@ -142,7 +142,7 @@ def make(variant: str, **changes: object) -> PreTrainedModel:
     return model
 
 
-# --- tokenizers ---------------------------------------------------------------------------------------------------------
+# --- tokenizers ------------------------------------------------------------------------------------------------------
 
 LETTERS = [*map(chr, range(97, 123)), *"ABC012,.!é"]
 TEXTS = ["the other weather", "  two  spaces, there.", "The 12 cafés at 10!", "a\nb 🦙 the", "<s>then the</s> end"]
@@ -173,7 +173,24 @@ def characters(space: bool = True) -> Tokenizer:
 def word_pieces(lowercase: bool = True) -> Tokenizer:
     """WordPiece as BERT has it."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words = [*special, "the", "we", "##the", "##ther", "##r", "other", "cafe", "##s", "at", "end", "!", ",", ".", "1", "##2"]
+    words = [
+        *special,
+        "the",
+        "we",
+        "##the",
+        "##ther",
+        "##r",
+        "other",
+        "cafe",
+        "##s",
+        "at",
+        "end",
+        "!",
+        ",",
+        ".",
+        "1",
+        "##2",
+    ]
     words += [letter for letter in "abcdefghijklmnopqrstuvwxyz0" if letter not in words]
     made = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     made.normalizer = normalizers.BertNormalizer(lowercase=lowercase)

@@ -17,9 +17,9 @@ from transformers import (
     AutoTokenizer,
     MistralConfig,
     MistralForCausalLM,
-    PreTrainedModel,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedModel,
 )
 from written import data_for, logits, write
 
@@ -326,7 +326,6 @@ def test_what_fits_no_type_exactly_is_said() -> None:
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 
-
 def opt() -> PreTrainedModel:
     sizes = {"vocab_size": 256, "hidden_size": 64, "word_embed_proj_dim": 64, "num_attention_heads": 4, "ffn_dim": 64}
     return OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=1, max_position_embeddings=64))
@@ -337,7 +336,7 @@ def deepseek() -> PreTrainedModel:
 
 
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], list[Pass], str]] = {
-    "another model": (opt, [W4], "a OPTForCausalLM is not written as GGUF; known are .*llama, .*export hf, which llama"),
+    "another model": (opt, [W4], "a OPTForCausalLM is not written as GGUF; known are .*llama, .*export hf, which"),
     "a known one": (deepseek, [W4], "not written as GGUF: its keys and values come from one latent layer"),
     "narrow groups": (small, [Rtn(bits=4, group_size=16)],
                       "14 layers, such as .*q_proj, have groups of 16 weights; group_size: 32 would fit"),

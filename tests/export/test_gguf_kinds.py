@@ -114,13 +114,16 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "biases": ("qwen3", {"attention_bias": True}, "attention_bias, True"),
     "act": ("llama", {"hidden_act": "gelu"}, "hidden_act, gelu"),
     "windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window, True"),
-    "order of windows": ("gemma2", {"layer_types": ["full_attention"] * 2}, "layer_types, "),
+    "order of windows": ("gemma2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types, "),
     "scale": ("gemma2", {"query_pre_attn_scalar": 32}, "query_pre_attn_scalar, 32"),
     "some dense": ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers, \[0\]"),
     "weights of experts": ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob, False"),
     "norms of few layers": ("cohere", {"use_qk_norm": True}, "use_qk_norm, True"),
     "few windows": ("exaone4, windows", {"num_hidden_layers": 4, "layer_types": None}, "sliding_window, 16"),
     "alibi": ("falcon", {"alibi": True}, "alibi, True"),
+    "windows unknown there": ("dots1", {"layer_types": [small.SLIDING] * 2, "sliding_window": 8}, "layer_types, "),
+    "rotated layers": ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}, "no_rope_layers, "),
+    "last of the mixtures": ("ernie4_5_moe", {"moe_layer_end_index": 0}, "moe_layer_end_index, 0"),
     "dynamic": ("llama", small.rope("dynamic", factor=2.0), "rope_type, dynamic"),
     "yarn": ("llama", small.rope("yarn", factor=4.0, original_max_position_embeddings=32, attention_factor=3.0),
              "attention_factor of YaRN, 3.0"),
@@ -208,7 +211,7 @@ def test_a_wider_type_holds_the_same_values(kind: str) -> None:
     assert torch.equal(torch.from_numpy(values), weight.dequantize())
 
 
-# --- tokenizers ---------------------------------------------------------------------------------------------------------
+# --- tokenizers ------------------------------------------------------------------------------------------------------
 
 WORDS: dict[str, tuple[str, Callable[[], Tokenizer], dict[str, int]]] = {
     "characters": ("llama", small.characters, {"vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2}),
@@ -273,7 +276,7 @@ def test_a_tokenizer_that_would_cut_otherwise_there_is_refused(name: str, tmp_pa
         vocabulary(tmp_path, make(), bos_token_id=1)
 
 
-# --- llama.cpp ----------------------------------------------------------------------------------------------------------
+# --- llama.cpp -------------------------------------------------------------------------------------------------------
 
 
 def asked(folder: Path, prompts: list[list[int]], texts: list[str], embed: bool, words: int) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 One entry for each `model_type` of transformers, by hand. Nothing is written for a kind that has none, even where the
 map of the gguf package has names for its tensors: its converter may do more to them than to rename them. An entry is
-made when llama.cpp, given a file of a small random model, computes what transformers does; `benchmarks/gguf_kinds.py`
-tries every one of them.
+made when llama.cpp, given a file of a small random model, computes what transformers does: every one of them is tried
+by `tests/export/test_gguf_kinds.py`, with the options that change how it is written.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ SILU = ("silu", "swish")
 GELU = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # all are one there, by tanh
 COMMAND_R_PLUS = 64  # layers; so many, and not fewer, have norms of queries and keys there
 EXAONE_4_32B = 64  # layers; so many, and not fewer, have windows there
+NOT_TURNED = 4  # of SmolLM 3: every so many layers one rotates nothing
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 Rows = Literal["as they are", "pairs", "by head", "by group"]
@@ -65,7 +66,7 @@ _PLAIN = {"hidden_act": SILU}
 _UNBIASED = {**_PLAIN, "attention_bias": (False, None)}
 _TIED = {"tie_word_embeddings": (True,)}
 _GEMMA = {**_TIED, "hidden_activation": ("gelu_pytorch_tanh", None), "attention_bias": (False,)}
-_SPARSE = {"decoder_sparse_step": (1, None), "mlp_only_layers": ([], (), None)}
+_SPARSE: dict[str, tuple[Any, ...]] = {"decoder_sparse_step": (1, None), "mlp_only_layers": ([], (), None)}
 _EXPERTS = {"expert_feed_forward_length": "moe_intermediate_size"}
 _SCALES = {
     "attention.scale": "attention_multiplier",
@@ -160,7 +161,11 @@ KINDS: dict[str, Architecture] = {
         says={"use_parallel_residual": "use_parallel_residual"},
     ),
     "bloom": Architecture(
-        "bloom", "by head", norm="layer", read_by_transformers=True, needs={"apply_residual_connection_post_layernorm": (False,)}
+        "bloom",
+        "by head",
+        norm="layer",
+        needs={"apply_residual_connection_post_layernorm": (False,)},
+        read_by_transformers=True,
     ),
     "falcon": Architecture(
         "falcon",
@@ -177,7 +182,13 @@ KINDS: dict[str, Architecture] = {
     "olmo2": Architecture("olmo2", needs=_UNBIASED),
     "olmoe": Architecture("olmoe", needs={**_UNBIASED, "norm_topk_prob": (False,), "clip_qkv": (None,)}),
     "granite": Architecture("granite", "pairs", needs=_PLAIN, says=_SCALES),
-    "starcoder2": Architecture("starcoder2", norm="layer", window="cut", read_by_transformers=True, needs={"hidden_act": GELU, "use_bias": (True,)}),
+    "starcoder2": Architecture(
+        "starcoder2",
+        norm="layer",
+        window="cut",
+        needs={"hidden_act": GELU, "use_bias": (True,)},
+        read_by_transformers=True,
+    ),
     "stablelm": Architecture(
         "stablelm",
         norm="layer",
@@ -195,7 +206,9 @@ KINDS: dict[str, Architecture] = {
     "smollm3": Architecture("smollm3", "pairs", needs={**_PLAIN, "use_sliding_window": (False,)}),
     "seed_oss": Architecture("seed_oss", needs={**_PLAIN, "attention_out_bias": (False,), "mlp_bias": (False,)}),
     "arcee": Architecture("arcee", "pairs", needs={"hidden_act": ("relu2",), "attention_bias": (False,)}),
-    "nemotron": Architecture("nemotron", plus_one=True, norm="layer", read_by_transformers=True, needs={"hidden_act": ("relu2",)}),
+    "nemotron": Architecture(
+        "nemotron", plus_one=True, norm="layer", needs={"hidden_act": ("relu2",)}, read_by_transformers=True
+    ),
     "glm4": Architecture("glm4", needs=_PLAIN),
     "ernie4_5": Architecture("ernie4_5", "as they are", needs={**_PLAIN, "use_bias": (False,)}),
     "exaone4": Architecture("exaone4", window="pattern", period=4, needs=_PLAIN),
@@ -211,7 +224,7 @@ KINDS: dict[str, Architecture] = {
     "glm4_moe": Architecture("glm4moe", needs=_PLAIN, says=_GROUPED, fixed=_SIGMOID),
     "ernie4_5_moe": Architecture(
         "ernie4_5-moe",
-        needs={**_PLAIN, "use_bias": (False,)},
+        needs={**_PLAIN, "use_bias": (False,), "moe_layer_interval": (1,)},
         says={
             **_EXPERTS,
             "expert_count": "moe_num_experts",
@@ -272,28 +285,44 @@ def unfit(config: Any, architecture: Architecture) -> Iterator[str]:
             yield _refusal(name, value, architecture)
     if architecture.name == "command-r" and config.use_qk_norm != (config.num_hidden_layers >= COMMAND_R_PLUS):
         yield _refusal("use_qk_norm", config.use_qk_norm, architecture)
+    yield from _layers(config, architecture)
     yield from _windows(config, architecture)
     scalar = getattr(config, "query_pre_attn_scalar", None)
     if scalar is not None and scalar != config.head_dim:
         yield _refusal("query_pre_attn_scalar", scalar, architecture)
-    if architecture.name.startswith("granite") and head_width(config) * config.num_attention_heads != config.hidden_size:
+    if (
+        architecture.name.startswith("granite")
+        and head_width(config) * config.num_attention_heads != config.hidden_size
+    ):
         yield _refusal("head_dim", config.head_dim, architecture)
 
 
 def _refusal(name: str, value: Any, architecture: Architecture) -> str:
-    return (
-        f"this model's {name}, {value}, cannot be said in a GGUF file of architecture {architecture.name}; export hf"
-    )
+    return f"this model's {name}, {value}, cannot be said in a GGUF file of architecture {architecture.name}; export hf"
+
+
+def _layers(config: Any, architecture: Architecture) -> Iterator[str]:
+    """Layers that differ from each other in another way than the code has it."""
+    attention = getattr(config, "attn_config", None)
+    if attention is not None and attention.softmax_scale is not None:
+        yield _refusal("softmax_scale", attention.softmax_scale, architecture)
+    turned = getattr(config, "no_rope_layers", None)
+    if turned and turned != [int((i + 1) % NOT_TURNED != 0) for i in range(len(turned))]:
+        yield _refusal("no_rope_layers", turned, architecture)
+    last = getattr(config, "moe_layer_end_index", None)
+    if last not in (None, -1, config.num_hidden_layers - 1):
+        yield _refusal("moe_layer_end_index", last, architecture)
 
 
 def _windows(config: Any, architecture: Architecture) -> Iterator[str]:
     window = getattr(config, "sliding_window", None)
-    if architecture.window != "pattern" or window is None:
-        return
     layers = list(getattr(config, "layer_types", None) or [])
-    if architecture.name == "exaone4" and len(layers) != EXAONE_4_32B and SLIDING in layers:
+    if SLIDING not in layers or window is None or architecture.window == "cut":
+        return
+    meant = [
+        FULL if architecture.period and (i + 1) % architecture.period == 0 else SLIDING for i in range(len(layers))
+    ]
+    if architecture.name == "exaone4" and len(layers) != EXAONE_4_32B:
         yield _refusal("sliding_window", window, architecture)
-    elif architecture.period:
-        meant = [FULL if (i + 1) % architecture.period == 0 else SLIDING for i in range(len(layers))]
-        if layers != meant:
-            yield _refusal("layer_types", layers, architecture)
+    elif architecture.window == "none" or (architecture.period and layers != meant):
+        yield _refusal("layer_types", layers, architecture)

@@ -51,7 +51,9 @@ def _refuse_partial(ranks: Mapping[str, int], merges: set[tuple[str, ...]], toke
     for text in ranks:
         for place in range(1, len(text)):
             pair = text[:place], text[place:]
-            if pair not in merges and all(part in ranks or (len(part) == 1 and part in tokens.numbers) for part in pair):
+            if pair not in merges and all(
+                part in ranks or (len(part) == 1 and part in tokens.numbers) for part in pair
+            ):
                 raise UsageError(
                     f"{file} does not merge {pair[0]!r} and {pair[1]!r} though {text!r} is a token, which llama.cpp "
                     "does; export hf"
@@ -66,7 +68,9 @@ def _space(data: Mapping[str, Any], file: Path) -> bool:
     """
     before = data.get("pre_tokenizer")
     if before is not None and before["type"] == "Metaspace":
-        return bool(before.get("prepend_scheme", "always" if before.get("add_prefix_space", True) else "never") != "never")
+        return bool(
+            before.get("prepend_scheme", "always" if before.get("add_prefix_space", True) else "never") != "never"
+        )
     normalizer = data.get("normalizer")
     steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
     spaced = False

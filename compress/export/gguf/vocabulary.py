@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import UsageError
 from compress.export.gguf import byte_level, sentence_pieces, word_pieces
-from compress.export.gguf.tokens import Cut, Tokens, add_tokens
+from compress.export.gguf.tokens import add_tokens
 from compress.io.small_file import read_object
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from compress.export.gguf.tokens import Cut, Tokens
 
 # Kind of token -> what a file calls it, its spelling included.
 KEYS = {

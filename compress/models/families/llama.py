@@ -8,7 +8,7 @@ from compress.models.families.transformers_model import Language
 from compress.models.symmetry import Wiring, axes_among
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection
 
     from torch import nn
 
