@@ -30,8 +30,8 @@ def main() -> None:
             answer = server.handle_embeddings({"input": prompt, "embd_normalize": -1})
             found.append(answer["data"][0]["embedding"])
             continue
-        request = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": asked["words"], "cache_prompt": False}
-        likely = server.handle_completions(request)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        wanted = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": asked["words"], "cache_prompt": False}
+        likely = server.handle_completions(wanted)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         found.append([p for _, p in sorted((token["id"], token["logprob"]) for token in likely)])
     cut = []
     for text in asked["texts"]:
