@@ -117,6 +117,10 @@ class Exporter(ABC):
         """The written model as its users run it, where that is not the same."""
         return None
 
+    def not_finite(self, folder: Path, inputs: Tensor) -> str:
+        """A sentence about where NaN comes from in what was written, for inputs that it gives NaN for; or nothing."""
+        return ""
+
 
 def refuse_added(graph: Graph, added: Collection[str]) -> Iterator[str]:
     """Why new biases do not fit a container that a plain model class reads; nothing where there are none."""

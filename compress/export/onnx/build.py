@@ -15,7 +15,7 @@ from compress.export.onnx.experts import ADD, TAKE, added, taken
 from compress.export.onnx.functions import LAYER_DOMAIN as LAYERS
 from compress.export.onnx.functions import Functions
 from compress.export.onnx.inputs import on_grid
-from compress.export.onnx.ops import MICROSOFT, Ops, constant
+from compress.export.onnx.ops import MICROSOFT, ONNX_TYPES, Ops, constant
 from compress.export.onnx.placed import INPUT, LINEAR, PLACEHOLDER_DOMAIN, WEIGHT
 from compress.export.onnx.products import linear
 from compress.export.onnx.trace import quiet, traced
@@ -73,6 +73,18 @@ def parameters(made: PackedFolder) -> dict[str, ir.Value]:
     """What a graph may hold of everything else, by name."""
     artifact = made.artifact
     return {n: _parameter(artifact, n) for n, _ in artifact.graph.tensors() if n in artifact.stored}
+
+
+def computed(made: PackedFolder) -> dict[str, ir.Value]:
+    """What a graph may hold of what no file does, such as rotary frequencies, as the model computed it once more."""
+    artifact = made.artifact
+    found = {}
+    for name, buffer in artifact.graph.model.named_buffers():
+        if name not in artifact.stored and not buffer.is_meta:
+            value = buffer.float() if buffer.is_floating_point() else buffer
+            if value.dtype in ONNX_TYPES:
+                found[f"{PREFIX}{name}"] = constant(f"{PREFIX}{name}", value.shape, value.dtype, lambda v=value: v)
+    return found
 
 
 def _forget_origins(model: ir.Model) -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
+    from torch import Tensor
+
     from compress.encodings import Spec
     from compress.export.base import Logits, PackedFolder
     from compress.export.onnx.products import Style
@@ -116,6 +118,11 @@ class Onnx(Exporter):
         from compress.export.onnx.session import Runner, open_session
 
         return Runner(open_session(folder / MODEL)) if self.accuracy_level == 4 else None
+
+    def not_finite(self, folder: Path, inputs: Tensor) -> str:
+        from compress.export.onnx.not_finite import first_not_finite
+
+        return first_not_finite(folder, inputs)
 
 
 def _pairs_inputs(spec: Spec) -> bool:
