@@ -26,7 +26,7 @@ from compress.calibration.metrics import judge_of
 from compress.calibration.surroundings import undisturbed
 from compress.config.options import errors_in
 from compress.config.pipeline import GIVEN, Evaluation
-from compress.errors import ConfigError, DataError, Problem, UsageError
+from compress.errors import ConfigError, DataError, NonFiniteError, Problem, UsageError
 from compress.export.compared import Expected, some_tokens
 from compress.export.hf import loaded
 from compress.export.packed import added_in, open_packed, specs_in
@@ -138,7 +138,16 @@ def compared(exporter: Exporter, made: PackedFolder, folder: Path, expect: Expec
     facts: dict[str, Any] = {}
     runner = exporter.runner(made, folder)
     if runner is not None:
-        facts = expected.compare(runner)
+        try:
+            facts = expected.compare(runner)
+        except NonFiniteError as error:
+            if not expected.finite:
+                raise
+            found = exporter.not_finite(folder, expected.inputs)
+            raise NonFiniteError(
+                f"the exported {exporter.key} gives logits that are NaN or infinite, which the packed model does not"
+                f"{found and ': '}{found}; nothing was given its final name"
+            ) from error
         del runner  # before the same file is opened once more
         give_back()
         expected.hold(facts, tolerance, exporter.key)

@@ -81,6 +81,17 @@ def fused_parameters(module: nn.Module) -> Iterator[Fused]:
                 yield Fused(leaf, count, (len(value) // count, value.shape[1]), leaves[leaf], True, value)
 
 
+def mixtures(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module that holds fused experts."""
+    return {name: module for name, module in model.named_modules() if next(fused_parameters(module), None) is not None}
+
+
+def says_how(module: nn.Module) -> bool:
+    """Whether a module of experts computes as its marks say: up, perhaps with a gate, and down."""
+    first = "gate_up_proj" if getattr(module, "has_gate", False) else "up_proj"
+    return all(hasattr(module, mark) for mark in (*MARKS, first, "down_proj")) and takes_choices(module)
+
+
 def takes_choices(module: nn.Module) -> bool:
     """Whether a module of experts is told which of them each token goes to, and so can be told another choice."""
     return not CHOICES.keys().isdisjoint(inspect.signature(type(module).forward).parameters)
@@ -94,8 +105,7 @@ def passing_on(module: nn.Module) -> int:
 def router_names(model: nn.Module) -> set[str]:
     """Full names of the modules that choose among experts, or weigh them, and of what is in them."""
     modules = dict(model.named_modules())
-    holding = (name for name, module in modules.items() if next(fused_parameters(module), None) is not None)
-    beside = {name.rpartition(".")[0] for name in holding}
+    beside = {name.rpartition(".")[0] for name in mixtures(model)}
 
     def routes(name: str, module: nn.Module) -> bool:
         owner, _, leaf = name.rpartition(".")
