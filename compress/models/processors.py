@@ -45,7 +45,7 @@ def load_processor(folder: Path, part: Part) -> Any:
         made = getattr(transformers, AUTO[part])
         try:
             found = made.from_pretrained(folder, **options)
-        except ImportError:
+        except Exception:  # older versions of transformers do not say what is missing
             whole = _without_videos(folder) if part == "all" and find_spec("torchvision") is None else None
             if whole is None:
                 raise
