@@ -15,7 +15,7 @@ from compress.calibration.given import by_name, gathered, kind_of, token_ids
 from compress.calibration.masks import masked
 from compress.calibration.processed import Processing, takes_rows
 from compress.calibration.rows import may_hold_media, rows_in
-from compress.calibration.texts import is_images
+from compress.calibration.texts import SELF, is_images
 from compress.calibration.tokens import load_tokens
 from compress.config.pipeline import GIVEN
 from compress.errors import CompressError, DataError
@@ -31,7 +31,7 @@ from compress.models.processors import processor_folder
 from compress.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -206,15 +206,25 @@ def reader_of(section: DataSection, tokenizer: Path, folder: Path | None = None)
     return Reader(tokenizer, model, folder)
 
 
-def read_data(section: DataSection, reader: Reader, split: Split, over: Ticking | None = None) -> Dataset:
+def read_data(
+    section: DataSection,
+    reader: Reader,
+    split: Split,
+    over: Ticking | None = None,
+    own: Callable[[], Tensor] | None = None,
+) -> Dataset:
     """The data a `calibration:` or `evaluate:` section describes: images and labels, or tokens by a model's tokenizer.
 
-    `over` draws progress, as for `load_tokens`.
+    `over` draws progress, as for `load_tokens`; `own` makes the windows of the source `self`.
 
     Raises:
         DataError: nothing that can be read.
     """
-    found = {name: _read_source(section, source, reader, split, over) for name, source in section.sources.items()}
+
+    def read(source: str) -> Dataset:
+        return Dataset(own()) if own and source == SELF else _read_source(section, source, reader, split, over)
+
+    found = {name: read(source) for name, source in section.sources.items()}
     return found[""] if "" in found else Dataset.joined(found)
 
 

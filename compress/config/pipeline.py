@@ -44,8 +44,8 @@ class DataSection:
     Args:
         source: `demo`, a .txt / .jsonl / .json / .parquet file, or the id of a Hugging Face data set; for models of
             images or sounds a .jsonl / .json / .parquet file whose rows name them, which the model's own processor
-            makes inputs of, or a .safetensors file. Several by name, such as {maths: a.jsonl, code: b.jsonl}: quality
-            is reported of each.
+            makes inputs of, or a .safetensors file; for calibration also `self`, text that the model writes itself.
+            Several by name, such as {maths: a.jsonl, code: b.jsonl}: quality is reported of each.
         samples: windows of tokens, or images, or rows with them, of each source.
         length: tokens per window, not of rows with images or sounds; with `protocol: wikitext` 2048 unless it is given.
         field: the field or column that holds the text, or the messages of a chat; `a.b` is the field b inside of a.

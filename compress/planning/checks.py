@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from compress.calibration.processed import kind_of_rows, takes_rows
 from compress.calibration.rows import FILES
-from compress.calibration.texts import IMAGE_SUFFIX, is_images
+from compress.calibration.self_written import cannot_write
+from compress.calibration.texts import IMAGE_SUFFIX, SELF, is_images
 from compress.config.pipeline import GATES, GIVEN
 from compress.errors import DataError, Problem
 from compress.models.experts import takes_choices
@@ -362,6 +363,9 @@ def data_sections(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
         texts = section is not None
         for source in section.sources.values() if section else ():
             assert section is not None
+            if source == SELF and (why := cannot_write(graph.model)):
+                yield Problem(f"{name}.source", why)
+                continue
             by_name = is_images(source) and takes_more_than_text(graph.model)
             try:
                 rows = source != GIVEN and takes_rows(graph.model, source, section.field)
