@@ -372,7 +372,8 @@ REFUSED: list[tuple[str, Maker, Any, str]] = [
 
 @pytest.mark.parametrize(("make", "row", "words"), [each[1:] for each in REFUSED], ids=[each[0] for each in REFUSED])
 def test_a_row_that_cannot_be_used_is_named(make: Maker, row: Any, words: str, tmp_path: Path) -> None:
-    folder, more = make(tmp_path / "model"), {} if make is make_vit else {"text": ["a"]}
+    folder = make(tmp_path / "model")
+    more: dict[str, list[Any]] = {} if make is make_vit else {"text": ["a"]}
     more = {"label": [0]} if row == {"image": "images/0.png", "label": "fox"} else more
     rows = pictured(tmp_path / "data", 2, **more)
     sound(tmp_path / "data" / "0.wav", 1)

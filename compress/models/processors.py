@@ -86,7 +86,8 @@ def _class_named(folder: Path) -> str:
         if isinstance(found, str):
             return found
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    found = transformers.models.auto.processing_auto.PROCESSOR_MAPPING_NAMES.get(config.model_type)
+    known: Any = transformers.models.auto.processing_auto
+    found = known.PROCESSOR_MAPPING_NAMES.get(config.model_type)
     return found if isinstance(found, str) else ""
 
 
