@@ -296,12 +296,13 @@ def _data(
     """Read what the pipeline names; given data win. `own`: makes the text that the model writes."""
     calibration, evaluation = data.calibration, data.evaluation
     graph, dtype = opened.artifact.graph, _dtype(steps, opened)
+    reader = given.Reader(opened.tokenizer, graph.model, opened.folder)
     needed = any(p.calibrated for stage in steps.passes for p in stage)
     if calibration is None and needed and steps.calibration:
-        found = given.read_data(steps.calibration, opened.tokenizer, "calibration", bars.over, own)
+        found = given.read_data(steps.calibration, reader, "calibration", bars.over, own)
         calibration = given.model_inputs(graph, "calibration", found, dtype)
     if evaluation is None and steps.evaluate:
-        found = given.read_data(steps.evaluate, opened.tokenizer, "evaluation", bars.over)
+        found = given.read_data(steps.evaluate, reader, "evaluation", bars.over)
         found = given.with_masks(graph.model, found, opened.tokenizer)
         evaluation = given.model_inputs(graph, "evaluation", found, dtype)
     if steps.evaluate and evaluation is not None:

@@ -191,7 +191,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="a compressed folder, or any model")],
     against: Annotated[str | None, typer.Option(help="the original, for the divergence")] = None,
     source: Annotated[
-        str, typer.Option(help="demo, a .txt / .jsonl / .parquet file, a data set id; images: a .safetensors file")
+        str, typer.Option(help="demo, a .txt / .jsonl / .parquet file, a data set id; images: rows, or .safetensors")
     ] = "demo",
     field: Annotated[str, typer.Option(help="the field or column with the text, or the messages of a chat")] = "text",
     subset: Annotated[str | None, typer.Option(help="the configuration name of a data set id")] = None,
@@ -199,7 +199,7 @@ def evaluate(
         str, typer.Option(help="spread; or wikitext, for perplexities to be set beside published ones")
     ] = "spread",
     samples: Annotated[
-        int | None, typer.Option(help="windows, or images; 0 for all  [default: 64, of wikitext all]")
+        int | None, typer.Option(help="windows, images or rows; 0 for all  [default: 64, of wikitext all]")
     ] = None,
     length: Annotated[int | None, typer.Option(help="tokens per window  [default: 512, of wikitext 2048]")] = None,
     runtime: Annotated[str, typer.Option(help="transformers, or onnxruntime for a folder that holds ONNX")] = (
