@@ -102,11 +102,9 @@ def _blends(context: Context, pass_: ExpertsPass, left: Mapping[str, ExpertsLeft
         module = context.graph.model.get_submodule(name)
         neurons = neurons_of_experts(module) if pass_.aligned else None
         layers[name] = {}
-        for number, members in left[name].made_of.items():
-            shares = {each: share for each, share in members.items() if share}
-            if len(shares) > 1:  # what counts nothing is not read, and one alone stays as it is to the bit
-                layers[name][number] = tuple(_parts(context, pass_, (name, number), shares, neurons))
-    return Blends(layers, pass_.mixes_routers)
+        for number, shares in left[name].made_of.items():
+            layers[name][number] = tuple(_parts(context, pass_, (name, number), shares, neurons))
+    return Blends(layers, pass_.rows != "dominant")
 
 
 def _parts(
@@ -117,9 +115,9 @@ def _parts(
     ours = partial(_entry, context, layer, number)
     for other, share in shares.items():
         moves: Moves = {}
-        if neurons is not None and other != number:
+        if neurons is not None and other != number and share:
             moves = pass_.order(neurons, ours, partial(_entry, context, layer, other))
-        yield Part(other, share, moves)
+        yield Part(other, share, share if pass_.rows == "weighted" else 1 / len(shares), moves)
 
 
 def _entry(context: Context, layer: str, number: int, leaf: str) -> Tensor:

@@ -45,11 +45,13 @@ class Part:
     Attributes:
         number: of the expert.
         share: what its values are multiplied with.
+        routed: what those are multiplied with that a router has for it.
         moves: name of a parameter in the module of experts -> how its entries are put in another order first.
     """
 
     number: int
     share: float
+    routed: float = 0.0
     moves: Mapping[str, Moves] = field(default_factory=dict)
 
 
@@ -59,7 +61,7 @@ class Blend(Cut):
 
     Attributes:
         parts: number of an entry that stays -> what it becomes the sum of; others stay as they are.
-        leaf: the name of the parameter in its module.
+        leaf: the name of the parameter in the module of experts; empty for one of a router.
     """
 
     parts: Mapping[int, tuple[Part, ...]] = field(default_factory=dict)
@@ -73,13 +75,17 @@ class Blend(Cut):
         number = self.kept[place]
         if number not in self.parts:
             return read(number)
+        parts = [(part, part.share if self.leaf else part.routed) for part in self.parts[number]]
+        counted = [(part, share) for part, share in parts if share]
+        if len(counted) == 1:  # to the bit
+            return read(counted[0][0].number)
         total: Tensor | None = None
-        for part in self.parts[number]:
+        for part, factor in counted:
             value = read(part.number)
             dtype, wide = value.dtype, torch.promote_types(value.dtype, torch.float32)
             for axis, order in part.moves.get(self.leaf, ()):
                 value = value.index_select(axis, order.to(value.device))
-            share = value.to(wide) * part.share
+            share = value.to(wide) * factor
             total = share if total is None else total.add_(share)
         assert total is not None
         return total.to(dtype)
