@@ -20,7 +20,7 @@ import compress
 from compress.demo.data import texts
 
 FILE = "experts.json"
-STEPS, BATCH, LENGTH, RATE = 2000, 16, 96, 3e-3
+STEPS, BATCH, LENGTH, RATE = 1500, 16, 96, 3e-3
 SAMPLES = 64
 RUNS = {
     "expert_prune": [{}, {"by": "frequency"}],

@@ -104,7 +104,7 @@ def _blends(context: Context, pass_: ExpertsPass, left: Mapping[str, ExpertsLeft
         layers[name] = {}
         for number, shares in left[name].made_of.items():
             layers[name][number] = tuple(_parts(context, pass_, (name, number), shares, neurons))
-    return Blends(layers, pass_.rows != "dominant")
+    return Blends(layers, pass_.mixes_routers)
 
 
 def _parts(
@@ -117,7 +117,7 @@ def _parts(
         moves: Moves = {}
         if neurons is not None and other != number and share:
             moves = pass_.order(neurons, ours, partial(_entry, context, layer, other))
-        yield Part(other, share, share if pass_.rows == "weighted" else 1 / len(shares), moves)
+        yield Part(other, share, 1 / len(shares), moves)
 
 
 def _entry(context: Context, layer: str, number: int, leaf: str) -> Tensor:

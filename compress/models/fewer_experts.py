@@ -76,7 +76,7 @@ class Blends:
 
     Attributes:
         layers: module of experts -> number of one that stays -> what it becomes the sum of.
-        routers: whether what routers have for each expert is summed up too; otherwise what they have for those that
+        routers: whether what routers have for each expert is summed up too, by `routed`; otherwise what they have for those that
             stay is left.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from annotated_types import Ge, Gt, Lt
 
@@ -53,11 +53,11 @@ class ExpertsPass(Pass):
         return False
 
     @property
-    def rows(self) -> Literal["mean", "weighted", "dominant"]:
-        """What the router has for experts that become one: the mean of what it had for those that have a share, the one
-        weighted with shares, or what it had for the one whose number they keep.
+    def mixes_routers(self) -> bool:
+        """Whether the router gets the mean of what it had for experts that become one; else what it had for the one
+        whose number they keep.
         """
-        return "dominant"
+        return False
 
     @property
     def kept_in_words(self) -> str:

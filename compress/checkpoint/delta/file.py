@@ -1,7 +1,7 @@
 """The file of a delta: safetensors, written one tensor at a time, opened only if it is whole and for this base.
 
 A tensor that is coded stands there as bytes, uint8; any other as it is in the fine-tune; one that is not there is the
-base's. The metadata say how it was coded, what base it belongs to, and a SHA-256 of header and data. In files of the
+base's. One of factors holds what an adapter does, under its names (`factors.py`). The metadata say how it was coded, what base it belongs to, and a SHA-256 of header and data. In files of the
 first version it is one of the data alone.
 """
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 DELTA = "delta.safetensors"
 FORMAT, VERSION, FIRST = "compress-delta", "2", "1"
+FACTORED = "3"  # the version of one that holds factors of an adapter
 
 
 def locate(model: str) -> Path:
@@ -76,7 +77,7 @@ class Delta:
         about = read_header(file).metadata
         if about.get("format") != FORMAT:
             raise CheckpointError(f"{file} is not a compressed delta; a merge with compeft or bitdelta writes one")
-        if about.get("version") not in (FIRST, VERSION) or about.get("coding") not in CODINGS:
+        if about.get("version") not in (FIRST, VERSION, FACTORED) or about.get("coding") not in CODINGS:
             raise CheckpointError(f"{file} was written by a newer version of compress; update to read it")
         if about.get(SEAL) != (digest_of_data(file) if about["version"] == FIRST else seal_of(file)):
             raise CheckpointError(f"{file} is damaged: its content is not what was written; fetch it again")
@@ -127,6 +128,7 @@ def write_delta(
     coding: str,
     chunk: int,
     bars: Bars,
+    adapter: Mapping[str, str] | None = None,
 ) -> None:
     """Write a delta.
 
@@ -139,13 +141,16 @@ def write_delta(
         coding: a key of `CODINGS`.
         chunk: elements of a chunk.
         bars: progress.
+        adapter: of one that holds factors of an adapter, what the metadata say of that; `names` are the adapter's then.
     """
-    sizes = [(base.source.shape(n), base.source.dtype(n)) for n in map(base.name_in_source, names)]
+    whole = names if adapter is None else [name for name, tensor in base.graph.tensors() if tensor.is_floating_point()]
+    sizes = [(base.source.shape(n), base.source.dtype(n)) for n in map(base.name_in_source, whole)]
     about = {
-        "format": FORMAT, "version": VERSION, "method": method, "coding": coding, "chunk": str(chunk),
+        "format": FORMAT, "version": FACTORED if adapter else VERSION, "method": method, "coding": coding, "chunk": str(chunk),
         "parameters": str(sum(torch.Size(shape).numel() for shape, _ in sizes)),
         "bytes": str(sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in sizes)),
         "model": class_of(base), "tensors": json.dumps(described_tensors(base), separators=(",", ":")),
+        **(adapter or {}),
     }  # fmt: skip
     made = ((name, payload(name)) for name in bars.over(names, len(names), f"{method}: delta"))
     write_as_made(file, made, names, about)

@@ -42,9 +42,8 @@ class ExpertMerge(ExpertsPass):
     Args:
         weigh: what the shares of a mean are: `frequency`: how many tokens each expert is sent; `router_weight`: the sum
             of the weights that the router gives it for them; `equal`. A cluster that is sent nothing has equal shares.
-        router: the row of a cluster, and what else the router has for each expert: the `mean` of those of its experts
-            that are sent tokens; the mean `weighted` with the same shares; or that of the `dominant` one, of the largest
-            share.
+        router: the row of a cluster, and what else the router has for each expert: the `mean` of those of all its experts,
+            or that of the `dominant` one, of the largest share.
         align: put neurons in the order that agrees best with the dominant expert's. It needs a linear assignment for
             each expert that is merged.
 
@@ -61,7 +60,7 @@ class ExpertMerge(ExpertsPass):
     """
 
     weigh: Literal["frequency", "router_weight", "equal"] = "frequency"
-    router: Literal["mean", "weighted", "dominant"] = "mean"
+    router: Literal["mean", "dominant"] = "mean"
     align: bool = True
 
     key: ClassVar[str] = "expert_merge"
@@ -80,8 +79,8 @@ class ExpertMerge(ExpertsPass):
         return self.align
 
     @property
-    def rows(self) -> Literal["mean", "weighted", "dominant"]:
-        return self.router
+    def mixes_routers(self) -> bool:
+        return self.router == "mean"
 
     def scores(self, layer: ExpertsSeen) -> Tensor:
         if self.weigh == "router_weight":
