@@ -89,7 +89,7 @@ class Routing:
             sums[expert] += total
 
     def found(self, gathered: Callable[[Any], list[Any]]) -> dict[str, dict[str, Any]]:
-        """Layer -> `tokens`, `weights` and `weighted`, over what all processes have seen; and `distances`, if asked for.
+        """Layer -> `tokens`, `weights` and `weighted` of what all processes have seen, and `distances` if asked for.
 
         Raises:
             NonFiniteError: an expert put out NaN or infinity.
@@ -113,7 +113,7 @@ class Routing:
         return found
 
     def compare(self, names: Iterable[str], gathered: Callable[[Any], list[Any]]) -> None:
-        """Find out how far apart the outputs of experts are, over what all processes have shown them; frees the sums."""
+        """Find out how far apart the outputs of experts are in all processes together; frees the sums."""
         for name in names if self.compares else ():  # one after the other: they are wide
             sums = self.sums.pop(name, None)
             seen = [s for s in gathered([] if sums is None else [self.shown[name], sums.tolist()]) if s]

@@ -1,5 +1,4 @@
-"""The stage that leaves fewer experts: what routers send them and what they make of it, and the model with what is left.
-"""
+"""The stage that leaves fewer experts: what routers send them, what they make of it, and the model with the rest."""
 
 from __future__ import annotations
 
@@ -75,7 +74,9 @@ class FewerExperts(StageRunner):
         blends = _blends(context, pass_, left) if pass_.merges else None
         made = fewer(graph, kept, in_place=context.resident, blends=blends)
         section = ExpertsGone(pass_.key, keep, mixture.count, layers, made.name)
-        made_of = {name: sorted((n, sorted(of.items())) for n, of in each.made_of.items()) for name, each in left.items()}
+        made_of = {
+            name: sorted((n, sorted(of.items())) for n, of in each.made_of.items()) for name, each in left.items()
+        }
         return StageResult(key_of(key, kept, made_of), _with(context, made), section)
 
 

@@ -1,4 +1,4 @@
-"""What is left of a tensor that has an entry for every expert, when there are fewer: some of them, or sums of several."""
+"""What is left of a tensor with an entry for every expert when there are fewer: some of them, or sums of several."""
 
 from __future__ import annotations
 

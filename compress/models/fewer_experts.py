@@ -76,8 +76,8 @@ class Blends:
 
     Attributes:
         layers: module of experts -> number of one that stays -> what it becomes the sum of.
-        routers: whether what routers have for each expert is summed up too, by `routed`; otherwise what they have for those that
-            stay is left.
+        routers: whether what routers have for each expert is summed up too, by `routed`; otherwise what they have for
+            those that stay is left.
     """
 
     layers: Mapping[str, Mapping[int, tuple[Part, ...]]]

@@ -54,8 +54,9 @@ class ExpertsPass(Pass):
 
     @property
     def mixes_routers(self) -> bool:
-        """Whether the router gets the mean of what it had for experts that become one; else what it had for the one
-        whose number they keep.
+        """Whether the router gets the mean of what it had for experts that become one.
+
+        Otherwise it keeps what it had for the one whose number they keep.
         """
         return False
 

@@ -105,7 +105,8 @@ def _worked_on(
         done = next((s for s in state.graph.sites if s.is_expert and s.name in state.specs), None)
         if done is not None:
             yield Problem(
-                path, f"{done.name} was worked on before, and experts become one as they were; put {pass_.key} before that"
+                path,
+                f"{done.name} was worked on before, and experts become one as they were; put {pass_.key} before that",
             )
         return
     kinds: dict[str, set[tuple[str, bool]]] = {}

@@ -217,7 +217,9 @@ def _experts(facts: Mapping[str, Any]) -> str:
     unseen = sum(not layer["tokens"][number] for layer in layers for number in layer["gone"])
     never = f" ({unseen} of those that went were sent no token)" if unseen else ""
     merged = any("merged" in layer for layer in layers)
-    made = f"made {facts['kept']} experts of {facts['of']}" if merged else f"kept {facts['kept']} of {facts['of']} experts"
+    made = (
+        f"made {facts['kept']} experts of {facts['of']}" if merged else f"kept {facts['kept']} of {facts['of']} experts"
+    )
     return f"{facts['pass']} {made} in each of {len(layers)} layers{never}"
 
 

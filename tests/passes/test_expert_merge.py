@@ -59,14 +59,12 @@ def groups_of(layer: dict[str, Any]) -> set[frozenset[int]]:
 # --- redundant experts: what the paper is about -----------------------------------------------------------------------
 
 
-def redundant(
-    kind: str = "Mixtral", noise: float = 0.0, permuted: bool = False, **changes: Any
-) -> PreTrainedModel:
+def redundant(kind: str = "Mixtral", noise: float = 0.0, permuted: bool = False, **changes: Any) -> PreTrainedModel:
     """A mixture of four experts, each there twice: experts i and i + 4.
 
     The router sends even tokens to the first ones of pairs and odd tokens to the second ones, so that all are of use,
-    and to one pair or another by what rows of the router have in common. Pairs differ in the length of what they put out: by REAP both
-    of the long ones are worth more than either of the short ones.
+    and to one pair or another by what rows of the router have in common. Pairs differ in the length of what they put
+    out: by REAP both of the long ones are worth more than either of the short ones.
     """
     model = make_mixture(kind, num_local_experts=8, **changes)
     made = torch.Generator().manual_seed(11)
@@ -363,8 +361,8 @@ REFUSED: dict[str, tuple[str, list[Any], str]] = {
     "groups": ("DeepseekV3", [ExpertMerge(keep=5)], "2 groups .*keep a multiple of 2, and at least 4"),
     "not told": ("Llama4", [ExpertMerge()], "experts of a Llama4ForCausalLM is not told which experts"),
     "overrides": ("Mixtral", [ExpertMerge(overrides=(Override("*", {"keep": 2}),))], "every layer keeps as many"),
-    "too few may": ("Mixtral", [ExpertMerge(keep=2, exclude=("*.1.*_proj.[01]",))], r"3 experts of .*layers.1.* become 1"
-                    ", and only 2 may"),
+    "too few may": ("Mixtral", [ExpertMerge(keep=2, exclude=("*.1.*_proj.[01]",))], 
+                    r"3 experts of .*layers.1.* become 1, and only 2 may"),
     "worked on": ("Mixtral", [Rtn(**W4), ExpertMerge()], "was worked on before.*put expert_merge before"),
     "a router": ("Phimoe", [Rtn(**W4, include=("*.router",)), ExpertMerge()], "worked on before.*put expert_merge"),
     "an option": ("Mixtral", [ExpertMerge(weigh="norm")], "weigh: 'norm' is not one of"),
@@ -382,7 +380,7 @@ def test_experts_whose_neurons_are_not_known_are_merged_as_they_stand_or_refused
     model = make_mixture("Mixtral")
     for module in experts_of(model).values():
         module.register_parameter("extra", nn.Parameter(torch.zeros(4, 2, 2)))
-    with pytest.raises(ConfigError, match="not known which neurons .*align: false"):
+    with pytest.raises(ConfigError, match=r"not known which neurons .*align: false"):
         compress.apply(model, [ExpertMerge()], TOKENS)
 
 

@@ -26,8 +26,8 @@ from compress.checkpoint.cut import CutSource
 from compress.checkpoint.sources import ModuleSource
 from compress.config.reading import parse
 from compress.errors import NonFiniteError
-from compress.models.experts import running_one_by_one
 from compress.models.cuts import Cut
+from compress.models.experts import running_one_by_one
 from compress.models.fewer_experts import check_fewer, fewer, mixture_of
 from compress.models.graph import chosen as of_towers
 from compress.models.graph import find

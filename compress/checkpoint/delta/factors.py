@@ -1,7 +1,7 @@
 """The delta of a LoRA adapter: its factors A and B as signs and scales, all else of it as it is.
 
-The file has the adapter's own names, and its metadata what of `adapter_config.json` decides what they mean, so a base and
-such a delta are read as a base and an adapter are (`checkpoint/adapters.py`): W + scale * B A, with A and B decoded.
+The file has the adapter's own names, and its metadata what of `adapter_config.json` decides what they mean, so a base
+and such a delta are read as a base and an adapter are (`checkpoint/adapters.py`): W + scale * B A, A and B decoded.
 """
 
 from __future__ import annotations
@@ -140,15 +140,20 @@ def of_delta(base: Artifact, delta: Delta) -> Artifact:
     Raises:
         CheckpointError: its metadata are no adapter's.
     """
-    shapes = {name: tuple(map(int, shape)) for name, shape in parse_object(delta.about[SHAPES], str(delta.file)).items()}
+    coded = sorted(name for name in delta.source.names() if delta.is_coded(name))
+    try:
+        said = json.loads(delta.about[SHAPES])
+        shapes = {name: tuple(map(int, shape)) for name, shape in zip(coded, said, strict=True)}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{delta.file} does not say the shapes of its factors: {error}; fetch it again"
+        ) from error
 
     def decode(name: str) -> Tensor:
         shape = shapes[name]
         total, size, chunks = torch.Size(shape).numel(), delta.chunk_size, delta.chunks(name)
         try:
-            parts = [
-                chunks.chunk(start // size, min(size, total - start)).value() for start in range(0, total, size)
-            ]
+            parts = [chunks.chunk(start // size, min(size, total - start)).value() for start in range(0, total, size)]
         except (ValueError, IndexError, RuntimeError) as error:
             raise CheckpointError(f"{delta.file}: {name} cannot be read: {error}; fetch it again") from error
         return torch.cat(parts).view(shape)
@@ -162,7 +167,7 @@ def described(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     """What the metadata of a file say of an adapter."""
     return {
         ADAPTER: json.dumps(dict(settings), separators=(",", ":")),
-        SHAPES: json.dumps({name: list(shape) for name, shape in shapes.items()}, separators=(",", ":")),
+        SHAPES: json.dumps([list(shapes[name]) for name in sorted(shapes)], separators=(",", ":")),
     }
 
 

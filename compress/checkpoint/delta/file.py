@@ -1,8 +1,8 @@
 """The file of a delta: safetensors, written one tensor at a time, opened only if it is whole and for this base.
 
 A tensor that is coded stands there as bytes, uint8; any other as it is in the fine-tune; one that is not there is the
-base's. One of factors holds what an adapter does, under its names (`factors.py`). The metadata say how it was coded, what base it belongs to, and a SHA-256 of header and data. In files of the
-first version it is one of the data alone.
+base's. One of factors holds what an adapter does, under its names (`factors.py`). The metadata say how it was coded,
+what base it belongs to, and a SHA-256 of header and data. In files of the first version it is one of the data alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint.delta.base import class_of, described_tensors, refuse_other
+from compress.checkpoint.delta.base import class_of, described_tensors, digest_of_tensors, refuse_another, refuse_other
 from compress.checkpoint.delta.codings import CODINGS
 from compress.checkpoint.sources import FolderSource
 from compress.errors import CheckpointError
@@ -89,7 +89,10 @@ class Delta:
         Raises:
             UsageError: names what differs.
         """
-        refuse_other(base, self.about["model"], parse_object(self.about["tensors"], str(self.file)), called)
+        if self.about["version"] == FACTORED:
+            refuse_another(base, self.about["model"], self.about["tensors"], called)
+        else:
+            refuse_other(base, self.about["model"], parse_object(self.about["tensors"], str(self.file)), called)
 
     def __contains__(self, name: str) -> bool:
         return name in self.source.names()
@@ -145,11 +148,13 @@ def write_delta(
     """
     whole = names if adapter is None else [name for name, tensor in base.graph.tensors() if tensor.is_floating_point()]
     sizes = [(base.source.shape(n), base.source.dtype(n)) for n in map(base.name_in_source, whole)]
+    tensors = digest_of_tensors(base) if adapter else json.dumps(described_tensors(base), separators=(",", ":"))
     about = {
-        "format": FORMAT, "version": FACTORED if adapter else VERSION, "method": method, "coding": coding, "chunk": str(chunk),
+        "format": FORMAT, "version": FACTORED if adapter else VERSION, "method": method, "coding": coding,
+        "chunk": str(chunk),
         "parameters": str(sum(torch.Size(shape).numel() for shape, _ in sizes)),
         "bytes": str(sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in sizes)),
-        "model": class_of(base), "tensors": json.dumps(described_tensors(base), separators=(",", ":")),
+        "model": class_of(base), "tensors": tensors,
         **(adapter or {}),
     }  # fmt: skip
     made = ((name, payload(name)) for name in bars.over(names, len(names), f"{method}: delta"))

@@ -56,8 +56,10 @@ class Compeft(DeltaPass):
         alpha: what it is multiplied with.
         scope: what is trimmed together, and what `l2` and `std` are taken of: the whole `model`, or each `tensor` by
             itself.
-        factors: the fine-tune is a LoRA adapter, and what is coded are its factors A and B instead of what their product
-            adds to weights: a much smaller file. Biases, norms and whatever else was trained whole stay as they are.
+        factors: the fine-tune is a LoRA adapter, and what is coded are its factors A and B instead of what their
+            product adds to weights: a much smaller file. Each factor is taken by itself whatever `scope` says, as one
+            may be made longer and the other shorter without a change of the product; both are multiplied with `alpha`.
+            Biases, norms and whatever else was trained whole stay as they are.
 
     Example:
         >>> import torch
@@ -103,7 +105,7 @@ class Compeft(DeltaPass):
 
     @property
     def surveys(self) -> bool:
-        return self.scope == "model"
+        return self.scope == "model" and not self.factors
 
     def survey(self, everything: Pieces, sizes: Mapping[str, int]) -> tuple[Surveyed, float]:
         total = sum(sizes.values())

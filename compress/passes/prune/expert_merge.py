@@ -42,8 +42,8 @@ class ExpertMerge(ExpertsPass):
     Args:
         weigh: what the shares of a mean are: `frequency`: how many tokens each expert is sent; `router_weight`: the sum
             of the weights that the router gives it for them; `equal`. A cluster that is sent nothing has equal shares.
-        router: the row of a cluster, and what else the router has for each expert: the `mean` of those of all its experts,
-            or that of the `dominant` one, of the largest share.
+        router: the row of a cluster, and what else the router has for each expert: the `mean` of those of all its
+            experts, or that of the `dominant` one, of the largest share.
         align: put neurons in the order that agrees best with the dominant expert's. It needs a linear assignment for
             each expert that is merged.
 
