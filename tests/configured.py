@@ -93,6 +93,10 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     ],
     "layer_drop": [{"blocks": 2}, {"blocks": 3, "greedy": False}, {"blocks": 2, "criterion": "angular"}, {"blocks": 0}],
     "expert_prune": [{"keep": 6}, {"keep": 0.25, "by": "frequency"}],
+    "expert_merge": [
+        {"keep": 6, "weigh": "router_weight", "router": "dominant"},
+        {"keep": 0.25, "weigh": "equal", "align": False},
+    ],
     "sparsegpt": [{"sparsity": "4:8", "damping": 0.1}, {"sparsity": 0.7, "tile": 16}],
     "average": [
         {"weights": (0.5, 1.0, 2.0), "normalize": False},

@@ -108,10 +108,13 @@ def experts_seen(pass_: ExpertsPass, groups: int = 1, seed: int = 0, device: str
     """What calibration data showed of twelve experts, of which the second may not go."""
     made = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 50, (12,), generator=made)
-    weighted = tokens.double() * torch.rand(12, generator=made, dtype=torch.float64)
+    weights = tokens.double() * torch.rand(12, generator=made, dtype=torch.float64)
+    weighted = weights * torch.rand(12, generator=made, dtype=torch.float64)
+    means = torch.randn(12, 4, generator=made, dtype=torch.float64)
+    distances = (means[:, None] - means[None]).norm(dim=-1).to(device) if pass_.sees_distances else None
     keep = groups * round(pass_.kept_of(12, groups) / groups)
     may = frozenset(range(12)) - {1}
-    return ExpertsSeen(tokens.to(device), weighted.to(device), keep, groups, may)
+    return ExpertsSeen(tokens.to(device), weighted.to(device), weights.to(device), keep, groups, may, distances)
 
 
 def merged(pass_: MergePass, models: Sequence[Mapping[str, Tensor]], piece: int = 1000, seed: int = 0) -> Values:

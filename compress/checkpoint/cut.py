@@ -1,4 +1,4 @@
-"""A source of whose tensors some entries are gone, such as experts that were pruned."""
+"""A source of whose tensors some entries are gone or sums of several, such as experts that were pruned or merged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.checkpoint.sources import Source
-    from compress.models.fewer_experts import Cut
+    from compress.models.cuts import Cut
 
 
 class CutSource(ChangedSource):
@@ -34,8 +34,8 @@ class CutSource(ChangedSource):
         if cut.dim:
             return cut.of(self.before.read(name))
         whole = torch.empty(cut.shape, dtype=self.dtype(name))
-        for place, entry in enumerate(cut.kept):  # no more than is kept is read
-            whole[place] = self._entry(name, entry).view(cut.shape[1:])
+        for place in range(len(cut.kept)):  # no more than is needed is read
+            whole[place] = self._entry(name, cut, place)
         return whole
 
     def piece(self, name: str, start: int, stop: int) -> Tensor:
@@ -46,11 +46,12 @@ class CutSource(ChangedSource):
             return self.read(name).flatten()[start:stop].clone()
         size = math.prod(cut.shape[1:])
         first, last = start // size, (stop - 1) // size
-        entries = [self._entry(name, entry) for entry in cut.kept[first : last + 1]]
+        entries = [self._entry(name, cut, place).flatten() for place in range(first, last + 1)]
         whole = entries[0] if len(entries) == 1 else torch.cat(entries)
         return whole[start - first * size : stop - first * size].clone()
 
-    def _entry(self, name: str, entry: int) -> Tensor:
-        """An entry along the first dimension, flattened; nothing else is read for it."""
-        size = math.prod(self.cuts[name].shape[1:])
-        return self.before.piece(name, entry * size, (entry + 1) * size)
+    def _entry(self, name: str, cut: Cut, place: int) -> Tensor:
+        """An entry of what is left along the first dimension; nothing is read but what it is made of."""
+        shape = cut.shape[1:]
+        size = math.prod(shape)
+        return cut.entry(place, lambda old: self.before.piece(name, old * size, (old + 1) * size).view(shape))

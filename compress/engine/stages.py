@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from compress.engine.block_stage import BlockSequential
 from compress.engine.depth_stage import Shortening
-from compress.engine.experts_stage import ExpertPruning
+from compress.engine.experts_stage import FewerExperts
 from compress.engine.merge.merging import Merging
 from compress.engine.model_stage import WholeModel
 
@@ -21,5 +21,5 @@ RUNNERS: Mapping[Reach, StageRunner] = {
     "model": WholeModel(),
     "merge": Merging(),
     "depth": Shortening(),
-    "experts": ExpertPruning(),
+    "experts": FewerExperts(),
 }

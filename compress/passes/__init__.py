@@ -23,6 +23,7 @@ from compress.passes.merge.task_arithmetic import TaskArithmetic
 from compress.passes.merge.ties import Ties
 from compress.passes.merge.weight_matching import WeightMatching
 from compress.passes.prune.bip import Bip
+from compress.passes.prune.expert_merge import ExpertMerge
 from compress.passes.prune.expert_prune import ExpertPrune
 from compress.passes.prune.global_magnitude import GlobalMagnitude
 from compress.passes.prune.layer_drop import LayerDrop
@@ -63,6 +64,7 @@ PASSES: tuple[type[Pass], ...] = (
     Bip,
     LayerDrop,
     ExpertPrune,
+    ExpertMerge,
     Perp,
     PerpReconstruct,
     SparseSoup,
@@ -97,6 +99,7 @@ __all__ = [
     "DeltaPass",
     "DepthPass",
     "Eora",
+    "ExpertMerge",
     "ExpertPrune",
     "ExpertsPass",
     "FlexRound",

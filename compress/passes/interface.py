@@ -117,6 +117,9 @@ class ExpertsSeen:
         tokens: (experts,) int64, how many tokens each was sent.
         weighted: (experts,) float64, the sum over its tokens of the weight that the router gave it times the norm of
             what it put out; zeros for a pass that does not ask for outputs.
+        weights: (experts,) float64, the sum over its tokens of the weight that the router gave it.
+        distances: (experts, experts) float64, how far apart the means are of what they put out, each shown every token;
+            None for a pass that does not ask for them.
         keep: how many stay.
         groups: into which they fall, neighbours together; equally many of each stay.
         may: the numbers of those that may go.
@@ -124,9 +127,24 @@ class ExpertsSeen:
 
     tokens: Tensor
     weighted: Tensor
+    weights: Tensor
     keep: int
     groups: int
     may: frozenset[int]
+    distances: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ExpertsLeft:
+    """What an ExpertsPass leaves of the experts of one layer.
+
+    Attributes:
+        numbers: of those that stay, in order; one that is made of several has the number of one of them.
+        made_of: number of one that is made of several -> the numbers of those, and the share of each; 1 together.
+    """
+
+    numbers: tuple[int, ...]
+    made_of: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from compress.models.logits import PIECE, WHOLE, WHOLE_LEARNED, bodies, vocabula
 from compress.passes import MergePass
 from compress.passes.merge.permutation import coupled
 from compress.passes.retrain.options import TrainingOptions
+from compress.planning.experts import bytes_to_merge
 from compress.planning.need import Need
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def moments_of(
         moments.append(joined("evaluating", held, _evaluating(graph, pipeline.evaluate)))
     for stage in stages:
         parts = _stage(pipeline, [part.pass_ for part in stage], graph)
+        parts["merging"] += sum(bytes_to_merge(part) for part in stage)
         moments.append(joined(f"running {stage[0].path}", held, parts))
     moments.append(joined("checking the result", held, _checking(pipeline, graph, final)))
     for exporter, size in zip(pipeline.export, exported, strict=True):

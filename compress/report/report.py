@@ -216,7 +216,11 @@ def _experts(facts: Mapping[str, Any]) -> str:
     layers = facts["layers"].values()
     unseen = sum(not layer["tokens"][number] for layer in layers for number in layer["gone"])
     never = f" ({unseen} of those that went were sent no token)" if unseen else ""
-    return f"{facts['pass']} kept {facts['kept']} of {facts['of']} experts in each of {len(layers)} layers{never}"
+    merged = any("merged" in layer for layer in layers)
+    made = (
+        f"made {facts['kept']} experts of {facts['of']}" if merged else f"kept {facts['kept']} of {facts['of']} experts"
+    )
+    return f"{facts['pass']} {made} in each of {len(layers)} layers{never}"
 
 
 def _block_list(places: Sequence[int]) -> str:

@@ -81,21 +81,22 @@ class ExpertsGone:
         kept: how many of every layer stay.
         of: how many there were.
         layers: module of experts -> which went (`gone`), numbered as before the stage, and of all the `scores` that
-            decided and the `tokens` that they were sent.
+            decided and the `tokens` that they were sent; and where some became one, `merged`: the number that it
+            had -> those of all that it is made of.
         renamed: name of a site before the stage -> its name now; None when it is gone.
     """
 
     pass_key: str
     kept: int
     of: int
-    layers: Mapping[str, Mapping[str, Sequence[float]]]
+    layers: Mapping[str, Mapping[str, Any]]
     renamed: Callable[[str], str | None]
 
     def add_to(self, report: Report, against: Changes | None) -> None:
         """What was reported of experts that stay, under their new names."""
         now = ((self.renamed(name), notes) for name, notes in report.layers.items())
         report.layers = {name: notes for name, notes in now if name is not None}
-        layers = {name: {key: list(values) for key, values in facts.items()} for name, facts in self.layers.items()}
+        layers = {name: dict(facts) for name, facts in self.layers.items()}
         report.experts.append({"pass": self.pass_key, "kept": self.kept, "of": self.of, "layers": layers})
 
 

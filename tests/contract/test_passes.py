@@ -229,16 +229,29 @@ def test_as_many_experts_of_every_group_stay_as_a_pass_says_and_every_time_the_s
     for groups in (1, 3):
         seen = textbook.experts_seen(pass_, groups)
         before = [t.clone() for t in tensors(seen)]
-        kept = pass_.run(seen)
+        left = pass_.run(seen)
+        kept = left.numbers
         assert len(kept) == seen.keep
         assert list(kept) == sorted(set(kept))
         size = len(seen.tokens) // groups
         assert {sum(i // size == group for i in kept) for group in range(groups)} == {seen.keep // groups}
         assert set(range(len(seen.tokens))) - set(kept) <= seen.may
         torch.manual_seed(12345)
-        assert pass_.run(seen) == kept
+        assert pass_.run(seen) == left
         assert all(torch.equal(x, y) for x, y in zip(before, tensors(seen), strict=True))
         assert pass_.scores(seen).shape == seen.tokens.shape
+        for number, shares in left.made_of.items():
+            assert number in kept
+            assert shares.keys() <= seen.may
+            assert {i // size for i in shares} == {number // size}
+            assert sum(shares.values()) == pytest.approx(1)
+            assert shares[number] == max(shares.values())
+        merged = [i for shares in left.made_of.values() for i in shares]
+        assert len(merged) == len(set(merged))
+        if pass_.merges:
+            assert set(merged) | set(kept) == set(range(len(seen.tokens)))
+        else:
+            assert not merged
 
 
 @each_editor

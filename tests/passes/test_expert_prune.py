@@ -26,8 +26,9 @@ from compress.checkpoint.cut import CutSource
 from compress.checkpoint.sources import ModuleSource
 from compress.config.reading import parse
 from compress.errors import NonFiniteError
+from compress.models.cuts import Cut
 from compress.models.experts import running_one_by_one
-from compress.models.fewer_experts import Cut, check_fewer, fewer, mixture_of
+from compress.models.fewer_experts import check_fewer, fewer, mixture_of
 from compress.models.graph import chosen as of_towers
 from compress.models.graph import find
 from compress.passes.interface import ExpertsSeen
@@ -122,7 +123,7 @@ def test_those_of_the_largest_scores_stay_of_every_group_and_of_equal_ones_the_f
 
 def test_an_expert_that_is_sent_no_token_is_worth_nothing() -> None:
     tokens, weighted = torch.tensor([4, 0, 2]), torch.tensor([2.0, 0.0, 3.0], dtype=torch.float64)
-    layer = ExpertsSeen(tokens, weighted, 2, 1, frozenset(range(3)))
+    layer = ExpertsSeen(tokens, weighted, weighted, 2, 1, frozenset(range(3)))
     assert ExpertPrune().scores(layer).tolist() == [0.5, 0.0, 1.5]
     assert ExpertPrune(by="frequency").scores(layer).tolist() == [4, 0, 2]
     result = compress.apply(make_mixture("Olmoe"), [ExpertPrune(keep=4)], TOKENS[:1, :2], evaluation=TOKENS)
