@@ -58,6 +58,7 @@ from .passes import (
     Ties,
     Wanda,
     WeightMatching,
+    WidthPrune,
 )
 from .report.report import Report, Row
 from .runtime.register import register
@@ -124,6 +125,7 @@ __all__ = [
     "UsageError",
     "Wanda",
     "WeightMatching",
+    "WidthPrune",
     "apply",
     "apply_delta",
     "demo",

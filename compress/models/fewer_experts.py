@@ -193,7 +193,7 @@ def fewer(graph: Graph, kept: Mapping[str, Sequence[int]], in_place: bool = Fals
     if in_place:
         for path, value in changes.items():
             setattr(reduce(getattr, path[:-1], model.config), path[-1], value)
-        _cut_in_place(model, fresh, cuts)
+        cut_in_place(model, fresh, cuts)
     return Fewer(_graph(graph, model if in_place else fresh, cuts), cuts, configured)
 
 
@@ -285,7 +285,7 @@ def _cuts(
     return cuts
 
 
-def _cut_in_place(model: nn.Module, fresh: nn.Module, cuts: Mapping[str, Cut]) -> None:
+def cut_in_place(model: nn.Module, fresh: nn.Module, cuts: Mapping[str, Cut]) -> None:
     """Leave of a model in memory what `fresh` has."""
     for (path, module), (_, other) in zip(model.named_modules(), fresh.named_modules(), strict=True):
         for values in (module._parameters, module._buffers):
