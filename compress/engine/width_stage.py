@@ -1,7 +1,7 @@
 """The stage that takes neurons and heads out: which go, block by block, and the model without them.
 
-While it runs, the columns of units that went are zeros in the layers that read them, which computes the same, so that the
-blocks behind see what the narrower model will make. Then the model is cut, and what is left counts as the original.
+While it runs, the columns of units that went are zeros in the layers that read them, which computes the same, so that
+the blocks behind see what the narrower model will make. Then the model is cut, and what is left counts as the original.
 """
 
 from __future__ import annotations

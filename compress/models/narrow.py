@@ -1,7 +1,8 @@
 """The neurons and heads of a model, and what the model is without some of them. Reads no weight.
 
-Which rows and columns belong to a unit is said by the family's wiring (`symmetry.py`); how many there are is said once, in
-the configuration, for all blocks. The model is built anew with fewer, and must then have the shapes that the wiring says.
+Which rows and columns belong to a unit is said by the family's wiring (`symmetry.py`); how many there are is said once,
+in the configuration, for all blocks. The model is built anew with fewer, and must then have the shapes that the wiring
+says.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def width_of(graph: Graph, part: Part) -> Width:
         raise UnsupportedModelError(
             f"{few} of a {kind} reads {counts[few]} {what} and {many} {counts[many]}; all must read equally many"
         )
-    for units in found:
+    for units in found if found[0].count > 1 else ():  # of one group a norm over a head is one over all
         norm = next((p.tensor for p in units.places if p.tensor.endswith(".weight") and not _is_matrix(model, p)), None)
         if norm is not None:
             raise UnsupportedModelError(

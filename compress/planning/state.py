@@ -30,8 +30,8 @@ CARRIED = "carried along"  # stands for all tensors without a place, among the s
 class PassPlan:
     """One pass on one model: the sites it works on, and each one's expected spec afterwards.
 
-    A pass that takes blocks, experts or units out has the sites of which it may take some, and one that merges those whose
-    weights it merges; they have no specs.
+    A pass that takes blocks, experts or units out has the sites of which it may take some, and one that merges those
+    whose weights it merges; they have no specs.
 
     Attributes:
         left: what is left of a block, in words, behind a pass that takes units out.

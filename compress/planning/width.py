@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from compress.errors import Problem, UnsupportedModelError
-from compress.models.narrow import IN_WORDS, nearest, narrower, width_of
+from compress.models.narrow import IN_WORDS, narrower, nearest, width_of
 from compress.passes.kinds import why_refused
 from compress.passes.width import WidthPass
 from compress.planning import checks

@@ -1,17 +1,17 @@
 """Columns of a matrix that go altogether, and what the others make up for.
 
-Minimise E ||W x - V x - s||^2 where V is zero outside the columns K that stay, and s is a shift that only a layer with a
-bias can have. With C the second moments of x, or its covariance where there is a shift,
+Minimise E ||W x - V x - s||^2 where V is zero outside the columns K that stay, and s is a shift that only a layer with
+a bias can have. With C the second moments of x, or its covariance where there is a shift,
 
     V_K = W_K + W_P C_PK (C_KK + damping)^-1,      s = W mean - V mean,
 
 for P the columns that go. Damping holds the correction back, not the weight: where nothing is lost, nothing changes.
-Which columns go is decided one unit after the other by what its loss costs once the others have made up for it, a unit u
-costs tr(W_u (C^-1_uu)^-1 W_u^T), and after that W and C^-1 are those of what is left.
+Which columns go is decided one unit after the other by what its loss costs once the others have made up for it: a unit
+u costs tr(W_u (C^-1_uu)^-1 W_u^T), and after it went, W and C^-1 are those of what is left.
 
 Sources: Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", 1993; for columns
-that go together Kurtic, Frantar and Alistarh, "ZipLM", 2023, arXiv 2302.04089, section 3. Differs from the paper in: units
-are taken from the cheapest `BATCH` ones, exactly among these, before all others are updated at once.
+that go together Kurtic, Frantar and Alistarh, "ZipLM", 2023, arXiv 2302.04089, section 3. Differs from the paper in:
+units are taken from the cheapest `BATCH` columns, exactly among these, before all others are updated at once.
 
 Shapes: O rows, I columns, U units of w columns each.
 """
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from compress.calibration.statistics import Statistics
 
-BATCH = 256  # units that are looked at between two updates of all of them
+BATCH = 256  # columns of units that are looked at between two updates of all of them
 TAKEN = 4  # one in so many of these goes
 
 
