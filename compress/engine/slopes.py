@@ -53,8 +53,8 @@ def _products(context: Context, names: Sequence[str], samples: Tensor) -> dict[s
     def make(wanted: Collection[str]) -> Mapping[str, Tensor]:
         return {name: weights[name] for name in wanted if name in weights}
 
-    numbers = torch.arange(data.count, device="cpu")
-    for number in context.bars.over(numbers.split(1), len(numbers), "taylor: samples"):
+    numbers = torch.split(torch.arange(data.count, device="cpu"), 1)
+    for number in context.bars.over(numbers, len(numbers), "taylor: samples"):
         with torch.enable_grad():
             data.backward(make, number, list(weights.values()))
         for name, weight in weights.items():

@@ -28,7 +28,6 @@ from compress.models.changed_settings import changed
 from compress.models.narrow import narrower
 from compress.passes.interface import UnitsSeen
 from compress.passes.width import WidthPass
-from compress.planning.width import kept_of
 from compress.report.sections import UnitsGone
 
 if TYPE_CHECKING:
@@ -52,10 +51,10 @@ class Narrowing(StageRunner):
         """Do the work, or find it done.
 
         Raises:
-            UnsupportedModelError: the calibration data never reach a layer; or as `kept_of` and `narrower`.
+            UnsupportedModelError: the calibration data never reach a layer; or as `WidthPass.kept_of` and `narrower`.
         """
         pass_, graph = stage.single(WidthPass), context.graph
-        every = kept_of(graph, pass_)
+        every = pass_.kept_of(graph)
         keep = {width: count for width, count in every.items() if count < width.count}
         key = key_of(key, stage.number, pass_.key, pass_.options(), {w.part: n for w, n in keep.items()})
         slopes = slopes_of(context, stage, list(keep), data, key) if pass_.sees_slopes else {}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from annotated_types import Ge, Gt, Lt, MinLen
 
+from compress.models.narrow import nearest, width_of
 from compress.models.symmetry import Part
 from compress.passes.base import OptionError, Pass, Reach
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from compress.models.graph import Graph
+    from compress.models.narrow import Width
     from compress.passes.interface import Narrowed, UnitsSeen
 
 
@@ -69,9 +72,15 @@ class WidthPass(Pass):
             if getattr(self, option):
                 yield OptionError(option, "the configuration has one width for all blocks; choose with `parts`")
 
-    def target(self, part: Part, count: int) -> tuple[float, int]:
-        """How many of `count` units should stay, and what the number that does must be a multiple of."""
-        return count * (1 - self.sparsity), self.multiple_of if part == "mlp" else 1
+    def kept_of(self, graph: Graph) -> dict[Width, int]:
+        """How many units of each part of a model stay, heads first.
+
+        Raises:
+            UnsupportedModelError: they cannot go, or none would stay.
+        """
+        widths = [width_of(graph, part) for part in sorted(self.parts)]
+        multiples: dict[Part, int] = {"heads": 1, "mlp": self.multiple_of}
+        return {w: nearest(graph, w, w.count * (1 - self.sparsity), multiples[w.part]) for w in widths}
 
     def scores(self, seen: UnitsSeen) -> Tensor:
         """(units,) float64: what each is worth, before any goes."""

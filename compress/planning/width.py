@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from compress.errors import Problem, UnsupportedModelError
-from compress.models.narrow import IN_WORDS, narrower, nearest, width_of
+from compress.models.narrow import IN_WORDS, narrower
 from compress.passes.kinds import why_refused
 from compress.passes.width import WidthPass
 from compress.planning import checks
@@ -29,7 +29,7 @@ def plan(state: PlanState, path: str, pass_: Pass, *, fused: bool, first: bool) 
     graph, after = state.graph, state.entered(path, pass_)
     problems = list(checks.fused_whole(path, pass_, fused))
     try:
-        keep = kept_of(graph, pass_)
+        keep = pass_.kept_of(graph)
         kept = {w: {c.reader: range(n) for c in w.coupled} for w, n in keep.items() if n < w.count}
         made = narrower(graph, kept)
     except UnsupportedModelError as error:
@@ -48,16 +48,6 @@ def plan(state: PlanState, path: str, pass_: Pass, *, fused: bool, first: bool) 
     return Planned(
         PassPlan(path, pass_, sites, {}, f"{left} left in every block"), after.with_cuts(made), tuple(problems)
     )
-
-
-def kept_of(graph: Graph, pass_: WidthPass) -> dict[Width, int]:
-    """How many units of each part stay, heads first.
-
-    Raises:
-        UnsupportedModelError: they cannot go, or none would stay.
-    """
-    widths = [width_of(graph, part) for part in sorted(pass_.parts)]
-    return {width: nearest(graph, width, *pass_.target(width.part, width.count)) for width in widths}
 
 
 def _nothing_to_do(path: str, pass_: WidthPass, keep: Mapping[Width, int]) -> Iterator[Problem]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from compress.models.symmetry import Part
     from compress.report.report import Report
 
 Changes = dict[str, dict[str, float | None]]  # another model -> source of data -> change of the result from it
@@ -110,7 +111,7 @@ class UnitsGone:
     """
 
     pass_key: str
-    counts: Mapping[str, tuple[int, int]]
+    counts: Mapping[Part, tuple[int, int]]
     layers: Mapping[str, Mapping[str, Any]]
 
     def add_to(self, report: Report, against: Changes | None) -> None:

@@ -135,7 +135,8 @@ def _costs(inverses: Tensor, products: Tensor) -> Tensor:
     """tr(P C^-1) of blocks (U, w, w) of the inverse C and of W^T W."""
     if inverses.shape[-1] == 1:
         return products[:, 0, 0] / inverses[:, 0, 0]
-    return torch.linalg.solve(inverses, products).diagonal(dim1=1, dim2=2).sum(1)
+    found: Tensor = torch.linalg.solve(inverses, products).diagonal(dim1=1, dim2=2).sum(1)
+    return found
 
 
 def _blocks(matrix: Tensor, columns: Tensor, chosen: Tensor | None = None) -> Tensor:
@@ -150,6 +151,7 @@ def _factor(second: Tensor, damping: float) -> Tensor:
     diagonal = second.diagonal()
     damped.diagonal().add_(damping * diagonal.mean())
     damped.diagonal()[diagonal == 0] = 1.0
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(damped)
     if bool(failed) or not torch.isfinite(factor.diagonal()).all():
         raise SolveError("the moments of the inputs are not positive definite at this damping")
