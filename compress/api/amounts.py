@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compress.calibration.texts import LOCAL, is_images, suffix_of
+from compress.calibration.texts import LOCAL, SELF, is_images, suffix_of
 from compress.calibration.tokens import count_tokens, too_few
 from compress.config.lines import line_of
 from compress.config.pipeline import GIVEN
@@ -37,7 +37,7 @@ def check_amounts(steps: Pipeline, opened: OpenedModel, file: str = "pipeline") 
     problems: list[Problem] = []
     for path, source, section, split in _needed(steps):
         known = source == "demo" and section.samples * section.length <= DEMO_TOKENS[split]
-        if known or source == GIVEN or is_images(source) or not opened.artifact.graph.takes_tokens:
+        if known or source in (GIVEN, SELF) or is_images(source) or not opened.artifact.graph.takes_tokens:
             continue
         if source != "demo" and suffix_of(source) not in LOCAL:
             notes.append(f"{path}: the tokens of {source} are counted only when it is run")

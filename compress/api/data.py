@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from compress.calibration.data import Dataset, load_samples
 from compress.calibration.given import by_name, gathered, kind_of, token_ids
 from compress.calibration.masks import masked
-from compress.calibration.texts import is_images
+from compress.calibration.texts import SELF, is_images
 from compress.calibration.tokens import load_tokens
 from compress.config.pipeline import GIVEN
 from compress.errors import DataError
@@ -26,7 +26,7 @@ from compress.models.named import inputs_of, needs_several
 from compress.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -159,15 +159,25 @@ def given_section(cls: type[DataSection], data: Dataset | None, options: Mapping
     return cls(source=source, samples=max(data.parts.values(), default=len(inputs)), length=length, **options)
 
 
-def read_data(section: DataSection, folder: Path, split: Split, over: Ticking | None = None) -> Dataset:
+def read_data(
+    section: DataSection,
+    folder: Path,
+    split: Split,
+    over: Ticking | None = None,
+    own: Callable[[], Tensor] | None = None,
+) -> Dataset:
     """The data a `calibration:` or `evaluate:` section describes: images and labels, or tokens by a model's tokenizer.
 
-    `over` draws progress, as for `load_tokens`.
+    `over` draws progress, as for `load_tokens`; `own` makes the windows of the source `self`.
 
     Raises:
         DataError: nothing that can be read.
     """
-    found = {name: _read_source(section, source, folder, split, over) for name, source in section.sources.items()}
+
+    def read(source: str) -> Dataset:
+        return Dataset(own()) if own and source == SELF else _read_source(section, source, folder, split, over)
+
+    found = {name: read(source) for name, source in section.sources.items()}
     return found[""] if "" in found else Dataset.joined(found)
 
 

@@ -28,6 +28,7 @@ from compress.api.output_folder import (
 )
 from compress.api.reloaded import logit_difference
 from compress.api.together import device_for, refuse_differing, shared
+from compress.calibration.self_written import self_written
 from compress.calibration.surroundings import undisturbed
 from compress.checkpoint import packed_layout
 from compress.checkpoint.delta.file import DELTA, Delta
@@ -41,8 +42,9 @@ from compress.encodings.format import version
 from compress.engine import manager
 from compress.engine.devices import devices_of
 from compress.engine.executor import SingleProcess
-from compress.engine.ledger import FolderLedger
+from compress.engine.ledger import FolderLedger, MemoryLedger
 from compress.engine.merge import checks as merges
+from compress.engine.model_training import in_memory
 from compress.engine.placement import Context, expert_options, products_of
 from compress.engine.read_ahead import ReadAhead
 from compress.engine.resume import Resume
@@ -55,6 +57,7 @@ from compress.io.safetensors_file import compare_tensors
 from compress.io.source_code import code_of, plug_ins
 from compress.logs import LOGGER, kept_in
 from compress.models.architecture import auto_class
+from compress.models.tokenizers import load_tokenizer
 from compress.passes import MergePass
 from compress.planning import plan, resources
 from compress.planning.places import places
@@ -68,7 +71,6 @@ if TYPE_CHECKING:
     from compress.checkpoint.sources import Source
     from compress.config.pipeline import Pipeline
     from compress.engine.executor import Executor
-    from compress.engine.ledger import MemoryLedger
     from compress.engine.placement import MadeDelta
     from compress.report.report import Row
 
@@ -138,7 +140,7 @@ def run(
     made = plan.make(steps, graph, opened.dtypes, file, opened.companion_bytes, where, opened.carried_bytes)
     merged = merges.check_models(steps, opened.artifact, file)
     with bars.shown():
-        data = _data(steps, opened, data, bars)
+        data = _data(steps, opened, data, bars, partial(_own_text, steps, opened, made, bars))
     merges.check_data(steps, data.calibration, graph, file)
     given.refuse_by_name(steps, data.calibration)
     work = _Work(steps, opened, data, made, (opened.artifact.source, *merged), executor, bars, str(model))
@@ -275,13 +277,28 @@ def _with_given(steps: Pipeline, data: manager.Data) -> Pipeline:
     return replace(steps, calibration=calibration or steps.calibration, evaluate=evaluation or steps.evaluate)
 
 
-def _data(steps: Pipeline, opened: OpenedModel, data: manager.Data, bars: progress.Bars) -> manager.Data:
-    """Read what the pipeline names; given data win."""
+def _own_text(steps: Pipeline, opened: OpenedModel, made: plan.Plan, bars: progress.Bars) -> torch.Tensor:
+    """Windows that the model writes itself, in memory for as long as it does."""
+    assert steps.calibration is not None
+    context = Context(
+        artifact=opened.artifact, given=opened.artifact, ledger=MemoryLedger(), seed=steps.seed,
+        dtype=_dtype(steps, opened), products="float32", resident=False, bars=bars, devices=devices_of(made),
+    )  # fmt: skip
+    tokenizer = load_tokenizer(opened.tokenizer, "text that the model writes")
+    wanted = (steps.calibration.samples, steps.calibration.length, steps.seed)
+    with context.devices.scope(), in_memory(context):
+        return self_written(opened.artifact.graph.model, tokenizer, *wanted, bars.over)
+
+
+def _data(
+    steps: Pipeline, opened: OpenedModel, data: manager.Data, bars: progress.Bars, own: Callable[[], torch.Tensor]
+) -> manager.Data:
+    """Read what the pipeline names; given data win. `own`: makes the text that the model writes."""
     calibration, evaluation = data.calibration, data.evaluation
     graph, dtype = opened.artifact.graph, _dtype(steps, opened)
     needed = any(p.calibrated for stage in steps.passes for p in stage)
     if calibration is None and needed and steps.calibration:
-        found = given.read_data(steps.calibration, opened.tokenizer, "calibration", bars.over)
+        found = given.read_data(steps.calibration, opened.tokenizer, "calibration", bars.over, own)
         calibration = given.model_inputs(graph, "calibration", found, dtype)
     if evaluation is None and steps.evaluate:
         found = given.read_data(steps.evaluate, opened.tokenizer, "evaluation", bars.over)

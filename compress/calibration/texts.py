@@ -25,6 +25,7 @@ Render = Callable[[Any], str]  # messages of a chat -> its text
 Ticking = Callable[[Iterable[Any], int | None, str], Iterator[Any]]
 
 IMAGE_SUFFIX = ".safetensors"
+SELF = "self"  # the model writes the text itself
 LOCAL = (".txt", ".jsonl", ".json", ".parquet", IMAGE_SUFFIX)
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 PIECE = 1 << 16  # bytes, of a long text
@@ -58,7 +59,7 @@ def suffix_of(source: str) -> str:
 
 def check_source(source: str) -> str | None:
     """What is wrong with a `source`, before any of it is read; None if nothing can be seen."""
-    if source == "demo":
+    if source in ("demo", SELF):
         return None
     path, suffix = Path(source), suffix_of(source)
     try:
@@ -109,6 +110,8 @@ def read_texts(source: str, split: Split, field: str, subset: str | None, render
         raise DataError(problem)
     if is_images(source):
         raise DataError(f"{source} holds images; tokens come from a text")
+    if source == SELF:
+        raise DataError("`self` is text that a model writes for calibration; there is none to be read")
     if source == "demo":
         found = demo.texts(split)
         return Texts(((text,) for text in found), len(found))

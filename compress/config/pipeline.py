@@ -43,8 +43,8 @@ class DataSection:
 
     Args:
         source: `demo`, a .txt / .jsonl / .json / .parquet file, or the id of a Hugging Face data set; for models of
-            images or sounds a .safetensors file. Several by name, such as {maths: a.jsonl, code: b.jsonl}: quality is
-            reported of each.
+            images or sounds a .safetensors file; for calibration also `self`, text that the model writes itself.
+            Several by name, such as {maths: a.jsonl, code: b.jsonl}: quality is reported of each.
         samples: windows of tokens, or images, of each source.
         length: tokens per window; with `protocol: wikitext` 2048 unless it is given.
         field: the field or column that holds the text, or the messages of a chat; `a.b` is the field b inside of a.

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from compress.calibration.texts import IMAGE_SUFFIX, is_images
+from compress.calibration.self_written import cannot_write
+from compress.calibration.texts import IMAGE_SUFFIX, SELF, is_images
 from compress.config.pipeline import GATES, GIVEN
 from compress.errors import Problem
 from compress.models.experts import takes_choices
@@ -359,6 +360,9 @@ def data_sections(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
     images, model = not graph.takes_tokens, type(graph.model).__name__
     for name, section in (("calibration", pipeline.calibration), ("evaluate", pipeline.evaluate)):
         for source in section.sources.values() if section else ():
+            if source == SELF and (why := cannot_write(graph.model)):
+                yield Problem(f"{name}.source", why)
+                continue
             by_name = is_images(source) and takes_more_than_text(graph.model)
             if source != GIVEN and is_images(source) != images and not by_name:
                 wanted = f"{'images' if graph.is_image_model else 'inputs'} from a {IMAGE_SUFFIX} file"

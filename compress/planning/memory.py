@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from compress.calibration.data import CALIBRATED_AT_ONCE
 from compress.calibration.metrics import TOKENS_AT_ONCE
 from compress.calibration.reference import REFERENCE_NUMBERS
+from compress.calibration.self_written import AT_ONCE
+from compress.calibration.texts import SELF
 from compress.export.compared import NUMBERS as COMPARED
 from compress.models.logits import PIECE, WHOLE, WHOLE_LEARNED, bodies, vocabulary
 from compress.passes import MergePass
@@ -55,6 +57,8 @@ def moments_of(
     windows = _windows(pipeline.calibration) + _windows(pipeline.evaluate)
     held = {"interpreter": INTERPRETER, "data": windows}
     moments = [Need("reading data", {**held, "data": windows + _reading(pipeline)})]
+    if pipeline.calibration and SELF in pipeline.calibration.sources.values():
+        moments.append(joined("writing calibration text", held, _writing(graph, pipeline.calibration)))
     if pipeline.evaluate:
         held["evaluation"] = reference(graph, pipeline.evaluate)
         moments.append(joined("evaluating", held, _evaluating(graph, pipeline.evaluate)))
@@ -151,6 +155,16 @@ def _evaluating(graph: Graph, section: DataSection) -> dict[str, int]:
         "weights": 2 * max(block(graph), outside(graph)) * FLOAT,
         "activations": flowing(graph, tokens) * FLOAT,
         "evaluation": logits(graph, tokens, WHOLE, MEASURING),
+    }
+
+
+def _writing(graph: Graph, section: DataSection) -> dict[str, int]:
+    """The whole model, what its layers keep of every token, and the logits of one token for each text."""
+    texts, width = min(AT_ONCE, section.samples), _configured(graph, "hidden_size", widest(graph))
+    return {
+        "weights": sum(p.numel() for p in graph.model.parameters()) * FLOAT,
+        "activations": 2 * len(graph.blocks) * texts * section.length * width * FLOAT,
+        "evaluation": MEASURING * texts * vocabulary(graph.model) * FLOAT,
     }
 
 
