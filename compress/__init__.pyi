@@ -59,6 +59,7 @@ from .passes import (
     Ties,
     Wanda,
     WeightMatching,
+    WidthPrune,
 )
 from .report.report import Report, Row
 from .runtime.register import register
@@ -126,6 +127,7 @@ __all__ = [
     "UsageError",
     "Wanda",
     "WeightMatching",
+    "WidthPrune",
     "apply",
     "apply_delta",
     "demo",

@@ -92,6 +92,12 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"sparsity": "2:4", "update": "exact"},
     ],
     "layer_drop": [{"blocks": 2}, {"blocks": 3, "greedy": False}, {"blocks": 2, "criterion": "angular"}, {"blocks": 0}],
+    "width_prune": [
+        {"score": "magnitude", "repair": "none", "sparsity": 0.4},
+        {"score": "activation", "parts": ("mlp",), "multiple_of": 64},
+        {"score": "fluctuation", "repair": "bias"},
+        {"score": "taylor", "damping": 0.1, "parts": ("heads",)},
+    ],
     "expert_prune": [{"keep": 6}, {"keep": 0.25, "by": "frequency"}],
     "expert_merge": [
         {"keep": 6, "weigh": "router_weight", "router": "dominant"},

@@ -14,9 +14,10 @@ from compress.encodings import Uniform, fit
 from compress.passes.base import Block, Pass, Target, Whole
 from compress.passes.depth import DepthPass
 from compress.passes.experts import ExpertsPass
-from compress.passes.interface import Depth, Distance, ExpertsSeen
+from compress.passes.interface import Depth, Distance, ExpertsSeen, UnitsSeen
 from compress.passes.merge.base import MergePass, Piece
 from compress.passes.merge.models import Models, Running, T, Tried
+from compress.passes.width import WidthPass
 
 Values = dict[str, Tensor]
 
@@ -115,6 +116,22 @@ def experts_seen(pass_: ExpertsPass, groups: int = 1, seed: int = 0, device: str
     keep = groups * round(pass_.kept_of(12, groups) / groups)
     may = frozenset(range(12)) - {1}
     return ExpertsSeen(tokens.to(device), weighted.to(device), weights.to(device), keep, groups, may, distances)
+
+
+def units_seen(pass_: WidthPass, width: int = 1, biased: bool = False, device: str | torch.device = "cpu") -> UnitsSeen:
+    """Twelve units that a layer reads, of which five stay, with all that a pass asks for."""
+    w, made = weight(6, 12 * width).to(device), torch.Generator().manual_seed(0)
+    columns = torch.arange(12 * width, device=device).view(12, width)
+    x = inputs(12 * width, tokens=100).to(device) + 0.5
+    return UnitsSeen(
+        w,
+        columns,
+        5,
+        None if pass_.needs == "none" else statistics(x, pass_.needs),
+        torch.rand(3, 12, generator=made, dtype=torch.float64).to(device) if pass_.sees_makers else None,
+        torch.rand(12, generator=made, dtype=torch.float64).to(device) if pass_.sees_slopes else None,
+        biased,
+    )
 
 
 def merged(pass_: MergePass, models: Sequence[Mapping[str, Tensor]], piece: int = 1000, seed: int = 0) -> Values:

@@ -191,7 +191,7 @@ def fewer(
     if in_place:
         for path, value in changes.items():
             setattr(reduce(getattr, path[:-1], model.config), path[-1], value)
-        _cut_in_place(model, fresh, cuts)
+        cut_in_place(model, fresh, cuts)
     return Fewer(_graph(graph, model if in_place else fresh, cuts), cuts, configured)
 
 
@@ -297,7 +297,7 @@ def _cut(name: str, layer: str, cut: Cut, blends: Blends) -> Cut:
     return Blend(cut.dim, cut.kept, cut.shape, parts, leaf if owner == layer else "")
 
 
-def _cut_in_place(model: nn.Module, fresh: nn.Module, cuts: Mapping[str, Cut]) -> None:
+def cut_in_place(model: nn.Module, fresh: nn.Module, cuts: Mapping[str, Cut]) -> None:
     """Leave of a model in memory what `fresh` has."""
     for (path, module), (_, other) in zip(model.named_modules(), fresh.named_modules(), strict=True):
         for values in (module._parameters, module._buffers):

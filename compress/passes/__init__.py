@@ -30,6 +30,7 @@ from compress.passes.prune.layer_drop import LayerDrop
 from compress.passes.prune.magnitude import Magnitude
 from compress.passes.prune.sparsegpt import SparseGpt
 from compress.passes.prune.wanda import Wanda
+from compress.passes.prune.width_prune import WidthPrune
 from compress.passes.quantize.adaround import AdaRound
 from compress.passes.quantize.codebook import Codebook
 from compress.passes.quantize.flexround import FlexRound
@@ -44,6 +45,7 @@ from compress.passes.quantize.rtn import Rtn
 from compress.passes.retrain.perp import Perp
 from compress.passes.retrain.perp_reconstruct import PerpReconstruct
 from compress.passes.retrain.sparse_soup import SparseSoup
+from compress.passes.width import WidthPass
 
 PASSES: tuple[type[Pass], ...] = (
     Rtn,
@@ -65,6 +67,7 @@ PASSES: tuple[type[Pass], ...] = (
     LayerDrop,
     ExpertPrune,
     ExpertMerge,
+    WidthPrune,
     Perp,
     PerpReconstruct,
     SparseSoup,
@@ -133,4 +136,6 @@ __all__ = [
     "Ties",
     "Wanda",
     "WeightMatching",
+    "WidthPass",
+    "WidthPrune",
 ]

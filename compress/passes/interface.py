@@ -148,6 +148,50 @@ class ExpertsLeft:
 
 
 @dataclass(frozen=True)
+class UnitsSeen:
+    """What a WidthPass works on: the units between the layers that make them and the one that reads them.
+
+    Shapes: O outputs and I inputs of the reading layer, U units of w columns each, M matrices that make them.
+
+    Attributes:
+        weight: (O, I) float32 of the reading layer.
+        columns: (U, w) int64, which of its columns each unit has; all I of them.
+        keep: how many units stay.
+        statistics: of the reading layer's inputs; None where the pass needs none.
+        made: (M, U) float64, the sum of squares of what each matrix has of each unit, biases left out; None where the
+            pass does not ask for it.
+        slopes: (U,) float64, the sum of |weight * gradient of the loss| over all that each unit has; None where the
+            pass does not ask for it.
+        biased: whether the reading layer has a bias, which can take up what units add on average.
+    """
+
+    weight: Tensor
+    columns: Tensor
+    keep: int
+    statistics: Statistics | None = None
+    made: Tensor | None = None
+    slopes: Tensor | None = None
+    biased: bool = False
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """What a WidthPass makes of them.
+
+    Attributes:
+        kept: numbers of the units that stay, ascending.
+        weight: (O, keep * w) float32, the reading layer on what they have, its columns in the order they had.
+        shift: (O,) to be added to the layer's bias; only where it has one.
+        notes: facts for the report.
+    """
+
+    kept: tuple[int, ...]
+    weight: Tensor
+    shift: Tensor | None = None
+    notes: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Edit:
     """What a pass did to one weight: new dense values, or codes; and the mask, where there is one.
 

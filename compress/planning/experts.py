@@ -50,7 +50,7 @@ def plan(state: PlanState, path: str, pass_: Pass, *, fused: bool, first: bool) 
     except UnsupportedModelError as error:
         return Planned(part, after, (*problems, Problem(path, str(error))))
     problems += _worked_on(state, path, pass_, made, may)
-    return Planned(part, after.without_experts(made), tuple(problems))
+    return Planned(part, after.with_cuts(made), tuple(problems))
 
 
 def _may_go(
