@@ -3,6 +3,7 @@ from .api.apply import Result, apply
 from .api.apply_delta import apply_delta
 from .api.export import export_to
 from .api.extract_lora import extract_lora
+from .api.fit import Fit, fit
 from .api.run import run
 from .api.verify import verify
 from .calibration.metrics import Quality, evaluate
@@ -81,6 +82,7 @@ __all__ = [
     "DataError",
     "Eora",
     "ExpertPrune",
+    "Fit",
     "FlexRound",
     "GateError",
     "Genai",
@@ -130,6 +132,7 @@ __all__ = [
     "evaluate",
     "export_to",
     "extract_lora",
+    "fit",
     "load_tokens",
     "register",
     "run",
