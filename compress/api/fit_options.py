@@ -47,16 +47,16 @@ def budget_of(size: str | int | None, bits: float | None) -> Budget:
         UsageError: none, both, or no size.
     """
     if (size is None) == (bits is None):
-        raise UsageError("give either --size, such as 1.2GB, or --bits, such as 3.2" + (", not both" if bits else ""))
+        raise UsageError("give a budget, --size such as 1.2GB or --bits such as 3.2" + (", not both" if size is not None else ""))
     if bits is not None:
         if not (math.isfinite(bits) and bits > 0):
-            raise UsageError(f"--bits {bits}: must be more than 0")
+            raise UsageError(f"bits {bits}: must be more than 0")
         return Budget(bits=bits)
     if isinstance(size, str) and not re.fullmatch(SIZE, size):
-        raise UsageError(f"--size {size!r} is not a size such as 1.2GB, 800MiB or 500000B")
+        raise UsageError(f"size {size!r} is not a size such as 1.2GB, 800MiB or 500000B")
     found = size_in_bytes(size) if isinstance(size, str) else int(size or 0)
     if found < 1:
-        raise UsageError(f"--size {size}: must be more than 0")
+        raise UsageError(f"size {size}: must be more than 0")
     return Budget(size=found)
 
 
