@@ -59,7 +59,7 @@ def fitted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> compress.F
 
 def logits_of(folder: Path, tokens: Tensor, **changed: Tensor) -> Tensor:
     """Log-probabilities of a model with some parameters changed."""
-    model = compress.run.__globals__["torch"] and AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         for name, value in changed.items():
             model.get_parameter(name.replace("__", ".")).copy_(value)

@@ -47,7 +47,8 @@ def budget_of(size: str | int | None, bits: float | None) -> Budget:
         UsageError: none, both, or no size.
     """
     if (size is None) == (bits is None):
-        raise UsageError("give a budget, --size such as 1.2GB or --bits such as 3.2" + (", not both" if size is not None else ""))
+        both = "" if size is None else ", not both"
+        raise UsageError(f"give a budget, --size such as 1.2GB or --bits such as 3.2{both}")
     if bits is not None:
         if not (math.isfinite(bits) and bits > 0):
             raise UsageError(f"bits {bits}: must be more than 0")

@@ -66,8 +66,8 @@ class Choices:
         if size < least:
             dense = least - self.knapsack.least
             raise UsageError(
-                f"a file of {size} bytes is too small: the smallest choice takes {least} bytes ({size_text(least)}), of "
-                f"which {size_text(dense)} are no layers that were chosen for; give more, or options with fewer bits"
+                f"a file of {size} bytes is too small: the smallest choice takes {least} bytes ({size_text(least)}), "
+                f"of which {size_text(dense)} are no layers that were chosen for; give more, or options with fewer bits"
             )
         room = size - (least - self.knapsack.least)
         while True:
@@ -87,8 +87,8 @@ class Choices:
         if room < self.knapsack.least:
             least = -(-8 * self.knapsack.least * 10_000 // self.weights) / 10_000
             raise UsageError(
-                f"{bits:g} bits per weight are too few: the smallest choice takes {least:.4f} bits per weight, scales counted; "
-                "give more, or options with fewer bits"
+                f"{bits:g} bits per weight are too few: the smallest choice takes {least:.4f} bits per weight, scales "
+                "counted; give more, or options with fewer bits"
             )
         return self.knapsack.choose(room)
 
