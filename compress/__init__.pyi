@@ -3,6 +3,7 @@ from .api.apply import Result, apply
 from .api.apply_delta import apply_delta
 from .api.export import export_to
 from .api.extract_lora import extract_lora
+from .api.fit import Fit, fit
 from .api.run import run
 from .api.verify import verify
 from .calibration.metrics import Quality, evaluate
@@ -84,6 +85,7 @@ __all__ = [
     "Eora",
     "ExpertMerge",
     "ExpertPrune",
+    "Fit",
     "FlexRound",
     "GateError",
     "Genai",
@@ -134,6 +136,7 @@ __all__ = [
     "evaluate",
     "export_to",
     "extract_lora",
+    "fit",
     "load_tokens",
     "register",
     "run",
