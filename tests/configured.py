@@ -83,7 +83,11 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"sparsity": 0.0},
         {"sparsity": 0.95, "cuts": 2, "steps": 2, "regrow": True},
     ],
-    "bip": [{"sparsity": 0.95, "mask_rate": 0.1}],
+    "bip": [
+        {"sparsity": 0.95, "mask_rate": 0.1},
+        {"granularity": "filter", "steps": 2},
+        {"granularity": "channel", "correction": False, "steps": 2},
+    ],
     "sparse_soup": [{"models": 2, "soup": "greedy"}, {"sparsity": 0.95, "phases": 2, "models": 2}],
     "wanda": [
         {"sparsity": "2:4"},
