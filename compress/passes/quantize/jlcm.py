@@ -81,7 +81,7 @@ class Jlcm(CodebookOptions, LearnedPass):
 
 
 class Choice(LearnedRounding):
-    """What = scale * table[choice]; chosen is the entry nearest to a weight's place, W / scale and what it has moved."""
+    """What = scale * table[choice]; chosen is the entry nearest to W / scale plus what the weight has moved."""
 
     def __init__(self, weight: Tensor, start: Codebooks, options: Jlcm):
         self.options, self.row_group, self.weight = options, start.row_group, weight
