@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.calibration.data import Dataset
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
     from compress.engine.stage import Stage
     from compress.models.narrow import Coupled, Width
 

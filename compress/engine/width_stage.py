@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from compress.calibration.data import Dataset
     from compress.calibration.statistics import Statistics
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
     from compress.engine.stage import Stage
     from compress.models.cuts import Cut
     from compress.models.narrow import Coupled, Narrower, Width

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.encodings import Weight
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
     from compress.models.site import Site
 
 SAME = 1e-6  # nats that count as none: a model without any change, run from a block on

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
     from compress.models.site import Site
 
 

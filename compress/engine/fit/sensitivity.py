@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from compress.engine.context import Context
     from compress.engine.fit.errors import Swept
-    from compress.engine.placement import Context
     from compress.models.site import Site
     from compress.passes.base import LinearPass
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from compress.checkpoint.artifact import Artifact
     from compress.checkpoint.sources import FolderSource
     from compress.encodings.signs import Signs
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
     from compress.passes.merge.delta_pass import DeltaPass
 
 
