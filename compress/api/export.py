@@ -194,7 +194,9 @@ def _evaluation_data(made: PackedFolder, section: Evaluation | None, bars: Bars)
     graph = made.artifact.graph
     if section is not None:
         try:
-            return given.read_data(section, made.folder, "evaluation", bars.over)
+            reader = given.Reader(made.folder, graph.model)
+            found = given.read_data(section, reader, "evaluation", bars.over)
+            return None if found.named else found  # containers are compared on models of one input
         except DataError:
             pass  # a file that is no longer there, or data that was given from Python
     if not graph.is_language_model:

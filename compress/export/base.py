@@ -142,6 +142,16 @@ def refuse_tables(graph: Graph, specs: Mapping[str, Spec], why: str) -> Iterator
         )
 
 
+def refuse_shared(graph: Graph, specs: Mapping[str, Spec], container: str) -> Iterator[str]:
+    """Why packed layers that blocks share do not fit a container; nothing where there are none."""
+    shared = [site for site in graph.sites if site.shared and not site.looked_up and site.name in specs]
+    if shared:
+        yield (
+            f"{container} has each layer once for each module, and {len(shared)} are shared by blocks, such as "
+            f"{shared[0].name}; export hf, or leave this format out of `export:`"
+        )
+
+
 def refuse_experts(graph: Graph, names: Collection[str], container: str) -> Iterator[str]:
     """Why matrices that are no layers, such as experts, do not fit a container of layers; nothing without any.
 

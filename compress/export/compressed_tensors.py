@@ -8,7 +8,7 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.checkpoint.sources import SINGLE
-from compress.export.base import Exporter, refuse_added, refuse_missing, refuse_read, refuse_tables
+from compress.export.base import Exporter, refuse_added, refuse_missing, refuse_read, refuse_shared, refuse_tables
 from compress.export.hf import plain_config, refuse_rounded, running
 from compress.export.on_hub import described_by, groups_on_hub, matrices_on_hub
 from compress.export.pack_quantized import FORMAT, METHOD, Packing, schemes, words
@@ -63,6 +63,7 @@ class CompressedTensors(Exporter):
             )
         yield from _refuse_experts(graph, coded)
         yield from refuse_read(graph, coded, FORMAT)
+        yield from refuse_shared(graph, coded, "compressed-tensors")
         yield from refuse_tables(graph, coded, "transformers reads no packed embeddings of compressed-tensors")
         modules = dict(graph.model.named_modules())
         tables = {site.name for site in graph.sites if site.looked_up}
