@@ -32,21 +32,20 @@ FROZEN = 0.8  # share of the steps after which the exponent stays as it is
 class Nupes(PowerOptions, LearnedPass):
     """Learn every weight's place on a power grid, and the grid's exponent, from the block's outputs.
 
-    A weight may go to any level of the whole grid, past zero too, not only to the two around it: it has a place on the
-    grid that the gradient moves, each step by a share of the gap to the next level on that side, and it takes the level
-    nearest to its place. Masked weights stay zero.
+    A weight may go to any level on its side of zero, not only to the two around it; with `moves: grid` to any level of
+    the whole grid, past zero too: it has a place on the grid that the gradient moves, each step by a share of the gap
+    to the next level on that side, and it takes the level nearest to its place. Masked weights stay zero.
 
     Source: Yvinec, Dapogny and Bailly, "NUPES: Non-Uniform Post-Training Quantization via Power Exponent Search", 2023,
     arXiv 2308.05600; it starts where PowerQuant ends (ICLR 2023, arXiv 2301.09858). Only the abstract could be read;
-    the parametrisation is a reconstruction (measured against divisors and against soft rounding with a regulariser, see
-    docs/methods/nupes.md). Differs from the
+    the parametrisations are reconstructions: for every weight a divisor, as FlexRound has on the uniform grid, or a place
+    (both measured, and against soft rounding with a regulariser, see docs/methods/nupes.md). Differs from the
     paper in: scales are learned too; `half` levels, see powerquant; the best iterate on held-out samples is kept, and
     it is never worse there than PowerQuant.
 
     Args:
-        moves: over the whole `grid`; or by `division`, each weight by a divisor of its own as FlexRound does on the
-            uniform grid: any level on its side of zero, for comparison.
-        learning_rate: of the places, in gaps between levels; of the divisors' logarithms.
+        moves: by `division`, each weight by a divisor of its own; or over the whole `grid`, as the paper has it.
+        learning_rate: of the divisors' logarithms; of the places, in gaps between levels.
         learn_exponent: False keeps each matrix's first exponent.
         learn_scale: False keeps the first scales.
         exponent_rate: learning rate of the exponent's logarithm.
@@ -63,7 +62,7 @@ class Nupes(PowerOptions, LearnedPass):
     learning_rate: Annotated[float, Gt(0), Lt(1)] = 0.02
     exponent_rate: Annotated[float, Gt(0), Lt(1)] = 0.005
     scale_rate: Annotated[float, Gt(0), Lt(1)] = 0.015
-    moves: Literal["grid", "division"] = "grid"
+    moves: Literal["division", "grid"] = "division"
     learn_exponent: bool = True
     learn_scale: bool = True
 
