@@ -160,12 +160,12 @@ def test_samples_of_several_batches_and_calls_keep_their_arguments(
     pass_ = compress.FlexRound(bits=4, steps=1)
     monkeypatch.setattr("compress.engine.stage.CALIBRATED_AT_ONCE", 4 * tokens.shape[1])
     view = views_of(gemma3n(), tokens, monkeypatch, pass_)[0]
-    assert len(view.chain.hidden) == 4
+    assert len(view.original.hidden) == 4
     numbers = torch.tensor([13, 2, 7])
     with torch.no_grad():
-        hidden, wanted = view.chain.samples().take(numbers), view.outputs.samples().take(numbers)
+        hidden, wanted = view.original.samples().take(numbers), view.outputs.samples().take(numbers)
         with view.ready((), {}):
-            found = view.chain.run(view.block, hidden, numbers, view.original_values(), view.index)
+            found = view.original.run(view.block, hidden, numbers, view.original_values(), view.index)
     assert torch.allclose(found, wanted, atol=1e-5)
 
 

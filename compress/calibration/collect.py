@@ -10,7 +10,7 @@ from collections.abc import MutableMapping
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from compress.calibration.attention import input_of
 from compress.calibration.calls import hidden_of, split_arguments
@@ -235,9 +235,7 @@ def statistics(
     Experts of fused parameters are seen as often as tokens are sent to them; one that never is has no statistics. With
     `all_experts` each is shown all tokens that any of them is sent, and what comes out is still what the router chose.
     """
-    several: dict[str, Sequence[nn.Module]] = {
-        name: [each] if callable(each) else each for name, each in modules.items()
-    }
+    several = {name: _listed(each) for name, each in modules.items()}
     windows = {name: windows_of(each[0]) for name, each in several.items()}
     sums = Sums(needs, windows, ranged, before)
     ends = _Ends({*modules, *(p.left for p in experts)}, once)
@@ -263,6 +261,10 @@ def statistics(
         for handle in handles:
             handle.remove()
     return sums.found
+
+
+def _listed(modules: nn.Module | Sequence[nn.Module]) -> Sequence[nn.Module]:
+    return modules if isinstance(modules, list | tuple) else [cast("nn.Module", modules)]
 
 
 @contextmanager

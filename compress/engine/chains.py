@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from compress.calibration import collect
 from compress.calibration.calls import Place
-from compress.calibration.precision import calibrating
 from compress.calibration.wiring import Kinds, arrivals_by_kind, kinds_of_calls
 from compress.engine.context import value_of
 from compress.engine.placement import set_value, streamed
@@ -195,7 +194,7 @@ class _Met:
         modules = [context.graph.model.get_submodule(name) for name in names]
         places = [None, *(_place(context, names[0], name) for name in names[1:])]
         outputs: list[tuple[Tensor, Mapping[int, Call]]] = []
-        with calibrating(context.products, context.dtype, context.devices.compute), streamed(context):
+        with streamed(context):
             often = len(collect.calls_of(partial(context.forward, batches[0][:1]), modules))
             if not often:
                 raise self.refused("is never reached by the calibration data")
