@@ -6,7 +6,6 @@ Shapes: O outputs of a layer, I columns of a table, C classes (words of a vocabu
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -100,7 +99,7 @@ def _backward(out: Tensor, generator: torch.Generator) -> int:
         upto = torch.softmax(rows.detach(), -1).cumsum(-1)
         at = draw(generator, (len(rows), 1), "uniform", rows) * upto[:, -1:]
         classes = torch.searchsorted(upto, at, right=True).clamp(max=rows.shape[1] - 1)[:, 0]
-    partial(cross_entropy, reduction="sum")(rows, classes).backward()
+    torch.autograd.backward(cross_entropy(rows, classes, reduction="sum"))
     return len(rows)
 
 
