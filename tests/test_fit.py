@@ -10,7 +10,7 @@ import pytest
 import torch
 from commands import compress_command, make_text_model, write_text
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, ViTConfig, ViTForImageClassification
 
 import compress
 from compress.api.fit import prepare
@@ -246,6 +246,36 @@ def test_a_second_budget_takes_the_sweep_of_the_first(
         compress.fit(folder, tmp_path / "other", bits=3, fresh=True, **options)
 
 
+def test_data_and_models_of_other_kinds_are_fitted_too(tmp_path: Path) -> None:
+    """Images from Python, which no file holds; patches that a convolution reads are chosen for, the head is not."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=10))
+    model.save_pretrained(tmp_path / "model")
+    steps = {"passes": [{"gptq": {"include": ["*.layer*", "*patch_embeddings*"]}}], "calibration": {"source": "demo"}}
+    images = torch.randn(16, 3, 32, 32)
+    for measure in ("kl", "fisher", "error"):
+        options: dict[str, Any] = {"pipeline": steps, "options": OPTIONS, "sensitivity": measure, "calibration": images}
+        made = compress.fit(tmp_path / "model", tmp_path / measure, size=90_000, **options)
+        assert (tmp_path / measure / "compress.safetensors").stat().st_size <= 90_000
+        assert len(made.fitted.layers) == 13
+        assert all(list(each.values()) == sorted(each.values(), reverse=True) for each in made.fitted.losses)
+
+
+def test_experts_of_fused_parameters_are_fitted_by_what_can_be_seen_of_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    experts = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    MixtralForCausalLM(MixtralConfig(vocab_size=256, **sizes, **experts)).save_pretrained(tmp_path / "model")
+    tokens = torch.randint(0, 256, (8, 64))
+    options: dict[str, Any] = {"pipeline": {**STEPS}, "options": OPTIONS, "calibration": tokens, "dry_run": True}
+    made = compress.fit(tmp_path / "model", tmp_path / "out", bits=4, sensitivity="kl", **options)
+    assert sum("experts" in name for name in made.fitted.layers) == 2 * 4 * 2
+    assert all(max(each.values()) > 0 for each in made.fitted.losses)
+    with pytest.raises(UsageError, match=r"no gradient of what .*experts.* puts out is seen"):
+        compress.fit(tmp_path / "model", tmp_path / "out", bits=4, sensitivity="fisher", **options)
+
+
 def test_layers_of_one_group_have_one_option(folder: Path, tmp_path: Path) -> None:
     made = compress.fit(folder, tmp_path / "out", bits=4, pipeline=STEPS, options=OPTIONS, groups="fused", dry_run=True)
     for block in ("model.layers.0", "model.layers.1"):
@@ -271,6 +301,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"size": "0GB"}, "must be more than 0"),
     ({"bits": -1.0}, "must be more than 0"),
     ({"bits": float("nan")}, "must be more than 0"),
+    ({"bits": 4, "work": "out.work"}, "give the sweep another folder"),
     ({"bits": 4, "groups": "row"}, "groups 'row': known are site, fused, block"),
     ({"bits": 4, "sensitivity": "guess"}, "known are kl, fisher, error"),
     ({"bits": 4, "options": ["w3g32"]}, "nothing to choose"),
@@ -292,6 +323,7 @@ def test_what_cannot_be_is_refused_before_any_work(
 ) -> None:
     steps = {**STEPS, "passes": options.get("passes", STEPS["passes"])}
     asked = {name: value for name, value in options.items() if name != "passes"}
+    asked |= {"work": tmp_path / asked["work"]} if "work" in asked else {}
     with pytest.raises(UsageError) as raised:
         compress.fit(folder, tmp_path / "out", **{"pipeline": steps, "options": OPTIONS, **asked})
     assert said in str(raised.value)

@@ -10,12 +10,14 @@ import torch
 
 from compress import progress
 from compress.api.fit_options import DEFAULT_OPTIONS, budget_of, differing, quantizer_in, with_options
+from compress.api.output_folder import work_of
 from compress.api.run import prepare, run
 from compress.calibration.data import numbered_together
 from compress.calibration.surroundings import undisturbed
 from compress.checkpoint.finite import refuse_non_finite
 from compress.config.reading import load_pipeline
 from compress.config.writing import dump
+from compress.encodings.format import WEIGHTS
 from compress.engine.fit.choice import Choices
 from compress.engine.fit.sensitivity import DIVERGENCE_TOKENS, GRADIENT_TOKENS, Groups, Sensitivity, find_losses
 from compress.engine.ledger import FolderLedger
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from compress.api import data as given
+    from compress.api.fit_options import Budget
     from compress.api.run import Work
     from compress.calibration.data import Dataset
     from compress.config.pipeline import Pipeline
@@ -134,7 +137,12 @@ def fit(
     steps = load_pipeline(_default() if pipeline is None else pipeline)
     passes = with_options(quantizer_in(steps), options)
     first = replace(steps, passes=((next(iter(passes.values())),),))
-    found: dict[str, Any] = {"calibration": calibration, "evaluation": evaluation, "overwrite": overwrite, "device": device}
+    found: dict[str, Any] = {
+        "calibration": calibration,
+        "evaluation": evaluation,
+        "overwrite": overwrite,
+        "device": device,
+    }
     if steps.calibration is None and calibration is None:
         said = "is missing: fit looks at what layers put out, such as calibration: {source: demo}"
         raise ConfigError([Problem("calibration", said)])
@@ -144,6 +152,8 @@ def fit(
     _refuse(prepared, passes, data, sensitivity)
     destination = Path(out).absolute()
     folder = destination.with_name(f"{destination.name}.fit") if work is None else Path(work).absolute()
+    if folder in (destination, work_of(destination)):
+        raise UsageError(f"{folder} is where the result is written; give the sweep another folder")
     with lock.held(folder):
         losses = _swept(prepared, passes, data, groups, sensitivity, folder, fresh)
         choices = Choices(prepared.opened.artifact, losses, list(passes))
@@ -152,17 +162,14 @@ def fit(
             str(model), first.passes[0][0].key, sensitivity, groups, budget.said(),
             choices.point(chosen), choices.uniform(), choices.front(), choices.by_group(), choices.layers(chosen),
         )  # fmt: skip
+        made = _fitted_pipeline(prepared.steps, passes, fitted)
         write_text(folder / FITTED, fitted.to_json())
-        write_text(folder / PIPELINE, dump(_fitted_pipeline(prepared.steps, passes, fitted)))
+        write_text(folder / PIPELINE, dump(made))
     on_fit(fitted)
     if dry_run:
         return Fit(fitted, folder / PIPELINE, None)
-    report = run(folder / PIPELINE, model, out, fresh=fresh, bars=bars, on_row=on_row, **found)
-    if budget.size is not None and report.rows[-1].bytes > budget.size:
-        raise CompressError(
-            f"{out} takes {report.rows[-1].bytes} bytes, more than the {budget.size} that were allowed: scales of a "
-            "layer did not fit float16 once the layers before it were quantized; give a little less"
-        )
+    report = run(made, model, out, fresh=fresh, bars=bars, on_row=on_row, **found)
+    _refuse_larger(destination, budget)
     return Fit(fitted, folder / PIPELINE, report)
 
 
@@ -196,6 +203,20 @@ def _refuse(prepared: Work, passes: Mapping[str, LinearPass], data: Dataset, sen
     refuse_too_large(graph, min(tokens, data.inputs.numel()), sensitivity == "fisher", prepared.plan.places)
 
 
+def _refuse_larger(out: Path, budget: Budget) -> None:
+    """Say that a result is above the budget after all.
+
+    Raises:
+        CompressError: it is.
+    """
+    written = (out / WEIGHTS).stat().st_size
+    if budget.size is not None and written > budget.size:
+        raise CompressError(
+            f"{out} has {written} bytes of weights, more than the {budget.size} that were allowed: scales of a layer "
+            "did not fit float16 once the layers before it were quantized; give a little less"
+        )
+
+
 def _swept(
     prepared: Work,
     passes: Mapping[str, LinearPass],
@@ -215,7 +236,12 @@ def _swept(
     (samples,), named = numbered_together(data)
     assert samples is not None
     context = replace(context, named=named)
-    facts: list[Any] = [prepared.opened.artifact.source.fingerprint(), hash_of(data), torch.get_num_threads(), context.seed]
+    facts: list[Any] = [
+        prepared.opened.artifact.source.fingerprint(),
+        hash_of(data),
+        torch.get_num_threads(),
+        context.seed,
+    ]
     facts += [str(context.dtype), context.products, prepared.plan.places.name, vars(context.experts)]
     code = ledger.code_of([type(p) for p in passes.values()], [find_losses.__module__])
     with context.devices.scope(), prepared.bars.shown():
