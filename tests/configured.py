@@ -43,6 +43,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"bits": 2, "scale": "row", "tables": 2, "iterations": 5},
         {"entries": 5, "scale": "row", "weighting": "none", "tolerance": 0.0},
         {"bits": 8},
+        {"bits": 3, "scale": "group", "group_size": 16, "tables": 2},
     ],
     "flexround": [
         {"steps": 4, "bits": 2, "group_size": 16, "inputs": "mix"},
@@ -58,6 +59,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"steps": 4, "bits": 2, "mapping_rate": 0.5},
         {"steps": 4, "entries": 5, "tables": 2, "scale": "row", "mapping_gradient": "distance"},
         {"steps": 4, "bits": 3, "objective": "layer", "learn_mapping": False, "weighting": "none"},
+        {"steps": 4, "bits": 2, "scale": "group", "group_size": 16},
     ],
     "reorder": [{"groups": 3}],
     "eora": [
@@ -83,7 +85,11 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"sparsity": 0.0},
         {"sparsity": 0.95, "cuts": 2, "steps": 2, "regrow": True},
     ],
-    "bip": [{"sparsity": 0.95, "mask_rate": 0.1}],
+    "bip": [
+        {"sparsity": 0.95, "mask_rate": 0.1},
+        {"granularity": "filter", "steps": 2},
+        {"granularity": "channel", "correction": False, "steps": 2},
+    ],
     "sparse_soup": [{"models": 2, "soup": "greedy"}, {"sparsity": 0.95, "phases": 2, "models": 2}],
     "wanda": [
         {"sparsity": "2:4"},
@@ -92,7 +98,17 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"sparsity": "2:4", "update": "exact"},
     ],
     "layer_drop": [{"blocks": 2}, {"blocks": 3, "greedy": False}, {"blocks": 2, "criterion": "angular"}, {"blocks": 0}],
+    "width_prune": [
+        {"score": "magnitude", "repair": "none", "sparsity": 0.4},
+        {"score": "activation", "parts": ("mlp",), "multiple_of": 64},
+        {"score": "fluctuation", "repair": "bias"},
+        {"score": "taylor", "damping": 0.1, "parts": ("heads",)},
+    ],
     "expert_prune": [{"keep": 6}, {"keep": 0.25, "by": "frequency"}],
+    "expert_merge": [
+        {"keep": 6, "weigh": "router_weight", "router": "dominant"},
+        {"keep": 0.25, "weigh": "equal", "align": False},
+    ],
     "sparsegpt": [{"sparsity": "4:8", "damping": 0.1}, {"sparsity": 0.7, "tile": 16}],
     "average": [
         {"weights": (0.5, 1.0, 2.0), "normalize": False},

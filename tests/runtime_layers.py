@@ -32,6 +32,8 @@ ENCODINGS = (
     *(f"codebook {bits}" for bits in range(2, 9)),
     "codebook 4 tables",
     "codebook 3 tables scaled",
+    "codebook 3 tables groups",
+    "codebook 4 groups",
     "olive int4",
     "olive flint4",
     "olive int8",
@@ -63,7 +65,7 @@ def encoding(name: str, kept: Tensor, made: torch.Generator) -> Encoding:
     tables = 3 if "tables" in rest else 1
     table = torch.randn(tables, 2**bits, generator=made).sort(1).values.half()
     row_group = torch.randint(tables, (rows,), generator=made, dtype=torch.uint8)
-    return Codebooks(codes, table, row_group, scale if "scaled" in rest else None)
+    return Codebooks(codes, table, row_group, scale if {"scaled", "groups"} & {*rest} else None)
 
 
 def weight(name: str, rows: int = 48, columns: int = 64, *, mask: str = "", rank: int = 0) -> Weight:

@@ -284,7 +284,7 @@ def damaged(file: Path, folder: Path) -> dict[str, tuple[bytes, str]]:
         "nothing": (b"", "truncated or corrupt"),
         "one bit": (bytes(flipped), "is damaged: its content is not what was written"),
         "one bit of a name": (renamed, "is damaged: its content is not what was written"),
-        "newer": (whole.replace(b'"version":"2"', b'"version":"3"'), "was written by a newer version"),
+        "newer": (whole.replace(b'"version":"2"', b'"version":"4"'), "was written by a newer version"),
         "a model": ((folder / "plain.safetensors").read_bytes(), "is not a compressed delta"),
     }
 

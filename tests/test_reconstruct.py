@@ -70,6 +70,9 @@ class Plain:
     def penalty(self, progress: float) -> Tensor | None:
         return None
 
+    def after(self) -> None:
+        pass
+
 
 @dataclass
 class Seen:
@@ -528,6 +531,9 @@ class Two:
 
     def penalty(self, progress: float) -> Tensor | None:
         return None
+
+    def after(self) -> None:
+        pass
 
 
 def two(size: float = 1.0) -> tuple[Two, dict[str, Tensor], dict[str, Tensor]]:

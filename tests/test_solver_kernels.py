@@ -62,10 +62,6 @@ def fixed(*shape: int, seed: int = 1) -> Tensor:
     return leaf(*shape, seed=seed).detach().abs()
 
 
-def halves() -> Tensor:
-    return torch.arange(4)[:, None] % 2 * 8
-
-
 FUSED: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {
     "between": (
         adaround.between,
@@ -74,11 +70,9 @@ FUSED: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {
     "undecided": (adaround.undecided, (leaf(4, 2, 6), torch.tensor(3.0))),
     "divided": (nupes.divided, (fixed(4, 2, 6), fixed(4, 2, 1) + 1, leaf(4, 2, 6))),
     "landed": (nupes.landed, (leaf(4, 2, 6), leaf(4, 2, 6, seed=2), torch.tensor(0.8), fixed(4, 2, 1))),
-    "moved": (jlcm.moved, (fixed(4, 12), leaf(4, 12))),
-    "pulled": (
-        jlcm.pulled,
-        (leaf(4, 12), leaf(4, 12, seed=2), torch.arange(48).view(4, 12) % 8, halves(), fixed(16), fixed(16, seed=3)),
-    ),
+    "moved": (jlcm.moved, (fixed(4, 12), fixed(4, 1), leaf(4, 12))),
+    "passed": (jlcm.passed, (leaf(4, 12), leaf(4, 12, seed=2))),
+    "pulled": (jlcm.pulled, (leaf(4, 12), leaf(4, 12, seed=2), fixed(4, 12), fixed(4, 12, seed=3))),
 }
 
 

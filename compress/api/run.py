@@ -122,6 +122,32 @@ def run(
         >>> report.rows[-1].name
         'rtn'
     """
+    work = prepare(
+        pipeline, model, out, calibration=calibration, evaluation=evaluation, overwrite=overwrite, device=device,
+        executor=executor, bars=bars,
+    )  # fmt: skip
+    refuse_differing(work.executor, work.facts())
+    led = work.executor.rank == 0
+    return _led(work, Path(out).absolute(), overwrite, fresh, on_row) if led else _followed(work)
+
+
+def prepare(
+    pipeline: str | Path | Mapping[str, Any] | Pipeline,
+    model: str | Path,
+    out: str | Path,
+    *,
+    calibration: given.Given | None = None,
+    evaluation: given.Given | None = None,
+    overwrite: bool = False,
+    device: str | None = None,
+    executor: Executor | None = None,
+    bars: progress.Bars | None = None,
+) -> Work:
+    """Everything that a run does, known and checked before it begins, and its data read; the arguments are its own.
+
+    Raises:
+        UsageError: for everything that can be known then.
+    """
     steps = load_pipeline(pipeline)
     steps = steps if device is None else replace(steps, device=device)
     executor, bars = executor or SingleProcess(), bars or progress.Bars()
@@ -143,13 +169,11 @@ def run(
         data = _data(steps, opened, data, bars, partial(_own_text, steps, opened, made, bars))
     merges.check_data(steps, data.calibration, graph, file)
     given.refuse_by_name(steps, data.calibration)
-    work = _Work(steps, opened, data, made, (opened.artifact.source, *merged), executor, bars, str(model))
-    refuse_differing(executor, work.facts())
-    return _led(work, destination, overwrite, fresh, on_row) if executor.rank == 0 else _followed(work)
+    return Work(steps, opened, data, made, (opened.artifact.source, *merged), executor, bars, str(model))
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """What a run does, known before it begins.
 
     Attributes:
@@ -206,7 +230,7 @@ class _Work:
             return manager.execute(self.steps, self.plan, context, self.data, self.model, on_row)
 
 
-def _led(work: _Work, destination: Path, overwrite: bool, fresh: bool, on_row: Callable[[Row], None]) -> Report:
+def _led(work: Work, destination: Path, overwrite: bool, fresh: bool, on_row: Callable[[Row], None]) -> Report:
     """What process 0 does: it alone writes."""
     opened, bars, where = work.opened, work.bars, work.plan.places
     with working_for(destination) as folder:
@@ -245,7 +269,7 @@ def _led(work: _Work, destination: Path, overwrite: bool, fresh: bool, on_row: C
     return measured
 
 
-def _followed(work: _Work) -> Report:
+def _followed(work: Work) -> Report:
     """What every other process does: its share, from what process 0 has committed."""
     found = work.executor.told(None)
     if found is None:
@@ -296,12 +320,13 @@ def _data(
     """Read what the pipeline names; given data win. `own`: makes the text that the model writes."""
     calibration, evaluation = data.calibration, data.evaluation
     graph, dtype = opened.artifact.graph, _dtype(steps, opened)
+    reader = given.Reader(opened.tokenizer, graph.model, opened.folder)
     needed = any(p.calibrated for stage in steps.passes for p in stage)
     if calibration is None and needed and steps.calibration:
-        found = given.read_data(steps.calibration, opened.tokenizer, "calibration", bars.over, own)
+        found = given.read_data(steps.calibration, reader, "calibration", bars.over, own)
         calibration = given.model_inputs(graph, "calibration", found, dtype)
     if evaluation is None and steps.evaluate:
-        found = given.read_data(steps.evaluate, opened.tokenizer, "evaluation", bars.over)
+        found = given.read_data(steps.evaluate, reader, "evaluation", bars.over)
         found = given.with_masks(graph.model, found, opened.tokenizer)
         evaluation = given.model_inputs(graph, "evaluation", found, dtype)
     if steps.evaluate and evaluation is not None:
@@ -340,7 +365,7 @@ def _report(data: dict[str, Any]) -> Report:
     return Report(**{**data, "rows": [report.Row(**row) for row in data["rows"]]})
 
 
-def _export(work: _Work, context: Context, measured: Report, destination: Path) -> None:
+def _export(work: Work, context: Context, measured: Report, destination: Path) -> None:
     """Write the result into the folder of unfinished work, read it back and compare."""
     opened, steps, data, resolved = work.opened, work.steps, work.data, dump(work.steps)
     partial = work_of(destination) / RESULT

@@ -300,6 +300,31 @@ def _watched_experts(
 
 
 @contextmanager
+def output_gradients(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While open, `see` is told of the gradient of what each of the modules puts out, as soon as that is known.
+
+    Gradients begin at the first of them: nothing before it need be learned.
+    """
+    handles = []
+    for name, module in modules.items():
+
+        def after(_: nn.Module, __: Any, output: Any, name: str = name) -> Any:
+            several = isinstance(output, tuple | list)
+            hidden = output[0] if several else output
+            # A clone: what follows may change its input in place, which the first of a graph does not allow.
+            made = hidden if hidden.requires_grad else hidden.detach().requires_grad_().clone()
+            made.register_hook(lambda gradient: see(name, gradient))
+            return type(output)((made, *output[1:])) if several else made
+
+        handles.append(module.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def around(
     modules: Mapping[str, nn.Module], enter: Callable[[str], None], leave: Callable[[str], None]
 ) -> Iterator[None]:

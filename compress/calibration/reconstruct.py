@@ -109,6 +109,9 @@ class LearnedWeights(Protocol):
     def penalty(self, progress: float) -> Tensor | None:
         """Something to add to the loss, relative to the original outputs' mean square."""
 
+    def after(self) -> None:
+        """Called when the optimizer has changed the learned tensors."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -198,6 +201,9 @@ class _Reconstruction(Learner):
         if penalty is not None:
             value = value + penalty
         return self.shares.backward(value, self.tensors)
+
+    def after(self, step: int) -> None:
+        self.learned.after()
 
     def loss(self, weights: Weights) -> Tensor:
         """The distance from what should come out, on the next samples: the part of this process in their mean."""

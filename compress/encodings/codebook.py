@@ -1,6 +1,6 @@
-"""Codebooks: value = table[code], every row with one of a few tables, and optionally times a scale of its own.
+"""Codebooks: value = table[code], every row with one of a few tables, and optionally times scales of its own.
 
-Shapes: O = out features, I = in features, K = entries of a table, G = tables.
+Shapes: O = out features, I = in features, K = entries of a table, G = tables, S = scales of a row.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ class CodebookForm(Form):
     """Codes are ceil(log2 K) bits wide.
 
     Stored: `table` (G, K); with several tables `row_group` uint8 (1, ceil(O * ceil(log2 G) / 8)), packed as codes are,
-    or, where rows have their tables in runs, `run_ends` int32 (G,); if scaled `scale` (O, 1).
+    or, where rows have their tables in runs, `run_ends` int32 (G,); if scaled `scale` (O, S), each of a scale's I / S
+    neighbouring columns.
 
     Attributes:
         period: rows this far apart share a table, and run r of the rows between, up to `run_ends[r]`, has table r;
             0 where every row has a number of its own.
+        groups: S; 1 where a row has one scale, or none.
     """
 
     entries: int
@@ -49,6 +51,7 @@ class CodebookForm(Form):
     table_dtype: str = "float16"
     scale_dtype: str = "float16"
     period: int = 0
+    groups: int = 1
     family: ClassVar[str] = "codebook"
 
     def __post_init__(self) -> None:
@@ -62,7 +65,7 @@ class CodebookForm(Form):
         elif self.num_tables > 1:
             found["row_group"] = ((1, row_bytes(shape[0], index_bits(self.num_tables))), torch.uint8)
         if self.scaled:
-            found["scale"] = ((shape[0], 1), getattr(torch, self.scale_dtype))
+            found["scale"] = ((shape[0], self.groups), getattr(torch, self.scale_dtype))
         return found
 
     def encoding(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Codebooks:
@@ -92,7 +95,7 @@ class Codebooks(Encoding):
         codes: (O, I) uint8, below K.
         table: (G, K) float16 or float32, ascending in each table; K is 2 to 256, G is 1 to 256.
         row_group: (O,) uint8 below G, the table of each row.
-        scale: (O, 1) float16 or float32, not negative; None when the tables hold the values themselves.
+        scale: (O, S) float16 or float32, not negative; None when the tables hold the values themselves.
         period: rows this far apart share a table, and tables do not fall over the rows between; None: any row has any.
     """
 
@@ -113,6 +116,7 @@ class Codebooks(Encoding):
             table_dtype=_dtype_name(self.table.dtype),
             scale_dtype="float16" if self.scale is None else _dtype_name(self.scale.dtype),
             period=self.period or 0,
+            groups=1 if self.scale is None else self.scale.shape[1],
         )
 
     def tables(self) -> dict[str, Tensor]:
@@ -151,6 +155,8 @@ class Codebooks(Encoding):
             return "tables that are not finite and ascending"
         if self.scale is not None and not (torch.isfinite(self.scale) & (self.scale >= 0)).all():
             return "scales that are negative or not finite"
+        if self.scale is not None and self.codes.shape[1] % self.scale.shape[1]:
+            return f"{self.scale.shape[1]} scales for each row of {self.codes.shape[1]} columns"
         if int(self.codes.max()) >= entries:
             return f"codes beyond tables of {entries} entries"
         return self._codes_defect()
@@ -163,12 +169,12 @@ class Codebooks(Encoding):
 
 
 def dequantize(codes: Tensor, table: Tensor, row_group: Tensor, scale: Tensor | None = None) -> Tensor:
-    """(O, I) codes, (G, K) table, (O,) row_group, (O, 1) scale -> (O, I) float32."""
+    """(O, I) codes, (G, K) table, (O,) row_group, (O, S) scale -> (O, I) float32."""
     index = codes.int()
     if len(table) > 1:
         index += row_group.int()[:, None] * table.shape[1]
     values = table.float().flatten().index_select(0, index.flatten()).view(codes.shape)
-    return values if scale is None else values.mul_(scale.float())
+    return values if scale is None else values.mul_(of_columns(scale.float(), codes.shape[1]))
 
 
 def nearest(weight: Tensor, table: Tensor, row_group: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -189,9 +195,15 @@ def nearest(weight: Tensor, table: Tensor, row_group: Tensor, scale: Tensor | No
 
 
 def unscaled(weight: Tensor, scale: Tensor) -> Tensor:
-    """(O, I) weights in units of their row's scale (O, 1); zero where the scale is."""
-    wide = scale.float()
+    """(O, I) weights in units of their scales (O, S); zero where a scale is."""
+    wide = of_columns(scale.float(), weight.shape[1])
     return torch.where(wide > 0, weight / wide, 0.0)
+
+
+def of_columns(scale: Tensor, columns: int) -> Tensor:
+    """(O, S) -> the scale of each weight, (O, columns); as it is where a row has one."""
+    groups = scale.shape[1]
+    return scale if groups == 1 else scale.repeat_interleave(columns // groups, 1)
 
 
 def stored_table(table: Tensor) -> Tensor:

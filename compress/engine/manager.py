@@ -103,8 +103,9 @@ def execute(
         if pipeline.evaluate:
             _gate(pipeline.evaluate, start, row)
     if pipeline.evaluate and data.evaluation is not None:
-        named = data.evaluation.labels is None and GIVEN not in pipeline.evaluate.sources.values()
-        protocol = {"protocol": pipeline.evaluate.protocol} if named else {}
+        cut = data.evaluation.labels is None and not data.evaluation.named  # into windows, from a text
+        cut = cut and GIVEN not in pipeline.evaluate.sources.values()
+        protocol = {"protocol": pipeline.evaluate.protocol} if cut else {}
         report.data = {"source": pipeline.evaluate.source, **meter.described(data.evaluation), **protocol}
     return report, context
 

@@ -18,7 +18,7 @@ from compress.models.families import family_of
 from compress.models.families.transformers_model import TOKENS, called_with, called_with_images
 from compress.models.shared import with_shared
 from compress.models.tables import with_tables
-from compress.models.towers import LANGUAGE, named, numbered
+from compress.models.towers import APART, LANGUAGE, named, numbered
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -154,12 +154,16 @@ def chosen(graph: Graph, names: Collection[str] | None = None) -> Graph:
     Args:
         graph: of all towers.
         names: of those towers; by default that of the language where a causal language model has others beside it,
-            else all.
+            else all. All towers of a model that takes text alone are of the `language`.
 
     Raises:
         UnsupportedModelError: there is no such tower.
     """
     there = list(dict.fromkeys(tower.name for tower in graph.towers))
+    if names and graph.takes_tokens and not {LANGUAGE, *APART} & {*there}:
+        unknown = [name for name in names if name not in (LANGUAGE, *there)]
+        there = [LANGUAGE] if unknown and len(there) == 1 else there
+        names = unknown or [name for each in names for name in (there if each == LANGUAGE else [each])]
     if names is None:
         beside = graph.is_language_model and LANGUAGE in there
         names = [LANGUAGE] if beside else there

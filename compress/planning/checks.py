@@ -296,7 +296,8 @@ def training_objective(case: Case) -> Iterator[Problem]:
     if state.shorter and pass_.loss == "distill" and not state.specs:
         more = ", or set it to next_token, which learns from the text" if language else ""
         yield case.refused(
-            "the original to learn from is without the blocks or experts that went before, and nothing else is lost; "
+            "the original to learn from is without the blocks, experts, neurons or heads that went before, and nothing "
+            "else is lost; "
             f"put {pass_.key} behind a pruner or quantizer{more}",
             "objective",
         )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from compress.calibration.processed import kind_of_rows, takes_rows
+from compress.calibration.rows import FILES
 from compress.calibration.self_written import cannot_write
 from compress.calibration.texts import IMAGE_SUFFIX, SELF, is_images
 from compress.config.pipeline import GATES, GIVEN
-from compress.errors import Problem
+from compress.errors import DataError, Problem
 from compress.models.experts import takes_choices
 from compress.models.named import takes_more_than_text
 from compress.models.positions import longest_window
@@ -64,16 +66,25 @@ def data_sections(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
     longest = longest_window(graph.model) if graph.takes_tokens else None  # CLIP has positions of words, too
     images, model = not graph.takes_tokens, type(graph.model).__name__
     for name, section in (("calibration", pipeline.calibration), ("evaluate", pipeline.evaluate)):
+        texts = section is not None
         for source in section.sources.values() if section else ():
+            assert section is not None
             if source == SELF and (why := cannot_write(graph.model)):
                 yield Problem(f"{name}.source", why)
                 continue
             by_name = is_images(source) and takes_more_than_text(graph.model)
-            if source != GIVEN and is_images(source) != images and not by_name:
+            try:
+                rows = source != GIVEN and takes_rows(graph.model, source, section.field)
+            except DataError as error:
+                yield Problem(f"{name}.source", str(error))
+                continue
+            texts = texts and not rows and not is_images(source)
+            if source != GIVEN and not rows and is_images(source) != images and not by_name:
                 wanted = f"{'images' if graph.is_image_model else 'inputs'} from a {IMAGE_SUFFIX} file"
+                known = kind_of_rows(graph.model) is not None
+                wanted += f", or from the rows of a {', '.join(FILES)} file" if known else ""
                 wanted = wanted if images else "text"
                 yield Problem(f"{name}.source", f"{source}: {model} takes {wanted}")
-        texts = section is not None and not any(map(is_images, section.sources.values()))
         if section and longest and texts and section.length > longest:
             yield Problem(f"{name}.length", f"{section.length} is more than the model's {longest} positions")
 

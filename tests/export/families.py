@@ -113,6 +113,7 @@ RECIPES: dict[str, Recipe] = {
     ],
     **{f"codebook, {b} bits": lambda at, b=b: [Codebook(bits=b, include=at)] for b in (2, 3, 4, 5, 8)},
     "one codebook, scales": lambda at: [Codebook(bits=4, tables=1, scale="row", include=at)],
+    "codebooks, scales of groups": lambda at: [Codebook(bits=3, tables=2, scale="group", group_size=16, include=at)],
     "codebooks in runs": lambda at: [Codebook(bits=3, tables=4, grouping="runs", include=at)],
     "codebook of 11": lambda at: [Codebook(entries=11, tables=2, include=at)],
     "codebook, 4 bits, zeros": lambda at: [Magnitude(sparsity=0.3, include=at), Codebook(bits=4, include=at)],

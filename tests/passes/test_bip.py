@@ -8,9 +8,11 @@ from transformers import LlamaForCausalLM
 
 import compress
 from compress.calibration.training import Make, ModelData, TrainingStore
+from compress.errors import ConfigError
 from compress.passes import Bip, GlobalMagnitude
 from compress.passes.base import Edit, Target, Whole
 from compress.passes.prune.bip import Refinement
+from compress.passes.prune.mask_groups import group_sums, smallest_groups, spread
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,8 +32,23 @@ def regression(seed: int = 0) -> Whole:
     )
 
 
-def refined(**options: float) -> Edit:
-    return dict(Bip(sparsity=0.5, steps=60, batch_size=16, **options).run(regression()))["a"]
+def refined(seed: int = 0, **options: object) -> Edit:
+    return dict(Bip(**{"sparsity": 0.5, "steps": 60, "batch_size": 16, **options}).run(regression(seed)))["a"]  # type: ignore[arg-type]
+
+
+def linear(slopes: Tensor, weight: Tensor) -> Whole:
+    """A loss that is linear in the weights: the lower level's answer is known exactly."""
+
+    def loss(make: Make, numbers: Tensor) -> Tensor:
+        return (make(["a"])["a"] * slopes).sum()
+
+    target = Target(weight, generator=torch.Generator().manual_seed(0))
+    return Whole(("a",), {"a": target}.__getitem__, {}, ModelData(loss, 64, TrainingStore()))
+
+
+def learner(model: Whole, **options: object) -> Refinement:
+    assert model.data is not None
+    return Refinement({"a": model.load("a")}, model.data, Bip(**options), 0)  # type: ignore[arg-type]
 
 
 def test_the_share_of_zeros_is_exact_and_the_mask_is_another_one() -> None:
@@ -54,12 +71,10 @@ def test_without_mask_steps_only_the_kept_weights_are_trained() -> None:
 
 
 def test_weights_that_are_gone_have_gradients_for_their_scores() -> None:
-    model = regression()
-    assert model.data is not None
     mask = textbook.mask(8, 24)
-    learner = Refinement({"a": model.load("a")}, model.data, Bip(batch_size=16), 0)
-    learner.masks = {"a": mask}
-    found = learner.slopes(1)[1]["a"]
+    state = learner(regression(), batch_size=16)
+    state.masks = {"a": mask}
+    found = state.slopes(1)[1]["a"]
     assert bool((found[~mask] != 0).all())
 
 
@@ -69,3 +84,86 @@ def test_masks_that_were_there_stay(tiny_llama: LlamaForCausalLM, tokens: Tensor
     assert after.report.rows[-1].sparsity == pytest.approx(0.6, abs=1e-3)
     for name, weight in before.weights.items():
         assert not bool((after.weights[name].mask & ~weight.mask).any())
+
+
+def test_the_move_of_a_mask_is_the_gradient_through_the_lower_levels_answer() -> None:
+    gamma, slopes = 0.5, textbook.weight(4, 6)
+
+    def through_the_answer(mask: Tensor) -> Tensor:
+        answer = -mask * slopes / gamma  # argmin of slopes . (mask * theta) + gamma / 2 |theta|^2
+        return (slopes * mask * answer).sum()
+
+    ones = torch.ones(4, 6, requires_grad=True)
+    (expected,) = torch.autograd.grad(through_the_answer(ones), ones)
+    state = learner(linear(slopes, -slopes / gamma), gamma=gamma, sparsity=0.0)
+    move = state._move(state.weights["a"], state.slopes(1)[1]["a"])
+    assert torch.allclose(move, expected, rtol=1e-5)
+    without = learner(linear(slopes, -slopes / gamma), gamma=gamma, sparsity=0.0, correction=False)
+    assert torch.allclose(without._move(without.weights["a"], slopes), expected / 2, rtol=1e-5)
+
+
+def test_the_lower_level_pulls_towards_zero_by_gamma_whatever_adam_makes_of_gradients() -> None:
+    weight = textbook.weight(4, 6)
+    state = learner(linear(torch.zeros(4, 6), weight), gamma=0.5, learning_rate=0.1, steps=1)
+    state.after(1)
+    assert torch.allclose(state.weights["a"], weight * (1 - 0.1 * 0.5))
+
+
+def test_the_correction_finds_a_better_mask_than_turns_without_it() -> None:
+    def left(seed: int, correction: bool) -> float:
+        notes = refined(seed, mask_rate=0.05, learning_rate=0.0, gamma=10.0, correction=correction).notes
+        return notes["loss"]
+
+    assert all(left(seed, True) < 0.8 * left(seed, False) for seed in range(4))
+
+
+@pytest.mark.parametrize("granularity", ["filter", "channel"])
+def test_whole_groups_go_and_no_more_than_the_share(granularity: str) -> None:
+    edit = refined(granularity=granularity, mask_rate=0.05)
+    mask, rows = edit.mask, granularity == "filter"
+    assert mask is not None
+    assert bool((mask == (mask[:, :1] if rows else mask[:1])).all())
+    gone = 1 - float(mask.float().mean())
+    assert 0.5 - 1 / (8 if rows else 24) < gone <= 0.5
+    assert edit.notes["loss"] < 0.9 * edit.notes["loss_start"]
+
+
+def test_the_score_of_a_group_moves_by_what_its_weights_would_together() -> None:
+    slopes, weight = textbook.weight(4, 6), textbook.weight(4, 6, 1)
+    state = learner(linear(slopes, weight), granularity="filter", sparsity=0.0, mask_rate=0.1, gamma=0.5, steps=1)
+    before = state.scores["a"].clone()
+    state.after(1)
+    lower = state.weights["a"]
+    expected = ((lower - slopes / 0.5) * slopes).sum(1)
+    moved = before - state.scores["a"]
+    free = state.scores["a"] > 0
+    assert torch.allclose(moved[free] / moved[free][0], expected[free] / expected[free][0], rtol=1e-4)
+
+
+def test_the_columns_of_one_input_channel_of_a_convolution_go_together() -> None:
+    values = torch.arange(24.0).view(2, 12)
+    assert group_sums(values, "channel", 3).tolist() == [42.0, 60.0, 78.0, 96.0]
+    kept = torch.tensor([True, False, True, False])
+    expected = [True] * 3 + [False] * 3 + [True] * 3 + [False] * 3
+    assert spread(kept, (2, 12), "channel", 3).tolist() == [expected, expected]
+
+
+def test_every_matrix_keeps_a_group_and_zeros_that_were_there_count() -> None:
+    gone = torch.ones(4, 6, dtype=torch.bool)
+    gone[2:] = False
+    targets = {"small": Target(torch.ones(4, 6), gone), "large": Target(torch.ones(4, 6))}
+    scores = {"small": torch.tensor([0.1, 0.2, 0.0, 0.0]), "large": torch.tensor([5.0, 6.0, 7.0, 8.0])}
+    kept = smallest_groups(scores, targets, "filter", 0.75)  # 36 of 48, 12 of which are gone already
+    assert kept["small"].tolist() == [False, True, False, False]
+    assert kept["large"].tolist() == [False, False, False, True]
+
+
+def test_a_share_that_whole_groups_cannot_reach_is_refused(tokens: Tensor, tiny_llama: LlamaForCausalLM) -> None:
+    passes = [Bip(sparsity=0.999, granularity="filter", steps=1)]
+    with pytest.raises(ConfigError, match="every matrix keeps a filter: at most"):
+        compress.apply(tiny_llama, passes, tokens)
+
+
+def test_a_pull_that_leaves_nothing_is_refused(tokens: Tensor, tiny_llama: LlamaForCausalLM) -> None:
+    with pytest.raises(ConfigError, match=r"gamma.*leaves nothing of a weight"):
+        compress.apply(tiny_llama, [Bip(gamma=1e4, learning_rate=1e-4)], tokens)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -297,6 +298,29 @@ def test_scales_are_the_best_for_the_entries_they_multiply() -> None:
     assert bool((fit_scales(w, h, -entry) == 0).all())  # a scale is never negative
 
 
+def test_a_scale_for_each_group_of_columns_is_the_best_one_and_loses_less_than_one_a_row() -> None:
+    w = uneven(12, 64) * torch.logspace(-1, 1, 4).repeat_interleave(16)
+    e, of_rows = (data_free(w, bits=3, tables=1, **o) for o in ({"scale": "group", "group_size": 16}, {"scale": "row"}))
+    assert e.defect() is None
+    assert e.scale is not None
+    assert e.scale.shape == (12, 4)
+    assert lost(w, e) < 0.6 * lost(w, of_rows)
+    entry = replace(e, scale=None).dequantize().view(12, 4, 16)
+    best = (entry * w.view(12, 4, 16)).sum(2) / entry.square().sum(2)
+    assert torch.allclose(e.scale.float(), best, rtol=0.1)
+
+
+def test_one_group_for_a_whole_row_is_a_scale_a_row() -> None:
+    a, b = (data_free(uneven(), bits=3, **o) for o in ({"scale": "group", "group_size": 96}, {"scale": "row"}))
+    assert torch.equal(a.codes, b.codes)
+    assert torch.equal(a.dequantize(), b.dequantize())
+
+
+def test_groups_that_do_not_divide_the_columns_are_refused() -> None:
+    assert "group_size 64 divides; it has 96" in str(Codebook(scale="group").check_shape((8, 96)))
+    assert Codebook(scale="group", group_size=32).check_shape((8, 96)) is None
+
+
 def test_scales_free_a_table_from_the_size_of_rows() -> None:
     w = uneven(spread=2.0)
     scaled, plain = (lost(w, data_free(w, entries=8, tables=1, scale=s)) for s in ("row", "none"))
@@ -436,7 +460,11 @@ def test_by_default_tables_take_the_room_of_a_scale_and_zero_point_a_row(
         assert stored(tables=chosen + 1) > room
 
 
-@pytest.mark.parametrize("options", [{}, {"bits": 2, "scale": "row"}, {"entries": 5, "tables": 4}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bits": 2, "scale": "row"}, {"entries": 5, "tables": 4}, {"scale": "group", "group_size": 24}],
+    ids=str,
+)
 def test_the_plan_knows_the_size(options: dict[str, object]) -> None:
     w = uneven()
     pass_ = Codebook(weighting="none", **options)

@@ -345,6 +345,17 @@ def test_the_row_factor_and_the_scale_are_worth_learning(bits: int, learning_rat
     assert full < 0.9
 
 
+def test_a_scale_of_a_whole_matrix_learns_slower_than_the_divisors_and_is_then_worth_learning() -> None:
+    options = {"bits": 3, "granularity": "tensor", "scale_search": "mse", "learning_rate": 0.01, "steps": 200}
+    slow, fast, frozen, no_row = (
+        sum(ratio(by_layer(w, x, **options, **changed)) for w, x in TOY) / len(TOY)
+        for changed in ({}, {"scale_rate": 0.01}, {"learn_scale": False}, {"row_factor": False})
+    )
+    assert slow < min(fast, frozen, no_row)
+    rates = {g: FlexRound(granularity=g).rate_of_scales() for g in ("channel", "tensor")}  # type: ignore[arg-type]
+    assert rates == {"channel": 0.01, "tensor": pytest.approx(0.003)}
+
+
 def test_large_weights_travel_further() -> None:
     moved_large = moved_small = 0.0
     for w, x in TOY:
@@ -445,6 +456,8 @@ def test_no_statistics_are_a_solve_error_by_layer() -> None:
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"learning_rate": 1.0}, "learning_rate"),
         ({"rank": 0}, "rank"),
+        ({"scale_rate": 0.0}, "scale_rate"),
+        ({"scale_rate": 0.01, "learn_scale": False}, "scale_rate"),
     ],
 )
 def test_impossible_options_are_named(options: dict[str, object], option: str) -> None:

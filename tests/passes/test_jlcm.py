@@ -58,10 +58,13 @@ def test_a_candidate_one_mean_gap_away_pulls_alike_in_both_gradients() -> None:
         assert bool((candidates(even, gradient)[0].diagonal() == 0).all())
 
 
-def test_a_weight_beyond_the_last_entry_still_has_a_candidate() -> None:
-    up, down = pulls(TABLE, "proximal")
-    assert bool((up > 0).all())
-    assert bool((down > 0).all())
+def test_a_weight_at_the_last_entry_is_pulled_inwards_alone() -> None:
+    for gradient in ("proximal", "distance", "equal"):
+        up, down = pulls(TABLE, gradient)
+        assert bool((up[:-1] > 0).all())
+        assert float(up[-1]) == 0
+        assert bool((down[1:] > 0).all())
+        assert float(down[0]) == 0
 
 
 def test_the_gradient_of_an_entry_is_the_sum_over_the_weights_that_chose_it() -> None:
@@ -80,9 +83,41 @@ def test_the_gradient_at_a_weight_points_the_way_its_choice_moves() -> None:
     assert isinstance(state, Choice)
     towards = torch.randn(16, 48)
     (state.soft(0.0) * towards).sum().backward()
-    assert state.log_factor.grad is not None
-    # The factor moves a weight away from zero: its gradient has the sign of the weight times that of what is wanted.
-    assert bool((state.log_factor.grad * towards * state.weight >= 0).all())
+    assert state.place.grad is not None
+    assert bool((state.place.grad * towards > 0).all())
+
+
+def stepped(gradient: str, towards: Tensor, steps: int = 1) -> tuple[Choice, Codebooks]:
+    """After so many steps of the optimizer down a gradient that stays the same."""
+    state = jlcm(bits=3, tables=1, mapping_gradient=gradient, mapping_rate=0.1).start(target())
+    assert isinstance(state, Choice)
+    first = state.encoding()
+    optimizer = torch.optim.Adam([{"params": ts, "lr": r if state.place is ts[0] else 0.0} for ts, r in state.groups()])
+    for _ in range(steps):
+        (state.soft(0.0) * towards).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        state.after()
+    return state, first
+
+
+@pytest.mark.parametrize("gradient", ["proximal", "distance", "equal"])
+def test_adam_leaves_the_pull_of_the_entries_in_the_length_of_a_step(gradient: str) -> None:
+    towards = torch.randn(16, 48)
+    state, first = stepped(gradient, towards)
+    up, down = pulls(first.table.float(), gradient)
+    codes = first.codes.long()
+    expected = torch.where(towards < 0, up[codes], -down[codes]) * 0.1
+    assert torch.allclose(state.place.detach(), expected, atol=1e-4)
+
+
+def test_choices_pass_any_number_of_entries_and_zero() -> None:
+    given = target()
+    state, first = stepped("proximal", given.weight.sign(), steps=200)  # every weight is wanted on the other side
+    last = state.encoding()
+    gone = last.codes.int() - first.codes.int()
+    assert int(gone.abs().max()) > 3
+    assert bool((last.dequantize() * given.weight <= 0).all())
 
 
 @pytest.mark.parametrize(("bits", "rate"), [(2, 0.01), (3, 0.004)])
@@ -118,3 +153,19 @@ def test_the_gram_matrix_is_asked_for_only_where_the_objective_needs_it() -> Non
     assert Jlcm(objective="layer").needs == "gram"
     assert jlcm().needs == "none"
     assert Jlcm().needs == "norm"
+
+
+def test_scales_of_groups_are_learned_and_stored() -> None:
+    given = target(columns=64)
+    pass_ = jlcm(bits=2, scale="group", group_size=16, steps=30)
+    start = pass_.start(given).encoding()
+    expected = Codebook(bits=2, scale="group", group_size=16, weighting="none").run(given).encoding
+    assert isinstance(start, Codebooks)
+    assert isinstance(expected, Codebooks)
+    assert torch.equal(start.dequantize(), expected.dequantize())
+    made, notes = learn(pass_, given)
+    assert made.defect() is None
+    assert made.scale is not None
+    assert made.scale.shape == (16, 4)
+    assert not torch.equal(made.scale, start.scale)
+    assert notes["block_error"] < notes["block_error_start"]

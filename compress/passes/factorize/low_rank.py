@@ -219,3 +219,6 @@ class _FactoredBlock:
     def penalty(self, progress: float) -> Tensor | None:
         found = [m.strayed() for m in self.matrices.values() if m.perturbation]
         return torch.stack(found).sum() / len(self.matrices) if found else None
+
+    def after(self) -> None:
+        """Nothing follows a step."""

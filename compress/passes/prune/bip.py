@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Lt
 
 from compress.calibration.training import Learner, Loop, Schedule, batch, held_out_split, learn
 from compress.lazy import torch
-from compress.passes.base import Edit
+from compress.passes.base import Edit, OptionError
 from compress.passes.prune.global_magnitude import smallest_cut
+from compress.passes.prune.mask_groups import group_sums, most_gone, smallest_groups, spread
 from compress.passes.retrain.options import EndToEnd
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 LOOKS = 5
 
+Granularity = Literal["weight", "filter", "channel"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bip(EndToEnd):
@@ -32,17 +35,26 @@ class Bip(EndToEnd):
     score follows the gradient of the loss through its mask, corrected for what the lower level would answer. The best
     of what was seen, the start among it, is kept.
 
+    The lower level is argmin l(m * theta) + gamma / 2 |theta|^2. Its pull towards zero is applied beside Adam's step,
+    as a share learning_rate * gamma of every weight: added to the gradient, Adam would give it the size of a whole step
+    wherever the loss is flat. Both levels read the same gamma.
+
     Source: Zhang et al., "Advancing Model Pruning via Bi-level Optimization", NeurIPS 2022, arXiv 2210.04092. Differs
     from the paper in: a reconstruction, as its formula was not to be had: dl/dm = (theta - g / gamma) * g with g the
-    gradient at m * theta; Adam at the lower level; scores start as magnitudes and move by a share of their own size.
+    gradient at m * theta, of weights that are gone as of the others; Adam at the lower level; scores start as
+    magnitudes and move by a share of their own size.
 
     Args:
-        sparsity: share of zeros over all selected weights.
+        sparsity: share of zeros over all selected weights; of whole groups, the nearest share below it.
+        granularity: what goes together: a single `weight`, a `filter` (a row: all that one output reads) or a `channel`
+            (a column; of a convolution, all that reads one input channel). The move of a group's mask is the sum of its
+            weights'; groups of unlike size are ranked by their means. Every matrix keeps a group.
         steps: of both levels, each on samples of its own.
         batch_size: samples per step and level.
         learning_rate: of the weights; warm-up and decay as of `perp`.
         mask_rate: root mean square of a step of the scores, as a share of theirs.
         gamma: of the pull towards zero that makes the lower level's answer unique; large ones leave the correction out.
+        correction: off, the scores follow theta * g alone: training by turns, for comparison.
 
     Example:
         >>> import torch, compress
@@ -58,9 +70,28 @@ class Bip(EndToEnd):
     batch_size: Annotated[int, Ge(1)] = 4
     learning_rate: Annotated[float, Ge(0), Lt(1)] = 1e-4
     mask_rate: Annotated[float, Ge(0), Lt(1)] = 0.02
-    gamma: Annotated[float, Gt(0)] = 1e4
+    gamma: Annotated[float, Gt(0)] = 1e-2
+    granularity: Granularity = "weight"
+    correction: bool = True
 
     key: ClassVar[str] = "bip"
+
+    def check(self) -> Iterator[OptionError]:
+        yield from super().check()
+        pull = self.learning_rate * self.gamma
+        if pull >= 1:
+            yield OptionError("gamma", f"times learning_rate is {pull:g}, which leaves nothing of a weight: below 1")
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> OptionError | None:
+        """Why this pass cannot work on all these matrices together, or None."""
+        reachable = most_gone(shapes.values(), self.granularity)
+        if reachable < self.sparsity:
+            return OptionError(
+                "sparsity",
+                f"{self.sparsity} cannot be reached where every matrix keeps a {self.granularity}: at most "
+                f"{reachable:.4f}; lower it",
+            )
+        return None
 
     def produces(self, kind: str) -> str:
         return "sparse"
@@ -85,7 +116,7 @@ class Refinement(Learner):
         self.held, self.samples = held_out_split(data.count)
         self.rate = Schedule(options.steps, options.batch_size).rate
         self.weights = {name: t.weight.clone() for name, t in targets.items()}
-        self.scores = {name: t.weight.abs() for name, t in targets.items()}
+        self.scores = {name: self._means(name, t.weight.abs()) for name, t in targets.items()}
         self.size = rms(self.scores)
         self.masks = self._ranked()
 
@@ -102,12 +133,32 @@ class Refinement(Learner):
         return loss
 
     def after(self, step: int) -> None:
+        self._pull(step)
         _, slopes = self.slopes(2 * step)
-        moves = {n: (self.weights[n] - g / self.options.gamma) * g for n, g in slopes.items()}
+        moves = {name: self._means(name, self._move(self.weights[name], g)) for name, g in slopes.items()}
         length = self.options.mask_rate * self.rate(step) * self.size / max(rms(moves), 1e-30)
         for name, score in self.scores.items():
             score.copy_((score - length * moves[name]).clamp(min=0))
         self.masks = self._ranked()
+
+    def _pull(self, step: int) -> None:
+        """The lower level's gamma / 2 |theta|^2, beside Adam's step."""
+        o = self.options
+        kept = 1 - o.learning_rate * self.rate(step) * o.gamma
+        with torch.no_grad():
+            for weight in self.weights.values():
+                weight.mul_(kept)
+
+    def _move(self, weight: Tensor, slope: Tensor) -> Tensor:
+        """(O, I) the gradient of the loss by the mask, from that by the masked weight."""
+        return (weight - slope / self.options.gamma) * slope if self.options.correction else weight * slope
+
+    def _means(self, name: str, values: Tensor) -> Tensor:
+        """(O, I) -> what the groups of a matrix have on average, (groups,); of single weights the same again."""
+        if self.options.granularity == "weight":
+            return values
+        sums = group_sums(values, self.options.granularity, self.targets[name].kernel)
+        return sums * (len(sums) / values.numel())
 
     def restored(self) -> None:
         self.masks = self._ranked()
@@ -117,10 +168,17 @@ class Refinement(Learner):
         return self.data.mean_loss(lambda wanted: _masks_of(made, wanted), self.held, self.options.batch_size)
 
     def _ranked(self) -> dict[str, Tensor]:
+        kind, share = self.options.granularity, self.options.sparsity
+
         def scored(name: str) -> Target:
             return replace(self.targets[name], weight=self.scores[name], stored=None)
 
-        return dict(smallest_cut(tuple(self.targets), scored, self.options.sparsity))
+        if kind == "weight":
+            return dict(smallest_cut(tuple(self.targets), scored, share))
+        kept = smallest_groups(self.scores, self.targets, kind, share)
+        shapes = {name: t.weight.shape for name, t in self.targets.items()}
+        masks = {name: spread(kept[name], shapes[name], kind, t.kernel) for name, t in self.targets.items()}
+        return {name: m if (own := self.targets[name].mask) is None else m & own for name, m in masks.items()}
 
     def slopes(self, draw: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss on the samples of a draw, and its gradients at the masked weights, of those that are gone too."""

@@ -14,13 +14,15 @@ from compress.encodings import CodebookForm
 from compress.encodings.codebook import MOST_ENTRIES, MOST_TABLES, index_bits, unscaled
 from compress.errors import SolveError
 from compress.lazy import torch
-from compress.passes.base import Edit
+from compress.passes.base import Edit, OptionError
 from compress.passes.quantize.activations import ActivationOptions
 from compress.passes.quantize.embeddings import EmbeddingOptions
 from compress.passes.quantize.grouping import even_runs, group, quantiles
 from compress.passes.quantize.tables import root_mean_square, solve
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from compress.calibration.statistics import Need
@@ -40,7 +42,8 @@ class CodebookOptions(ActivationOptions):
         tables: how many, 1 to 256. By default as many as take no more space than a scale and a zero point for each row
             would, and at least one.
         scale: `none` has tables of the weights themselves; `row` has tables of the weights in units of a scale that
-            each row stores.
+            each row stores; `group` stores one for every `group_size` neighbouring columns of a row.
+        group_size: columns that share a scale, where `scale` is `group`.
         grouping: `any` row has any table and stores its number; `runs` of neighbouring rows share a table, and only
             where runs end is stored: for layers that `reorder` has sorted.
         weighting: `hessian` weights each column by the summed squares of its inputs; `none` needs no data.
@@ -51,7 +54,8 @@ class CodebookOptions(ActivationOptions):
     bits: Annotated[int, Ge(2), Le(8)] = 4
     entries: Annotated[int, Ge(2), Le(MOST_ENTRIES)] | None = None
     tables: Annotated[int, Ge(1), Le(MOST_TABLES)] | None = None
-    scale: Literal["none", "row"] = "none"
+    scale: Literal["none", "row", "group"] = "none"
+    group_size: Annotated[int, Ge(1)] = 64
     grouping: Literal["any", "runs"] = "any"
     weighting: Literal["none", "hessian"] = "hessian"
     iterations: Annotated[int, Ge(1)] = 50
@@ -63,7 +67,14 @@ class CodebookOptions(ActivationOptions):
         others = super().needs
         return "norm" if others == "none" and "hessian" in asked else others
 
+    def check(self) -> Iterator[OptionError]:
+        yield from super().check()
+        if self.scale != "group" and "group_size" in self.options():
+            yield OptionError("group_size", f"changes nothing where scale is {self.scale}; set it to group")
+
     def check_shape(self, shape: tuple[int, int]) -> str | None:
+        if self.scale == "group" and shape[1] % self.group_size:
+            return f"scale group needs a number of columns that group_size {self.group_size} divides; it has {shape[1]}"
         if self.tables is not None and self.tables > shape[0]:
             return f"{self.tables} tables are more than its {shape[0]} rows"
         return None
@@ -74,16 +85,18 @@ class CodebookOptions(ActivationOptions):
     def form(self, shape: tuple[int, int]) -> CodebookForm:
         entries = self.entries or 2**self.bits
         bits = index_bits(entries)
-        num_tables = self.tables
+        num_tables, groups = self.tables, shape[1] // self.group_size if self.scale == "group" else 1
         if num_tables is None:
-            budget = shape[0] * (bits if self.scale == "row" else 16 + bits)
+            budget = shape[0] * (16 + bits if self.scale == "none" else groups * bits)
             choices = range(1, min(shape[0], MOST_TABLES) + 1)
             numbers = (lambda g: 32 * g) if self.grouping == "runs" else (lambda g: shape[0] * index_bits(g))
             within = (g for g in choices if 16 * g * entries + numbers(g) <= budget)
             num_tables = max(within, default=1)
         period = shape[0] if self.grouping == "runs" else 0
-        scaled = self.scale == "row"
-        return CodebookForm(bits=bits, entries=entries, num_tables=num_tables, scaled=scaled, period=period)
+        scaled = self.scale != "none"
+        return CodebookForm(
+            bits=bits, entries=entries, num_tables=num_tables, scaled=scaled, period=period, groups=groups
+        )
 
     def by_kmeans(self, target: Target) -> Codebooks:
         """A matrix rounded to tables of its own.
@@ -94,7 +107,7 @@ class CodebookOptions(ActivationOptions):
         weight, mask = target.weight, target.mask
         importance = self._importance(target)
         form = self.form((weight.shape[0], weight.shape[1]))
-        scale = root_mean_square(weight, mask) if form.scaled else None
+        scale = root_mean_square(weight, mask, form.groups) if form.scaled else None
         row_group, period = torch.zeros(len(weight), dtype=torch.uint8), None
         if self.grouping == "runs":
             period = len(weight) if target.rows is None else target.rows.size

@@ -14,15 +14,20 @@ from compress.calibration.draws import draw
 from compress.encodings import Uniform
 from compress.encodings.uniform import Search, narrowest, stored_scale
 from compress.lazy import function, no_grad, torch
+from compress.passes.base import OptionError
 from compress.passes.quantize.grid import UniformOptions
 from compress.passes.quantize.learned import LearnedPass, LearnedRounding
 from compress.passes.quantize.rtn import Rtn
 from compress.passes.solvers.device import has_kernels
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from compress.passes.base import Target
+
+OF_ONE_SCALE = 0.3  # rate of a scale that a whole matrix has, as a share of that of the divisors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,8 @@ class FlexRound(UniformOptions, LearnedPass):
     Args:
         rank: learn the divisors as a product of two matrices this thin (LRQ) instead of one number per weight.
         learn_scale: learn the scales too (s1); frozen scales learn worse, see docs/methods/flexround.md.
+        scale_rate: learning rate of the scales. By default that of the divisors; 0.3 of it where one scale serves
+            the whole matrix, as there a step of the same size moves every weight at once.
         row_factor: learn a common divisor per row or group (s3).
 
     Example:
@@ -56,9 +63,21 @@ class FlexRound(UniformOptions, LearnedPass):
     learning_rate: Annotated[float, Gt(0), Lt(1)] = 0.01
     rank: Annotated[int, Ge(1)] | None = None
     learn_scale: bool = True
+    scale_rate: Annotated[float, Gt(0), Lt(1)] | None = None
     row_factor: bool = True
 
     key: ClassVar[str] = "flexround"
+
+    def check(self) -> Iterator[OptionError]:
+        yield from super().check()
+        if self.scale_rate is not None and not self.learn_scale:
+            yield OptionError("scale_rate", "changes nothing where learn_scale is false")
+
+    def rate_of_scales(self) -> float:
+        """The learning rate of s1."""
+        if self.scale_rate is not None:
+            return self.scale_rate
+        return self.learning_rate * (OF_ONE_SCALE if self.granularity == "tensor" else 1)
 
     def start(self, target: Target) -> Division:
         scale, zero = self.grid(target.weight)
@@ -115,8 +134,10 @@ class Division(LearnedRounding):
             self.column = torch.zeros(1, columns, requires_grad=True)
 
     def groups(self) -> list[tuple[list[Tensor], float]]:
-        every = [self.log_s1, self.log_s2, self.log_s3, self.log_s4, self.left, self.right, self.column]
-        return [([t for t in every if t.requires_grad], self.options.learning_rate)]
+        divisors = [self.log_s2, self.log_s3, self.log_s4, self.left, self.right, self.column]
+        every = ([self.log_s1], self.options.rate_of_scales()), (divisors, self.options.learning_rate)
+        found = (([t for t in tensors if t.requires_grad], rate) for tensors, rate in every)
+        return [(tensors, rate) for tensors, rate in found if tensors]
 
     def own_logarithm(self) -> Tensor:
         """(O, G, C), the logarithm of S2."""

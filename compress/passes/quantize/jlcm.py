@@ -1,6 +1,6 @@
 """JLCM: tables of values and the choice of every weight's entry, learned together.
 
-Shapes: O rows, I columns, K entries of a table, G tables.
+Shapes: O rows, I columns, K entries of a table, G tables, S scales of a row.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from annotated_types import Gt, Lt
 
 from compress.encodings import Codebooks
-from compress.encodings.codebook import nearest, stored_table, unscaled
+from compress.encodings.codebook import nearest, of_columns, stored_table, unscaled
 from compress.encodings.uniform import narrowest, stored_scale
 from compress.lazy import no_grad, torch
 from compress.passes.quantize.codebook import Codebook, CodebookOptions
@@ -32,21 +32,25 @@ NEAREST = 0.25  # candidates nearer than this share of the mean gap count as thi
 class Jlcm(CodebookOptions, LearnedPass):
     """Learn tables and choices from the block's outputs, starting at k-means.
 
-    The gradient at a weight pulls it towards the other entries of its table or away from them, the more the nearer they
-    are (the proximal mapping gradient). What has been pulled far enough is nearest to another entry and chooses it.
+    Every weight has a place on its table and chooses the entry nearest to it. The gradient at the weight says which way
+    its place should move; how far it moves in a step is the learning rate times how strongly the entries on that side
+    pull it, the nearer the more (the proximal mapping gradient). Places may pass any number of entries, and zero.
     Masked weights stay zero.
+
+    The pull scales what Adam makes of the gradient: inside the gradient Adam would divide it out again, as an entry
+    pulls alike from step to step.
 
     Source: Yvinec, Dapogny and Bailly, "Network Memory Footprint Compression Through Jointly Learnable Codebooks and
     Mappings", ICLR 2024, arXiv 2309.17361. The paper's update could not be read in full; this is a reconstruction from
-    its stated shape. Differs from the paper in: one number per weight, a factor that moves it over the table, stands
-    for the logits of all its entries; rows store the number of their table unless `reorder` sorts them; each row's
-    scale is learned too where there is one; the best iterate on held-out samples is kept, never worse there than
-    k-means.
+    its stated shape. Differs from the paper in: one number per weight, its place, stands for the logits of all entries;
+    rows store the number of their table unless `reorder` sorts them; scales are learned too where there are any; the
+    best iterate on held-out samples is kept, never worse there than k-means.
 
     Args:
-        mapping_rate: learning rate of the choices, of the logarithm of each weight's factor.
+        mapping_rate: learning rate of the choices, in mean gaps of a table: the length of a step towards an entry one
+            mean gap away.
         mapping_gradient: `proximal`; or `distance`, the plain chain rule through a one-hot choice, whose pull grows
-            with the distance, for comparison.
+            with the distance, for comparison; or `equal`, the same step for every weight.
         learn_mapping: False learns the tables alone.
 
     Example:
@@ -58,8 +62,8 @@ class Jlcm(CodebookOptions, LearnedPass):
     """
 
     learning_rate: Annotated[float, Gt(0), Lt(1)] = 0.01
-    mapping_rate: Annotated[float, Gt(0), Lt(1)] = 0.015
-    mapping_gradient: Literal["proximal", "distance"] = "proximal"
+    mapping_rate: Annotated[float, Gt(0), Lt(1)] = 0.02
+    mapping_gradient: Literal["proximal", "distance", "equal"] = "proximal"
     learn_mapping: bool = True
 
     key: ClassVar[str] = "jlcm"
@@ -77,90 +81,113 @@ class Jlcm(CodebookOptions, LearnedPass):
 
 
 class Choice(LearnedRounding):
-    """What = scale * table[choice]; a weight chooses the entry nearest to W / scale times its factor."""
+    """What = scale * table[choice]; chosen is the entry nearest to W / scale plus what the weight has moved."""
 
     def __init__(self, weight: Tensor, start: Codebooks, options: Jlcm):
         self.options, self.row_group, self.weight = options, start.row_group, weight
         self.period = start.period
         self.first_table = start.table.float()
         self.largest = self.first_table.abs().amax(1, keepdim=True).clamp_(min=1e-12)
+        self.gap = mean_gap(self.first_table)[self.row_group.long()][:, None]  # (O, 1)
         self.moved = torch.zeros_like(self.first_table, requires_grad=True)  # in units of the largest entry
         self.first_scale = None if start.scale is None else start.scale.float()
-        self.log_scale = torch.zeros(len(weight), 1, requires_grad=start.scale is not None)
-        self.log_factor = torch.zeros_like(weight, requires_grad=options.learn_mapping)
+        self.log_scale = torch.zeros(
+            (len(weight), 1 if start.scale is None else start.scale.shape[1]), requires_grad=start.scale is not None
+        )
+        self.place = torch.zeros_like(weight, requires_grad=options.learn_mapping)  # moved so far, in mean gaps
+        self.step: tuple[Tensor, Tensor, Tensor] | None = None  # places before it, the entries there, and the tables
 
     def groups(self) -> list[tuple[list[Tensor], float]]:
         found = [([t for t in (self.moved, self.log_scale) if t.requires_grad], self.options.learning_rate)]
-        return [*found, ([self.log_factor], self.options.mapping_rate)] if self.options.learn_mapping else found
+        return [*found, ([self.place], self.options.mapping_rate)] if self.options.learn_mapping else found
 
     def table(self) -> Tensor:
         """(G, K) as it stands, ascending."""
         return (self.first_table + self.largest * self.moved).sort(1).values
 
     def scale(self) -> Tensor | None:
-        """(O, 1) as it stands."""
+        """(O, S) as it stands."""
         return None if self.first_scale is None else self.first_scale * self.log_scale.exp()
 
-    def moved_weight(self) -> Tensor:
-        """(O, I) in units of the table."""
-        scale = self.scale()
-        unit = self.weight if scale is None else unscaled(self.weight, scale)
-        return moved(unit, self.log_factor)
+    def unit(self, scale: Tensor | None) -> Tensor:
+        """(O, I) the places of weights, in units of the table."""
+        own = self.weight if scale is None else unscaled(self.weight, scale)
+        return moved(own, self.gap, self.place)
 
     def soft(self, progress: float) -> Tensor:
-        table, unit = self.table(), self.moved_weight()
-        entry = nearest(unit.detach(), table.detach(), self.row_group).long()
-        made = look_up(table, entry, self.row_group.long())
+        table, scale = self.table(), self.scale()
+        unit = self.unit(scale)
+        entry = nearest(unit.detach(), table.detach(), self.row_group)
+        made = look_up(table, entry.long(), self.row_group.long())
+        self.step = None
         if self.options.learn_mapping and progress < FROZEN:
-            up, down = pulls(table.detach(), self.options.mapping_gradient)
-            made = pulled(made, unit, entry, self.row_group.long()[:, None] * table.shape[1], up, down)
-        scale = self.scale()
-        return made if scale is None else made * scale
+            self.step = self.place.detach().clone(), entry, table.detach()
+            made = passed(made, unit)
+        return made if scale is None else made * of_columns(scale, made.shape[1])
+
+    @no_grad
+    def after(self) -> None:
+        if self.step is None:
+            return
+        before, entry, table = self.step
+        up, down = pulls(table, self.options.mapping_gradient)
+        index = entry.long() + self.row_group.long()[:, None] * table.shape[1]
+        self.place.copy_(pulled(before, self.place, up[index], down[index]))
 
     @no_grad
     def encoding(self) -> Codebooks:
         table = stored_table(self.table())
         scale = self.scale()
         stored = None if scale is None else narrowest(stored_scale(scale))
-        return Codebooks(
-            nearest(self.moved_weight(), table, self.row_group), narrowest(table), self.row_group, stored, self.period
-        )
+        codes = nearest(self.unit(scale), table, self.row_group)
+        return Codebooks(codes, narrowest(table), self.row_group, stored, self.period)
 
 
 @fused
-def moved(unit: Tensor, log_factor: Tensor) -> Tensor:
-    """(O, I) weights times their factors."""
-    return unit * log_factor.exp()
+def moved(unit: Tensor, gap: Tensor, place: Tensor) -> Tensor:
+    """(O, I) weights and what they have moved, (O, 1) mean gaps long."""
+    return unit + gap * place
 
 
 @fused
-def pulled(made: Tensor, unit: Tensor, entry: Tensor, first: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """(O, I) entries as they are, but that the gradient goes to the choices too; `first` (O, 1) of the row's table."""
-    above = unit.detach() > made.detach()
-    index = entry + first
-    pull = torch.where(above, up[index], down[index])
-    return made + (unit - unit.detach()) * pull  # adds nothing
+def passed(made: Tensor, unit: Tensor) -> Tensor:
+    """(O, I) entries as they are, but that the gradient goes to the places too."""
+    return made + (unit - unit.detach())  # adds nothing
+
+
+@fused
+def pulled(before: Tensor, after: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """(O, I) places after a step whose length is scaled by the pull of the side that it goes to."""
+    step = after - before
+    return before + step * torch.where(step > 0, up, down)
+
+
+def mean_gap(table: Tensor) -> Tensor:
+    """(G, K) ascending tables -> (G,) D."""
+    return table.diff(dim=1).mean(1).clamp(min=1e-12)
 
 
 def candidates(table: Tensor, gradient: str) -> Tensor:
     """(G, K) ascending table -> (G, K, K): how strongly a weight at entry i is pulled to entry k, in units of D.
 
-    `proximal` is D^2 / max(d, D / 4) for the distance d of the two and the mean gap D of the table; `distance` is d.
-    Nothing pulls a weight to where it is.
+    `proximal` is D^2 / max(d, D / 4) for the distance d of the two and the mean gap D of the table; `distance` is d;
+    `equal` is D. Nothing pulls a weight to where it is.
     """
     distance = (table[:, None, :] - table[:, :, None]).abs()
-    mean = table.diff(dim=1).mean(1).clamp(min=1e-12)[:, None, None]
-    pull = mean / distance.clamp(min=NEAREST * mean) if gradient == "proximal" else distance / mean
+    mean = mean_gap(table)[:, None, None]
+    if gradient == "proximal":
+        pull = mean / distance.clamp(min=NEAREST * mean)
+    else:
+        pull = distance / mean if gradient == "distance" else torch.ones_like(distance)
     pull.diagonal(dim1=1, dim2=2).zero_()
     return pull
 
 
 def pulls(table: Tensor, gradient: str) -> tuple[Tensor, Tensor]:
-    """The strongest pull at a weight that lies above its entry and at one that lies below it, (G * K,) both.
+    """The strongest pull of the entries above each and of those below it, (G * K,) both.
 
-    The candidates of a weight are those on its side of its entry: whichever way the gradient points, it brings them
-    nearer or moves them away. A weight beyond the last entry has its candidates on the other side.
+    Nothing lies beyond the last entry: a weight there does not move further out, and is not further away when it is
+    wanted back.
     """
     pull = candidates(table, gradient)
-    up, down = pull.triu().amax(2), pull.tril().amax(2)
-    return torch.where(up > 0, up, down).flatten(), torch.where(down > 0, down, up).flatten()
+    return pull.triu().amax(2).flatten(), pull.tril().amax(2).flatten()

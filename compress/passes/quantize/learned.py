@@ -44,6 +44,9 @@ class LearnedRounding(ABC):
         """Something to add to the loss."""
         return None
 
+    def after(self) -> None:  # noqa: B027  (most methods have nothing to do then)
+        """Called when the optimizer has changed the learned tensors."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedPass(BlockPass):
@@ -125,6 +128,10 @@ class _LearnedBlock:
     def penalty(self, progress: float) -> Tensor | None:
         found = [p for part in self.parts.values() if (p := part.penalty(progress)) is not None]
         return sum(found[1:], found[0]) if found else None
+
+    def after(self) -> None:
+        for part in self.parts.values():
+            part.after()
 
     def _masked(self, name: str, weight: Tensor) -> Tensor:
         mask = self.targets[name].mask

@@ -1,6 +1,6 @@
 """Tables of values that rows share: fitted to their rows, and rows given to the table that serves them best.
 
-Shapes: O rows, I columns, K entries of a table, G tables.
+Shapes: O rows, I columns, K entries of a table, G tables, S scales of a row, each of I / S neighbouring columns.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from compress.encodings import Codebooks
-from compress.encodings.codebook import dequantize, nearest, stored_table, unscaled
+from compress.encodings.codebook import dequantize, nearest, of_columns, stored_table, unscaled
 from compress.encodings.uniform import narrowest, stored_scale
 from compress.lazy import torch
 from compress.passes.quantize.grouping import run_tables, table_losses
@@ -41,7 +41,7 @@ def solve(
         importance: expands to (O, I), not negative, zero where masked.
         row_group: (O,) uint8, the table each row starts with; none of them without a row.
         entries: K.
-        scale: (O, 1) to start from, not negative; None for tables of the weights themselves.
+        scale: (O, S) to start from, not negative; None for tables of the weights themselves.
         regroup: rows may change their table.
         period: rows this far apart share a table, and the tables of the rows between follow one another; None leaves
             every row free.
@@ -56,7 +56,7 @@ def solve(
     for _ in range(iterations):
         values, share = weight, importance
         if scale is not None:
-            values, share = unscaled(weight, scale), importance * scale.square()
+            values, share = unscaled(weight, scale), importance * of_columns(scale, weight.shape[1]).square()
         table = fit_tables(values, share, row_group, entries, table)
         if regroup and len(table) > 1:
             losses = table_losses(values, share, table)
@@ -67,8 +67,8 @@ def solve(
             break
         entry = dequantize(nearest(weight, table, row_group, scale), table, row_group)
         if scale is not None:
-            scale = fit_scales(weight, importance, entry)
-            entry.mul_(scale)
+            scale = fit_scales(weight, importance, entry, scale.shape[1])
+            entry.mul_(of_columns(scale, weight.shape[1]))
         error = float((importance * (weight - entry).square_()).sum())
         if before - error <= tolerance * error:
             break
@@ -99,15 +99,22 @@ def fit_tables(
     return stored_table(torch.stack(found).float())
 
 
-def fit_scales(weight: Tensor, importance: Tensor, entry: Tensor) -> Tensor:
-    """(O, 1) scales, not negative, as they will be stored, that bring table entries (O, I) nearest to weights."""
+def fit_scales(weight: Tensor, importance: Tensor, entry: Tensor, groups: int = 1) -> Tensor:
+    """(O, S) scales, not negative, as they will be stored, that bring table entries (O, I) nearest to weights."""
     counted = entry * importance
-    squares = (counted * entry).sum(1, keepdim=True)
-    best = (counted * weight).sum(1, keepdim=True) / squares
+    squares = _sums(counted * entry, groups)
+    best = _sums(counted * weight, groups) / squares
     return stored_scale(torch.where(squares > 0, best, 0.0).clamp_(min=0))
 
 
-def root_mean_square(weight: Tensor, mask: Tensor | None) -> Tensor:
-    """(O, 1) over the kept weights of each row, as it will be stored."""
-    kept = weight.shape[1] if mask is None else mask.sum(1, keepdim=True).clamp_(min=1)
-    return stored_scale((weight.square().sum(1, keepdim=True) / kept).sqrt_())
+def root_mean_square(weight: Tensor, mask: Tensor | None, groups: int = 1) -> Tensor:
+    """(O, S) over the kept weights of each group of columns of a row, as it will be stored."""
+    kept = weight.shape[1] // groups if mask is None else _sums(mask, groups).clamp_(min=1)
+    return stored_scale((_sums(weight.square(), groups) / kept).sqrt_())
+
+
+def _sums(values: Tensor, groups: int) -> Tensor:
+    """(O, I) -> (O, S)."""
+    if groups == 1:  # the same bits as ever: a sum over a view may be added up in another order
+        return values.sum(1, keepdim=True)
+    return values.view(len(values), groups, -1).sum(2)

@@ -71,6 +71,9 @@ class Trainables:
         """Nothing is added to the loss."""
         return None
 
+    def after(self) -> None:
+        """Nothing follows a step."""
+
     def edits(self, notes: Mapping[str, float]) -> Iterator[tuple[str, Edit]]:
         """What is stored of all of them now, and in the notes how many numbers of each were trained."""
         for name, matrix in self.matrices.items():

@@ -1,0 +1,82 @@
+"""Masks of whole rows or columns: which groups of weights go together, and which of all groups go.
+
+Shapes: O rows, I columns, G groups of a matrix: O filters, or I / kernel channels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from compress.errors import SolveError
+from compress.lazy import torch
+from compress.passes.prune.selection import count_in_share
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from torch import Tensor
+
+    from compress.passes.base import Target
+
+Group = Literal["filter", "channel"]
+
+
+def group_sums(values: Tensor, group: Group, kernel: int = 1) -> Tensor:
+    """(O, I) -> (G,), the sum over each row, or over each `kernel` neighbouring columns."""
+    if group == "filter":
+        return values.sum(1)
+    return values.sum(0).view(-1, kernel).sum(1)
+
+
+def spread(kept: Tensor, shape: tuple[int, ...], group: Group, kernel: int = 1) -> Tensor:
+    """(G,) -> (O, I), every weight with what its group has."""
+    if group == "filter":
+        return kept[:, None].expand(shape).contiguous()
+    return kept.repeat_interleave(kernel)[None].expand(shape).contiguous()
+
+
+def most_gone(shapes: Iterable[tuple[int, int]], group: Group | Literal["weight"]) -> float:
+    """The largest share of zeros that leaves every (O, I) matrix a group; channels are taken to be single columns."""
+    lost = total = 0
+    for rows, columns in shapes:
+        total += rows * columns
+        lost += rows * columns - {"weight": 0, "filter": columns, "channel": rows}[group]
+    return lost / total
+
+
+def smallest_groups(
+    scores: Mapping[str, Tensor], targets: Mapping[str, Target], group: Group, sparsity: float
+) -> dict[str, Tensor]:
+    """(G,) bool of every matrix, True = kept: the groups with the smallest scores go, while they fit the share.
+
+    What was masked before counts as gone. The best group of every matrix stays, so none is cut off altogether.
+
+    Args:
+        scores: (G,) of each matrix.
+        targets: the matrices, and what is masked of them.
+        group: what goes together.
+        sparsity: share of zeros over all matrices that is not exceeded.
+
+    Raises:
+        SolveError: the share is not reached where every matrix keeps a group.
+    """
+    flat, alive, may, total = [], [], [], 0
+    for name, score in scores.items():
+        weight, mask, kernel = targets[name].weight, targets[name].mask, targets[name].kernel
+        total += weight.numel()
+        left = torch.ones(weight.shape) if mask is None else mask.float()
+        alive.append(group_sums(left, group, kernel).long())
+        others = torch.ones(len(score), dtype=torch.bool)
+        others[score.argmax()] = False
+        may.append(others)
+        flat.append(score)
+    sizes, free = torch.cat(alive), torch.cat(may)
+    budget = count_in_share(total, sparsity) - (total - int(sizes.sum()))
+    order = torch.cat(flat).masked_fill(~free, torch.inf).argsort(stable=True)
+    upto = sizes[order].cumsum(0)
+    number = min(int((upto <= budget).sum()), int(free.sum()))
+    if number == int(free.sum()) and budget - int(sizes[free].sum()) > 0:
+        raise SolveError(f"sparsity {sparsity} is not reached where every matrix keeps a {group}: lower it")
+    kept = torch.ones(len(order), dtype=torch.bool)
+    kept[order[:number]] = False
+    return dict(zip(scores, kept.split([len(s) for s in scores.values()]), strict=True))
