@@ -33,6 +33,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"bits": 3, "group_size": 16, "levels": "zero", "norm": 2.0},
         {"bits": 8, "granularity": "tensor", "scale_search": "minmax"},
         {"bits": 2, "levels": "half", "exponent": 0.8},
+        {"activation_bits": 4, "activation_scale": "tensor", "activation_grid": "power"},
     ],
     "powerquant_shared": [
         {"bits": 3, "group_size": 16, "share": "block"},
@@ -54,6 +55,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"steps": 4, "bits": 2, "group_size": 16, "levels": "half"},
         {"steps": 4, "bits": 3, "granularity": "tensor", "objective": "layer", "learn_scale": False},
         {"steps": 4, "bits": 3, "learn_exponent": False, "scale_search": "minmax", "levels": "zero"},
+        {"steps": 4, "bits": 3, "moves": "grid"},
     ],
     "jlcm": [
         {"steps": 4, "bits": 2, "mapping_rate": 0.5},

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import compress
-from compress import FlexRound, Gptq, Olive, Override, Rtn
+from compress import FlexRound, Gptq, Olive, Override, PowerQuant, Rtn
 from compress.checkpoint import opening
 from compress.config.pipeline import Calibration, Pipeline
 from compress.encodings import InputForm, Weight, fit_inputs, pack
@@ -46,6 +46,7 @@ WAYS: dict[str, list[Pass]] = {
     "gptq, 4 bits per token": [Gptq(bits=4, activation_bits=4)],
     "gptq, per tensor": [Gptq(bits=4, group_size=32, **TENSOR)],
     "olive": [Olive(normal="int4", lower=1.0, upper=1.4, step=0.2, **PAIRS)],
+    "power": [PowerQuant(bits=4, **PAIRS | {"activation_grid": "power"})],
     "flexround": [FlexRound(bits=4, steps=3, **TENSOR)],
     "different for some": [Rtn(bits=8, **TENSOR, overrides=(Override("*1.*", TOKEN | {"activation_scale": "token"}),))],
 }

@@ -113,7 +113,8 @@ def experts_seen(pass_: ExpertsPass, groups: int = 1, seed: int = 0, device: str
     weighted = weights * torch.rand(12, generator=made, dtype=torch.float64)
     means = torch.randn(12, 4, generator=made, dtype=torch.float64)
     distances = (means[:, None] - means[None]).norm(dim=-1).to(device) if pass_.sees_distances else None
-    keep = groups * round(pass_.kept_of(12, groups) / groups)
+    # Beside one that may not become one with others there is one that is made of those.
+    keep = groups * max(1 + pass_.merges, round(pass_.kept_of(12, groups) / groups))
     may = frozenset(range(12)) - {1}
     return ExpertsSeen(tokens.to(device), weighted.to(device), weights.to(device), keep, groups, may, distances)
 

@@ -5,14 +5,17 @@
 | `int`   | `token`  | 2**bits even steps over the range of each token, found when the token comes: dynamic      |
 | `int`   | `tensor` | 2**bits even steps over the range that calibration saw; what lies outside is cut: static  |
 | `olive` | `tensor` | outlier-victim pairs along the last dimension, the scale from calibration: static         |
+| `power` | `tensor` | 2**bits - 1 levels that a power spaces, exponent and scale from calibration: static       |
 
-Zero is on every grid. Stored, for static ones only: `input_scale` float32 (1,), and for `int` `input_zero_point` uint8
-(1,). Values are rounded in float32 and given back in the type they came in, as a reference for integer arithmetic.
+Zero is on every grid. Stored, for static ones only: `input_scale` float32 (1,), for `int` `input_zero_point` uint8
+(1,), for `power` `input_exponent` float32 (1,). Values are rounded in float32 and given back in the type they came in,
+as a reference for integer arithmetic.
 
 Source: affine ranges as in Jacob et al., "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", 2017, arXiv 1712.05877; one dynamic range per token as in Yao et al., "ZeroQuant",
-2022, arXiv 2206.01861; pairs as in Guo et al., "OliVe", ISCA 2023, arXiv 2304.07493. Differs from the paper in: OliVe's
-unsigned types for inputs without negative values are left out.
+2022, arXiv 2206.01861; pairs as in Guo et al., "OliVe", ISCA 2023, arXiv 2304.07493; powers as in Yvinec et al.,
+"PowerQuant", ICLR 2023, arXiv 2301.09858. Differs from the paper in: OliVe's and PowerQuant's unsigned types for inputs
+without negative values are left out; a power grid's inputs have an exponent of their own.
 
 Shapes: C channels, the last dimension; an input is (..., C). T tokens.
 """
@@ -21,9 +24,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from compress.encodings.outlier_victim import quantize_dequantize, search
+from compress.encodings.power import PowerGrid, fit_exponent, fit_scale, profile
 from compress.encodings.stated import made_from
 from compress.lazy import function, torch
 
@@ -35,7 +40,7 @@ if TYPE_CHECKING:
     from compress.encodings.base import StoredShapes
     from compress.encodings.outlier_victim import Normal
 
-GridKind = Literal["int", "olive"]
+GridKind = Literal["int", "olive", "power"]
 Scale = Literal["token", "tensor"]
 
 OLIVE: dict[int, tuple[Normal, ...]] = {4: ("int4", "flint4"), 8: ("int8",)}  # bits -> the types to choose from
@@ -47,7 +52,7 @@ class InputForm:
 
     Attributes:
         bits: of a value, 2 to 8; on the olive grid 4 or 8.
-        grid: `int` or `olive`.
+        grid: `int`, `olive` or `power`.
         scale: of each `token`, or one for the `tensor`.
         normal: the normal type of the olive grid, once calibration has chosen it.
     """
@@ -224,10 +229,53 @@ class TensorPairs(InputGrid):
         return quantize_dequantize(rows, self.scale.to(x.device)[:, None], self.form.normal).view(x.shape)
 
 
+@dataclass(frozen=True)
+class TensorPower(InputGrid):
+    """Levels that a power spaces: value = scale * sign(x) * |x|**(1 / exponent), x even from -1 to 1 with one at zero.
+
+    Attributes:
+        scale: (1,) float32, positive: the value of the highest level.
+        exponent: (1,) float32, positive.
+    """
+
+    scale: Tensor
+    exponent: Tensor
+
+    @classmethod
+    def fit(cls, form: InputForm, low: float, high: float, sample: Tensor) -> Self:
+        found = profile(sample, per_tensor=True, norm=2.0)
+        exponent, _ = fit_exponent([found], form.bits, "zero", norm=2.0)
+        grid = PowerGrid(form.bits, exponent, "zero")
+        scale = fit_scale(sample, grid, per_tensor=True, norm=2.0)
+        return cls(form, scale.float().view(1), grid.stored_exponent)
+
+    @classmethod
+    def stored(cls) -> StoredShapes:
+        return {"input_scale": ((1,), torch.float32), "input_exponent": ((1,), torch.float32)}
+
+    @classmethod
+    def words(cls, form: InputForm) -> str:
+        return f"power{form.bits}"
+
+    @cached_property
+    def levels(self) -> PowerGrid:
+        """Made once, where the first input is, and kept outside of any mode."""
+        with torch.inference_mode(False):
+            made = PowerGrid(self.form.bits, float(self.exponent), "zero")
+            _ = made.values, made.borders
+        return made
+
+    def rounded(self, x: Tensor) -> Tensor:
+        scale, grid = self.scale.to(x.device), self.levels
+        codes = grid.nearest(x / scale)
+        return grid.values.index_select(0, codes.flatten()).view(x.shape) * scale
+
+
 INPUT_GRIDS: dict[tuple[GridKind, Scale], type[InputGrid]] = {
     ("int", "token"): TokenSteps,
     ("int", "tensor"): TensorSteps,
     ("olive", "tensor"): TensorPairs,
+    ("power", "tensor"): TensorPower,
 }
 
 

@@ -196,7 +196,7 @@ class Packing:
             codes = (lookup.units(codes) + 2 ** (scheme.bits - 1)).to(torch.uint8)
         scale = scale.to(self._scale_dtype(owner))
         scale = scale.repeat_interleave(scheme.groups(codes.shape[1]) // scale.shape[1], dim=1)
-        found = {}
+        found: dict[str, Tensor] = {}
         for part in self.parts[owner]:
             at = part.rows if isinstance(part.rows, slice) else list(part.rows)
             leaves = {

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from compress.encodings import InputForm, InputGrid, Spec, Uniform, Weight, fit, fit_inputs, pack, quantize, unpack
-from compress.encodings.inputs import TensorPairs, TensorSteps
+from compress.encodings.inputs import TensorPairs, TensorPower, TensorSteps
 from compress.encodings.outlier_victim import quantize_dequantize
+from compress.encodings.power import PowerGrid
 
 BITS = range(2, 9)
 OLIVE = InputForm(bits=4, grid="olive", scale="tensor")
@@ -44,6 +45,7 @@ EVERY = [
     *(pytest.param(dynamic(bits), id=f"int{bits} per token") for bits in BITS),
     *(pytest.param(static(tokens(), bits), id=f"int{bits} per tensor") for bits in BITS),
     *(pytest.param(static(tokens(), bits, "olive"), id=f"olive{bits} per tensor") for bits in (4, 8)),
+    *(pytest.param(static(tokens(), bits, "power"), id=f"power{bits} per tensor") for bits in BITS),
 ]
 each_grid = pytest.mark.parametrize("inputs", EVERY)
 
@@ -133,6 +135,20 @@ def test_the_olive_grid_takes_the_type_that_suits_the_sample(degrees: int | None
     assert error == pytest.approx(0.0127 if degrees is None else 0.0233, rel=0.15)
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_the_power_grid_is_that_of_the_weights_and_loses_less_than_even_steps_on_heavy_tails(bits: int) -> None:
+    x = tokens()  # of very different sizes: most numbers are small
+    inputs = static(x, bits, "power")
+    assert isinstance(inputs, TensorPower)
+    assert float(inputs.exponent) < 0.9
+    values = PowerGrid(bits, float(inputs.exponent), "zero").values * inputs.scale
+    made = inputs.apply(x)
+    nearest = values[(x[..., None] - values).abs().argmin(-1)]
+    assert float((made - nearest).abs().max()) == pytest.approx(0.0, abs=1e-6)
+    assert torch.equal(inputs.apply(made), made)
+    assert float((made - x).square().sum()) < 0.6 * float((static(x, bits).apply(x) - x).square().sum())
+
+
 def test_outliers_survive_the_olive_grid_where_even_steps_lose_everything_else() -> None:
     x = torch.randn(500, 64, generator=torch.Generator().manual_seed(3))
     x[:, 10] *= 20
@@ -208,10 +224,11 @@ def test_a_weight_is_packed_with_the_grid_of_its_inputs(inputs: InputGrid, maske
     spec, tensors = pack(with_grid)
     spec = Spec.from_json(json.loads(json.dumps(spec.to_json())))
     assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == spec.tensors()
-    more = {"input_scale": 4, "input_zero_point": 1}
+    more = {"input_scale": 4, "input_zero_point": 1, "input_exponent": 4}
+    beside = {"int": {"input_zero_point"}, "olive": set(), "power": {"input_exponent"}}[inputs.form.grid]
     found = {name: t.numel() * t.element_size() for name, t in tensors.items() if name in more}
     assert found == {n: more[n] for n in found}
-    assert set(found) == (set() if not inputs.static else set(more) if inputs.form.grid == "int" else {"input_scale"})
+    assert set(found) == ({"input_scale", *beside} if inputs.static else set())
     assert spec.num_bytes == pack(without)[0].num_bytes + sum(found.values())
     back = unpack(spec, tensors)
     assert torch.equal(back.dequantize(), without.dequantize())

@@ -136,6 +136,9 @@ ROUNDED: dict[str, Recipe] = {
     "inputs in pairs of 8 bits": lambda at: [
         Rtn(bits=4, activation_bits=8, activation_scale="tensor", activation_grid="olive", include=at)
     ],
+    "inputs on a power grid": lambda at: [
+        PowerQuant(bits=4, activation_bits=4, activation_scale="tensor", activation_grid="power", include=at)
+    ],
     "inputs of 5 bits": lambda at: [Rtn(bits=4, activation_bits=5, activation_scale="tensor", include=at)],
 }
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import numpy
@@ -79,7 +80,7 @@ def damaged(out: Path, folder: Path, number: float) -> Path:
     numbers[0] = number
     value.const_value = ir.tensor(numbers, name=ROTARY)
     ir.save(model, folder / MODEL)
-    (folder / f"{MODEL}.data").hardlink_to(out / "onnx" / f"{MODEL}.data")
+    copyfile(out / "onnx" / f"{MODEL}.data", folder / f"{MODEL}.data")
     return folder
 
 

@@ -95,7 +95,7 @@ def test_a_weight_may_go_to_any_level_on_its_side_of_zero() -> None:
     start = state.encoding()
     assert isinstance(start, Power)
     with torch.no_grad():
-        state.log_divisor.fill_(-5.0)
+        state.moves.fill_(-5.0)
     end = state.encoding()
     assert isinstance(end, Power)
     middle = 7
@@ -107,6 +107,46 @@ def test_no_weight_changes_its_sign() -> None:
     given = target()
     made, _ = learn(Nupes(bits=3, steps=60, learning_rate=0.1), given)
     assert bool((made.dequantize() * given.weight >= 0).all())
+
+
+@pytest.mark.parametrize("levels", ["zero", "half"])
+def test_places_start_at_powerquant_and_a_step_is_a_share_of_the_gap_to_the_next_level(levels: str) -> None:
+    state = Nupes(bits=4, levels=levels, moves="grid", learning_rate=0.05).start(target())  # type: ignore[arg-type]
+    assert isinstance(state, Position)
+    first = state.encoding()
+    assert torch.equal(first.codes, PowerQuant(bits=4, levels=levels).run(target()).encoding.codes)  # type: ignore[arg-type, union-attr]
+    towards = torch.randn(16, 48)
+    optimizer = torch.optim.Adam([{"params": ts, "lr": rate} for ts, rate in state.groups()[:1]])
+    gaps = state.values().detach().diff()
+    (state.soft(0.0) * towards).sum().backward()
+    optimizer.step()
+    state.after()
+    up, down = torch.cat([gaps, gaps[:1] * 0]), torch.cat([gaps[:1] * 0, gaps])
+    codes = first.codes.long()
+    expected = 0.05 * torch.where(towards < 0, up[codes], -down[codes])
+    assert torch.allclose(state.moves.detach().view(16, 48), expected, atol=1e-5)
+
+
+def test_over_the_whole_grid_weights_change_their_sign_and_pass_many_levels() -> None:
+    given = target()
+    state = Nupes(bits=4, levels="zero", moves="grid", learning_rate=0.2).start(given)
+    assert isinstance(state, Position)
+    first = state.encoding()
+    optimizer = torch.optim.Adam([{"params": ts, "lr": rate} for ts, rate in state.groups()[:1]])
+    for _ in range(100):
+        (state.soft(0.0) * given.weight.sign()).sum().backward()  # every weight is wanted on the other side
+        optimizer.step()
+        optimizer.zero_grad()
+        state.after()
+    last = state.encoding()
+    assert int((last.codes.int() - first.codes.int()).abs().max()) > 7
+    assert bool((last.dequantize() * given.weight <= 0).all())
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_learning_places_lowers_the_blocks_error_too(bits: int) -> None:
+    _, notes = learn(Nupes(bits=bits, steps=100, moves="grid", learning_rate=0.01, scale_rate=0.003), target())
+    assert notes["block_error"] < notes["block_error_start"]
 
 
 def test_the_exponent_is_learned_unless_it_is_told_to_stay() -> None:

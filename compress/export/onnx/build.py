@@ -83,7 +83,7 @@ def computed(made: PackedFolder) -> dict[str, ir.Value]:
         if name not in artifact.stored and not buffer.is_meta:
             value = buffer.float() if buffer.is_floating_point() else buffer
             if value.dtype in ONNX_TYPES:
-                found[f"{PREFIX}{name}"] = constant(f"{PREFIX}{name}", value.shape, value.dtype, lambda v=value: v)
+                found[f"{PREFIX}{name}"] = constant(f"{PREFIX}{name}", value.shape, value.dtype, value.clone)
     return found
 
 
@@ -126,7 +126,9 @@ def _fill_in(model: ir.Model, artifact: Artifact, specs: Mapping[str, Spec], sty
         site = node.attributes["site"].as_string()
         if node.op_type in (TAKE, ADD):
             ops = Ops(f"{site}/{node.op_type.lower()}", shared)
-            _replace(graph, node, ops.nodes, (taken if node.op_type == TAKE else added)(ops, *node.inputs))
+            given = [value for value in node.inputs if value is not None]
+            new = taken(ops, *given) if node.op_type == TAKE else added(ops, *given)
+            _replace(graph, node, ops.nodes, new)
             continue
         done, spec = artifact.committed[site], specs[site]
         assert isinstance(done, Packed)

@@ -44,7 +44,9 @@ def place_experts(graph: Graph, packed: Collection[str]) -> None:
 class PlacedExperts(nn.Module):
     """Computes what a module of experts does, one expert after the other, in the order of their numbers."""
 
-    def __init__(self, name: str, experts: nn.Module, packed: Collection[str]):
+    experts: Any  # the module it stands for
+
+    def __init__(self, name: str, experts: Any, packed: Collection[str]):
         super().__init__()
         self.name, self.packed, self.transposed = name, packed, keeps_transposed(experts)
         self.first = "gate_up_proj" if experts.has_gate else "up_proj"
@@ -60,7 +62,7 @@ class PlacedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, *choice: Tensor, **named: Tensor) -> Tensor:
         """(T, H), experts of each token (T, k), how much they count (T, k) -> (T, H)."""
         chosen, counts = choice if choice else next((named[i], named[w]) for i, w in CHOICES.items() if i in named)
-        experts: Any = self.experts
+        experts = self.experts
         # One column more: for numbers behind those of the experts, which stand for none.
         blank = hidden_states.new_zeros((hidden_states.shape[0], self.count + 1))
         each = blank.scatter_add(1, chosen, counts.to(hidden_states.dtype))
@@ -72,7 +74,7 @@ class PlacedExperts(nn.Module):
             made = experts._apply_gate(made) if experts.has_gate else experts.act_fn(made)
             made = self._product("down_proj", number, made)
             if getattr(experts, "has_post_expert_norm", False):
-                made = self.post_expert_norm(made)
+                made = experts.post_expert_norm(made)
             total = placed(ADD, (total, made, share), site, tuple(hidden_states.shape))
         return total
 

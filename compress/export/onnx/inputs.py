@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from compress.encodings.outlier_victim import PAIR_TYPES
+from compress.encodings.power import PowerGrid
 from compress.lazy import torch
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ def on_grid(ops: Ops, x: ir.Value, form: InputForm, read: Callable[[str], Tensor
         return _on_pairs(
             ops, x, ops.stored("input_scale", (), torch.float32, lambda: scale), PAIR_TYPES[form.normal], columns
         )
+    if form.grid == "power":
+        grid = PowerGrid(form.bits, float(read("input_exponent")), "zero")
+        return _on_powers(ops, x, ops.stored("input_scale", (), torch.float32, lambda: scale), grid)
     zero = read("input_zero_point")[0]
     if form.bits == 8:
         step = ops.stored("input_scale", (), torch.float32, lambda: scale)
@@ -52,6 +56,19 @@ def _on_steps(ops: Ops, x: ir.Value, scale: ir.Value, middle: ir.Value, bits: in
     steps = ops.op("Add", ops.op("Round", ops.op("Div", x, scale)), middle)
     codes = ops.op("Clip", steps, ops.number(0), ops.number(2**bits - 1))
     return ops.op("Mul", ops.op("Sub", codes, middle), scale)
+
+
+def _on_powers(ops: Ops, x: ir.Value, scale: ir.Value, grid: PowerGrid) -> ir.Value:
+    """The nearest levels that a power spaces, as `PowerGrid.nearest`."""
+    unit = ops.op("Div", x, scale)
+    last = len(grid.values) - 1
+    size = ops.op("Min", ops.op("Abs", unit), ops.number(1))
+    along = ops.op("Mul", ops.op("Pow", size, ops.number(grid.exponent)), ops.op("Sign", unit))
+    place = ops.op("Mul", ops.op("Add", along, ops.number(1)), ops.number(last / 2))
+    below = ops.cast(ops.op("Min", ops.op("Floor", place), ops.number(last - 1)), torch.int64)
+    above = ops.op("Greater", unit, ops.op("Gather", ops.small(grid.borders), below))
+    code = ops.op("Add", below, ops.cast(above, torch.int64))
+    return ops.op("Mul", ops.op("Gather", ops.small(grid.values), code), scale)
 
 
 def _on_pairs(ops: Ops, x: ir.Value, scale: ir.Value, kind: PairType, columns: int) -> ir.Value:

@@ -47,6 +47,15 @@ def first_not_finite(folder: Path, inputs: Tensor) -> str:
         folder: of the export.
         inputs: token ids (rows, length), or images.
     """
+    try:
+        return _looked_at(folder, inputs)
+    except Exception as error:  # what is told about has failed already
+        return f"where they come from could not be looked at ({error!s:.200})"
+    finally:
+        (folder / LOOKED_AT).unlink(missing_ok=True)
+
+
+def _looked_at(folder: Path, inputs: Tensor) -> str:
     model = ir.load(folder / MODEL)
     bad = [name for name, value in model.graph.initializers.items() if _bad(_numbers(value))]
     if bad:
@@ -54,17 +63,11 @@ def first_not_finite(folder: Path, inputs: Tensor) -> str:
     made = [value for node in model.graph for value in node.outputs if value.name]
     given = set(model.graph.outputs)
     model.graph.outputs.extend(value for value in made if value not in given)
-    try:
-        ir.save(model, folder / LOOKED_AT)
-        runner = Runner(open_session(folder / LOOKED_AT))
-        found = runner.values(inputs, [value.name or "" for value in made])
-    except Exception as error:  # what is told about has failed already
-        return f"all its constants are finite; what its nodes make could not be looked at ({error!s:.200})"
-    finally:
-        (folder / LOOKED_AT).unlink(missing_ok=True)
+    ir.save(model, folder / LOOKED_AT)
+    runner = Runner(open_session(folder / LOOKED_AT))
+    found = runner.values(inputs, [value.name or "" for value in made])
     for node in model.graph:
-        wrong = [value.name for value in node.outputs if value.name in found and _bad(found[value.name])]
-        if wrong:
+        if any(value.name in found and _bad(found[value.name]) for value in node.outputs):
             before = [value.name for value in node.inputs if value is not None]
             return f"all its constants are finite; the first node that makes NaN is a {node.op_type} of {before}"
     return "all its constants are finite, and so is what its nodes make when every value is asked for"

@@ -89,7 +89,7 @@ class ExpertMerge(ExpertsPass):
 
     def run(self, layer: ExpertsSeen) -> ExpertsLeft:
         assert layer.distances is not None
-        scores, distances = self.scores(layer).tolist(), layer.distances.cpu()
+        scores, distances = self.scores(layer).tolist(), layer.distances
         count, size = len(scores), len(scores) // layer.groups
         numbers: list[int] = []
         made_of: dict[int, dict[int, float]] = {}
@@ -122,8 +122,7 @@ def clusters(distances: Tensor, members: Sequence[int], count: int) -> list[list
         return [[i] for i in members]
     from sklearn.cluster import AgglomerativeClustering  # takes a second to import
 
-    chosen = torch.tensor(members)
-    between = distances[chosen][:, chosen].numpy()
+    between = distances.cpu().numpy()[list(members)][:, list(members)]
     found = AgglomerativeClustering(n_clusters=count, metric="precomputed", linkage="average").fit_predict(between)
     made: dict[int, list[int]] = {}
     for member, label in zip(members, found.tolist(), strict=True):

@@ -79,4 +79,4 @@ def smallest_groups(
         raise SolveError(f"sparsity {sparsity} is not reached where every matrix keeps a {group}: lower it")
     kept = torch.ones(len(order), dtype=torch.bool)
     kept[order[:number]] = False
-    return dict(zip(scores, kept.split([len(s) for s in scores.values()]), strict=True))
+    return dict(zip(scores, torch.split(kept, [len(s) for s in scores.values()]), strict=True))

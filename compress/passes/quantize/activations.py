@@ -29,8 +29,8 @@ class ActivationOptions(Pass):
     Args:
         activation_bits: 2 to 8 (on the olive grid 4 or 8); None leaves inputs as they are.
         activation_scale: one for each `token`, found when it comes, or one for the `tensor`, from calibration data.
-        activation_grid: `int` has even steps; `olive` keeps outliers at the cost of their neighbours, and has one scale
-            for the tensor.
+        activation_grid: `int` has even steps; `olive` keeps outliers at the cost of their neighbours; `power` has
+            levels that a power spaces, denser near zero. The last two have one scale for the tensor.
     """
 
     activation_bits: Annotated[int, Ge(2), Le(8)] | None = None
@@ -59,8 +59,9 @@ class ActivationOptions(Pass):
             return
         if olive and bits not in OLIVE:
             yield OptionError("activation_bits", f"{bits} is not 4 or 8, which the olive grid has")
-        if olive and self.activation_scale == "token":
-            yield OptionError("activation_scale", "the olive grid has one scale for the tensor; set it to tensor")
+        if self.activation_scale == "token" and self.activation_grid != "int":
+            grid = self.activation_grid
+            yield OptionError("activation_scale", f"the {grid} grid has one scale for the tensor; set it to tensor")
         elif self.activation_scale == "tensor" and isinstance(self, ModelPass):
             yield OptionError("activation_scale", f"tensor needs calibration data, and {self.key} reads none")
 

@@ -15,7 +15,7 @@ from compress.encodings.codebook import nearest, of_columns, stored_table, unsca
 from compress.encodings.uniform import narrowest, stored_scale
 from compress.lazy import no_grad, torch
 from compress.passes.quantize.codebook import Codebook, CodebookOptions
-from compress.passes.quantize.learned import LearnedPass, LearnedRounding, look_up
+from compress.passes.quantize.learned import LearnedPass, LearnedRounding, look_up, pulled
 from compress.passes.solvers.device import fused
 
 if TYPE_CHECKING:
@@ -153,13 +153,6 @@ def moved(unit: Tensor, gap: Tensor, place: Tensor) -> Tensor:
 def passed(made: Tensor, unit: Tensor) -> Tensor:
     """(O, I) entries as they are, but that the gradient goes to the places too."""
     return made + (unit - unit.detach())  # adds nothing
-
-
-@fused
-def pulled(before: Tensor, after: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """(O, I) places after a step whose length is scaled by the pull of the side that it goes to."""
-    step = after - before
-    return before + step * torch.where(step > 0, up, down)
 
 
 def mean_gap(table: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from compress.encodings.counting import sums_by_number
 from compress.errors import SolveError
 from compress.lazy import function, torch
 from compress.passes.base import BlockPass, Edit, OptionError
-from compress.passes.solvers.device import has_kernels
+from compress.passes.solvers.device import fused, has_kernels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -141,6 +141,13 @@ class _LearnedBlock:
 
 def _gram(target: Target) -> Tensor | None:
     return None if target.statistics is None else target.statistics.gram
+
+
+@fused
+def pulled(before: Tensor, after: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """(O, I) places after a step whose length is scaled by the pull of the side that it goes to."""
+    step = after - before
+    return before + step * torch.where(step > 0, up, down)
 
 
 def look_up(tables: Tensor, index: Tensor, table_of: Tensor | None = None) -> Tensor:

@@ -90,10 +90,10 @@ class PowerQuant(PowerOptions, EmbeddingOptions):
     Data-free. The exponent is the one with the least error of the matrix. Masked weights stay zero and count nowhere.
 
     Source: Yvinec, Dapogny, Cord and Bailly, "PowerQuant: Automorphism Search for Non-Uniform Quantization", ICLR 2023,
-    arXiv 2301.09858. Differs from the paper in: weights only; a weight goes to the nearest level, which rounding its
-    power does not always find; an exponent for each matrix, not one for the network (see `PowerQuantShared`); ranges
-    are searched too; `half` levels; golden section instead of Nelder-Mead. The norm, and scale groups smaller than a
-    matrix, are reconstructions.
+    arXiv 2301.09858. Differs from the paper in: inputs are rounded apart, with an exponent of their own; a weight goes
+    to the nearest level, which rounding its power does not always find; an exponent for each matrix, not one for the
+    network (see `PowerQuantShared`); ranges are searched too; `half` levels; golden section instead of Nelder-Mead. The
+    norm, and scale groups smaller than a matrix, are reconstructions.
 
     Args:
         exponent: from 0.1 to 1.5; below 1 levels are denser near zero, at 1 they are evenly spaced. None: searched.
