@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from compress import progress
-from compress.api import data as given
 from compress.api.fit_options import DEFAULT_OPTIONS, budget_of, differing, quantizer_in, with_options
 from compress.api.run import prepare, run
 from compress.calibration.data import numbered_together
@@ -35,6 +34,7 @@ from compress.report.fitted import Fitted
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from compress.api import data as given
     from compress.api.run import Work
     from compress.calibration.data import Dataset
     from compress.config.pipeline import Pipeline
@@ -71,7 +71,7 @@ def fit(
     pipeline: str | Path | Mapping[str, Any] | Pipeline | None = None,
     options: Sequence[str | Mapping[str, Any]] = DEFAULT_OPTIONS,
     groups: Groups = "site",
-    sensitivity: Sensitivity = "kl",
+    sensitivity: Sensitivity = "fisher",
     work: str | Path | None = None,
     dry_run: bool = False,
     calibration: given.Given | None = None,
@@ -134,9 +134,13 @@ def fit(
     steps = load_pipeline(_default() if pipeline is None else pipeline)
     passes = with_options(quantizer_in(steps), options)
     first = replace(steps, passes=((next(iter(passes.values())),),))
-    found = {"calibration": calibration, "evaluation": evaluation, "overwrite": overwrite, "device": device}
-    prepared = prepare(first, model, out, bars=bars, **found)
-    data = _calibration(prepared, calibration)
+    found: dict[str, Any] = {"calibration": calibration, "evaluation": evaluation, "overwrite": overwrite, "device": device}
+    if steps.calibration is None and calibration is None:
+        said = "is missing: fit looks at what layers put out, such as calibration: {source: demo}"
+        raise ConfigError([Problem("calibration", said)])
+    prepared = prepare(first, model, out, bars=bars, calibrated=True, **found)
+    data = prepared.data.calibration
+    assert data is not None
     _refuse(prepared, passes, data, sensitivity)
     destination = Path(out).absolute()
     folder = destination.with_name(f"{destination.name}.fit") if work is None else Path(work).absolute()
@@ -167,21 +171,6 @@ def _default() -> Pipeline:
     steps = load_pipeline(DEFAULT_PIPELINE)
     ((pass_,),) = steps.passes
     return replace(steps, passes=((replace(pass_, fallback="channel"),),), description="", lines={})  # type: ignore[call-arg]
-
-
-def _calibration(prepared: Work, data: given.Given | None) -> Dataset:
-    """The data that outputs are compared on, also of a quantizer that learns from none."""
-    steps, opened = prepared.steps, prepared.opened
-    graph, dtype = opened.artifact.graph, opened.dtype if steps.dtype == "auto" else getattr(torch, steps.dtype)
-    found = prepared.data.calibration or given.dataset(graph, "calibration", data, dtype)
-    if found is None:
-        if steps.calibration is None:
-            said = "is missing: fit looks at what layers put out, such as calibration: {source: demo}"
-            raise ConfigError([Problem("calibration", said)])
-        with prepared.bars.shown():
-            read = given.read_data(steps.calibration, opened.tokenizer, "calibration", prepared.bars.over)
-        found = given.model_inputs(graph, "calibration", read, dtype)
-    return found
 
 
 def _refuse(prepared: Work, passes: Mapping[str, LinearPass], data: Dataset, sensitivity: Sensitivity) -> None:
@@ -226,7 +215,7 @@ def _swept(
     (samples,), named = numbered_together(data)
     assert samples is not None
     context = replace(context, named=named)
-    facts = [prepared.opened.artifact.source.fingerprint(), hash_of(data), torch.get_num_threads(), context.seed]
+    facts: list[Any] = [prepared.opened.artifact.source.fingerprint(), hash_of(data), torch.get_num_threads(), context.seed]
     facts += [str(context.dtype), context.products, prepared.plan.places.name, vars(context.experts)]
     code = ledger.code_of([type(p) for p in passes.values()], [find_losses.__module__])
     with context.devices.scope(), prepared.bars.shown():

@@ -142,8 +142,11 @@ def prepare(
     device: str | None = None,
     executor: Executor | None = None,
     bars: progress.Bars | None = None,
+    calibrated: bool = False,
 ) -> Work:
     """Everything that a run does, known and checked before it begins, and its data read; the arguments are its own.
+
+    `calibrated`: calibration data are read even if no pass learns from them.
 
     Raises:
         UsageError: for everything that can be known then.
@@ -166,7 +169,8 @@ def prepare(
     made = plan.make(steps, graph, opened.dtypes, file, opened.companion_bytes, where, opened.carried_bytes)
     merged = merges.check_models(steps, opened.artifact, file)
     with bars.shown():
-        data = _data(steps, opened, data, bars, partial(_own_text, steps, opened, made, bars))
+        learns = calibrated or any(p.calibrated for stage in steps.passes for p in stage)
+        data = _data(steps, opened, data, bars, partial(_own_text, steps, opened, made, bars), learns)
     merges.check_data(steps, data.calibration, graph, file)
     given.refuse_by_name(steps, data.calibration)
     return Work(steps, opened, data, made, (opened.artifact.source, *merged), executor, bars, str(model))
@@ -315,13 +319,20 @@ def _own_text(steps: Pipeline, opened: OpenedModel, made: plan.Plan, bars: progr
 
 
 def _data(
-    steps: Pipeline, opened: OpenedModel, data: manager.Data, bars: progress.Bars, own: Callable[[], torch.Tensor]
+    steps: Pipeline,
+    opened: OpenedModel,
+    data: manager.Data,
+    bars: progress.Bars,
+    own: Callable[[], torch.Tensor],
+    needed: bool,
 ) -> manager.Data:
-    """Read what the pipeline names; given data win. `own`: makes the text that the model writes."""
+    """Read what the pipeline names; given data win.
+
+    `own` makes the text that the model writes; calibration data are only read where they are `needed`.
+    """
     calibration, evaluation = data.calibration, data.evaluation
     graph, dtype = opened.artifact.graph, _dtype(steps, opened)
     reader = given.Reader(opened.tokenizer, graph.model, opened.folder)
-    needed = any(p.calibrated for stage in steps.passes for p in stage)
     if calibration is None and needed and steps.calibration:
         found = given.read_data(steps.calibration, reader, "calibration", bars.over, own)
         calibration = given.model_inputs(graph, "calibration", found, dtype)

@@ -133,7 +133,7 @@ def fit(
     groups: Annotated[
         str, typer.Option(help="layers with one option: site (each its own), fused (same inputs), block")
     ] = "site",
-    sensitivity: Annotated[str, typer.Option(help="how losses are measured: kl, fisher, error")] = "kl",
+    sensitivity: Annotated[str, typer.Option(help="how losses are measured: kl, fisher, error")] = "fisher",
     work: Annotated[Path | None, typer.Option(help="the folder of the sweep  [default: OUT.fit]")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="write OUT.fit/pipeline.yaml, and run nothing")] = False,
     overwrite: Annotated[bool, typer.Option(help="replace an existing folder")] = False,

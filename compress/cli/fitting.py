@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from compress import logs
@@ -53,7 +54,7 @@ def fit_and_show(model: str, out: Path, asked: Mapping[str, Any], as_json: bool,
     finally:
         table.close()
     if as_json:
-        report = None if made.report is None else json.loads(made.report.to_json())
+        report = None if made.report is None else asdict(made.report)
         print(json.dumps({**made.fitted.summary(), "pipeline": str(made.pipeline), "report": report}, indent=1))
         return
     if made.report is not None:

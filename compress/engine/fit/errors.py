@@ -16,6 +16,7 @@ from compress.checkpoint.artifact import Packed
 from compress.encodings import Spec, Weight, spec_of
 from compress.engine.by_group import solved_by_group
 from compress.engine.few_tokens import usable
+from compress.engine.fit.gradients import looked_up
 from compress.engine.ledger import Record
 from compress.engine.stacking import split_rows, stacks
 from compress.engine.stage import generator_for
@@ -92,7 +93,7 @@ def sweep_options(
         context: of the original model.
         passes: a quantizer with each of its options; all work on the same layers.
         batches: calibration data.
-        importance: site -> (O,) Fisher information of its outputs.
+        importance: site -> (O,) Fisher information of its outputs, as `output_fisher` gives it.
         keep: number of the option whose weights are kept.
         key: of all that the result depends on.
     """
@@ -127,7 +128,7 @@ def _measured(
     for number, pass_ in enumerate(passes):
         for group in stacks(pass_, unit.sites, statistics, lambda _: False):
             for site, weight, old in _solved(context, pass_, group, statistics):
-                note = _note(context, site, pass_, weight, old, statistics, importance.get(site.name))
+                note = _note(context, site, pass_, weight, old, statistics, importance)
                 row[site.name]["options"].append(note)
                 if number == keep:
                     records.append(Record(site.name, weight, {}))
@@ -163,16 +164,19 @@ def _note(
     weight: Weight,
     old: Tensor,
     statistics: Mapping[str, Statistics],
-    importance: Tensor | None,
+    importance: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     """What an option does to one layer, JSON-able."""
-    seen = usable(context, site, statistics)
-    changed, before = (_energies(each, seen) for each in (weight.dequantize() - old, old))
-    half = None if importance is None else importance.to(changed.device) / 2
+    seen, change = usable(context, site, statistics), weight.dequantize() - old
+    changed, before = _energies(change, seen), _energies(old, seen)
+    multiplied, found = importance.get(site.name), importance.get(looked_up(site))
+    weighted = None if multiplied is None else float(multiplied.to(changed.device) @ changed) / 2
+    if found is not None:
+        weighted = (weighted or 0.0) + float(found.to(change.device) @ change.square().double().mean(0)) / 2
     return {
         "spec": replace(spec_of(weight), inputs=pass_.at(site.name).input_form()).to_json(),
         "relative": float(changed.sum() / before.sum()) if float(before.sum()) else 0.0,
-        "weighted": None if half is None else float(half @ changed),
+        "weighted": weighted,
     }
 
 

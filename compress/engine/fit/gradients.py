@@ -1,12 +1,11 @@
 """How much a model's predictions change with what each layer puts out: the diagonal of a Fisher matrix.
 
-Shapes: O outputs of a layer, C classes (words of a vocabulary), n predictions.
+Shapes: O outputs of a layer, I columns of a table, C classes (words of a vocabulary), n predictions.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,7 +42,8 @@ def output_fisher(context: Context, sites: Sequence[Site], samples: Tensor, key:
         key: of all that the result depends on, for the ledger.
 
     Returns:
-        site -> (O,) float64; none of a site whose outputs are not seen, such as an expert of a fused parameter.
+        site -> (O,) float64; none of a site whose outputs are not seen, such as an expert of a fused parameter. Under
+        the name that `looked_up` gives a table, (I,) of what is looked up in it.
 
     Source: the true Fisher by sampled labels, block-diagonal over layers: Martens and Grosse, "Optimizing Neural
     Networks with Kronecker-factored Approximate Curvature", 2015, arXiv 1503.05671. Differs from the paper in: of the
@@ -53,20 +53,21 @@ def output_fisher(context: Context, sites: Sequence[Site], samples: Tensor, key:
     if kept is not None:
         return kept
     model = context.graph.model
-    seen = [s for s in sites if not s.is_expert and not (s.read_by and s.read_by != s.name)]
-    owner = {name: s for s in seen for name in multiplies(model, s)}  # a layer that blocks share: of all its uses
-    modules = {name: model.get_submodule(name) for name in owner}
-    sums = {
-        s.name: torch.zeros(s.shape[0], dtype=torch.float64, device=context.devices.compute) for s in owner.values()
-    }
+    users = {name: s for s in sites if not s.is_expert for name in multiplies(model, s)}
+    users = {name: s for name, s in users.items() if s.read_by is None or s.read_by == s.name}
+    tables = {name: s for s in sites if s.looked_up for name in s.names if name not in users}
+    modules = {name: model.get_submodule(name) for name in (*users, *tables)}
+    sums = {s.name: context.devices.to_compute(torch.zeros(s.shape[0], dtype=torch.float64)) for s in users.values()}
+    sums |= {looked_up(s): context.devices.to_compute(torch.zeros(s.shape[1]).double()) for s in tables.values()}
     wide, predictions = replace(context, dtype=torch.float32), 0
 
     def see(name: str, gradient: Tensor) -> None:
-        site = owner[name]
+        site = users.get(name) or tables[name]
         last = not site.is_convolution
         by_output = gradient.flatten(0, -2) if last else gradient.transpose(0, 1).flatten(1).T
-        if by_output.shape[-1] == len(sums[site.name]):
-            sums[site.name] += by_output.float().square().sum(0).double()
+        total = sums[site.name if name in users else looked_up(site)]
+        if by_output.shape[-1] == len(total):
+            total += by_output.float().square().sum(0).double()
 
     with in_memory(wide), output_gradients(modules, see), torch.enable_grad():
         parts = torch.split(samples, _rows(context, samples))
@@ -77,6 +78,11 @@ def output_fisher(context: Context, sites: Sequence[Site], samples: Tensor, key:
     found = {name: (each / predictions).cpu() for name, each in sums.items() if float(each.sum()) > 0}
     context.ledger.commit_tensors("s00-fisher", key, found)
     return found
+
+
+def looked_up(site: Site) -> str:
+    """What rows that are looked up in a table are called, beside what it makes of inputs."""
+    return f"{site.name}, looked up"
 
 
 def _rows(context: Context, samples: Tensor) -> int:
@@ -93,8 +99,8 @@ def _backward(out: Tensor, generator: torch.Generator) -> int:
         upto = torch.softmax(rows.detach(), -1).cumsum(-1)
         at = draw(generator, (len(rows), 1), "uniform", rows) * upto[:, -1:]
         classes = torch.searchsorted(upto, at, right=True).clamp(max=rows.shape[1] - 1)[:, 0]
-    partial(cross_entropy, reduction="sum")(rows, classes).backward()
+    torch.autograd.backward(cross_entropy(rows, classes, reduction="sum"))
     return len(rows)
 
 
-__all__ = ["output_fisher"]
+__all__ = ["looked_up", "output_fisher"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from compress.engine.fit.divergence import divergences
 from compress.engine.fit.errors import sweep_options
-from compress.engine.fit.gradients import output_fisher
+from compress.engine.fit.gradients import looked_up, output_fisher
 from compress.engine.sweep import sites_by_block
 from compress.errors import UsageError
 from compress.io.keys import key_of
@@ -74,7 +74,7 @@ def find_losses(
     if sensitivity == "fisher":
         some = _some(samples, GRADIENT_TOKENS)
         importance = output_fisher(context, every, some, key_of(key, "fisher", [s.name for s in every], len(some)))
-        lost = next((s.name for s in every if s.name not in importance), None)
+        lost = next((s.name for s in every if not {s.name, looked_up(s)} & importance.keys()), None)
         if lost is not None:
             raise UsageError(
                 f"sensitivity fisher: no gradient of what {lost} puts out is seen (as of an expert of a fused "
