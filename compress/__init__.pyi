@@ -3,6 +3,7 @@ from .api.apply import Result, apply
 from .api.apply_delta import apply_delta
 from .api.export import export_to
 from .api.extract_lora import extract_lora
+from .api.fit import Fit, fit
 from .api.run import run
 from .api.verify import verify
 from .calibration.metrics import Quality, evaluate
@@ -30,6 +31,7 @@ from .passes import (
     Compeft,
     Dare,
     Eora,
+    ExpertMerge,
     ExpertPrune,
     FlexRound,
     GlobalMagnitude,
@@ -58,6 +60,7 @@ from .passes import (
     Ties,
     Wanda,
     WeightMatching,
+    WidthPrune,
 )
 from .report.report import Report, Row
 from .runtime.register import register
@@ -80,7 +83,9 @@ __all__ = [
     "Dare",
     "DataError",
     "Eora",
+    "ExpertMerge",
     "ExpertPrune",
+    "Fit",
     "FlexRound",
     "GateError",
     "Genai",
@@ -124,12 +129,14 @@ __all__ = [
     "UsageError",
     "Wanda",
     "WeightMatching",
+    "WidthPrune",
     "apply",
     "apply_delta",
     "demo",
     "evaluate",
     "export_to",
     "extract_lora",
+    "fit",
     "load_tokens",
     "register",
     "run",

@@ -90,7 +90,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     "bip": [
         {"sparsity": 0.95, "mask_rate": 0.1},
         {"granularity": "filter", "steps": 2},
-        {"granularity": "channel", "correction": False, "steps": 2},
+        {"granularity": "channel", "correction": True, "steps": 2},
     ],
     "sparse_soup": [{"models": 2, "soup": "greedy"}, {"sparsity": 0.95, "phases": 2, "models": 2}],
     "wanda": [
@@ -100,7 +100,17 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"sparsity": "2:4", "update": "exact"},
     ],
     "layer_drop": [{"blocks": 2}, {"blocks": 3, "greedy": False}, {"blocks": 2, "criterion": "angular"}, {"blocks": 0}],
+    "width_prune": [
+        {"score": "magnitude", "repair": "none", "sparsity": 0.4},
+        {"score": "activation", "parts": ("mlp",), "multiple_of": 64},
+        {"score": "fluctuation", "repair": "bias"},
+        {"score": "taylor", "damping": 0.1, "parts": ("heads",)},
+    ],
     "expert_prune": [{"keep": 6}, {"keep": 0.25, "by": "frequency"}],
+    "expert_merge": [
+        {"keep": 6, "weigh": "router_weight", "router": "dominant"},
+        {"keep": 0.25, "weigh": "equal", "align": False},
+    ],
     "sparsegpt": [{"sparsity": "4:8", "damping": 0.1}, {"sparsity": 0.7, "tile": 16}],
     "average": [
         {"weights": (0.5, 1.0, 2.0), "normalize": False},

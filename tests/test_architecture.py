@@ -26,7 +26,7 @@ HOOKS = {
     "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_hook",
     "register_module_forward_hook", "register_module_forward_pre_hook",
 }  # fmt: skip
-OPENERS = {"Delta", "os"}  # whose `open` opens no text
+OPENERS = {"Delta", "os", "PIL.Image"}  # whose `open` opens no text
 PICKLES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 UNSAFE_YAML = {"load", "unsafe_load", "full_load", "Loader", "UnsafeLoader", "FullLoader"}
 

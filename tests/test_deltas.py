@@ -200,8 +200,8 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize("pass_", [Compeft, BitDelta])
 def test_scalars_and_empty_and_unchanged_tensors_come_back(pass_: Any, tmp_path: Path) -> None:
+    from compress.engine.context import Context
     from compress.engine.ledger import FolderLedger
-    from compress.engine.placement import Context
     from compress.engine.stage import Stage
     from compress.planning.plan import PassPlan
     from compress.progress import Bars
@@ -284,7 +284,7 @@ def damaged(file: Path, folder: Path) -> dict[str, tuple[bytes, str]]:
         "nothing": (b"", "truncated or corrupt"),
         "one bit": (bytes(flipped), "is damaged: its content is not what was written"),
         "one bit of a name": (renamed, "is damaged: its content is not what was written"),
-        "newer": (whole.replace(b'"version":"2"', b'"version":"3"'), "was written by a newer version"),
+        "newer": (whole.replace(b'"version":"2"', b'"version":"4"'), "was written by a newer version"),
         "a model": ((folder / "plain.safetensors").read_bytes(), "is not a compressed delta"),
     }
 

@@ -21,7 +21,17 @@ from compress.calibration.reconstruct import HiddenSamples
 from compress.calibration.training import ModelData, Schedule, TrainingStore, train
 from compress.encodings import InputForm, Weight, pack, unpack
 from compress.engine.devices import Devices
-from compress.passes import PASSES, BlockPass, DepthPass, ExpertsPass, LinearPass, MergePass, ModelPass, Pass
+from compress.passes import (
+    PASSES,
+    BlockPass,
+    DepthPass,
+    ExpertsPass,
+    LinearPass,
+    MergePass,
+    ModelPass,
+    Pass,
+    WidthPass,
+)
 from compress.passes.base import Target
 
 CPU = torch.device("cpu")
@@ -68,6 +78,10 @@ def results(pass_: Pass, device: torch.device) -> list[object]:
         seen = textbook.experts_seen(pass_, device=device)
         with Devices(device, CPU).scope():
             return [seen, pass_.scores(seen), pass_.run(seen)]
+    if isinstance(pass_, WidthPass):
+        units = textbook.units_seen(pass_, 2, True, device)
+        with Devices(device, CPU).scope():
+            return [pass_.scores(units), pass_.run(units)]
     given_targets = targets(pass_, device, None if "dense" in pass_.accepts else 0.5)
     if isinstance(pass_, ModelPass):
         whole = textbook.whole(given_targets)

@@ -125,19 +125,6 @@ def test_what_was_packed_and_loaded_is_still_of_its_family(tmp_path: Path) -> No
     assert type(family_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))) is Llama
 
 
-def test_names_in_gguf_files_are_those_of_llama_cpp() -> None:
-    gguf = pytest.importorskip("gguf")
-    from compress.export.gguf import names_in_file
-
-    for name in ("llama", "mistral"):
-        found = graph.find(SMALL[name]())
-        names, theirs = names_in_file(found), gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
-        assert list(names) == [parameter for parameter, _ in found.tensors()]
-        for parameter, ours in names.items():
-            assert ours == theirs.get_name(parameter, try_suffixes=(".weight", ".bias"))
-    assert names_in_file(graph.find(SMALL["qwen3"]())) == {}
-
-
 # --- where a matrix lies ----------------------------------------------------------------------------------------------
 
 

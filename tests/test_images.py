@@ -51,7 +51,7 @@ from compress.checkpoint.opening import open_model
 from compress.config.reading import load_pipeline
 from compress.encodings import Spec, pack
 from compress.models import graph as graphs
-from compress.passes import PASSES, DepthPass, ExpertsPass, MergePass, Pass
+from compress.passes import PASSES, DepthPass, ExpertsPass, MergePass, Pass, WidthPass
 from compress.report.report import caption, headings, markdown
 from compress.runtime.conv import PackedConvolution
 from compress.runtime.packed import PackedModule
@@ -163,7 +163,7 @@ QUANTIZERS = [cls for cls in PASSES if cls().produces("dense").endswith("quantiz
 
 @pytest.mark.parametrize(
     "cls",
-    [c for c in PASSES if not c.preserves and not issubclass(c, DepthPass | ExpertsPass | MergePass)],
+    [c for c in PASSES if not c.preserves and not issubclass(c, DepthPass | ExpertsPass | MergePass | WidthPass)],
     ids=lambda cls: cls.key,
 )
 def test_every_pass_works_on_the_network_and_packed_it_computes_the_same(cls: type[Pass], digits: Digits) -> None:

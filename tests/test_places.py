@@ -22,8 +22,8 @@ from compress.calibration.in_one_order import InOneOrder
 from compress.config.reading import parse
 from compress.encodings.counting import sums_by_number
 from compress.engine import block_stage
+from compress.engine.context import Context
 from compress.engine.devices import Devices, devices_of
-from compress.engine.placement import Context
 from compress.engine.read_ahead import ReadAhead
 from compress.errors import ConfigError, ResourceError, UsageError
 from compress.models import graph as graphs

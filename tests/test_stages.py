@@ -15,10 +15,10 @@ from compress.calibration.statistics import Statistics
 from compress.checkpoint.artifact import Artifact
 from compress.checkpoint.sources import ModuleSource
 from compress.encodings import Weight
+from compress.engine.context import Context
 from compress.engine.executor import Done, SingleProcess, Work
 from compress.engine.ledger import FolderLedger, MemoryLedger, Record
 from compress.engine.parcels import Carrier
-from compress.engine.placement import Context
 from compress.engine.stage import Stage, calibration_batches
 from compress.engine.stages import RUNNERS
 from compress.models import graph as graphs

@@ -18,8 +18,6 @@ from transformers import (
     PreTrainedModel,
     RwkvConfig,
     RwkvForCausalLM,
-    Zamba2Config,
-    Zamba2ForCausalLM,
 )
 
 import compress
@@ -88,15 +86,3 @@ def test_blocks_of_rwkv_are_not_rescaled_and_predict_the_same(tmp_path: Path, ev
         rescaled, plain = model(evaluation_tokens).logits, packed(evaluation_tokens).logits
     assert model.config.rescale_every == 1
     assert float((plain - rescaled).norm() / rescaled.norm()) < 0.02
-
-
-def test_blocks_that_share_matrices_are_refused_before_any_work(tmp_path: Path) -> None:
-    sizes = {**SIZES, "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "intermediate_size": 64}
-    heads = {"num_attention_heads": 2, "attention_hidden_size": 64, "attention_head_dim": 32, "num_key_value_heads": 2}
-    state = {"mamba_d_state": 8, "n_mamba_heads": 4, "mamba_headdim": 16, "mamba_ngroups": 1}
-    Zamba2ForCausalLM(Zamba2Config(**sizes, **heads, **state)).save_pretrained(tmp_path / "model")
-    with pytest.raises(
-        compress.UnsupportedModelError, match=r"Zamba2ForCausalLM share matrices, such as model\.layers\.3"
-    ):
-        compress.run({"passes": [{"rtn": {"bits": 4, "group_size": 8}}]}, tmp_path / "model", tmp_path / "out")
-    assert not (tmp_path / "out").exists()

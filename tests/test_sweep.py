@@ -34,8 +34,8 @@ from compress.checkpoint.sources import ModuleSource
 from compress.config.reading import load_pipeline
 from compress.encodings import Uniform
 from compress.engine.block_stage import run_passes
+from compress.engine.context import Context
 from compress.engine.ledger import MemoryLedger
-from compress.engine.placement import Context
 from compress.engine.retry import solved
 from compress.errors import NonFiniteError
 from compress.models import graph as graphs

@@ -14,9 +14,10 @@ from compress.encodings import Uniform, fit
 from compress.passes.base import Block, Pass, Target, Whole
 from compress.passes.depth import DepthPass
 from compress.passes.experts import ExpertsPass
-from compress.passes.interface import Depth, Distance, ExpertsSeen
+from compress.passes.interface import Depth, Distance, ExpertsSeen, UnitsSeen
 from compress.passes.merge.base import MergePass, Piece
 from compress.passes.merge.models import Models, Running, T, Tried
+from compress.passes.width import WidthPass
 
 Values = dict[str, Tensor]
 
@@ -108,10 +109,29 @@ def experts_seen(pass_: ExpertsPass, groups: int = 1, seed: int = 0, device: str
     """What calibration data showed of twelve experts, of which the second may not go."""
     made = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 50, (12,), generator=made)
-    weighted = tokens.double() * torch.rand(12, generator=made, dtype=torch.float64)
+    weights = tokens.double() * torch.rand(12, generator=made, dtype=torch.float64)
+    weighted = weights * torch.rand(12, generator=made, dtype=torch.float64)
+    means = torch.randn(12, 4, generator=made, dtype=torch.float64)
+    distances = (means[:, None] - means[None]).norm(dim=-1).to(device) if pass_.sees_distances else None
     keep = groups * round(pass_.kept_of(12, groups) / groups)
     may = frozenset(range(12)) - {1}
-    return ExpertsSeen(tokens.to(device), weighted.to(device), keep, groups, may)
+    return ExpertsSeen(tokens.to(device), weighted.to(device), weights.to(device), keep, groups, may, distances)
+
+
+def units_seen(pass_: WidthPass, width: int = 1, biased: bool = False, device: str | torch.device = "cpu") -> UnitsSeen:
+    """Twelve units that a layer reads, of which five stay, with all that a pass asks for."""
+    w, made = weight(6, 12 * width).to(device), torch.Generator().manual_seed(0)
+    columns = torch.arange(12 * width, device=device).view(12, width)
+    x = inputs(12 * width, tokens=100).to(device) + 0.5
+    return UnitsSeen(
+        w,
+        columns,
+        5,
+        None if pass_.needs == "none" else statistics(x, pass_.needs),
+        torch.rand(3, 12, generator=made, dtype=torch.float64).to(device) if pass_.sees_makers else None,
+        torch.rand(12, generator=made, dtype=torch.float64).to(device) if pass_.sees_slopes else None,
+        biased,
+    )
 
 
 def merged(pass_: MergePass, models: Sequence[Mapping[str, Tensor]], piece: int = 1000, seed: int = 0) -> Values:

@@ -1,10 +1,12 @@
-"""Whether the texts that a pipeline names have enough tokens, before it is run."""
+"""Whether the data that a pipeline names is enough and can be read, before it is run."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compress.calibration.texts import LOCAL, is_images, suffix_of
+from compress.api.data import Reader
+from compress.calibration.rows import rows_in
+from compress.calibration.texts import LOCAL, SELF, is_images, suffix_of
 from compress.calibration.tokens import count_tokens, too_few
 from compress.config.lines import line_of
 from compress.config.pipeline import GIVEN
@@ -24,10 +26,10 @@ DEMO_TOKENS: dict[Split, int] = {"calibration": 1 << 16, "evaluation": 1 << 15}
 
 
 def check_amounts(steps: Pipeline, opened: OpenedModel, file: str = "pipeline") -> list[str]:
-    """Count the tokens of local texts, each only until there are enough.
+    """Count the tokens of local texts, each only until there are enough, and look at rows with images and sounds.
 
     Returns:
-        Sentences on what was not counted, and on options that change nothing.
+        Sentences on what rows hold, on what was not counted, and on options that change nothing.
 
     Raises:
         ConfigError: every source that cannot be read, or has too few.
@@ -35,9 +37,16 @@ def check_amounts(steps: Pipeline, opened: OpenedModel, file: str = "pipeline") 
     sections = [("calibration", steps.calibration), ("evaluate", steps.evaluate)]
     notes = [f"{path}.{idle}" for path, section in sections if section for idle in idle_options(section)]
     problems: list[Problem] = []
+    reader = Reader(opened.tokenizer, opened.artifact.graph.model, opened.folder)
     for path, source, section, split in _needed(steps):
+        if source != GIVEN and reader.takes_rows(source, section.field):
+            try:
+                notes.append(f"{path}: {_rows_found(source, section, reader)}")
+            except DataError as error:
+                problems.append(Problem(path, str(error), line_of(steps.lines, path)))
+            continue
         known = source == "demo" and section.samples * section.length <= DEMO_TOKENS[split]
-        if known or source == GIVEN or is_images(source) or not opened.artifact.graph.takes_tokens:
+        if known or source in (GIVEN, SELF) or is_images(source) or not opened.artifact.graph.takes_tokens:
             continue
         if source != "demo" and suffix_of(source) not in LOCAL:
             notes.append(f"{path}: the tokens of {source} are counted only when it is run")
@@ -53,6 +62,23 @@ def check_amounts(steps: Pipeline, opened: OpenedModel, file: str = "pipeline") 
     if problems:
         raise ConfigError(problems, file)
     return notes
+
+
+def _rows_found(source: str, section: DataSection, reader: Reader) -> str:
+    """What the rows of a file hold that a run would read, in words.
+
+    Raises:
+        DataError: a row that cannot be read, as far as that is known without decoding images and sounds.
+    """
+    processing = reader.processing(source)
+    rows, count = rows_in(source, section.samples, section.field)
+    processing.check(rows)
+    found = {"images": [m for row in rows for m in row.images], "sounds": [m for row in rows for m in row.sounds]}
+    media = [f"{len(each)} {what}" for what, each in found.items() if each]
+    texts = sum(row.text is not None or row.messages is not None for row in rows)
+    labels = sum(row.label is not None for row in rows)
+    media += [f"{number} {what}" for what, number in (("texts", texts), ("labels", labels)) if number]
+    return f"{len(rows)} of {count} rows of {source}, with {', '.join(media)}"
 
 
 def _needed(steps: Pipeline) -> Iterator[tuple[str, str, DataSection, Split]]:

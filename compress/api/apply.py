@@ -19,10 +19,10 @@ from compress.config.pipeline import Calibration, Evaluation, Pipeline
 from compress.config.reading import MOST_SHARE, large_share, mistakes
 from compress.encodings import Weight
 from compress.engine import manager
+from compress.engine.context import Context, expert_options, products_of
 from compress.engine.devices import devices_of
 from compress.engine.ledger import MemoryLedger
 from compress.engine.merge import checks as merges
-from compress.engine.placement import Context, expert_options, products_of
 from compress.errors import ConfigError, Problem
 from compress.models import graph as graphs
 from compress.models.experts import running_one_by_one
@@ -195,7 +195,8 @@ def _applied(
     weights = {name: w for name, w in context.artifact.committed.items() if isinstance(w, Weight)}
     for name, weight in weights.items():
         if weight.inputs is not None:
-            collect.quantize_inputs(model.get_submodule(name), weight.inputs.apply)
+            for user in context.artifact.sites[name].names:
+                collect.quantize_inputs(model.get_submodule(user), weight.inputs.apply)
     return Result(model, weights, measured)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,21 +13,25 @@ from transformers import PreTrainedModel
 from compress.calibration.data import Dataset, load_samples
 from compress.calibration.given import by_name, gathered, kind_of, token_ids
 from compress.calibration.masks import masked
-from compress.calibration.texts import is_images
+from compress.calibration.processed import Processing, takes_rows
+from compress.calibration.rows import may_hold_media, rows_in
+from compress.calibration.texts import SELF, is_images
 from compress.calibration.tokens import load_tokens
 from compress.config.pipeline import GIVEN
-from compress.errors import DataError
+from compress.errors import CompressError, DataError
 from compress.models.architecture import predicts_masked, predicts_next
 from compress.models.families import family_of
 from compress.models.families.transformers_model import TOKENS, called_with
 from compress.models.graph import Graph
+from compress.models.loading import build, read_config
 from compress.models.logits import vocabulary as vocabulary_of
 from compress.models.logits import words as words_of
 from compress.models.named import inputs_of, needs_several
+from compress.models.processors import processor_folder
 from compress.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -94,7 +99,10 @@ def _with_one_input(graph: Graph, name: str, data: Dataset) -> Dataset:
         raise DataError(f"{name} has {strange[0]}, which {type(graph.model).__name__} does not take; leave it out")
     if names != {called_with(graph.model)}:
         return data
-    return replace(data, inputs=torch.cat([value for sample in data.named for value in sample.values()]), named=())
+    values = [value for sample in data.named for value in sample.values()]
+    if len({value.shape[1:] for value in values}) > 1:
+        return data
+    return replace(data, inputs=torch.cat(values), named=())
 
 
 def _sample(graph: Graph, name: str, sample: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -137,7 +145,7 @@ def refuse_by_name(steps: Pipeline, data: Dataset | None) -> None:
 
 def with_masks(model: nn.Module, data: Dataset, folder: Path) -> Dataset:
     """Evaluation data as read, some of its tokens hidden where that is what the model predicts."""
-    if data.labels is not None or not (isinstance(model, PreTrainedModel) and predicts_masked(model)):
+    if data.named or data.labels is not None or not (isinstance(model, PreTrainedModel) and predicts_masked(model)):
         return data
     if predicts_next(model):
         return data
@@ -159,24 +167,77 @@ def given_section(cls: type[DataSection], data: Dataset | None, options: Mapping
     return cls(source=source, samples=max(data.parts.values(), default=len(inputs)), length=length, **options)
 
 
-def read_data(section: DataSection, folder: Path, split: Split, over: Ticking | None = None) -> Dataset:
+@dataclass(frozen=True)
+class Reader:
+    """A model that data is read for.
+
+    Attributes:
+        tokenizer: the folder with its tokenizer.
+        model: it, its values not looked at; None where it is not known, and rows are text.
+        folder: the model's own, where the tokenizer's has no processor; by default that of the tokenizer.
+    """
+
+    tokenizer: Path
+    model: Any = None
+    folder: Path | None = None
+
+    def takes_rows(self, source: str, field: str) -> bool:
+        """Whether a source is a file of rows that it takes one by one; see `calibration.processed.takes_rows`."""
+        return self.model is not None and takes_rows(self.model, source, field)
+
+    def processing(self, source: str) -> Processing:
+        """What makes samples of rows."""
+        folders = [self.tokenizer] if self.folder is None else [self.tokenizer, self.folder]
+        return Processing(self.model, processor_folder(*folders), source)
+
+
+def reader_of(section: DataSection, tokenizer: Path, folder: Path | None = None) -> Reader:
+    """What reads data for the model of a folder, which is built without values where rows may be for it.
+
+    Args:
+        section: says which data.
+        tokenizer: the folder with the tokenizer.
+        folder: the model's; by default the same.
+    """
+    model = None
+    if any(map(may_hold_media, section.sources.values())):
+        with suppress(CompressError, OSError):  # what cannot be built is said where it is loaded
+            model = build(read_config(folder or tokenizer))
+    return Reader(tokenizer, model, folder)
+
+
+def read_data(
+    section: DataSection,
+    reader: Reader,
+    split: Split,
+    over: Ticking | None = None,
+    own: Callable[[], Tensor] | None = None,
+) -> Dataset:
     """The data a `calibration:` or `evaluate:` section describes: images and labels, or tokens by a model's tokenizer.
 
-    `over` draws progress, as for `load_tokens`.
+    `over` draws progress, as for `load_tokens`; `own` makes the windows of the source `self`.
 
     Raises:
         DataError: nothing that can be read.
     """
-    found = {name: _read_source(section, source, folder, split, over) for name, source in section.sources.items()}
+
+    def read(source: str) -> Dataset:
+        return Dataset(own()) if own and source == SELF else _read_source(section, source, reader, split, over)
+
+    found = {name: read(source) for name, source in section.sources.items()}
     return found[""] if "" in found else Dataset.joined(found)
 
 
-def _read_source(section: DataSection, source: str, folder: Path, split: Split, over: Ticking | None) -> Dataset:
+def _read_source(section: DataSection, source: str, reader: Reader, split: Split, over: Ticking | None) -> Dataset:
     if is_images(source):
         return load_samples(source, section.samples)
+    if reader.takes_rows(source, section.field):
+        processing = reader.processing(source)
+        rows, _ = rows_in(source, section.samples, section.field)
+        return processing.samples(rows, over, f"process {split}: rows")
     tokens = load_tokens(
         source,
-        load_tokenizer(folder, f"{split} text"),
+        load_tokenizer(reader.tokenizer, f"{split} text"),
         samples=section.samples,
         length=section.length,
         split=split,
@@ -188,14 +249,11 @@ def _read_source(section: DataSection, source: str, folder: Path, split: Split, 
     return Dataset(tokens)
 
 
-def matched(model: PreTrainedModel, data: Dataset) -> Tensor | tuple[Tensor, Tensor]:
-    """Data as read, for `evaluate` of a loaded model.
+def matched(model: PreTrainedModel, data: Dataset) -> Dataset:
+    """Data as read, as a loaded model takes it, for `evaluate`.
 
     Raises:
         DataError: images for a language model, or text for an image model.
     """
     graph, dtype = Graph(model, (), (), family_of(model)), getattr(model.config, "dtype", None)
-    given = data.inputs if data.labels is None else (data.inputs, data.labels)
-    whole = dataset(graph, "evaluation", given, dtype if isinstance(dtype, torch.dtype) else torch.float32)
-    assert whole is not None
-    return whole.inputs if whole.labels is None else (whole.inputs, whole.labels)
+    return model_inputs(graph, "evaluation", data, dtype if isinstance(dtype, torch.dtype) else torch.float32)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from compress.calibration.data import Dataset
     from compress.calibration.metrics import Quality
     from compress.config.pipeline import Evaluation
     from compress.engine.executor import Executor
@@ -85,7 +86,8 @@ def _torch(
     opened = None if found.adapter is None else open_folder(found.folder, found.adapter)
     tokenizer = found.folder if opened is None else opened.tokenizer
     dtype = measured_in(found.folder) if opened is None else opened.dtype
-    data = given.read_data(section, tokenizer, "evaluation", bars.over)
+    reader = given.reader_of(section, tokenizer, found.folder)
+    data = given.read_data(section, reader, "evaluation", bars.over)
     described = [found.folder / "config.json", *([] if found.adapter is None else [found.adapter / adapters.CONFIG])]
     refuse_differing(executor, {"model": [digest_of_file(file) for file in described], "data": hash_of(data)})
     loaded = loading.load_model(found.folder, dtype) if opened is None else load_merged(opened)
@@ -94,7 +96,7 @@ def _torch(
     shown = _progress(bars)
     quality = evaluate(loaded, matched, against=original, device=device, progress=shown, together=executor)
     weights = sum(f.stat().st_size for folder in found.folders for f in folder.glob("*.safetensors"))
-    return {"model": model, **_result(quality, section), "bytes": weights, "device": device_name(device)}
+    return {"model": model, **_result(quality, section, data), "bytes": weights, "device": device_name(device)}
 
 
 def _progress(bars: Bars) -> Callable[[Iterable[Tensor], int], Iterator[Tensor]]:
@@ -109,11 +111,11 @@ def _onnx(path: Path, section: Evaluation, against: str | None, threads: int, ba
     folder = path if path.is_dir() else path.parent
     refuse_changed(folder)
     tokenizer = folder if (folder / "tokenizer.json").is_file() else folder.parent
-    data = given.read_data(section, tokenizer, "evaluation", bars.over)
+    data = given.read_data(section, given.reader_of(section, tokenizer), "evaluation", bars.over)
     inputs, labels = data.inputs, data.labels
     opened = open_onnx(path, threads)
-    if (labels is None) != ("input_ids" in opened.runner.inputs):
-        wanted = "text" if "input_ids" in opened.runner.inputs else "images from a .safetensors file"
+    if data.named or (labels is None) != ("input_ids" in opened.runner.inputs):
+        wanted = "text" if "input_ids" in opened.runner.inputs else "images with labels"
         raise DataError(f"{section.source}: {path} takes {wanted}")
     reference = None
     if against is not None:
@@ -124,7 +126,7 @@ def _onnx(path: Path, section: Evaluation, against: str | None, threads: int, ba
     with running(path):
         quality = measure(logits, inputs, labels=labels, reference=reference, progress=_progress(bars))
         speed = opened.tokens_per_second(int(inputs.max()) + 1) if labels is None else None
-    found = {"model": str(path), **_result(quality, section), "bytes": opened.bytes, "load_memory": opened.memory}
+    found = {"model": str(path), **_result(quality, section, data), "bytes": opened.bytes, "load_memory": opened.memory}
     if labels is None:
         found["tokens_per_second"] = speed
     return found
@@ -144,12 +146,14 @@ def _onnx_logits(runner: Runner, batch: Tensor) -> Tensor | Iterator[Tensor]:
     return (runner(part)[:, :-1].flatten(0, 1) for part in torch.split(batch, rows))
 
 
-def _result(quality: Quality, section: Evaluation) -> dict[str, Any]:
+def _result(quality: Quality, section: Evaluation, data: Dataset) -> dict[str, Any]:
     found: dict[str, Any] = {"kl": quality.kl, "kl_tokens": quality.kl_tokens, "source": section.source}
     if quality.accuracy is not None:
         return {"accuracy": quality.accuracy, "samples": quality.tokens, **found}
     if quality.perplexity is None:
         return {"relative_error": quality.relative_error, "cosine": quality.cosine, "samples": quality.tokens, **found}
+    if data.named:
+        return {"perplexity": quality.perplexity, "tokens": quality.tokens, "samples": len(data), **found}
     return {
         "perplexity": quality.perplexity,
         "tokens": quality.tokens,

@@ -26,7 +26,7 @@ from compress.calibration.metrics import judge_of
 from compress.calibration.surroundings import undisturbed
 from compress.config.options import errors_in
 from compress.config.pipeline import GIVEN, Evaluation
-from compress.errors import ConfigError, DataError, Problem, UsageError
+from compress.errors import ConfigError, DataError, NonFiniteError, Problem, UsageError
 from compress.export.compared import Expected, some_tokens
 from compress.export.hf import loaded
 from compress.export.packed import added_in, open_packed, specs_in
@@ -138,7 +138,16 @@ def compared(exporter: Exporter, made: PackedFolder, folder: Path, expect: Expec
     facts: dict[str, Any] = {}
     runner = exporter.runner(made, folder)
     if runner is not None:
-        facts = expected.compare(runner)
+        try:
+            facts = expected.compare(runner)
+        except NonFiniteError as error:
+            if not expected.finite:
+                raise
+            found = exporter.not_finite(folder, expected.inputs)
+            raise NonFiniteError(
+                f"the exported {exporter.key} gives logits that are NaN or infinite, which the packed model does not"
+                f"{found and ': '}{found}; nothing was given its final name"
+            ) from error
         del runner  # before the same file is opened once more
         give_back()
         expected.hold(facts, tolerance, exporter.key)
@@ -185,7 +194,9 @@ def _evaluation_data(made: PackedFolder, section: Evaluation | None, bars: Bars)
     graph = made.artifact.graph
     if section is not None:
         try:
-            return given.read_data(section, made.folder, "evaluation", bars.over)
+            reader = given.Reader(made.folder, graph.model)
+            found = given.read_data(section, reader, "evaluation", bars.over)
+            return None if found.named else found  # containers are compared on models of one input
         except DataError:
             pass  # a file that is no longer there, or data that was given from Python
     if not graph.is_language_model:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
     from compress.planning.places import Places
 
 # On the processor both multiply the same numbers in the same order. The kernels of a device sum up in another: largest

@@ -28,6 +28,7 @@ from compress.api.output_folder import (
 )
 from compress.api.reloaded import logit_difference
 from compress.api.together import device_for, refuse_differing, shared
+from compress.calibration.self_written import self_written
 from compress.calibration.surroundings import undisturbed
 from compress.checkpoint import packed_layout
 from compress.checkpoint.delta.file import DELTA, Delta
@@ -39,11 +40,12 @@ from compress.config.reading import load_pipeline
 from compress.config.writing import dump
 from compress.encodings.format import version
 from compress.engine import manager
+from compress.engine.context import Context, expert_options, products_of
 from compress.engine.devices import devices_of
 from compress.engine.executor import SingleProcess
-from compress.engine.ledger import FolderLedger
+from compress.engine.ledger import FolderLedger, MemoryLedger
 from compress.engine.merge import checks as merges
-from compress.engine.placement import Context, expert_options, products_of
+from compress.engine.model_training import in_memory
 from compress.engine.read_ahead import ReadAhead
 from compress.engine.resume import Resume
 from compress.errors import CheckpointError, UsageError
@@ -55,6 +57,7 @@ from compress.io.safetensors_file import compare_tensors
 from compress.io.source_code import code_of, plug_ins
 from compress.logs import LOGGER, kept_in
 from compress.models.architecture import auto_class
+from compress.models.tokenizers import load_tokenizer
 from compress.passes import MergePass
 from compress.planning import plan, resources
 from compress.planning.places import places
@@ -67,9 +70,8 @@ if TYPE_CHECKING:
     from compress.checkpoint.opening import OpenedModel
     from compress.checkpoint.sources import Source
     from compress.config.pipeline import Pipeline
+    from compress.engine.context import MadeDelta
     from compress.engine.executor import Executor
-    from compress.engine.ledger import MemoryLedger
-    from compress.engine.placement import MadeDelta
     from compress.report.report import Row
 
 
@@ -120,6 +122,32 @@ def run(
         >>> report.rows[-1].name
         'rtn'
     """
+    work = prepare(
+        pipeline, model, out, calibration=calibration, evaluation=evaluation, overwrite=overwrite, device=device,
+        executor=executor, bars=bars,
+    )  # fmt: skip
+    refuse_differing(work.executor, work.facts())
+    led = work.executor.rank == 0
+    return _led(work, Path(out).absolute(), overwrite, fresh, on_row) if led else _followed(work)
+
+
+def prepare(
+    pipeline: str | Path | Mapping[str, Any] | Pipeline,
+    model: str | Path,
+    out: str | Path,
+    *,
+    calibration: given.Given | None = None,
+    evaluation: given.Given | None = None,
+    overwrite: bool = False,
+    device: str | None = None,
+    executor: Executor | None = None,
+    bars: progress.Bars | None = None,
+) -> Work:
+    """Everything that a run does, known and checked before it begins, and its data read; the arguments are its own.
+
+    Raises:
+        UsageError: for everything that can be known then.
+    """
     steps = load_pipeline(pipeline)
     steps = steps if device is None else replace(steps, device=device)
     executor, bars = executor or SingleProcess(), bars or progress.Bars()
@@ -138,16 +166,14 @@ def run(
     made = plan.make(steps, graph, opened.dtypes, file, opened.companion_bytes, where, opened.carried_bytes)
     merged = merges.check_models(steps, opened.artifact, file)
     with bars.shown():
-        data = _data(steps, opened, data, bars)
+        data = _data(steps, opened, data, bars, partial(_own_text, steps, opened, made, bars))
     merges.check_data(steps, data.calibration, graph, file)
     given.refuse_by_name(steps, data.calibration)
-    work = _Work(steps, opened, data, made, (opened.artifact.source, *merged), executor, bars, str(model))
-    refuse_differing(executor, work.facts())
-    return _led(work, destination, overwrite, fresh, on_row) if executor.rank == 0 else _followed(work)
+    return Work(steps, opened, data, made, (opened.artifact.source, *merged), executor, bars, str(model))
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """What a run does, known before it begins.
 
     Attributes:
@@ -204,7 +230,7 @@ class _Work:
             return manager.execute(self.steps, self.plan, context, self.data, self.model, on_row)
 
 
-def _led(work: _Work, destination: Path, overwrite: bool, fresh: bool, on_row: Callable[[Row], None]) -> Report:
+def _led(work: Work, destination: Path, overwrite: bool, fresh: bool, on_row: Callable[[Row], None]) -> Report:
     """What process 0 does: it alone writes."""
     opened, bars, where = work.opened, work.bars, work.plan.places
     with working_for(destination) as folder:
@@ -243,7 +269,7 @@ def _led(work: _Work, destination: Path, overwrite: bool, fresh: bool, on_row: C
     return measured
 
 
-def _followed(work: _Work) -> Report:
+def _followed(work: Work) -> Report:
     """What every other process does: its share, from what process 0 has committed."""
     found = work.executor.told(None)
     if found is None:
@@ -275,16 +301,32 @@ def _with_given(steps: Pipeline, data: manager.Data) -> Pipeline:
     return replace(steps, calibration=calibration or steps.calibration, evaluate=evaluation or steps.evaluate)
 
 
-def _data(steps: Pipeline, opened: OpenedModel, data: manager.Data, bars: progress.Bars) -> manager.Data:
-    """Read what the pipeline names; given data win."""
+def _own_text(steps: Pipeline, opened: OpenedModel, made: plan.Plan, bars: progress.Bars) -> torch.Tensor:
+    """Windows that the model writes itself, in memory for as long as it does."""
+    assert steps.calibration is not None
+    context = Context(
+        artifact=opened.artifact, given=opened.artifact, ledger=MemoryLedger(), seed=steps.seed,
+        dtype=_dtype(steps, opened), products="float32", resident=False, bars=bars, devices=devices_of(made),
+    )  # fmt: skip
+    tokenizer = load_tokenizer(opened.tokenizer, "text that the model writes")
+    wanted = (steps.calibration.samples, steps.calibration.length, steps.seed)
+    with context.devices.scope(), in_memory(context):
+        return self_written(opened.artifact.graph.model, tokenizer, *wanted, bars.over)
+
+
+def _data(
+    steps: Pipeline, opened: OpenedModel, data: manager.Data, bars: progress.Bars, own: Callable[[], torch.Tensor]
+) -> manager.Data:
+    """Read what the pipeline names; given data win. `own`: makes the text that the model writes."""
     calibration, evaluation = data.calibration, data.evaluation
     graph, dtype = opened.artifact.graph, _dtype(steps, opened)
+    reader = given.Reader(opened.tokenizer, graph.model, opened.folder)
     needed = any(p.calibrated for stage in steps.passes for p in stage)
     if calibration is None and needed and steps.calibration:
-        found = given.read_data(steps.calibration, opened.tokenizer, "calibration", bars.over)
+        found = given.read_data(steps.calibration, reader, "calibration", bars.over, own)
         calibration = given.model_inputs(graph, "calibration", found, dtype)
     if evaluation is None and steps.evaluate:
-        found = given.read_data(steps.evaluate, opened.tokenizer, "evaluation", bars.over)
+        found = given.read_data(steps.evaluate, reader, "evaluation", bars.over)
         found = given.with_masks(graph.model, found, opened.tokenizer)
         evaluation = given.model_inputs(graph, "evaluation", found, dtype)
     if steps.evaluate and evaluation is not None:
@@ -323,7 +365,7 @@ def _report(data: dict[str, Any]) -> Report:
     return Report(**{**data, "rows": [report.Row(**row) for row in data["rows"]]})
 
 
-def _export(work: _Work, context: Context, measured: Report, destination: Path) -> None:
+def _export(work: Work, context: Context, measured: Report, destination: Path) -> None:
     """Write the result into the folder of unfinished work, read it back and compare."""
     opened, steps, data, resolved = work.opened, work.steps, work.data, dump(work.steps)
     partial = work_of(destination) / RESULT

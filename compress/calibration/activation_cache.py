@@ -55,6 +55,7 @@ class Activations:
         self._own: dict[int, Tensor] = {}  # their buffers
         self._alike: dict[int, bool] = {}  # by kind
         self._calls_for: dict[tuple[int, int], Call] = {}
+        self._places_of: list[tuple[int, int]] = []
         size = 0
         for hidden, calls in arrivals:
             self.compute = hidden.device
@@ -103,6 +104,10 @@ class Activations:
             if self.trim:
                 give_back()
 
+    def call(self, number: int, index: int) -> Call:
+        """How a block is called with a batch."""
+        return self.calls[number][self.kinds[index]]
+
     def keep(self, number: int, output: Tensor) -> None:
         """Put a batch's hidden states in the place of what was there."""
         # Only memory of our own is written to: what arrived may be the caller's tensor, or another block's argument.
@@ -122,17 +127,38 @@ class Activations:
             torch.cuda.current_stream(self.compute).synchronize()
         return HiddenSamples(self.hidden, self.compute)
 
-    def call_for(self, numbers: Tensor, index: int = 0) -> Call:
-        """How a block is called with some samples, by their numbers: each with the arguments that it came with.
+    def run(
+        self, block: nn.Module, hidden: Tensor, numbers: Tensor, weights: Weights | None = None, index: int = 0
+    ) -> Tensor:
+        """What a block makes of some samples, each with the arguments that it came with.
+
+        Args:
+            block: to run.
+            hidden: (B, ...) of the samples.
+            numbers: of the samples.
+            weights: in the place of parameters of the block, by name.
+            index: which of the blocks it is.
 
         Raises:
-            UnsupportedModelError: batches are called differently, so samples cannot be mixed.
+            UnsupportedModelError: samples of one visit to the block are called differently, so they cannot be mixed.
         """
-        kind, count = self.kinds[index], len(numbers)
+        kind = self.kinds[index]
         if kind not in self._alike:
             self._alike[kind] = self._are_alike(kind)
-        if not self._alike[kind]:
-            return self._mixed(numbers, kind)
+        if self._alike[kind]:
+            return self._call_for(len(numbers), kind).run(block, hidden, weights)
+        by_visit: dict[int, list[int]] = {}  # rows
+        for row, number in enumerate(numbers.tolist()):
+            by_visit.setdefault(self.calls[self._places()[number][0]][kind].visit, []).append(row)
+        if len(by_visit) == 1:
+            return self._mixed(numbers.tolist(), kind).run(block, hidden, weights)
+        parts = (
+            self._mixed(numbers[rows].tolist(), kind).run(block, hidden[rows], weights) for rows in by_visit.values()
+        )
+        order = torch.tensor([row for rows in by_visit.values() for row in rows], device=hidden.device)
+        return torch.cat(list(parts))[order.argsort()]
+
+    def _call_for(self, count: int, kind: int) -> Call:
         if (count, kind) not in self._calls_for:  # looked up once: every visit has equal arguments
             self._calls_for[count, kind] = self.calls[0][kind].resized(len(self.hidden[0]), count)
         return self._calls_for[count, kind]
@@ -143,12 +169,22 @@ class Activations:
         pairs = zip(self.calls, self.hidden, strict=True)  # the first too: its samples need equal arguments
         return all(same_call(first.resized(size, len(hidden)), calls[kind]) for calls, hidden in pairs)
 
-    def _mixed(self, numbers: Tensor, kind: int) -> Call:
-        sizes = [len(hidden) for hidden in self.hidden]
-        places = [(batch, row) for batch, size in enumerate(sizes) for row in range(size)]
-        calls = [each[kind] for each in self.calls]
+    def _places(self) -> list[tuple[int, int]]:
+        """(batch, row) of every sample."""
+        if not self._places_of:
+            self._places_of = [(batch, row) for batch, hidden in enumerate(self.hidden) for row in range(len(hidden))]
+        return self._places_of
+
+    def _mixed(self, numbers: list[int], kind: int) -> Call:
+        """The call for samples of one visit."""
+        places = self._places()
+        visit = self.calls[places[numbers[0]][0]][kind].visit
+        batches = [batch for batch, calls in enumerate(self.calls) if calls[kind].visit == visit]
+        among = {batch: i for i, batch in enumerate(batches)}
+        sizes = [len(self.hidden[batch]) for batch in batches]
         try:
-            return mixed(calls, sizes, [places[n] for n in numbers.tolist()])
+            calls = [self.calls[batch][kind] for batch in batches]
+            return mixed(calls, sizes, [(among[places[n][0]], places[n][1]) for n in numbers])
         except ValueError as error:
             raise UnsupportedModelError(
                 "the blocks get other arguments from batch to batch, so samples cannot be mixed to learn from "

@@ -2,41 +2,80 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from compress.errors import UnsupportedModelError
 from compress.lazy import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor, nn
 
 BY_HEAD = "alibi"  # an argument of (samples times heads, 1, length), in Bloom and Falcon
 
 
+@dataclass(frozen=True)
+class Place:
+    """A module that has parameters in common with a block, where those are used another time.
+
+    Attributes:
+        module: that is called.
+        names: parameter in the block -> what the module calls it; those that it does not have are left out.
+    """
+
+    module: nn.Module
+    names: Mapping[str, str]
+
+
 @dataclass
 class Call:
-    """How a block was called: everything but its hidden states."""
+    """How a block was called: everything but its hidden states.
+
+    Attributes:
+        dim: of hidden states as the model has them, that counts samples. Here samples always come first.
+        visit: how many calls of the block came before it in the same forward pass.
+        place: that was called instead of the block.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    dim: int = 0
+    visit: int = 0
+    place: Place | None = None
 
     def run(self, block: nn.Module, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """The block's output hidden states for other input hidden states, and other parameters by name."""
         if weights is None:
-            return hidden_of(self.whole(block, hidden))
-        hidden = hidden.clone()
-        return hidden_of(torch.func.functional_call(block, dict(weights), (hidden, *self.args), self.kwargs))
+            return self.samples_first(self.whole(block, hidden))
+        module, values = block, dict(weights)
+        if self.place is not None:
+            names = self.place.names
+            module, values = self.place.module, {names[n]: v for n, v in weights.items() if n in names}
+        arguments = (self.as_called(hidden.clone()), *self.args)
+        return self.samples_first(torch.func.functional_call(module, values, arguments, self.kwargs))
 
     def whole(self, block: nn.Module, hidden: Tensor) -> Any:
-        """All that the block puts out for other input hidden states."""
-        return block(hidden.clone(), *self.args, **self.kwargs)  # it may begin with a layer that works in place
+        """All that the block puts out for other input hidden states, as the model has it."""
+        module = block if self.place is None else self.place.module
+        hidden = self.as_called(hidden.clone())  # it may begin with a layer that works in place
+        return module(hidden, *self.args, **self.kwargs)
+
+    def as_called(self, hidden: Tensor) -> Tensor:
+        """Hidden states, samples first, as the model has them."""
+        return hidden.movedim(0, self.dim).contiguous() if self.dim else hidden
+
+    def samples_first(self, output: Any) -> Tensor:
+        """The hidden states in a block's output, samples first."""
+        return hidden_of(output).movedim(self.dim, 0)
 
     def resized(self, size: int, count: int) -> Call:
         """The same call for `count` samples instead of `size`: tensors with an entry per sample repeat their first."""
         args = tuple(_resized(a, size, count) for a in self.args)
-        return Call(args, {k: _resized(v, size, count, k == BY_HEAD) for k, v in self.kwargs.items()})
+        kwargs = {k: _resized(v, size, count, k == BY_HEAD) for k, v in self.kwargs.items()}
+        return replace(self, args=args, kwargs=kwargs)
 
 
 def _resized(value: Any, size: int, count: int, by_head: bool = False) -> Any:
@@ -46,7 +85,14 @@ def _resized(value: Any, size: int, count: int, by_head: bool = False) -> Any:
         return value[:1].expand(count, *value.shape[1:])
     if isinstance(value, tuple):
         return tuple(_resized(v, size, count) for v in value)
+    if isinstance(value, Mapping):
+        return _like(value, {name: _resized(inner, size, count) for name, inner in value.items()})
     return value
+
+
+def _like(value: Mapping[Any, Any], entries: dict[Any, Any]) -> Any:
+    """Other entries in a mapping of the same kind: a model may ask for more than its entries."""
+    return entries if type(value) is dict else type(value)(entries)  # type: ignore[call-arg]
 
 
 def mixed(calls: Sequence[Call], sizes: Sequence[int], places: Sequence[tuple[int, int]]) -> Call:
@@ -64,7 +110,7 @@ def mixed(calls: Sequence[Call], sizes: Sequence[int], places: Sequence[tuple[in
         raise ValueError("other arguments")
     args = (_mixed([call.args[i] for call in calls], sizes, places) for i in range(len(calls[0].args)))
     kwargs = {name: _mixed([call.kwargs[name] for call in calls], sizes, places) for name in calls[0].kwargs}
-    return Call(tuple(args), kwargs)
+    return replace(calls[0], args=tuple(args), kwargs=kwargs)
 
 
 def _mixed(values: Sequence[Any], sizes: Sequence[int], places: Sequence[tuple[int, int]]) -> Any:
@@ -78,17 +124,27 @@ def _mixed(values: Sequence[Any], sizes: Sequence[int], places: Sequence[tuple[i
             return torch.stack([values[batch][row] for batch, row in places])
     elif isinstance(first, tuple | list):
         return tuple(_mixed(inner, sizes, places) for inner in zip(*values, strict=True))
-    elif isinstance(first, dict):
-        return {name: _mixed([value[name] for value in values], sizes, places) for name in first}
+    elif isinstance(first, Mapping):
+        if any(value.keys() != first.keys() for value in values):
+            raise ValueError("an argument has other entries from batch to batch")
+        return _like(first, {name: _mixed([value[name] for value in values], sizes, places) for name in first})
     if not all(_same(first, value) for value in values):
         raise ValueError("an argument differs from batch to batch")
     return first
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden states in a block's output: the output itself, or the first of a tuple."""
-    first = output[0] if isinstance(output, tuple | list) else output
-    assert isinstance(first, torch.Tensor)
+    """The hidden states in a block's output: the output itself, or the first of a tuple.
+
+    Raises:
+        UnsupportedModelError: they are somewhere else.
+    """
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(first, torch.Tensor):
+        raise UnsupportedModelError(
+            f"a block puts out a {type(first).__name__} instead of hidden states, so it cannot be run on its own; use "
+            "a method that does not learn by reconstruction, such as gptq"
+        )
     return first
 
 
@@ -109,6 +165,7 @@ def same_call(a: Call, b: Call) -> bool:
     return (
         len(a.args) == len(b.args)
         and a.kwargs.keys() == b.kwargs.keys()
+        and a.place == b.place
         and all(_same(x, y) for x, y in zip(a.args, b.args, strict=True))
         and all(_same(a.kwargs[k], b.kwargs[k]) for k in a.kwargs)
     )
@@ -119,4 +176,6 @@ def _same(a: Any, b: Any) -> bool:
         return a is b or (a.shape == b.shape and a.dtype == b.dtype and bool((a == b).all()))
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a is b or (a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a))
     return a is b or bool(a == b)

@@ -6,17 +6,17 @@ Every hook is removed again, but for those of `quantize_inputs`, which are part 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import MutableMapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from compress.calibration.attention import input_of
 from compress.calibration.calls import hidden_of, split_arguments
-from compress.calibration.grouped import statistics_for
-from compress.calibration.ranges import Range
-from compress.calibration.statistics import Statistics
+from compress.calibration.sums import Sums
 from compress.calibration.windows import windows_of
-from compress.errors import CompressError, NonFiniteError
+from compress.errors import NonFiniteError
 from compress.models.members import is_attention
 
 if TYPE_CHECKING:
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
     from compress.calibration.calls import Call
     from compress.calibration.experts import FusedParameter, See
-    from compress.calibration.statistics import Need
-    from compress.calibration.windows import Windows
+    from compress.calibration.statistics import Need, Statistics
 
 RoundInputs: TypeAlias = "Callable[[Tensor], Tensor]"
 
@@ -75,6 +74,61 @@ def visits(
 
     watched(forward, blocks, entered, lambda i, hidden: leave(i, hidden_of(hidden)))
     return seen
+
+
+@dataclass
+class Visit:
+    """One call of a module.
+
+    Attributes:
+        number: of the module.
+        hidden: what it was called with, as it was then.
+        call: what else it was called with.
+        output: what it put out.
+    """
+
+    number: int
+    hidden: Any
+    call: Call
+    output: Any = None
+
+
+def calls_of(forward: Callable[[], Any], modules: Sequence[nn.Module], once: bool = False) -> list[Visit]:
+    """Run `forward`, to the end of the first call if there is only one (`once`); every call of some modules."""
+    seen: list[Visit] = []
+    handles = []
+    for i, module in enumerate(modules):
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], i: int = i) -> None:
+            hidden, call = split_arguments(args, kwargs)
+            kept = {name: _as_now(value) for name, value in call.kwargs.items()}
+            seen.append(Visit(i, _copied(hidden), replace(call, args=tuple(map(_as_now, call.args)), kwargs=kept)))
+
+        def after(_: nn.Module, __: Any, output: Any, i: int = i) -> None:
+            made = output[0] if isinstance(output, tuple | list) and output else output
+            next(visit for visit in reversed(seen) if visit.number == i).output = made if once else _copied(made)
+            if once:
+                raise Stop
+
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+        handles.append(module.register_forward_hook(after))
+    try:
+        with suppress(Stop):
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _copied(value: Any) -> Any:
+    """Hidden states as they are now: what comes later may change them in place."""
+    return value.clone() if hasattr(value, "clone") else value
+
+
+def _as_now(value: Any) -> Any:
+    """An argument that blocks write to, such as keys and values that later ones read, as it is now."""
+    return copy(value) if isinstance(value, MutableMapping | list) else value
 
 
 def reached(forward: Callable[[], Any], modules: Sequence[nn.Module]) -> list[int]:
@@ -141,17 +195,26 @@ class _Ends:
         if self.once and len(self.reached) == len(self.names):
             raise Stop
 
-    def run(self, forwards: Iterable[Callable[[], Any]]) -> None:
-        """Run forward passes, the first of which shows whether later ones may end early."""
+    def run(self, forwards: Iterable[Callable[[], Any]], holds: Callable[[], bool]) -> None:
+        """Run forward passes, the first of which shows whether later ones may end early.
+
+        `holds`: called after each; where it says no, that pass is run again.
+        """
         for number, forward in enumerate(forwards):
-            self.reached.clear()
-            with suppress(Stop):
-                forward()
+            self._run(forward)
             self.once = self.once or (number == 0 and all(self.reached[name] == 1 for name in self.names))
+            if not holds():
+                self._run(forward)
+                holds()
+
+    def _run(self, forward: Callable[[], Any]) -> None:
+        self.reached.clear()
+        with suppress(Stop):
+            forward()
 
 
 def statistics(
-    modules: Mapping[str, nn.Module],
+    modules: Mapping[str, nn.Module | Sequence[nn.Module]],
     needs: Mapping[str, Need],
     forwards: Iterable[Callable[[], Any]],
     ranged: Collection[str] = (),
@@ -162,17 +225,21 @@ def statistics(
 ) -> dict[str, Statistics]:
     """Sum statistics of the inputs of modules, and of experts, over several forward passes.
 
-    Modules fed by the very same tensor (convolutions: in the same windows) share one `Statistics` object: whether they
-    are is seen at their first call, and a shared sum is then updated once per pass, by the first of them. If the first
-    pass reached every module exactly once, later ones end as soon as all have been reached: what comes after could add
-    nothing; where that is known beforehand (`once`), the first does too. Modules named in `ranged` get the range of
-    their inputs too; `before` samples were run by other processes.
+    Every call of a module counts; several modules of one name are one weight, whose inputs are those of all of them.
+    Names fed by the very same tensors (convolutions: in the same windows) share one `Statistics` object: a shared sum
+    is updated once per tensor, by the first of them. Whether they are is seen in the first pass, which is run again
+    where names that began alike went apart later in it. If it reached every module exactly once, later ones end as soon
+    as all have been reached: what comes after could add nothing; where that is known beforehand (`once`), the first
+    does too. Modules named in `ranged` get the range of their inputs too; `before` samples were run by other processes.
 
     Experts of fused parameters are seen as often as tokens are sent to them; one that never is has no statistics. With
     `all_experts` each is shown all tokens that any of them is sent, and what comes out is still what the router chose.
     """
-    windows = {name: windows_of(module) for name, module in modules.items()}
-    sums = _Sums(needs, windows, ranged, before)
+    several: dict[str, Sequence[nn.Module]] = {
+        name: [each] if callable(each) else each for name, each in modules.items()
+    }
+    windows = {name: windows_of(each[0]) for name, each in several.items()}
+    sums = Sums(needs, windows, ranged, before)
     ends = _Ends({*modules, *(p.left for p in experts)}, once)
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -185,79 +252,17 @@ def statistics(
 
         return hook
 
-    handles = [m.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, m in modules.items()]
+    hooked = [(name, module) for name, each in several.items() for module in dict.fromkeys(each)]
+    handles = [module.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, module in hooked]
     try:
         with _watched_experts(experts, sums.see_expert, ends.count, all_experts) if experts else nullcontext():
-            ends.run(forwards)
+            ends.run(forwards, sums.settle)
         sums.check()
     finally:
         sums.last.clear()  # the hooks refer to it, and each other, until the next garbage collection
         for handle in handles:
             handle.remove()
     return sums.found
-
-
-@dataclass
-class _Sums:
-    """Statistics while they are summed up.
-
-    Attributes:
-        windows: of the modules that are convolutions.
-        found: statistics of every module and expert that was reached.
-        leaders: module -> the first of those that are fed by the same tensor.
-        last: leader -> the tensor it saw last (held: identity means something).
-    """
-
-    needs: Mapping[str, Need]
-    windows: Mapping[str, Windows | None]
-    ranged: Collection[str]
-    before: int
-    found: dict[str, Statistics] = field(default_factory=dict)
-    leaders: dict[str, str] = field(default_factory=dict)
-    last: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
-
-    def same(self, name: str, x: Tensor) -> bool:
-        """Whether a leader saw this very tensor last."""
-        seen, version = self.last.get(name, (None, 0))
-        return seen is x and version == x._version
-
-    def see(self, name: str, x: Tensor) -> None:
-        """A module was given an input."""
-        window, found, needs, ranged = self.windows[name], self.found, self.needs, self.ranged
-        if name not in found:
-            kind = needs[name], window, name in ranged
-            alike = (n for n in self.last if self.same(n, x) and (needs[n], self.windows[n], n in ranged) == kind)
-            self.leaders[name] = next(alike, name)
-            width = window.columns(x) if window else x.shape[-1]
-            groups = window.groups if window else 1
-            found[name] = found.get(self.leaders[name]) or statistics_for(width, needs[name], x.device, groups)
-            if name in ranged and self.leaders[name] == name:
-                found[name].range = Range(self.before * (x.numel() // x.shape[-1] // len(x)))
-        leader = self.leaders[name]
-        if leader == name:
-            for part in window.rows(x) if window else [x]:
-                found[name].update(part, name)
-            if (seen := found[name].range) is not None:
-                seen.update(x)
-            self.last[name] = x, x._version
-        elif not self.same(leader, x):
-            raise CompressError(
-                f"{name} and {leader} were fed by one tensor at first and by different ones later: statistics "
-                "would be wrong. Models whose wiring changes from batch to batch are not supported"
-            )
-
-    def see_expert(self, name: str, x: Tensor) -> None:
-        """An expert was sent tokens."""
-        if name not in self.found:
-            self.found[name] = Statistics(x.shape[-1], self.needs[name], x.device)
-            self.leaders[name] = name
-        self.found[name].update(x, name)
-
-    def check(self) -> None:
-        """Look whether all inputs were finite."""
-        for name, leader in self.leaders.items():
-            if name == leader:
-                self.found[name].check(name)
 
 
 @contextmanager
@@ -287,6 +292,31 @@ def _watched_experts(
     try:
         with watching:
             yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def output_gradients(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While open, `see` is told of the gradient of what each of the modules puts out, as soon as that is known.
+
+    Gradients begin at the first of them: nothing before it need be learned.
+    """
+    handles = []
+    for name, module in modules.items():
+
+        def after(_: nn.Module, __: Any, output: Any, name: str = name) -> Any:
+            several = isinstance(output, tuple | list)
+            hidden = output[0] if several else output
+            # A clone: what follows may change its input in place, which the first of a graph does not allow.
+            made = hidden if hidden.requires_grad else hidden.detach().requires_grad_().clone()
+            made.register_hook(lambda gradient: see(name, gradient))
+            return type(output)((made, *output[1:])) if several else made
+
+        handles.append(module.register_forward_hook(after))
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()

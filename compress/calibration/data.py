@@ -66,13 +66,9 @@ class Dataset:
         if len(set(shapes.values())) > 1:
             said = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
             raise DataError(f"inputs of all sources must have one shape; got {said}")
-        labels = {name: part.labels for name, part in parts.items()}
-        bare = [name for name, found in labels.items() if found is None]
-        if bare and len(bare) < len(labels):
-            raise DataError(f"{bare[0]} has no labels, and other sources have; give all or none")
         return Dataset(
             torch.cat([part.inputs for part in parts.values()]),
-            None if bare else torch.cat([found for found in labels.values() if found is not None]),
+            _labels_of(parts),
             {name: len(part) for name, part in parts.items()},
         )
 
@@ -87,7 +83,17 @@ def _joined_by_name(parts: Mapping[str, Dataset]) -> Dataset:
     if one:
         raise DataError(f"{one[0]} has one input and other sources have several; give all of one kind")
     samples = [sample for part in parts.values() for sample in part.named]
-    return replace(of_samples(samples), parts={name: len(part) for name, part in parts.items()})
+    counts = {name: len(part) for name, part in parts.items()}
+    return replace(of_samples(samples), labels=_labels_of(parts), parts=counts)
+
+
+def _labels_of(parts: Mapping[str, Dataset]) -> Tensor | None:
+    """The labels of all sources; None where none has any."""
+    labels = {name: part.labels for name, part in parts.items()}
+    bare = [name for name, found in labels.items() if found is None]
+    if bare and len(bare) < len(labels):
+        raise DataError(f"{bare[0]} has no labels, and other sources have; give all or none")
+    return None if bare else torch.cat([found for found in labels.values() if found is not None])
 
 
 def numbered_together(*sets: Dataset | None) -> tuple[list[Dataset | None], tuple[Mapping[str, Tensor], ...]]:

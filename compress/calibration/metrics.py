@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from compress.calibration.data import batches
+from compress.calibration.data import Dataset, batches
 from compress.calibration.given import OF_TOKENS, by_name, gathered, kind_of, token_ids
 from compress.calibration.reference import Reference
 from compress.calibration.shares import LONE
@@ -302,7 +302,7 @@ def evaluate(
     """
     ours = isinstance(model, transformers.PreTrainedModel)
     kind = kind_of(model) if ours else "inputs" if isinstance(data, tuple) else "tokens"
-    found = by_name("data", data, model) or gathered("data", data, kind)
+    found = data if isinstance(data, Dataset) else by_name("data", data, model) or gathered("data", data, kind)
     inputs, labels = found.inputs, found.labels
     judge: Judge = judge_of(model, labels) if ours else "next token" if labels is None else "classes"
     if judge in ("predictions", "outputs") and against is None:

@@ -18,13 +18,16 @@ from compress.demo import data as demo
 from compress.errors import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import BinaryIO
 
 Split = Literal["calibration", "evaluation"]
 Render = Callable[[Any], str]  # messages of a chat -> its text
 Ticking = Callable[[Iterable[Any], int | None, str], Iterator[Any]]
+Rows = Iterator[tuple[str, Any]]  # where a row stands, and what it holds
 
 IMAGE_SUFFIX = ".safetensors"
+SELF = "self"  # the model writes the text itself
 LOCAL = (".txt", ".jsonl", ".json", ".parquet", IMAGE_SUFFIX)
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 PIECE = 1 << 16  # bytes, of a long text
@@ -58,7 +61,7 @@ def suffix_of(source: str) -> str:
 
 def check_source(source: str) -> str | None:
     """What is wrong with a `source`, before any of it is read; None if nothing can be seen."""
-    if source == "demo":
+    if source in ("demo", SELF):
         return None
     path, suffix = Path(source), suffix_of(source)
     try:
@@ -109,6 +112,8 @@ def read_texts(source: str, split: Split, field: str, subset: str | None, render
         raise DataError(problem)
     if is_images(source):
         raise DataError(f"{source} holds images; tokens come from a text")
+    if source == SELF:
+        raise DataError("`self` is text that a model writes for calibration; there is none to be read")
     if source == "demo":
         found = demo.texts(split)
         return Texts(((text,) for text in found), len(found))
@@ -116,15 +121,16 @@ def read_texts(source: str, split: Split, field: str, subset: str | None, render
     if suffix == ".txt":
         return Texts([_pieces(path)], 1)
     if suffix == ".parquet":
-        rows, count = _parquet(path, field)
+        table = Table.of(path, field)
+        if not {field, field.split(".")[0]} & {*table.columns}:
+            raise DataError(f"{path}: {_no_field(field, table.columns)}")
+        rows: Rows = table.rows([field if field in table.columns else field.split(".")[0]])
+        count: int | None = table.count
     elif suffix in (".json", ".jsonl"):
-        rows, count = _json(path, field), None
+        rows, count = json_rows(path, field), None
     else:
         rows, count = _hub(source, split, subset)
     return Texts(((_text_in(row, field, place, render),) for place, row in rows), count)
-
-
-Rows = Iterator[tuple[str, Any]]  # where a row stands, and what it holds
 
 
 def _pieces(path: Path) -> Iterator[str]:
@@ -161,8 +167,8 @@ def _no_utf8(path: Path, place: int, error: UnicodeDecodeError) -> DataError:
     )
 
 
-def _json(path: Path, field: str) -> Rows:
-    """An object on each line, or one array of objects."""
+def json_rows(path: Path, field: str) -> Rows:
+    """An object on each line, or one array of objects. `field`: that is looked for, for messages."""
     with path.open("rb") as file:
         _refuse_utf16(path, file)
         place = 3 if file.read(3) == codecs.BOM_UTF8 else 0
@@ -191,31 +197,46 @@ def _parsed(data: bytes, path: Path, where: str, start: int, field: str) -> Any:
         ) from error
 
 
-def _parquet(path: Path, field: str) -> tuple[Rows, int]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError(f"{path}: reading parquet needs: pip install 'compress-pipeline[parquet]'") from error
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        columns = list(table.schema_arrow.names)
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path} is no parquet file that could be read for {field!r} ({error})") from error
-    column = field if field in columns else field.split(".")[0]
-    if column not in columns:
-        raise DataError(f"{path}: {_no_field(field, columns)}")
+@dataclass(frozen=True)
+class Table:
+    """A parquet file.
 
-    def rows() -> Rows:
+    Attributes:
+        columns: the names of all.
+        count: how many rows it has.
+    """
+
+    path: Path
+    file: Any
+    columns: tuple[str, ...]
+    count: int
+
+    @classmethod
+    def of(cls, path: Path, field: str) -> Table:
+        """Reads what the file says of itself. `field`: that is looked for, for messages."""
+        try:
+            import pyarrow.parquet
+        except ImportError as error:
+            raise DataError(f"{path}: reading parquet needs: pip install 'compress-pipeline[parquet]'") from error
+        try:
+            file = pyarrow.parquet.ParquetFile(path)
+            return cls(path, file, tuple(file.schema_arrow.names), file.metadata.num_rows)
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise DataError(f"{path} is no parquet file that could be read for {field!r} ({error})") from error
+
+    def rows(self, columns: Sequence[str], at_once: int = ROWS_AT_ONCE) -> Rows:
+        """Every row, with some columns; so many are in memory at once."""
+        import pyarrow
+
         number = 0
         try:
-            for batch in table.iter_batches(ROWS_AT_ONCE, columns=[column]):
+            for batch in self.file.iter_batches(at_once, columns=list(columns)):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}: row {number}", row
+                    yield f"{self.path}: row {number}", row
         except (OSError, ValueError, pyarrow.ArrowException) as error:
-            raise DataError(f"{path}: column {column!r} cannot be read after row {number} ({error})") from error
-
-    return rows(), table.metadata.num_rows
+            said = f"column {columns[0]!r}" if len(columns) == 1 else f"columns {', '.join(columns)}"
+            raise DataError(f"{self.path}: {said} cannot be read after row {number} ({error})") from error
 
 
 def _hub(source: str, split: Split, subset: str | None) -> tuple[Rows, int]:
@@ -238,20 +259,23 @@ def _text_in(row: Any, field: str, place: str, render: Render) -> str:
     Raises:
         DataError: no such field, or no text in it.
     """
-    if not isinstance(row, Mapping):
-        raise DataError(f"{place} is {_called(row)}, not an object with a {field!r} field")
-    value: Any = row
-    for part in (field,) if field in row else field.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            raise DataError(f"{place}: {_no_field(field, row)}")
-        value = value[part]
-    if _is_chat(value):
+    value = value_in(row, field, place)
+    if is_chat(value):
         try:
             value = render(value)
         except DataError as error:
             raise DataError(f"{place}: {field!r} holds a chat; {error}") from error
+    return checked_text(value, field, place)
+
+
+def checked_text(value: Any, field: str, place: str) -> str:
+    """A value that is a text.
+
+    Raises:
+        DataError: it is none, or holds what is no character.
+    """
     if not isinstance(value, str):
-        raise DataError(f"{place}: {field!r} is {_called(value)}, not a text; {_advice(value)}")
+        raise DataError(f"{place}: {field!r} is {called(value)}, not a text; {_advice(value)}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -259,7 +283,23 @@ def _text_in(row: Any, field: str, place: str, render: Render) -> str:
     return value
 
 
-def _is_chat(value: Any) -> bool:
+def value_in(row: Any, field: str, place: str) -> Any:
+    """What a row holds in a field; `a.b` is the field b inside of a.
+
+    Raises:
+        DataError: no such field.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"{place} is {called(row)}, not an object with a {field!r} field")
+    value: Any = row
+    for part in (field,) if field in row else field.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise DataError(f"{place}: {_no_field(field, row)}")
+        value = value[part]
+    return value
+
+
+def is_chat(value: Any) -> bool:
     """Whether a value is what a chat template is for: a list of {role, content}."""
     return isinstance(value, list) and bool(value) and all(isinstance(m, Mapping) and "role" in m for m in value)
 
@@ -271,7 +311,7 @@ def _no_field(field: str, keys: Iterable[Any]) -> str:
     return f"no field {field!r}; {there}. `field:` (of eval --field) names the one with the text, `a.b` one inside of a"
 
 
-def _called(value: Any) -> str:
+def called(value: Any) -> str:
     """What a value is, in words."""
     if value is None:
         return "null"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from compress.checkpoint.matching import Spelling
 from compress.checkpoint.sources import ChangedSource, FolderSource
@@ -74,13 +74,36 @@ class Changes:
     whole: Mapping[str, str]
 
 
+class AdapterTensors(Protocol):
+    """What an adapter holds, under its own names."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its file is."""
+
+    def names(self) -> Iterable[str]:
+        """Every tensor's name."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Its type."""
+
+    def read(self, name: str) -> Tensor:
+        """Its value, as a tensor of its own."""
+
+    def files(self) -> list[Path]:
+        """The files that it reads, its own first."""
+
+
 class AdapterSource(ChangedSource):
     """The tensors of a base with an adapter merged, under the names of the base's files.
 
     The tensor that was changed last is kept: pieces are mostly asked for in order.
     """
 
-    def __init__(self, base: Source, adapter: FolderSource, changes: Changes):
+    def __init__(self, base: Source, adapter: AdapterTensors, changes: Changes):
         super().__init__(base)
         self._adapter, self._changes = adapter, changes
         there = set(base.names())
@@ -194,15 +217,25 @@ def with_adapter(base: Source, adapter: Path, graph: Graph) -> AdapterSource:
         pickled = next(iter(sorted(adapter.glob("adapter_model*.bin"))), None)
         hint = f"; {pickled.name} is a pickle, which is never loaded: let peft save it anew" if pickled else ""
         raise CheckpointError(f"{adapter}: no {WEIGHTS}{hint}")
-    return AdapterSource(base, *_Reader(base, FolderSource(adapter, WEIGHTS), graph, config).found())
+    tensors = FolderSource(adapter, WEIGHTS)
+    return AdapterSource(base, tensors, addable(base, tensors, graph, config))
+
+
+def addable(base: Source, adapter: AdapterTensors, graph: Graph, config: LoraConfig) -> Changes:
+    """What an adapter changes in a base; reads headers, no weight.
+
+    Raises:
+        CheckpointError: no adapter that can be merged, or one of another model.
+    """
+    return _Reader(base, adapter, graph, config).found()
 
 
 class _Reader:
     """Finds the place in the base of everything that an adapter holds."""
 
-    def __init__(self, base: Source, adapter: FolderSource, graph: Graph, config: LoraConfig):
+    def __init__(self, base: Source, adapter: AdapterTensors, graph: Graph, config: LoraConfig):
         self.base, self.adapter, self.graph, self.config = base, adapter, graph, config
-        self.file = adapter.folder / WEIGHTS
+        self.file = adapter.files()[0]
         self.spelling = Spelling(graph.model)
         self.there = set(base.names())
         self.names = {name for name, _ in graph.model.named_parameters(remove_duplicate=False)} | set(graph.buffers)
@@ -213,8 +246,8 @@ class _Reader:
                 name = next((s for s in self.spelling.of(stored) if s in self.names), None)
                 self.places.setdefault(name or stored, stored)
 
-    def found(self) -> tuple[FolderSource, Changes]:
-        """The adapter, and what it changes."""
+    def found(self) -> Changes:
+        """What it changes."""
         factors: dict[str, dict[str, str]] = {}
         whole: dict[str, str] = {}
         for key in self.adapter.names():
@@ -242,7 +275,7 @@ class _Reader:
                 bias, _ = self._place(f"{layer}.bias")
                 self._refuse_shape(parts["lora_B.bias"], self.base.shape(bias), bias)
                 biases[bias] = parts["lora_B.bias"], self.config.scale_of(layer)
-        return self.adapter, Changes(added, biases, whole)
+        return Changes(added, biases, whole)
 
     def _whole(self, name: str, key: str) -> str:
         """The place of a tensor that was trained whole."""

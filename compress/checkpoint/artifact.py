@@ -101,7 +101,7 @@ class Artifact:
         for site in self.graph.sites:
             self._by_parameter.setdefault(site.parameter, []).append(site)
         tied = ((name, self._by_parameter.get(kept, [])) for name, kept in self.graph.tied.items())
-        self._by_parameter |= {name: sites for name, sites in tied if any(site.looked_up for site in sites)}
+        self._by_parameter |= {name: sites for name, sites in tied if any(s.looked_up or s.shared for s in sites)}
         self.stored = set(self.source.names())
 
     def name_in_source(self, parameter: str) -> str:
@@ -170,7 +170,7 @@ class Artifact:
         sites = self.made_sites(name)
         if sites:
             return parameter_of(sites, (self.weight(site).dequantize() for site in sites))
-        vector = self.vectors.get(name)
+        vector = self.vectors.get(self.graph.tied.get(name, name))
         if vector is not None:
             values = (vector.load() if isinstance(vector, Packed) else vector).values
             assert values is not None

@@ -1,4 +1,4 @@
-"""A source of whose tensors some entries are gone, such as experts that were pruned."""
+"""Sources of whose tensors some entries are gone, sums of several, or made anew by a pass."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from compress.checkpoint.sources import ChangedSource
 from compress.lazy import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
     from compress.checkpoint.sources import Source
-    from compress.models.fewer_experts import Cut
+    from compress.models.cuts import Cut
+
+
+WHOLE = 1 << 16  # elements; smaller entries are not read one by one
 
 
 class CutSource(ChangedSource):
@@ -31,26 +34,54 @@ class CutSource(ChangedSource):
         cut = self.cuts.get(name)
         if cut is None:
             return self.before.read(name)
-        if cut.dim:
+        if cut.dim or self._size(name) < WHOLE:
             return cut.of(self.before.read(name))
         whole = torch.empty(cut.shape, dtype=self.dtype(name))
-        for place, entry in enumerate(cut.kept):  # no more than is kept is read
-            whole[place] = self._entry(name, entry).view(cut.shape[1:])
+        for place in range(len(cut.kept)):  # no more than is needed is read
+            whole[place] = self._entry(name, cut, place)
         return whole
 
     def piece(self, name: str, start: int, stop: int) -> Tensor:
         cut = self.cuts.get(name)
         if cut is None:
             return self.before.piece(name, start, stop)
-        if cut.dim:
+        size = self._size(name)
+        if cut.dim or size < WHOLE:
             return self.read(name).flatten()[start:stop].clone()
-        size = math.prod(cut.shape[1:])
         first, last = start // size, (stop - 1) // size
-        entries = [self._entry(name, entry) for entry in cut.kept[first : last + 1]]
+        entries = [self._entry(name, cut, place).flatten() for place in range(first, last + 1)]
         whole = entries[0] if len(entries) == 1 else torch.cat(entries)
         return whole[start - first * size : stop - first * size].clone()
 
-    def _entry(self, name: str, entry: int) -> Tensor:
-        """An entry along the first dimension, flattened; nothing else is read for it."""
-        size = math.prod(self.cuts[name].shape[1:])
-        return self.before.piece(name, entry * size, (entry + 1) * size)
+    def _entry(self, name: str, cut: Cut, place: int) -> Tensor:
+        """An entry of what is left along the first dimension; nothing is read but what it is made of."""
+        shape, size = cut.shape[1:], self._size(name)
+        return cut.entry(place, lambda old: self.before.piece(name, old * size, (old + 1) * size).view(shape))
+
+    def _size(self, name: str) -> int:
+        """Elements of an entry along the first dimension."""
+        return math.prod(self.cuts[name].shape[1:])
+
+
+class RemadeSource(ChangedSource):
+    """A source in which some tensors are what a pass made of them, read when asked for.
+
+    They have the type that the source has, and any shape.
+    """
+
+    def __init__(self, before: Source, made: Mapping[str, Callable[[], Tensor]], shapes: Mapping[str, tuple[int, ...]]):
+        super().__init__(before)
+        self._made, self._shapes = dict(made), dict(shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name] if name in self._made else self.before.shape(name)
+
+    def read(self, name: str) -> Tensor:
+        if name not in self._made:
+            return self.before.read(name)
+        return self._made[name]().to(self.dtype(name), copy=True)
+
+    def piece(self, name: str, start: int, stop: int) -> Tensor:
+        if name not in self._made:
+            return self.before.piece(name, start, stop)
+        return self.read(name).flatten()[start:stop].clone()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.artifact import Packed
@@ -10,14 +12,13 @@ from compress.checkpoint.sources import WrittenSource
 from compress.encodings import Spec, Weight, pack, spec_of
 from compress.encodings.format import METHOD, WEIGHTS
 from compress.io.atomic import write_json, writing
-from compress.io.safetensors_file import compare_tensors, write_tensors
+from compress.io.safetensors_file import compare_tensors, size_of_file, write_tensors
 from compress.lazy import torch
 from compress.models.changed_settings import changed
 from compress.models.companions import copy_companions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
@@ -69,6 +70,13 @@ def stored_bytes(artifact: Artifact) -> int:
     return sum(
         torch.Size(shape).numel() * dtype.itemsize for _, parts in entries(artifact) for _, shape, dtype in parts
     )
+
+
+def forecast_size(artifact: Artifact, specs: Mapping[str, Spec]) -> int:
+    """Bytes of the file of weights if sites were stored like this: site -> its spec; exact, with the header."""
+    made: dict[str, Weight | Packed] = {name: Packed(Path(), name, spec) for name, spec in specs.items()}
+    layout = entries(replace(artifact, committed={**artifact.committed, **made}))
+    return size_of_file([entry for _, parts in layout for entry in parts])
 
 
 def write_packed(

@@ -119,6 +119,40 @@ def run(
 
 
 @app.command()
+def fit(
+    model: ModelArg,
+    out: Annotated[Path, typer.Option("-o", "--out", help="the folder to write")],
+    size: Annotated[str | None, typer.Option(help="the largest file of weights, such as 1.2GB")] = None,
+    bits: Annotated[float | None, typer.Option(help="or the most stored bits per weight of the layers, as 3.2")] = None,
+    pipeline: Annotated[
+        Path | None, typer.Option(help="a pipeline of one quantizer, and its data  [default: gptq on the bundled text]")
+    ] = None,
+    options: Annotated[str, typer.Option(help="between which is chosen: bits, and columns that share a scale")] = (
+        "w2g64,w3g64,w4g64,w5g64,w6g64,w8g64"
+    ),
+    groups: Annotated[
+        str, typer.Option(help="layers with one option: site (each its own), fused (same inputs), block")
+    ] = "site",
+    sensitivity: Annotated[str, typer.Option(help="how losses are measured: kl, fisher, error")] = "kl",
+    work: Annotated[Path | None, typer.Option(help="the folder of the sweep  [default: OUT.fit]")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="write OUT.fit/pipeline.yaml, and run nothing")] = False,
+    overwrite: Annotated[bool, typer.Option(help="replace an existing folder")] = False,
+    fresh: Annotated[bool, typer.Option(help="forget what an interrupted run, or an earlier sweep, had found")] = False,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Choose bits for each layer under a budget of bytes, and run the pipeline with them."""
+    from compress.cli.fitting import fit_and_show
+
+    asked: dict[str, Any] = {"size": size, "bits": bits, "pipeline": pipeline, "groups": groups, "work": work}
+    asked |= {"sensitivity": sensitivity, "options": [o.strip() for o in options.split(",") if o.strip()]}
+    asked |= {"dry_run": dry_run, "overwrite": overwrite, "fresh": fresh, "device": device}
+    fit_and_show(model, out, asked, as_json, _bars(verbose, quiet), _console())
+
+
+@app.command()
 def check(
     pipeline: PipelineArg, model: Annotated[str | None, typer.Argument(help="also check against this model")] = None
 ) -> None:
@@ -191,7 +225,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="a compressed folder, or any model")],
     against: Annotated[str | None, typer.Option(help="the original, for the divergence")] = None,
     source: Annotated[
-        str, typer.Option(help="demo, a .txt / .jsonl / .parquet file, a data set id; images: a .safetensors file")
+        str, typer.Option(help="demo, a .txt / .jsonl / .parquet file, a data set id; images: rows, or .safetensors")
     ] = "demo",
     field: Annotated[str, typer.Option(help="the field or column with the text, or the messages of a chat")] = "text",
     subset: Annotated[str | None, typer.Option(help="the configuration name of a data set id")] = None,
@@ -199,7 +233,7 @@ def evaluate(
         str, typer.Option(help="spread; or wikitext, for perplexities to be set beside published ones")
     ] = "spread",
     samples: Annotated[
-        int | None, typer.Option(help="windows, or images; 0 for all  [default: 64, of wikitext all]")
+        int | None, typer.Option(help="windows, images or rows; 0 for all  [default: 64, of wikitext all]")
     ] = None,
     length: Annotated[int | None, typer.Option(help="tokens per window  [default: 512, of wikitext 2048]")] = None,
     runtime: Annotated[str, typer.Option(help="transformers, or onnxruntime for a folder that holds ONNX")] = (

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from compress.config.lines import MOST_LETTERS, document
+from compress.config.mergekit_settings import Settings
 from compress.errors import ConfigError, Problem
 from compress.io.small_file import read_text
 from compress.logs import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 # Their method -> ours, and the options that make it the same.
@@ -76,6 +77,7 @@ class _Reader:
         self.problems: list[Problem] = []
         self.method = str(data.get("merge_method"))
         self.notes: list[str] = []
+        self.settings = Settings(self.problem)
 
     def problem(self, path: str, message: str) -> None:
         self.problems.append(Problem(path, message))
@@ -90,7 +92,22 @@ class _Reader:
             self.problem("merge_method", f"{method} is not one of those that are known here: {known}")
             return None
         sources, shared = self._sources()
-        base = _model_name(data.get("base_model"))
+        found = self._first_and_others(sources)
+        if found is None:
+            return None
+        first, sources, others = found
+        options = {"models": others, **MERGEKIT_METHODS[method][1], **self._options(sources, shared)}
+        if self.problems:
+            return None
+        text = yaml.dump({"passes": [{MERGEKIT_METHODS[method][0]: options}]}, sort_keys=False, width=120)
+        head = [f"run it: compress run PIPELINE {shlex.quote(first)} -o OUT", *self.notes]
+        return Converted(first, "".join(map(comment, head)) + str(text))
+
+    def _first_and_others(
+        self, sources: list[Mapping[str, Any]]
+    ) -> tuple[str, list[Mapping[str, Any]], list[str]] | None:
+        """The model to run on, the entries whose settings count, and the models to merge with it; None: a problem."""
+        method, base = self.method, _model_name(self.data.get("base_model"))
         names = [_model_name(source.get("model")) for source in sources]
         if not names or None in names:
             self.problem("models", "must be a list of entries with `model:`, a folder or hub id each")
@@ -100,24 +117,18 @@ class _Reader:
                 self.problem("models", f"{name!r:.200} is no name of a model: it holds control characters")
                 return None
         if method == "linear":
-            first = str(names[0])
+            first, others = str(names[0]), list(map(str, names[1:]))
             if base is not None and base not in names:
                 self.problem("base_model", "linear has no base beside its models; leave it out")
         elif base is None:
             self.problem("base_model", f"{method} needs one")
             return None
         else:
-            first = base
+            first, others = base, [str(name) for name in names if name != base]
             sources = [s for s, name in zip(sources, names, strict=True) if name != base]
-        others = [str(_model_name(s.get("model"))) for s in (sources[1:] if method == "linear" else sources)]
         if method == "slerp" and len(others) != 1:
             self.problem("models", f"slerp merges two models; {len(others) + 1} are named")
-        options = {"models": others, **MERGEKIT_METHODS[method][1], **self._options(sources, shared)}
-        if self.problems:
-            return None
-        text = yaml.dump({"passes": [{MERGEKIT_METHODS[method][0]: options}]}, sort_keys=False, width=120)
-        head = [f"run it: compress run PIPELINE {shlex.quote(first)} -o OUT", *self.notes]
-        return Converted(first, "".join(map(comment, head)) + str(text))
+        return first, sources, others
 
     def _sources(self) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
         """The entries for each model; and what holds for all, the nearest first."""
@@ -150,23 +161,23 @@ class _Reader:
         for where in (*own, *shared):
             for name in sorted(set(map(str, where)) - allowed):
                 self.problem(f"parameters.{name}", f"is not known of {method}; known: {', '.join(sorted(allowed))}")
-        switches = {name: self._switch(name, shared) for name in SWITCHES}
+        switches = {name: self.settings.switch(name, shared) for name in SWITCHES}
         options: dict[str, Any] = {}
         if method == "slerp":
-            options["t"] = self._value("t", [*shared], None)
+            options["t"] = self.settings.value("t", [*shared], None)
             if options["t"] is None:
                 self.problem("parameters.t", "is missing")
             return options
-        options["weights"] = [self._value("weight", [o, *shared], None) for o in own]
+        options["weights"] = [self.settings.value("weight", [o, *shared], None) for o in own]
         if None in options["weights"]:
             self.problem("parameters.weight", "is missing for a model")
         if "density" in allowed:
-            options["density"] = [self._value("density", [o, *shared], 1.0) for o in own]
+            options["density"] = [self.settings.value("density", [o, *shared], 1.0) for o in own]
         mean = switches["normalize"] if switches["normalize"] is not None else method in MEAN_BY_DEFAULT
         if method == "linear":
             options["normalize"] = mean
             return options
-        options["scale"] = self._value("lambda", shared, 1.0)
+        options["scale"] = self.settings.value("lambda", shared, 1.0)
         options["combine"] = "mean" if mean else "sum"
         rescaled = switches["rescale"]
         if method in RESCALED_BY_DEFAULT:
@@ -175,56 +186,10 @@ class _Reader:
             self.problem("parameters.rescale", f"{method} does not rescale what it keeps; leave it out")
         return options
 
-    def _switch(self, name: str, where: Sequence[Mapping[str, Any]]) -> bool | None:
-        found = next((w[name] for w in where if name in w), None)
-        if found is None or isinstance(found, bool):
-            return found
-        self.problem(f"parameters.{name}", "must be true or false for the whole model")
-        return None
-
-    def _value(self, name: str, where: Sequence[Mapping[str, Any]], default: float | None) -> Any:
-        """A setting as a number, a list over depth, or a list of {match, value}; None where there is none.
-
-        Theirs are looked up in the model's parameters, then in those for all; the first filter that is part of a
-        tensor's name wins, and a tensor that no filter fits goes on to the next place. Ours: the last match wins.
-        """
-        found: list[dict[str, Any]] = []
-        for settings in where:
-            if name not in settings:
-                continue
-            for pattern, value in self._cases(name, settings[name]):
-                found.append({"match": pattern, "value": value})
-                if pattern == "*":
-                    return value if len(found) == 1 else found[::-1]
-        if not found:
-            return default
-        if default is None:
-            self.problem(f"parameters.{name}", "has filters only; add a last entry without one, for all other tensors")
-            return None
-        return [{"match": "*", "value": default}, *found[::-1]]
-
-    def _cases(self, name: str, setting: Any) -> Iterator[tuple[str, Any]]:
-        """(pattern, value) in their order."""
-        entries = setting if isinstance(setting, list) and any(isinstance(e, dict) for e in setting) else [setting]
-        for entry in entries:
-            case = entry if isinstance(entry, dict) else {"value": entry}
-            value, part = case.get("value"), case.get("filter")
-            numbers: list[Any] = value if isinstance(value, list) else [value]
-            if not numbers or not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
-                self.problem(f"parameters.{name}", f"{value!r} is not a number or a list of numbers")
-                continue
-            value = [float(n) for n in numbers] if isinstance(value, list) else float(numbers[0])
-            yield ("*" if part in (None, "*") else f"*{_literal(str(part))}*"), value
-
 
 def comment(text: str) -> str:
     """A line of a YAML file that is no part of its values, whatever words of the user's are in it."""
     return f"# {printable(' '.join(text.split()))}\n"
-
-
-def _literal(text: str) -> str:
-    """A part of a name as a shell wildcard that matches nothing else."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
 
 
 def _model_name(model: Any) -> str | None:

@@ -43,10 +43,11 @@ class DataSection:
 
     Args:
         source: `demo`, a .txt / .jsonl / .json / .parquet file, or the id of a Hugging Face data set; for models of
-            images or sounds a .safetensors file. Several by name, such as {maths: a.jsonl, code: b.jsonl}: quality is
-            reported of each.
-        samples: windows of tokens, or images, of each source.
-        length: tokens per window; with `protocol: wikitext` 2048 unless it is given.
+            images or sounds a .jsonl / .json / .parquet file whose rows name them, which the model's own processor
+            makes inputs of, or a .safetensors file; for calibration also `self`, text that the model writes itself.
+            Several by name, such as {maths: a.jsonl, code: b.jsonl}: quality is reported of each.
+        samples: windows of tokens, or images, or rows with them, of each source.
+        length: tokens per window, not of rows with images or sounds; with `protocol: wikitext` 2048 unless it is given.
         field: the field or column that holds the text, or the messages of a chat; `a.b` is the field b inside of a.
         subset: the configuration name of a data set id.
         protocol: how windows are made of texts. `spread`: each text ends with the tokenizer's end token, and windows
@@ -88,8 +89,8 @@ class Evaluation(DataSection):
     """The data that quality is measured on, and the gate.
 
     Args:
-        samples: windows of tokens, or images, of each source; 0 for all that there are, which is what
-            `protocol: wikitext` measures unless a number is given.
+        samples: windows of tokens, or images, or rows with them, of each source; 0 for all that there are, which is
+            what `protocol: wikitext` measures unless a number is given.
         after: `each` pass, or only at the `end`.
         max_increase: the largest allowed increase of perplexity over the original, such as 10% or 0.1; the run fails
             with exit code 3 above it.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from compress.calibration.texts import LOCAL, check_source, suffix_of
+from compress.calibration.texts import LOCAL, SELF, check_source, suffix_of
 from compress.calibration.tokens import WIKITEXT_LENGTH
 from compress.config.lines import MOST_LETTERS, document, line_of
 from compress.config.options import PATTERNS, check_options, errors_in, lists_in, names_in, unknown
@@ -325,18 +325,26 @@ def _read_section(cls: type[DataSection], data: Any, path: str, findings: _Findi
     if not section.sources:
         findings.add(f"{path}.source", "names no source; give one, or several such as {maths: a.jsonl}")
     for name, source in section.sources.items():
-        if wrong := check_source(source):
+        if wrong := check_source(source) or _measured_on_itself(cls, source):
             findings.add(f"{path}.source.{name}" if name else f"{path}.source", wrong)
     return section
+
+
+def _measured_on_itself(cls: type[DataSection], source: str) -> str | None:
+    if source == SELF and cls is Evaluation:
+        return "what a model writes itself is its likeliest text, and says nothing of its quality; name a text"
+    return None
 
 
 def idle_options(section: DataSection) -> Iterator[OptionError]:
     """Options that change nothing for any of the sources."""
     sources = [*section.sources.values()]
     listed = ", ".join(sources)
-    if section.field != "text" and all(source == "demo" or suffix_of(source) == ".txt" for source in sources):
+    if section.field != "text" and all(source in ("demo", SELF) or suffix_of(source) == ".txt" for source in sources):
         yield OptionError("field", f"changes nothing: {listed} has no fields")
-    if section.subset is not None and all(source == "demo" or suffix_of(source) in LOCAL for source in sources):
+    if section.protocol != "spread" and all(source == SELF for source in sources):
+        yield OptionError("protocol", "changes nothing: the model writes whole windows")
+    if section.subset is not None and all(source in ("demo", SELF) or suffix_of(source) in LOCAL for source in sources):
         yield OptionError("subset", f"chooses a configuration of a data set id; {listed} has none")
 
 

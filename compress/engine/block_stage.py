@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from compress.calibration.data import Dataset
     from compress.calibration.statistics import Need
     from compress.calibration.training import TrainingStore
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
     from compress.engine.stage import Stage
     from compress.engine.sweep import Unit
     from compress.models.graph import Graph

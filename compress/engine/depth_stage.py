@@ -14,9 +14,9 @@ from torch import Tensor
 
 from compress.calibration import collect
 from compress.calibration.precision import products
+from compress.engine.chains import chain_of
 from compress.engine.placement import make_room, present, streamed
 from compress.engine.stage import StageResult, StageRunner, calibration_batches
-from compress.engine.sweep import chain_of
 from compress.errors import NonFiniteError, UnsupportedModelError
 from compress.io.keys import key_of
 from compress.models.shorten import without
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from compress.calibration.data import Dataset
+    from compress.engine.context import Context
     from compress.engine.executor import Executor
-    from compress.engine.placement import Context
     from compress.engine.stage import Stage
     from compress.models.shorten import Shorter
     from compress.passes.interface import Distance

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from compress.calibration.statistics import Statistics
+    from compress.engine.context import Context
     from compress.engine.ledger import Record
-    from compress.engine.placement import Context
     from compress.models.site import Site
 
 

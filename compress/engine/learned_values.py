@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
     from compress.models.graph import Graph
 
 
@@ -35,10 +35,10 @@ def with_learned(
         everything: the names of which some are asked for at a time; all sites and vectors by default.
     """
     everything = everything or [*(s.name for s in graph.sites), *graph.vectors()]
-    inside: set[str] = set()
+    inside, users = set[str](), _users(graph, everything)
     model, blocks = graph.model, []
     for name in graph.blocks if graph.blocks != ("",) else ():
-        names = [n for n in everything if f"{n}.".startswith(f"{name}.")]
+        names = [n for n in everything if any(f"{user}.".startswith(f"{name}.") for user in users[n])]
         inside.update(names)
         blocks.append((model.get_submodule(name), names))
 
@@ -48,7 +48,7 @@ def with_learned(
         def run(*args: Any, **kwargs: Any) -> Any:
             # What comes in is needed again as it was, and a block may begin with a layer that works in place.
             mine = [a.clone() if again and isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-            with swapped(model, values(names)):
+            with swapped(model, _everywhere(graph, values(names))):
                 return inner(*mine, **kwargs)
 
         return (lambda *args, **kwargs: checkpoint(run, *args, use_reentrant=False, **kwargs)) if again else run
@@ -56,11 +56,22 @@ def with_learned(
     try:
         for block, names in blocks:
             block.forward = around(block, names)
-        with swapped(model, values([n for n in everything if n not in inside])):
+        with swapped(model, _everywhere(graph, values([n for n in everything if n not in inside]))):
             yield
     finally:
         for block, _ in blocks:
             block.__dict__.pop("forward", None)  # the class's own again
+
+
+def _users(graph: Graph, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """What is learned -> all its names: those of the modules that share a site, or of a vector."""
+    sites = {site.name: site.names for site in graph.sites}
+    return {name: sites.get(name) or graph.names_of(name) for name in names}
+
+
+def _everywhere(graph: Graph, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values of parameters, and of those that are tied to them."""
+    return {alias: value for name, value in values.items() for alias in graph.names_of(name)}
 
 
 @contextmanager

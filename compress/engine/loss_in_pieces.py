@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
 
 
 @dataclass(frozen=True)

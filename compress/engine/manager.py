@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from compress.calibration.data import Dataset
     from compress.checkpoint.artifact import Artifact
     from compress.config.pipeline import Evaluation, Pipeline
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
     from compress.engine.stage import StageResult, StageRunner
     from compress.planning.plan import Plan
     from compress.report.report import Row
@@ -103,8 +103,9 @@ def execute(
         if pipeline.evaluate:
             _gate(pipeline.evaluate, start, row)
     if pipeline.evaluate and data.evaluation is not None:
-        named = data.evaluation.labels is None and GIVEN not in pipeline.evaluate.sources.values()
-        protocol = {"protocol": pipeline.evaluate.protocol} if named else {}
+        cut = data.evaluation.labels is None and not data.evaluation.named  # into windows, from a text
+        cut = cut and GIVEN not in pipeline.evaluate.sources.values()
+        protocol = {"protocol": pipeline.evaluate.protocol} if cut else {}
         report.data = {"source": pipeline.evaluate.source, **meter.described(data.evaluation), **protocol}
     return report, context
 

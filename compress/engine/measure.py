@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from compress.calibration.metrics import Quality
     from compress.checkpoint.artifact import Artifact
     from compress.encodings import Spec
-    from compress.engine.placement import Context, Hold
+    from compress.engine.context import Context
+    from compress.engine.placement import Hold
 
 
 class Meter:

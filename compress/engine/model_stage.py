@@ -20,7 +20,7 @@ from compress.passes.targets import make_target
 if TYPE_CHECKING:
     from compress.calibration.data import Dataset
     from compress.calibration.training import ModelData
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
     from compress.engine.stage import Stage
     from compress.models.site import Site
     from compress.passes.base import Edit, Target

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.calibration.training import Loss, Make, TrainingStore
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
 
 
 @contextmanager

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from compress.calibration.data import Dataset
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
 
 Made = TypeVar("Made")
 

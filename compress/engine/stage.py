@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from compress.calibration.data import Dataset
     from compress.checkpoint.artifact import Artifact
+    from compress.engine.context import Context
     from compress.engine.ledger import Record
-    from compress.engine.placement import Context
     from compress.models.site import Site
     from compress.passes.base import Pass, Reach
     from compress.planning.plan import PassPlan

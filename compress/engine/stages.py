@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from compress.engine.block_stage import BlockSequential
 from compress.engine.depth_stage import Shortening
-from compress.engine.experts_stage import ExpertPruning
+from compress.engine.experts_stage import FewerExperts
 from compress.engine.merge.merging import Merging
 from compress.engine.model_stage import WholeModel
+from compress.engine.width_stage import Narrowing
 
 if TYPE_CHECKING:
     from compress.engine.stage import StageRunner
@@ -21,5 +22,6 @@ RUNNERS: Mapping[Reach, StageRunner] = {
     "model": WholeModel(),
     "merge": Merging(),
     "depth": Shortening(),
-    "experts": ExpertPruning(),
+    "experts": FewerExperts(),
+    "width": Narrowing(),
 }

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.calibration.statistics import Statistics
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
     from compress.engine.sweep import Unit
     from compress.models.graph import Graph
     from compress.models.site import Site

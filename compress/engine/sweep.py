@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import itertools
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from compress.calibration import collect
 from compress.calibration.experts import FusedParameter
 from compress.calibration.precision import calibrating
-from compress.calibration.wiring import Kinds, arrivals_by_kind, kinds_of_calls
 from compress.engine.block_view import View
-from compress.engine.placement import present, set_value, streamed, value_of
+from compress.engine.chains import INSTEAD, chain_of, original_chain, samples_of, visits_to
+from compress.engine.placement import present, streamed
 from compress.engine.tail import outside_statistics
 from compress.errors import UnsupportedModelError
 from compress.io.heap import bound_heap
@@ -35,10 +34,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from compress.calibration.activation_cache import Activations
-    from compress.calibration.calls import Call
     from compress.calibration.reconstruct import Weights
     from compress.calibration.statistics import Need, Statistics
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
     from compress.models.graph import Graph
     from compress.models.site import Site
     from compress.models.towers import Tower
@@ -167,30 +165,27 @@ def _tower(
 
     `shown` gives the numbers of blocks, and draws progress.
     """
-    graph = context.graph
     chain = chain_of(context, tower, batches)
     original = None  # what arrives in the original model, beside what arrives in the compressed one
-    if wanted.learns:
-        if chain is None:
-            raise UnsupportedModelError(
-                f"the blocks of {type(graph.model).__name__} do not simply feed one another, so {wanted.label} cannot "
-                "learn them one by one; use a method that does not learn by reconstruction, such as gptq"
-            )
-        if not _one_for_each_sample(context, tower, batches):
-            raise UnsupportedModelError(
-                f"the hidden states of {type(graph.model).__name__} are not one for each sample, so {wanted.label} "
-                "cannot learn its blocks one by one; use a method that does not learn by reconstruction, such as gptq"
-            )
-        original = _original_chain(context, tower, batches) or chain.copy()
+    if wanted.learns and chain is None and tower.blocks == ("",):
+        raise UnsupportedModelError(
+            f"{type(context.graph.model).__name__} has no list of repeated blocks, and as a whole it puts out more "
+            f"than one tensor, so there is nothing that {wanted.label} could learn block by block; {INSTEAD}"
+        )
+    if wanted.learns and chain:
+        samples_of(context, tower, batches, wanted.label)
+        original = original_chain(context, tower, batches) or chain.copy()
     for index in itertools.islice(shown, len(tower.blocks)):
         _read_ahead(context, index + 1)
-        view = None
+        view, sites = None, wanted.sites[index]
         if chain and original:
             outputs = original.copy()
             view = View(context, index, chain, original, outputs)
             _step(context, outputs, index, view.original_values(), "original: batches")
             original = outputs
-        sites = wanted.sites[index]
+        if wanted.learns and sites and (chain is None or context.graph.users_of(sites)):
+            met = visits_to(context, index, batches, wanted.label, sites)
+            view = View(context, index, met.chain, met.original, met.outputs, met.users)
         yield Unit(_unit(index), sites, partial(_block_statistics, context, wanted, index, chain, batches), view)
         if chain and index + 1 in tower.numbers:
             _step(context, chain, index, None, "propagate: batches")
@@ -229,15 +224,32 @@ def _step(context: Context, into: Activations, index: int, weights: Weights | No
 def _block_statistics(
     context: Context, wanted: Wanted, index: int, chain: Activations | None, batches: Sequence[Tensor]
 ) -> dict[str, Statistics]:
-    """What is wanted of the inputs of a block's sites."""
+    """What is wanted of the inputs of a block's sites; where other blocks share one, also of theirs."""
+    asked = [s for s in wanted.sites[index] if s.name in wanted.needs]
+    alone = [s for s in asked if chain and not s.shared]
+    seen = _inputs_of(context, wanted, alone, index, chain, batches) if alone else {}
+    others = [s for s in asked if s not in alone]
+    if others:
+        seen |= _inputs_of(context, wanted, others, index, None, batches)
+    if seen:
+        context.executor.reduce(seen)
+    return seen
+
+
+def _inputs_of(
+    context: Context,
+    wanted: Wanted,
+    sites: Sequence[Site],
+    index: int,
+    chain: Activations | None,
+    batches: Sequence[Tensor],
+) -> dict[str, Statistics]:
+    """What is wanted of the inputs of some sites of a block: along the chain, or in passes of the whole model."""
     graph = context.graph
-    wanted_of = [s for s in wanted.sites[index] if s.name in wanted.needs]
-    needs = {s.name: wanted.needs[s.name] for s in wanted_of}
-    if not needs:
-        return {}
-    called = {s.name: multiplies(graph.model, s) for s in wanted_of if not s.is_expert}
-    modules = {name: graph.model.get_submodule(module) for name, module in called.items() if module is not None}
-    experts = fused_parameters(graph.model, [s for s in wanted_of if s.is_expert])
+    needs = {s.name: wanted.needs[s.name] for s in sites}
+    called = {s.name: multiplies(graph.model, s) for s in sites if not s.is_expert}
+    modules = {name: list(map(graph.model.get_submodule, users)) for name, users in called.items() if users}
+    experts = fused_parameters(graph.model, [s for s in sites if s.is_expert])
     whole = (partial(context.forward, batch) for batch in batches)
     block = graph.model.get_submodule(graph.blocks[index])
     forwards = chain.forwards(block, index=index) if chain else whole
@@ -245,11 +257,9 @@ def _block_statistics(
     with computed, present(context, index) if chain else streamed(context):
         forwards = context.bars.over(forwards, len(batches), "collect: batches")
         before = context.executor.shares(sum(map(len, batches))).first if wanted.ranged else 0
-        seen = collect.statistics(
+        return collect.statistics(
             modules, needs, forwards, wanted.ranged, before, experts, context.experts.calibrate_all
         )
-    context.executor.reduce(seen)
-    return seen
 
 
 def fused_parameters(model: nn.Module, experts: Sequence[Site]) -> list[FusedParameter]:
@@ -263,58 +273,3 @@ def fused_parameters(model: nn.Module, experts: Sequence[Site]) -> list[FusedPar
         names = {site.ref.index[0]: site.name for site in sites}
         made.append(FusedParameter(model.get_submodule(owner), leaf, sites[0].shape[1], sites[0].ref.of, names))
     return made
-
-
-def chain_of(context: Context, tower: Tower, batches: Sequence[Tensor]) -> Activations | None:
-    """What arrives at the first block, if the blocks may be run one after the other without the model around them."""
-    graph = context.graph
-    if tower.blocks == ("",) and isinstance(graph.model, PreTrainedModel):  # outputs more than a tensor
-        return None
-    with streamed(context):
-        kinds: Kinds | None = Kinds((0,))
-        if tower.blocks != ("",):
-            kinds = kinds_of_calls(lambda: context.forward(batches[0][:1]), graph.model, tower.blocks)
-        if kinds is None:
-            return None
-        arrivals = (_arrival(context, batch, tower, kinds) for batch in batches)
-        arrived = context.bars.over(arrivals, len(batches), "embed: batches")
-        return context.waiting(arrived, dict(zip(tower.numbers, kinds.of, strict=True)))
-
-
-def _arrival(context: Context, batch: Tensor, tower: Tower, kinds: Kinds) -> tuple[Tensor, Mapping[int, Call]]:
-    """What arrives at the first block, and how each kind of block is called."""
-    run = partial(context.forward, batch)
-    if len(set(kinds.of)) > 1:
-        return arrivals_by_kind(run, context.graph.model, tower.blocks, kinds)
-    hidden, call = collect.arrival(run, context.graph.model.get_submodule(tower.blocks[0]))
-    return hidden, {kinds.of[0]: call}
-
-
-def _one_for_each_sample(context: Context, tower: Tower, batches: Sequence[Tensor]) -> bool:
-    """Whether hidden states have an entry for each sample first; Gemma 3n hands on four for all samples."""
-    if tower.blocks == ("",):
-        return True
-    first = context.graph.model.get_submodule(tower.blocks[0])
-    with streamed(context):
-        hidden, _ = collect.arrival(partial(context.forward, batches[0][:1]), first)
-    return len(hidden) == 1
-
-
-def _original_chain(context: Context, tower: Tower, batches: Sequence[Tensor]) -> Activations | None:
-    """What arrives at the first block of the original model, where something in front of it was compressed."""
-    artifact = context.artifact
-    inside = tuple(f"{name}." if name else "" for name in tower.blocks)
-    elsewhere = (s for s in context.graph.sites if s.block not in tower.numbers)
-    changed = list(dict.fromkeys(s.parameter for s in elsewhere if s.name in artifact.committed))
-    changed += [name for name in artifact.vectors if not name.startswith(inside)]
-    if not changed:
-        return None
-    now = {name: value_of(context, name) for name in changed if context.resident}
-    plain = replace(context, artifact=artifact.plain())
-    try:
-        for name in now:
-            set_value(context.graph.model, name, value_of(plain, name))
-        return chain_of(plain, tower, batches)
-    finally:
-        for name, value in now.items():
-            set_value(context.graph.model, name, value)

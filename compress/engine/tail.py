@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.calibration import collect
-from compress.calibration.calls import hidden_of
 from compress.calibration.precision import calibrating
 from compress.calibration.statistics import Statistics
 from compress.calibration.wiring import answering
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
     from compress.calibration.activation_cache import Activations
     from compress.calibration.statistics import Need
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
     from compress.models.site import Site
 
 
@@ -51,7 +50,7 @@ def outside_statistics(
     """
     model = context.graph.model
     needs = {s.name: wanted[s.name] for s in sites if s.name in wanted}
-    heads = {s.name: head for s in sites if s.name in needs and (head := multiplies(model, s)) is not None}
+    heads = {s.name: head for s in sites if s.name in needs for head in multiplies(model, s)}
     found = {s.name: _of_rows(context, s, needs[s.name]) for s in sites if s.name in needs and s.name not in heads}
     if not heads:
         return found
@@ -103,7 +102,7 @@ def _answers(context: Context, chain: Activations) -> Answers | None:
             form = form or _form(output)
             if form is None:
                 return None
-            made.keep(number, hidden_of(output).to(context.dtype))
+            made.keep(number, made.call(number, last).samples_first(output).to(context.dtype))
     return None if form is None else (made, form)
 
 
@@ -122,7 +121,8 @@ def _run(context: Context, batch: Tensor, answers: Answers | None, number: int) 
     if answers is None:
         return context.forward(batch)
     made, form = answers
-    hidden = made.hidden[number][: len(batch)].to(context.devices.compute)
+    call = made.call(number, len(context.graph.blocks) - 1)
+    hidden = call.as_called(made.hidden[number][: len(batch)].to(context.devices.compute))
     with answering(context.graph.model, context.graph.blocks, form, hidden):
         return context.forward(batch)
 

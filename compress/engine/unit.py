@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from compress.calibration.statistics import Statistics
     from compress.calibration.training import TrainingStore
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
     from compress.engine.sweep import Unit
     from compress.models.site import Site
     from compress.passes.base import LinearPass, Pass, Target

@@ -117,6 +117,10 @@ class Exporter(ABC):
         """The written model as its users run it, where that is not the same."""
         return None
 
+    def not_finite(self, folder: Path, inputs: Tensor) -> str:
+        """A sentence about where NaN comes from in what was written, for inputs that it gives NaN for; or nothing."""
+        return ""
+
 
 def refuse_added(graph: Graph, added: Collection[str]) -> Iterator[str]:
     """Why new biases do not fit a container that a plain model class reads; nothing where there are none."""
@@ -138,6 +142,16 @@ def refuse_tables(graph: Graph, specs: Mapping[str, Spec], why: str) -> Iterator
         )
 
 
+def refuse_shared(graph: Graph, specs: Mapping[str, Spec], container: str) -> Iterator[str]:
+    """Why packed layers that blocks share do not fit a container; nothing where there are none."""
+    shared = [site for site in graph.sites if site.shared and not site.looked_up and site.name in specs]
+    if shared:
+        yield (
+            f"{container} has each layer once for each module, and {len(shared)} are shared by blocks, such as "
+            f"{shared[0].name}; export hf, or leave this format out of `export:`"
+        )
+
+
 def refuse_experts(graph: Graph, names: Collection[str], container: str) -> Iterator[str]:
     """Why matrices that are no layers, such as experts, do not fit a container of layers; nothing without any.
 
@@ -152,6 +166,14 @@ def refuse_experts(graph: Graph, names: Collection[str], container: str) -> Iter
             f"{container} holds layers, and {len(experts)} of the compressed matrices are experts that the model keeps "
             f"together in one tensor, such as {experts[0]}; `exclude` them, or export hf"
         )
+    yield from refuse_read(graph, names, container)
+
+
+def refuse_read(graph: Graph, names: Collection[str], container: str) -> Iterator[str]:
+    """Why matrices that a module multiplies with itself do not fit a container of layers; nothing without any.
+
+    Takes what `refuse_experts` does.
+    """
     read = [site.name for site in graph.sites if site.read_by is not None and site.name in names]
     if read:
         yield (

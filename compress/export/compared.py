@@ -51,6 +51,11 @@ class Expected:
         inputs, labels = inputs[:count], None if labels is None else labels[:count]
         return cls(inputs, labels, judge, [logits(batch) for batch in batches(inputs, TOKENS_AT_ONCE)])
 
+    @property
+    def finite(self) -> bool:
+        """Whether the packed model's own outputs are finite."""
+        return all(bool(torch.isfinite(part).all()) for part in self.logits)
+
     def compare(self, logits: Logits) -> dict[str, Any]:
         """Facts for the report: difference, divergence, and quality of both."""
         given, reference = iter(self.logits), Reference()
@@ -61,7 +66,8 @@ class Expected:
         def there(batch: Tensor) -> Tensor:
             nonlocal worst
             found = logits(batch)
-            worst = max(worst, float((found - next(kept)).abs().max()))
+            here = float((found - next(kept)).abs().max())
+            worst = worst if here <= worst else here  # NaN is the worst
             return found
 
         quality = measured(there)

@@ -1,185 +1,33 @@
-"""OUT/compressed-tensors: uniform codes as the compressed-tensors library keeps them, in a plain transformers folder.
-
-Format `pack-quantized`: the codes of a row are one little-endian bit stream, as in `encodings/bits.py`, filled up to
-whole 32-bit words. Zero points are packed the same way, but along the rows.
-
-The library multiplies in the type of the scales. Unless told to `dequantize`, transformers first turns them into the
-type of the model; told to, it takes them as they are stored. But then it also takes the first layer's setting for all
-layers; and otherwise it cannot read zero points. So zero points are kept only where all layers have one scheme.
-"""
+"""OUT/compressed-tensors: uniform codes as the library of that name keeps them, in a plain transformers folder."""
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from contextlib import redirect_stderr
 from dataclasses import dataclass
-from functools import cached_property
 from io import StringIO
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.checkpoint.sources import SINGLE
-from compress.encodings.bits import pack_bits, row_bytes
-from compress.export.base import Exporter, refuse_added, refuse_experts, refuse_missing, refuse_tables
-from compress.export.hf import Dense, loaded, plain_config, refuse_rounded
-from compress.export.packed import specs_in
+from compress.export.base import Exporter, refuse_added, refuse_missing, refuse_read, refuse_shared, refuse_tables
+from compress.export.hf import plain_config, refuse_rounded, running
+from compress.export.on_hub import described_by, groups_on_hub, matrices_on_hub
+from compress.export.pack_quantized import FORMAT, METHOD, Packing, schemes, words
 from compress.io.atomic import write_json, writing
 from compress.io.safetensors_file import compare_tensors, write_tensors
 from compress.lazy import nn, torch
+from compress.models import loading
 from compress.models.companions import copy_companions
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
-    from torch import Tensor
-
-    from compress.encodings import Form, Spec
+    from compress.encodings import Spec
     from compress.export.base import Logits, PackedFolder
-    from compress.io.safetensors_file import Entry
     from compress.models.graph import Graph
     from compress.progress import Bars
 
-METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 MOST_BITS = 8
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """What readers are told about a layer.
-
-    Attributes:
-        bits: of a code in the file.
-        symmetric: codes count from the middle one, and there are no zero points.
-        group_size: columns that share a scale; None where each row has one.
-    """
-
-    bits: int
-    symmetric: bool
-    group_size: int | None
-
-    def to_json(self) -> dict[str, Any]:
-        """The entry `weights` of a config group."""
-        strategy = "group" if self.group_size else "channel"
-        return {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "strategy": strategy,
-                "group_size": self.group_size}  # fmt: skip
-
-
-def schemes(specs: Mapping[str, Spec]) -> dict[str, Scheme]:
-    """How every layer whose codes count steps is kept.
-
-    Among layers of several settings, distances from the zero point are kept in the place of codes, in one more bit.
-    """
-    found = {name: _own(spec, spec.form) for name, spec in specs.items() if spec.form is not None and spec.form.steps}
-    if len(set(found.values())) <= 1:
-        return found
-    return {n: s if s.symmetric else Scheme(s.bits + 1, True, s.group_size) for n, s in found.items()}
-
-
-def _own(spec: Spec, form: Form) -> Scheme:
-    tables = form.tables(spec.shape)
-    groups = tables["scale"][0][1]
-    return Scheme(form.bits, "zero_point" not in tables, spec.shape[1] // groups if groups > 1 else None)
-
-
-@dataclass(frozen=True)
-class Packing:
-    """The tensors of the file: codes where there are any, dense values elsewhere."""
-
-    made: PackedFolder
-
-    @cached_property
-    def schemes(self) -> dict[str, Scheme]:
-        """The scheme of every layer with codes, by name."""
-        return schemes(specs_in(self.made))
-
-    @property
-    def dense(self) -> Dense:
-        """All layers without codes."""
-        return Dense(self.made.artifact, None)
-
-    @property
-    def dequantized(self) -> bool:
-        """Whether layers are unpacked while they are loaded, in the type of their scales."""
-        return any(not s.symmetric for s in self.schemes.values())
-
-    def layout(self) -> list[tuple[str, list[Entry]]]:
-        """The entries of each layer, in the model's order."""
-        found = []
-        for owner, parts in self.dense.layout():
-            name = owner.removesuffix(".weight")
-            found.append((name, self._entries(name)) if name in self.schemes else (owner, parts))
-        return found
-
-    def _entries(self, name: str) -> list[Entry]:
-        scheme, spec = self.schemes[name], specs_in(self.made)[name]
-        rows, columns = spec.shape
-        (_, groups), stored = spec.tensors()["scale"]
-        scale_dtype = torch.float32 if self.dequantized else stored
-        found: list[Entry] = [
-            (f"{name}.weight_packed", (rows, _words(columns, scheme.bits)), torch.int32),
-            (f"{name}.weight_scale", (rows, groups), scale_dtype),
-            (f"{name}.weight_shape", (2,), torch.int64),
-        ]
-        if not scheme.symmetric:
-            found.append((f"{name}.weight_zero_point", (_words(rows, scheme.bits), groups), torch.int32))
-        return found
-
-    def read(self, owner: str) -> dict[str, Tensor]:
-        """The tensors of one entry of the layout."""
-        if owner not in self.schemes:
-            return self.dense.read(owner)
-        encoding = self.made.artifact.weight(self.made.artifact.sites[owner]).encoding
-        assert encoding is not None
-        scheme, codes, rows, lookup = self.schemes[owner], encoding.codes, len(encoding.codes), encoding.lookup()
-        assert lookup.scale is not None
-        scale, zero = lookup.scale.as_stored().expand(rows, -1), lookup.steps_from().expand(rows, -1)
-        if scheme.bits > encoding.form.bits:
-            codes = (lookup.units(codes) + 2 ** (scheme.bits - 1)).to(torch.uint8)
-        found = {
-            "weight_packed": _packed_words(codes, scheme.bits),
-            "weight_scale": scale.float() if self.dequantized else scale,
-            "weight_shape": torch.tensor(codes.shape),
-        }
-        if not scheme.symmetric:
-            found["weight_zero_point"] = _packed_words(zero.T.contiguous(), scheme.bits).T
-        return {f"{owner}.{leaf}": value for leaf, value in found.items()}
-
-    def config(self) -> dict[str, Any]:
-        """`quantization_config`."""
-        alike: dict[Scheme, list[str]] = defaultdict(list)
-        for name, scheme in self.schemes.items():
-            alike[scheme].append(f"re:{re.escape(name)}$")
-        linear = (name for name, module in self.made.artifact.graph.model.named_modules() if type(module) is nn.Linear)
-        found = {
-            "quant_method": METHOD,
-            "format": FORMAT,
-            "quantization_status": "compressed",
-            "ignore": [name for name in linear if name not in self.schemes],
-            "config_groups": {
-                f"group_{i}": {
-                    "targets": targets,
-                    "weights": scheme.to_json(),
-                    "input_activations": None,
-                    "output_activations": None,
-                    "format": FORMAT,
-                }
-                for i, (scheme, targets) in enumerate(alike.items())
-            },
-        }
-        return {**found, "dequantize": True} if self.dequantized else found
-
-
-def _words(count: int, bits: int) -> int:
-    return -(-row_bytes(count, bits) // 4)
-
-
-def _packed_words(codes: Tensor, bits: int) -> Tensor:
-    """(R, N) uint8 codes -> (R, W) int32."""
-    packed = pack_bits(codes, bits)
-    filled = packed.new_zeros(len(packed), 4 * _words(codes.shape[1], bits))
-    filled[:, : packed.shape[1]] = packed
-    return filled.view(torch.int32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +45,9 @@ class CompressedTensors(Exporter):
         coded = {name: spec for name, spec in specs.items() if spec.form is not None}
         if not coded:
             yield "no layer has codes, so there is nothing to pack; quantize with rtn or gptq, or export hf"
-        others = [name for name, spec in coded.items() if name not in schemes(specs)]
+        experts = {site.name for site in graph.sites if site.is_expert}
+        kept = schemes(specs, experts)
+        others = [name for name in coded if name not in kept]
         if others:
             form = coded[others[0]].form
             assert form is not None
@@ -211,7 +61,9 @@ class CompressedTensors(Exporter):
                 f"{FORMAT} has no place for low-rank corrections, and {len(corrected)} layers have one, such as "
                 f"{corrected[0]}; leave eora out, or export peft or hf"
             )
-        yield from refuse_experts(graph, coded, FORMAT)
+        yield from _refuse_experts(graph, coded)
+        yield from refuse_read(graph, coded, FORMAT)
+        yield from refuse_shared(graph, coded, "compressed-tensors")
         yield from refuse_tables(graph, coded, "transformers reads no packed embeddings of compressed-tensors")
         modules = dict(graph.model.named_modules())
         tables = {site.name for site in graph.sites if site.looked_up}
@@ -224,19 +76,22 @@ class CompressedTensors(Exporter):
                 f"({kind}); `exclude` them in the quantizer, or export hf"
             )
         low = [
-            name for name, scheme in schemes(specs).items()
-            if not scheme.symmetric and scheme.group_size and _words(specs[name].shape[0], scheme.bits) == 1
+            name for name, scheme in kept.items()
+            if not scheme.symmetric and scheme.group_size and words(specs[name].shape[0], scheme.bits) == 1
         ]  # fmt: skip
         if low:
             yield (
                 f"the library cannot read the zero points of layers with as few rows as {low[0]} "
                 f"({specs[low[0]].shape[0]}; {len(low)} in all); set symmetric: true, or `exclude` them there"
             )
-        wide = [name for name, scheme in schemes(specs).items() if scheme.bits > MOST_BITS]
+        wide = [name for name, scheme in kept.items() if scheme.bits > MOST_BITS]
         if wide:
+            alike = (
+                "in layers, and only if all of those have the same bits, groups and symmetry; use one setting for all"
+            )
             yield (
-                f"asymmetric codes of {MOST_BITS} bits, such as those of {wide[0]}, can be read only if all layers "
-                "have the same bits, groups and symmetry; use one setting for all layers, or symmetric: true"
+                f"asymmetric codes of {MOST_BITS} bits, such as those of {wide[0]}, can be read "
+                f"{'in no experts; set' if wide[0] in experts else f'{alike}, or'} symmetric: true"
             )
 
     def write(self, made: PackedFolder, folder: Path, final: Path, bars: Bars) -> None:
@@ -265,6 +120,31 @@ class CompressedTensors(Exporter):
 def _unpacked_model(made: PackedFolder, folder: Path, dtype: torch.dtype) -> Logits:
     """The folder in memory. Layers are unpacked in the first pass, under progress bars of the library's own."""
     with redirect_stderr(StringIO()):
-        logits = loaded(made, folder, dtype)
+        model = loading.load_model(folder, dtype)
+        for name in {site.parameter for site in made.artifact.graph.sites if site.is_expert}:
+            experts = model.get_parameter(name)  # in the type of their scales
+            experts.data = experts.data.to(dtype)
+        logits = running(made, model)
         logits(torch.zeros(1, 1, dtype=torch.long))
     return logits
+
+
+def _refuse_experts(graph: Graph, coded: Collection[str]) -> Iterator[str]:
+    """Why the experts of a mixture would not be read back; nothing where they would."""
+    packed = [site for site in graph.sites if site.is_expert and site.name in coded]
+    if not packed:
+        return
+    there = matrices_on_hub(graph, groups_on_hub(graph, described_by(graph)))
+    alone = [site.name for site in packed if site.name not in there]
+    if alone:
+        yield (
+            f"{FORMAT} holds layers, and checkpoints of {type(graph.model).__name__} on the hub have none for each "
+            f"expert, such as {alone[0]} ({len(alone)} in all); `exclude` them, or export hf"
+        )
+    shared = {site.parameter for site in packed}
+    dense = [s.name for s in graph.sites if s.parameter in shared and s.name not in coded]
+    if dense:
+        yield (
+            f"transformers reads no other experts beside packed ones, and {len(dense)} are not packed, such as "
+            f"{dense[0]}; quantize all that the model keeps in one tensor or none of them, or export hf"
+        )

@@ -6,19 +6,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from compress.checkpoint.matching import Spelling
 from compress.checkpoint.packed_layout import spec_at
 from compress.checkpoint.sources import SINGLE
 from compress.errors import NonFiniteError
 from compress.export.base import Exporter, refuse_added
+from compress.export.on_hub import groups_on_hub
 from compress.io.atomic import write_json, writing
 from compress.io.safetensors_file import compare_tensors, in_range, write_tensors
 from compress.io.small_file import read_object
-from compress.lazy import torch, transformers
+from compress.lazy import torch
 from compress.models import loading
 from compress.models.companions import copy_companions
 from compress.models.graph import forward
-from compress.models.hub_names import undone
 from compress.models.logits import logits_in
 from compress.models.site import parameter_of
 
@@ -109,21 +108,18 @@ class OnHub:
     dense: Dense
 
     @cached_property
-    def _groups(self) -> dict[str, Undone]:
-        graph, described = self.dense.artifact.graph, {}
-        if not isinstance(graph.model, transformers.PreTrainedModel):
-            return {}
+    def groups(self) -> dict[str, Undone]:
+        """The parameters that lie together on the hub, by what they are called there; empty without other names."""
+        described = {}
         for name, ((_, shape, dtype),) in self.dense.layout():
             if name not in self.dense.artifact.carried:
                 described[name] = shape, dtype
-        spelling = Spelling(graph.model)
-        found = undone(graph.model, described, lambda stored: spelling.place(stored, described)) or []
-        return {group.first: group for group in found}
+        return {group.first: group for group in groups_on_hub(self.dense.artifact.graph, described)}
 
     def layout(self) -> list[tuple[str, list[Entry]]]:
         """Groups of parameters that lie together, in the model's order; last what is carried along."""
         plain = dict(self.dense.layout())
-        if not self._groups:
+        if not self.groups:
             return list(plain.items())
 
         def blank(name: str) -> Tensor:
@@ -132,13 +128,13 @@ class OnHub:
 
         found = [
             (first, [(name, tuple(t.shape), t.dtype) for name, t in group.tensors(blank).items()])
-            for first, group in self._groups.items()
+            for first, group in self.groups.items()
         ]
         return found + [(name, plain[name]) for name in self.dense.artifact.carried]
 
     def read(self, owner: str) -> dict[str, Tensor]:
         """The tensors of a group."""
-        group = self._groups.get(owner)
+        group = self.groups.get(owner)
         return self.dense.read(owner) if group is None else group.tensors(lambda name: self.dense.read(name)[name])
 
 
@@ -181,7 +177,11 @@ def refuse_rounded(specs: Mapping[str, Spec]) -> Iterator[str]:
 
 def loaded(made: PackedFolder, folder: Path, dtype: torch.dtype | None = None) -> Logits:
     """A folder that transformers can read, in memory, in the type of the pipeline or another."""
-    model = loading.load_model(folder, dtype or made.dtype)
+    return running(made, loading.load_model(folder, dtype or made.dtype))
+
+
+def running(made: PackedFolder, model: Any) -> Logits:
+    """What a model of the same class in memory computes."""
     graph = replace(made.artifact.graph, model=model)
 
     def logits(inputs: Tensor) -> Tensor:

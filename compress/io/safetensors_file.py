@@ -172,6 +172,12 @@ def _encoded(metadata: Mapping[str, str], entries: Mapping[str, Any]) -> bytes:
     return json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
 
 
+def size_of_file(entries: Sequence[Entry]) -> int:
+    """Bytes of the file that `write_tensors` writes, its header included."""
+    data = sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in entries)
+    return len(_opening({"format": "pt"}, entries)) + data
+
+
 def compare_tensors(layout: Layout, read: ReadTensors, file: Path, bars: Bars, heading: str) -> int:
     """Re-open a written file and compare every tensor with what was meant; returns how many were compared.
 

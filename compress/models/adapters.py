@@ -157,8 +157,17 @@ class LoraConfig:
         Raises:
             CheckpointError: something else than a LoRA, or values that mean nothing.
         """
-        settings, file = read_settings(adapter), adapter / CONFIG
+        settings = read_settings(adapter)
         _refuse_others(adapter, settings)
+        return cls.of(settings, adapter / CONFIG)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], file: Path) -> LoraConfig:
+        """From what a configuration says. `file`: where it stands, for messages.
+
+        Raises:
+            CheckpointError: values that mean nothing.
+        """
         numbers = {"r": settings.get("r", 8), "lora_alpha": settings.get("lora_alpha", 8)}
         patterns = {key: settings.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
         for key, found in patterns.items():

@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from compress.lazy import torch
+from compress.models.symmetry import Place, Units
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -34,6 +37,7 @@ GATES = ("gate", "router", "shared_expert_gate")  # beside fused experts
 OURS = "transformers.models."
 # What such a module calls the experts of each token, and how much each of them counts.
 CHOICES = {"top_k_index": "top_k_weights", "router_indices": "routing_weights"}
+MAKERS, READER = ("gate_up_proj", "up_proj"), "down_proj"  # what makes the neurons of experts, and what reads them
 EAGER = "eager"  # one expert after the other
 
 
@@ -81,6 +85,17 @@ def fused_parameters(module: nn.Module) -> Iterator[Fused]:
                 yield Fused(leaf, count, (len(value) // count, value.shape[1]), leaves[leaf], True, value)
 
 
+def mixtures(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module that holds fused experts."""
+    return {name: module for name, module in model.named_modules() if next(fused_parameters(module), None) is not None}
+
+
+def says_how(module: nn.Module) -> bool:
+    """Whether a module of experts computes as its marks say: up, perhaps with a gate, and down."""
+    first = "gate_up_proj" if getattr(module, "has_gate", False) else "up_proj"
+    return all(hasattr(module, mark) for mark in (*MARKS, first, "down_proj")) and takes_choices(module)
+
+
 def takes_choices(module: nn.Module) -> bool:
     """Whether a module of experts is told which of them each token goes to, and so can be told another choice."""
     return not CHOICES.keys().isdisjoint(inspect.signature(type(module).forward).parameters)
@@ -91,11 +106,35 @@ def passing_on(module: nn.Module) -> int:
     return sum(getattr(module, name, 0) or 0 for name in PASS_ON)
 
 
+def neurons_of_experts(module: nn.Module) -> Units | None:
+    """The neurons of one expert of a module; None where it is not known how its parameters keep them.
+
+    Places are in the entry of that expert in each parameter, which is called by its name in the module.
+    """
+    fused = {each.leaf: each for each in fused_parameters(module) if not each.joined}
+    makers = [leaf for leaf in MAKERS if leaf in fused]
+    if len(makers) != 1 or READER not in fused or len(fused) != 2:
+        return None
+    maker, reader = fused[makers[0]], fused[READER]
+    made, count = maker.shape[1 if maker.transposed else 0], reader.shape[0 if reader.transposed else 1]
+    each = torch.arange(count)
+    if made == count:
+        index = each[:, None]
+    elif made == 2 * count:
+        apart = getattr(module, "is_concatenated", True)  # gates stand before all others, or by turns with them
+        index = torch.stack([each, each + count] if apart else [2 * each, 2 * each + 1], dim=1)
+    else:
+        return None
+    places = [Place(maker.leaf, 1 if maker.transposed else 0, index)]
+    if getattr(module, f"{maker.leaf}_bias", None) is not None:
+        places.append(Place(f"{maker.leaf}_bias", 0, index))
+    return Units((*places, Place(READER, 0 if reader.transposed else 1, each[:, None])))
+
+
 def router_names(model: nn.Module) -> set[str]:
     """Full names of the modules that choose among experts, or weigh them, and of what is in them."""
     modules = dict(model.named_modules())
-    holding = (name for name, module in modules.items() if next(fused_parameters(module), None) is not None)
-    beside = {name.rpartition(".")[0] for name in holding}
+    beside = {name.rpartition(".")[0] for name in mixtures(model)}
 
     def routes(name: str, module: nn.Module) -> bool:
         owner, _, leaf = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""The experts of a mixture, and what the model is without some of them. Reads no weight.
+"""The experts of a mixture, and what the model is without some of them, or with some made of several. Reads no weight.
 
 How many there are is said once, in the configuration, for all layers. Which parameters that decides is not written
 down here by kind of model: the model is built anew with fewer, and what has another shape then is what has to be cut.
@@ -11,15 +11,15 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from compress.errors import UnsupportedModelError
-from compress.lazy import nn, torch, transformers
+from compress.lazy import nn, transformers
+from compress.models.cuts import Blend, Cut
 from compress.models.experts import fused_parameters, passing_on, takes_choices
 from compress.models.shorten import rebuilt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from torch import Tensor
-
+    from compress.models.cuts import Part
     from compress.models.graph import Graph
     from compress.models.site import Site
 
@@ -71,22 +71,17 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """What is left of a parameter or buffer.
+class Blends:
+    """Experts that are made of several.
 
     Attributes:
-        dim: along which its entries are experts.
-        kept: the entries that stay, in order.
-        shape: of what is left.
+        layers: module of experts -> number of one that stays -> what it becomes the sum of.
+        routers: whether what routers have for each expert is summed up too, by `routed`; otherwise what they have for
+            those that stay is left.
     """
 
-    dim: int
-    kept: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    def of(self, value: Tensor) -> Tensor:
-        """What is left of a value, as a tensor of its own."""
-        return value.index_select(self.dim, torch.tensor(self.kept, device=value.device))
+    layers: Mapping[str, Mapping[int, tuple[Part, ...]]]
+    routers: bool
 
 
 @dataclass(frozen=True)
@@ -171,7 +166,9 @@ def check_fewer(mixture: Mixture, keep: int) -> str | None:
     return None
 
 
-def fewer(graph: Graph, kept: Mapping[str, Sequence[int]], in_place: bool = False) -> Fewer:
+def fewer(
+    graph: Graph, kept: Mapping[str, Sequence[int]], in_place: bool = False, blends: Blends | None = None
+) -> Fewer:
     """A model without some experts.
 
     Args:
@@ -179,6 +176,7 @@ def fewer(graph: Graph, kept: Mapping[str, Sequence[int]], in_place: bool = Fals
         kept: module of experts -> the numbers of those that stay, in order; equally many of each, that `check_fewer`
             lets pass.
         in_place: change the model itself. Otherwise it is rebuilt, parameters on the meta device.
+        blends: what those that stay are made of; without, they stay as they are.
 
     Raises:
         UnsupportedModelError: with fewer experts in its configuration the model would be another one.
@@ -189,11 +187,11 @@ def fewer(graph: Graph, kept: Mapping[str, Sequence[int]], in_place: bool = Fals
     changes = _changes(model.config, mixture, keep)
     configured = _entries(changes)
     fresh = rebuilt(model, configured, f"{keep} experts in every layer")
-    cuts = _cuts(graph, mixture, kept, fresh)
+    cuts = _cuts(graph, mixture, kept, fresh, blends or Blends({}, False))
     if in_place:
         for path, value in changes.items():
             setattr(reduce(getattr, path[:-1], model.config), path[-1], value)
-        _cut_in_place(model, fresh, cuts)
+        cut_in_place(model, fresh, cuts)
     return Fewer(_graph(graph, model if in_place else fresh, cuts), cuts, configured)
 
 
@@ -257,7 +255,11 @@ def _layer_of(name: str, layers: Sequence[str]) -> str | None:
 
 
 def _cuts(
-    graph: Graph, mixture: Mixture, kept: Mapping[str, Sequence[int]], fresh: transformers.PreTrainedModel
+    graph: Graph,
+    mixture: Mixture,
+    kept: Mapping[str, Sequence[int]],
+    fresh: transformers.PreTrainedModel,
+    blends: Blends,
 ) -> dict[str, Cut]:
     """What is left of each parameter and buffer that has another shape with fewer experts."""
     model, kind, count = graph.model, type(graph.model).__name__, mixture.count
@@ -277,7 +279,8 @@ def _cuts(
             )
         (dim,) = places
         # What stands behind the experts stays: those of LongCat-Flash that only pass on what they are given.
-        cuts[name] = Cut(dim, (*kept[layer], *range(count, old[dim])), new)
+        numbers = (*kept[layer], *range(count, old[dim]))
+        cuts[name] = _cut(name, layer, Cut(dim, numbers, new), blends)
     for layer in mixture.layers:
         for fused in fused_parameters(model.get_submodule(layer)):
             if f"{layer}.{fused.leaf}" not in cuts and len(kept[layer]) < count:
@@ -285,7 +288,16 @@ def _cuts(
     return cuts
 
 
-def _cut_in_place(model: nn.Module, fresh: nn.Module, cuts: Mapping[str, Cut]) -> None:
+def _cut(name: str, layer: str, cut: Cut, blends: Blends) -> Cut:
+    """What is left of a parameter of a layer, or of the router beside it, where experts are made of several."""
+    owner, _, leaf = name.rpartition(".")
+    parts = blends.layers.get(layer)
+    if not parts or (owner != layer and not blends.routers):
+        return cut
+    return Blend(cut.dim, cut.kept, cut.shape, parts, leaf if owner == layer else "")
+
+
+def cut_in_place(model: nn.Module, fresh: nn.Module, cuts: Mapping[str, Cut]) -> None:
     """Leave of a model in memory what `fresh` has."""
     for (path, module), (_, other) in zip(model.named_modules(), fresh.named_modules(), strict=True):
         for values in (module._parameters, module._buffers):

@@ -16,11 +16,12 @@ from compress.lazy import transformers
 from compress.models.architecture import predicts_masked, predicts_next
 from compress.models.families import family_of
 from compress.models.families.transformers_model import TOKENS, called_with, called_with_images
+from compress.models.shared import with_shared
 from compress.models.tables import with_tables
-from compress.models.towers import LANGUAGE, named, numbered
+from compress.models.towers import APART, LANGUAGE, named, numbered
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     from torch import Tensor, nn
 
@@ -74,11 +75,27 @@ class Graph:
 
     def vectors(self) -> tuple[str, ...]:
         """Names of the parameters with one dimension: biases, scales of norms. Tied ones once."""
-        return tuple(name for name, p in self.model.named_parameters() if p.dim() == 1)
+        return tuple(name for name, p in self.model.named_parameters() if p.dim() == 1 and name not in self.tied)
+
+    def names_of(self, parameter: str) -> tuple[str, ...]:
+        """All names of a parameter: that its value is kept under, and those that are tied to it."""
+        return (parameter, *(name for name, kept in self.tied.items() if kept == parameter))
 
     def in_block(self, index: int) -> tuple[Site, ...]:
-        """The sites of one block, in the model's order."""
+        """The sites of one block, in the model's order. One that several blocks share is of the first."""
         return tuple(s for s in self.sites if s.block == index)
+
+    def used_in(self, index: int) -> tuple[Site, ...]:
+        """The sites that a block multiplies with: its own, and those that it shares with a block before it."""
+        inside = f"{self.blocks[index]}."
+        shared = (s for s in self.sites if s.block not in (None, index) and any(n.startswith(inside) for n in s.shared))
+        return (*self.in_block(index), *shared)
+
+    def users_of(self, sites: Iterable[Site]) -> tuple[int, ...]:
+        """The other blocks that share any of a block's sites."""
+        index = {name: i for i, name in enumerate(self.blocks)}
+        found = {_owner(name, index) for site in sites if site.block is not None for name in site.shared}
+        return tuple(sorted(i for i in found - {site.block for site in sites} if i is not None))
 
     @property
     def outside(self) -> tuple[Site, ...]:
@@ -118,6 +135,7 @@ def find(model: nn.Module) -> Graph:
     index = {name: i for i, name in enumerate(blocks)}
     sites = tuple(replace(site, block=_owner(site.name, index)) for site in family.sites(model))
     tied = _tied(model)
+    sites = with_shared(model, sites, tied)
     linear, sites = sites, with_tables(model, sites, tied)
     if not sites:
         raise UnsupportedModelError(
@@ -136,12 +154,16 @@ def chosen(graph: Graph, names: Collection[str] | None = None) -> Graph:
     Args:
         graph: of all towers.
         names: of those towers; by default that of the language where a causal language model has others beside it,
-            else all.
+            else all. All towers of a model that takes text alone are of the `language`.
 
     Raises:
         UnsupportedModelError: there is no such tower.
     """
     there = list(dict.fromkeys(tower.name for tower in graph.towers))
+    if names and graph.takes_tokens and not {LANGUAGE, *APART} & {*there}:
+        unknown = [name for name in names if name not in (LANGUAGE, *there)]
+        there = [LANGUAGE] if unknown and len(there) == 1 else there
+        names = unknown or [name for each in names for name in (there if each == LANGUAGE else [each])]
     if names is None:
         beside = graph.is_language_model and LANGUAGE in there
         names = [LANGUAGE] if beside else there
@@ -188,14 +210,14 @@ def _owner(name: str, blocks: dict[str, int]) -> int | None:
 
 
 def _refuse_shared(model: nn.Module, sites: tuple[Site, ...], tied: dict[str, str]) -> None:
-    """Blocks of a model of transformers that hold one matrix between them, each in a layer of its own."""
+    """Blocks of a model of transformers that share what is no plain layer, such as experts or convolutions."""
     owners = {site.parameter: site for site in sites if site.block is not None}
     shared = [(s, owners[tied[s.parameter]]) for s in owners.values() if tied.get(s.parameter) in owners]
     if shared and isinstance(model, transformers.PreTrainedModel):
         one, other = shared[0]
         raise UnsupportedModelError(
             f"blocks of {type(model).__name__} share matrices, such as {one.name} and {other.name} ({len(shared)} in "
-            "all); a matrix that several blocks have is not supported: use a model whose blocks have their own"
+            "all), which are no plain linear layers: use a model whose blocks have their own"
         )
 
 

@@ -117,7 +117,7 @@ class Body:
         """(n, H) -> (n, V)."""
         answer = copy.copy(self.output)
         answer.last_hidden_state = hidden[None]
-        with _runs(self.module, lambda *_, **__: answer):
+        with runs(self.module, lambda *_, **__: answer):
             return logits_in(self.call())[0]
 
 
@@ -152,7 +152,7 @@ def stopped(model: nn.Module, call: Callable[[], Any]) -> Body | Tensor:
     try:
         with ExitStack() as stack:
             for body in bodies(model):
-                stack.enter_context(_runs(body, stopping(body)))
+                stack.enter_context(runs(body, stopping(body)))
             return logits_in(call())
     except _Stop:
         return found[0]
@@ -195,7 +195,7 @@ def _pieces(body: Body, rows: int, hold: Callable[[], AbstractContextManager[Non
 
 
 @contextmanager
-def _runs(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def runs(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """While open, a module runs this in the place of its own forward."""
     before = module.__dict__.get("forward")
     module.forward = forward
@@ -209,5 +209,5 @@ def _runs(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 __all__ = [
-    "Body", "bodies", "logits_in", "logits_of", "pieces", "rows_at_once", "stopped", "tensors_in", "vocabulary",
+    "Body", "bodies", "logits_in", "logits_of", "pieces", "rows_at_once", "runs", "stopped", "tensors_in", "vocabulary",
 ]  # fmt: skip

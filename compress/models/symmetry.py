@@ -9,7 +9,7 @@ guessed from names alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from compress.lazy import torch
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
 
     from torch import Tensor, nn
+
+Part = Literal["heads", "mlp"]
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,13 @@ class Units:
     Attributes:
         places: everywhere they lie.
         inner: what is free within each unit. Its places count from 0 to the width of the unit.
+        part: what they are, where the wiring says it: neurons of an `mlp`, or `heads` (key-value groups with their
+            query heads). Their last place is then the columns of the layer that reads them.
     """
 
     places: tuple[Place, ...]
     inner: tuple[Units, ...] = ()
+    part: Part | None = None
 
     @property
     def count(self) -> int:
@@ -172,7 +177,8 @@ def _neurons(modules: dict[str, nn.Module], names: list[str]) -> Units:
     *makers, reader = names
     index = torch.arange(_width(modules[reader], made=False))[:, None]
     return Units(
-        (*(p for name in makers for p in _output_places(modules, name, index)), _input_place(modules, reader, index))
+        (*(p for name in makers for p in _output_places(modules, name, index)), _input_place(modules, reader, index)),
+        part="mlp",
     )
 
 
@@ -200,7 +206,7 @@ def _separate(modules: dict[str, nn.Module], names: list[str], heads: int, wirin
         inner.append(Units(tuple(replace(p, index=torch.arange(size)[:, None]) for p in (*queries, *keys))))
     *made, read = (replace(p, index=torch.arange(size)[:, None]) for p in values)
     inner.append(Units((*made, replace(read, index=within.T))))
-    yield Units((*queries, *keys, *values), tuple(inner))
+    yield Units((*queries, *keys, *values), tuple(inner), "heads")
 
 
 def _fused(modules: dict[str, nn.Module], names: list[str], heads: int, wiring: Wiring) -> Iterator[Units]:
@@ -220,7 +226,7 @@ def _fused(modules: dict[str, nn.Module], names: list[str], heads: int, wiring: 
     if not wiring.rotary:
         both = torch.cat([channel, size + channel], 1)
         inner.insert(0, Units(tuple(replace(p, index=both) for p in made)))
-    yield Units((*made, read), tuple(inner))
+    yield Units((*made, read), tuple(inner), "heads")
 
 
 def _width(module: nn.Module, made: bool) -> int:

@@ -77,11 +77,11 @@ def _hands_on(forward: object) -> bool:
     )
 
 
-def multiplies(model: nn.Module, site: Site) -> str | None:
-    """The module that multiplies with a site, whose inputs count for it; None where its rows are only looked up."""
+def multiplies(model: nn.Module, site: Site) -> tuple[str, ...]:
+    """The modules that multiply with a site, whose inputs count for it; none where its rows are only looked up."""
     if not site.looked_up:
-        return site.name if site.read_by is None else site.read_by
-    return next((name for name in site.names if not isinstance(model.get_submodule(name), nn.Embedding)), None)
+        return site.names if site.read_by is None else (site.read_by,)
+    return tuple(name for name in site.names if not isinstance(model.get_submodule(name), nn.Embedding))[:1]
 
 
 __all__ = ["looks_up", "multiplies", "with_tables"]

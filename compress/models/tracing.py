@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import inspect
 import operator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 from torch.nn import functional
 
 from compress.lazy import torch
-from compress.models.symmetry import Place, Units
+from compress.models.channel_orders import ChannelOrders
+from compress.models.symmetry import Units
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-
-    from torch import Tensor
 
 BY_CHANNEL: tuple[type[nn.Module], ...] = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Mish, nn.Softplus),
@@ -68,7 +67,7 @@ def trace(model: nn.Module, owner: str, tied: Mapping[str, str]) -> Iterator[Uni
     except Exception:  # the model's own code, which may do anything with what stands in for its inputs
         return iter(())
     tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
-    found = _Channels(dict(module.named_modules()), tensors).of(traced)
+    found = _Channels(dict(module.named_modules()), ChannelOrders(tensors)).of(traced)
     prefix = f"{owner}." if owner else ""
     return (_renamed_units(units, prefix, tied) for units in found)
 
@@ -92,16 +91,10 @@ class _Signal:
 
 @dataclass
 class _Channels:
-    """Groups of channels that share an order, and the places where they lie."""
+    """Follows channels from node to node."""
 
     modules: dict[str, nn.Module]
-    tensors: dict[str, Tensor]
-    sizes: list[int] = field(default_factory=list)
-    joined: dict[int, int] = field(default_factory=dict)
-    fixed: set[int] = field(default_factory=set)
-    places: dict[tuple[str, int], int] = field(default_factory=dict)
-    names: dict[int, str] = field(default_factory=dict)  # of each tensor the first of its names
-    alone: set[int] = field(default_factory=set)  # tensors that are used without their layer
+    orders: ChannelOrders
 
     def of(self, traced: fx.Graph) -> Iterator[Units]:
         """Follow the channels through a trace."""
@@ -109,12 +102,12 @@ class _Channels:
         for node in traced.nodes:
             arrived = [s for n in node.all_input_nodes if (s := signals[n]) is not None]
             signals[node] = self._through(node, arrived)
-        return self._free()
+        return self.orders.free()
 
     def _through(self, node: fx.Node, arrived: list[_Signal]) -> _Signal | None:
         target: Any = node.target
         if node.op == "get_attr":  # a parameter that is used by itself
-            self.alone.add(id(self.tensors.get(target)))
+            self.orders.alone.add(id(self.orders.tensors.get(target)))
             return None
         if node.op == "call_module":
             return self._module(target, self.modules[target], arrived, single=len(node.args) == 1 and not node.kwargs)
@@ -163,9 +156,9 @@ class _Channels:
 
     def _together(self, arrived: list[_Signal]) -> _Signal | None:
         first, second = arrived
-        if first.layout != second.layout or self.sizes[first.group] != self.sizes[second.group]:
+        if first.layout != second.layout or self.orders.sizes[first.group] != self.orders.sizes[second.group]:
             return self._stop(arrived)
-        self._join(first.group, second.group)
+        self.orders.join(first.group, second.group)
         return first
 
     def _flat(self, signal: _Signal) -> _Signal | None:
@@ -177,10 +170,10 @@ class _Channels:
         if signal is not None:
             if signal.layout not in layouts:
                 self._stop([signal])
-            self._place(f"{name}.weight", 1, signal.group)
+            self.orders.place(f"{name}.weight", 1, signal.group)
 
     def _made(self, name: str, channels: int, layout: str) -> _Signal:
-        signal = _Signal(self._new(channels), layout)
+        signal = _Signal(self.orders.new(channels), layout)
         self._along(name, signal)
         return signal
 
@@ -188,59 +181,13 @@ class _Channels:
         """What a layer has for each channel moves with it."""
         for leaf in ("weight", "bias", "running_mean", "running_var"):
             if getattr(self.modules[name], leaf, None) is not None:
-                self._place(f"{name}.{leaf}", 0, signal.group)
+                self.orders.place(f"{name}.{leaf}", 0, signal.group)
         return signal
-
-    def _place(self, tensor: str, axis: int, group: int) -> None:
-        if tensor not in self.tensors:  # computed from others, as under a parametrization
-            self.fixed.add(group)
-            return
-        # Layers that share a parameter share the order of its axes.
-        tensor = self.names.setdefault(id(self.tensors[tensor]), tensor)
-        if (tensor, axis) in self.places:
-            self._join(self.places[tensor, axis], group)
-        else:
-            self.places[tensor, axis] = group
-
-    def _new(self, size: int) -> int:
-        self.sizes.append(size)
-        return len(self.sizes) - 1
-
-    def _root(self, group: int) -> int:
-        while group in self.joined:
-            group = self.joined[group]
-        return group
-
-    def _join(self, first: int, second: int) -> None:
-        a, b = self._root(first), self._root(second)
-        if self.sizes[a] != self.sizes[b]:
-            self.fixed |= {a, b}
-        elif a != b:
-            self.joined[b] = a
 
     def _stop(self, signals: list[_Signal]) -> _Signal | None:
         """What is not known to let channels through: they keep their order."""
-        self.fixed |= {signal.group for signal in signals}
+        self.orders.fixed |= {signal.group for signal in signals}
         return None
-
-    def _free(self) -> Iterator[Units]:
-        fixed = {self._root(group) for group in self.fixed}
-        groups: dict[int, list[tuple[str, int]]] = {}
-        for place, group in self.places.items():
-            groups.setdefault(self._root(group), []).append(place)
-        for group, places in groups.items():
-            size, names = self.sizes[group], [tensor for tensor, _ in places]
-            lengths = [self.tensors[tensor].shape[axis] for tensor, axis in places]
-            if group in fixed or size < 2 or any(n % size for n in lengths):
-                continue
-            if self.alone & {id(self.tensors[name]) for name in names} or len(set(names)) < len(names):
-                continue  # one order on both axes of a matrix is no linear assignment
-            yield Units(
-                tuple(
-                    Place(tensor, axis, torch.arange(n).view(size, -1), "running_" not in tensor)
-                    for (tensor, axis), n in zip(places, lengths, strict=True)
-                )
-            )
 
 
 def _by_channel(module: nn.Module) -> bool:

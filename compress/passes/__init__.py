@@ -23,12 +23,14 @@ from compress.passes.merge.task_arithmetic import TaskArithmetic
 from compress.passes.merge.ties import Ties
 from compress.passes.merge.weight_matching import WeightMatching
 from compress.passes.prune.bip import Bip
+from compress.passes.prune.expert_merge import ExpertMerge
 from compress.passes.prune.expert_prune import ExpertPrune
 from compress.passes.prune.global_magnitude import GlobalMagnitude
 from compress.passes.prune.layer_drop import LayerDrop
 from compress.passes.prune.magnitude import Magnitude
 from compress.passes.prune.sparsegpt import SparseGpt
 from compress.passes.prune.wanda import Wanda
+from compress.passes.prune.width_prune import WidthPrune
 from compress.passes.quantize.adaround import AdaRound
 from compress.passes.quantize.codebook import Codebook
 from compress.passes.quantize.flexround import FlexRound
@@ -43,6 +45,7 @@ from compress.passes.quantize.rtn import Rtn
 from compress.passes.retrain.perp import Perp
 from compress.passes.retrain.perp_reconstruct import PerpReconstruct
 from compress.passes.retrain.sparse_soup import SparseSoup
+from compress.passes.width import WidthPass
 
 PASSES: tuple[type[Pass], ...] = (
     Rtn,
@@ -63,6 +66,8 @@ PASSES: tuple[type[Pass], ...] = (
     Bip,
     LayerDrop,
     ExpertPrune,
+    ExpertMerge,
+    WidthPrune,
     Perp,
     PerpReconstruct,
     SparseSoup,
@@ -97,6 +102,7 @@ __all__ = [
     "DeltaPass",
     "DepthPass",
     "Eora",
+    "ExpertMerge",
     "ExpertPrune",
     "ExpertsPass",
     "FlexRound",
@@ -130,4 +136,6 @@ __all__ = [
     "Ties",
     "Wanda",
     "WeightMatching",
+    "WidthPass",
+    "WidthPrune",
 ]

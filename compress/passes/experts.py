@@ -1,4 +1,4 @@
-"""A pass that takes experts out of the layers of a mixture."""
+"""A pass that leaves fewer experts in the layers of a mixture."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.models.graph import Graph
-    from compress.passes.interface import ExpertsSeen
+    from compress.models.symmetry import Units
+    from compress.passes.interface import ExpertsLeft, ExpertsSeen
+    from compress.passes.merge.permutation import Moves, ReadTensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsPass(Pass):
-    """A pass that takes experts out of every layer of a mixture, of those of which it selects every matrix.
+    """A pass that leaves fewer experts in every layer of a mixture: of those of which it selects every matrix.
 
     Args:
         keep: how many experts of every layer stay: a share of them, or a whole number.
@@ -29,6 +31,7 @@ class ExpertsPass(Pass):
     keep: Annotated[float, Gt(0), Lt(1)] | Annotated[int, Ge(1)] = 0.75
 
     reach: ClassVar[Reach] = "experts"
+    merges: ClassVar[bool] = False  # what stays may be made of several, so one of those that may go stays in each group
 
     @property
     def calibrated(self) -> bool:
@@ -38,6 +41,24 @@ class ExpertsPass(Pass):
     def sees_outputs(self) -> bool:
         """Whether it must know what experts put out, not only what they are sent."""
         return True
+
+    @property
+    def sees_distances(self) -> bool:
+        """Whether it must know how like each other the outputs of experts are, each shown every token."""
+        return False
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the neurons of experts that become one are put in one order first, by `order`."""
+        return False
+
+    @property
+    def mixes_routers(self) -> bool:
+        """Whether the router gets the mean of what it had for experts that become one.
+
+        Otherwise it keeps what it had for the one whose number they keep.
+        """
+        return False
 
     @property
     def kept_in_words(self) -> str:
@@ -73,6 +94,10 @@ class ExpertsPass(Pass):
         """(experts,) float64: what each is worth."""
         raise NotImplementedError
 
-    def run(self, layer: ExpertsSeen) -> tuple[int, ...]:
-        """Numbers of the experts that stay, in order."""
+    def run(self, layer: ExpertsSeen) -> ExpertsLeft:
+        """Which experts stay, and what they are made of."""
+        raise NotImplementedError
+
+    def order(self, neurons: Units, ours: ReadTensor, theirs: ReadTensor) -> Moves:
+        """How the neurons of another expert are put in our order: name of a parameter -> what is done to its entry."""
         raise NotImplementedError

@@ -117,6 +117,9 @@ class ExpertsSeen:
         tokens: (experts,) int64, how many tokens each was sent.
         weighted: (experts,) float64, the sum over its tokens of the weight that the router gave it times the norm of
             what it put out; zeros for a pass that does not ask for outputs.
+        weights: (experts,) float64, the sum over its tokens of the weight that the router gave it.
+        distances: (experts, experts) float64, how far apart the means are of what they put out, each shown every token;
+            None for a pass that does not ask for them.
         keep: how many stay.
         groups: into which they fall, neighbours together; equally many of each stay.
         may: the numbers of those that may go.
@@ -124,9 +127,68 @@ class ExpertsSeen:
 
     tokens: Tensor
     weighted: Tensor
+    weights: Tensor
     keep: int
     groups: int
     may: frozenset[int]
+    distances: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ExpertsLeft:
+    """What an ExpertsPass leaves of the experts of one layer.
+
+    Attributes:
+        numbers: of those that stay, in order; one that is made of several has the number of one of them.
+        made_of: number of one that is made of several -> the numbers of those, and the share of each; 1 together.
+    """
+
+    numbers: tuple[int, ...]
+    made_of: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class UnitsSeen:
+    """What a WidthPass works on: the units between the layers that make them and the one that reads them.
+
+    Shapes: O outputs and I inputs of the reading layer, U units of w columns each, M matrices that make them.
+
+    Attributes:
+        weight: (O, I) float32 of the reading layer.
+        columns: (U, w) int64, which of its columns each unit has; all I of them.
+        keep: how many units stay.
+        statistics: of the reading layer's inputs; None where the pass needs none.
+        made: (M, U) float64, the sum of squares of what each matrix has of each unit, biases left out; None where the
+            pass does not ask for it.
+        slopes: (U,) float64, the sum of |weight * gradient of the loss| over all that each unit has; None where the
+            pass does not ask for it.
+        biased: whether the reading layer has a bias, which can take up what units add on average.
+    """
+
+    weight: Tensor
+    columns: Tensor
+    keep: int
+    statistics: Statistics | None = None
+    made: Tensor | None = None
+    slopes: Tensor | None = None
+    biased: bool = False
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """What a WidthPass makes of them.
+
+    Attributes:
+        kept: numbers of the units that stay, ascending.
+        weight: (O, keep * w) float32, the reading layer on what they have, its columns in the order they had.
+        shift: (O,) to be added to the layer's bias; only where it has one.
+        notes: facts for the report.
+    """
+
+    kept: tuple[int, ...]
+    weight: Tensor
+    shift: Tensor | None = None
+    notes: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -6,23 +6,15 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from compress.calibration.texts import IMAGE_SUFFIX, is_images
-from compress.config.pipeline import GATES, GIVEN
 from compress.errors import Problem
-from compress.models.experts import takes_choices
 from compress.models.members import is_recurrent
-from compress.models.named import takes_more_than_text
-from compress.models.positions import longest_window
-from compress.planning.dense import LEAST_REACHED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from compress.config.pipeline import Pipeline
     from compress.models.graph import Graph
     from compress.models.site import Site
     from compress.passes import Pass
-    from compress.planning.dense import Dense
     from compress.planning.state import PlanState
 
 
@@ -247,6 +239,11 @@ def tied_or_outside(case: Case) -> Iterator[Problem]:
     """Matrices that share their values with another, and those where a block is learned that is none."""
     graph, pass_ = case.state.graph, case.pass_
     for site in case.sites:
+        if site.shared and not site.looked_up and pass_.at(site.name).adds_biases:
+            yield case.refused(
+                f"{site.name} is shared with {site.shared[0]}, so {pass_.key} cannot give it a bias of its own; "
+                "`exclude` it, or use a method that adds none"
+            )
         if site.parameter in graph.tied and not site.looked_up:
             other = graph.tied[site.parameter].removesuffix(".weight")
             yield case.refused(f"{site.name} is tied to {other}; compressing one would change the other. Exclude it")
@@ -299,7 +296,8 @@ def training_objective(case: Case) -> Iterator[Problem]:
     if state.shorter and pass_.loss == "distill" and not state.specs:
         more = ", or set it to next_token, which learns from the text" if language else ""
         yield case.refused(
-            "the original to learn from is without the blocks or experts that went before, and nothing else is lost; "
+            "the original to learn from is without the blocks, experts, neurons or heads that went before, and nothing "
+            "else is lost; "
             f"put {pass_.key} behind a pruner or quantizer{more}",
             "objective",
         )
@@ -310,93 +308,3 @@ def shapes_together(case: Case) -> Iterator[Problem]:
     error = case.pass_.check_shapes({s.name: s.shape for s in case.sites}) if case.sites else None
     if error:
         yield case.refused(error.message, error.option)
-
-
-# --- of the pipeline as a whole --------------------------------------------------------------------------------------
-
-
-def missing_calibration(pipeline: Pipeline, state: PlanState) -> Iterator[Problem]:
-    """No data for a pass that learns from them."""
-    path = state.first_learner
-    if path and pipeline.calibration is None:
-        images = "{source: images.safetensors, samples: 128}"
-        text = "{source: demo, samples: 128, length: 512}"
-        example = text if state.graph.takes_tokens else images
-        yield Problem(
-            path,
-            f"{path.rpartition('.')[2]} learns from data, and `calibration:` is missing; for example calibration: "
-            f"{example}",
-        )
-
-
-def gates(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
-    """A quality gate on what is not measured of this model."""
-    if pipeline.evaluate:
-        gate: tuple[str, ...]
-        if graph.is_language_model:
-            gate, measured = GATES[:1], "perplexity"
-        elif graph.predicts_masked:
-            gate, measured = (GATES[0], GATES[2]), "perplexity of masked tokens, or by its outputs"
-        else:
-            gate, measured = GATES[1:], "accuracy, or without labels by its outputs"
-        for other in GATES:
-            if getattr(pipeline.evaluate, other) is not None and other not in gate:
-                said = f"this model is judged by its {measured}; its gate is {' or '.join(gate)}"
-                yield Problem(f"evaluate.{other}", said)
-
-
-def exports(pipeline: Pipeline, state: PlanState) -> Iterator[Problem]:
-    """What a format cannot hold."""
-    for exporter in pipeline.export:
-        for reason in exporter.refusals(state.graph, state.specs, state.new_biases):
-            yield Problem(f"export.{exporter.key}", reason)
-
-
-def data_sections(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
-    """Data of another kind than the model takes, or longer."""
-    longest = longest_window(graph.model) if graph.takes_tokens else None  # CLIP has positions of words, too
-    images, model = not graph.takes_tokens, type(graph.model).__name__
-    for name, section in (("calibration", pipeline.calibration), ("evaluate", pipeline.evaluate)):
-        for source in section.sources.values() if section else ():
-            by_name = is_images(source) and takes_more_than_text(graph.model)
-            if source != GIVEN and is_images(source) != images and not by_name:
-                wanted = f"{'images' if graph.is_image_model else 'inputs'} from a {IMAGE_SUFFIX} file"
-                wanted = wanted if images else "text"
-                yield Problem(f"{name}.source", f"{source}: {model} takes {wanted}")
-        texts = section is not None and not any(map(is_images, section.sources.values()))
-        if section and longest and texts and section.length > longest:
-            yield Problem(f"{name}.length", f"{section.length} is more than the model's {longest} positions")
-
-
-def out_of_reach(pipeline: Pipeline, graph: Graph, dense: Dense) -> Iterator[Problem]:
-    """A model of which most is not what passes work on: the result would not be what its name says."""
-    if dense.reached < LEAST_REACHED and not pipeline.allow_dense:
-        parts = ", ".join(f"{what} ({size / 1e6:.2f} MB)" for what, size in dense.unreached.items())
-        yield Problem(
-            "allow_dense",
-            f"passes can reach {dense.reached:.0%} of the matrices of a {type(graph.model).__name__}; left dense would "
-            f"be {parts}. With `allow_dense: true` it is run all the same, and the report says what was left",
-        )
-
-
-def all_experts(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
-    """Tokens that are to be shown to all experts of a model that has none, or whose experts choose for themselves."""
-    if pipeline.calibration is None or not pipeline.calibration.calibrate_all_experts:
-        return
-    path, model = "calibration.calibrate_all_experts", type(graph.model).__name__
-    owners = dict.fromkeys(site.parameter.rpartition(".")[0] for site in graph.sites if site.is_expert)
-    if not owners:
-        yield Problem(path, f"changes nothing: {model} keeps no experts together in one tensor")
-    others = [name for name in owners if not takes_choices(graph.model.get_submodule(name))]
-    if others:
-        yield Problem(path, f"{others[0]} of a {model} cannot be told which experts to run; leave it out")
-
-
-def whole_pipeline(pipeline: Pipeline, state: PlanState, dense: Dense) -> Iterator[Problem]:
-    """Everything that no single pass is to blame for. `state`: after the last pass."""
-    yield from out_of_reach(pipeline, state.graph, dense)
-    yield from missing_calibration(pipeline, state)
-    yield from gates(pipeline, state.graph)
-    yield from exports(pipeline, state)
-    yield from data_sections(pipeline, state.graph)
-    yield from all_experts(pipeline, state.graph)

@@ -1,10 +1,12 @@
-"""Plans a pass that takes experts out of a mixture: which may go, and what is left. Reads no weight."""
+"""Plans a pass that leaves fewer experts in a mixture: which may go, and what is left. Reads no weight."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from compress.errors import Problem, UnsupportedModelError
+from compress.models.experts import READER, neurons_of_experts
 from compress.models.fewer_experts import LEAST_IN_GROUP, check_fewer, fewer, mixture_of
 from compress.passes.experts import ExpertsPass
 from compress.planning import checks
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from compress.models.fewer_experts import Fewer, Mixture
     from compress.passes import Pass
     from compress.planning.state import PlanState
+
+FLOAT64 = 8
 
 
 def plan(state: PlanState, path: str, pass_: Pass, *, fused: bool, first: bool) -> Planned:
@@ -40,13 +44,13 @@ def plan(state: PlanState, path: str, pass_: Pass, *, fused: bool, first: bool) 
     refused = check_fewer(mixture, keep)
     if refused is not None:
         return Planned(part, after, (*problems, Problem(f"{path}.keep", refused)))
-    problems += _may_go(path, pass_, mixture, keep, may)
+    problems += (*_may_go(path, pass_, mixture, keep, may), *_in_one_order(path, pass_, state, mixture))
     try:
         made = fewer(graph, {name: _example(mixture, keep, may[name]) for name in mixture.layers})
     except UnsupportedModelError as error:
         return Planned(part, after, (*problems, Problem(path, str(error))))
     problems += _worked_on(state, path, pass_, made, may)
-    return Planned(part, after.without_experts(made), tuple(problems))
+    return Planned(part, after.with_cuts(made), tuple(problems))
 
 
 def _may_go(
@@ -57,14 +61,28 @@ def _may_go(
     for name, numbers in may.items():
         for first in range(0, mixture.count, size):
             there = len(numbers.intersection(range(first, first + size)))
-            if there < gone:
+            least = gone + pass_.merges if gone else 0
+            if there < least:
                 group = f" of the group from {first} on" if mixture.groups > 1 else ""
+                becoming = f"become {least - gone}" if pass_.merges else "go"
                 yield Problem(
                     path,
-                    f"{gone} experts{group} of {name} should go, and only {there} may: those of which include and "
-                    f"exclude leave {pass_.key} every matrix",
+                    f"{least} experts{group} of {name} should {becoming}, and only {there} may: those of which include "
+                    f"and exclude leave {pass_.key} every matrix",
                 )
                 return
+
+
+def _in_one_order(path: str, pass_: ExpertsPass, state: PlanState, mixture: Mixture) -> Iterator[Problem]:
+    """Experts of which it is not known where their neurons are, and whose neurons should be put in one order."""
+    for name in mixture.layers if pass_.aligned else ():
+        if neurons_of_experts(state.graph.model.get_submodule(name)) is None:
+            yield Problem(
+                path,
+                f"it is not known which neurons the parameters of {name} belong to, so they cannot be put in one "
+                "order; give align: false to merge them as they stand",
+            )
+            return
 
 
 def _example(mixture: Mixture, keep: int, may: frozenset[int]) -> tuple[int, ...]:
@@ -83,6 +101,14 @@ def _worked_on(
             yield Problem(
                 path, f"{site.name} was worked on before, and rows of it have to go; put {pass_.key} before that"
             )
+    if pass_.merges:
+        done = next((s for s in state.graph.sites if s.is_expert and s.name in state.specs), None)
+        if done is not None:
+            yield Problem(
+                path,
+                f"{done.name} was worked on before, and experts become one as they were; put {pass_.key} before that",
+            )
+        return
     kinds: dict[str, set[tuple[str, bool]]] = {}
     for site in state.graph.sites:
         owner = site.parameter.rpartition(".")[0]
@@ -94,3 +120,18 @@ def _worked_on(
             "passes before it made weights of different kinds of the experts of a layer, so what may follow would "
             f"depend on which of them go; put {pass_.key} before them",
         )
+
+
+def bytes_to_merge(part: PassPlan) -> int:
+    """Memory to compare what the experts of a layer put out, and to match two of them; 0 of other passes."""
+    if not isinstance(part.pass_, ExpertsPass) or not part.pass_.merges or not part.sites:
+        return 0
+    widest, count = max(max(site.shape) for site in part.sites), part.sites[0].ref.of
+    compared = FLOAT64 * count * (2 * widest + count)
+    sizes: dict[tuple[str, tuple[int, ...]], int] = {}
+    for site in part.sites:
+        whose = site.parameter.rpartition(".")[0], site.ref.index
+        sizes[whose] = sizes.get(whose, 0) + math.prod(site.shape)
+    neurons = max((s.shape[1] for s in part.sites if s.parameter.endswith(f".{READER}")), default=0)
+    # Both experts and the other in its new order, twice while it moves; scores, and what the assignment makes of them.
+    return compared + (FLOAT64 * (4 * max(sizes.values()) + 3 * neurons**2) if part.pass_.aligned else 0)

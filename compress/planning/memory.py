@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.calibration.data import CALIBRATED_AT_ONCE
 from compress.calibration.metrics import TOKENS_AT_ONCE
+from compress.calibration.processed import takes_rows
 from compress.calibration.reference import REFERENCE_NUMBERS
+from compress.calibration.self_written import AT_ONCE
+from compress.calibration.texts import SELF
+from compress.errors import DataError
 from compress.export.compared import NUMBERS as COMPARED
 from compress.models.logits import PIECE, WHOLE, WHOLE_LEARNED, bodies, vocabulary
 from compress.passes import MergePass
 from compress.passes.merge.permutation import coupled
 from compress.passes.retrain.options import TrainingOptions
+from compress.planning.experts import bytes_to_merge
 from compress.planning.need import Need
 
 if TYPE_CHECKING:
@@ -32,6 +38,7 @@ LIBRARIES = 3 << 30  # those of CUDA, once they are loaded
 TRAINING = 6  # numbers per weight of a model that is trained as a whole, adapters not counted; one more per copy
 LEARNING = 18  # numbers per weight while it is learned: values, gradients, moments, the best so far, temporaries
 ACTIVATIONS = 1 << 30  # bytes; more of them lie in files
+SIDE, CHANNELS = 384, 3  # of an image, where the configuration does not say
 READING = 8  # bytes for each of a file of text while it is read and tokenized
 EXPORTING = 2  # a container while it is written, and loaded again
 KEPT_NUMBERS = 1 << 26  # of models that are read again and again
@@ -52,14 +59,18 @@ def moments_of(
         final: bytes of the weights afterwards.
         exported: bytes of each container that is written.
     """
-    windows = _windows(pipeline.calibration) + _windows(pipeline.evaluate)
+    sections = [section for section in (pipeline.calibration, pipeline.evaluate) if section]
+    windows = sum(_windows(section) + _shown(section, graph) for section in sections)
     held = {"interpreter": INTERPRETER, "data": windows}
-    moments = [Need("reading data", {**held, "data": windows + _reading(pipeline)})]
+    moments = [Need("reading data", {**held, "data": windows + _reading(sections, graph)})]
+    if pipeline.calibration and SELF in pipeline.calibration.sources.values():
+        moments.append(joined("writing calibration text", held, _writing(graph, pipeline.calibration)))
     if pipeline.evaluate:
         held["evaluation"] = reference(graph, pipeline.evaluate)
         moments.append(joined("evaluating", held, _evaluating(graph, pipeline.evaluate)))
     for stage in stages:
         parts = _stage(pipeline, [part.pass_ for part in stage], graph)
+        parts["merging"] += sum(bytes_to_merge(part) for part in stage)
         moments.append(joined(f"running {stage[0].path}", held, parts))
     moments.append(joined("checking the result", held, _checking(pipeline, graph, final)))
     for exporter, size in zip(pipeline.export, exported, strict=True):
@@ -89,18 +100,33 @@ def joined(moment: str, held: Mapping[str, int], parts: Mapping[str, int]) -> Ne
 # --- data and what they become ---------------------------------------------------------------------------------------
 
 
-def _windows(section: DataSection | None) -> int:
-    return TOKEN * _tokens(section) if section else 0
+def _windows(section: DataSection) -> int:
+    return TOKEN * _tokens(section)
 
 
 def _tokens(section: DataSection) -> int:
     return section.samples * len(section.sources) * section.length
 
 
-def _reading(pipeline: Pipeline) -> int:
+def _shown(section: DataSection, graph: Graph) -> int:
+    """What the images or sounds of rows become, one of each row; a sound is about as large as an image."""
+    config = getattr(graph.model, "config", None)
+    side = getattr(getattr(config, "vision_config", None) or config, "image_size", None)
+    side = max((n for n in (side if isinstance(side, list | tuple) else [side]) if isinstance(n, int)), default=SIDE)
+    return len(_of_rows(section, graph)) * section.samples * CHANNELS * side**2 * FLOAT
+
+
+def _of_rows(section: DataSection, graph: Graph) -> list[str]:
+    """The sources whose rows are read one by one, with their images or sounds."""
+    with suppress(DataError):  # which is said elsewhere
+        return [source for source in section.sources.values() if takes_rows(graph.model, source, section.field)]
+    return []
+
+
+def _reading(sections: Sequence[DataSection], graph: Graph) -> int:
     """The largest file of text, while it is tokenized."""
-    sections = [s for s in (pipeline.calibration, pipeline.evaluate) if s]
-    files = [Path(source) for section in sections for source in section.sources.values()]
+    apart = {source for section in sections for source in _of_rows(section, graph)}
+    files = [Path(source) for section in sections for source in section.sources.values() if source not in apart]
     sizes = [file.stat().st_size for file in files if file.is_file()]
     return READING * max(sizes, default=0)
 
@@ -151,6 +177,16 @@ def _evaluating(graph: Graph, section: DataSection) -> dict[str, int]:
         "weights": 2 * max(block(graph), outside(graph)) * FLOAT,
         "activations": flowing(graph, tokens) * FLOAT,
         "evaluation": logits(graph, tokens, WHOLE, MEASURING),
+    }
+
+
+def _writing(graph: Graph, section: DataSection) -> dict[str, int]:
+    """The whole model, what its layers keep of every token, and the logits of one token for each text."""
+    texts, width = min(AT_ONCE, section.samples), _configured(graph, "hidden_size", widest(graph))
+    return {
+        "weights": sum(p.numel() for p in graph.model.parameters()) * FLOAT,
+        "activations": 2 * len(graph.blocks) * texts * section.length * width * FLOAT,
+        "evaluation": MEASURING * texts * vocabulary(graph.model) * FLOAT,
     }
 
 

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 def on_model(graph: Graph, pass_: Pass) -> Pass:
     """A pass whose patterns say by the names of sites alone what they, and `embeddings`, say on a model.
 
-    A head that is tied to an embedding is one site with it, and goes by the names of both.
+    A head that is tied to an embedding is one site with it, as layers are that blocks share, and goes by all its names.
     """
     include, exclude, overrides = list(pass_.include), list(pass_.exclude), list(pass_.overrides)
     options = pass_.embeddings if isinstance(pass_, EmbeddingOptions) else None
     words = () if options is None else word_tables(graph)
     for site in graph.sites:
-        if not site.looked_up:
+        if not site.looked_up and not site.shared:
             continue
         own = escape(site.name)
         if any(names(p, name) for p in pass_.include for name in site.shared):

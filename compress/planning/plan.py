@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from compress.config.lines import line_of
 from compress.config.pipeline import walk
 from compress.errors import ConfigError
-from compress.planning import checks, depth, device_memory, disk, experts, memory, merge, sites
+from compress.planning import depth, device_memory, disk, experts, memory, merge, sites, whole, width
 from compress.planning.dense import Dense, left_dense
 from compress.planning.disk import computed
 from compress.planning.need import most
@@ -35,6 +35,7 @@ PLANNERS: dict[Reach, Planner] = {
     "merge": merge.plan,
     "depth": depth.plan,
     "experts": experts.plan,
+    "width": width.plan,
 }
 
 
@@ -105,7 +106,7 @@ def make(
         problems += planned.problems
         state = planned.state
     dense = left_dense(state.graph, state.dtypes, state.specs.keys(), carried) if state.specs else Dense()
-    problems += checks.whole_pipeline(pipeline, state, dense)
+    problems += whole.whole_pipeline(pipeline, state, dense)
     if problems:
         raise ConfigError([replace(p, line=line_of(pipeline.lines, p.path)) for p in problems], file)
     final = state.final_bytes()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from compress.errors import Problem
     from compress.models.fewer_experts import Fewer
     from compress.models.graph import Graph
+    from compress.models.narrow import Narrower
     from compress.models.shorten import Shorter
     from compress.models.site import Site
     from compress.passes import Pass
@@ -29,14 +30,18 @@ CARRIED = "carried along"  # stands for all tensors without a place, among the s
 class PassPlan:
     """One pass on one model: the sites it works on, and each one's expected spec afterwards.
 
-    A pass that takes blocks or experts out has the sites of which it may take some, and one that merges those whose
-    weights it merges; they have no specs.
+    A pass that takes blocks, experts or units out has the sites of which it may take some, and one that merges those
+    whose weights it merges; they have no specs.
+
+    Attributes:
+        left: what is left of a block, in words, behind a pass that takes units out.
     """
 
     path: str
     pass_: Pass
     sites: tuple[Site, ...]
     specs: dict[str, Spec]
+    left: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class PlanState:
         kinds: site -> kind of its weight, such as `dense` or `sparse-quantized`.
         specs: site -> how its weight is stored; only of sites that a pass worked on.
         new_biases: site -> bytes of a bias that a pass gives it.
-        shorter: whether a pass took blocks or experts out.
+        shorter: whether a pass took blocks, experts, neurons or heads out.
         merges: how many passes merged.
         first_change: path of the first pass that is not a merge; empty before it.
         first_learner: path of the first pass that learns from data; empty before it.
@@ -93,8 +98,8 @@ class PlanState:
             shorter=True,
         )
 
-    def without_experts(self, fewer: Fewer) -> PlanState:
-        """The state of the model without the experts that a pass takes out."""
+    def with_cuts(self, fewer: Fewer | Narrower) -> PlanState:
+        """The state of the model without the experts, neurons or heads that a pass takes out."""
         before = {name: tensor.numel() for name, tensor in self.graph.tensors()}
         sizes = {
             name: size * math.prod(fewer.cuts[name].shape) // before[name] if name in fewer.cuts else size

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from compress.passes import DepthPass, ExpertsPass, MergePass
+from compress.passes import DepthPass, ExpertsPass, MergePass, WidthPass
 from compress.report.bars import zeros
 from compress.report.report import size_text
 
@@ -67,6 +67,8 @@ def becomes(part: PassPlan) -> str:
         return f"{part.pass_.blocks} of {len({s.block for s in part.sites})} blocks gone"
     if isinstance(part.pass_, ExpertsPass):
         return f"{part.pass_.kept_in_words} of the experts of every layer left"
+    if isinstance(part.pass_, WidthPass):
+        return part.left
     if isinstance(part.pass_, MergePass):
         return f"merged with {', '.join(part.pass_.models)}"
     kinds = {spec.kind + (f", inputs {spec.inputs}" if spec.inputs else "") for spec in part.specs.values()}

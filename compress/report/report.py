@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from compress.models.narrow import IN_WORDS
 from compress.planning.dense import VECTORS
 
 if TYPE_CHECKING:
@@ -75,6 +76,9 @@ class Report:
     trained: list[dict[str, Any]] = field(default_factory=list)  # pass, numbers it trained, parameters of the model
     dropped: list[dict[str, Any]] = field(default_factory=list)  # pass, blocks it took out, of how many, distances
     experts: list[dict[str, Any]] = field(default_factory=list)  # pass, how many it kept, of how many, and which went
+    width: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # pass, of each part how many it kept, and which, by layer
     merged: list[dict[str, Any]] = field(default_factory=list)  # pass, models, tensors it merged, delta, changes
     verified: dict[str, Any] = field(default_factory=dict)
 
@@ -178,6 +182,7 @@ def caption(report: Report) -> str:
     ]
     gone = [f"{d['pass']} dropped {_block_list(d['blocks'])} of {d['of']}" for d in report.dropped]
     gone += [_experts(facts) for facts in report.experts]
+    gone += [_units(facts) for facts in report.width]
     merged = [_merged(m) for m in report.merged]
     return "; ".join([_measured_on(report), *merged, *rounded, *trained, *gone, *_dense(report)])
 
@@ -216,7 +221,17 @@ def _experts(facts: Mapping[str, Any]) -> str:
     layers = facts["layers"].values()
     unseen = sum(not layer["tokens"][number] for layer in layers for number in layer["gone"])
     never = f" ({unseen} of those that went were sent no token)" if unseen else ""
-    return f"{facts['pass']} kept {facts['kept']} of {facts['of']} experts in each of {len(layers)} layers{never}"
+    merged = any("merged" in layer for layer in layers)
+    made = (
+        f"made {facts['kept']} experts of {facts['of']}" if merged else f"kept {facts['kept']} of {facts['of']} experts"
+    )
+    return f"{facts['pass']} {made} in each of {len(layers)} layers{never}"
+
+
+def _units(facts: Mapping[str, Any]) -> str:
+    """How many neurons and heads of a block stay."""
+    said = [f"{part['kept']} of {part['of']} {IN_WORDS[name]}" for name, part in facts["parts"].items()]
+    return f"{facts['pass']} kept {' and '.join(said)} in every block"
 
 
 def _block_list(places: Sequence[int]) -> str:

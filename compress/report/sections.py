@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from compress.models.symmetry import Part
     from compress.report.report import Report
 
 Changes = dict[str, dict[str, float | None]]  # another model -> source of data -> change of the result from it
@@ -81,22 +82,48 @@ class ExpertsGone:
         kept: how many of every layer stay.
         of: how many there were.
         layers: module of experts -> which went (`gone`), numbered as before the stage, and of all the `scores` that
-            decided and the `tokens` that they were sent.
+            decided and the `tokens` that they were sent; and where some became one, `merged`: the number that it
+            had -> those of all that it is made of.
         renamed: name of a site before the stage -> its name now; None when it is gone.
     """
 
     pass_key: str
     kept: int
     of: int
-    layers: Mapping[str, Mapping[str, Sequence[float]]]
+    layers: Mapping[str, Mapping[str, Any]]
     renamed: Callable[[str], str | None]
 
     def add_to(self, report: Report, against: Changes | None) -> None:
         """What was reported of experts that stay, under their new names."""
         now = ((self.renamed(name), notes) for name, notes in report.layers.items())
         report.layers = {name: notes for name, notes in now if name is not None}
-        layers = {name: {key: list(values) for key, values in facts.items()} for name, facts in self.layers.items()}
+        layers = {name: dict(facts) for name, facts in self.layers.items()}
         report.experts.append({"pass": self.pass_key, "kept": self.kept, "of": self.of, "layers": layers})
+
+
+@dataclass(frozen=True)
+class UnitsGone:
+    """How many neurons and heads a pass took out.
+
+    Attributes:
+        pass_key: of the pass.
+        counts: part of a block -> how many of its units stay, and of how many.
+        layers: layer that reads units -> which stay (`kept`, numbered as before the stage), and the notes of the pass.
+    """
+
+    pass_key: str
+    counts: Mapping[Part, tuple[int, int]]
+    layers: Mapping[str, Mapping[str, Any]]
+
+    def add_to(self, report: Report, against: Changes | None) -> None:
+        for name, notes in self.layers.items():
+            said = {key: value for key, value in notes.items() if key != "kept"}
+            report.layers.setdefault(name, {})[self.pass_key] = said
+            if "fallback" in said:
+                report.fallbacks.append(f"{name}: {said['fallback']}")
+        parts = {part: {"kept": kept, "of": of} for part, (kept, of) in self.counts.items()}
+        layers = {name: list(notes["kept"]) for name, notes in self.layers.items()}
+        report.width.append({"pass": self.pass_key, "parts": parts, "layers": layers})
 
 
 @dataclass(frozen=True)

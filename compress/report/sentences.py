@@ -72,7 +72,10 @@ def evaluation_lines(model: str, found: Mapping[str, Any], against: str | None) 
         data = f"{found['samples']} rows of outputs"
     else:
         said, unit = f"perplexity {found['perplexity']:.3f}", "tokens"
-        data = f"{found['windows']} windows of {found['length']}, {found['tokens']} tokens"
+        windows = (
+            f"{found['windows']} windows of {found['length']}" if "windows" in found else f"{found['samples']} rows"
+        )
+        data = f"{windows}, {found['tokens']} tokens"
     kl = "" if found["kl"] is None else f", KL to {against} {found['kl']:.4f} on {found['kl_tokens']} {unit}"
     text = f"{model}: {said}{kl}, weights {size_text(found['bytes'])}"
     if found.get("load_memory") is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from compress.models.convolutions import convolve, convolve_back
 from compress.models.site import TensorRef
+from compress.runtime.lazy_weight import lazy_weight
 from compress.runtime.packed import PackedModule
 
 if TYPE_CHECKING:
@@ -38,8 +40,10 @@ class PackedConvolution(PackedModule):
 
     @property
     def weight(self) -> Tensor:
-        """(out, in / groups, *window), unpacked, in the type the model has: some models ask it for that."""
-        return self._weight(self.like)
+        """(out, in / groups, *window), in the type the model has; unpacked once its numbers are asked for."""
+        rows, columns = self.spec.shape
+        shape = (rows, columns // math.prod(self.kernel_size), *self.kernel_size)
+        return lazy_weight(shape, self.like, lambda: self._weight(self.like))
 
     def _weight(self, like: Tensor) -> Tensor:
         return self.dequantize().to(like.dtype).view(self.out_channels, -1, *self.kernel_size)
@@ -77,8 +81,8 @@ class PackedTransposedConvolution(PackedModule):
 
     @property
     def weight(self) -> Tensor:
-        """(in, out / groups, *window), unpacked, in the type the model has."""
-        return self._weight(self.like)
+        """(in, out / groups, *window), in the type the model has; unpacked once its numbers are asked for."""
+        return lazy_weight(self.ref.stored, self.like, lambda: self._weight(self.like))
 
     def _weight(self, like: Tensor) -> Tensor:
         return self.ref.laid(self.dequantize().to(like.dtype))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from compress.encodings.rows import decode_rows, row_starts, streamed
+from compress.runtime.lazy_weight import lazy_weight
 from compress.runtime.linear import PackedLinear
 from compress.runtime.lookup import GpuLookup
 from compress.runtime.packed import PackedModule
@@ -59,10 +60,10 @@ class PackedEmbedding(PackedModule, nn.Embedding):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """(rows, width), unpacked, in the type the model has: what asks for it holds all of it."""
+        """(rows, width), in the type the model has, unpacked once its numbers are asked for: all of them then."""
         if self.described or self.like.is_meta:
             return torch.empty(self.spec.shape, dtype=self.like.dtype, device="meta")
-        return self.dequantize().to(self.like.dtype)
+        return lazy_weight(self.spec.shape, self.like, lambda: self.dequantize().to(self.like.dtype))
 
     def _arranged(self) -> GpuLookup | None:
         """The kernel of a head that keeps the codes in its own order, in the place of the stored ones."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from compress.encodings import unpack
+from compress.runtime.lazy_weight import lazy_weight
 from compress.runtime.lookup import GpuLookup
 from compress.runtime.packed import PackedModule
 
@@ -58,31 +59,42 @@ class PackedLinear(PackedModule):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the layer that it replaces, unpacked: some models multiply with `layer.weight` themselves."""
+        """The weight of the layer that it replaces: some models multiply with `layer.weight` themselves.
+
+        It is unpacked once its numbers are asked for; its type, shape and device are known without.
+        """
+        rows, columns = self.spec.shape
+        return lazy_weight((columns, rows) if self.transposed else (rows, columns), self.like, self._unpacked)
+
+    def _unpacked(self) -> Tensor:
         weight = self.dequantize().to(self.like.dtype)
         return weight.T.contiguous() if self.transposed else weight
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the type of `x`."""
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What the layer makes of `x`, with this bias in the place of its own: (..., in) -> (..., out)."""
         x = self.rounded(x)
         if not (x.requires_grad and torch.is_grad_enabled()):  # kernels have no gradients
             if self.automatic and x.is_cuda and not torch.compiler.is_compiling():
                 self.choose_kernel()
             kernel = self.kernel
             if kernel is not None:
-                return self._quick(x, kernel)
+                return self._quick(x, kernel, bias)
         weight = self.dequantize().to(x.dtype)
         if not self.transposed:
-            return nn.functional.linear(x, weight, self.bias)
+            return nn.functional.linear(x, weight, bias)
         # Conv1D multiplies by an (in, out) matrix; the same call on the same layout gives the same bits.
-        bias = x.new_zeros(self.out_features) if self.bias is None else self.bias
+        bias = x.new_zeros(self.out_features) if bias is None else bias
         flat = torch.addmm(bias, x.reshape(-1, self.in_features), weight.T.contiguous())
         return flat.view(*x.shape[:-1], self.out_features)
 
-    def _quick(self, x: Tensor, kernel: Quick | GpuLookup) -> Tensor:
+    def _quick(self, x: Tensor, kernel: Quick | GpuLookup, bias: Tensor | None) -> Tensor:
         y = kernel.multiply(x.reshape(-1, self.in_features))
-        if self.bias is not None:
-            y = y + self.bias
+        if bias is not None:
+            y = y + bias
         return y.view(*x.shape[:-1], self.out_features)
 
     def choose_kernel(self) -> None:

@@ -32,6 +32,7 @@ from compress.runtime.experts import PackedExperts
 from compress.runtime.linear import PackedLinear
 from compress.runtime.members import is_member, pack_member
 from compress.runtime.packed import PackedModule
+from compress.runtime.tied import TiedLinear
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,7 +48,7 @@ class CompressConfig(QuantizationConfigMixin):
         version: of the package that wrote it, for people.
         added_biases: modules with a bias that their class of model has not.
         verify: compare the folder's files with its manifest before any is read.
-        shared: module -> the packed embedding whose table it uses.
+        shared: module -> the packed embedding or layer whose weight it uses.
     """
 
     verify = False
@@ -81,7 +82,7 @@ class CompressConfig(QuantizationConfigMixin):
         if not isinstance(biases, list) or not all(isinstance(name, str) for name in biases):
             raise ValueError("`added_biases` must be a list of names")
         if not isinstance(self.shared, dict) or not set(self.shared.values()) <= self.modules.keys():
-            raise ValueError("`shared` must map names to names of packed embeddings")
+            raise ValueError("`shared` must map names to names of packed layers")
         found = {}
         for name, spec in self.modules.items():
             try:
@@ -177,14 +178,15 @@ def replace_modules(model: nn.Module, specs: dict[str, Spec], shared: Mapping[st
     Args:
         model: whose modules are replaced.
         specs: module -> how its weight is packed.
-        shared: module -> the packed embedding whose table it uses.
+        shared: module -> the packed embedding or layer whose weight it uses.
 
     Raises:
-        ValueError: some experts of a parameter are named, and others are not; or what is shared is no embedding.
+        ValueError: some experts of a parameter are named, and others are not; or what is shared is neither an embedding
+            nor a linear layer.
     """
     ties = _ties(model) if shared else {}
     fused = _replace_experts(model, specs)
-    replaced: dict[nn.Module, PackedModule] = {}
+    replaced: dict[nn.Module, nn.Module] = {}
     for name, spec in specs.items():
         if name.rpartition(".")[0] in fused:
             continue
@@ -197,18 +199,23 @@ def replace_modules(model: nn.Module, specs: dict[str, Spec], shared: Mapping[st
         with torch.device(weight.device):
             replaced[old_module] = _packed_module(old_module, spec, weight.dtype)
         model.set_submodule(name, replaced[old_module])
-        # Some models (GPT-2) initialise `child.weight` from the parent while loading; the packed child has none.
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if not parent._buffers:
-            parent._is_hf_initialized = True  # type: ignore[assignment]
+        _say_it_is_made(model, name)
     for name, of in (shared or {}).items():
         old, owner = model.get_submodule(name), model.get_submodule(of)
-        if not isinstance(owner, PackedEmbedding):
-            raise ValueError(f"{name} shares the table of {of}, which is no embedding")
+        if not isinstance(owner, PackedEmbedding | PackedLinear):
+            raise ValueError(f"{name} shares the weight of {of}, which is no embedding and no linear layer")
         if old not in replaced:  # one module may have several names
             replaced[old] = _sharing(old, owner)
         model.set_submodule(name, replaced[old])
+        _say_it_is_made(model, name)
     _untie(model, ties)
+
+
+def _say_it_is_made(model: nn.Module, name: str) -> None:
+    """Some models (GPT-2) initialise `child.weight` from the parent while loading; the packed child has none."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if not parent._buffers:
+        parent._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def _replace_experts(model: nn.Module, specs: dict[str, Spec]) -> dict[str, list[Spec]]:
@@ -226,11 +233,13 @@ def _replace_experts(model: nn.Module, specs: dict[str, Spec]) -> dict[str, list
     return {parameter: experts for parameter, (_, experts) in fused.items()}
 
 
-def _sharing(old: nn.Module, owner: PackedEmbedding) -> PackedModule:
-    """What uses the table of a packed embedding in the place of a module."""
+def _sharing(old: nn.Module, owner: PackedEmbedding | PackedLinear) -> nn.Module:
+    """What uses the weight of a packed embedding or layer in the place of a module."""
     weight = old.weight
     assert isinstance(weight, Tensor)
     with torch.device(weight.device):
+        if isinstance(owner, PackedLinear):
+            return TiedLinear(owner, bias=getattr(old, "bias", None) is not None, dtype=weight.dtype)
         if isinstance(old, nn.Embedding):
             made = packed_embedding(old, owner.spec, owner)
             made.described = True

@@ -20,15 +20,27 @@ from compress.config.writing import dump
 from compress.encodings import Weight
 from compress.engine.validate import observed
 from compress.models.site import Site, TensorRef
-from compress.passes import PASSES, BlockPass, DepthPass, ExpertsPass, LinearPass, MergePass, ModelPass, Override, Pass
+from compress.passes import (
+    PASSES,
+    BlockPass,
+    DepthPass,
+    ExpertsPass,
+    LinearPass,
+    MergePass,
+    ModelPass,
+    Override,
+    Pass,
+    WidthPass,
+)
 from compress.passes.base import Edit, Target
 
-EDITORS = [p for p in CONFIGURED if not isinstance(p, DepthPass | ExpertsPass | MergePass)]
+EDITORS = [p for p in CONFIGURED if not isinstance(p, DepthPass | ExpertsPass | MergePass | WidthPass)]
 SOLVERS = [p for p in CONFIGURED if isinstance(p, LinearPass | BlockPass)]
 LINEAR = [p for p in CONFIGURED if isinstance(p, LinearPass)]
 MERGES = [p for p in CONFIGURED if isinstance(p, MergePass)]
 DEPTH = [p for p in CONFIGURED if isinstance(p, DepthPass)]
 EXPERTS = [p for p in CONFIGURED if isinstance(p, ExpertsPass)]
+WIDTHS = [p for p in CONFIGURED if isinstance(p, WidthPass)]
 
 
 def named(pass_: Pass) -> str:
@@ -168,7 +180,7 @@ def test_options_survive_the_yaml_file() -> None:
 def test_patterns_and_overrides_survive_the_yaml_file() -> None:
     for pass_ in CONFIGURED:
         if isinstance(
-            pass_, ModelPass | DepthPass | ExpertsPass
+            pass_, ModelPass | DepthPass | ExpertsPass | WidthPass
         ):  # one decision over all layers: nothing to override for some
             assert [e.option for e in dataclasses.replace(pass_, overrides=(Override("*", {}),)).check()] == [
                 "overrides"
@@ -229,16 +241,52 @@ def test_as_many_experts_of_every_group_stay_as_a_pass_says_and_every_time_the_s
     for groups in (1, 3):
         seen = textbook.experts_seen(pass_, groups)
         before = [t.clone() for t in tensors(seen)]
-        kept = pass_.run(seen)
+        left = pass_.run(seen)
+        kept = left.numbers
         assert len(kept) == seen.keep
         assert list(kept) == sorted(set(kept))
         size = len(seen.tokens) // groups
         assert {sum(i // size == group for i in kept) for group in range(groups)} == {seen.keep // groups}
         assert set(range(len(seen.tokens))) - set(kept) <= seen.may
         torch.manual_seed(12345)
-        assert pass_.run(seen) == kept
+        assert pass_.run(seen) == left
         assert all(torch.equal(x, y) for x, y in zip(before, tensors(seen), strict=True))
         assert pass_.scores(seen).shape == seen.tokens.shape
+        for number, shares in left.made_of.items():
+            assert number in kept
+            assert shares.keys() <= seen.may
+            assert {i // size for i in shares} == {number // size}
+            assert sum(shares.values()) == pytest.approx(1)
+            assert shares[number] == max(shares.values())
+        merged = [i for shares in left.made_of.values() for i in shares]
+        assert len(merged) == len(set(merged))
+        if pass_.merges:
+            assert set(merged) | set(kept) == set(range(len(seen.tokens)))
+        else:
+            assert not merged
+
+
+@pytest.mark.parametrize("pass_", WIDTHS, ids=named)
+def test_as_many_units_stay_as_a_pass_is_told_and_every_time_the_same_ones(pass_: WidthPass) -> None:
+    for width in (1, 4):
+        for biased in (False, True):
+            seen = textbook.units_seen(pass_, width, biased)
+            before = [t.clone() for t in tensors(seen)]
+            found = pass_.run(seen)
+            assert list(found.kept) == sorted(set(found.kept))
+            assert len(found.kept) == seen.keep
+            assert max(found.kept) < len(seen.columns)
+            assert found.weight.shape == (len(seen.weight), seen.keep * width)
+            assert found.weight.dtype == torch.float32
+            assert found.shift is None or biased
+            assert 0 <= found.notes["error"] < 2
+            assert pass_.scores(seen).shape == (len(seen.columns),)
+            torch.manual_seed(12345)
+            again = pass_.run(seen)
+            assert again.kept == found.kept
+            assert torch.equal(again.weight, found.weight)
+            assert all(torch.equal(x, y) for x, y in zip(before, tensors(seen), strict=True))
+            assert pass_.stand_in().run(seen).weight.shape == found.weight.shape
 
 
 @each_editor

@@ -15,7 +15,7 @@ from compress.encodings import Encoding, Form, Weight, pack, unpack
 from compress.encodings.base import StoredShapes
 from compress.encodings.decode import Decoder
 from compress.encodings.lookup import BlockScale, Table
-from compress.export.blocks import misfit
+from compress.export.gguf.blocks import misfit
 from compress.export.onnx.files import write_constants
 from compress.export.onnx.ops import MICROSOFT, Ops
 from compress.export.onnx.products import Style, linear

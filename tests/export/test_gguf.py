@@ -4,29 +4,31 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_llama
+from expert_models import make_mixture
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
-from written import data_for, logits, make_gpt2, write
+from written import data_for, logits, write
 
 from compress import Codebook, ConfigError, Eora, Gptq, LowRank, Magnitude, Olive, PowerQuant, Rtn
 from compress.config.reading import parse
 from compress.encodings import Codebooks, Uniform
 from compress.errors import CompressError
-from compress.export import gguf as exporter
-from compress.export.blocks import NON_LINEAR, to_blocks
+from compress.export.gguf import exporter
+from compress.export.gguf.blocks import NON_LINEAR, largest_bytes, to_blocks
 from compress.models import graph as graphs
 from compress.models.loading import load_model
 from compress.passes import Pass
@@ -244,14 +246,14 @@ def split(pattern: str) -> Tokenizer:
 def test_expressions_that_readers_know_by_name_are_named(name: str, tmp_path: Path) -> None:
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    from compress.export.vocabulary import read_vocabulary
+    from compress.export.gguf.vocabulary import read_vocabulary
 
     split(GGUF_PRE_TOKENIZER_SPLITS[name]).save(str(tmp_path / "tokenizer.json"))
     assert read_vocabulary(tmp_path, small().config).splits == name
 
 
 def test_single_digits_before_bytes_are_those_of_smollm(tmp_path: Path) -> None:
-    from compress.export.vocabulary import read_vocabulary
+    from compress.export.gguf.vocabulary import read_vocabulary
 
     found = tokenizer()
     steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -305,6 +307,15 @@ def test_blocks_hold_exactly_the_values_of_the_codes(name: str) -> None:
     assert torch.equal(torch.from_numpy(found).view(torch.int32), encoding.dequantize().view(torch.int32))
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_size_that_a_plan_shows_is_enough_and_not_twice_too_much(name: str) -> None:
+    encoding = BLOCKS[name][0]()
+    blocks = to_blocks(encoding)
+    assert not isinstance(blocks, str)
+    shown = largest_bytes(SimpleNamespace(form=encoding.form, shape=tuple(encoding.codes.shape)))  # type: ignore[arg-type]
+    assert blocks.data.numel() <= shown <= (4 if blocks.type == "TQ2_0" else 2) * blocks.data.numel()
+
+
 def test_what_fits_no_type_exactly_is_said() -> None:
     single = Uniform(uniform(4, True).codes, torch.rand(6, 8), torch.full((6, 8), 8, dtype=torch.uint8), 4, True)
     assert to_blocks(single) == "scales that are not float16"
@@ -314,10 +325,19 @@ def test_what_fits_no_type_exactly_is_said() -> None:
 
 # --- refused ----------------------------------------------------------------------------------------------------------
 
+
+def opt() -> PreTrainedModel:
+    sizes = {"vocab_size": 256, "hidden_size": 64, "word_embed_proj_dim": 64, "num_attention_heads": 4, "ffn_dim": 64}
+    return OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=1, max_position_embeddings=64))
+
+
+def deepseek() -> PreTrainedModel:
+    return make_mixture("DeepseekV3")
+
+
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], list[Pass], str]] = {
-    "another model": (make_gpt2, [W4], "only models built like Llama can be written, not GPT2LMHeadModel; export hf"),
-    "a relative": (lambda: Qwen3ForCausalLM(Qwen3Config(**small().config.to_dict())), [W4],
-                   "only models built like Llama can be written, not Qwen3ForCausalLM"),
+    "another model": (opt, [W4], "a OPTForCausalLM is not written as GGUF; known are .*llama, .*export hf, which"),
+    "a known one": (deepseek, [W4], "not written as GGUF: its keys and values come from one latent layer"),
     "narrow groups": (small, [Rtn(bits=4, group_size=16)],
                       "14 layers, such as .*q_proj, have groups of 16 weights; group_size: 32 would fit"),
     "odd rows": (lambda: small(intermediate_size=100), [Rtn(bits=4)],
@@ -328,11 +348,9 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], list[Pass], str]] = {
     "outliers": (small, [Olive(bits=4)], "have outlier_victim codes; use a uniform quantizer"),
     "corrections": (small, [W4, Eora(rank=2)], "no place for low-rank corrections, and 14 layers have one"),
     "inputs": (small, [Gptq(bits=4, activation_bits=8)], "leave activation_bits out"),
-    "biases": (lambda: small(attention_bias=True), [W4], "this model's attention_bias, True, cannot be said"),
-    "window": (lambda: MistralForCausalLM(MistralConfig(**{**mistral().config.to_dict(), "sliding_window": 64})),
-               [W4], "this model's sliding_window, 64, cannot be said"),
-    "rope": (lambda: small(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), [W4],
-             "this model's rope_type, linear, cannot be said"),
+    "rope": (lambda: small(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), [W4],
+             "this model's rope_type, dynamic, cannot be said"),
+    "activation": (lambda: small(hidden_act="gelu"), [W4], "this model's hidden_act, gelu, cannot be said"),
 }  # fmt: skip
 
 
@@ -357,8 +375,8 @@ def edited(**changes: Any) -> dict[str, Any]:
 
 
 WORDS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
-    "another kind": (lambda: edited(type="Unigram"), "only byte-level BPE can be written, and this is Unigram"),
-    "characters": (lambda: edited(byte_fallback=True), "only byte-level BPE .* this is BPE of characters"),
+    "another kind": (lambda: edited(type="Unigram"), "BPE and WordPiece can be written, and this is Unigram"),
+    "characters": (lambda: edited(byte_fallback=True), "has no token <0x00>, and llama.cpp spells"),
     "changes": (lambda: edited(normalizer={"type": "Lowercase"}), "no place for its normalizer"),
     "suffix": (lambda: edited(end_of_word_suffix="</w>"), "no place for its end_of_word_suffix"),
     "splits": (lambda: json.loads(split(r"\w+").to_str()), "a way that llama.cpp has no name for .* known are .*gpt-2"),

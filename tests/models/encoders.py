@@ -13,7 +13,6 @@ ENCODERS = (
     Entry(
         "AlbertForMaskedLM",
         apart=("*embedding_hidden_mapping_in*", "*predictions.dense*"),
-        without=("flexround",),  # one block, that runs again and again
     ),
     Entry("CamembertForMaskedLM"),
     Entry("DebertaV2ForSequenceClassification"),

@@ -39,8 +39,8 @@ HYBRIDS = (
         "num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"],
     }),
     Entry("RwkvForCausalLM", {"num_hidden_layers": 4, "rescale_every": 2}),
-    Entry("ZambaForCausalLM", {**SHARED, "n_mamba_heads": 2}, refused="share matrices"),
+    Entry("ZambaForCausalLM", {**SHARED, "n_mamba_heads": 2}, share=0.84),  # parameters of Mamba that lie in no layer
     Entry("Zamba2ForCausalLM", {
         **SHARED, "mamba_d_state": 16, "n_mamba_heads": 8, "mamba_headdim": 16, "mamba_ngroups": 1,
-    }, refused="share matrices"),
+    }),
 )  # fmt: skip

@@ -48,6 +48,6 @@ MIXTURES = (
         "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
     }, apart=ROUTERS),
-    Entry("ZayaForCausalLM", {"num_experts_per_tok": 1}, without=("gptq", "wanda"),
+    Entry("ZayaForCausalLM", {"num_experts_per_tok": 1},
           apart=(*ROUTERS, "*.mlp.gate.*")),
 )  # fmt: skip

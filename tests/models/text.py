@@ -50,7 +50,6 @@ TEXT = (
         },
         exclude=("*altup*",),
         apart=("*altup*", "*per_layer_model_projection*"),
-        without=("flexround",),
     ),
     Entry("Gemma4ForCausalLM"),
     Entry("GlmForCausalLM"),
@@ -101,7 +100,7 @@ TEXT = (
     Entry("VaultGemmaForCausalLM", {"layer_types": ["sliding_attention", "full_attention"]}),
     Entry("WhisperForCausalLM"),
     Entry("XGLMForCausalLM"),
-    Entry("XLMWithLMHeadModel", without=("flexround",)),  # attention and MLP lie in lists of their own
+    Entry("XLMWithLMHeadModel"),
     Entry("XLMRobertaForCausalLM", {"is_decoder": True}),
     Entry("XLNetLMHeadModel", share=0.35),
     Entry("YoutuForCausalLM", LATENT),

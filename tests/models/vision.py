@@ -90,7 +90,6 @@ VISION = (
             "decoder_hidden_size": 32,
         },
         exclude=SEGFORMER,
-        without=("flexround",),
         **IMAGES,
     ),
     Entry("SiglipModel", inputs="pairs", apart=(*EDGES, "*projection.weight", "*head.*")),
@@ -100,7 +99,6 @@ VISION = (
     Entry(
         "YolosForObjectDetection",
         {"image_size": [32, 32], "num_detection_tokens": 10},
-        without=("flexround",),
         inputs="images",
         apart=(*EDGES, "*bbox_predictor*", "*position_embeddings*"),
     ),

@@ -130,7 +130,9 @@ def test_whole_groups_go_and_no_more_than_the_share(granularity: str) -> None:
 
 def test_the_score_of_a_group_moves_by_what_its_weights_would_together() -> None:
     slopes, weight = textbook.weight(4, 6), textbook.weight(4, 6, 1)
-    state = learner(linear(slopes, weight), granularity="filter", sparsity=0.0, mask_rate=0.1, gamma=0.5, steps=1)
+    state = learner(
+        linear(slopes, weight), granularity="filter", correction=True, sparsity=0.0, mask_rate=0.1, gamma=0.5, steps=1
+    )
     before = state.scores["a"].clone()
     state.after(1)
     lower = state.weights["a"]

@@ -10,6 +10,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from compress.errors import UsageError
+from compress.io.keys import key_of
 from compress.io.safetensors_file import bytes_of
 from compress.lazy import torch
 
@@ -32,6 +33,26 @@ def described_tensors(base: Artifact) -> dict[str, str]:
 def class_of(base: Artifact) -> str:
     """The name of the model's class."""
     return type(base.graph.model).__name__
+
+
+def digest_of_tensors(base: Artifact) -> str:
+    """One digest of what `described_tensors` says, for files that would be mostly that."""
+    return key_of(described_tensors(base))
+
+
+def refuse_another(base: Artifact, made_for: str, digest: str, delta: str) -> None:
+    """Refuse a base that a delta was not made for, of which only `digest_of_tensors` is known.
+
+    Raises:
+        UsageError: it is another.
+    """
+    if made_for != class_of(base):
+        raise UsageError(f"{delta} was made for a {made_for}, and the base is a {class_of(base)}")
+    if digest != digest_of_tensors(base):
+        raise UsageError(
+            f"{delta} was made for another base: types, shapes or values of some tensors differ. Give the very model "
+            "that it was made from"
+        )
 
 
 def refuse_other(base: Artifact, made_for: str, tensors: Mapping[str, str], delta: str) -> None:

@@ -1,8 +1,8 @@
 """The file of a delta: safetensors, written one tensor at a time, opened only if it is whole and for this base.
 
 A tensor that is coded stands there as bytes, uint8; any other as it is in the fine-tune; one that is not there is the
-base's. The metadata say how it was coded, what base it belongs to, and a SHA-256 of header and data. In files of the
-first version it is one of the data alone.
+base's. One of factors holds what an adapter does, under its names (`factors.py`). The metadata say how it was coded,
+what base it belongs to, and a SHA-256 of header and data. In files of the first version it is one of the data alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint.delta.base import class_of, described_tensors, refuse_other
+from compress.checkpoint.delta.base import class_of, described_tensors, digest_of_tensors, refuse_another, refuse_other
 from compress.checkpoint.delta.codings import CODINGS
 from compress.checkpoint.sources import FolderSource
 from compress.errors import CheckpointError
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 DELTA = "delta.safetensors"
 FORMAT, VERSION, FIRST = "compress-delta", "2", "1"
+FACTORED = "3"  # the version of one that holds factors of an adapter
 
 
 def locate(model: str) -> Path:
@@ -76,7 +77,7 @@ class Delta:
         about = read_header(file).metadata
         if about.get("format") != FORMAT:
             raise CheckpointError(f"{file} is not a compressed delta; a merge with compeft or bitdelta writes one")
-        if about.get("version") not in (FIRST, VERSION) or about.get("coding") not in CODINGS:
+        if about.get("version") not in (FIRST, VERSION, FACTORED) or about.get("coding") not in CODINGS:
             raise CheckpointError(f"{file} was written by a newer version of compress; update to read it")
         if about.get(SEAL) != (digest_of_data(file) if about["version"] == FIRST else seal_of(file)):
             raise CheckpointError(f"{file} is damaged: its content is not what was written; fetch it again")
@@ -88,7 +89,10 @@ class Delta:
         Raises:
             UsageError: names what differs.
         """
-        refuse_other(base, self.about["model"], parse_object(self.about["tensors"], str(self.file)), called)
+        if self.about["version"] == FACTORED:
+            refuse_another(base, self.about["model"], self.about["tensors"], called)
+        else:
+            refuse_other(base, self.about["model"], parse_object(self.about["tensors"], str(self.file)), called)
 
     def __contains__(self, name: str) -> bool:
         return name in self.source.names()
@@ -127,6 +131,7 @@ def write_delta(
     coding: str,
     chunk: int,
     bars: Bars,
+    adapter: Mapping[str, str] | None = None,
 ) -> None:
     """Write a delta.
 
@@ -139,13 +144,18 @@ def write_delta(
         coding: a key of `CODINGS`.
         chunk: elements of a chunk.
         bars: progress.
+        adapter: of one that holds factors of an adapter, what the metadata say of that; `names` are the adapter's then.
     """
-    sizes = [(base.source.shape(n), base.source.dtype(n)) for n in map(base.name_in_source, names)]
+    whole = names if adapter is None else [name for name, tensor in base.graph.tensors() if tensor.is_floating_point()]
+    sizes = [(base.source.shape(n), base.source.dtype(n)) for n in map(base.name_in_source, whole)]
+    tensors = digest_of_tensors(base) if adapter else json.dumps(described_tensors(base), separators=(",", ":"))
     about = {
-        "format": FORMAT, "version": VERSION, "method": method, "coding": coding, "chunk": str(chunk),
+        "format": FORMAT, "version": FACTORED if adapter else VERSION, "method": method, "coding": coding,
+        "chunk": str(chunk),
         "parameters": str(sum(torch.Size(shape).numel() for shape, _ in sizes)),
         "bytes": str(sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in sizes)),
-        "model": class_of(base), "tensors": json.dumps(described_tensors(base), separators=(",", ":")),
+        "model": class_of(base), "tensors": tensors,
+        **(adapter or {}),
     }  # fmt: skip
     made = ((name, payload(name)) for name in bars.over(names, len(names), f"{method}: delta"))
     write_as_made(file, made, names, about)

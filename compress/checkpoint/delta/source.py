@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from compress.checkpoint.artifact import Artifact
+from compress.checkpoint.delta import factors
 from compress.encodings.signs import Signs
 from compress.errors import CheckpointError
 from compress.io.keys import key_of
@@ -93,4 +94,6 @@ class DeltaSource:
 
 def with_delta(base: Artifact, delta: Delta) -> Artifact:
     """The model that a base and its delta make."""
+    if factors.ADAPTER in delta.about:
+        return factors.of_delta(base, delta)
     return Artifact(base.graph, DeltaSource(base, delta), dict(base.graph.tied), carried=base.carried)

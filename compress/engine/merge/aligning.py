@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.checkpoint.artifact import Artifact
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
     from compress.passes.merge.base import MergePass
     from compress.passes.merge.permutation import Alignment
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from compress.engine.context import Context
     from compress.engine.merge.merger import Merger
     from compress.engine.merge.writing import Settle
-    from compress.engine.placement import Context
 
 
 def make_delta(context: Context, unit: str, key: str, merger: Merger, settle: Settle) -> Delta | None:

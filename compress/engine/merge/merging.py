@@ -9,17 +9,20 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.sources import WrittenSource
+from compress.engine.context import MadeDelta, value_of
 from compress.engine.merge.aligning import Aligner
 from compress.engine.merge.delta import make_delta
+from compress.engine.merge.factors import FactorCoder, make_factored
 from compress.engine.merge.merger import Merger
-from compress.engine.merge.parents import open_parent
+from compress.engine.merge.parents import adapter_of, open_parent
 from compress.engine.merge.pieces import ModelReader
 from compress.engine.merge.trials import Trials
 from compress.engine.merge.writing import Settled, write_applied, write_merged
-from compress.engine.placement import MadeDelta, set_value, tie, value_of
+from compress.engine.placement import set_value, tie
 from compress.engine.stage import StageResult, StageRunner, generator_for
 from compress.io.keys import key_of
 from compress.passes.merge.base import MergePass
+from compress.passes.merge.delta_pass import DeltaPass
 from compress.passes.merge.grid_search import chosen
 from compress.report.sections import ModelsMerged
 
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 
     from compress.calibration.data import Dataset
     from compress.checkpoint.artifact import Artifact
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
     from compress.engine.stage import Stage
 
 
@@ -49,9 +52,18 @@ class Merging(StageRunner):
         )
         merger = Merger(pass_, models, context.bars)
         settling = _Settling(context, stage, merger, aligner, data, key)
-        delta = make_delta(context, f"{stage.unit}-delta", key, merger, settling.settled) if pass_.makes_delta else None
+        coder, delta = None, None
+        if isinstance(pass_, DeltaPass):
+            unit = f"{stage.unit}-delta"
+            if pass_.codes_factors:
+                coder = FactorCoder(pass_, base, adapter_of(pass_.models[0]))
+                delta = make_factored(context, unit, key, coder)
+            else:
+                delta = make_delta(context, unit, key, merger, settling.settled)
         if delta is not None:
             artifact = write_applied(ledger, f"{stage.unit}-merged", key, merger, delta)
+        elif coder is not None:
+            artifact = replace(base, source=coder.model().source)
         else:
             artifact = write_merged(context, f"{stage.unit}-merged", key, base, settling.settled)
         after = replace(context, artifact=artifact)

@@ -14,6 +14,7 @@ from compress.checkpoint.opening import open_folder
 from compress.checkpoint.sources import FolderSource
 from compress.errors import UsageError
 from compress.models import adapters
+from compress.passes.merge.delta_pass import DeltaPass
 
 if TYPE_CHECKING:
     from compress.models.graph import Graph
@@ -31,11 +32,28 @@ def open_parent(model: str, base: Artifact, pass_: MergePass) -> Artifact:
     Raises:
         UsageError: it cannot be read, is of another make than the base, or is a delta of another.
     """
+    if isinstance(pass_, DeltaPass) and pass_.codes_factors:
+        adapter_of(model)
     parent, graph = _opened(model, base), base.graph
     if parent.graph is not graph:
         _refuse_other_make(model, graph, parent.graph)
     _refuse_other_shapes(model, graph, parent, pass_)
     return parent
+
+
+def adapter_of(model: str) -> Path:
+    """The folder of the adapter that a user names.
+
+    Raises:
+        UsageError: it is none.
+    """
+    found = None if Path(model).is_file() else adapters.locate(model)
+    if found is None or found.adapter is None:
+        raise UsageError(
+            f"{model} is no LoRA adapter, and factors: true codes those of one; leave factors out, or make one of a "
+            "fine-tune: compress extract-lora"
+        )
+    return found.adapter
 
 
 def _opened(model: str, base: Artifact) -> Artifact:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from compress.calibration.metrics import Quality
     from compress.calibration.training import Make
     from compress.checkpoint.artifact import Artifact
-    from compress.engine.placement import Context
+    from compress.engine.context import Context
     from compress.passes.base import Pass
     from compress.passes.merge.models import T
 

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from compress.checkpoint.artifact import Artifact
     from compress.checkpoint.delta.file import Delta
     from compress.checkpoint.sources import Source
+    from compress.engine.context import Context
     from compress.engine.ledger import MemoryLedger, Write
     from compress.engine.merge.merger import Merger
-    from compress.engine.placement import Context
 
 
 @dataclass(frozen=True)

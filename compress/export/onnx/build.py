@@ -11,12 +11,14 @@ from onnxscript import optimizer
 
 from compress.checkpoint.artifact import Packed
 from compress.export.onnx import weights
+from compress.export.onnx.experts import ADD, TAKE, added, taken
 from compress.export.onnx.functions import LAYER_DOMAIN as LAYERS
 from compress.export.onnx.functions import Functions
 from compress.export.onnx.inputs import on_grid
-from compress.export.onnx.ops import MICROSOFT, Ops, constant
+from compress.export.onnx.ops import MICROSOFT, ONNX_TYPES, Ops, constant
+from compress.export.onnx.placed import INPUT, LINEAR, PLACEHOLDER_DOMAIN, WEIGHT
 from compress.export.onnx.products import linear
-from compress.export.onnx.trace import INPUT, LINEAR, PLACEHOLDER_DOMAIN, WEIGHT, quiet, traced
+from compress.export.onnx.trace import quiet, traced
 from compress.export.packed import open_packed, specs_in
 
 if TYPE_CHECKING:
@@ -73,6 +75,18 @@ def parameters(made: PackedFolder) -> dict[str, ir.Value]:
     return {n: _parameter(artifact, n) for n, _ in artifact.graph.tensors() if n in artifact.stored}
 
 
+def computed(made: PackedFolder) -> dict[str, ir.Value]:
+    """What a graph may hold of what no file does, such as rotary frequencies, as the model computed it once more."""
+    artifact = made.artifact
+    found = {}
+    for name, buffer in artifact.graph.model.named_buffers():
+        if name not in artifact.stored and not buffer.is_meta:
+            value = buffer.float() if buffer.is_floating_point() else buffer
+            if value.dtype in ONNX_TYPES:
+                found[f"{PREFIX}{name}"] = constant(f"{PREFIX}{name}", value.shape, value.dtype, lambda v=value: v)
+    return found
+
+
 def _forget_origins(model: ir.Model) -> None:
     """Drop the tracer's notes about the source, and names and shapes of what is in between: larger than the rest."""
     kept = {*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()}
@@ -110,19 +124,22 @@ def _fill_in(model: ir.Model, artifact: Artifact, specs: Mapping[str, Spec], sty
     functions = Functions(graph.opset_imports[""])
     for node in [node for node in graph if node.domain == PLACEHOLDER_DOMAIN]:
         site = node.attributes["site"].as_string()
+        if node.op_type in (TAKE, ADD):
+            ops = Ops(f"{site}/{node.op_type.lower()}", shared)
+            _replace(graph, node, ops.nodes, (taken if node.op_type == TAKE else added)(ops, *node.inputs))
+            continue
         done, spec = artifact.committed[site], specs[site]
         assert isinstance(done, Packed)
         ops = Ops(site, shared)
-        x, old = node.inputs[0], node.outputs[0]
+        x = node.inputs[0]
         assert x is not None
         last = _lowered(ops, node.op_type, x, spec, done, style, artifact.sites[site].ref.stored)
         name = site if node.op_type == LINEAR else f"{site}/{node.op_type.lower()}"
         nodes, new = functions.call(name, ops, x, last)
-        new.shape, new.type = old.shape, old.type
         for value in ops.constants.values():
             if value.name not in graph.initializers:
                 graph.register_initializer(value)
-        ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [old], [new])
+        _replace(graph, node, nodes, new)
     for value in shared.values():
         if value.uses():
             graph.register_initializer(value)
@@ -130,6 +147,13 @@ def _fill_in(model: ir.Model, artifact: Artifact, specs: Mapping[str, Spec], sty
         model.functions[function.identifier()] = function
     if functions.made:
         graph.opset_imports[LAYERS] = 1
+
+
+def _replace(graph: ir.Graph, node: ir.Node, nodes: Sequence[ir.Node], new: ir.Value) -> None:
+    """Put nodes in the place of a placeholder."""
+    old = node.outputs[0]
+    new.shape, new.type = old.shape, old.type
+    ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [old], [new])
 
 
 def _lowered(

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compress.errors import OptionError
-from compress.export.base import Exporter, refuse_experts, refuse_missing, refuse_tables
+from compress.export.base import Exporter, refuse_missing, refuse_read, refuse_tables
 from compress.export.onnx.names import DATA, EXACT, MODEL
+from compress.models.experts import mixtures, says_how
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
+
+    from torch import Tensor
 
     from compress.encodings import Spec
     from compress.export.base import Logits, PackedFolder
@@ -69,7 +72,8 @@ class Onnx(Exporter):
     def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:
         for package in NEEDED:
             yield from refuse_missing(package, "onnx")
-        yield from refuse_experts(graph, specs, "ONNX")
+        yield from _refuse_experts(graph, specs)
+        yield from refuse_read(graph, specs, "ONNX")
         yield from refuse_tables(graph, specs, "its nodes look rows up in plain tables")
         turned = [s.name for s in graph.sites if s.is_convolution and s.ref.transposed and s.name in specs]
         if turned:
@@ -115,6 +119,28 @@ class Onnx(Exporter):
 
         return Runner(open_session(folder / MODEL)) if self.accuracy_level == 4 else None
 
+    def not_finite(self, folder: Path, inputs: Tensor) -> str:
+        from compress.export.onnx.not_finite import first_not_finite
+
+        return first_not_finite(folder, inputs)
+
 
 def _pairs_inputs(spec: Spec) -> bool:
     return spec.inputs is not None and spec.inputs.kind.paired
+
+
+def _refuse_experts(graph: Graph, packed: Collection[str]) -> Iterator[str]:
+    """Why the experts of a mixture have no graph; nothing where they have."""
+    strange = [(name, module) for name, module in mixtures(graph.model).items() if not says_how(module)]
+    for name, module in strange[:1]:
+        yield (
+            f"it has graphs for experts that compute as transformers' other ones do, and {name} is a "
+            f"{type(module).__name__}, which does it in its own way; export hf"
+        )
+    whole = {site.parameter for site in graph.sites if site.is_expert and site.name in packed}
+    some = [site.name for site in graph.sites if site.parameter in whole and site.name not in packed]
+    if some:
+        yield (
+            f"it holds the experts of one tensor all packed or all dense, and {len(some)} are not packed beside others "
+            f"that are, such as {some[0]}; compress all of them or none"
+        )

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from compress.errors import CompressError
-from compress.export.onnx.build import build_graph, constants, parameters
+from compress.export.onnx.build import build_graph, computed, constants, parameters
 from compress.export.onnx.names import DATA, MODEL
+from compress.export.onnx.not_finite import refuse_not_a_number
 from compress.io.atomic import writing
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def write_graph(made: PackedFolder, style: Style, folder: Path, bars: Bars) -> N
     folder.mkdir(parents=True, exist_ok=True)
     for _ in bars.over(range(1), 1, "trace: onnx"):
         model = build_graph(made, style)
+    refuse_not_a_number(model.graph.initializers.values())
     with writing(folder / DATA):
         write_constants(model, folder, bars)
     with writing(folder / MODEL):
@@ -56,7 +58,7 @@ def compare(made: PackedFolder, style: Style, folder: Path, bars: Bars) -> int:
         CompressError: one differs, or is missing.
     """
     there = ir.load(folder / MODEL).graph.initializers
-    packed, plain = constants(made, style), parameters(made)
+    packed, plain = constants(made, style), parameters(made) | computed(made)
     used = {name: value for name, value in plain.items() if name in there}  # what no output depends on is left out
     meant = packed | used
     with (folder / DATA).open("rb") as data:

@@ -9,10 +9,12 @@ import onnx_ir as ir
 from compress.lazy import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from torch import Tensor
 
+PAST = "past_key_values"
 EXACT_LEVEL = 1  # the accuracy level at which `MatMulNBits` leaves its inputs as they are
 
 
@@ -71,12 +73,25 @@ class Runner:
 
     def step(self, tokens: Tensor, past: dict[str, Any] | None) -> tuple[Tensor, dict[str, Any]]:
         """Logits of further tokens, and what a decoder keeps for the next step."""
+        given = self._given(tokens, past)
+        names = [name for name in self.inputs if name.startswith(PAST)]
+        wanted = [self.made, *(name.replace(PAST, "present") for name in names)]
+        logits, *present = self.session.run(wanted, given)
+        return torch.from_numpy(logits), dict(zip(names, present, strict=True))
+
+    def values(self, inputs: Tensor, names: Sequence[str]) -> dict[str, Any]:
+        """What values of the graph that it gives out are, as arrays: of token ids (rows, length), or of images."""
+        images = {"pixel_values": inputs.float().numpy()} if "pixel_values" in self.inputs else None
+        made = self.session.run(list(names), images or self._given(inputs, None))
+        return dict(zip(names, made, strict=True))
+
+    def _given(self, tokens: Tensor, past: dict[str, Any] | None) -> dict[str, Any]:
+        """All that a model of tokens takes."""
         import numpy
 
         rows, length = tokens.shape
-        names = [name for name in self.inputs if name.startswith("past_key_values")]
         if past is None:
-            shapes = {name: self.inputs[name].shape for name in names}
+            shapes = {name: each.shape for name, each in self.inputs.items() if name.startswith(PAST)}
             past = {n: numpy.zeros((rows, s[1], 0, s[3]), numpy.float32) for n, s in shapes.items()}
         before = next(iter(past.values())).shape[2] if past else 0
         given: dict[str, Any] = {
@@ -85,6 +100,4 @@ class Runner:
         }
         if "position_ids" in self.inputs:
             given["position_ids"] = numpy.arange(before, before + length)[None].repeat(rows, 0)
-        wanted = [self.made, *(name.replace("past_key_values", "present") for name in names)]
-        logits, *present = self.session.run(wanted, given | past)
-        return torch.from_numpy(logits), dict(zip(names, present, strict=True))
+        return given | past

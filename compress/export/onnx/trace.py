@@ -19,6 +19,8 @@ from torch import nn
 from transformers import DynamicCache
 
 from compress.errors import CompressError
+from compress.export.onnx.experts import place_experts
+from compress.export.onnx.placed import INPUT, LINEAR, WEIGHT, placed
 from compress.models.architecture import has_logits
 from compress.models.convolutions import convolve, is_convolution
 from compress.models.logits import logits_in
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
     from compress.models.convolutions import Convolution
     from compress.models.graph import Graph
 
-PLACEHOLDER_DOMAIN = "compress"  # of the placeholders; none is left in what is written
-LINEAR, WEIGHT, INPUT = "Linear", "Weight", "Input"
 ROWS, LENGTH, PAST = 2, 3, 4  # of the example: a dynamic size must not be one, or it would be taken for fixed
 SIDE = 64  # of an example image, where the model does not say
 QUIET = ("torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir")
@@ -81,14 +81,6 @@ class PlacedConvolution(nn.Module):
         return convolve(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
-def placed(kind: str, inputs: tuple[Tensor, ...], site: str, shape: tuple[Any, ...]) -> Tensor:
-    """A placeholder's output."""
-    made: Tensor = torch.onnx.ops.symbolic(
-        f"{PLACEHOLDER_DOMAIN}::{kind}", inputs, {"site": site}, dtype=torch.float32, shape=shape, version=1
-    )
-    return made
-
-
 @dataclass(frozen=True)
 class CallSignature:
     """How a model is called: wrapper, examples, names and dynamic axes of inputs, names of outputs."""
@@ -106,7 +98,11 @@ def traced(graph: Graph, specs: Mapping[str, Spec], opset: int) -> ir.Model:
     The model of `graph` is changed: it is of no use for anything else afterwards.
     """
     model = graph.model
+    experts = {site.name for site in graph.sites if site.is_expert}
+    place_experts(graph, specs)
     for name, spec in specs.items():
+        if name in experts:
+            continue
         old = model.get_submodule(name)
         made = (
             PlacedConvolution(name, spec, old)

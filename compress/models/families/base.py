@@ -32,12 +32,5 @@ class Family(Protocol):
     def symmetry(self, model: nn.Module, tied: Mapping[str, str]) -> Iterator[Units]:
         """What of a model may be put in another order. `tied`: parameter -> the name its value is kept under."""
 
-    def export_names(self, container: str) -> Mapping[str, str]:
-        """Module -> what a container calls it, `{}` standing for a block's number; empty where it has no place for it.
-
-        Args:
-            container: the key of an exporter.
-        """
-
     def forward(self, model: nn.Module, batch: Tensor) -> Any:
         """Run a model on a batch, as the samples of its data sets are."""

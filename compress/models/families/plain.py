@@ -53,9 +53,6 @@ class Plain:
 
         return trace(model, "", tied)
 
-    def export_names(self, container: str) -> Mapping[str, str]:
-        return {}
-
     def forward(self, model: nn.Module, batch: Tensor) -> Any:
         return model(batch.clone())  # a first layer may work in place
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compress.encodings.signs import Signs
-from compress.errors import NonFiniteError
+from compress.errors import NonFiniteError, OptionError
 from compress.lazy import torch
 from compress.passes.merge.delta_pass import DeltaPass
 from compress.passes.merge.schedules import PerModel, Value, values_at
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from compress.errors import OptionError
     from compress.passes.merge.base import Piece, Pieces
     from compress.passes.merge.trimming import Limit
 
@@ -57,6 +56,10 @@ class Compeft(DeltaPass):
         alpha: what it is multiplied with.
         scope: what is trimmed together, and what `l2` and `std` are taken of: the whole `model`, or each `tensor` by
             itself.
+        factors: the fine-tune is a LoRA adapter, and what is coded are its factors A and B instead of what their
+            product adds to weights: a much smaller file. Each factor is taken by itself whatever `scope` says, as one
+            may be made longer and the other shorter without a change of the product; both are multiplied with `alpha`.
+            Biases, norms and whatever else was trained whole stay as they are.
 
     Example:
         >>> import torch
@@ -72,18 +75,37 @@ class Compeft(DeltaPass):
     magnitude: Literal["l2", "std", "mean"] = "l2"
     alpha: Value = 1.0
     scope: Scope = "model"
+    factors: bool = False
 
     key: ClassVar[str] = "compeft"
+    common: ClassVar[frozenset[str]] = DeltaPass.common | {"factors"}
     coding: ClassVar[Literal["rice", "bits"]] = "rice"
 
     def check(self) -> Iterator[OptionError]:
         yield from super().check()
         yield from self.within("density", 0, 1)
         yield from self.of_whole_models("density")
+        if self.factors:
+            yield from self._check_factors()
+
+    def _check_factors(self) -> Iterator[OptionError]:
+        """What says something of tensors of the model, where those of an adapter are coded."""
+        for option in ("density", "alpha"):
+            if not isinstance(getattr(self, option), float):
+                yield OptionError(option, "is for all factors with factors: true; give one number")
+        for option, plain in (("include", ()), ("exclude", ()), ("overrides", ()), ("vocabulary", "refuse")):
+            if getattr(self, option) != plain:
+                yield OptionError(option, "chooses tensors of the model, and with factors: true the adapter is coded")
+        if self.choose:
+            yield OptionError("choose", "tries merges of weights; with factors: true give the values")
+
+    @property
+    def codes_factors(self) -> bool:
+        return self.factors
 
     @property
     def surveys(self) -> bool:
-        return self.scope == "model"
+        return self.scope == "model" and not self.factors
 
     def survey(self, everything: Pieces, sizes: Mapping[str, int]) -> tuple[Surveyed, float]:
         total = sum(sizes.values())

@@ -26,6 +26,11 @@ class DeltaPass(MergePass):
     coding: ClassVar[Literal["rice", "bits"]]  # of its signs in a file
 
     @property
+    def codes_factors(self) -> bool:
+        """Whether the fine-tune is an adapter, and pieces are those of its factors, added to zeros."""
+        return False
+
+    @property
     def looks(self) -> bool:
         return True
 

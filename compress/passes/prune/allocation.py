@@ -81,11 +81,13 @@ def shares(
         found: layer -> what `allocation_facts` found.
         share: of zeros over all.
         by: `block` gives all layers of a block the same share, `site` each its own.
-        spread: how far apart shares may be; None for the published default.
+        spread: how far apart shares are; None for the published default, or half as far as exponents are where that is
+            less.
 
     Source: OWL: Yin et al., 2023, arXiv 2310.05175; AlphaPruning: Lu et al., 2024, arXiv 2410.10912; FARMS: Hu et al.,
-    2025, arXiv 2506.06280. Differs from the papers in: means over blocks are weighted by their sizes, and what is cut
-    off at the upper end is spread over the others, so that the budget is exact.
+    2025, arXiv 2506.06280. Differs from the papers in: blocks whose exponents hardly differ are given shares that
+    hardly differ, where the papers stretch any difference to the same range; means over blocks are weighted by their
+    sizes, and what is cut off at the upper end is spread over the others, so that the budget is exact.
     """
     unit = {name: block_of(name) if by == "block" else name for name in found}
     names = list(dict.fromkeys(unit.values()))
@@ -100,7 +102,7 @@ def shares(
         wanted = share - density
     else:
         alphas = _alphas(members, found)
-        width = SPREAD[kind] if spread is None else spread
+        width = _width(kind, alphas, spread)
         wanted = 1 - width + 2 * width * _unit_range(alphas)
     filled = fill(wanted.clamp(min=0), sizes, share)
     exact = {n: float(filled[names.index(unit[n])]) for n in found}
@@ -182,6 +184,17 @@ def _alphas(members: Mapping[str, Sequence[str]], found: Mapping[str, Mapping[st
         means.append(sum(known) / len(known) if known else float("nan"))
     alphas = torch.tensor(means, dtype=torch.float64)
     return torch.where(alphas.isnan(), alphas.nanmean() if not alphas.isnan().all() else 0.0, alphas)
+
+
+def _width(kind: Allocate, values: Tensor, spread: float | None) -> float:
+    """Half the width of what shares are multiplied with.
+
+    Stretched to one range, differences that mean nothing cost as much as those between the blocks of large models.
+    """
+    if spread is not None:
+        return spread
+    low, high = float(values.min()), float(values.max())
+    return min(SPREAD[kind], (high - low) / (high + low) / 2 if high + low > 0 else 0.0)
 
 
 def _unit_range(values: Tensor) -> Tensor:

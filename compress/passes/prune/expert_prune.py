@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compress.passes.experts import ExpertsPass
+from compress.passes.interface import ExpertsLeft
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,8 +57,8 @@ class ExpertPrune(ExpertsPass):
         tokens = layer.tokens.double()
         return layer.weighted / tokens.clamp(min=1) if self.by == "reap" else tokens
 
-    def run(self, layer: ExpertsSeen) -> tuple[int, ...]:
-        return best(self.scores(layer).tolist(), layer.keep, layer.groups, layer.may)
+    def run(self, layer: ExpertsSeen) -> ExpertsLeft:
+        return ExpertsLeft(best(self.scores(layer).tolist(), layer.keep, layer.groups, layer.may))
 
 
 def best(scores: list[float], keep: int, groups: int, may: frozenset[int]) -> tuple[int, ...]:

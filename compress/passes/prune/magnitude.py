@@ -36,7 +36,8 @@ class Pruner(LinearPass):
             those whose scores are small beside the others'; `owl`: blocks with few outliers among |w| * ||x||;
             `alphapruning`: blocks whose spectra have light tails; `farms`: likewise, whatever the shapes of matrices.
         allocate_by: `block` gives all layers of a block the same share, `site` each its own.
-        spread: how far apart shares may be, for owl (0.08), alphapruning and farms (0.2).
+        spread: how far apart shares are, for owl (0.08), alphapruning and farms (0.2, or half as far as exponents are
+            where that is less).
     """
 
     sparsity: Sparsity = 0.5

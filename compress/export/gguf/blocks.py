@@ -24,6 +24,8 @@ from compress.encodings.bits import pack_bits
 from compress.lazy import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from torch import Tensor
 
     from compress.encodings import Encoding, Spec
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 NON_LINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # of IQ4_NL, in units of d
 SMALLEST = 32  # columns of the narrowest block
+LEVELS = {"TQ2_0": 2, "Q4_0": 8, "Q5_0": 16, "Q8_0": 128}  # by type, how far below zero levels go; TQ2_0: one less
+BYTES = {"Q4_0": 18, "IQ4_NL": 18, "Q4_1": 20, "Q5_0": 22, "Q8_0": 34}  # of 32 weights
 
 
 @dataclass(frozen=True)
@@ -69,36 +73,89 @@ def misfit(spec: Spec) -> str | None:
     return None
 
 
-def to_blocks(encoding: Encoding) -> Blocks | str:
-    """A weight in the smallest type whose values are exactly its own; else why there is none."""
+def largest_bytes(spec: Spec) -> int:
+    """Bytes of a layer's codes in the widest type that they may need."""
+    form = spec.form
+    assert form is not None
+    if not form.steps:
+        return spec.shape[0] * spec.shape[1] * BYTES["IQ4_NL"] // SMALLEST
+    levels = 2 ** (form.bits - 1) if "zero_point" not in form.tables(spec.shape) else 2**form.bits - 1
+    kind = next((kind for kind, most in LEVELS.items() if levels <= most and kind != "TQ2_0"), "Q8_0")
+    return spec.shape[0] * spec.shape[1] * BYTES[kind] // SMALLEST
+
+
+def smallest_type(encoding: Encoding) -> str:
+    """The smallest type whose values are exactly a weight's own; empty where there is none."""
     lookup = encoding.lookup()
-    return _from_steps(encoding.codes, lookup) if encoding.form.steps else _from_table(encoding.codes, lookup)
+    if not encoding.form.steps:
+        return "IQ4_NL"
+    assert lookup.scale is not None
+    levels, scale = _levels(encoding.codes, lookup), lookup.scale.of()
+    kind = _of_levels(levels, lookup.scale.columns // SMALLEST)
+    if kind not in ("TQ2_0", "Q4_0") and lookup.table.bits == 4 and _minimum(scale, lookup) is not None:
+        return "Q4_1"
+    return kind
 
 
-def _from_steps(codes: Tensor, lookup: Lookup) -> Blocks | str:
+def common_type(kinds: Collection[str]) -> str | None:
+    """One type for several weights, by the smallest of each; None where they have none in common."""
+    if len(set(kinds)) == 1:
+        return next(iter(kinds)) or None
+    order = list(LEVELS)
+    wide = ["Q5_0" if kind == "Q4_1" else kind for kind in kinds]  # its codes are at most 15 from their zero points
+    return max(wide, key=order.index) if set(wide) <= set(order) else None
+
+
+def to_blocks(encoding: Encoding, kind: str | None = None) -> Blocks | str:
+    """A weight in the smallest type whose values are exactly its own, or a given wider one; else why there is none."""
+    lookup = encoding.lookup()
+    if encoding.form.steps:
+        return _from_steps(encoding.codes, lookup, kind or smallest_type(encoding))
+    return _from_table(encoding.codes, lookup)
+
+
+def _levels(codes: Tensor, lookup: Lookup) -> Tensor:
+    """(O, I) int16 distances of codes from their zero points."""
+    return lookup.units(codes).short()
+
+
+def _of_levels(levels: Tensor, repeats: int) -> str:
+    low, high = int(levels.min()), int(levels.max())
+    for kind, most in LEVELS.items():
+        fits = low >= (-1 if kind == "TQ2_0" else -most) and high <= (1 if kind == "TQ2_0" else most - 1)
+        if fits and (kind != "TQ2_0" or repeats % 8 == 0):
+            return kind
+    return ""
+
+
+def _minimum(scale: Tensor, lookup: Lookup) -> Tensor | None:
+    """float16 values of code 0, or None where they are none."""
+    return _exact_half(scale * -lookup.steps_from().float())
+
+
+def _from_steps(codes: Tensor, lookup: Lookup, kind: str) -> Blocks | str:
     assert lookup.scale is not None
     of_groups = lookup.scale.of()
     scale = _exact_half(of_groups)
     if scale is None:
         return "scales that are not float16"
-    levels = lookup.units(codes).short()
-    low, high = int(levels.min()), int(levels.max())
+    levels = _levels(codes, lookup)
     rows, repeats = len(levels), lookup.scale.columns // SMALLEST
     d = scale.expand(rows, -1).repeat_interleave(repeats, dim=1)
-    if low >= -1 and high <= 1 and repeats % 8 == 0:
-        return Blocks("TQ2_0", _joined(_quarters(levels + 1), _halves(d[:, ::8])))
-    if low >= -8 and high <= 7:
-        return Blocks("Q4_0", _joined(_halves(d), _nibbles(levels + 8)))
-    if lookup.table.bits == 4:
-        least = _exact_half(of_groups * -lookup.steps_from().float())
-        if least is not None:
-            m = least.expand(rows, -1).repeat_interleave(repeats, dim=1)
-            return Blocks("Q4_1", _joined(_halves(d), _halves(m), _nibbles(codes)))
-    if low >= -16 and high <= 15:
-        return Blocks("Q5_0", _joined(_halves(d), *_fifths(levels + 16)))
-    if low >= -128 and high <= 127:
-        return Blocks("Q8_0", _joined(_halves(d), _cut_into_blocks(levels.to(torch.int8).view(torch.uint8))))
-    return f"codes up to {max(high, -low)} from their zero point"
+    if kind == "TQ2_0":
+        return Blocks(kind, _joined(_quarters(levels + 1), _halves(d[:, ::8])))
+    if kind == "Q4_0":
+        return Blocks(kind, _joined(_halves(d), _nibbles(levels + 8)))
+    if kind == "Q4_1":
+        least = _minimum(of_groups, lookup)
+        assert least is not None
+        m = least.expand(rows, -1).repeat_interleave(repeats, dim=1)
+        return Blocks(kind, _joined(_halves(d), _halves(m), _nibbles(codes)))
+    if kind == "Q5_0":
+        return Blocks(kind, _joined(_halves(d), *_fifths(levels + 16)))
+    if kind == "Q8_0":
+        return Blocks(kind, _joined(_halves(d), _cut_into_blocks(levels.to(torch.int8).view(torch.uint8))))
+    return f"codes up to {int(levels.abs().max())} from their zero point"
 
 
 def _from_table(codes: Tensor, lookup: Lookup) -> Blocks | str:

@@ -1,0 +1,85 @@
+"""BPE of characters, as SentencePiece makes it: bytes of what is unknown, and `▁` for spaces.
+
+llama.cpp merges the pair whose token has the highest score, whatever its two parts; tokenizer.json has an order of
+merges. They agree where a token's score falls with the place of its first merge, and every way to part a token into
+two others is a merge: so it is where merges were made from scores.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import UsageError
+from compress.export.gguf.tokens import BYTE, UNKNOWN, Cut, refuse_changes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from compress.export.gguf.tokens import Tokens
+
+SPACE = "▁"
+LAST = -1e6  # the score of what no merge makes
+
+
+def cut(data: Mapping[str, Any], tokens: Tokens, config: Any, file: Path) -> Cut:
+    """How a tokenizer of this kind cuts text; marks unknown and byte tokens by their types."""
+    model = data["model"]
+    refuse_changes(model, file, "continuing_subword_prefix", "end_of_word_suffix", "dropout", "ignore_merges")
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    ranks: dict[str, int] = {}
+    for rank, (first, second) in enumerate(merges):
+        ranks.setdefault(first + second, rank)
+    _refuse_partial(ranks, set(merges), tokens, file)
+    scores = [LAST] * len(tokens.texts)
+    for text, rank in ranks.items():
+        scores[tokens.numbers[text]] = float(-rank)
+    for number in range(256):
+        found = tokens.numbers.get(f"<0x{number:02X}>")
+        if found is None:
+            raise UsageError(f"{file} has no token <0x{number:02X}>, and llama.cpp spells what is unknown in bytes")
+        tokens.types[found] = BYTE
+    special = {}
+    if model.get("unk_token") in tokens.numbers:
+        special["unk"] = tokens.numbers[model["unk_token"]]
+        tokens.types[special["unk"]] = UNKNOWN
+    return Cut("llama", "default", scores=scores, space=_space(data, file), special=special)
+
+
+def _refuse_partial(ranks: Mapping[str, int], merges: set[tuple[str, ...]], tokens: Tokens, file: Path) -> None:
+    """Refuse merges that scores cannot stand for."""
+    for text in ranks:
+        for place in range(1, len(text)):
+            pair = text[:place], text[place:]
+            if pair not in merges and all(
+                part in ranks or (len(part) == 1 and part in tokens.numbers) for part in pair
+            ):
+                raise UsageError(
+                    f"{file} does not merge {pair[0]!r} and {pair[1]!r} though {text!r} is a token, which llama.cpp "
+                    "does; export hf"
+                )
+
+
+def _space(data: Mapping[str, Any], file: Path) -> bool:
+    """Whether a space is put before a text.
+
+    Raises:
+        UsageError: text is changed in another way.
+    """
+    before = data.get("pre_tokenizer")
+    if before is not None and before["type"] == "Metaspace":
+        return bool(
+            before.get("prepend_scheme", "always" if before.get("add_prefix_space", True) else "never") != "never"
+        )
+    normalizer = data.get("normalizer")
+    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+    spaced = False
+    for step in steps:
+        if step["type"] == "Prepend" and step["prepend"] == SPACE:
+            spaced = True
+        elif not (step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == SPACE):
+            raise UsageError(f"{file}: GGUF has no place for its normalizer {step['type']}; export hf")
+    # Cutting at spaces, which are none any more, does nothing.
+    if before is not None and not (before["type"] == "Split" and before["pattern"] == {"String": " "}):
+        raise UsageError(f"{file}: GGUF has no place for its pre_tokenizer {before['type']}; export hf")
+    return spaced

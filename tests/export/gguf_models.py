@@ -1,0 +1,202 @@
+"""Small random models of every kind that is written as GGUF, with the options that change how it is written."""
+
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.15, "pad_token_id": 0,
+    "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+SLIDING, FULL = "sliding_attention", "full_attention"
+WIDTH = {"head_dim": 16}
+LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+GROUPED = {
+    "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+WINDOWS = {**WIDTH, "query_pre_attn_scalar": 16, "sliding_window": 16}
+
+
+def rope(kind: str, **options: object) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **options}}
+
+
+YARN = rope("yarn", factor=4.0, original_max_position_embeddings=32)
+LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+LONG = rope(
+    "longrope", long_factor=[1.0 + i for i in range(8)], short_factor=[1 + i / 4 for i in range(8)],
+    original_max_position_embeddings=64,
+)  # fmt: skip
+
+# Kind, and which of them -> its options.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama, biases": {"attention_bias": True, "mlp_bias": True},
+    "llama, llama3": {"head_dim": 32, **LLAMA3},
+    "llama, linear": rope("linear", factor=4.0),
+    "llama, yarn": {"head_dim": 32, **YARN},
+    "llama, tied": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": None, **WIDTH},
+    "mixtral": LOCAL,
+    "qwen2": {},
+    "qwen2, yarn": YARN,
+    "qwen3": WIDTH,
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 64},
+    "qwen3_moe": {**EXPERTS, **WIDTH, "norm_topk_prob": True},
+    "gemma": WIDTH,
+    "gemma2": {**WINDOWS, "layer_types": [SLIDING, FULL]},
+    "gemma3_text": {**WINDOWS, "num_hidden_layers": 6},
+    "gemma3_text, linear": {
+        **WINDOWS, "num_hidden_layers": 6, "rope_parameters": {
+            SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+            FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        },
+    },
+    "phi": {"num_key_value_heads": 4},
+    "phi3": {},
+    "phi3, longrope": {"original_max_position_embeddings": 64, **LONG},
+    "phi3, partial": {"num_attention_heads": 2, **rope("default", partial_rotary_factor=0.5)},
+    "gpt2": {},
+    "gpt2, inner": {"n_inner": 96},
+    "gpt_bigcode": {},
+    "gpt_neox": {},
+    "gpt_neox, serial": {"use_parallel_residual": False},
+    "bloom": {},
+    "bloom, six heads": {"hidden_size": 96, "n_head": 6},
+    "falcon": {},
+    "falcon, new": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon, many": {"multi_query": False, "num_kv_heads": 4},
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128},
+    "olmo": {},
+    "olmo, clipped": {"clip_qkv": 0.5},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 16, "num_hidden_layers": 4},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 4},
+    "granite": {
+        "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0,
+    },
+    "granitemoe": LOCAL,
+    "starcoder2": {},
+    "stablelm": {},
+    "stablelm, parallel": {"use_parallel_residual": True, "use_qkv_bias": True},
+    "cohere": {},
+    "cohere2": {**WIDTH, "sliding_window": 16, "num_hidden_layers": 4},
+    "smollm3": {"num_hidden_layers": 4},
+    "seed_oss": WIDTH,
+    "arcee": WIDTH,
+    "nemotron": WIDTH,
+    "glm": WIDTH,
+    "glm4": {**WIDTH, "attention_bias": True},
+    "glm4_moe": {**GROUPED, **WIDTH},
+    "ernie4_5": WIDTH,
+    "ernie4_5_moe": {
+        **WIDTH, "moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1,
+        "moe_num_shared_experts": 1,
+    },
+    "exaone4": {"sliding_window": None, "layer_types": [FULL, FULL]},
+    "exaone4, windows": {"sliding_window": 16, "num_hidden_layers": 64, "sliding_window_pattern": 4},
+    "hunyuan_v1_dense": WIDTH,
+    "hunyuan_v1_moe": {**WIDTH, "num_experts": 4, "moe_topk": 2},
+    "dots1": {**GROUPED, "num_key_value_heads": 4},
+    "minimax_m2": {**LOCAL, **WIDTH},
+    "bert": {},
+}  # fmt: skip
+
+
+def kind_of(variant: str) -> str:
+    return variant.split(",")[0]
+
+
+def config_of(variant: str, **changes: object) -> Any:
+    kind = kind_of(variant)
+    known = AutoConfig.for_model(kind)
+    sizes = {k: v for k, v in SIZES.items() if hasattr(known, k) and (kind != "mpt" or k == "vocab_size")}
+    return AutoConfig.for_model(kind, **{**sizes, **VARIANTS[variant], **changes})
+
+
+def structure(config: Any) -> PreTrainedModel:
+    """A model without values."""
+    with torch.device("meta"):
+        found: PreTrainedModel = (AutoModel if config.model_type == "bert" else AutoModelForCausalLM).from_config(
+            config
+        )
+    return found
+
+
+def make(variant: str, **changes: object) -> PreTrainedModel:
+    """One with values large enough to tell every tensor, bias and norm from its neighbours."""
+    torch.manual_seed(0)
+    config = config_of(variant, **changes)
+    of = AutoModel if config.model_type == "bert" else AutoModelForCausalLM
+    model: PreTrainedModel = of.from_config(config).eval().float()
+    for parameter in model.parameters():
+        if parameter.dim() < 2:
+            parameter.data = parameter.data + 0.1 * torch.randn_like(parameter)
+        elif parameter.std() < 0.1:
+            parameter.data = 0.15 * torch.randn_like(parameter)
+    return model
+
+
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+LETTERS = [*map(chr, range(97, 123)), *"ABC012,.!é"]
+TEXTS = ["the other weather", "  two  spaces, there.", "The 12 cafés at 10!", "a\nb 🦙 the", "<s>then the</s> end"]
+
+
+def characters(space: bool = True) -> Tokenizer:
+    """BPE of characters with bytes for what is unknown, as SentencePiece makes it; a space before every text or not."""
+    special = ["<unk>", "<s>", "</s>"]
+    wholes = ["th", "the", "er", "▁the", "▁▁", "at", "her", "▁t", "▁th"]  # the first is the first to be merged
+    words = [*special, *(f"<0x{i:02X}>" for i in range(256)), "▁", *LETTERS, *wholes]
+    known = set(words)
+    merges = [
+        (whole[:i], whole[i:])
+        for whole in wholes
+        for i in range(1, len(whole))
+        if whole[:i] in known and whole[i:] in known
+    ]
+    numbers = {word: i for i, word in enumerate(words)}
+    made = Tokenizer(models.BPE(numbers, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    spaces = normalizers.Replace(" ", "▁")
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if space else spaces
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    return made
+
+
+def word_pieces(lowercase: bool = True) -> Tokenizer:
+    """WordPiece as BERT has it."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = [
+        *special,
+        "the",
+        "we",
+        "##the",
+        "##ther",
+        "##r",
+        "other",
+        "cafe",
+        "##s",
+        "at",
+        "end",
+        "!",
+        ",",
+        ".",
+        "1",
+        "##2",
+    ]
+    words += [letter for letter in "abcdefghijklmnopqrstuvwxyz0" if letter not in words]
+    made = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    made.add_special_tokens(special)
+    return made

@@ -1,0 +1,324 @@
+"""GGUF for every kind of model: names, keys and layouts here; what llama.cpp computes, where there is one."""
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gguf_models as small
+import pytest
+import torch
+from gguf_models import VARIANTS, config_of, kind_of, structure
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AutoTokenizer
+from written import write
+
+from compress import Magnitude, Rtn
+from compress.encodings import Uniform
+from compress.errors import UsageError
+from compress.export.gguf.architectures import KINDS, UNWRITTEN, unfit
+from compress.export.gguf.blocks import common_type, to_blocks
+from compress.export.gguf.keys import keys
+from compress.export.gguf.rope import rope_tensors, unfit_rope
+from compress.export.gguf.tensors import Layout
+from compress.export.gguf.vocabulary import read_vocabulary
+from compress.models import graph as graphs
+from compress.models.loading import load_model
+
+gguf = pytest.importorskip("gguf")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PYTHON = Path(os.environ.get("LLAMA_PYTHON", ".venv-llama/bin/python"))  # has xllamacpp, a wheel of llama.cpp
+
+
+def layout_of(variant: str) -> Any:
+    return Layout(graphs.find(structure(config_of(variant))), KINDS[kind_of(variant)])
+
+
+def test_every_kind_is_tried_and_none_is_both_written_and_refused() -> None:
+    assert {kind_of(variant) for variant in VARIANTS} == set(KINDS)
+    assert not set(KINDS) & set(UNWRITTEN)
+    known = set(gguf.MODEL_ARCH_NAMES.values())
+    assert {architecture.name for architecture in KINDS.values()} <= known
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_tensor_of_a_kind_has_a_place_of_its_own_and_nothing_is_refused(variant: str) -> None:
+    config, layout = config_of(variant), layout_of(variant)
+    assert [*unfit(config, layout.architecture), *unfit_rope(config, layout.architecture)] == []
+    assert layout.nameless() == []
+    names = [piece.name for piece in layout.pieces()]
+    assert len(names) == len(set(names))
+    shapes = dict(layout.graph.tensors())
+    for piece in layout.pieces():
+        value = shapes[piece.parameter]
+        if piece.rows is not None and not piece.experts:
+            assert sorted(piece.rows.tolist()) == list(range(len(piece.rows))), piece.name
+        if piece.experts:
+            assert value.dim() == 3
+    said = keys(config, layout.architecture)
+    assert {type(value) for value in said.values()} <= {int, float, bool, str, list}
+    assert said["embedding_length"] == config.hidden_size
+    assert said["block_count"] == len({name.split(".")[1] for name in names if name.startswith("blk.")})
+
+
+KEYS: dict[str, dict[str, Any]] = {
+    "gemma2": {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "attention.sliding_window": 16},
+    "gemma3_text, linear": {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0, "rope.freq_base": 1e6,
+                            "rope.freq_base_swa": 1e4},
+    "qwen2, yarn": {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+                    "rope.scaling.original_context_length": 32},
+    "qwen2_moe": {"expert_count": 8, "expert_used_count": 2, "expert_feed_forward_length": 32,
+                  "expert_shared_feed_forward_length": 64},
+    "granite": {"attention.scale": 0.2, "embedding_scale": 3.0, "residual_scale": 0.5, "logit_scale": 2.0},
+    "stablelm": {"rope.dimension_count": 4, "attention.layer_norm_epsilon": 1e-5, "use_parallel_residual": False},
+    "falcon, new": {"attention.head_count_kv": 2, "tensor_data_layout": "jploski"},
+    "falcon": {"attention.head_count_kv": 1},
+    "mpt": {"attention.max_alibi_bias": 8.0, "feed_forward_length": 256},
+    "olmo3": {"attention.sliding_window_pattern": [True, True, True, False]},
+    "bert": {"attention.causal": False},
+    "qwen3": {"attention.key_length": 16, "attention.value_length": 16},
+    "minimax_m2": {"expert_gating_func": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", KEYS)
+def test_keys_say_what_the_configuration_does(variant: str) -> None:
+    said = keys(config_of(variant), KINDS[kind_of(variant)])
+    assert {key: said.get(key) for key in KEYS[variant]} == KEYS[variant]
+
+
+def test_a_window_that_the_code_does_not_know_limits_the_context_that_is_stated() -> None:
+    config = config_of("mistral", sliding_window=48)
+    assert keys(config, KINDS["mistral"])["context_length"] == 48
+    assert keys(config_of("mistral"), KINDS["mistral"])["context_length"] == 128
+
+
+def test_frequencies_of_llama_3_are_divided_by_what_the_file_has() -> None:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = config_of("llama, llama3")
+    (factors,) = rope_tensors(config).values()
+    plain = LlamaRotaryEmbedding(config_of("llama", head_dim=32)).inv_freq
+    torch.testing.assert_close(plain / factors, LlamaRotaryEmbedding(config).inv_freq)
+    assert float(factors[0]) == 1
+    assert float(factors[-1]) == pytest.approx(8)
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "biases": ("qwen3", {"attention_bias": True}, "attention_bias, True"),
+    "act": ("llama", {"hidden_act": "gelu"}, "hidden_act, gelu"),
+    "windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window, True"),
+    "order of windows": ("gemma2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types, "),
+    "scale": ("gemma2", {"query_pre_attn_scalar": 32}, "query_pre_attn_scalar, 32"),
+    "some dense": ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers, \[0\]"),
+    "weights of experts": ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob, False"),
+    "norms of few layers": ("cohere", {"use_qk_norm": True}, "use_qk_norm, True"),
+    "few windows": ("exaone4, windows", {"num_hidden_layers": 4, "layer_types": None}, "sliding_window, 16"),
+    "alibi": ("falcon", {"alibi": True}, "alibi, True"),
+    "windows unknown there": ("dots1", {"layer_types": [small.SLIDING] * 2, "sliding_window": 8}, "layer_types, "),
+    "rotated layers": ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}, "no_rope_layers, "),
+    "last of the mixtures": ("ernie4_5_moe", {"moe_layer_end_index": 0}, "moe_layer_end_index, 0"),
+    "dynamic": ("llama", small.rope("dynamic", factor=2.0), "rope_type, dynamic"),
+    "yarn": ("llama", small.rope("yarn", factor=4.0, original_max_position_embeddings=32, attention_factor=3.0),
+             "attention_factor of YaRN, 3.0"),
+    "factors": ("qwen2", small.LLAMA3, "rope_type, llama3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_llama_cpp_takes_for_granted_and_a_model_has_not_is_refused(name: str) -> None:
+    variant, changes, message = REFUSED[name]
+    config, architecture = config_of(variant, **changes), KINDS[kind_of(variant)]
+    found = [*unfit(config, architecture), *unfit_rope(config, architecture)]
+    assert len(found) == 1
+    assert re.search(f"this model's {message}.* cannot be said in a GGUF file", found[0])
+
+
+# --- experts ----------------------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, tuple[str, Tensor]]:
+    reader = gguf.GGUFReader(folder / "out" / "gguf" / "model.gguf")
+    found = {}
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        found[tensor.name] = tensor.tensor_type.name, torch.from_numpy(values.copy())
+    return found
+
+
+def saved(variant: str, folder: Path, tokenizer: Tokenizer | None = None, **changes: object) -> None:
+    from test_gguf import save
+
+    save(small.make(variant, **changes), folder / "model", tokenizer)
+
+
+def test_codes_of_all_experts_are_one_tensor_for_gate_up_and_down(tmp_path: Path) -> None:
+    saved("qwen3_moe", tmp_path)
+    write("llama", tmp_path, [Rtn(bits=4, group_size=32, symmetric=True)], "gguf")
+    there, model = contents(tmp_path), load_model(tmp_path / "out", torch.float32)
+    for i, layer in enumerate(model.model.layers):
+        experts = layer.mlp.experts
+        both = torch.stack([experts.gate_up_proj[e] for e in range(8)])
+        down = torch.stack([experts.down_proj[e] for e in range(8)])
+        meant = {"gate": both[:, :32], "up": both[:, 32:], "down": down}
+        for part, values in meant.items():
+            kind, found = there[f"blk.{i}.ffn_{part}_exps.weight"]
+            assert kind == "Q4_0"
+            assert torch.equal(found, values)
+        assert there[f"blk.{i}.ffn_gate_inp.weight"][0] == "F32"
+
+
+def test_experts_that_need_different_types_get_the_widest_and_one_without_codes_makes_all_plain(tmp_path: Path) -> None:
+    saved("qwen3_moe", tmp_path)
+    four, eight = Rtn(bits=4, group_size=32, symmetric=True), Rtn(bits=8, group_size=32, symmetric=True)
+    wide, narrow = ("*experts.*.3",), ("*layers.0*experts.*.[0-2]", "*layers.0*experts.*.[4-7]")
+    passes = [Rtn(**{**vars(eight), "include": wide}), Rtn(**{**vars(four), "include": narrow})]
+    write("llama", tmp_path, [*passes], "gguf")
+    there = contents(tmp_path)
+    assert there["blk.0.ffn_gate_exps.weight"][0] == "Q8_0"
+    assert there["blk.1.ffn_gate_exps.weight"][0] == "F32"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "common"),
+    [
+        (["Q4_0", "Q4_0"], "Q4_0"),
+        (["Q4_0", "Q8_0", "Q5_0"], "Q8_0"),
+        (["Q4_1", "Q4_1"], "Q4_1"),
+        (["Q4_1", "Q4_0"], "Q5_0"),
+        (["TQ2_0", "Q4_0"], "Q4_0"),
+        (["Q4_0", ""], None),
+        (["IQ4_NL", "Q4_0"], None),
+    ],
+)
+def test_several_weights_share_the_narrowest_type_that_holds_all(kinds: list[str], common: str | None) -> None:
+    assert common_type(kinds) == common
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q8_0"])
+def test_a_wider_type_holds_the_same_values(kind: str) -> None:
+    codes = torch.randint(16, (4, 64), dtype=torch.uint8)
+    weight = Uniform(codes, (torch.rand(4, 2) + 0.1).half(), torch.full((4, 2), 8, dtype=torch.uint8), 4, True)
+    found = to_blocks(weight, kind)
+    assert not isinstance(found, str)
+    values = gguf.quants.dequantize(found.data.numpy(), gguf.GGMLQuantizationType[kind])
+    assert torch.equal(torch.from_numpy(values), weight.dequantize())
+
+
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+WORDS: dict[str, tuple[str, Callable[[], Tokenizer], dict[str, int]]] = {
+    "characters": ("llama", small.characters, {"vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2}),
+    "no space": ("gemma", lambda: small.characters(False), {"vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2}),
+    "pieces of words": ("bert", small.word_pieces, {}),
+}
+
+
+def vocabulary(folder: Path, tokenizer: Tokenizer, **config: Any) -> Any:
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return read_vocabulary(folder, SimpleNamespace(**{"vocab_size": 320, "type_vocab_size": 2, **config}))
+
+
+def test_characters_are_merged_by_scores_that_fall_with_the_order_of_merges(tmp_path: Path) -> None:
+    found = vocabulary(tmp_path, small.characters(), bos_token_id=1, eos_token_id=2)
+    texts, types, scores = found.tokens.texts, found.tokens.types, found.cut.scores
+    assert (found.cut.model, found.splits, found.cut.space) == ("llama", "default", True)
+    assert scores[texts.index("th")] > scores[texts.index("the")] > scores[texts.index("▁the")] > scores[0]
+    assert types[:4] == [2, 3, 3, 6]
+    assert found.begins
+    assert not found.ends
+    assert not vocabulary(tmp_path, small.characters(False), bos_token_id=1).cut.space
+
+
+def test_transformers_reads_a_tokenizer_of_characters_back(tmp_path: Path) -> None:
+    saved("llama", tmp_path, small.characters(), vocab_size=320, bos_token_id=1, eos_token_id=2)
+    write("llama", tmp_path, [Rtn(bits=4, group_size=32, symmetric=True)], "gguf")
+    read = AutoTokenizer.from_pretrained(tmp_path / "out" / "gguf", gguf_file="model.gguf")
+    for text in small.TEXTS[:1]:
+        assert read(text)["input_ids"] == small.characters().encode(text).ids
+
+
+def test_pieces_that_begin_a_word_are_marked_and_the_others_are_not(tmp_path: Path) -> None:
+    found = vocabulary(tmp_path, small.word_pieces())
+    assert found.tokens.texts[:10] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "▁the", "▁we", "the", "ther", "r"]
+    assert (found.cut.model, found.cut.kinds_of_text) == ("bert", 2)
+    assert found.special == {"bos": 2, "cls": 2, "eos": 3, "sep": 3, "unk": 1, "mask": 4}
+    assert found.begins
+    assert found.ends
+
+
+def partial() -> Tokenizer:
+    """A token that can be parted in a way that is no merge."""
+    data = json.loads(small.characters().to_str())
+    data["model"]["merges"] = [m for m in data["model"]["merges"] if list(m) != ["t", "he"]]
+    data["model"]["merges"] += [["h", "e"]]
+    data["model"]["vocab"]["he"] = 310
+    made: Tokenizer = Tokenizer.from_str(json.dumps(data))
+    return made
+
+
+WRONG: dict[str, tuple[Callable[[], Tokenizer], str]] = {
+    "merges that are not all": (partial, "does not merge 't' and 'he' though 'the' is a token"),
+    "capitals": (lambda: small.word_pieces(lowercase=False), "keeps capital letters"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_tokenizer_that_would_cut_otherwise_there_is_refused(name: str, tmp_path: Path) -> None:
+    make, message = WRONG[name]
+    with pytest.raises(UsageError, match=message):
+        vocabulary(tmp_path, make(), bos_token_id=1)
+
+
+# --- llama.cpp -------------------------------------------------------------------------------------------------------
+
+
+def asked(folder: Path, prompts: list[list[int]], texts: list[str], embed: bool, words: int) -> dict[str, Any]:
+    question = json.dumps({"prompts": prompts, "texts": texts, "embed": embed, "words": words})
+    script = Path(__file__).parent / "gguf_in_llama_cpp.py"
+    command = [str(PYTHON), str(script), str(folder / "out" / "gguf" / "model.gguf"), question]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+needs_llama_cpp = pytest.mark.skipif(not PYTHON.is_file(), reason="LLAMA_PYTHON names no Python with xllamacpp")
+# llama.cpp looks GELU up in a table of float16, and its embeddings of texts come through float16 too.
+ROUNDED = ("bert", "bloom", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neox", "mpt", "phi",
+           "starcoder2")  # fmt: skip
+
+
+@pytest.mark.real
+@needs_llama_cpp
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_llama_cpp_computes_what_the_model_does(variant: str, tmp_path: Path) -> None:
+    saved(variant, tmp_path)
+    write("llama", tmp_path, [Magnitude(sparsity=0.05)], "gguf")
+    lengths = (80, 100) if variant == "phi3, longrope" else (5, 40, 60)  # llama.cpp takes the long factors throughout
+    prompts = [torch.randint(256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
+    embed = kind_of(variant) == "bert"
+    found = asked(tmp_path, prompts, [], embed, 256)["found"]
+    model = load_model(tmp_path / "out", torch.float32)
+    for prompt, answer in zip(prompts, found, strict=True):
+        with torch.no_grad():
+            made = model(torch.tensor([prompt]))
+        meant = made.last_hidden_state[0].mean(0) if embed else made.logits[0, -1].log_softmax(-1)
+        worst = float((torch.tensor(answer) - meant).abs().max())
+        assert worst < (5e-3 if kind_of(variant) in ROUNDED else 1e-4)
+
+
+@pytest.mark.real
+@needs_llama_cpp
+@pytest.mark.parametrize("name", WORDS)
+def test_llama_cpp_cuts_text_as_the_tokenizer_does(name: str, tmp_path: Path) -> None:
+    variant, make, changes = WORDS[name]
+    saved(variant, tmp_path, make(), **changes)
+    write("llama", tmp_path, [Magnitude(sparsity=0.05)], "gguf")
+    assert asked(tmp_path, [], small.TEXTS, False, 1)["cut"] == [make().encode(text).ids for text in small.TEXTS]

@@ -1,0 +1,109 @@
+"""NaN in an exported graph is traced to the constant or the node that it comes from."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import onnx_ir as ir
+import pytest
+import torch
+from families import inputs_of, make
+
+import compress
+from compress import Onnx, Pipeline, Rtn
+from compress.errors import CompressError, NonFiniteError
+from compress.export.onnx import build
+from compress.export.onnx.exporter import MODEL
+from compress.export.onnx.not_finite import first_not_finite
+from compress.export.onnx.session import Runner
+
+TOKENS = inputs_of("llama")[0]
+ROTARY = "model.model.rotary_emb.inv_freq"
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed folder with its export; to be read only."""
+    folder = tmp_path_factory.mktemp("finite")
+    make("llama").save_pretrained(folder / "model")
+    pipeline = Pipeline(passes=((Rtn(bits=4, group_size=32),),), export=(Onnx(),))
+    compress.run(pipeline, folder / "model", folder / "out", calibration=TOKENS, evaluation=TOKENS)
+    return folder / "out"
+
+
+def with_frequencies(change: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model that is traced computes other rotary frequencies than any other."""
+    opened = build.open_packed
+
+    def open_changed(*given: Any) -> Any:
+        made = opened(*given)
+        rotary: Any = made.artifact.graph.model.model.rotary_emb
+        rotary.inv_freq = change(rotary.inv_freq.clone())
+        return made
+
+    monkeypatch.setattr(build, "open_packed", open_changed)
+
+
+def test_a_computed_constant_with_nan_is_named_and_nothing_is_written(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_frequencies(lambda old: torch.where(old == old[0], torch.nan, old), monkeypatch)
+    with pytest.raises(NonFiniteError, match=rf"constant {ROTARY}, .* has 1 NaN among its 8 numbers"):
+        build_and_check(out, tmp_path)
+
+
+def test_a_computed_constant_is_compared_with_what_another_model_computes(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_frequencies(lambda old: old * 2, monkeypatch)
+    with pytest.raises(CompressError, match=rf"{ROTARY} reads back differently"):
+        build_and_check(out, tmp_path)
+
+
+def build_and_check(out: Path, folder: Path) -> None:
+    from compress.export.packed import open_packed
+    from compress.progress import Bars
+
+    made, to = open_packed(out), Onnx()
+    to.write(made, folder, folder, Bars())
+    to.verify(made, folder, Bars())
+
+
+def damaged(out: Path, folder: Path, number: float) -> Path:
+    """The export with a number in the place of the first rotary frequency."""
+    model = ir.load(out / "onnx" / MODEL)
+    value = model.graph.initializers[ROTARY]
+    assert value.const_value is not None
+    numbers = value.const_value.numpy().copy()
+    numbers[0] = number
+    value.const_value = ir.tensor(numbers, name=ROTARY)
+    ir.save(model, folder / MODEL)
+    (folder / f"{MODEL}.data").hardlink_to(out / "onnx" / f"{MODEL}.data")
+    return folder
+
+
+def test_the_constant_that_is_not_finite_is_said(out: Path, tmp_path: Path) -> None:
+    found = first_not_finite(damaged(out, tmp_path, numpy.nan), TOKENS)
+    assert found == f"of its constants, 1 are not finite: {ROTARY}"
+
+
+def test_the_node_that_makes_nan_of_finite_numbers_is_said(out: Path, tmp_path: Path) -> None:
+    found = first_not_finite(damaged(out, tmp_path, numpy.inf), TOKENS)  # infinity is no mistake by itself
+    assert "all its constants are finite; the first node that makes NaN is a " in found
+    assert "could not be looked at" not in found
+    assert "and so is what its nodes make" in first_not_finite(out / "onnx", TOKENS)
+    assert not list(tmp_path.glob("looked_at*"))
+
+
+def test_logits_that_are_nan_are_an_error_that_says_where_from(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = tmp_path / "out"
+    packed.mkdir()
+    for file in out.iterdir():
+        if file.is_file() and file.name != "manifest.json":
+            (packed / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(Runner, "__call__", lambda self, inputs: self.step(inputs, None)[0] * torch.nan)
+    with pytest.raises(NonFiniteError, match=r"exported onnx gives logits that are NaN .*: all its constants are fin"):
+        compress.export_to(packed, [Onnx()])
