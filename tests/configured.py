@@ -90,7 +90,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     "bip": [
         {"sparsity": 0.95, "mask_rate": 0.1},
         {"granularity": "filter", "steps": 2},
-        {"granularity": "channel", "correction": False, "steps": 2},
+        {"granularity": "channel", "correction": True, "steps": 2},
     ],
     "sparse_soup": [{"models": 2, "soup": "greedy"}, {"sparsity": 0.95, "phases": 2, "models": 2}],
     "wanda": [
