@@ -134,7 +134,10 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     ],
     "bitdelta": [{"bits": 3}, {"steps": 0}],
     "pcb": [{"scope": "tensor", "density": (0.2, (0.1, 0.5))}, {"clip": 0.0, "weights": (1.0, 0.5), "scale": 1.2}],
-    "weight_matching": [{"sweeps": 3, "weights": (0.5, 1.0, 2.0)}, {"weights": ((0.0, 1.0), 1.0, 0.5)}],
+    "weight_matching": [
+        {"sweeps": 3, "residual": False, "weights": (0.5, 1.0, 2.0)},
+        {"weights": ((0.0, 1.0), 1.0, 0.5)},
+    ],
     "robust_signature": [
         {"alpha": 0.5, "layers": 2, "bits": 4},
         {"target": "base", "alpha": ((0.0, 1.0),)},
