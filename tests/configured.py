@@ -90,6 +90,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"granularity": "filter", "steps": 2},
         {"granularity": "channel", "correction": False, "steps": 2},
     ],
+    "recalibrate_norms": [{"batch_size": 4}],
     "sparse_soup": [{"models": 2, "soup": "greedy"}, {"sparsity": 0.95, "phases": 2, "models": 2}],
     "wanda": [
         {"sparsity": "2:4"},

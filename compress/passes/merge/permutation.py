@@ -77,7 +77,8 @@ def match(
             each = units[k]
             names = sorted({p.tensor for p in each.places if p.counts})
             others = [(u, order) for i, (u, order) in enumerate(zip(units, orders, strict=True)) if i != k]
-            mine, moved = ours, Arranged(theirs, others)
+            mine: Values = ours
+            moved: Values = Arranged(theirs, others)
             if each.inner:  # looked at unit by unit
                 mine, moved = ({name: model[name] for name in names} for model in (mine, moved))
             order = assigned(each, mine, moved, generator, sweeps, orders[k])
