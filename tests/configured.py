@@ -90,8 +90,9 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     "bip": [
         {"sparsity": 0.95, "mask_rate": 0.1},
         {"granularity": "filter", "steps": 2},
-        {"granularity": "channel", "correction": False, "steps": 2},
+        {"granularity": "channel", "correction": True, "steps": 2},
     ],
+    "recalibrate_norms": [{"batch_size": 4}],
     "sparse_soup": [{"models": 2, "soup": "greedy"}, {"sparsity": 0.95, "phases": 2, "models": 2}],
     "wanda": [
         {"sparsity": "2:4"},
@@ -136,7 +137,10 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     ],
     "bitdelta": [{"bits": 3}, {"steps": 0}],
     "pcb": [{"scope": "tensor", "density": (0.2, (0.1, 0.5))}, {"clip": 0.0, "weights": (1.0, 0.5), "scale": 1.2}],
-    "weight_matching": [{"sweeps": 3, "weights": (0.5, 1.0, 2.0)}, {"weights": ((0.0, 1.0), 1.0, 0.5)}],
+    "weight_matching": [
+        {"sweeps": 3, "residual": False, "weights": (0.5, 1.0, 2.0)},
+        {"weights": ((0.0, 1.0), 1.0, 0.5)},
+    ],
     "robust_signature": [
         {"alpha": 0.5, "layers": 2, "bits": 4},
         {"target": "base", "alpha": ((0.0, 1.0),)},

@@ -30,6 +30,7 @@ from compress.passes import (
     MergePass,
     ModelPass,
     Pass,
+    RecalibrateNorms,
     WidthPass,
 )
 from compress.passes.base import Target
@@ -82,6 +83,9 @@ def results(pass_: Pass, device: torch.device) -> list[object]:
         units = textbook.units_seen(pass_, 2, True, device)
         with Devices(device, CPU).scope():
             return [pass_.scores(units), pass_.run(units)]
+    if isinstance(pass_, RecalibrateNorms):
+        with Devices(device, CPU).scope():
+            return [pass_.run(torch.rand(3, 5, device=device), torch.rand(3, 5, device=device))]
     given_targets = targets(pass_, device, None if "dense" in pass_.accepts else 0.5)
     if isinstance(pass_, ModelPass):
         whole = textbook.whole(given_targets)

@@ -137,12 +137,8 @@ def fit(
     steps = load_pipeline(_default() if pipeline is None else pipeline)
     passes = with_options(quantizer_in(steps), options)
     first = replace(steps, passes=((next(iter(passes.values())),),))
-    found: dict[str, Any] = {
-        "calibration": calibration,
-        "evaluation": evaluation,
-        "overwrite": overwrite,
-        "device": device,
-    }
+    found: dict[str, Any] = {"calibration": calibration, "evaluation": evaluation}
+    found |= {"overwrite": overwrite, "device": device}
     if steps.calibration is None and calibration is None:
         said = "is missing: fit looks at what layers put out, such as calibration: {source: demo}"
         raise ConfigError([Problem("calibration", said)])
@@ -236,12 +232,8 @@ def _swept(
     (samples,), named = numbered_together(data)
     assert samples is not None
     context = replace(context, named=named)
-    facts: list[Any] = [
-        prepared.opened.artifact.source.fingerprint(),
-        hash_of(data),
-        torch.get_num_threads(),
-        context.seed,
-    ]
+    facts: list[Any] = [prepared.opened.artifact.source.fingerprint(), hash_of(data)]
+    facts += [torch.get_num_threads(), context.seed]
     facts += [str(context.dtype), context.products, prepared.plan.places.name, vars(context.experts)]
     code = ledger.code_of([type(p) for p in passes.values()], [find_losses.__module__])
     with context.devices.scope(), prepared.bars.shown():

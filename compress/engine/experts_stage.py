@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from compress.models.fewer_experts import Fewer, Mixture
     from compress.models.symmetry import Units
     from compress.passes.interface import ExpertsLeft
-    from compress.passes.merge.permutation import Moves
+    from compress.passes.merge.orders import Moves
 
 Seen = dict[str, dict[str, Any]]  # layer -> `tokens`, `weights` and `weighted` of every expert, and their `distances`
 

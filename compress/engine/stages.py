@@ -10,6 +10,7 @@ from compress.engine.depth_stage import Shortening
 from compress.engine.experts_stage import FewerExperts
 from compress.engine.merge.merging import Merging
 from compress.engine.model_stage import WholeModel
+from compress.engine.norms_stage import Recounting
 from compress.engine.width_stage import Narrowing
 
 if TYPE_CHECKING:
@@ -24,4 +25,5 @@ RUNNERS: Mapping[Reach, StageRunner] = {
     "depth": Shortening(),
     "experts": FewerExperts(),
     "width": Narrowing(),
+    "norms": Recounting(),
 }

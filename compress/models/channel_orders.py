@@ -26,6 +26,7 @@ class ChannelOrders:
         places: (tensor, axis) -> the group that lies along it.
         names: of each tensor, by its identity, the first of its names.
         alone: identities of tensors that are used without their layer.
+        both_axes: whether an order may lie along both axes of a matrix; otherwise such groups keep theirs.
     """
 
     tensors: Mapping[str, Tensor]
@@ -35,6 +36,7 @@ class ChannelOrders:
     places: dict[tuple[str, int], int] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
     alone: set[int] = field(default_factory=set)
+    both_axes: bool = False
 
     def place(self, tensor: str, axis: int, group: int) -> None:
         """A group is what an axis of a tensor counts."""
@@ -78,8 +80,10 @@ class ChannelOrders:
             lengths = [self.tensors[tensor].shape[axis] for tensor, axis in places]
             if group in fixed or size < 2 or any(n % size for n in lengths):
                 continue
-            if self.alone & {id(self.tensors[name]) for name in names} or len(set(names)) < len(names):
-                continue  # one order on both axes of a matrix is no linear assignment
+            if self.alone & {id(self.tensors[name]) for name in names}:
+                continue
+            if len(set(names)) < len(names) and not self.both_axes:
+                continue
             yield Units(
                 tuple(
                     Place(tensor, axis, torch.arange(n).view(size, -1), "running_" not in tensor)

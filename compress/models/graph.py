@@ -63,9 +63,14 @@ class Graph:
         """The channels that a site's columns are, where their order is free."""
         return next((a for a in self.axes if site in a.readers), None)
 
-    def units(self) -> tuple[Units, ...]:
-        """What of the model may be put in another order; nothing where its wiring is neither known nor traced."""
-        return tuple(self.family.symmetry(self.model, self.tied))
+    def units(self, residual: bool = False) -> tuple[Units, ...]:
+        """What of the model may be put in another order; nothing where its wiring is neither known nor traced.
+
+        Args:
+            residual: the channels of the residual stream too, which couple everything else, after all others.
+        """
+        stream = self.family.residual(self.model, self.tied) if residual else ()
+        return (*self.family.symmetry(self.model, self.tied), *stream)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Everything a checkpoint holds by name: parameters, tied ones once, then buffers."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from compress.models.graph import Graph
     from compress.models.symmetry import Units
     from compress.passes.interface import ExpertsLeft, ExpertsSeen
-    from compress.passes.merge.permutation import Moves, ReadTensor
+    from compress.passes.merge.orders import Moves, ReadTensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from compress.errors import DataError
 from compress.export.compared import NUMBERS as COMPARED
 from compress.models.logits import PIECE, WHOLE, WHOLE_LEARNED, bodies, vocabulary
 from compress.passes import MergePass
-from compress.passes.merge.permutation import coupled
+from compress.passes.merge.orders import HELD, coupled
 from compress.passes.retrain.options import TrainingOptions
 from compress.planning.experts import bytes_to_merge
 from compress.planning.need import Need
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from compress.passes import Pass
     from compress.planning.state import PassPlan
 
-FLOAT, TOKEN = 4, 8
+FLOAT, FLOAT64, TOKEN = 4, 8, 8
 GRAM = 5  # bytes for each number of a Gram matrix: a little more than half of it is summed up, in float64
 INTERPRETER = 560 << 20  # Python, torch, transformers and a tokenizer, before any work
 LIBRARIES = 3 << 30  # those of CUDA, once they are loaded
@@ -234,7 +234,7 @@ def _merging(pass_: MergePass, graph: Graph) -> int:
     weights = sum(p.numel() for p in graph.model.parameters())
     read_again = pass_.judged or pass_.learns
     kept = min(KEPT_NUMBERS, weights * (1 + len(pass_.models))) * FLOAT if read_again else 0
-    return kept + (_aligning(graph) if pass_.aligns else 0)
+    return kept + (_aligning(graph, pass_.aligns_residual) if pass_.aligns else 0)
 
 
 def _checking(pipeline: Pipeline, graph: Graph, final: int) -> dict[str, int]:
@@ -298,8 +298,14 @@ def block(graph: Graph) -> int:
     return max(in_blocks.values(), default=0)
 
 
-def _aligning(graph: Graph) -> int:
-    """Bytes to match two models: one coupled group's tensors of both, twice while they move, and its scores."""
+def _aligning(graph: Graph, residual: bool) -> int:
+    """Bytes to match two models: of a coupled group what is kept, the tensors that are being moved, and scores."""
     sizes = {name: tensor.numel() for name, tensor in graph.tensors()}
-    groups = [(set().union(*(u.tensors() for u in g)), max(u.count for u in g)) for g in coupled(graph.units())]
-    return max((2 * FLOAT * (4 * sum(sizes[n] for n in names) + 3 * units**2) for names, units in groups), default=0)
+    found = 0
+    for group in coupled(graph.units(residual)):
+        kept = 2 * min(HELD, FLOAT64 * sum(sizes[name] for name in set().union(*(each.tensors() for each in group))))
+        for each in group:
+            own = [sizes[name] for name in each.tensors()]
+            moving = 4 * sum(own) if each.inner else 6 * max(own)  # heads are looked at one by one, a copy of each
+            found = max(found, kept + FLOAT64 * (moving + 3 * each.count**2))
+    return found

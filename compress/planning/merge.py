@@ -50,7 +50,7 @@ def _no_tensor(graph: Graph, path: str, pass_: MergePass) -> Iterator[Problem]:
     if not any(pass_.selects(name, in_block=True) for name, _ in graph.tensors()):
         yield Problem(path, f"merges no tensor at all; tensors are named like {checks.examples(graph)}")
     elif pass_.aligns and not any(
-        pass_.selects(name, in_block=True) for units in graph.units() for name in units.tensors()
+        pass_.selects(name, in_block=True) for units in graph.units(pass_.aligns_residual) for name in units.tensors()
     ):
         yield Problem(
             path,

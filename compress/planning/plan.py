@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from compress.config.lines import line_of
 from compress.config.pipeline import walk
 from compress.errors import ConfigError
-from compress.planning import depth, device_memory, disk, experts, memory, merge, sites, whole, width
+from compress.planning import depth, device_memory, disk, experts, memory, merge, norms, sites, whole, width
 from compress.planning.dense import Dense, left_dense
 from compress.planning.disk import computed
 from compress.planning.need import most
@@ -36,6 +36,7 @@ PLANNERS: dict[Reach, Planner] = {
     "depth": depth.plan,
     "experts": experts.plan,
     "width": width.plan,
+    "norms": norms.plan,
 }
 
 

@@ -34,7 +34,7 @@ class PassPlan:
     whose weights it merges; they have no specs.
 
     Attributes:
-        left: what is left of a block, in words, behind a pass that takes units out.
+        left: what is left of a block, in words, behind a pass that takes units out; or what else it changes.
     """
 
     path: str

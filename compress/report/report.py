@@ -79,6 +79,7 @@ class Report:
     width: list[dict[str, Any]] = field(
         default_factory=list
     )  # pass, of each part how many it kept, and which, by layer
+    norms: list[dict[str, Any]] = field(default_factory=list)  # pass, what became of each norm's statistics
     merged: list[dict[str, Any]] = field(default_factory=list)  # pass, models, tensors it merged, delta, changes
     verified: dict[str, Any] = field(default_factory=dict)
 
@@ -183,6 +184,7 @@ def caption(report: Report) -> str:
     gone = [f"{d['pass']} dropped {_block_list(d['blocks'])} of {d['of']}" for d in report.dropped]
     gone += [_experts(facts) for facts in report.experts]
     gone += [_units(facts) for facts in report.width]
+    gone += [f"{n['pass']} counted the statistics of {len(n['layers'])} batch norms again" for n in report.norms]
     merged = [_merged(m) for m in report.merged]
     return "; ".join([_measured_on(report), *merged, *rounded, *trained, *gone, *_dense(report)])
 

@@ -127,6 +127,29 @@ class UnitsGone:
 
 
 @dataclass(frozen=True)
+class NormsRecounted:
+    """Whose statistics a pass counted again.
+
+    Attributes:
+        pass_key: of the pass.
+        layers: batch norm -> how far its means `moved`, in its old standard deviations (root of the mean square over
+            channels), its new variance by its old one (`variance_ratio`, geometric mean), and of how many `batches`.
+        unseen: batch norms that no sample reached, which keep what they had.
+    """
+
+    pass_key: str
+    layers: Mapping[str, Mapping[str, Any]]
+    unseen: Sequence[str]
+
+    def add_to(self, report: Report, against: Changes | None) -> None:
+        layers = {name: dict(facts) for name, facts in self.layers.items()}
+        report.norms.append({"pass": self.pass_key, "layers": layers})
+        report.fallbacks += [
+            f"{name}: the calibration data never reach it, so it keeps its statistics" for name in self.unseen
+        ]
+
+
+@dataclass(frozen=True)
 class ModelsMerged:
     """What was merged.
 

@@ -30,11 +30,13 @@ from compress.passes import (
     ModelPass,
     Override,
     Pass,
+    RecalibrateNorms,
     WidthPass,
 )
 from compress.passes.base import Edit, Target
 
-EDITORS = [p for p in CONFIGURED if not isinstance(p, DepthPass | ExpertsPass | MergePass | WidthPass)]
+OTHERS = DepthPass | ExpertsPass | MergePass | RecalibrateNorms | WidthPass
+EDITORS = [p for p in CONFIGURED if not isinstance(p, OTHERS)]
 SOLVERS = [p for p in CONFIGURED if isinstance(p, LinearPass | BlockPass)]
 LINEAR = [p for p in CONFIGURED if isinstance(p, LinearPass)]
 MERGES = [p for p in CONFIGURED if isinstance(p, MergePass)]
@@ -180,7 +182,7 @@ def test_options_survive_the_yaml_file() -> None:
 def test_patterns_and_overrides_survive_the_yaml_file() -> None:
     for pass_ in CONFIGURED:
         if isinstance(
-            pass_, ModelPass | DepthPass | ExpertsPass | WidthPass
+            pass_, ModelPass | DepthPass | ExpertsPass | RecalibrateNorms | WidthPass
         ):  # one decision over all layers: nothing to override for some
             assert [e.option for e in dataclasses.replace(pass_, overrides=(Override("*", {}),)).check()] == [
                 "overrides"

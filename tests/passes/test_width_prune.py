@@ -327,8 +327,9 @@ def test_the_result_loads_by_its_class_and_further_passes_work_behind(kind: str,
     steps: dict[str, Any] = {"passes": [narrow], "export": ["hf"]}
     report = compress.run(steps, tmp_path / "model", tmp_path / "out", **given)
     assert report.verified["max_logit_difference"] == report.verified["hf"]["max_logit_difference"] == 0
-    out = type(model).from_pretrained(tmp_path / "out").eval()
-    plain, said = type(model).from_pretrained(tmp_path / "out" / "hf", output_loading_info=True)
+    loader: Any = type(model)
+    out = loader.from_pretrained(tmp_path / "out").eval()
+    plain, said = loader.from_pretrained(tmp_path / "out" / "hf", output_loading_info=True)
     assert not said["missing_keys"]
     assert not said["unexpected_keys"]
     assert not said["mismatched_keys"]

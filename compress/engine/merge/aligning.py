@@ -9,7 +9,7 @@ import torch
 
 from compress.checkpoint.sources import ChangedSource
 from compress.engine.stage import generator_for
-from compress.passes.merge.permutation import arranged
+from compress.passes.merge.orders import arranged
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -52,14 +52,15 @@ class Aligner:
         if k not in self._found:
             parent = self.parents[k]
             there = set(merged_names(self.pass_, self._base))
-            units = [found for each in self._base.graph.units() if (found := each.among(there))]
+            every = self._base.graph.units(self.pass_.aligns_residual)
+            units = [found for each in every if (found := each.among(there))]
             generator = generator_for(self.context.seed, self.number, k, "")
 
             def ours(name: str) -> Tensor:
-                return self.context.devices.to_compute(self._base.source.read(self._base.name_in_source(name)))
+                return self.context.devices.to_compute(_common(self._base, parent, name))
 
             def theirs(name: str) -> Tensor:
-                return self.context.devices.to_compute(parent.source.read(parent.name_in_source(name)))
+                return self.context.devices.to_compute(_common(parent, self._base, name))
 
             self._found[k] = self.pass_.align(units, ours, theirs, generator)
         return self._found[k]
@@ -92,6 +93,12 @@ class AlignedSource(ChangedSource):
     def _moves(self, name: str) -> Sequence[tuple[int, Tensor]]:
         moves: Mapping[str, Sequence[tuple[int, Tensor]]] = self._aligner.of(self._number).moves
         return moves.get(self._names.get(name, name), ())
+
+
+def _common(model: Artifact, other: Artifact, name: str) -> Tensor:
+    """What of a tensor another model has too: tables of two vocabularies have rows of their own."""
+    shape = other.source.shape(other.name_in_source(name))
+    return model.source.read(model.name_in_source(name))[tuple(slice(length) for length in shape)]
 
 
 def merged_names(pass_: MergePass, base: Artifact) -> list[str]:

@@ -32,5 +32,8 @@ class Family(Protocol):
     def symmetry(self, model: nn.Module, tied: Mapping[str, str]) -> Iterator[Units]:
         """What of a model may be put in another order. `tied`: parameter -> the name its value is kept under."""
 
+    def residual(self, model: nn.Module, tied: Mapping[str, str]) -> Iterator[Units]:
+        """Channels of its residual stream, where their order is free; see `symmetry`."""
+
     def forward(self, model: nn.Module, batch: Tensor) -> Any:
         """Run a model on a batch, as the samples of its data sets are."""

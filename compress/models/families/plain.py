@@ -53,6 +53,9 @@ class Plain:
 
         return trace(model, "", tied)
 
+    def residual(self, model: nn.Module, tied: Mapping[str, str]) -> Iterator[Units]:
+        return iter(())  # a trace follows what is added too
+
     def forward(self, model: nn.Module, batch: Tensor) -> Any:
         return model(batch.clone())  # a first layer may work in place
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.lazy import torch, transformers
 from compress.models.families.plain import Plain
+from compress.models.residual import residual_units
 from compress.models.symmetry import is_wired, wired_units
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from compress.models.residual import Streams
     from compress.models.symmetry import Units, Wiring
 
 TOKENS, IMAGE_INPUT = "input_ids", "pixel_values"
@@ -24,10 +26,12 @@ class TransformersModel(Plain):
 
     Attributes:
         wiring: how its blocks are put together, or None where that is not known.
+        streams: what its parameters have along the residual stream, or None where that is not known.
         code: the folders of `transformers.models` whose classes are wired like that.
     """
 
     wiring: ClassVar[Wiring | None] = None
+    streams: ClassVar[Streams | None] = None
     code: ClassVar[tuple[str, ...]] = ()
 
     def matches(self, model: nn.Module) -> bool:
@@ -37,6 +41,9 @@ class TransformersModel(Plain):
 
     def symmetry(self, model: nn.Module, tied: Mapping[str, str]) -> Iterator[Units]:
         return iter(()) if self.wiring is None else wired_units(model, self.wiring, self.code)
+
+    def residual(self, model: nn.Module, tied: Mapping[str, str]) -> Iterator[Units]:
+        return iter(()) if self.streams is None else residual_units(model, self.streams, self.code, tied)
 
 
 class Language(TransformersModel):

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from compress.models.symmetry import Units
     from compress.passes.merge.models import Models
-    from compress.passes.merge.permutation import Alignment, ReadTensor
+    from compress.passes.merge.orders import ReadTensor
+    from compress.passes.merge.permutation import Alignment
     from compress.passes.merge.schedules import PerModel, Value
 
 
@@ -104,6 +105,11 @@ class MergePass(Pass):
     @property
     def calibrated(self) -> bool:
         return self.judged
+
+    @property
+    def aligns_residual(self) -> bool:
+        """Whether the channels of the residual stream are put in that order too."""
+        return False
 
     @property
     def learns(self) -> bool:

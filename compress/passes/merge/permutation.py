@@ -5,38 +5,22 @@ Shapes: U units of some width; a tensor's units as rows, (U, width * everything 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from compress.calibration.draws import draw
 from compress.lazy import torch
+from compress.passes.merge.orders import Arranged, Order, Read, arranged, coupled, moves, unchanged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
     from compress.models.symmetry import Place, Units
+    from compress.passes.merge.orders import Moves, ReadTensor, Values
 
-Values: TypeAlias = "Mapping[str, Tensor]"
-Moves: TypeAlias = (
-    "Mapping[str, Sequence[tuple[int, Tensor]]]"  # tensor -> (axis, which entry comes where), one after the other
-)
-ReadTensor: TypeAlias = "Callable[[str], Tensor]"  # a whole tensor of a model
 GAIN = 1e-12  # of the product of both lengths: what is less is rounding
-
-
-@dataclass(frozen=True)
-class Order:
-    """A permutation.
-
-    Attributes:
-        units: (U,) int64: which unit of the other model stands where ours stands.
-        inner: for each place the orders within the unit that stands there.
-    """
-
-    units: Tensor
-    inner: tuple[tuple[Order, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,12 +55,6 @@ class Alignment:
     after: float
 
 
-def unchanged(units: Units) -> Order:
-    """The order as it is."""
-    inner = tuple(unchanged(within) for within in units.inner)
-    return Order(torch.arange(units.count), (inner,) * units.count if inner else ())
-
-
 def match(
     units: Sequence[Units], ours: Values, theirs: Values, generator: torch.Generator, sweeps: int = 100
 ) -> FoundOrders:
@@ -97,29 +75,46 @@ def match(
         before = len(found)
         for k in draw(generator, (len(units),), "permutation", orders[0].units).tolist():
             each = units[k]
-            names = {p.tensor for p in each.places if p.counts}
+            names = sorted({p.tensor for p in each.places if p.counts})
             others = [(u, order) for i, (u, order) in enumerate(zip(units, orders, strict=True)) if i != k]
-            moved = {name: arranged(theirs[name], moves(name, theirs[name].shape, others)) for name in names}
-            order = assigned(each, ours, moved, generator, sweeps)
-            now, then = (
-                inner_product(ours, {n: arranged(v, moves(n, v.shape, [(each, o)])) for n, v in moved.items()}, names)
-                for o in (order, orders[k])
-            )
-            if now - then > least:
+            mine: Values = ours
+            moved: Values = Arranged(theirs, others)
+            if each.inner:  # looked at unit by unit
+                mine, moved = ({name: model[name] for name in names} for model in (mine, moved))
+            order = assigned(each, mine, moved, generator, sweeps, orders[k])
+            gained = sum(_gain(each, mine[name], moved[name], name, order, orders[k]) for name in names)
+            if gained > least:
                 orders[k] = order
-                found.append(found[-1] + now - then)
+                found.append(found[-1] + gained)
         if len(found) == before or len(units) == 1:  # one alone is exact at once
             break
     return FoundOrders(tuple(orders), tuple(found))
 
 
-def assigned(units: Units, ours: Values, theirs: Values, generator: torch.Generator, sweeps: int) -> Order:
-    """The order that agrees best; where units have a free order within, each pair is scored at its best."""
+def _gain(units: Units, ours: Tensor, theirs: Tensor, name: str, order: Order, before: Order) -> float:
+    """By how much more a tensor of two models agrees in one order of some units than in another."""
+    now, then = (arranged(theirs, moves(name, theirs.shape, [(units, each)])) for each in (order, before))
+    return float(torch.dot(ours.flatten(), now.flatten()) - torch.dot(ours.flatten(), then.flatten()))
+
+
+def assigned(
+    units: Units, ours: Values, theirs: Values, generator: torch.Generator, sweeps: int, before: Order | None = None
+) -> Order:
+    """The order that agrees best; where units have a free order within, each pair is scored at its best.
+
+    Of a matrix along both of whose axes the units lie, each axis is scored with the other in the order `before`, so
+    that of these the order found is the best in linear approximation only.
+    """
     within = {place.tensor for inner in units.inner for place in inner.places}
+    before = before or unchanged(units)
     scores = torch.zeros(units.count, units.count, dtype=torch.float64)
     for place in units.places:
         if place.counts and place.tensor not in within:
-            scores += unit_rows(ours[place.tensor], place) @ unit_rows(theirs[place.tensor], place).T
+            value = theirs[place.tensor]
+            crossing = tuple(p for p in units.places if p.tensor == place.tensor and p.axis != place.axis)
+            if crossing:
+                value = arranged(value, moves(place.tensor, value.shape, [(replace(units, places=crossing), before)]))
+            scores += unit_rows(ours[place.tensor], place) @ unit_rows(value, place).T
     pairs: list[list[FoundOrders]] = []
     if within:
         a, b = (unit_blocks(units, model, within) for model in (ours, theirs))
@@ -147,73 +142,22 @@ def inner_product(ours: Values, theirs: Values, names: Iterable[str]) -> float:
     return sum(float(torch.dot(ours[name].flatten(), theirs[name].flatten())) for name in sorted(names))
 
 
-def arranged(value: Tensor, moved: Iterable[tuple[int, Tensor]]) -> Tensor:
-    """A tensor with its entries in another order."""
-    for axis, order in moved:
-        value = value.index_select(axis, order.to(value.device))
-    return value
-
-
-def moves(tensor: str, shape: Sequence[int], ordered: Iterable[tuple[Units, Order]]) -> list[tuple[int, Tensor]]:
-    """What the orders of some units do to one tensor."""
-    found = []
-    for units, order in ordered:
-        for axis in sorted({place.axis for place in units.places if place.tensor == tensor}):
-            found.append((axis, along(tensor, axis, shape[axis], [(units, order)])))
-    return found
-
-
-def along(tensor: str, axis: int, length: int, ordered: Iterable[tuple[Units, Order]]) -> Tensor:
-    """(length,) which entry of an axis comes where."""
-    entries = torch.arange(length)
-    for units, order in ordered:
-        for place in units.places:
-            if (place.tensor, place.axis) != (tensor, axis):
-                continue
-            taken = place.index[order.units]
-            if order.inner:
-                taken = torch.stack(
-                    [
-                        entry[along(tensor, axis, len(entry), zip(units.inner, within, strict=True))]
-                        for entry, within in zip(taken, order.inner, strict=True)
-                    ]
-                )
-            moved = entries.clone()
-            moved[place.index] = entries[taken]
-            entries = moved
-    return entries
-
-
-def coupled(units: Sequence[Units]) -> list[list[Units]]:
-    """Groups of units that share tensors, so that each group can be matched without the others."""
-    groups: list[tuple[set[str], list[Units]]] = []
-    for each in units:
-        names, members = each.tensors(), [each]
-        apart = []
-        for others, there in groups:
-            if others & names:
-                names, members = names | others, there + members
-            else:
-                apart.append((others, there))
-        groups = [*apart, (names, members)]
-    return [members for _, members in groups]
-
-
 def align_units(
     units: Sequence[Units], ours: ReadTensor, theirs: ReadTensor, generator: torch.Generator, sweeps: int
 ) -> Alignment:
-    """Match two models, a coupled group of units in memory at a time."""
+    """Match two models, a coupled group of units at a time; of each model not more than `HELD` bytes are kept."""
     found: dict[str, list[tuple[int, Tensor]]] = {}
     before = after = 0.0
     stayed = total = 0
     for group in coupled(units):
         names = sorted({place.tensor for each in group for place in each.places})
-        mine, other = ({name: read(name).double() for name in names} for read in (ours, theirs))
+        mine, other = (Read(read, names) for read in (ours, theirs))
         orders = list(zip(group, match(group, mine, other, generator, sweeps).orders, strict=True))
         for name in names:
-            found[name] = moves(name, other[name].shape, orders)
-            before += float((mine[name] - other[name]).square().sum())
-            after += float((mine[name] - arranged(other[name], found[name])).square().sum())
+            a, b = mine[name], other[name]
+            found[name] = moves(name, b.shape, orders)
+            before += float((a - b).square().sum())
+            after += float((a - arranged(b, found[name])).square().sum())
         total += sum(each.count for each in group)
         stayed += sum(int((order.units == torch.arange(each.count)).sum()) for each, order in orders)
     return Alignment(found, total, total - stayed, before**0.5, after**0.5)

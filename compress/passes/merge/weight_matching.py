@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     import torch
 
     from compress.models.symmetry import Units
-    from compress.passes.merge.permutation import Alignment, ReadTensor
+    from compress.passes.merge.orders import ReadTensor
+    from compress.passes.merge.permutation import Alignment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +30,12 @@ class WeightMatching(Average):
 
     Source: Ainsworth, Hayase and Srinivasa, "Git Re-Basin: Merging Models modulo Permutation Symmetries", 2022, arXiv
     2209.04836, algorithm 1 (weight matching). Differs from the paper in: heads of attention are matched too, each pair
-    scored with the best order of what is free within; the residual stream of transformers keeps its order; several
-    others are each matched with the base; running statistics move along and do not count.
+    scored with the best order of what is free within; of the one matrix that has the residual stream along both axes,
+    in the head of a masked language model, a step sees a linear approximation; several others are each matched with the
+    base; running statistics move along and do not count.
 
     Args:
+        residual: put the channels of a transformer's residual stream in one order too.
         sweeps: at most so many times through all orders; it ends sooner where none gains.
 
     Example:
@@ -49,11 +52,16 @@ class WeightMatching(Average):
         (2, 0.0)
     """
 
+    residual: bool = True
     sweeps: Annotated[int, Ge(1)] = 100
 
     key: ClassVar[str] = "weight_matching"
-    common: ClassVar[frozenset[str]] = Average.common | {"sweeps"}
+    common: ClassVar[frozenset[str]] = Average.common | {"residual", "sweeps"}
     aligns: ClassVar[bool] = True
+
+    @property
+    def aligns_residual(self) -> bool:
+        return self.residual
 
     def align(
         self, units: Sequence[Units], ours: ReadTensor, theirs: ReadTensor, generator: torch.Generator

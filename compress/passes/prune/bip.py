@@ -54,7 +54,8 @@ class Bip(EndToEnd):
         learning_rate: of the weights; warm-up and decay as of `perp`.
         mask_rate: root mean square of a step of the scores, as a share of theirs.
         gamma: of the pull towards zero that makes the lower level's answer unique; large ones leave the correction out.
-        correction: off, the scores follow theta * g alone: training by turns, for comparison.
+        correction: off, the scores follow theta * g alone. By default on for single weights, and off for whole groups,
+            where it did harm (see docs/methods/bip.md).
 
     Example:
         >>> import torch, compress
@@ -72,7 +73,7 @@ class Bip(EndToEnd):
     mask_rate: Annotated[float, Ge(0), Lt(1)] = 0.02
     gamma: Annotated[float, Gt(0)] = 1e-2
     granularity: Granularity = "weight"
-    correction: bool = True
+    correction: bool | None = None
 
     key: ClassVar[str] = "bip"
 
@@ -151,7 +152,9 @@ class Refinement(Learner):
 
     def _move(self, weight: Tensor, slope: Tensor) -> Tensor:
         """(O, I) the gradient of the loss by the mask, from that by the masked weight."""
-        return (weight - slope / self.options.gamma) * slope if self.options.correction else weight * slope
+        o = self.options
+        corrected = o.granularity == "weight" if o.correction is None else o.correction
+        return (weight - slope / o.gamma) * slope if corrected else weight * slope
 
     def _means(self, name: str, values: Tensor) -> Tensor:
         """(O, I) -> what the groups of a matrix have on average, (groups,); of single weights the same again."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from compress.models.symmetry import Units
     from compress.passes.interface import ExpertsSeen
-    from compress.passes.merge.permutation import Moves, ReadTensor
+    from compress.passes.merge.orders import Moves, ReadTensor
 
 
 @dataclass(frozen=True, kw_only=True)
