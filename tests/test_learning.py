@@ -391,17 +391,6 @@ def test_killed_between_blocks_that_learn_the_run_ends_bit_identical(tmp_path: P
 # --- what is refused, and what fails ----------------------------------------------------------------------------------
 
 
-def test_blocks_that_do_not_feed_one_another_are_refused_before_anything_is_learned(
-    samples: Tensor, seen: list[Seen]
-) -> None:
-    model = SkipOutside()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(UnsupportedModelError, match=r"flexround cannot learn .* such as gptq"):
-        compress.apply(model, [FlexRound()], calibration=samples, inplace=True)
-    assert seen == []
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
 def test_blocks_that_get_other_arguments_from_batch_to_batch_are_refused(
     samples: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,8 +119,9 @@ def test_ready_made_pipeline_runs_on_the_demo_model_and_still_predicts(
 
 def test_every_method_has_a_ready_made_pipeline() -> None:
     used = {p.key for f in FILES for stage in load_pipeline(f).passes for p in stage}
-    # Each is run on the demo, which has no experts.
-    assert {p.key for p in compress.passes.PASSES} - {"expert_merge", "expert_prune"} <= used
+    # Each is run on the demo, which has neither experts nor batch norms.
+    others = {"expert_merge", "expert_prune", "recalibrate_norms"}
+    assert {p.key for p in compress.passes.PASSES} - others <= used
 
 
 def test_every_method_has_a_page_that_names_all_its_options() -> None:

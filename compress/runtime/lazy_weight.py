@@ -6,6 +6,7 @@ device. None of that needs a number of it.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,16 +15,6 @@ from torch.utils._pytree import tree_map_only
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-# What is known without a number; in this form the getters of a tensor reach `__torch_function__`.
-KNOWN = {
-    *(getattr(Tensor, name).__get__ for name in (
-        "dtype", "shape", "device", "ndim", "layout", "is_meta", "is_cuda", "requires_grad", "is_leaf", "grad",
-        "is_quantized", "is_sparse", "itemsize", "nbytes",
-    )),
-    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.is_floating_point),
-    *(Tensor.is_complex, Tensor.element_size, Tensor.__len__),
-}  # fmt: skip
 
 
 class LazyWeight(Tensor):
@@ -52,17 +43,36 @@ class LazyWeight(Tensor):
             self.unpacked = self.made()
         return self.unpacked
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Everything that torch does with it."""
-        if func in KNOWN:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        return func(*_dense(args), **_dense(kwargs or {}))
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        """A copy is of the numbers."""
+        return copy.deepcopy(self.dense(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """What is pickled are the numbers."""
+        return self.dense().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def tolist(self) -> Any:
+        """The numbers as a list."""
+        return self.dense().tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The numbers as an array."""
+        return self.dense().numpy(force=force)
+
+    def data_ptr(self) -> int:
+        """Where the numbers lie."""
+        return self.dense().data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """What the numbers lie in."""
+        return self.dense().untyped_storage()
+
+    # Torch takes fused ways of its attention for plain tensors only, which is what one without this function is to it.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """What reaches torch past the above."""
+        """Everything that is computed with it."""
         return func(*_dense(args), **_dense(kwargs or {}))
 
 

@@ -239,7 +239,7 @@ REFUSED: dict[str, tuple[str, list[Pass], str]] = {
     "conv1d": ("gpt2", [Rtn(bits=4)], r"packs Linear layers only, and 8 layers are not, .* \(Conv1D\)"),
     "convolutions": ("resnet", [Rtn(bits=4)], r"packs Linear layers only, .* \(Conv2d\)"),
     "nine_bits": ("llama", [Rtn(bits=4, overrides=(Override("*.0.*", {"bits": 8}),))],
-                  "asymmetric codes of 8 bits, such as those of .*one setting for all layers, or symmetric: true"),
+                  "asymmetric codes of 8 bits, such as those of .*one setting for all, or symmetric: true"),
     "few_rows": ("few_rows", [Rtn(bits=4, group_size=16)],
                  r"cannot read the zero points of layers with as few rows as .*k_proj \(8; 4 .*symmetric: true"),
 }  # fmt: skip

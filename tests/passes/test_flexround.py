@@ -29,7 +29,7 @@ GRIDS = [
     {"group_size": 16, "symmetric": True, "bits": 2},
 ]
 # What shows an effect on a toy; the defaults are for models.
-TOY_OPTIONS: dict[str, object] = {"scale_search": "minmax", "learning_rate": 0.005}
+TOY_OPTIONS: dict[str, object] = {"scale_search": "minmax", "learning_rate": 0.005, "scale_rate": 0.005}
 each_grid = pytest.mark.parametrize("options", GRIDS, ids=str)
 
 

@@ -522,7 +522,7 @@ def test_killed_after_every_file_the_run_ends_bit_identical(tmp_path: Path) -> N
         ([LayerDrop(include=("*.mlp.*",))], "of 4 only 0 may: .* leave every layer"),
         ([LayerDrop(), Rtn(include=("*.3.*",))], "matches no layer"),
         ([[LayerDrop(), Rtn()]], "cannot be fused"),
-        ([LayerDrop(), Perp(objective="distill")], "original to learn from is without the blocks .*next_token"),
+        ([LayerDrop(), Perp(objective="distill")], "original to learn from is without the blocks, .*next_token"),
         ([Magnitude(include=("*.1.*",)), LayerDrop()], "different kinds in different blocks.*put layer_drop before"),
     ],
 )
