@@ -21,15 +21,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS, COLUMNS = 8, 48
 
 GRIDS = [
-    {"granularity": "tensor"},
+    {"granularity": "tensor", "scale_rate": 0.005},
     {"granularity": "channel", "bits": 3},
     {"group_size": 16, "bits": 3},
-    {"granularity": "tensor", "symmetric": True},
+    {"granularity": "tensor", "symmetric": True, "scale_rate": 0.005},
     {"symmetric": True, "bits": 3},
     {"group_size": 16, "symmetric": True, "bits": 2},
 ]
 # What shows an effect on a toy; the defaults are for models.
-TOY_OPTIONS: dict[str, object] = {"scale_search": "minmax", "learning_rate": 0.005, "scale_rate": 0.005}
+TOY_OPTIONS: dict[str, object] = {"scale_search": "minmax", "learning_rate": 0.005}
 each_grid = pytest.mark.parametrize("options", GRIDS, ids=str)
 
 
