@@ -248,7 +248,7 @@ def _fitted_pipeline(steps: Pipeline, passes: Mapping[str, LinearPass], fitted: 
     options = differing(passes)
     most, overrides = with_overrides({name: options[layer.option] for name, layer in fitted.layers.items()})
     ((pass_,),) = steps.passes
-    asked = ", ".join(f"{name} {value:g}" for name, value in fitted.budget.items())
+    asked = ", ".join(f"{name} {value:.12g}" for name, value in fitted.budget.items())
     said = f"{pass_.key} fitted to {asked}: {fitted.chosen.bytes} bytes, {fitted.chosen.bits:.4f} bits per weight"
     return replace(steps, passes=((replace(pass_, **most, overrides=overrides),),), description=said)
 
