@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import compress
-from compress.api import run as running
+from compress.api import work
 from compress.calibration.in_one_order import InOneOrder
 from compress.config.reading import parse
 from compress.encodings.counting import sums_by_number
@@ -149,7 +149,7 @@ def test_blocks_that_are_read_ahead_are_those_of_the_model(
     }
     compress.run(steps, tiny_folder, tmp_path / "plain", calibration=tokens, evaluation=tokens)
     taken: list[str] = []
-    make, take = running.Work.context, ReadAhead.take
+    make, take = work.Work.context, ReadAhead.take
 
     def ahead(*given: Any) -> Context:
         return replace(make(*given), ahead=ReadAhead(torch.device("cpu")))
@@ -159,7 +159,7 @@ def test_blocks_that_are_read_ahead_are_those_of_the_model(
         taken.extend([name] if found is not None else [])
         return found
 
-    monkeypatch.setattr(running.Work, "context", ahead)
+    monkeypatch.setattr(work.Work, "context", ahead)
     monkeypatch.setattr(ReadAhead, "take", noted)
     compress.run(steps, tiny_folder, tmp_path / "ahead", calibration=tokens, evaluation=tokens)
     assert "model.layers.1.self_attn.q_proj.weight" in taken

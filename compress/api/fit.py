@@ -11,7 +11,8 @@ import torch
 from compress import progress
 from compress.api.fit_options import DEFAULT_OPTIONS, budget_of, differing, quantizer_in, with_options
 from compress.api.output_folder import work_of
-from compress.api.run import prepare, run
+from compress.api.run import run
+from compress.api.work import prepare
 from compress.calibration.data import numbered_together
 from compress.calibration.surroundings import undisturbed
 from compress.checkpoint.finite import refuse_non_finite
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     from compress.api import data as given
     from compress.api.fit_options import Budget
-    from compress.api.run import Work
+    from compress.api.work import Work
     from compress.calibration.data import Dataset
     from compress.config.pipeline import Pipeline
     from compress.engine.fit.sensitivity import Losses

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,12 +12,19 @@ import typer
 from compress import logs
 from compress.cli import completion, ranks
 from compress.cli.interrupts import keeping
+from compress.cli.options import (
+    DeviceOption,
+    JsonOption,
+    ModelArg,
+    PipelineArg,
+    QuietOption,
+    VerboseOption,
+    bars_for,
+    console_for_stdout,
+)
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from compress.progress import Bars
     from compress.report.report import Row
 
 app = typer.Typer(
@@ -29,21 +33,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-PipelineArg = Annotated[
-    Path,
-    typer.Argument(
-        help="a pipeline file, or the name of a ready-made one; `compress init` writes a file",
-        autocompletion=completion.pipelines,
-    ),
-]
-ModelArg = Annotated[str, typer.Argument(help="demo, a local folder, a hub id, an adapter, or BASE+ADAPTER")]
-DeviceOption = Annotated[
-    str | None, typer.Option(help="what computes: auto, cpu, cuda, cuda:1  [default: the pipeline's choice, or auto]")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
-VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="say more, with the traceback of an error")]
-QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="say nothing but errors")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -65,16 +54,7 @@ def common(
 ) -> None:
     """Compress language and image models after training: one pipeline file, measured after every pass."""
     ranks.refuse_alone(context.invoked_subcommand)
-    _bars(verbose, quiet)
-
-
-def _bars(verbose: bool, quiet: bool) -> Bars:
-    """Progress as loud as it is asked for."""
-    from compress.progress import Bars
-
-    if verbose or quiet:
-        logs.set_level(logging.DEBUG if verbose else logging.ERROR)
-    return Bars(drawn=logs.LOGGER.isEnabledFor(logging.WARNING))
+    bars_for(verbose, quiet)
 
 
 @app.command()
@@ -90,11 +70,11 @@ def run(
     quiet: QuietOption = False,
 ) -> None:
     """Run a pipeline on a model and write the compressed folder. Interrupted, the same command continues."""
-    bars = _bars(verbose, quiet)
+    bars = bars_for(verbose, quiet)
     from compress.api import run as api
     from compress.report import run_table, sentences
 
-    existed, console = out.exists(), _console()
+    existed, console = out.exists(), console_for_stdout()
     table = run_table.RunTable(console, logs.printable(model), api.row_names(pipeline))
 
     def show(row: Row) -> None:
@@ -149,7 +129,7 @@ def fit(
     asked: dict[str, Any] = {"size": size, "bits": bits, "pipeline": pipeline, "groups": groups, "work": work}
     asked |= {"sensitivity": sensitivity, "options": [o.strip() for o in options.split(",") if o.strip()]}
     asked |= {"dry_run": dry_run, "overwrite": overwrite, "fresh": fresh, "device": device}
-    fit_and_show(model, out, asked, as_json, _bars(verbose, quiet), _console())
+    fit_and_show(model, out, asked, as_json, bars_for(verbose, quiet), console_for_stdout())
 
 
 @app.command()
@@ -190,7 +170,7 @@ def show_plan(
     quiet: QuietOption = False,
 ) -> None:
     """Show what each pass will touch and cost, before any work. Only --shares reads weights."""
-    bars = _bars(verbose, quiet)
+    bars = bars_for(verbose, quiet)
     from compress.api.amounts import check_amounts
     from compress.checkpoint import opening
     from compress.config.reading import load_pipeline
@@ -212,7 +192,7 @@ def show_plan(
     if as_json:
         print(report.as_json(shown))
         return
-    console = _console()
+    console = console_for_stdout()
     console.print(report.table(shown))
     for line in (*report.lines(shown, console.width, console.options.ascii_only), *(f"note: {n}" for n in notes)):
         console.print(line, soft_wrap=True)
@@ -246,7 +226,7 @@ def evaluate(
     quiet: QuietOption = False,
 ) -> None:
     """Measure perplexity (of an image model accuracy), divergence from the original, and size."""
-    bars = _bars(verbose, quiet)
+    bars = bars_for(verbose, quiet)
     from typing import get_args
 
     from compress.api import evaluate as measuring
@@ -278,7 +258,7 @@ def export(
     quiet: QuietOption = False,
 ) -> None:
     """Write a finished folder in another format as well, from the same codes."""
-    bars = _bars(verbose, quiet)
+    bars = bars_for(verbose, quiet)
     from compress.api import export as exporting
     from compress.config.reading import exporters
     from compress.report import sentences
@@ -302,7 +282,7 @@ def apply_delta(
     quiet: QuietOption = False,
 ) -> None:
     """Write the model that a base and a compressed delta make, as a plain folder for transformers."""
-    bars = _bars(verbose, quiet)
+    bars = bars_for(verbose, quiet)
     from compress.api import apply_delta as applying
     from compress.report import report, sentences
 
@@ -324,7 +304,7 @@ def extract_lora(
     quiet: QuietOption = False,
 ) -> None:
     """Write what a fine-tune adds to its base as a LoRA adapter, by rank or by energy."""
-    bars = _bars(verbose, quiet)
+    bars = bars_for(verbose, quiet)
     from compress.api import extract_lora as extracting
     from compress.report import sentences
 
@@ -348,7 +328,7 @@ def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as
     if as_json:
         print(json.dumps(layers.as_json(rows), indent=1))
     else:
-        layers.show(rows, _console())
+        layers.show(rows, console_for_stdout())
 
 
 def _layer_notes(out: Path) -> dict[str, dict[str, dict[str, Any]]]:
@@ -416,12 +396,3 @@ def schema() -> None:
 def _say(text: object) -> None:
     """Print a result; names in it may be anybody's."""
     print(logs.printable(str(text)))
-
-
-def _console() -> Console:
-    """Prints names as they are, whatever brackets they hold."""
-    from rich.console import Console
-
-    wide = None if sys.stdout.isatty() else 160
-    no_color = "NO_COLOR" in os.environ or None
-    return Console(width=wide, no_color=no_color, highlight=False, markup=False, emoji=False)
