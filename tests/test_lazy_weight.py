@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -18,6 +19,7 @@ from compress.passes import Rtn
 from compress.runtime.lazy_weight import LazyWeight
 from compress.runtime.linear import PackedLinear
 from compress.runtime.packed import PackedModule
+from compress.runtime.register import replace_modules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,6 +77,8 @@ def test_what_is_known_without_its_numbers_unpacks_nothing(layer: PackedLinear, 
         deepcopy,
         lambda w: torch.tensor(w.float().numpy()),
         lambda w: torch.tensor(w.tolist()),
+        lambda w: torch.from_dlpack(w.float()),
+        torch.from_dlpack,
     ],
 )
 def test_what_is_computed_with_it_is_computed_with_the_unpacked_weight(
@@ -85,6 +89,31 @@ def test_what_is_computed_with_it_is_computed_with_the_unpacked_weight(
     found = use(layer.weight)
     assert not isinstance(found, LazyWeight)
     assert torch.equal(found, use(dense))
+
+
+def test_modes_of_the_moment_when_it_is_unpacked_do_not_stay_with_it(layer: PackedLinear) -> None:
+    before, within = layer.weight, layer.weight
+    with torch.inference_mode():
+        before.view(-1)
+        within.sum()
+    x = torch.ones(1, within.shape[1], dtype=within.dtype, requires_grad=True)
+    nn.functional.linear(x, within).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Conv2d])
+def test_it_lies_in_memory_as_it_says(kind: Callable[..., nn.Module], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made = compress.apply(nn.Sequential(kind(8, 6, 3)), [Rtn(bits=4)])
+    spec, stored = pack(made.weights["0"])
+    model = nn.Sequential(kind(8, 6, 3))
+    replace_modules(model, {"0": spec})
+    for name, value in stored.items():
+        model[0].get_buffer(name).copy_(value)
+    weight = model[0].weight
+    assert isinstance(weight, Tensor)
+    save_file({"w": weight}, tmp_path / "w.safetensors")
+    assert torch.equal(load_file(tmp_path / "w.safetensors")["w"], made.model[0].weight)
 
 
 def test_it_is_unpacked_once_for_each_time_it_is_fetched(layer: PackedLinear, unpacked: list[PackedModule]) -> None:

@@ -21,7 +21,7 @@ class LazyWeight(Tensor):
     """Says its type, shape and device at once, and its numbers once they are asked for.
 
     Whatever is computed with it is computed with the unpacked tensor, and is a plain tensor; what is written to it is
-    written to that and lost with it, as the packed layer is not changed.
+    written to that and lost with it, as the packed layer is not changed. For a parameter of its own, `clone` it first.
     """
 
     made: Callable[[], Tensor]
@@ -40,7 +40,9 @@ class LazyWeight(Tensor):
     def dense(self) -> Tensor:
         """The numbers."""
         if self.unpacked is None:
-            self.unpacked = self.made()
+            # As if nobody had asked for them in another mode; and laid out as this tensor says it is.
+            with torch.inference_mode(False), torch.no_grad():
+                self.unpacked = self.made().contiguous()
         return self.unpacked
 
     def __deepcopy__(self, memo: Any) -> Tensor:
@@ -58,6 +60,14 @@ class LazyWeight(Tensor):
     def numpy(self, *, force: bool = False) -> Any:
         """The numbers as an array."""
         return self.dense().numpy(force=force)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """The numbers, for another library."""
+        return self.dense().__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        """Where they lie, for another library."""
+        return self.dense().__dlpack_device__()
 
     def data_ptr(self) -> int:
         """Where the numbers lie."""

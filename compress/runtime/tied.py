@@ -37,7 +37,7 @@ class TiedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """That of the owner, unpacked."""
+        """That of the owner."""
         return self.owner.weight
 
     @property
