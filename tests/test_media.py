@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import wave
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import compress
 from compress.api.data import Reader, read_data
 from compress.calibration.data import Dataset
+from compress.calibration.media import Medium, read_sound
+from compress.calibration.rows import holds_media
 from compress.config.pipeline import Calibration
 from compress.errors import DataError, UnsupportedModelError
 from compress.models import graph
@@ -330,6 +333,26 @@ def test_a_file_without_images_is_a_text_to_a_model_of_both(tmp_path: Path) -> N
     data = read(folder, text, samples=2, length=16)
     assert data.inputs.shape == (2, 16)
     assert not data.named
+
+
+@pytest.mark.parametrize("place", [16, 19, 40, 43])
+def test_a_damaged_header_of_a_sound_is_one_sentence(place: int, tmp_path: Path) -> None:
+    sound(tmp_path / "a.wav", 1)
+    data = bytearray((tmp_path / "a.wav").read_bytes())
+    data[place] = 0xFF
+    (tmp_path / "a.wav").write_bytes(data)
+    medium = Medium("a.wav", tmp_path / "a.wav")
+    with suppress(DataError):  # some damage still leaves a sound; nothing else is raised
+        read_sound(medium, 16000)
+
+
+def test_columns_of_nothing_are_no_media(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": ["a b", "c d"], "image": pyarrow.array([None, None], pyarrow.string())})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert not holds_media(str(tmp_path / "a.parquet"), "text")
+    later = table.set_column(1, "image", pyarrow.array([None, "b.png"], pyarrow.string()))
+    pyarrow.parquet.write_table(later, tmp_path / "b.parquet")
+    assert holds_media(str(tmp_path / "b.parquet"), "text")
 
 
 @pytest.mark.parametrize("make", [make_clip, make_wav2vec2, make_whisper], ids=["clip", "wav2vec2", "whisper"])

@@ -232,6 +232,9 @@ class Unreached(Model):
 def test_what_cannot_be_learned_says_why_and_what_to_use_instead(
     wiring: type[Model], said: str, samples: Tensor
 ) -> None:
+    model = wiring()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(compress.CompressError, match=said) as raised:
-        compress.apply(wiring(), [compress.FlexRound(bits=4, steps=1)], calibration=samples)
+        compress.apply(model, [compress.FlexRound(bits=4, steps=1)], calibration=samples, inplace=True)
     assert "such as gptq" in str(raised.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())  # before any is learned

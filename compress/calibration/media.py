@@ -155,7 +155,12 @@ def check_sounds(sounds: Iterable[Medium], rate: int) -> None:
 def read_sound(sound: Medium, rate: int) -> NDArray[np.float32]:
     """(samples,) numbers between -1 and 1, the mean of all channels. `rate`: as for `check_sounds`."""
     with _listen(sound, rate) as opened:
-        frames, channels = opened.readframes(opened.getnframes()), opened.getnchannels()
+        try:
+            frames, channels = opened.readframes(opened.getnframes()), opened.getnchannels()
+        except (OSError, EOFError, RuntimeError, ValueError, wave.Error) as error:
+            raise DataError(
+                f"{sound.called} is damaged ({error or 'cut off'}); write it anew, or leave it out"
+            ) from error
     whole = len(frames) // (PCM * channels) * PCM * channels
     if not whole:
         raise DataError(f"{sound.called} is a sound without samples")
@@ -168,10 +173,10 @@ def _listen(sound: Medium, rate: int) -> wave.Wave_read:
     opened = sound.opened()
     try:
         found = wave.open(str(opened) if isinstance(opened, Path) else opened, "rb")  # noqa: SIM115
-    except (OSError, EOFError, wave.Error) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, wave.Error) as error:  # what damaged headers end in
         raise DataError(
-            f"{sound.called} is no .wav file of 16-bit numbers ({error}); ffmpeg -i FILE -ar {rate} -ac 1 OUT.wav "
-            "makes one"
+            f"{sound.called} is no .wav file of 16-bit numbers ({error or 'damaged'}); "
+            f"ffmpeg -i FILE -ar {rate} -ac 1 OUT.wav makes one"
         ) from error
     if found.getsampwidth() != PCM:
         bits = 8 * found.getsampwidth()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,22 @@ def holds_media(source: str, field: str) -> bool:
     Raises:
         DataError: it cannot be read.
     """
-    return may_hold_media(source) and any(_media_of(row, field) for _, row in _rows(source, field))
+    return may_hold_media(source) and _holds_media(source, field, _state(source))
+
+
+@lru_cache(maxsize=64)
+def _holds_media(source: str, field: str, state: tuple[int, ...]) -> bool:
+    """The answer for a file in one state: planning and reading ask again and again."""
+    return any(_media_of(row, field) for _, row in _rows(source, field))
+
+
+def _state(source: str) -> tuple[int, ...]:
+    """What tells a file from what it was before."""
+    try:
+        found = Path(source).stat()
+    except OSError:
+        return ()
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def only_media(source: str, field: str) -> bool:
@@ -111,7 +127,8 @@ def _rows(source: str, field: str, whole: bool = False) -> Rows:
     known = [name for name in (*IMAGES, *SOUNDS, *LABELS, CHAT, field, field.split(".")[0]) if name in table.columns]
     media = [name for name in known if name in (*IMAGES, *SOUNDS)]
     known = list(dict.fromkeys(known))
-    if not whole and media:  # bytes that nobody asks for
+    if not whole and media and any(v is not None for _, row in table.rows(media, 1) for v in row.values()):
+        # Bytes that nobody asks for are not read; columns of nothing are as if they were not there.
         yield from ((f"{source}: row {i + 1}", dict.fromkeys(media, "")) for i in range(table.count))
     elif known:
         yield from table.rows(known, AT_ONCE)

@@ -41,13 +41,14 @@ def self_written(
     """Windows of token ids that a model samples from itself.
 
     Every text begins with the tokenizer's start token (else its end token, else any word), is sampled among the
-    50 likeliest next tokens and goes on until the model ends it, or for `length` tokens; windows are cut from the texts
-    one behind the other, each with its end token. So texts have the lengths that the model gives them.
+    50 likeliest next tokens and goes on until the model ends it, for 16 tokens at least and `length` at most; windows
+    are cut from the texts one behind the other, each with its end token. So texts have the lengths that the model gives
+    them.
 
     Source: Liu et al., "LLM-QAT", 2023, arXiv 2305.17888; Williams et al., "Self-calibration for Language Model
     Quantization and Pruning", NAACL 2025, arXiv 2410.17170. Differs from the papers in: the likeliest 50 at a
     temperature of 1 from the first token on, where the one takes three to five likeliest tokens first and the other
-    lowers the temperature over them; texts that end are not thrown away.
+    lowers the temperature over them; texts that end early are not thrown away.
 
     Args:
         model: of transformers that predicts next tokens, with its weights in memory; it is run as it stands.
@@ -68,8 +69,10 @@ def self_written(
         raise DataError(why)
     stream: list[Tensor] = []
     rounds = _until_enough(stream, samples * length)
-    for number in rounds if over is None else over(rounds, None, "the model writes: rounds"):
-        stream += _texts(model, tokenizer, min(AT_ONCE, samples), length, seed + number)
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for _ in rounds if over is None else over(rounds, None, "the model writes: rounds"):
+            stream += _texts(model, tokenizer, min(AT_ONCE, samples), length)
     return windows(torch.cat(stream), samples, length, SELF)
 
 
@@ -80,21 +83,22 @@ def _until_enough(stream: list[Tensor], tokens: int) -> Any:
         number += 1
 
 
-def _texts(model: Any, tokenizer: Any, count: int, length: int, seed: int) -> list[Tensor]:
+def _texts(model: Any, tokenizer: Any, count: int, length: int) -> list[Tensor]:
     """(T,) ids of so many texts, their start tokens left out and their end tokens kept."""
-    device, end = model.device, tokenizer.eos_token_id
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(cuda), torch.no_grad():
-        torch.manual_seed(seed)
-        settings = transformers.GenerationConfig(
-            do_sample=True,
-            top_k=TOP_K,
-            max_new_tokens=length,
-            min_new_tokens=min(SHORTEST, length),
-            eos_token_id=end,
-            pad_token_id=end,
-        )
-        begin = _starts(model, tokenizer, count).to(device)
+    end = tokenizer.eos_token_id
+    settings = transformers.GenerationConfig(
+        do_sample=True,
+        top_k=TOP_K,
+        temperature=1.0,  # said as well, for what is not said is taken from the model's own settings
+        top_p=1.0,
+        repetition_penalty=1.0,
+        max_new_tokens=length,
+        min_new_tokens=min(SHORTEST, length),
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    begin = _starts(model, tokenizer, count).to(model.device)
+    with torch.no_grad():
         written = model.generate(begin, attention_mask=torch.ones_like(begin), generation_config=settings).cpu()[:, 1:]
     if end is None:
         return list(written)

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compress.calibration import collect
-from compress.calibration.calls import Place
+from compress.calibration.calls import Place, hidden_of
 from compress.calibration.wiring import Kinds, arrivals_by_kind, kinds_of_calls
 from compress.engine.context import value_of
 from compress.engine.placement import set_value, streamed
@@ -173,6 +173,31 @@ def visits_to(context: Context, index: int, batches: Sequence[Tensor], label: st
     return Visits(chain, original, outputs, met.users)
 
 
+def refuse_unlearned(
+    context: Context, asked: Mapping[int, Sequence[Site]], batches: Sequence[Tensor], label: str
+) -> None:
+    """Refuse, before any block is learned, those of which one sample shows that they cannot be.
+
+    Args:
+        context: the model.
+        asked: number of a block -> its sites that are to be learned.
+        batches: calibration data.
+        label: of who wants to learn.
+
+    Raises:
+        UnsupportedModelError: names the first.
+    """
+    graph = context.graph
+    met = [_Met(context, index, label, graph.users_of(sites)) for index, sites in asked.items()]
+    numbers = [index for each in met for index in (each.index, *each.users)]
+    modules = [graph.model.get_submodule(graph.blocks[index]) for index in numbers]
+    with streamed(context):
+        seen = collect.calls_of(partial(context.forward, batches[0][:1]), modules)
+    for each in met:
+        visits = [visit for visit in seen if numbers[visit.number] in (each.index, *each.users)]
+        each.refuse_calls([(visit.hidden, visit.output) for visit in visits])
+
+
 @dataclass(frozen=True)
 class _Met:
     """A block that is to be met wherever it is called.
@@ -195,7 +220,7 @@ class _Met:
         places = [None, *(_place(context, names[0], name) for name in names[1:])]
         outputs: list[tuple[Tensor, Mapping[int, Call]]] = []
         with streamed(context):
-            often = len(collect.calls_of(partial(context.forward, batches[0][:1]), modules))
+            often = len(collect.calls_of(partial(context.forward, batches[0]), modules))
             if not often:
                 raise self.refused("is never reached by the calibration data")
             dim = _dimension(context, names[0], batches)
@@ -214,6 +239,17 @@ class _Met:
         if len({hidden.shape[1:] for hidden in made.hidden}) > 1:
             raise self.refused("is called with hidden states of several shapes")
         return made, context.waiting(iter(outputs), {self.index: 0})
+
+    def refuse_calls(self, calls: Sequence[tuple[Any, Any]]) -> None:
+        """Refuse what cannot be learned from. `calls`: hidden states and output of each."""
+        if not calls:
+            raise self.refused("is never reached by the calibration data")
+        if not all(isinstance(hidden, torch.Tensor) for hidden, _ in calls):
+            raise self.refused("is given nothing that has a dimension for samples")
+        for _, output in calls:
+            hidden_of(output)
+        if len({hidden.shape for hidden, _ in calls}) > 1:
+            raise self.refused("is called with hidden states of several shapes")
 
     def refused(self, why: str) -> UnsupportedModelError:
         """What to say of a block that cannot be learned."""
@@ -234,4 +270,13 @@ def _place(context: Context, block: str, other: str) -> Place:
     return Place(module, {name: theirs[full] for name, full in kept.items() if full in theirs})
 
 
-__all__ = ["INSTEAD", "Visits", "as_it_was", "chain_of", "original_chain", "samples_of", "visits_to"]
+__all__ = [
+    "INSTEAD",
+    "Visits",
+    "as_it_was",
+    "chain_of",
+    "original_chain",
+    "refuse_unlearned",
+    "samples_of",
+    "visits_to",
+]

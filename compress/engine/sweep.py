@@ -19,7 +19,7 @@ from compress.calibration import collect
 from compress.calibration.experts import FusedParameter
 from compress.calibration.precision import calibrating
 from compress.engine.block_view import View
-from compress.engine.chains import INSTEAD, chain_of, original_chain, samples_of, visits_to
+from compress.engine.chains import INSTEAD, chain_of, original_chain, refuse_unlearned, samples_of, visits_to
 from compress.engine.placement import present, streamed
 from compress.engine.tail import outside_statistics
 from compress.errors import UnsupportedModelError
@@ -175,6 +175,9 @@ def _tower(
     if wanted.learns and chain:
         samples_of(context, tower, batches, wanted.label)
         original = original_chain(context, tower, batches) or chain.copy()
+    met = {i: s for i in tower.numbers if (s := wanted.sites[i]) and (chain is None or context.graph.users_of(s))}
+    if wanted.learns and met:
+        refuse_unlearned(context, met, batches, wanted.label)
     for index in itertools.islice(shown, len(tower.blocks)):
         _read_ahead(context, index + 1)
         view, sites = None, wanted.sites[index]
@@ -183,9 +186,9 @@ def _tower(
             view = View(context, index, chain, original, outputs)
             _step(context, outputs, index, view.original_values(), "original: batches")
             original = outputs
-        if wanted.learns and sites and (chain is None or context.graph.users_of(sites)):
-            met = visits_to(context, index, batches, wanted.label, sites)
-            view = View(context, index, met.chain, met.original, met.outputs, met.users)
+        if wanted.learns and index in met:
+            visits = visits_to(context, index, batches, wanted.label, sites)
+            view = View(context, index, visits.chain, visits.original, visits.outputs, visits.users)
         yield Unit(_unit(index), sites, partial(_block_statistics, context, wanted, index, chain, batches), view)
         if chain and index + 1 in tower.numbers:
             _step(context, chain, index, None, "propagate: batches")
