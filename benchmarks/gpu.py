@@ -114,15 +114,18 @@ def timed(device: torch.device, work: Callable[[], object]) -> tuple[float, floa
     return time.perf_counter() - start, None
 
 
+def warm_up(size: Size, pass_: Pass, device: torch.device) -> None:
+    """Compile and load what a pass needs."""
+    tokens = tokens_of(size)
+    compress.apply(model_of(size, 1, device), [pass_], tokens[: max(8, len(tokens) // 16)], inplace=True)
+
+
 def passes_in_memory(size: Size, most: int, device: torch.device) -> Iterator[Row]:
     """`compress.apply` with each pass, per block; the model is on the device already."""
     tokens = tokens_of(size)
     for name, (pass_, blocks) in passes(size).items():
         count = min(blocks, most)
-        first = model_of(size, 1, device)
-        few = tokens[: max(8, len(tokens) // 16)]
-        compress.apply(first, [pass_], few, inplace=True)  # compiles and loads what is needed
-        del first
+        warm_up(size, pass_, device)
         model = model_of(size, count, device)
         held = sum(p.nbytes for p in model.parameters()) / 1e9
         seconds, memory = timed(device, lambda m=model, p=pass_: compress.apply(m, [p], tokens, inplace=True))  # type: ignore[misc]
@@ -135,9 +138,10 @@ def passes_in_memory(size: Size, most: int, device: torch.device) -> Iterator[Ro
 def within_a_limit(size: Size, most: int, device: torch.device) -> Iterator[Row]:
     """Gptq where passes may take LIMIT of the device beside the model: hidden states wait in the host's memory."""
     limits: dict[str, Any] = {"max_memory": {"device": LIMIT}} if device.type == "cuda" else {}
+    pass_, _ = passes(size)["gptq"]
+    warm_up(size, pass_, device)
     model = model_of(size, 1, device)
     held = sum(p.nbytes for p in model.parameters()) / 1e9
-    pass_, _ = passes(size)["gptq"]
     work = partial(compress.apply, model, [pass_], tokens_of(size), inplace=True, **limits)
     seconds, memory = timed(device, work)
     yield Row("gptq, activations in the host's memory", seconds, "s", memory, f"1 block; the model takes {held:.2f} GB")
@@ -161,6 +165,7 @@ def the_same_twice(size: Size, most: int, device: torch.device) -> Iterator[Row]
 def run_from_disk(size: Size, most: int, device: torch.device) -> Iterator[Row]:
     """`compress.run` of gptq, a block on the device at a time, within LIMIT of its memory."""
     limits = {"device": LIMIT} if device.type == "cuda" else {}
+    warm_up(size, passes(size)["gptq"][0], device)
     with tempfile.TemporaryDirectory() as folder:
         model_of(size, most, device).to("cpu").save_pretrained(f"{folder}/model")
         steps = {

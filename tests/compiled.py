@@ -75,6 +75,7 @@ def main() -> None:
             # A weight that is decoded in another order than the product wants goes through shared memory.
             assert set(re.findall(r"kWidth = (\d+)", text)) == {str(constants.get("WIDTH", 4))}, (name, given)
             assert "local_alloc" not in text, (name, given)
+        assert compiled("narrow", "fp32", **constants), name
     constants = {"BITS": 4, "GROUPS": EACH, "ZEROS": True, "FULL": False, "AHEAD": 2}
     assert compiled("narrow", "fp32", MODE=STEPS, **constants)
     assert compiled("narrow", "bf16", MODE=TABLE, **constants)

@@ -73,13 +73,19 @@ def divided(kernel: bool, rows: int, groups: int, columns: int, scales: int, dev
     return [made, *torch.autograd.grad(made, own, drawn(*made.shape))]
 
 
+def to_look_up(tables: int, columns: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor | None]:
+    """Tables of eight entries, which are learned; numbers of entries; and of the tables they are in, if several."""
+    generator = torch.Generator().manual_seed(0)
+    entries = torch.randn(tables, 8, generator=generator, device="cpu").to(device).requires_grad_()
+    index = torch.randint(0, 8, (5, columns), generator=generator, device="cpu").to(device)
+    return entries, index, (torch.arange(5, device=device) % tables) if tables > 1 else None
+
+
 def looked_up(kernel: bool, tables: int, columns: int, device: str = "cpu") -> list[Tensor]:
     """Entries of tables of eight, and the gradient of the tables."""
-    generator = torch.Generator().manual_seed(0)
-    entries = torch.randn(tables, 8, generator=generator).to(device).requires_grad_()
-    index = torch.randint(0, 8, (5, columns), generator=generator).to(device)
+    entries, index, table_of = to_look_up(tables, columns, device)
     before, learned.has_kernels = learned.has_kernels, anywhere if kernel else nowhere
-    found = learned.look_up(entries, index, (torch.arange(5, device=device) % tables) if tables > 1 else None)
+    found = learned.look_up(entries, index, table_of)
     made = [found, *torch.autograd.grad(found.sin().sum(), [entries])]
     learned.has_kernels = before
     return made

@@ -14,7 +14,7 @@ import torch
 from commands import compress_command, write_pipeline
 from elsewhere import elsewhere
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import compress
 from compress.api import work
@@ -103,6 +103,33 @@ def test_activations_wait_on_the_device_only_where_they_fit(tiny_llama: LlamaFor
     assert devices_of(tight) == Devices(CUDA, torch.device("cpu"), torch.device("cpu"), waiting)
     assert tight.device.total == roomy.device.total - waiting
     assert tight.memory.total == roomy.memory.total + waiting
+
+
+def test_the_forecast_of_learning_holds_what_was_measured() -> None:
+    """GB that a card held for a block of a Llama of 8 B, hidden states and model apart; benchmarks/gpu_peer.py."""
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=1, vocab_size=32_000, num_attention_heads=32,
+        num_key_value_heads=8, tie_word_embeddings=False, dtype="bfloat16",
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    for name, size, measured in (
+        ("flexround", 8, 9.6), ("flexround", 2, 6.2), ("adaround", 8, 11.1), ("adaround", 2, 8.1), ("nupes", 8, 11.4),
+        ("nupes", 2, 8.4),
+    ):  # fmt: skip
+        text = (
+            f"calibration: {{source: demo, samples: 128, length: 2048}}\npasses:\n"
+            f"  - {name}: {{bits: 4, group_size: 128, steps: 200, batch_size: {size}}}\n"
+        )
+        made = planned(model, text, Places(CUDA, device_limit=int(14e9)))
+        assert made.device is not None
+        without = (made.device.total - made.device.parts.get("activations", 0)) / 1e9
+        assert measured <= without <= 1.25 * measured + 1, (name, size)
+    flexround = text.replace("nupes", "flexround").replace("batch_size: 2", "batch_size: 8")
+    made = planned(model, flexround, Places(CUDA, device_limit=int(10.9e9)))
+    assert made.device is not None
+    assert made.device.total <= 10.9e9
+    assert not made.activations_on_device
 
 
 def test_a_plan_for_the_processor_knows_no_device(tiny_llama: LlamaForCausalLM) -> None:

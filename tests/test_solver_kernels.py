@@ -10,7 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted_solvers import CASES, DIVISIONS, LOOK_UPS, SOLVERS, anywhere, divided, looked_up, off
+from interpreted_solvers import (
+    CASES,
+    DIVISIONS,
+    LOOK_UPS,
+    SOLVERS,
+    anywhere,
+    divided,
+    looked_up,
+    nowhere,
+    off,
+    to_look_up,
+)
 from textbook import inputs, weight
 from torch import Tensor
 
@@ -18,7 +29,7 @@ from compress.calibration.precision import products
 from compress.calibration.statistics import Statistics
 from compress.engine.devices import Devices
 from compress.passes.base import Target
-from compress.passes.quantize import adaround, jlcm, nupes
+from compress.passes.quantize import adaround, jlcm, learned, nupes
 from compress.passes.solvers import device
 from compress.passes.solvers.device import has_kernels
 
@@ -120,6 +131,27 @@ def test_a_device_without_room_is_no_missing_compiler(monkeypatch: pytest.Monkey
     monkeypatch.setattr(device, "_compiled", fails)
     with pytest.raises(torch.OutOfMemoryError):
         with_gradients("moved")
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("name", LOOK_UPS)
+def test_gradients_are_made_where_their_tensors_are(name: str, kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device autograd calls `backward` in a thread of its own, where no device is the default."""
+
+    def plain(gradient: Tensor, index: Tensor, entries: int) -> Tensor:
+        found = torch.zeros(len(gradient), entries, dtype=torch.float64, device="cpu")
+        rows = gradient.reshape(len(gradient), -1).double()
+        return found.scatter_add(1, index.reshape(len(index), -1).long(), rows)
+
+    tables, columns = LOOK_UPS[name]
+    expected = looked_up(False, tables, columns)
+    monkeypatch.setattr(learned, "has_kernels", anywhere if kernel else nowhere)
+    monkeypatch.setattr(learned, "sums_by_row", plain)
+    entries, index, table_of = to_look_up(tables, columns)
+    made = learned.look_up(entries, index, table_of).sin().sum()
+    with torch.device("meta"):
+        (gradient,) = torch.autograd.grad(made, [entries])
+    assert max(off([gradient], expected[1:])) < 1e-6
 
 
 @pytest.mark.gpu

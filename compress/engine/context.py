@@ -151,7 +151,8 @@ class Context:
     ) -> Activations:
         """What arrives at a block, where it waits for it. `kinds`: as `Activations` takes them."""
         devices = self.devices
-        return Activations(arrivals, trim=not self.resident, store=devices.activations, room=devices.room, kinds=kinds)
+        trim = not self.resident and not devices.apart  # what a device computes takes no memory here
+        return Activations(arrivals, trim=trim, store=devices.activations, room=devices.room, kinds=kinds)
 
     def commit(self, unit: str, key: str, records: Iterable[Record]) -> list[Record]:
         """Keep a finished unit, where it waits; returns its records as they are kept."""

@@ -36,6 +36,11 @@ class Devices:
     activations: torch.device = CPU
     room: int | None = None
 
+    @property
+    def apart(self) -> bool:
+        """Whether what computes has memory of its own."""
+        return self.compute.type != "cpu"
+
     @contextmanager
     def scope(self) -> Iterator[None]:
         """While open, tensors that are made without a device are made on the device that computes.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from compress.models.logits import WHOLE
+from compress.passes.base import BlockPass
 from compress.planning import memory
 from compress.planning.need import Need, most
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 LIBRARIES = 64 << 20  # room that libraries take for themselves once something is computed
 SOLVED = 4  # float32 copies of the largest matrices that are solved as one: as they are, as they become, what is lost
+BACKWARD = 2  # times what flows through a block is kept for its gradients
 ROUNDED_UP = 1.1  # an allocator leaves gaps
 
 
@@ -59,17 +61,24 @@ def _stage(
     outside: Sequence[Site],
 ) -> dict[str, int]:
     """The parts of a moment. `outside`: sites outside the blocks that are solved."""
-    calibrated, learns = any(p.calibrated for p in passes), any(p.reach == "block" for p in passes)
+    calibrated = any(p.calibrated for p in passes)
     tokens = memory.run_at_once(pipeline) if calibrated else 0
     running = (memory.block(graph) * itemsize if calibrated else 0) + memory.flowing(graph, tokens) * itemsize
     solving = SOLVED * memory.FLOAT * max((s.shape[0] * s.shape[1] for s in (*_inside(graph), *outside)), default=0)
-    learning = memory.block(graph) * memory.LEARNING * memory.FLOAT if learns else 0
+    learning = max((_learning(p, pipeline, graph, itemsize) for p in passes if isinstance(p, BlockPass)), default=0)
     return {
         "weights": max(running, solving),
         "statistics": _grams(graph, [*_inside(graph), *outside]) if any(p.needs == "gram" for p in passes) else 0,
         "activations": memory.waiting(pipeline, passes, graph, itemsize) if waiting else 0,
         "training": learning + sum(memory.training(p, pipeline.calibration, graph) for p in passes),
     }
+
+
+def _learning(pass_: BlockPass, pipeline: Pipeline, graph: Graph, itemsize: int) -> int:
+    """Numbers of every weight of a block, and what the gradients need of a batch."""
+    length = pipeline.calibration.length if pipeline.calibration else 0
+    kept = BACKWARD * memory.flowing(graph, getattr(pass_, "batch_size", 1) * length) * itemsize
+    return memory.block(graph) * (pass_.learned_on_device or memory.LEARNING) * memory.FLOAT + kept
 
 
 def _inside(graph: Graph) -> list[Site]:

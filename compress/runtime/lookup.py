@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -98,7 +99,7 @@ class GpuLookup(nn.Module):
             *spec.shape, mode, bits, group, int(len(scale) > 1), "zero" in tables, "first" not in tables,
             NO_ESCAPE if pairs is None else pairs.escape,
         )  # fmt: skip
-        none = torch.zeros(1, 1, dtype=torch.uint8, device=scale.device)
+        none = _nothing(scale.device)
         tensors = {"words": arrange(codes, bits, nibbles=product.nibbles), "scale": scale}
         return cls(product, {"zero": none, "first": none, **tensors, **tables, **factors}, pairs)
 
@@ -194,8 +195,8 @@ def _steps(weight: Weight, lookup: Lookup) -> Meaning | None:
         return None
     bits = weight.encoding.form.bits
     zero = {} if lookup.zero is None else {"zero": lookup.steps_from().contiguous()}
-    none = torch.zeros(1, 16, device=weight.encoding.codes.device)
-    return STEPS, weight.encoding.codes, ARRANGED_BITS.get(bits, bits), zero | _tables(none, none.flatten()), None
+    device = weight.encoding.codes.device
+    return STEPS, weight.encoding.codes, ARRANGED_BITS.get(bits, bits), zero | _no_tables(device), None
 
 
 def _pairs(spec: Spec, weight: Weight, lookup: Lookup, stored: dict[str, Tensor]) -> Meaning | None:
@@ -229,6 +230,18 @@ def _zero_where_masked(spec: Spec, weight: Weight, lookup: Lookup, stored: dict[
         return True
     parts = Decoder(spec, stored).tiles()
     return not any(bool(lookup.units(codes[part], part).masked_fill_(mask[part], 0.0).any()) for part in parts)
+
+
+# What a kernel is given and does not read is the same for all layers: a compiled model then has one input for it.
+@cache
+def _nothing(device: torch.device) -> Tensor:
+    return torch.zeros(1, 1, dtype=torch.uint8, device=device)
+
+
+@cache
+def _no_tables(device: torch.device) -> dict[str, Tensor]:
+    none = torch.zeros(1, 16, device=device)
+    return _tables(none, none.flatten())
 
 
 def _tables(few: Tensor, every: Tensor) -> dict[str, Tensor]:

@@ -96,6 +96,7 @@ class CompressQuantizer(HfQuantizer):
     """Swaps packed modules in before the weights are read into them."""
 
     requires_calibration = True
+    has_kernels = False
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
@@ -114,18 +115,22 @@ class CompressQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         align(model, convolutions=predicts_next(model))
+        layers = []
         for module in model.modules():
             if isinstance(module, PackedEmbedding):
                 module.described = False
-            if isinstance(module, PackedLinear) and next(iter(module.stored().values())).is_cuda:
-                module.choose_kernel()  # now: a compiler that traces the first call could not
+            if isinstance(module, PackedLinear):
+                layers.append(module)
+                if next(iter(module.stored().values())).is_cuda:
+                    module.choose_kernel()  # now: a compiler that traces the first call could not
+        self.has_kernels = bool(layers) and all(layer.kernel is not None for layer in layers)
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Every tensor takes the type its own module was made with."""
         return dtype
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module | None = None) -> list[Any]:
         """Packed tensors are not put together: their names are those of the model, and only old spellings change."""
         from transformers.core_model_loading import WeightConverter
 
@@ -145,6 +150,11 @@ class CompressQuantizer(HfQuantizer):
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """`save_pretrained` writes the packed tensors as they are."""
         return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile the model where its cache is static: each layer is then one operator."""
+        return self.has_kernels
 
     @property
     def is_trainable(self) -> bool:

@@ -57,6 +57,7 @@ class AdaRound(UniformOptions, LearnedPass):
     regularization: Annotated[float, Ge(0)] = 1.0
 
     key: ClassVar[str] = "adaround"
+    learned_on_device: ClassVar[int | None] = 8
 
     def start(self, target: Target) -> UpOrDown:
         scale, zero = self.grid(target.weight)

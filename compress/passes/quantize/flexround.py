@@ -67,6 +67,7 @@ class FlexRound(UniformOptions, LearnedPass):
     row_factor: bool = True
 
     key: ClassVar[str] = "flexround"
+    learned_on_device: ClassVar[int | None] = 6
 
     def check(self) -> Iterator[OptionError]:
         yield from super().check()

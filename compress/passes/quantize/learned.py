@@ -199,4 +199,4 @@ def _flat(index: Tensor, table_of: Tensor | None, entries: int) -> Tensor:
 
 
 def _one_hot(table_of: Tensor, count: int) -> Tensor:
-    return (table_of[:, None] == torch.arange(count)).double()
+    return (table_of[:, None] == torch.arange(count, device=table_of.device)).double()

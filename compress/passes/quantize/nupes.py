@@ -67,6 +67,7 @@ class Nupes(PowerOptions, LearnedPass):
     learn_scale: bool = True
 
     key: ClassVar[str] = "nupes"
+    learned_on_device: ClassVar[int | None] = 9
 
     def start(self, target: Target) -> Position:
         return Position(target.weight, self.encoded(target, self.grid([self.profile(target)])), self)
