@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 SIZES: dict[str, Any] = {
@@ -140,63 +139,3 @@ def make(variant: str, **changes: object) -> PreTrainedModel:
         elif parameter.std() < 0.1:
             parameter.data = 0.15 * torch.randn_like(parameter)
     return model
-
-
-# --- tokenizers ------------------------------------------------------------------------------------------------------
-
-LETTERS = [*map(chr, range(97, 123)), *"ABC012,.!é"]
-TEXTS = ["the other weather", "  two  spaces, there.", "The 12 cafés at 10!", "a\nb 🦙 the", "<s>then the</s> end"]
-
-
-def characters(space: bool = True) -> Tokenizer:
-    """BPE of characters with bytes for what is unknown, as SentencePiece makes it; a space before every text or not."""
-    special = ["<unk>", "<s>", "</s>"]
-    wholes = ["th", "the", "er", "▁the", "▁▁", "at", "her", "▁t", "▁th"]  # the first is the first to be merged
-    words = [*special, *(f"<0x{i:02X}>" for i in range(256)), "▁", *LETTERS, *wholes]
-    known = set(words)
-    merges = [
-        (whole[:i], whole[i:])
-        for whole in wholes
-        for i in range(1, len(whole))
-        if whole[:i] in known and whole[i:] in known
-    ]
-    numbers = {word: i for i, word in enumerate(words)}
-    made = Tokenizer(models.BPE(numbers, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    spaces = normalizers.Replace(" ", "▁")
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if space else spaces
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
-    return made
-
-
-def word_pieces(lowercase: bool = True) -> Tokenizer:
-    """WordPiece as BERT has it."""
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words = [
-        *special,
-        "the",
-        "we",
-        "##the",
-        "##ther",
-        "##r",
-        "other",
-        "cafe",
-        "##s",
-        "at",
-        "end",
-        "!",
-        ",",
-        ".",
-        "1",
-        "##2",
-    ]
-    words += [letter for letter in "abcdefghijklmnopqrstuvwxyz0" if letter not in words]
-    made = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    made.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    made.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    made.add_special_tokens(special)
-    return made

@@ -1,39 +1,27 @@
 """GGUF for every kind of model: names, keys and layouts here; what llama.cpp computes, where there is one."""
 
-import json
-import os
 import re
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gguf_models as small
 import pytest
 import torch
 from gguf_models import VARIANTS, config_of, kind_of, structure
-from tokenizers import Tokenizer
+from gguf_written import asked, needs_llama_cpp, saved
 from torch import Tensor
-from transformers import AutoTokenizer
 from written import write
 
 from compress import Magnitude, Rtn
-from compress.encodings import Uniform
-from compress.errors import UsageError
 from compress.export.gguf.architectures import KINDS, UNWRITTEN, unfit
-from compress.export.gguf.blocks import common_type, to_blocks
 from compress.export.gguf.keys import keys
 from compress.export.gguf.rope import rope_tensors, unfit_rope
 from compress.export.gguf.tensors import Layout
-from compress.export.gguf.vocabulary import read_vocabulary
 from compress.models import graph as graphs
 from compress.models.loading import load_model
 
 gguf = pytest.importorskip("gguf")
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-PYTHON = Path(os.environ.get("LLAMA_PYTHON", ".venv-llama/bin/python"))  # has xllamacpp, a wheel of llama.cpp
 
 
 def layout_of(variant: str) -> Any:
@@ -152,12 +140,6 @@ def contents(folder: Path) -> dict[str, tuple[str, Tensor]]:
     return found
 
 
-def saved(variant: str, folder: Path, tokenizer: Tokenizer | None = None, **changes: object) -> None:
-    from test_gguf import save
-
-    save(small.make(variant, **changes), folder / "model", tokenizer)
-
-
 def test_codes_of_all_experts_are_one_tensor_for_gate_up_and_down(tmp_path: Path) -> None:
     saved("qwen3_moe", tmp_path)
     write("llama", tmp_path, [Rtn(bits=4, group_size=32, symmetric=True)], "gguf")
@@ -185,111 +167,9 @@ def test_experts_that_need_different_types_get_the_widest_and_one_without_codes_
     assert there["blk.1.ffn_gate_exps.weight"][0] == "F32"
 
 
-@pytest.mark.parametrize(
-    ("kinds", "common"),
-    [
-        (["Q4_0", "Q4_0"], "Q4_0"),
-        (["Q4_0", "Q8_0", "Q5_0"], "Q8_0"),
-        (["Q4_1", "Q4_1"], "Q4_1"),
-        (["Q4_1", "Q4_0"], "Q5_0"),
-        (["TQ2_0", "Q4_0"], "Q4_0"),
-        (["Q4_0", ""], None),
-        (["IQ4_NL", "Q4_0"], None),
-    ],
-)
-def test_several_weights_share_the_narrowest_type_that_holds_all(kinds: list[str], common: str | None) -> None:
-    assert common_type(kinds) == common
-
-
-@pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q8_0"])
-def test_a_wider_type_holds_the_same_values(kind: str) -> None:
-    codes = torch.randint(16, (4, 64), dtype=torch.uint8)
-    weight = Uniform(codes, (torch.rand(4, 2) + 0.1).half(), torch.full((4, 2), 8, dtype=torch.uint8), 4, True)
-    found = to_blocks(weight, kind)
-    assert not isinstance(found, str)
-    values = gguf.quants.dequantize(found.data.numpy(), gguf.GGMLQuantizationType[kind])
-    assert torch.equal(torch.from_numpy(values), weight.dequantize())
-
-
-# --- tokenizers ------------------------------------------------------------------------------------------------------
-
-WORDS: dict[str, tuple[str, Callable[[], Tokenizer], dict[str, int]]] = {
-    "characters": ("llama", small.characters, {"vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2}),
-    "no space": ("gemma", lambda: small.characters(False), {"vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2}),
-    "pieces of words": ("bert", small.word_pieces, {}),
-}
-
-
-def vocabulary(folder: Path, tokenizer: Tokenizer, **config: Any) -> Any:
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return read_vocabulary(folder, SimpleNamespace(**{"vocab_size": 320, "type_vocab_size": 2, **config}))
-
-
-def test_characters_are_merged_by_scores_that_fall_with_the_order_of_merges(tmp_path: Path) -> None:
-    found = vocabulary(tmp_path, small.characters(), bos_token_id=1, eos_token_id=2)
-    texts, types, scores = found.tokens.texts, found.tokens.types, found.cut.scores
-    assert (found.cut.model, found.splits, found.cut.space) == ("llama", "default", True)
-    assert scores[texts.index("th")] > scores[texts.index("the")] > scores[texts.index("▁the")] > scores[0]
-    assert types[:4] == [2, 3, 3, 6]
-    assert found.begins
-    assert not found.ends
-    assert not vocabulary(tmp_path, small.characters(False), bos_token_id=1).cut.space
-
-
-def test_transformers_reads_a_tokenizer_of_characters_back(tmp_path: Path) -> None:
-    saved("llama", tmp_path, small.characters(), vocab_size=320, bos_token_id=1, eos_token_id=2)
-    write("llama", tmp_path, [Rtn(bits=4, group_size=32, symmetric=True)], "gguf")
-    read = AutoTokenizer.from_pretrained(tmp_path / "out" / "gguf", gguf_file="model.gguf")
-    for text in small.TEXTS[:1]:
-        assert read(text)["input_ids"] == small.characters().encode(text).ids
-
-
-def test_pieces_that_begin_a_word_are_marked_and_the_others_are_not(tmp_path: Path) -> None:
-    found = vocabulary(tmp_path, small.word_pieces())
-    assert found.tokens.texts[:10] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "▁the", "▁we", "the", "ther", "r"]
-    assert (found.cut.model, found.cut.kinds_of_text) == ("bert", 2)
-    assert found.special == {"bos": 2, "cls": 2, "eos": 3, "sep": 3, "unk": 1, "mask": 4}
-    assert found.begins
-    assert found.ends
-
-
-def partial() -> Tokenizer:
-    """A token that can be parted in a way that is no merge."""
-    data = json.loads(small.characters().to_str())
-    data["model"]["merges"] = [m for m in data["model"]["merges"] if list(m) != ["t", "he"]]
-    data["model"]["merges"] += [["h", "e"]]
-    data["model"]["vocab"]["he"] = 310
-    made: Tokenizer = Tokenizer.from_str(json.dumps(data))
-    return made
-
-
-WRONG: dict[str, tuple[Callable[[], Tokenizer], str]] = {
-    "merges that are not all": (partial, "does not merge 't' and 'he' though 'the' is a token"),
-    "capitals": (lambda: small.word_pieces(lowercase=False), "keeps capital letters"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_a_tokenizer_that_would_cut_otherwise_there_is_refused(name: str, tmp_path: Path) -> None:
-    make, message = WRONG[name]
-    with pytest.raises(UsageError, match=message):
-        vocabulary(tmp_path, make(), bos_token_id=1)
-
-
 # --- llama.cpp -------------------------------------------------------------------------------------------------------
 
 
-def asked(folder: Path, prompts: list[list[int]], texts: list[str], embed: bool, words: int) -> dict[str, Any]:
-    question = json.dumps({"prompts": prompts, "texts": texts, "embed": embed, "words": words})
-    script = Path(__file__).parent / "gguf_in_llama_cpp.py"
-    command = [str(PYTHON), str(script), str(folder / "out" / "gguf" / "model.gguf"), question]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-needs_llama_cpp = pytest.mark.skipif(not PYTHON.is_file(), reason="LLAMA_PYTHON names no Python with xllamacpp")
 # llama.cpp looks GELU up in a table of float16, and its embeddings of texts come through float16 too.
 ROUNDED = ("bert", "bloom", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neox", "mpt", "phi",
            "starcoder2")  # fmt: skip
@@ -312,13 +192,3 @@ def test_llama_cpp_computes_what_the_model_does(variant: str, tmp_path: Path) ->
         meant = made.last_hidden_state[0].mean(0) if embed else made.logits[0, -1].log_softmax(-1)
         worst = float((torch.tensor(answer) - meant).abs().max())
         assert worst < (5e-3 if kind_of(variant) in ROUNDED else 1e-4)
-
-
-@pytest.mark.real
-@needs_llama_cpp
-@pytest.mark.parametrize("name", WORDS)
-def test_llama_cpp_cuts_text_as_the_tokenizer_does(name: str, tmp_path: Path) -> None:
-    variant, make, changes = WORDS[name]
-    saved(variant, tmp_path, make(), **changes)
-    write("llama", tmp_path, [Magnitude(sparsity=0.05)], "gguf")
-    assert asked(tmp_path, [], small.TEXTS, False, 1)["cut"] == [make().encode(text).ids for text in small.TEXTS]
