@@ -1,12 +1,17 @@
-"""Small tokenizers of every kind that is written as GGUF, and texts that they cut."""
+"""Small tokenizers of every kind that is written as GGUF, changes to them, and texts that they cut."""
 
 import json
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 LETTERS = [*map(chr, range(97, 123)), *"ABC012,.!é"]
-TEXTS = ["the other weather", "  two  spaces, there.", "The 12 cafés at 10!", "a\nb 🦙 the", "<s>then the</s> end"]
+TEXTS = [
+    "the other weather", "  two  spaces, there.", "The 12 cafés at 10!", "a\nb 🦙 the", "<s>then the</s> end", " the",
+    "<s> then the </s>  end", "It's THE theThe's 1234567 caf!!\n\n  x\t\ty", "ab; x+y = (z)/w //\n q  ",
+    "a <tool> b<tool>",
+]  # fmt: skip
 
 
 def characters(space: bool = True) -> Tokenizer:
@@ -75,24 +80,69 @@ def bytes_of_words() -> Tokenizer:
     return made
 
 
-def around(before: str) -> Tokenizer:
-    """Puts a token before every text."""
-    found = bytes_of_words()
-    found.post_processor = processors.TemplateProcessing(
-        single=f"{before} $A", special_tokens=[(before, found.token_to_id(before))]
-    )
-    return found
+def bytes_with(steps: Any, whole: bool = False) -> Tokenizer:
+    """Every byte, cut up by some steps. `whole`: the one token that no merges make is taken (ignore_merges)."""
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("1", "2"), ("12", "3"), ("Ġ", "Ġ"), ("Ċ", "Ċ")]
+    words = ["<s>", "</s>", *bytes_to_unicode().values(), *("".join(m) for m in merges), "Ġcaf"]
+    made = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, merges, ignore_merges=whole))
+    made.pre_tokenizer = steps
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made.add_special_tokens(["<s>", "</s>"])
+    made.add_tokens(["<tool>"])
+    return made
 
 
-def split(pattern: str) -> Tokenizer:
-    found, regex = bytes_of_words(), Regex(pattern)
+def split(pattern: str, whole: bool = False) -> Tokenizer:
+    """Cut up by an expression."""
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    found.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(regex, "isolated"), bytes_only])
+    steps = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_only])
+    return bytes_with(steps, whole)
+
+
+def digits() -> Any:
+    """The steps of SmolLM."""
+    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    return pre_tokenizers.Sequence(steps)
+
+
+def around(single: str) -> Tokenizer:
+    """Puts tokens around every text."""
+    found = bytes_of_words()
+    names = [name for name in single.split() if not name.startswith("$")]
+    special = [(name, found.token_to_id(name)) for name in names]
+    found.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
     return found
 
 
-def edited(**changes: Any) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(bytes_of_words().to_str())
+def metaspace(scheme: str, split: bool, prepend: bool = False) -> Tokenizer:
+    """Characters, with spaces written by Metaspace; or before it by a normalizer that puts one before every text."""
+    found = characters(prepend)
+    if not prepend:
+        found.normalizer = None
+    found.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split)
+    return found
+
+
+def added(made: Tokenizer, **options: bool) -> Tokenizer:
+    """With a token of its own."""
+    made.add_tokens([AddedToken("<tool>", **{"normalized": False, **options})])
+    return made
+
+
+def of_phi_3() -> Tokenizer:
+    """Some special tokens take the spaces after them, as those of Phi 3 do."""
+    data = json.loads(characters().to_str())
+    for token in data["added_tokens"]:
+        token["rstrip"] = token["content"] == "</s>"
+    made: Tokenizer = Tokenizer.from_str(json.dumps(data))
+    plain, taking = AddedToken("<|endoftext|>", normalized=False), AddedToken("<tool>", rstrip=True, normalized=False)
+    made.add_special_tokens([plain, taking])
+    return made
+
+
+def edited(made: Tokenizer | None = None, **changes: Any) -> dict[str, Any]:
+    """tokenizer.json with other entries of its own or of its model."""
+    data: dict[str, Any] = json.loads((made or bytes_of_words()).to_str())
     for key, value in changes.items():
         if key in data:
             data[key] = value
