@@ -1,5 +1,6 @@
 """Small random models of every kind that is written as GGUF, with the options that change how it is written."""
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.15, "pad_token_id": 0,
     "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 SLIDING, FULL = "sliding_attention", "full_attention"
 WIDTH = {"head_dim": 16}
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -39,13 +41,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama, llama3": {"head_dim": 32, **LLAMA3},
     "llama, linear": rope("linear", factor=4.0),
     "llama, yarn": {"head_dim": 32, **YARN},
-    "llama, tied": {"tie_word_embeddings": True},
+    "llama, tied": TIED,
     "mistral": {"sliding_window": None, **WIDTH},
     "mixtral": LOCAL,
     "qwen2": {},
     "qwen2, yarn": YARN,
     "qwen3": WIDTH,
+    "qwen3, wide": {"head_dim": 128},  # the only width that transformers reads
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 64},
+    "qwen2_moe, tied": {**EXPERTS, "shared_expert_intermediate_size": 64, **TIED},
     "qwen3_moe": {**EXPERTS, **WIDTH, "norm_topk_prob": True},
     "gemma": WIDTH,
     "gemma2": {**WINDOWS, "layer_types": [SLIDING, FULL]},
@@ -57,38 +61,51 @@ VARIANTS: dict[str, dict[str, Any]] = {
         },
     },
     "phi": {"num_key_value_heads": 4},
+    "phi, tied": {"num_key_value_heads": 4, **TIED},
     "phi3": {},
     "phi3, longrope": {"original_max_position_embeddings": 64, **LONG},
     "phi3, partial": {"num_attention_heads": 2, **rope("default", partial_rotary_factor=0.5)},
     "gpt2": {},
     "gpt2, inner": {"n_inner": 96},
+    "gpt2, untied": UNTIED,
     "gpt_bigcode": {},
     "gpt_neox": {},
     "gpt_neox, serial": {"use_parallel_residual": False},
+    "gpt_neox, tied": TIED,
     "bloom": {},
     "bloom, six heads": {"hidden_size": 96, "n_head": 6},
+    "bloom, untied": UNTIED,
     "falcon": {},
     "falcon, new": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "falcon, many": {"multi_query": False, "num_kv_heads": 4},
+    "falcon, untied": UNTIED,
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128},
     "olmo": {},
     "olmo, clipped": {"clip_qkv": 0.5},
     "olmo2": {},
+    "olmo2, tied": TIED,
     "olmo3": {"sliding_window": 16, "num_hidden_layers": 4},
+    "olmo3, tied": {"sliding_window": 16, "num_hidden_layers": 4, **TIED},
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 4},
+    "olmoe, tied": {"num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 4, **TIED},
     "granite": {
         "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0,
     },
+    "granite, biases": {"attention_bias": True, "mlp_bias": True},
     "granitemoe": LOCAL,
     "starcoder2": {},
     "stablelm": {},
     "stablelm, parallel": {"use_parallel_residual": True, "use_qkv_bias": True},
+    "stablelm, tied": TIED,
     "cohere": {},
     "cohere2": {**WIDTH, "sliding_window": 16, "num_hidden_layers": 4},
     "smollm3": {"num_hidden_layers": 4},
     "seed_oss": WIDTH,
     "arcee": WIDTH,
+    "arcee, llama3": {"head_dim": 32, **LLAMA3},
     "nemotron": WIDTH,
+    "nemotron, biases": {**WIDTH, "attention_bias": True, "mlp_bias": True},
+    "nemotron, tied": {**WIDTH, **TIED},
     "glm": WIDTH,
     "glm4": {**WIDTH, "attention_bias": True},
     "glm4_moe": {**GROUPED, **WIDTH},
@@ -98,11 +115,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "moe_num_shared_experts": 1,
     },
     "exaone4": {"sliding_window": None, "layer_types": [FULL, FULL]},
+    "exaone4, llama3": {"sliding_window": None, "layer_types": [FULL, FULL], "num_attention_heads": 2, **LLAMA3},
     "exaone4, windows": {"sliding_window": 16, "num_hidden_layers": 64, "sliding_window_pattern": 4},
+    "exaone4, windows and llama3": {
+        "sliding_window": 16, "num_hidden_layers": 64, "sliding_window_pattern": 4, "num_attention_heads": 2, **LLAMA3,
+    },
     "hunyuan_v1_dense": WIDTH,
     "hunyuan_v1_moe": {**WIDTH, "num_experts": 4, "moe_topk": 2},
     "dots1": {**GROUPED, "num_key_value_heads": 4},
+    "dots1, tied": {**GROUPED, "num_key_value_heads": 4, **TIED},
     "minimax_m2": {**LOCAL, **WIDTH},
+    "minimax_m2, tied": {**LOCAL, **WIDTH, **TIED},
     "bert": {},
 }  # fmt: skip
 
@@ -115,7 +138,7 @@ def config_of(variant: str, **changes: object) -> Any:
     kind = kind_of(variant)
     known = AutoConfig.for_model(kind)
     sizes = {k: v for k, v in SIZES.items() if hasattr(known, k) and (kind != "mpt" or k == "vocab_size")}
-    return AutoConfig.for_model(kind, **{**sizes, **VARIANTS[variant], **changes})
+    return AutoConfig.for_model(kind, **deepcopy({**sizes, **VARIANTS[variant], **changes}))  # it writes into them
 
 
 def structure(config: Any) -> PreTrainedModel:

@@ -8,7 +8,7 @@ import gguf_models as small
 import pytest
 import torch
 from gguf_models import VARIANTS, config_of, kind_of, structure
-from gguf_written import asked, needs_llama_cpp, saved
+from gguf_written import W4, asked, needs_llama_cpp, saved
 from torch import Tensor
 from written import write
 
@@ -115,7 +115,24 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "dynamic": ("llama", small.rope("dynamic", factor=2.0), "rope_type, dynamic"),
     "yarn": ("llama", small.rope("yarn", factor=4.0, original_max_position_embeddings=32, attention_factor=3.0),
              "attention_factor of YaRN, 3.0"),
+    "slow turns": ("llama", small.rope("yarn", factor=4.0, original_max_position_embeddings=32, beta_slow=4.0),
+                   "beta_slow of YaRN, 4.0"),
+    "fast turns": ("llama", small.rope("yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=16.0),
+                   "beta_fast of YaRN, 16.0"),
     "factors": ("qwen2", small.LLAMA3, "rope_type, llama3"),
+    "factors of layers that are not turned": ("smollm3", small.LLAMA3, "rope_type, llama3"),
+    **{f"part of a head, {kind}": (kind, small.rope("default", partial_rotary_factor=0.5), "partial_rotary_factor, 0.5")
+       for kind in ("llama", "qwen2", "gemma", "falcon", "cohere", "olmo2", "exaone4", "dots1")},
+    **{f"heads, {kind}": (kind, {"head_dim": 32}, "head_dim, 32")
+       for kind in ("granite", "granitemoe", "cohere2", "nemotron", "glm", "exaone4")},
+    **{f"{option}, {kind}": (kind, {option: True}, f"{option}, True")
+       for option in ("attention_bias", "mlp_bias") for kind in ("smollm3", "arcee")},
+    "all positions": ("mpt", {"attn_config": {"alibi": False}}, "alibi, False"),
+    "other slopes": ("mpt", {"attn_config": {"alibi_bias_max": 16}}, "alibi_bias_max, 16"),
+    "no layer with a window": ("exaone4", {"sliding_window": 16}, "sliding_window, 16"),
+    "no window in many layers": ("exaone4, windows", {"sliding_window": None, "layer_types": [small.FULL] * 64},
+                                 "sliding_window, None"),
+    "a window in none of many layers": ("exaone4, windows", {"layer_types": [small.FULL] * 64}, "layer_types, "),
 }  # fmt: skip
 
 
@@ -126,6 +143,43 @@ def test_what_llama_cpp_takes_for_granted_and_a_model_has_not_is_refused(name: s
     found = [*unfit(config, architecture), *unfit_rope(config, architecture)]
     assert len(found) == 1
     assert re.search(f"this model's {message}.* cannot be said in a GGUF file", found[0])
+
+
+# --- read by transformers ---------------------------------------------------------------------------------------------
+
+READ = ("llama", "mistral", "qwen2", "qwen3, wide", "bloom", "falcon",  "starcoder2", "stablelm",
+        "stablelm, tied", "nemotron", "minimax_m2")  # fmt: skip
+
+
+def test_every_kind_that_transformers_reads_is_read() -> None:
+    assert {kind_of(variant) for variant in READ} == {
+        kind for kind, known in KINDS.items() if known.read_by_transformers
+    }
+
+
+@pytest.mark.parametrize("variant", READ)
+def test_transformers_computes_the_same_logits_from_the_file(variant: str, tmp_path: Path) -> None:
+    saved(variant, tmp_path)
+    assert write("llama", tmp_path, [W4], "gguf").verified["gguf"]["max_logit_difference"] == 0
+
+
+@pytest.mark.parametrize("variant", ["bloom, untied", "falcon, untied"])
+def test_a_head_that_transformers_would_tie_is_written_and_not_compared_with_it(variant: str, tmp_path: Path) -> None:
+    saved(variant, tmp_path)
+    found = write("llama", tmp_path, [W4], "gguf").verified["gguf"]
+    assert "max_logit_difference" not in found
+    head = load_model(tmp_path / "out", torch.float32).lm_head.weight
+    there = contents(tmp_path)
+    assert torch.equal(there["output.weight"][1], head)
+    assert not torch.equal(head, there["token_embd.weight"][1])
+
+
+def test_a_tied_head_that_llama_cpp_looks_for_is_the_embedding_once_more(tmp_path: Path) -> None:
+    saved("olmo2, tied", tmp_path)
+    write("llama", tmp_path, [Rtn(bits=4, group_size=32, symmetric=True, embeddings={"bits": 8})], "gguf")
+    there = contents(tmp_path)
+    assert there["output.weight"][0] == there["token_embd.weight"][0] == "Q8_0"
+    assert torch.equal(there["output.weight"][1], load_model(tmp_path / "out").lm_head.dequantize())
 
 
 # --- experts ----------------------------------------------------------------------------------------------------------
@@ -191,4 +245,4 @@ def test_llama_cpp_computes_what_the_model_does(variant: str, tmp_path: Path) ->
             made = model(torch.tensor([prompt]))
         meant = made.last_hidden_state[0].mean(0) if embed else made.logits[0, -1].log_softmax(-1)
         worst = float((torch.tensor(answer) - meant).abs().max())
-        assert worst < (5e-3 if kind_of(variant) in ROUNDED else 1e-4)
+        assert worst < (3e-3 if kind_of(variant) in ROUNDED else 5e-5)  # as docs/exports.md says

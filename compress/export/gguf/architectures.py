@@ -19,6 +19,7 @@ GELU = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # all are one the
 COMMAND_R_PLUS = 64  # layers; so many, and not fewer, have norms of queries and keys there
 EXAONE_4_32B = 64  # layers; so many, and not fewer, have windows there
 NOT_TURNED = 4  # of SmolLM 3: every so many layers one rotates nothing
+MPT_ATTENTION = {"softmax_scale": None, "alibi": True, "alibi_bias_max": 8}
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 Rows = Literal["as they are", "pairs", "by head", "by group"]
@@ -46,6 +47,9 @@ class Architecture:
         left_out: beginnings of parameters that it has no place for and does without.
         read_by_transformers: transformers reads its files too, and what it makes of them is compared with the model.
         encoder: it gives embeddings and no logits.
+        partial: only some channels of a head may be rotated.
+        square: its heads together are as wide as the model.
+        own_head: it looks for the matrix of the output, and takes no embedding for it where they are tied.
     """
 
     name: str
@@ -60,12 +64,16 @@ class Architecture:
     left_out: tuple[str, ...] = ()
     read_by_transformers: bool = False
     encoder: bool = False
+    partial: bool = False
+    square: bool = False
+    own_head: bool = False
 
 
 _PLAIN = {"hidden_act": SILU}
 _UNBIASED = {**_PLAIN, "attention_bias": (False, None)}
 _TIED = {"tie_word_embeddings": (True,)}
 _GEMMA = {**_TIED, "hidden_activation": ("gelu_pytorch_tanh", None), "attention_bias": (False,)}
+_NO_MLP_BIAS = {"mlp_bias": (False, None)}
 _SPARSE: dict[str, tuple[Any, ...]] = {"decoder_sparse_step": (1, None), "mlp_only_layers": ([], (), None)}
 _EXPERTS = {"expert_feed_forward_length": "moe_intermediate_size"}
 _SCALES = {
@@ -102,6 +110,7 @@ KINDS: dict[str, Architecture] = {
         "qwen2moe",
         needs={**_PLAIN, **_SPARSE, "use_sliding_window": (False,), "norm_topk_prob": (False,)},
         says={**_EXPERTS, "expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+        own_head=True,
     ),
     "qwen3_moe": Architecture(
         "qwen3moe",
@@ -129,9 +138,9 @@ KINDS: dict[str, Architecture] = {
         says={"final_logit_softcapping": "final_logit_softcapping"},
     ),
     "phi": Architecture(
-        "phi2", norm="layer", needs={"hidden_act": GELU, "qk_layernorm": (False,), "tie_word_embeddings": (False,)}
+        "phi2", norm="layer", needs={"hidden_act": GELU, "qk_layernorm": (False,)}, partial=True, own_head=True
     ),
-    "phi3": Architecture("phi3", window="cut", needs=_UNBIASED, fixed={"attention.sliding_window": 0}),
+    "phi3": Architecture("phi3", window="cut", needs=_UNBIASED, fixed={"attention.sliding_window": 0}, partial=True),
     "gpt2": Architecture(
         "gpt2",
         norm="layer",
@@ -157,8 +166,10 @@ KINDS: dict[str, Architecture] = {
         "gptneox",
         "by head",
         norm="layer",
-        needs={"hidden_act": GELU, "attention_bias": (True,), "tie_word_embeddings": (False,)},
+        needs={"hidden_act": GELU, "attention_bias": (True,)},
         says={"use_parallel_residual": "use_parallel_residual"},
+        partial=True,
+        own_head=True,
     ),
     "bloom": Architecture(
         "bloom",
@@ -179,9 +190,11 @@ KINDS: dict[str, Architecture] = {
     "olmo": Architecture(
         "olmo", "pairs", norm="layer", needs=_UNBIASED, says={"attention.clamp_kqv": "clip_qkv"},
     ),
-    "olmo2": Architecture("olmo2", needs=_UNBIASED),
-    "olmoe": Architecture("olmoe", needs={**_UNBIASED, "norm_topk_prob": (False,), "clip_qkv": (None,)}),
-    "granite": Architecture("granite", "pairs", needs=_PLAIN, says=_SCALES),
+    "olmo2": Architecture("olmo2", needs=_UNBIASED, own_head=True),
+    "olmoe": Architecture(
+        "olmoe", needs={**_UNBIASED, "norm_topk_prob": (False,), "clip_qkv": (None,)}, own_head=True
+    ),
+    "granite": Architecture("granite", "pairs", needs=_PLAIN, says=_SCALES, square=True),
     "starcoder2": Architecture(
         "starcoder2",
         norm="layer",
@@ -195,33 +208,40 @@ KINDS: dict[str, Architecture] = {
         read_by_transformers=True,
         needs={**_PLAIN, "qk_layernorm": (False,)},
         says={"use_parallel_residual": "use_parallel_residual"},
+        partial=True,
+        own_head=True,
     ),
     "cohere": Architecture(
         "command-r", norm="layer", needs={**_UNBIASED, **_TIED}, says={"logit_scale": "logit_scale"}, fixed=_NONE
     ),
     "cohere2": Architecture(
         "cohere2", norm="layer", window="pattern", period=4, needs={**_UNBIASED, **_TIED},
-        says={"logit_scale": "logit_scale"}, fixed=_NONE,
+        says={"logit_scale": "logit_scale"}, fixed=_NONE, square=True,
     ),
-    "smollm3": Architecture("smollm3", "pairs", needs={**_PLAIN, "use_sliding_window": (False,)}),
+    "smollm3": Architecture(
+        "smollm3", "pairs", needs={**_UNBIASED, **_NO_MLP_BIAS, "use_sliding_window": (False,)}
+    ),
     "seed_oss": Architecture("seed_oss", needs={**_PLAIN, "attention_out_bias": (False,), "mlp_bias": (False,)}),
-    "arcee": Architecture("arcee", "pairs", needs={"hidden_act": ("relu2",), "attention_bias": (False,)}),
-    "nemotron": Architecture(
-        "nemotron", plus_one=True, norm="layer", needs={"hidden_act": ("relu2",)}, read_by_transformers=True
+    "arcee": Architecture(
+        "arcee", "pairs", needs={"hidden_act": ("relu2",), "attention_bias": (False,), **_NO_MLP_BIAS}
     ),
-    "glm4": Architecture("glm4", needs=_PLAIN),
+    "nemotron": Architecture(
+        "nemotron", plus_one=True, norm="layer", needs={"hidden_act": ("relu2",)}, read_by_transformers=True,
+        partial=True, square=True, own_head=True,
+    ),
+    "glm4": Architecture("glm4", needs=_PLAIN, partial=True),
     "ernie4_5": Architecture("ernie4_5", "as they are", needs={**_PLAIN, "use_bias": (False,)}),
-    "exaone4": Architecture("exaone4", window="pattern", period=4, needs=_PLAIN),
+    "exaone4": Architecture("exaone4", window="pattern", period=4, needs=_PLAIN, square=True),
     "hunyuan_v1_dense": Architecture("hunyuan-dense", needs=_UNBIASED),
-    "olmo3": Architecture("olmo2", window="pattern", needs=_UNBIASED),
-    "glm": Architecture("chatglm", needs=_PLAIN),
-    "granitemoe": Architecture("granitemoe", "pairs", needs=_UNBIASED, says=_SCALES),
+    "olmo3": Architecture("olmo2", window="pattern", needs=_UNBIASED, own_head=True),
+    "glm": Architecture("chatglm", needs=_PLAIN, partial=True, square=True),
+    "granitemoe": Architecture("granitemoe", "pairs", needs=_UNBIASED, says=_SCALES, square=True),
     "minimax_m2": Architecture(
         "minimax-m2", needs=_PLAIN, says={"expert_feed_forward_length": "intermediate_size"}, fixed=_SIGMOID,
-        read_by_transformers=True,
+        read_by_transformers=True, partial=True, own_head=True,
     ),
-    "dots1": Architecture("dots1", needs=_UNBIASED, says=_GROUPED, fixed=_SIGMOID),
-    "glm4_moe": Architecture("glm4moe", needs=_PLAIN, says=_GROUPED, fixed=_SIGMOID),
+    "dots1": Architecture("dots1", needs=_UNBIASED, says=_GROUPED, fixed=_SIGMOID, own_head=True),
+    "glm4_moe": Architecture("glm4moe", needs=_PLAIN, says=_GROUPED, fixed=_SIGMOID, partial=True),
     "ernie4_5_moe": Architecture(
         "ernie4_5-moe",
         needs={**_PLAIN, "use_bias": (False,), "moe_layer_interval": (1,)},
@@ -290,10 +310,7 @@ def unfit(config: Any, architecture: Architecture) -> Iterator[str]:
     scalar = getattr(config, "query_pre_attn_scalar", None)
     if scalar is not None and scalar != config.head_dim:
         yield _refusal("query_pre_attn_scalar", scalar, architecture)
-    if (
-        architecture.name.startswith("granite")
-        and head_width(config) * config.num_attention_heads != config.hidden_size
-    ):
+    if architecture.square and head_width(config) * config.num_attention_heads != config.hidden_size:
         yield _refusal("head_dim", config.head_dim, architecture)
 
 
@@ -303,9 +320,10 @@ def _refusal(name: str, value: Any, architecture: Architecture) -> str:
 
 def _layers(config: Any, architecture: Architecture) -> Iterator[str]:
     """Layers that differ from each other in another way than the code has it."""
-    attention = getattr(config, "attn_config", None)
-    if attention is not None and attention.softmax_scale is not None:
-        yield _refusal("softmax_scale", attention.softmax_scale, architecture)
+    attention = getattr(config, "attn_config", None)  # of MPT, whose code in transformers has no others either
+    for name, only in MPT_ATTENTION.items() if attention is not None else ():
+        if getattr(attention, name) != only:
+            yield _refusal(name, getattr(attention, name), architecture)
     turned = getattr(config, "no_rope_layers", None)
     if turned and turned != [int((i + 1) % NOT_TURNED != 0) for i in range(len(turned))]:
         yield _refusal("no_rope_layers", turned, architecture)
@@ -317,12 +335,13 @@ def _layers(config: Any, architecture: Architecture) -> Iterator[str]:
 def _windows(config: Any, architecture: Architecture) -> Iterator[str]:
     window = getattr(config, "sliding_window", None)
     layers = list(getattr(config, "layer_types", None) or [])
-    if SLIDING not in layers or window is None or architecture.window == "cut":
+    if architecture.name == "exaone4" and (window is not None) != (config.num_hidden_layers == EXAONE_4_32B):
+        yield _refusal("sliding_window", window, architecture)  # without one all layers rotate
+        return
+    if window is None or architecture.window == "cut" or (SLIDING not in layers and architecture.name != "exaone4"):
         return
     meant = [
         FULL if architecture.period and (i + 1) % architecture.period == 0 else SLIDING for i in range(len(layers))
     ]
-    if architecture.name == "exaone4" and len(layers) != EXAONE_4_32B:
-        yield _refusal("sliding_window", window, architecture)
-    elif architecture.window == "none" or (architecture.period and layers != meant):
+    if architecture.window == "none" or (architecture.period and layers != meant):
         yield _refusal("layer_types", layers, architecture)
