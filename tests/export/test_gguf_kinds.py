@@ -12,7 +12,7 @@ from gguf_written import W4, asked, needs_llama_cpp, saved
 from torch import Tensor
 from written import write
 
-from compress import Magnitude, Rtn
+from compress import Codebook, ConfigError, Magnitude, Rtn
 from compress.export.gguf.architectures import KINDS, UNWRITTEN, unfit
 from compress.export.gguf.keys import keys
 from compress.export.gguf.rope import rope_tensors, unfit_rope
@@ -208,6 +208,16 @@ def test_codes_of_all_experts_are_one_tensor_for_gate_up_and_down(tmp_path: Path
             assert kind == "Q4_0"
             assert torch.equal(found, values)
         assert there[f"blk.{i}.ffn_gate_inp.weight"][0] == "F32"
+
+
+def test_experts_with_a_codebook_beside_others_with_steps_are_refused_before_any_work(tmp_path: Path) -> None:
+    saved("qwen3_moe", tmp_path)
+    book = Codebook(bits=4, scale="row", include=("*experts.*.[0-3]",))
+    steps = Rtn(bits=4, group_size=32, symmetric=True, include=("*experts.*.[4-7]",))
+    message = r"gate_up_proj\.0 has a codebook, .*gate_up_proj\.4 uniform codes \(4 such tensors\); quantize them alike"
+    with pytest.raises(ConfigError, match=message):
+        write("llama", tmp_path, [book, steps], "gguf")
+    assert not (tmp_path / "out.work").exists()
 
 
 def test_experts_that_need_different_types_get_the_widest_and_one_without_codes_makes_all_plain(tmp_path: Path) -> None:
