@@ -20,6 +20,14 @@ GROUPED = {
     "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1,
     "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
+LATENT = {
+    **GROUPED, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 32, "v_head_dim": 32,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+EXAONE_MOE = {
+    **EXPERTS, "head_dim": 16, "num_shared_experts": 1, "first_k_dense_replace": 1, "num_hidden_layers": 4,
+    "sliding_window": 16,
+}  # fmt: skip
 WINDOWS = {**WIDTH, "query_pre_attn_scalar": 16, "sliding_window": 16}
 
 
@@ -43,6 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama, yarn": {"head_dim": 32, **YARN},
     "llama, tied": TIED,
     "mistral": {"sliding_window": None, **WIDTH},
+    "ministral": {**WIDTH, "sliding_window": 128},
     "mixtral": LOCAL,
     "qwen2": {},
     "qwen2, yarn": YARN,
@@ -124,6 +133,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {**WIDTH, "num_experts": 4, "moe_topk": 2},
     "dots1": {**GROUPED, "num_key_value_heads": 4},
     "dots1, tied": {**GROUPED, "num_key_value_heads": 4, **TIED},
+    "exaone_moe": EXAONE_MOE,
+    "exaone_moe, wide": {**EXAONE_MOE, "head_dim": 32},
+    "jais2": WIDTH,
+    "jais2, wide": {"head_dim": 32},
+    "solar_open": {**GROUPED, **WIDTH},
+    "solar_open, biases": {**GROUPED, **WIDTH, "attention_bias": True},
+    "deepseek_v2": {**LATENT, "topk_method": "greedy", "norm_topk_prob": False},
+    "deepseek_v2, lite": {
+        **LATENT, "topk_method": "greedy", "norm_topk_prob": False, "q_lora_rank": None, "num_hidden_layers": 27,
+    },
+    "deepseek_v2, yarn": {
+        **LATENT, "topk_method": "greedy", "norm_topk_prob": False,
+        **rope("yarn", factor=4.0, original_max_position_embeddings=32, mscale=0.707, mscale_all_dim=0.707),
+    },
+    "deepseek_v3": LATENT,
+    "deepseek_v3, groups": {**LATENT, "n_group": 4, "topk_group": 2},
+    "deepseek_v3, tied": {**LATENT, **TIED},
+    "deepseek_v3, yarn": {
+        **LATENT, **rope("yarn", factor=4.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=1.0),
+    },
     "minimax_m2": {**LOCAL, **WIDTH},
     "minimax_m2, tied": {**LOCAL, **WIDTH, **TIED},
     "bert": {},

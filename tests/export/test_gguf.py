@@ -166,13 +166,13 @@ def opt() -> PreTrainedModel:
     return OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=1, max_position_embeddings=64))
 
 
-def deepseek() -> PreTrainedModel:
-    return make_mixture("DeepseekV3")
+def phimoe() -> PreTrainedModel:
+    return make_mixture("Phimoe")
 
 
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], list[Pass], str]] = {
     "another model": (opt, [W4], "a OPTForCausalLM is not written as GGUF; known are .*llama, .*export hf, which"),
-    "a known one": (deepseek, [W4], "not written as GGUF: its keys and values come from one latent layer"),
+    "a known one": (phimoe, [W4], "not written as GGUF: its router weighs each of two experts by a softmax"),
     "narrow groups": (small, [Rtn(bits=4, group_size=16)],
                       "14 layers, such as .*q_proj, have groups of 16 weights; group_size: 32 would fit"),
     "odd rows": (lambda: small(intermediate_size=100), [Rtn(bits=4)],

@@ -13,10 +13,11 @@ from torch import Tensor
 from written import write
 
 from compress import Codebook, ConfigError, Magnitude, Rtn
-from compress.export.gguf.architectures import KINDS, UNWRITTEN, unfit
+from compress.export.gguf.architectures import KINDS, UNWRITTEN
 from compress.export.gguf.keys import keys
 from compress.export.gguf.rope import rope_tensors, unfit_rope
 from compress.export.gguf.tensors import Layout
+from compress.export.gguf.unfit import unfit
 from compress.models import graph as graphs
 from compress.models.loading import load_model
 
@@ -127,6 +128,14 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
        for kind in ("granite", "granitemoe", "cohere2", "nemotron", "glm", "exaone4")},
     **{f"{option}, {kind}": (kind, {option: True}, f"{option}, True")
        for option in ("attention_bias", "mlp_bias") for kind in ("smollm3", "arcee")},
+    "best of groups": ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "topk_method, group_limited_greedy"),
+    "queries of no latent layer": ("deepseek_v3", {"q_lora_rank": None}, "q_lora_rank, None"),
+    "queries of a latent layer": ("deepseek_v2, lite", {"q_lora_rank": 16}, "q_lora_rank, 16"),
+    "halves that turn": ("deepseek_v3", {"rope_interleave": False}, "rope_interleave, False"),
+    "yarn that scales no queries": ("deepseek_v3", small.YARN, "mscale of YaRN, None"),
+    "order of mixtures": ("exaone_moe", {"mlp_layer_types": ["sparse"] * 4}, "mlp_layer_types, "),
+    "no layer of a mixture with a window": ("exaone_moe", {"layer_types": [small.FULL] * 4}, "layer_types, "),
+    "no biases": ("jais2", {"mlp_bias": False}, "mlp_bias, False"),
     "all positions": ("mpt", {"attn_config": {"alibi": False}}, "alibi, False"),
     "other slopes": ("mpt", {"attn_config": {"alibi_bias_max": 16}}, "alibi_bias_max, 16"),
     "no layer with a window": ("exaone4", {"sliding_window": 16}, "sliding_window, 16"),

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from compress.errors import CompressError, UsageError
 from compress.export.base import Exporter, refuse_added, refuse_missing
 from compress.export.gguf import keys
-from compress.export.gguf.architectures import KINDS, UNWRITTEN, architecture_of, unfit
+from compress.export.gguf.architectures import KINDS, UNWRITTEN, architecture_of
 from compress.export.gguf.blocks import largest_bytes, misfit
 from compress.export.gguf.reading import read_back
 from compress.export.gguf.rope import rope_tensors, unfit_rope
 from compress.export.gguf.tensors import Contents, Layout
+from compress.export.gguf.unfit import unfit
 from compress.export.gguf.vocabulary import read_vocabulary
 from compress.export.hf import refuse_rounded
 from compress.io.atomic import writing

@@ -49,7 +49,11 @@ def unfit_rope(config: Any, architecture: Architecture) -> Iterator[str]:
     if kind == "yarn":
         usual = 0.1 * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
         given = rope.get("attention_factor")
-        odd = {name: rope[name] for name in ("mscale", "mscale_all_dim") if rope.get(name)}
+        scales = {name: rope.get(name) for name in ("mscale", "mscale_all_dim")}
+        if architecture.name == "deepseek2":  # scales queries and keys by one alone, and rotates without any
+            odd = {} if scales["mscale"] and len(set(scales.values())) == 1 else {"mscale": scales["mscale"]}
+        else:
+            odd = {name: scale for name, scale in scales.items() if scale}
         odd |= {"attention_factor": given} if given is not None and abs(given - usual) > 1e-6 else {}
         odd |= {"truncate": False} if rope.get("truncate") is False else {}
         odd |= {name: rope[name] for name, only in BETAS.items() if rope.get(name) not in (None, only)}
@@ -80,6 +84,8 @@ def rope_keys(config: Any) -> dict[str, Any]:
         found["rope.scaling.factor"] = float(rope["factor"])
     if kind in ("yarn", "longrope"):
         found["rope.scaling.original_context_length"] = _original(config, rope)
+    if rope.get("mscale_all_dim"):
+        found["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
     if kind == "longrope":
         found["rope.scaling.attn_factor"] = _attention(config, rope)
     return found
