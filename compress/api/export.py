@@ -143,7 +143,7 @@ def compared(exporter: Exporter, made: PackedFolder, folder: Path, expect: Expec
         except NonFiniteError as error:
             if not expected.finite:
                 raise
-            found = exporter.not_finite(folder, expected.inputs)
+            found = exporter.first_nan(folder, expected.inputs)
             raise NonFiniteError(
                 f"the exported {exporter.key} gives logits that are NaN or infinite, which the packed model does not"
                 f"{found and ': '}{found}; nothing was given its final name"

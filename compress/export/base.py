@@ -117,8 +117,8 @@ class Exporter(ABC):
         """The written model as its users run it, where that is not the same."""
         return None
 
-    def not_finite(self, folder: Path, inputs: Tensor) -> str:
-        """A sentence about where NaN comes from in what was written, for inputs that it gives NaN for; or nothing."""
+    def first_nan(self, folder: Path, inputs: Tensor) -> str:
+        """A sentence about the first NaN in what was written, for inputs whose logits are not finite; or nothing."""
         return ""
 
 

@@ -46,6 +46,7 @@ class HubMatrix:
     Attributes:
         name: of the layer that it would be the weight of.
         rows: of the expert's (out, in), in the order they have there.
+        count: how many rows that are.
     """
 
     name: str

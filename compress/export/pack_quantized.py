@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from compress.io.safetensors_file import Entry
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
-MOST_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -112,15 +111,19 @@ class Packing:
     made: PackedFolder
 
     @cached_property
+    def specs(self) -> dict[str, Spec]:
+        """The spec of every packed matrix, by name."""
+        return specs_in(self.made)
+
+    @cached_property
     def experts(self) -> set[str]:
         """The names of the experts that have codes."""
-        coded = specs_in(self.made)
-        return {site.name for site in self.made.artifact.graph.sites if site.is_expert and site.name in coded}
+        return {site.name for site in self.made.artifact.graph.sites if site.is_expert and site.name in self.specs}
 
     @cached_property
     def schemes(self) -> dict[str, Scheme]:
         """The scheme of every matrix with codes, by name."""
-        return schemes(specs_in(self.made), self.experts)
+        return schemes(self.specs, self.experts)
 
     @cached_property
     def plain(self) -> Dense | OnHub:
@@ -136,13 +139,12 @@ class Packing:
         renamed = {group.names[0]: group.first for group in groups if group.converter is None}
         for name in self.schemes.keys() - self.experts:
             weight = f"{name}{WEIGHT}"
-            found[name] = [HubMatrix(renamed.get(weight, weight).removesuffix(WEIGHT), slice(None), self._rows(name))]
+            found[name] = [
+                HubMatrix(renamed.get(weight, weight).removesuffix(WEIGHT), slice(None), self.specs[name].shape[0])
+            ]
         return found
 
-    def _rows(self, name: str) -> int:
-        return specs_in(self.made)[name].shape[0]
-
-    @property
+    @cached_property
     def dequantized(self) -> bool:
         """Whether layers are unpacked while they are loaded, in the type of their scales."""
         return any(not s.symmetric for s in self.schemes.values())
@@ -166,11 +168,11 @@ class Packing:
 
     def _scale_dtype(self, name: str) -> torch.dtype:
         """Experts, and all where there are zero points, are multiplied in the type of their scales."""
-        _, stored = specs_in(self.made)[name].tensors()["scale"]
+        _, stored = self.specs[name].tensors()["scale"]
         return torch.float32 if self.dequantized or name in self.experts else stored
 
     def _entries(self, name: str) -> list[Entry]:
-        scheme, columns = self.schemes[name], specs_in(self.made)[name].shape[1]
+        scheme, columns = self.schemes[name], self.specs[name].shape[1]
         groups, found = scheme.groups(columns), []
         for part in self.parts[name]:
             found += [
@@ -240,8 +242,8 @@ class Packing:
             return {next(iter(self.schemes.values())): ["Linear"]}
         everywhere = all(site.name in self.experts for site in self.made.artifact.graph.sites if site.is_expert)
         patterns = dict.fromkeys(_any(part.name, everywhere) for n in self.experts for part in self.parts[n])
-        for name in sorted(self.experts)[:1]:
-            alike[self.schemes[name]] += sorted(patterns)
+        if self.experts:
+            alike[self.schemes[min(self.experts)]] += sorted(patterns)  # all of them have one scheme
         for name, scheme in self.schemes.items():
             if name not in self.experts:
                 names = dict.fromkeys((name, self.parts[name][0].name))

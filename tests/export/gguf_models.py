@@ -1,9 +1,9 @@
 """Small random models of every kind that is written as GGUF, with the options that change how it is written."""
 
+from copy import deepcopy
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 SIZES: dict[str, Any] = {
@@ -11,6 +11,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.15, "pad_token_id": 0,
     "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 SLIDING, FULL = "sliding_attention", "full_attention"
 WIDTH = {"head_dim": 16}
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -18,6 +19,14 @@ EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 
 GROUPED = {
     "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1,
     "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+LATENT = {
+    **GROUPED, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 32, "v_head_dim": 32,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+EXAONE_MOE = {
+    **EXPERTS, "head_dim": 16, "num_shared_experts": 1, "first_k_dense_replace": 1, "num_hidden_layers": 4,
+    "sliding_window": 16,
 }  # fmt: skip
 WINDOWS = {**WIDTH, "query_pre_attn_scalar": 16, "sliding_window": 16}
 
@@ -40,13 +49,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama, llama3": {"head_dim": 32, **LLAMA3},
     "llama, linear": rope("linear", factor=4.0),
     "llama, yarn": {"head_dim": 32, **YARN},
-    "llama, tied": {"tie_word_embeddings": True},
+    "llama, tied": TIED,
     "mistral": {"sliding_window": None, **WIDTH},
+    "ministral": {**WIDTH, "sliding_window": 128},
     "mixtral": LOCAL,
     "qwen2": {},
     "qwen2, yarn": YARN,
     "qwen3": WIDTH,
+    "qwen3, wide": {"head_dim": 128},  # the only width that transformers reads
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 64},
+    "qwen2_moe, tied": {**EXPERTS, "shared_expert_intermediate_size": 64, **TIED},
     "qwen3_moe": {**EXPERTS, **WIDTH, "norm_topk_prob": True},
     "gemma": WIDTH,
     "gemma2": {**WINDOWS, "layer_types": [SLIDING, FULL]},
@@ -58,38 +70,51 @@ VARIANTS: dict[str, dict[str, Any]] = {
         },
     },
     "phi": {"num_key_value_heads": 4},
+    "phi, tied": {"num_key_value_heads": 4, **TIED},
     "phi3": {},
     "phi3, longrope": {"original_max_position_embeddings": 64, **LONG},
     "phi3, partial": {"num_attention_heads": 2, **rope("default", partial_rotary_factor=0.5)},
     "gpt2": {},
     "gpt2, inner": {"n_inner": 96},
+    "gpt2, untied": UNTIED,
     "gpt_bigcode": {},
     "gpt_neox": {},
     "gpt_neox, serial": {"use_parallel_residual": False},
+    "gpt_neox, tied": TIED,
     "bloom": {},
     "bloom, six heads": {"hidden_size": 96, "n_head": 6},
+    "bloom, untied": UNTIED,
     "falcon": {},
     "falcon, new": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "falcon, many": {"multi_query": False, "num_kv_heads": 4},
+    "falcon, untied": UNTIED,
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128},
     "olmo": {},
     "olmo, clipped": {"clip_qkv": 0.5},
     "olmo2": {},
+    "olmo2, tied": TIED,
     "olmo3": {"sliding_window": 16, "num_hidden_layers": 4},
+    "olmo3, tied": {"sliding_window": 16, "num_hidden_layers": 4, **TIED},
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 4},
+    "olmoe, tied": {"num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 4, **TIED},
     "granite": {
         "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0,
     },
+    "granite, biases": {"attention_bias": True, "mlp_bias": True},
     "granitemoe": LOCAL,
     "starcoder2": {},
     "stablelm": {},
     "stablelm, parallel": {"use_parallel_residual": True, "use_qkv_bias": True},
+    "stablelm, tied": TIED,
     "cohere": {},
     "cohere2": {**WIDTH, "sliding_window": 16, "num_hidden_layers": 4},
     "smollm3": {"num_hidden_layers": 4},
     "seed_oss": WIDTH,
     "arcee": WIDTH,
+    "arcee, llama3": {"head_dim": 32, **LLAMA3},
     "nemotron": WIDTH,
+    "nemotron, biases": {**WIDTH, "attention_bias": True, "mlp_bias": True},
+    "nemotron, tied": {**WIDTH, **TIED},
     "glm": WIDTH,
     "glm4": {**WIDTH, "attention_bias": True},
     "glm4_moe": {**GROUPED, **WIDTH},
@@ -99,11 +124,37 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "moe_num_shared_experts": 1,
     },
     "exaone4": {"sliding_window": None, "layer_types": [FULL, FULL]},
+    "exaone4, llama3": {"sliding_window": None, "layer_types": [FULL, FULL], "num_attention_heads": 2, **LLAMA3},
     "exaone4, windows": {"sliding_window": 16, "num_hidden_layers": 64, "sliding_window_pattern": 4},
+    "exaone4, windows and llama3": {
+        "sliding_window": 16, "num_hidden_layers": 64, "sliding_window_pattern": 4, "num_attention_heads": 2, **LLAMA3,
+    },
     "hunyuan_v1_dense": WIDTH,
     "hunyuan_v1_moe": {**WIDTH, "num_experts": 4, "moe_topk": 2},
     "dots1": {**GROUPED, "num_key_value_heads": 4},
+    "dots1, tied": {**GROUPED, "num_key_value_heads": 4, **TIED},
+    "exaone_moe": EXAONE_MOE,
+    "exaone_moe, wide": {**EXAONE_MOE, "head_dim": 32},
+    "jais2": WIDTH,
+    "jais2, wide": {"head_dim": 32},
+    "solar_open": {**GROUPED, **WIDTH},
+    "solar_open, biases": {**GROUPED, **WIDTH, "attention_bias": True},
+    "deepseek_v2": {**LATENT, "topk_method": "greedy", "norm_topk_prob": False},
+    "deepseek_v2, lite": {
+        **LATENT, "topk_method": "greedy", "norm_topk_prob": False, "q_lora_rank": None, "num_hidden_layers": 27,
+    },
+    "deepseek_v2, yarn": {
+        **LATENT, "topk_method": "greedy", "norm_topk_prob": False,
+        **rope("yarn", factor=4.0, original_max_position_embeddings=32, mscale=0.707, mscale_all_dim=0.707),
+    },
+    "deepseek_v3": LATENT,
+    "deepseek_v3, groups": {**LATENT, "n_group": 4, "topk_group": 2},
+    "deepseek_v3, tied": {**LATENT, **TIED},
+    "deepseek_v3, yarn": {
+        **LATENT, **rope("yarn", factor=4.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=1.0),
+    },
     "minimax_m2": {**LOCAL, **WIDTH},
+    "minimax_m2, tied": {**LOCAL, **WIDTH, **TIED},
     "bert": {},
 }  # fmt: skip
 
@@ -116,7 +167,7 @@ def config_of(variant: str, **changes: object) -> Any:
     kind = kind_of(variant)
     known = AutoConfig.for_model(kind)
     sizes = {k: v for k, v in SIZES.items() if hasattr(known, k) and (kind != "mpt" or k == "vocab_size")}
-    return AutoConfig.for_model(kind, **{**sizes, **VARIANTS[variant], **changes})
+    return AutoConfig.for_model(kind, **deepcopy({**sizes, **VARIANTS[variant], **changes}))  # it writes into them
 
 
 def structure(config: Any) -> PreTrainedModel:
@@ -140,63 +191,3 @@ def make(variant: str, **changes: object) -> PreTrainedModel:
         elif parameter.std() < 0.1:
             parameter.data = 0.15 * torch.randn_like(parameter)
     return model
-
-
-# --- tokenizers ------------------------------------------------------------------------------------------------------
-
-LETTERS = [*map(chr, range(97, 123)), *"ABC012,.!é"]
-TEXTS = ["the other weather", "  two  spaces, there.", "The 12 cafés at 10!", "a\nb 🦙 the", "<s>then the</s> end"]
-
-
-def characters(space: bool = True) -> Tokenizer:
-    """BPE of characters with bytes for what is unknown, as SentencePiece makes it; a space before every text or not."""
-    special = ["<unk>", "<s>", "</s>"]
-    wholes = ["th", "the", "er", "▁the", "▁▁", "at", "her", "▁t", "▁th"]  # the first is the first to be merged
-    words = [*special, *(f"<0x{i:02X}>" for i in range(256)), "▁", *LETTERS, *wholes]
-    known = set(words)
-    merges = [
-        (whole[:i], whole[i:])
-        for whole in wholes
-        for i in range(1, len(whole))
-        if whole[:i] in known and whole[i:] in known
-    ]
-    numbers = {word: i for i, word in enumerate(words)}
-    made = Tokenizer(models.BPE(numbers, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    spaces = normalizers.Replace(" ", "▁")
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if space else spaces
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
-    return made
-
-
-def word_pieces(lowercase: bool = True) -> Tokenizer:
-    """WordPiece as BERT has it."""
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words = [
-        *special,
-        "the",
-        "we",
-        "##the",
-        "##ther",
-        "##r",
-        "other",
-        "cafe",
-        "##s",
-        "at",
-        "end",
-        "!",
-        ",",
-        ".",
-        "1",
-        "##2",
-    ]
-    words += [letter for letter in "abcdefghijklmnopqrstuvwxyz0" if letter not in words]
-    made = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    made.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    made.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    made.add_special_tokens(special)
-    return made

@@ -17,7 +17,8 @@ from written import data_for, logits, tensors, write
 from compress import Codebook, ConfigError, Eora, Gptq, LowRank, Magnitude, Olive, Override, PowerQuant, Rtn
 from compress.config.reading import parse
 from compress.errors import CompressError
-from compress.export import compressed_tensors
+from compress.export import compressed_tensors, pack_quantized
+from compress.export.packed import open_packed, specs_in
 from compress.models import graph as graphs
 from compress.models.loading import load_model
 from compress.passes import Pass
@@ -274,3 +275,20 @@ def test_without_the_library_it_is_refused_with_the_command_that_installs_it(mon
 def test_biases_that_layers_were_given_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no place for the biases .*leave new biases out"):
         write("llama", tmp_path, [Magnitude(sparsity=0.5), Eora(rank=2, bias=True), Rtn(bits=4)], KEY)
+
+
+def test_what_is_known_of_all_layers_is_gathered_once_and_not_for_every_layer(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathered: list[int] = []
+
+    def counting(made: Any) -> Any:
+        gathered.append(1)
+        return specs_in(made)
+
+    monkeypatch.setattr(pack_quantized, "specs_in", counting)
+    packing = pack_quantized.Packing(open_packed(written / "mixed_asymmetric" / "out"))
+    for owner, entries in packing.layout():
+        assert packing.read(owner).keys() == {name for name, _, _ in entries}
+    assert packing.config()["config_groups"]
+    assert len(gathered) == 1

@@ -4,17 +4,14 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_llama
 from expert_models import make_mixture
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import Tensor, nn
+from gguf_written import TOKENS, W4, field, save, small, values
+from torch import nn
 from transformers import (
-    AutoTokenizer,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
@@ -25,10 +22,8 @@ from written import data_for, logits, write
 
 from compress import Codebook, ConfigError, Eora, Gptq, LowRank, Magnitude, Olive, PowerQuant, Rtn
 from compress.config.reading import parse
-from compress.encodings import Codebooks, Uniform
 from compress.errors import CompressError
 from compress.export.gguf import exporter
-from compress.export.gguf.blocks import NON_LINEAR, largest_bytes, to_blocks
 from compress.models import graph as graphs
 from compress.models.loading import load_model
 from compress.passes import Pass
@@ -37,17 +32,11 @@ from compress.planning import plan
 gguf = pytest.importorskip("gguf")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-W4 = Rtn(bits=4, group_size=32, symmetric=True)
 W4_AND_8 = Rtn(bits=4, group_size=32, symmetric=True, embeddings={"bits": 8})
 FACTORS: list[Pass] = [
     LowRank(ratio=0.7, steps=2, include=("*.mlp.*",)),
     Rtn(bits=4, symmetric=True, exclude=("*.mlp.*",)),
 ]
-TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
-
-
-def small(**changes: object) -> PreTrainedModel:
-    return make_llama(**{**TOKENS, **changes})
 
 
 def ternary() -> PreTrainedModel:
@@ -90,24 +79,6 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-def tokenizer() -> Tokenizer:
-    """Printable ASCII, a few merges, and one special token."""
-    letters = [*map(chr, range(33, 127)), "Ġ"]  # a space
-    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("1", "2")]
-    words = ["<|end|>", *letters, *("".join(m) for m in merges)]
-    made = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, merges))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.add_special_tokens(["<|end|>"])
-    made.add_tokens(["<tool>"])
-    return made
-
-
-def save(model: PreTrainedModel, folder: Path, words: Tokenizer | None = None) -> Path:
-    model.save_pretrained(folder)
-    (words or tokenizer()).save(str(folder / "tokenizer.json"))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case, each in a folder of its own; to be read only."""
@@ -121,16 +92,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def report_of(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "out" / "report.json").read_text())
     return found["verified"]["gguf"]  # type: ignore[no-any-return]
-
-
-def values(folder: Path) -> dict[str, Tensor]:
-    """The file's tensors by their names in it, float32."""
-    reader = gguf.GGUFReader(folder / "out" / "gguf" / "model.gguf")
-    return {t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
-
-
-def field(folder: Path, name: str) -> Any:
-    return gguf.GGUFReader(folder / "out" / "gguf" / "model.gguf").fields[name].contents()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -197,132 +158,6 @@ def test_the_file_says_what_the_model_is(name: str, written: Path) -> None:
     assert {key: field(folder, key) for key in meant} == meant
 
 
-# --- the tokenizer ----------------------------------------------------------------------------------------------------
-
-
-def test_the_tokenizer_in_the_file_cuts_text_up_as_the_source_does(written: Path) -> None:
-    text = "the other 12 weathers, theatre<tool>!<|end|> end"
-    meant = tokenizer().encode(text).ids
-    read = AutoTokenizer.from_pretrained(written / "four" / "out" / "gguf", gguf_file="model.gguf")
-    assert read(text)["input_ids"] == meant
-    folder = written / "four"
-    types = field(folder, "tokenizer.ggml.token_type")
-    tokens = field(folder, "tokenizer.ggml.tokens")
-    assert len(tokens) == len(types) == 256
-    assert (tokens[0], types[0], types[1]) == ("<|end|>", 3, 1)
-    assert (tokens[100], types[100]) == ("<tool>", 4)
-    assert (tokens[101], types[101]) == ("[PAD101]", 5)
-    assert field(folder, "tokenizer.ggml.pre") == "gpt-2"
-    assert field(folder, "tokenizer.ggml.eos_token_id") == 0
-    assert not field(folder, "tokenizer.ggml.add_bos_token")
-
-
-def around(before: str) -> Tokenizer:
-    """Puts a token before every text."""
-    found = tokenizer()
-    found.post_processor = processors.TemplateProcessing(
-        single=f"{before} $A", special_tokens=[(before, found.token_to_id(before))]
-    )
-    return found
-
-
-def test_a_token_before_every_text_and_a_template_of_conversations_are_in_the_file(tmp_path: Path) -> None:
-    save(small(), tmp_path / "model", around("<|end|>"))
-    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
-    write("llama", tmp_path, [W4], "gguf")
-    assert field(tmp_path, "tokenizer.ggml.add_bos_token")
-    assert not field(tmp_path, "tokenizer.ggml.add_eos_token")
-    assert field(tmp_path, "tokenizer.chat_template") == "{{ messages }}"
-
-
-def split(pattern: str) -> Tokenizer:
-    found, regex = tokenizer(), importlib.import_module("tokenizers").Regex(pattern)
-    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    found.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(regex, "isolated"), bytes_only])
-    return found
-
-
-@pytest.mark.parametrize("name", ["llama-bpe", "qwen2"])
-def test_expressions_that_readers_know_by_name_are_named(name: str, tmp_path: Path) -> None:
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
-    from compress.export.gguf.vocabulary import read_vocabulary
-
-    split(GGUF_PRE_TOKENIZER_SPLITS[name]).save(str(tmp_path / "tokenizer.json"))
-    assert read_vocabulary(tmp_path, small().config).splits == name
-
-
-def test_single_digits_before_bytes_are_those_of_smollm(tmp_path: Path) -> None:
-    from compress.export.gguf.vocabulary import read_vocabulary
-
-    found = tokenizer()
-    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    found.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    found.save(str(tmp_path / "tokenizer.json"))
-    assert read_vocabulary(tmp_path, small().config).splits == "smollm"
-
-
-# --- blocks -----------------------------------------------------------------------------------------------------------
-
-
-def uniform(bits: int, symmetric: bool, low: int = 0, high: int | None = None, groups: int = 8) -> Uniform:
-    codes = torch.randint(low, 2**bits if high is None else high, (6, 512), dtype=torch.uint8)
-    scale = (torch.rand(6, groups) + 0.1).half()
-    zero = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8)
-    return Uniform(codes, scale, zero if symmetric else torch.randint_like(zero, 2**bits), bits, symmetric)
-
-
-def powers(zero: int) -> Uniform:
-    """Scales whose multiples are float16."""
-    found = uniform(4, False)
-    return Uniform(found.codes, torch.full((6, 8), 0.25).half(), torch.full((6, 8), zero, dtype=torch.uint8), 4, False)
-
-
-def codebook(factor: float = 1.0) -> Codebooks:
-    table = torch.tensor([NON_LINEAR]) * factor
-    scale = torch.rand(6, 1).half()
-    return Codebooks(torch.randint(16, (6, 64), dtype=torch.uint8), table, torch.zeros(6, dtype=torch.uint8), scale)
-
-
-BLOCKS: dict[str, tuple[Callable[[], Any], str]] = {
-    "three levels": (lambda: uniform(2, True, low=1, groups=2), "TQ2_0"),
-    "three levels in small groups": (lambda: uniform(2, True, low=1), "Q4_0"),
-    **{f"symmetric {bits}": (lambda bits=bits: uniform(bits, True), kind)
-       for bits, kind in zip(range(2, 9), ["Q4_0"] * 3 + ["Q5_0"] + ["Q8_0"] * 3, strict=True)},
-    **{f"asymmetric {bits}": (lambda bits=bits: uniform(bits, False), kind)
-       for bits, kind in zip(range(2, 8), ["Q4_0"] * 2 + ["Q5_0"] + ["Q8_0"] * 3, strict=True)},
-    "exact minimum": (lambda: powers(3), "Q4_1"),
-    "its codebook": (codebook, "IQ4_NL"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-def test_blocks_hold_exactly_the_values_of_the_codes(name: str) -> None:
-    make, kind = BLOCKS[name]
-    encoding = make()
-    blocks = to_blocks(encoding)
-    assert not isinstance(blocks, str)
-    assert blocks.type == kind
-    found = gguf.quants.dequantize(blocks.data.numpy(), gguf.GGMLQuantizationType[kind])
-    assert torch.equal(torch.from_numpy(found).view(torch.int32), encoding.dequantize().view(torch.int32))
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-def test_the_size_that_a_plan_shows_is_enough_and_not_twice_too_much(name: str) -> None:
-    encoding = BLOCKS[name][0]()
-    blocks = to_blocks(encoding)
-    assert not isinstance(blocks, str)
-    shown = largest_bytes(SimpleNamespace(form=encoding.form, shape=tuple(encoding.codes.shape)))  # type: ignore[arg-type]
-    assert blocks.data.numel() <= shown <= (4 if blocks.type == "TQ2_0" else 2) * blocks.data.numel()
-
-
-def test_what_fits_no_type_exactly_is_said() -> None:
-    single = Uniform(uniform(4, True).codes, torch.rand(6, 8), torch.full((6, 8), 8, dtype=torch.uint8), 4, True)
-    assert to_blocks(single) == "scales that are not float16"
-    assert "from their zero point" in str(to_blocks(uniform(8, False)))
-    assert "IQ4_NL's" in str(to_blocks(codebook(1.01)))
-
-
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 
@@ -331,13 +166,13 @@ def opt() -> PreTrainedModel:
     return OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=1, max_position_embeddings=64))
 
 
-def deepseek() -> PreTrainedModel:
-    return make_mixture("DeepseekV3")
+def phimoe() -> PreTrainedModel:
+    return make_mixture("Phimoe")
 
 
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], list[Pass], str]] = {
     "another model": (opt, [W4], "a OPTForCausalLM is not written as GGUF; known are .*llama, .*export hf, which"),
-    "a known one": (deepseek, [W4], "not written as GGUF: its keys and values come from one latent layer"),
+    "a known one": (phimoe, [W4], "not written as GGUF: its router weighs each of two experts by a softmax"),
     "narrow groups": (small, [Rtn(bits=4, group_size=16)],
                       "14 layers, such as .*q_proj, have groups of 16 weights; group_size: 32 would fit"),
     "odd rows": (lambda: small(intermediate_size=100), [Rtn(bits=4)],
@@ -362,44 +197,6 @@ def test_what_it_cannot_hold_is_refused_before_any_work(name: str, tmp_path: Pat
         write("llama", tmp_path, passes, "gguf")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.work").exists()
-
-
-def edited(**changes: Any) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(tokenizer().to_str())
-    for key, value in changes.items():
-        if key in data:
-            data[key] = value
-        else:
-            data["model"][key] = value
-    return data
-
-
-WORDS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
-    "another kind": (lambda: edited(type="Unigram"), "BPE and WordPiece can be written, and this is Unigram"),
-    "characters": (lambda: edited(byte_fallback=True), "has no token <0x00>, and llama.cpp spells"),
-    "changes": (lambda: edited(normalizer={"type": "Lowercase"}), "no place for its normalizer"),
-    "suffix": (lambda: edited(end_of_word_suffix="</w>"), "no place for its end_of_word_suffix"),
-    "splits": (lambda: json.loads(split(r"\w+").to_str()), "a way that llama.cpp has no name for .* known are .*gpt-2"),
-    "too many": (lambda: edited(vocab={"a": 0, "b": 300}, merges=[]), "tokens up to 300, and the model embeds only 2"),
-    "another first": (lambda: json.loads(around("<tool>").to_str()), "puts <tool> around every text"),
-    "nonsense": (lambda: {}, "not a tokenizer that can be written: KeyError"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", WORDS)
-def test_a_tokenizer_that_it_cannot_write_is_refused_before_any_work(name: str, tmp_path: Path) -> None:
-    make, message = WORDS[name]
-    small().save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(make()))
-    with pytest.raises(ConfigError, match=f"export\\.gguf: .*{message}"):
-        write("llama", tmp_path, [W4], "gguf")
-    assert not (tmp_path / "out.work").exists()
-
-
-def test_without_a_tokenizer_it_is_refused(tmp_path: Path) -> None:
-    small().save_pretrained(tmp_path / "model")
-    with pytest.raises(ConfigError, match=r"has no tokenizer\.json, and llama.cpp reads the tokenizer from the same"):
-        write("llama", tmp_path, [W4], "gguf")
 
 
 def test_scales_that_are_not_float16_are_noticed_when_they_are_there_and_the_work_is_kept(tmp_path: Path) -> None:

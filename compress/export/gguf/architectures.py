@@ -12,13 +12,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
 SILU = ("silu", "swish")
 GELU = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # all are one there, by tanh
-COMMAND_R_PLUS = 64  # layers; so many, and not fewer, have norms of queries and keys there
-EXAONE_4_32B = 64  # layers; so many, and not fewer, have windows there
-NOT_TURNED = 4  # of SmolLM 3: every so many layers one rotates nothing
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 Rows = Literal["as they are", "pairs", "by head", "by group"]
@@ -46,6 +43,9 @@ class Architecture:
         left_out: beginnings of parameters that it has no place for and does without.
         read_by_transformers: transformers reads its files too, and what it makes of them is compared with the model.
         encoder: it gives embeddings and no logits.
+        partial: only some channels of a head may be rotated.
+        square: its heads together are as wide as the model.
+        own_head: it looks for the matrix of the output, and takes no embedding for it where they are tied.
     """
 
     name: str
@@ -60,12 +60,16 @@ class Architecture:
     left_out: tuple[str, ...] = ()
     read_by_transformers: bool = False
     encoder: bool = False
+    partial: bool = False
+    square: bool = False
+    own_head: bool = False
 
 
 _PLAIN = {"hidden_act": SILU}
 _UNBIASED = {**_PLAIN, "attention_bias": (False, None)}
 _TIED = {"tie_word_embeddings": (True,)}
 _GEMMA = {**_TIED, "hidden_activation": ("gelu_pytorch_tanh", None), "attention_bias": (False,)}
+_NO_MLP_BIAS = {"mlp_bias": (False, None)}
 _SPARSE: dict[str, tuple[Any, ...]] = {"decoder_sparse_step": (1, None), "mlp_only_layers": ([], (), None)}
 _EXPERTS = {"expert_feed_forward_length": "moe_intermediate_size"}
 _SCALES = {
@@ -91,10 +95,18 @@ _GROUPED = {
     "expert_weights_norm": "norm_topk_prob",
 }
 _NONE = {"rope.scaling.type": "none"}
+_LATENT = {
+    **_GROUPED,
+    "attention.q_lora_rank": "q_lora_rank",
+    "attention.kv_lora_rank": "kv_lora_rank",
+    "attention.key_length": "qk_head_dim",
+    "attention.value_length": "v_head_dim",
+}
 
 KINDS: dict[str, Architecture] = {
     "llama": Architecture("llama", "pairs", needs=_PLAIN, read_by_transformers=True),
     "mistral": Architecture("llama", "pairs", window="cut", needs=_PLAIN, read_by_transformers=True),
+    "ministral": Architecture("llama", "pairs", window="cut", needs=_PLAIN),
     "mixtral": Architecture("llama", "pairs", window="cut", needs=_PLAIN),
     "qwen2": Architecture("qwen2", needs={**_PLAIN, "use_sliding_window": (False,)}, read_by_transformers=True),
     "qwen3": Architecture("qwen3", needs={**_UNBIASED, "use_sliding_window": (False,)}, read_by_transformers=True),
@@ -102,6 +114,7 @@ KINDS: dict[str, Architecture] = {
         "qwen2moe",
         needs={**_PLAIN, **_SPARSE, "use_sliding_window": (False,), "norm_topk_prob": (False,)},
         says={**_EXPERTS, "expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+        own_head=True,
     ),
     "qwen3_moe": Architecture(
         "qwen3moe",
@@ -129,9 +142,9 @@ KINDS: dict[str, Architecture] = {
         says={"final_logit_softcapping": "final_logit_softcapping"},
     ),
     "phi": Architecture(
-        "phi2", norm="layer", needs={"hidden_act": GELU, "qk_layernorm": (False,), "tie_word_embeddings": (False,)}
+        "phi2", norm="layer", needs={"hidden_act": GELU, "qk_layernorm": (False,)}, partial=True, own_head=True
     ),
-    "phi3": Architecture("phi3", window="cut", needs=_UNBIASED, fixed={"attention.sliding_window": 0}),
+    "phi3": Architecture("phi3", window="cut", needs=_UNBIASED, fixed={"attention.sliding_window": 0}, partial=True),
     "gpt2": Architecture(
         "gpt2",
         norm="layer",
@@ -157,8 +170,10 @@ KINDS: dict[str, Architecture] = {
         "gptneox",
         "by head",
         norm="layer",
-        needs={"hidden_act": GELU, "attention_bias": (True,), "tie_word_embeddings": (False,)},
+        needs={"hidden_act": GELU, "attention_bias": (True,)},
         says={"use_parallel_residual": "use_parallel_residual"},
+        partial=True,
+        own_head=True,
     ),
     "bloom": Architecture(
         "bloom",
@@ -179,9 +194,11 @@ KINDS: dict[str, Architecture] = {
     "olmo": Architecture(
         "olmo", "pairs", norm="layer", needs=_UNBIASED, says={"attention.clamp_kqv": "clip_qkv"},
     ),
-    "olmo2": Architecture("olmo2", needs=_UNBIASED),
-    "olmoe": Architecture("olmoe", needs={**_UNBIASED, "norm_topk_prob": (False,), "clip_qkv": (None,)}),
-    "granite": Architecture("granite", "pairs", needs=_PLAIN, says=_SCALES),
+    "olmo2": Architecture("olmo2", needs=_UNBIASED, own_head=True),
+    "olmoe": Architecture(
+        "olmoe", needs={**_UNBIASED, "norm_topk_prob": (False,), "clip_qkv": (None,)}, own_head=True
+    ),
+    "granite": Architecture("granite", "pairs", needs=_PLAIN, says=_SCALES, square=True),
     "starcoder2": Architecture(
         "starcoder2",
         norm="layer",
@@ -195,33 +212,61 @@ KINDS: dict[str, Architecture] = {
         read_by_transformers=True,
         needs={**_PLAIN, "qk_layernorm": (False,)},
         says={"use_parallel_residual": "use_parallel_residual"},
+        partial=True,
+        own_head=True,
     ),
     "cohere": Architecture(
         "command-r", norm="layer", needs={**_UNBIASED, **_TIED}, says={"logit_scale": "logit_scale"}, fixed=_NONE
     ),
     "cohere2": Architecture(
         "cohere2", norm="layer", window="pattern", period=4, needs={**_UNBIASED, **_TIED},
-        says={"logit_scale": "logit_scale"}, fixed=_NONE,
+        says={"logit_scale": "logit_scale"}, fixed=_NONE, square=True,
     ),
-    "smollm3": Architecture("smollm3", "pairs", needs={**_PLAIN, "use_sliding_window": (False,)}),
+    "smollm3": Architecture(
+        "smollm3", "pairs", needs={**_UNBIASED, **_NO_MLP_BIAS, "use_sliding_window": (False,)}
+    ),
     "seed_oss": Architecture("seed_oss", needs={**_PLAIN, "attention_out_bias": (False,), "mlp_bias": (False,)}),
-    "arcee": Architecture("arcee", "pairs", needs={"hidden_act": ("relu2",), "attention_bias": (False,)}),
-    "nemotron": Architecture(
-        "nemotron", plus_one=True, norm="layer", needs={"hidden_act": ("relu2",)}, read_by_transformers=True
+    "arcee": Architecture(
+        "arcee", "pairs", needs={"hidden_act": ("relu2",), "attention_bias": (False,), **_NO_MLP_BIAS}
     ),
-    "glm4": Architecture("glm4", needs=_PLAIN),
+    "nemotron": Architecture(
+        "nemotron", plus_one=True, norm="layer", needs={"hidden_act": ("relu2",)}, read_by_transformers=True,
+        partial=True, square=True, own_head=True,
+    ),
+    "jais2": Architecture(
+        "jais2", norm="layer", needs={"hidden_act": ("relu2",), "attention_bias": (True,), "mlp_bias": (True,)}
+    ),
+    "glm4": Architecture("glm4", needs=_PLAIN, partial=True),
     "ernie4_5": Architecture("ernie4_5", "as they are", needs={**_PLAIN, "use_bias": (False,)}),
-    "exaone4": Architecture("exaone4", window="pattern", period=4, needs=_PLAIN),
+    "exaone4": Architecture("exaone4", window="pattern", period=4, needs=_PLAIN, square=True),
+    "exaone_moe": Architecture(
+        "exaone-moe", window="pattern", period=4, needs=_PLAIN, fixed=_SIGMOID,
+        says={**_GROUPED, "expert_shared_count": "num_shared_experts"},
+    ),
     "hunyuan_v1_dense": Architecture("hunyuan-dense", needs=_UNBIASED),
-    "olmo3": Architecture("olmo2", window="pattern", needs=_UNBIASED),
-    "glm": Architecture("chatglm", needs=_PLAIN),
-    "granitemoe": Architecture("granitemoe", "pairs", needs=_UNBIASED, says=_SCALES),
+    "olmo3": Architecture("olmo2", window="pattern", needs=_UNBIASED, own_head=True),
+    "glm": Architecture("chatglm", needs=_PLAIN, partial=True, square=True),
+    "granitemoe": Architecture("granitemoe", "pairs", needs=_UNBIASED, says=_SCALES, square=True),
     "minimax_m2": Architecture(
         "minimax-m2", needs=_PLAIN, says={"expert_feed_forward_length": "intermediate_size"}, fixed=_SIGMOID,
-        read_by_transformers=True,
+        read_by_transformers=True, partial=True, own_head=True,
     ),
-    "dots1": Architecture("dots1", needs=_UNBIASED, says=_GROUPED, fixed=_SIGMOID),
-    "glm4_moe": Architecture("glm4moe", needs=_PLAIN, says=_GROUPED, fixed=_SIGMOID),
+    "dots1": Architecture("dots1", needs=_UNBIASED, says=_GROUPED, fixed=_SIGMOID, own_head=True),
+    "glm4_moe": Architecture("glm4moe", needs=_PLAIN, says=_GROUPED, fixed=_SIGMOID, partial=True),
+    "solar_open": Architecture(
+        "glm4moe", needs=_PLAIN, says=_GROUPED, fixed={**_SIGMOID, "leading_dense_block_count": 0}, partial=True
+    ),
+    "deepseek_v2": Architecture(
+        "deepseek2",
+        needs={**_UNBIASED, "topk_method": ("greedy",), "norm_topk_prob": (False,), "moe_layer_freq": (1, None)},
+        says=_LATENT,
+    ),
+    "deepseek_v3": Architecture(
+        "deepseek2",
+        needs={**_UNBIASED, "rope_interleave": (True,), "moe_layer_freq": (1, None)},
+        says=_LATENT,
+        fixed=_SIGMOID,
+    ),
     "ernie4_5_moe": Architecture(
         "ernie4_5-moe",
         needs={**_PLAIN, "use_bias": (False,), "moe_layer_interval": (1,)},
@@ -255,8 +300,6 @@ KINDS: dict[str, Architecture] = {
 
 # Kinds that the package's map knows, and what a file of them would take that is not done here.
 UNWRITTEN = {
-    "deepseek_v2": "its keys and values come from one latent layer, which a file holds as two, one of them turned",
-    "deepseek_v3": "its keys and values come from one latent layer, which a file holds as two, one of them turned",
     "gpt_oss": "rows of its experts alternate between gate and up, and each expert has biases",
     "gemma3": "a file holds its language model alone, and the vision tower lies in a second one",
     "phimoe": "its router weighs each of two experts by a softmax of its own, and llama.cpp both by one",
@@ -275,54 +318,3 @@ def head_width(config: Any) -> int:
 def architecture_of(config: Any) -> Architecture | None:
     """What a configuration's kind of model is to llama.cpp, or None where it is not written."""
     return KINDS.get(getattr(config, "model_type", ""))
-
-
-def unfit(config: Any, architecture: Architecture) -> Iterator[str]:
-    """What a file of some architecture cannot say about a model."""
-    for name, allowed in architecture.needs.items():
-        value = getattr(config, name, allowed[0])
-        if value not in allowed:
-            yield _refusal(name, value, architecture)
-    if architecture.name == "command-r" and config.use_qk_norm != (config.num_hidden_layers >= COMMAND_R_PLUS):
-        yield _refusal("use_qk_norm", config.use_qk_norm, architecture)
-    yield from _layers(config, architecture)
-    yield from _windows(config, architecture)
-    scalar = getattr(config, "query_pre_attn_scalar", None)
-    if scalar is not None and scalar != config.head_dim:
-        yield _refusal("query_pre_attn_scalar", scalar, architecture)
-    if (
-        architecture.name.startswith("granite")
-        and head_width(config) * config.num_attention_heads != config.hidden_size
-    ):
-        yield _refusal("head_dim", config.head_dim, architecture)
-
-
-def _refusal(name: str, value: Any, architecture: Architecture) -> str:
-    return f"this model's {name}, {value}, cannot be said in a GGUF file of architecture {architecture.name}; export hf"
-
-
-def _layers(config: Any, architecture: Architecture) -> Iterator[str]:
-    """Layers that differ from each other in another way than the code has it."""
-    attention = getattr(config, "attn_config", None)
-    if attention is not None and attention.softmax_scale is not None:
-        yield _refusal("softmax_scale", attention.softmax_scale, architecture)
-    turned = getattr(config, "no_rope_layers", None)
-    if turned and turned != [int((i + 1) % NOT_TURNED != 0) for i in range(len(turned))]:
-        yield _refusal("no_rope_layers", turned, architecture)
-    last = getattr(config, "moe_layer_end_index", None)
-    if last not in (None, -1, config.num_hidden_layers - 1):
-        yield _refusal("moe_layer_end_index", last, architecture)
-
-
-def _windows(config: Any, architecture: Architecture) -> Iterator[str]:
-    window = getattr(config, "sliding_window", None)
-    layers = list(getattr(config, "layer_types", None) or [])
-    if SLIDING not in layers or window is None or architecture.window == "cut":
-        return
-    meant = [
-        FULL if architecture.period and (i + 1) % architecture.period == 0 else SLIDING for i in range(len(layers))
-    ]
-    if architecture.name == "exaone4" and len(layers) != EXAONE_4_32B:
-        yield _refusal("sliding_window", window, architecture)
-    elif architecture.window == "none" or (architecture.period and layers != meant):
-        yield _refusal("layer_types", layers, architecture)

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from compress.errors import CompressError, UsageError
 from compress.export.base import Exporter, refuse_added, refuse_missing
 from compress.export.gguf import keys
-from compress.export.gguf.architectures import KINDS, UNWRITTEN, architecture_of, unfit
+from compress.export.gguf.architectures import KINDS, UNWRITTEN, architecture_of
 from compress.export.gguf.blocks import largest_bytes, misfit
 from compress.export.gguf.reading import read_back
 from compress.export.gguf.rope import rope_tensors, unfit_rope
 from compress.export.gguf.tensors import Contents, Layout
+from compress.export.gguf.unfit import unfit
 from compress.export.gguf.vocabulary import read_vocabulary
 from compress.export.hf import refuse_rounded
 from compress.io.atomic import writing
@@ -67,6 +68,7 @@ class Gguf(Exporter):
             except UsageError as error:
                 yield str(error)
         yield from _misfits(specs)
+        yield from _mixed(graph, specs)
 
     def expected_bytes(self, spec: Spec, computed: torch.dtype) -> int:
         return super().expected_bytes(spec, computed) if spec.form is None else largest_bytes(spec)
@@ -178,3 +180,18 @@ def _misfits(specs: Mapping[str, Spec]) -> Iterator[str]:
     for why, count in Counter(wrong.values()).items():
         example = next(name for name, reason in wrong.items() if reason == why)
         yield f"{count} layers, such as {example}, have {why}"
+
+
+def _mixed(graph: Graph, specs: Mapping[str, Spec]) -> Iterator[str]:
+    """Experts that are one tensor of a file, some with a codebook and some with steps: no type of block has both."""
+    kinds: dict[str, dict[bool, str]] = {}
+    for site in graph.sites:
+        form = specs[site.name].form if site.name in specs else None
+        if site.is_expert and form is not None:
+            kinds.setdefault(site.parameter, {}).setdefault(form.steps, site.name)
+    mixed = [names for names in kinds.values() if len(names) > 1]
+    if mixed:
+        yield (
+            f"all experts that the model keeps in one tensor are blocks of one type, and {mixed[0][False]} has a "
+            f"codebook, {mixed[0][True]} uniform codes ({len(mixed)} such tensors); quantize them alike, or export hf"
+        )

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from compress.export.gguf.architectures import Architecture
 
 FACTORS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
-USES_FACTORS = ("llama", "smollm3", "arcee", "exaone4")  # architectures whose code looks for FACTORS
+USES_FACTORS = ("llama", "arcee", "exaone4")  # architectures whose code looks for FACTORS
 USES_LONGROPE = ("phi3",)
+BETAS = {"beta_fast": 32, "beta_slow": 1}  # of YaRN; llama.cpp takes no others from a file
 
 
 def rope_of(config: Any, kind: str = FULL) -> Mapping[str, Any]:
@@ -48,11 +49,16 @@ def unfit_rope(config: Any, architecture: Architecture) -> Iterator[str]:
     if kind == "yarn":
         usual = 0.1 * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
         given = rope.get("attention_factor")
-        odd = {name: rope[name] for name in ("mscale", "mscale_all_dim") if rope.get(name)}
+        scales = {name: rope.get(name) for name in ("mscale", "mscale_all_dim")}
+        if architecture.name == "deepseek2":  # scales queries and keys by one alone, and rotates without any
+            odd = {} if scales["mscale"] and len(set(scales.values())) == 1 else {"mscale": scales["mscale"]}
+        else:
+            odd = {name: scale for name, scale in scales.items() if scale}
         odd |= {"attention_factor": given} if given is not None and abs(given - usual) > 1e-6 else {}
         odd |= {"truncate": False} if rope.get("truncate") is False else {}
+        odd |= {name: rope[name] for name, only in BETAS.items() if rope.get(name) not in (None, only)}
         yield from (f"this model's {name} of YaRN, {value}, {where}" for name, value in odd.items())
-    if architecture.rows == "pairs" and rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if not architecture.partial and rope.get("partial_rotary_factor", 1.0) != 1.0:
         yield f"this model's partial_rotary_factor, {rope['partial_rotary_factor']}, {where}"
     local = rope_of(config, SLIDING).get("rope_type", "default")
     if local != "default" and (local != kind or FULL in (config.rope_parameters or {})):
@@ -78,10 +84,8 @@ def rope_keys(config: Any) -> dict[str, Any]:
         found["rope.scaling.factor"] = float(rope["factor"])
     if kind in ("yarn", "longrope"):
         found["rope.scaling.original_context_length"] = _original(config, rope)
-    if kind == "yarn":
-        for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
-            if rope.get(ours) is not None:
-                found[f"rope.scaling.{theirs}"] = float(rope[ours])
+    if rope.get("mscale_all_dim"):
+        found["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
     if kind == "longrope":
         found["rope.scaling.attn_factor"] = _attention(config, rope)
     return found

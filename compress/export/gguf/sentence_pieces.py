@@ -13,7 +13,7 @@ from compress.errors import UsageError
 from compress.export.gguf.tokens import BYTE, UNKNOWN, Cut, refuse_changes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
     from compress.export.gguf.tokens import Tokens
@@ -30,7 +30,8 @@ def cut(data: Mapping[str, Any], tokens: Tokens, config: Any, file: Path) -> Cut
     ranks: dict[str, int] = {}
     for rank, (first, second) in enumerate(merges):
         ranks.setdefault(first + second, rank)
-    _refuse_partial(ranks, set(merges), tokens, file)
+    added = {token["content"] for token in data.get("added_tokens", [])}
+    _refuse_partial(ranks, set(merges), tokens, model["vocab"].keys() - added, file)
     scores = [LAST] * len(tokens.texts)
     for text, rank in ranks.items():
         scores[tokens.numbers[text]] = float(-rank)
@@ -46,9 +47,11 @@ def cut(data: Mapping[str, Any], tokens: Tokens, config: Any, file: Path) -> Cut
     return Cut("llama", "default", scores=scores, space=_space(data, file), special=special)
 
 
-def _refuse_partial(ranks: Mapping[str, int], merges: set[tuple[str, ...]], tokens: Tokens, file: Path) -> None:
-    """Refuse merges that scores cannot stand for."""
-    for text in ranks:
+def _refuse_partial(
+    ranks: Mapping[str, int], merges: set[tuple[str, ...]], tokens: Tokens, plain: Collection[str], file: Path
+) -> None:
+    """Refuse merges that scores cannot stand for. `plain`: tokens that are not looked for in text before merging."""
+    for text in dict.fromkeys((*ranks, *plain)):
         for place in range(1, len(text)):
             pair = text[:place], text[place:]
             if pair not in merges and all(
@@ -61,25 +64,45 @@ def _refuse_partial(ranks: Mapping[str, int], merges: set[tuple[str, ...]], toke
 
 
 def _space(data: Mapping[str, Any], file: Path) -> bool:
-    """Whether a space is put before a text.
+    """Whether a space is put before a text, and before what follows a special token.
+
+    llama.cpp puts it there whatever the text begins with. Metaspace does not where there is one already, or not after
+    special tokens: it is the same only where it has nothing to put.
 
     Raises:
         UsageError: text is changed in another way.
     """
-    before = data.get("pre_tokenizer")
-    if before is not None and before["type"] == "Metaspace":
-        return bool(
-            before.get("prepend_scheme", "always" if before.get("add_prefix_space", True) else "never") != "never"
-        )
     normalizer = data.get("normalizer")
-    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
-    spaced = False
-    for step in steps:
+    spaced = replaced = False
+    for step in [] if normalizer is None else normalizer.get("normalizers", [normalizer]):
         if step["type"] == "Prepend" and step["prepend"] == SPACE:
             spaced = True
-        elif not (step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == SPACE):
+        elif step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == SPACE:
+            replaced = True
+        else:
             raise UsageError(f"{file}: GGUF has no place for its normalizer {step['type']}; export hf")
+    before = data.get("pre_tokenizer")
+    if before is not None and before["type"] == "Metaspace" and before["replacement"] == SPACE:
+        replaced = True
+        _refuse_metaspace(before, spaced, data["model"], file)
     # Cutting at spaces, which are none any more, does nothing.
-    if before is not None and not (before["type"] == "Split" and before["pattern"] == {"String": " "}):
+    elif before is not None and not (before["type"] == "Split" and before["pattern"] == {"String": " "}):
         raise UsageError(f"{file}: GGUF has no place for its pre_tokenizer {before['type']}; export hf")
+    if not replaced:
+        raise UsageError(f"{file} leaves spaces as they are, and llama.cpp writes {SPACE!r} for them; export hf")
     return spaced
+
+
+def _refuse_metaspace(step: Mapping[str, Any], spaced: bool, model: Mapping[str, Any], file: Path) -> None:
+    scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+    if scheme != "never" and not spaced:
+        raise UsageError(
+            f"{file} puts a space before a text by the prepend_scheme {scheme} of Metaspace, and llama.cpp also where "
+            "a text begins with one, and after special tokens; export hf"
+        )
+    inner = next((text for text in model["vocab"] if SPACE in text[1:]), None)
+    if step.get("split", True) and inner is not None:
+        raise UsageError(
+            f"{file} cuts text at spaces before merging (split of Metaspace), and llama.cpp does not, so that it would "
+            f"make the token {inner!r}; export hf"
+        )

@@ -104,24 +104,31 @@ class Layout:
         return next((name for name in found if name), None)
 
     def leaves_out(self, parameter: str) -> bool:
-        """Whether a parameter is no part of the file: it is tied, or a head that an encoder has no use for."""
+        """Whether a parameter is no part of the file: it is tied, or one that the architecture does without."""
         return parameter in self.graph.tied or parameter.startswith(self.architecture.left_out or ("\0",))
 
     def pieces(self) -> Iterator[Piece]:
-        """In the model's order; parameters without a name are passed over."""
-        experts = {site.parameter: site for site in self.graph.sites if site.is_expert}
+        """In the model's order; parameters without a name are passed over.
+
+        A tied head that llama.cpp looks for is the embedding once more.
+        """
+        sites = {site.parameter: site for site in self.graph.sites}
         for parameter, value in self.graph.tensors():
             if self.leaves_out(parameter):
                 continue
-            if parameter in experts:
-                yield from self._of_experts(parameter, experts[parameter])
+            site = sites.get(parameter)
+            if site is not None and site.is_expert:
+                yield from self._of_experts(parameter, site)
                 continue
             name = self.name(parameter)
             if name is not None:
                 plus = float(self.architecture.plus_one and parameter.endswith("norm.weight"))
-                site = next((s for s in self.graph.sites if s.parameter == parameter), None)
                 count = site.shape[0] if site is not None else value.shape[0]
                 yield Piece(name, parameter, self._order(parameter, count), plus)
+        for parameter, kept in self.graph.tied.items():
+            name = self.name(parameter) if self.architecture.own_head else None
+            if name is not None:
+                yield Piece(name, kept)
 
     def nameless(self) -> list[str]:
         """Parameters that the file has no place for."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import UsageError
 from compress.export.gguf import byte_level, sentence_pieces, word_pieces
-from compress.export.gguf.tokens import add_tokens
+from compress.export.gguf.tokens import add_tokens, refuse_odd_tokens
 from compress.io.small_file import read_object
 
 if TYPE_CHECKING:
@@ -48,13 +48,10 @@ class Vocabulary:
     ends: bool
     chat: str | None
 
-    @property
-    def splits(self) -> str:
-        """The name of how text is cut up before merging."""
-        return self.cut.splits
-
     def say(self, writer: Any) -> None:
         """Put it into a file that is being written."""
+        if self.tokens.name is not None:
+            writer.add_name(self.tokens.name)
         writer.add_tokenizer_model(self.cut.model)
         writer.add_tokenizer_pre(self.cut.splits)
         writer.add_token_list(self.tokens.texts)
@@ -90,13 +87,19 @@ def read_vocabulary(folder: Path, config: Any) -> Vocabulary:
         kind = _kind(data, file)
         tokens = add_tokens(data, config.vocab_size, file)
         cut = kind.cut(data, tokens, config, file)
+        refuse_odd_tokens(data, tokens, file)
         special = {**_special(config), **cut.special}
-        first, last = _template_ends(data.get("post_processor"))
-        for text, name in ((first, "bos"), (last, "eos")):
-            if text is not None and tokens.numbers.get(text) != special.get(name):
+        first, last = _around(data.get("post_processor"), file)
+        for number, name in ((first, "bos"), (last, "eos")):
+            if number is not None and number != special.get(name):
                 raise UsageError(
-                    f"{file} puts {text} around every text, and config.json's {name}_token_id is "
+                    f"{file} puts {tokens.texts[number]} around every text, and config.json's {name}_token_id is "
                     f"{special.get(name)}; GGUF can only add that one: correct it, or export hf"
+                )
+            if number is None and cut.model == "bert":
+                raise UsageError(
+                    f"{file} does not put [CLS] before and [SEP] after every text, which llama.cpp's WordPiece does; "
+                    "export hf"
                 )
         return Vocabulary(tokens, cut, special, first is not None, last is not None, _chat(folder))
     except FileNotFoundError as error:
@@ -125,18 +128,39 @@ def _special(config: Any) -> dict[str, int]:
     return {kind: value for kind, value in first.items() if isinstance(value, int)}
 
 
-def _template_ends(post_processor: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
-    """What the template of a single text puts before and after it."""
+def _around(post_processor: Mapping[str, Any] | None, file: Path) -> tuple[int | None, int | None]:
+    """The tokens that are put before and after a single text, where there are some.
+
+    Raises:
+        UsageError: there are more than one before and one after.
+    """
     steps = [post_processor] if post_processor else []
-    steps = [inner for step in steps for inner in step.get("processors", [step])]
-    for step in steps:
-        if step["type"] in ("BertProcessing", "RobertaProcessing"):
-            return step["cls"][0], step["sep"][0]
-    template: list[dict[str, Any]] = next(
-        (step["single"] for step in steps if step["type"] == "TemplateProcessing"), []
-    )
-    around = [piece["SpecialToken"]["id"] if "SpecialToken" in piece else None for piece in template]
-    return (around[0], around[-1]) if around else (None, None)
+    steps = [inner for step in steps for inner in step.get("processors", [step]) if inner["type"] != "ByteLevel"]
+    if not steps:
+        return None, None
+    put = _put(steps[0])
+    if len(steps) > 1 or put is None or max(map(len, put)) > 1:
+        raise UsageError(
+            f"{file}: its post_processor {steps[0]['type']} does more than to put one token before a text and one "
+            "after it, and GGUF has no place for that; export hf"
+        )
+    return next(iter(put[0]), None), next(iter(put[1]), None)
+
+
+def _put(step: Mapping[str, Any]) -> tuple[list[int], list[int]] | None:
+    """All tokens that a step puts before and after a single text; None where it does something else."""
+    if step["type"] in ("BertProcessing", "RobertaProcessing"):
+        return [step["cls"][1]], [step["sep"][1]]
+    if step["type"] != "TemplateProcessing" or sum("Sequence" in piece for piece in step["single"]) != 1:
+        return None
+    sides: tuple[list[int], list[int]] = [], []
+    side = 0
+    for piece in step["single"]:
+        if "Sequence" in piece:
+            side = 1
+        else:
+            sides[side].extend(step["special_tokens"][piece["SpecialToken"]["id"]]["ids"])
+    return sides
 
 
 def _chat(folder: Path) -> str | None:

@@ -119,10 +119,10 @@ class Onnx(Exporter):
 
         return Runner(open_session(folder / MODEL)) if self.accuracy_level == 4 else None
 
-    def not_finite(self, folder: Path, inputs: Tensor) -> str:
-        from compress.export.onnx.not_finite import first_not_finite
+    def first_nan(self, folder: Path, inputs: Tensor) -> str:
+        from compress.export.onnx.nan import first_nan
 
-        return first_not_finite(folder, inputs)
+        return first_nan(folder, inputs)
 
 
 def _pairs_inputs(spec: Spec) -> bool:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from compress.errors import CompressError
 from compress.export.onnx.build import build_graph, computed, constants, parameters
 from compress.export.onnx.names import DATA, MODEL
-from compress.export.onnx.not_finite import refuse_not_a_number
+from compress.export.onnx.nan import refuse_nan
 from compress.io.atomic import writing
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def write_graph(made: PackedFolder, style: Style, folder: Path, bars: Bars) -> N
     folder.mkdir(parents=True, exist_ok=True)
     for _ in bars.over(range(1), 1, "trace: onnx"):
         model = build_graph(made, style)
-    refuse_not_a_number(model.graph.initializers.values())
+    refuse_nan(model.graph.initializers.values())
     with writing(folder / DATA):
         write_constants(model, folder, bars)
     with writing(folder / MODEL):

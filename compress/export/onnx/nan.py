@@ -1,4 +1,7 @@
-"""Where numbers of a graph stop being numbers: in its constants, or in what a node makes."""
+"""Where NaN of a graph comes from: its constants, or what a node makes.
+
+Infinity is left: masks are made of it.
+"""
 
 from __future__ import annotations
 
@@ -20,28 +23,24 @@ if TYPE_CHECKING:
 LOOKED_AT = "looked_at.onnx"  # the graph with every value given out, while it is looked at
 
 
-def refuse_not_a_number(constants: Iterable[ir.Value]) -> None:
+def refuse_nan(constants: Iterable[ir.Value]) -> None:
     """Refuse a constant that is no stored weight, such as a rotary frequency, and holds NaN.
-
-    Infinity is left: masks are made of it.
 
     Raises:
         NonFiniteError: names it.
     """
     for value in constants:
         number = value.const_value
-        if number is None or isinstance(number, ir.LazyTensor) or not number.dtype.is_floating_point():
-            continue
-        wrong = int(numpy.isnan(number.numpy().astype(numpy.float32)).sum())
-        if wrong:
+        wrong = 0 if isinstance(number, ir.LazyTensor) else _in_constant(number)
+        if number is not None and wrong:
             raise NonFiniteError(
                 f"the graph's constant {value.name}, which no file holds and the model's own code computes, has "
                 f"{wrong} NaN among its {number.size} numbers; nothing was written"
             )
 
 
-def first_not_finite(folder: Path, inputs: Tensor) -> str:
-    """A sentence about the first value of a written graph that is not finite for an input whose logits are not.
+def first_nan(folder: Path, inputs: Tensor) -> str:
+    """A sentence about the first NaN of a written graph for an input whose logits are not finite.
 
     Args:
         folder: of the export.
@@ -57,9 +56,9 @@ def first_not_finite(folder: Path, inputs: Tensor) -> str:
 
 def _looked_at(folder: Path, inputs: Tensor) -> str:
     model = ir.load(folder / MODEL)
-    bad = [name for name, value in model.graph.initializers.items() if _bad(_numbers(value))]
+    bad = [name for name, value in model.graph.initializers.items() if _in_constant(value.const_value)]
     if bad:
-        return f"of its constants, {len(bad)} are not finite: {', '.join(bad[:5])}"
+        return f"of its constants, {len(bad)} hold NaN: {', '.join(bad[:5])}"
     made = [value for node in model.graph for value in node.outputs if value.name]
     given = set(model.graph.outputs)
     model.graph.outputs.extend(value for value in made if value not in given)
@@ -67,19 +66,19 @@ def _looked_at(folder: Path, inputs: Tensor) -> str:
     runner = Runner(open_session(folder / LOOKED_AT))
     found = runner.values(inputs, [value.name or "" for value in made])
     for node in model.graph:
-        if any(value.name in found and _bad(found[value.name]) for value in node.outputs):
+        if any(value.name in found and _count_nan(found[value.name]) for value in node.outputs):
             before = [value.name for value in node.inputs if value is not None]
-            return f"all its constants are finite; the first node that makes NaN is a {node.op_type} of {before}"
-    return "all its constants are finite, and so is what its nodes make when every value is asked for"
+            return f"none of its constants holds NaN; the first node that makes one is a {node.op_type} of {before}"
+    return "none of its constants holds NaN, nor does what its nodes make when every value is asked for"
 
 
-def _numbers(value: ir.Value) -> Any:
-    number = value.const_value
-    return None if number is None or not number.dtype.is_floating_point() else number.numpy()
+def _in_constant(number: ir.TensorProtocol | None) -> int:
+    return 0 if number is None or not number.dtype.is_floating_point() else _count_nan(number.numpy())
 
 
-def _bad(numbers: Any) -> bool:
-    """Whether there is NaN in it: infinity stands in masks."""
-    if numbers is None or not numpy.issubdtype(numpy.asarray(numbers).dtype, numpy.inexact):
-        return False
-    return bool(numpy.isnan(numbers).any())
+def _count_nan(numbers: Any) -> int:
+    """How many of them are NaN; numbers of an array, of a type of numpy or of ml_dtypes (kind V: bfloat16, float8)."""
+    kind = numpy.asarray(numbers).dtype.kind
+    if kind not in "fV":
+        return 0
+    return int(numpy.isnan(numbers.astype(numpy.float32) if kind == "V" else numbers).sum())

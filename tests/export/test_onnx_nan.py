@@ -16,7 +16,7 @@ from compress import Onnx, Pipeline, Rtn
 from compress.errors import CompressError, NonFiniteError
 from compress.export.onnx import build
 from compress.export.onnx.exporter import MODEL
-from compress.export.onnx.not_finite import first_not_finite
+from compress.export.onnx.nan import first_nan, refuse_nan
 from compress.export.onnx.session import Runner
 
 TOKENS = inputs_of("llama")[0]
@@ -84,16 +84,16 @@ def damaged(out: Path, folder: Path, number: float) -> Path:
     return folder
 
 
-def test_the_constant_that_is_not_finite_is_said(out: Path, tmp_path: Path) -> None:
-    found = first_not_finite(damaged(out, tmp_path, numpy.nan), TOKENS)
-    assert found == f"of its constants, 1 are not finite: {ROTARY}"
+def test_the_constant_that_holds_nan_is_said(out: Path, tmp_path: Path) -> None:
+    found = first_nan(damaged(out, tmp_path, numpy.nan), TOKENS)
+    assert found == f"of its constants, 1 hold NaN: {ROTARY}"
 
 
-def test_the_node_that_makes_nan_of_finite_numbers_is_said(out: Path, tmp_path: Path) -> None:
-    found = first_not_finite(damaged(out, tmp_path, numpy.inf), TOKENS)  # infinity is no mistake by itself
-    assert "all its constants are finite; the first node that makes NaN is a " in found
+def test_the_node_that_makes_the_first_nan_is_said(out: Path, tmp_path: Path) -> None:
+    found = first_nan(damaged(out, tmp_path, numpy.inf), TOKENS)  # infinity is no mistake by itself
+    assert "none of its constants holds NaN; the first node that makes one is a " in found
     assert "could not be looked at" not in found
-    assert "and so is what its nodes make" in first_not_finite(out / "onnx", TOKENS)
+    assert "nor does what its nodes make" in first_nan(out / "onnx", TOKENS)
     assert not list(tmp_path.glob("looked_at*"))
 
 
@@ -106,5 +106,22 @@ def test_logits_that_are_nan_are_an_error_that_says_where_from(
         if file.is_file() and file.name != "manifest.json":
             (packed / file.name).write_bytes(file.read_bytes())
     monkeypatch.setattr(Runner, "__call__", lambda self, inputs: self.step(inputs, None)[0] * torch.nan)
-    with pytest.raises(NonFiniteError, match=r"exported onnx gives logits that are NaN .*: all its constants are fin"):
+    with pytest.raises(NonFiniteError, match=r"exported onnx gives logits that are NaN .*: none of its constants h"):
         compress.export_to(packed, [Onnx()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_nan_is_seen_in_constants_of_every_type_and_infinity_is_left(dtype: torch.dtype) -> None:
+    for bad in (torch.nan, torch.inf):
+        numbers = torch.tensor([1.0, bad]).to(dtype)
+        value = ir.Value(name="some", const_value=ir.tensor(numbers, name="some"))
+        if numbers.float().isnan().any():
+            with pytest.raises(NonFiniteError, match=r"constant some, .* has 1 NaN among its 2 numbers"):
+                refuse_nan([value])
+        else:
+            refuse_nan([value])
+
+
+def test_constants_that_are_no_floating_point_numbers_hold_none() -> None:
+    for numbers in (torch.tensor([1, 2]), torch.tensor([True])):
+        refuse_nan([ir.Value(name="some", const_value=ir.tensor(numbers, name="some"))])
