@@ -173,8 +173,6 @@ BLOOM, TEKKEN = (next(cut[0] for cut, known in SPLITS.items() if known == name) 
 WRONG: dict[str, tuple[Callable[[], Tokenizer], str]] = {
     "merges that are not all": (other_merges, "does not merge 't' and 'he' though 'the' is a token"),
     "a token that no merge makes": (unmade, "does not merge 'a' and 't' though 'at' is a token"),
-    "a space where there is none": (lambda: words.metaspace("always", split=False), "prepend_scheme always of Meta"),
-    "a space before the first": (lambda: words.metaspace("first", split=False), "prepend_scheme first of Metaspace"),
     "cut at spaces": (lambda: words.metaspace("never", split=True), "would make the token '▁▁'"),
     "a normalizer before": (lambda: lowered(words.metaspace("never", split=False)), "no place for its normalizer L"),
     "spaces left": (lambda: changed(words.characters(), normalizer=None), "leaves spaces as they are"),
@@ -191,6 +189,15 @@ WRONG: dict[str, tuple[Callable[[], Tokenizer], str]] = {
         "type": "BertNormalizer", "lowercase": True, "handle_chinese_chars": False, "clean_text": True,
         "strip_accents": None}), "has handle_chinese_chars: false"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(("scheme", "said"), [("always", True), ("first", True), ("never", False)])
+def test_which_texts_get_another_space_there_is_said(
+    scheme: str, said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = vocabulary(tmp_path, words.metaspace(scheme, split=False), bos_token_id=1)
+    assert found.cut.space is said
+    assert (f"by the prepend_scheme {scheme} of Metaspace; llama.cpp" in caplog.text) is said
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import UsageError
 from compress.export.gguf.tokens import BYTE, UNKNOWN, Cut, refuse_changes
+from compress.logs import LOGGER
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -67,7 +68,7 @@ def _space(data: Mapping[str, Any], file: Path) -> bool:
     """Whether a space is put before a text, and before what follows a special token.
 
     llama.cpp puts it there whatever the text begins with. Metaspace does not where there is one already, or not after
-    special tokens: it is the same only where it has nothing to put.
+    special tokens: all other texts are cut the same, so that is said and not refused.
 
     Raises:
         UsageError: text is changed in another way.
@@ -84,7 +85,7 @@ def _space(data: Mapping[str, Any], file: Path) -> bool:
     before = data.get("pre_tokenizer")
     if before is not None and before["type"] == "Metaspace" and before["replacement"] == SPACE:
         replaced = True
-        _refuse_metaspace(before, spaced, data["model"], file)
+        spaced = _spaced_by_metaspace(before, spaced, data["model"], file)
     # Cutting at spaces, which are none any more, does nothing.
     elif before is not None and not (before["type"] == "Split" and before["pattern"] == {"String": " "}):
         raise UsageError(f"{file}: GGUF has no place for its pre_tokenizer {before['type']}; export hf")
@@ -93,16 +94,20 @@ def _space(data: Mapping[str, Any], file: Path) -> bool:
     return spaced
 
 
-def _refuse_metaspace(step: Mapping[str, Any], spaced: bool, model: Mapping[str, Any], file: Path) -> None:
-    scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
-    if scheme != "never" and not spaced:
-        raise UsageError(
-            f"{file} puts a space before a text by the prepend_scheme {scheme} of Metaspace, and llama.cpp also where "
-            "a text begins with one, and after special tokens; export hf"
-        )
+def _spaced_by_metaspace(step: Mapping[str, Any], spaced: bool, model: Mapping[str, Any], file: Path) -> bool:
+    """Whether a text has a space before it behind this step. `spaced`: whether it has one already."""
     inner = next((text for text in model["vocab"] if SPACE in text[1:]), None)
     if step.get("split", True) and inner is not None:
         raise UsageError(
             f"{file} cuts text at spaces before merging (split of Metaspace), and llama.cpp does not, so that it would "
             f"make the token {inner!r}; export hf"
         )
+    scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+    if scheme == "never" or spaced:
+        return spaced
+    LOGGER.warning(
+        "%s puts a space before a text by the prepend_scheme %s of Metaspace; llama.cpp, like SentencePiece, also puts "
+        "one where a text begins with a space%s, and so cuts such texts otherwise",
+        file, scheme, " and after special tokens" if scheme == "first" else "",
+    )  # fmt: skip
+    return True
