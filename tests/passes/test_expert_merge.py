@@ -14,10 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import compress
 from compress import ConfigError, ExpertMerge, ExpertPrune, Gptq, Override, Rtn
 from compress.calibration.experts import put_out
-from compress.checkpoint.cut import CutSource
-from compress.checkpoint.sources import ModuleSource
 from compress.errors import NonFiniteError
-from compress.models.cuts import Blend, Part
 from compress.models.experts import neurons_of_experts, running_one_by_one
 from compress.models.fewer_experts import mixture_of
 from compress.models.graph import find
@@ -325,32 +322,6 @@ def test_plan_and_the_table_say_what_is_left(tmp_path: Path) -> None:
     report = compress.run(steps, tmp_path / "model", tmp_path / "out", calibration=TOKENS)
     assert "expert_merge made 3 experts of 4 in each of 2 layers" in compress.report.report.caption(report)
     assert json.loads((tmp_path / "out" / "report.json").read_text())["experts"] == report.experts
-
-
-def test_sums_of_entries_are_read_whole_or_in_pieces() -> None:
-    module = nn.Module()
-    module.a = nn.Parameter(torch.arange(4 * 2 * 3).float().view(4, 2, 3))
-    module.b = nn.Parameter(torch.arange(4.0).bfloat16())
-    swapped = {"a": ((1, torch.tensor([2, 1, 0])),)}
-    parts = {0: (Part(0, 0.25, 0.5), Part(2, 0.75, 0.5, swapped))}
-    cuts = {
-        "a": Blend(0, (0, 1, 3), (3, 2, 3), parts, "a"),
-        "b": Blend(0, (0, 1, 3), (3,), parts),
-    }
-    source = CutSource(ModuleSource(module), cuts)
-    a, b = module.a.detach(), module.b.detach()
-    expected = {
-        "a": torch.stack([0.25 * a[0] + 0.75 * a[2].flip(-1), a[1], a[3]]),
-        "b": torch.tensor([1.0, 1.0, 3.0]).bfloat16(),
-    }
-    assert torch.equal(b, torch.tensor([0.0, 1, 2, 3]).bfloat16())
-    for name, value in expected.items():
-        assert torch.equal(source.read(name), value)
-        assert source.read(name).dtype == value.dtype
-        assert torch.equal(cuts[name].of(module.get_parameter(name).detach()), value)
-        for start in range(value.numel()):
-            for stop in range(start + 1, value.numel() + 1):
-                assert torch.equal(source.piece(name, start, stop), value.flatten()[start:stop])
 
 
 # --- what it refuses --------------------------------------------------------------------------------------------------

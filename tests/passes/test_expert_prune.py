@@ -21,12 +21,9 @@ from transformers import AutoModelForCausalLM
 
 import compress
 from compress import ConfigError, ExpertPrune, Gptq, LayerDrop, Override, Perp, Rtn
-from compress.checkpoint import cut, opening
-from compress.checkpoint.cut import CutSource
-from compress.checkpoint.sources import ModuleSource
+from compress.checkpoint import opening
 from compress.config.reading import parse
 from compress.errors import NonFiniteError
-from compress.models.cuts import Cut
 from compress.models.experts import running_one_by_one
 from compress.models.fewer_experts import check_fewer, fewer, mixture_of
 from compress.models.graph import chosen as of_towers
@@ -352,28 +349,7 @@ def test_the_count_stands_in_the_file_under_the_name_it_had(counted: str, tmp_pa
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_experts == 3
 
 
-# --- values -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("whole", [0, 1 << 16], ids=["entry by entry", "at once"])
-def test_a_cut_tensor_is_read_whole_or_in_pieces(whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cut, "WHOLE", whole)
-    module = nn.Module()
-    module.a = nn.Parameter(torch.arange(5 * 2 * 3).float().view(5, 2, 3))
-    module.b = nn.Parameter(torch.arange(2 * 5).bfloat16().view(2, 5))
-    module.c = nn.Parameter(torch.arange(4.0))
-    source = CutSource(ModuleSource(module), {"a": Cut(0, (0, 3, 4), (3, 2, 3)), "b": Cut(1, (1, 4), (2, 2))})
-    expected = {"a": module.a[[0, 3, 4]], "b": module.b[:, [1, 4]], "c": module.c}
-    for name, value in expected.items():
-        assert source.shape(name) == tuple(value.shape)
-        read = source.read(name)
-        assert torch.equal(read, value)
-        assert read.dtype == value.dtype
-        for start in range(value.numel()):
-            for stop in range(start + 1, value.numel() + 1):
-                assert torch.equal(source.piece(name, start, stop), value.flatten()[start:stop])
-    assert list(source.names()) == ["a", "b", "c"]
-
+# --- resumed ----------------------------------------------------------------------------------------------------------
 
 RESUMED = """\
 calibration: {source: calibration.txt, samples: 4, length: 32}
