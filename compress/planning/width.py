@@ -36,7 +36,7 @@ def plan(state: PlanState, path: str, pass_: Pass, *, fused: bool, first: bool) 
         return Planned(PassPlan(path, pass_, (), {}), after, (*problems, Problem(path, str(error))))
     sites = tuple(site for site in graph.sites if site.parameter in made.cuts)
     problems += _nothing_to_do(path, pass_, keep)
-    problems += _biases(path, pass_, graph, keep)
+    problems += _biases(path, pass_, state, keep)
     problems += _slopes(path, pass_, graph)
     changed = [site for site in sites if state.kinds[site.name] not in pass_.accepts]
     if changed:
@@ -46,7 +46,9 @@ def plan(state: PlanState, path: str, pass_: Pass, *, fused: bool, first: bool) 
         problems.append(Problem(path, said if kind != "sparse" else f"{said}; put {pass_.key} before the pruner"))
     left = " and ".join(f"{n} of {w.count} {IN_WORDS[w.part]}" for w, n in keep.items())
     return Planned(
-        PassPlan(path, pass_, sites, {}, f"{left} left in every block"), after.with_cuts(made), tuple(problems)
+        PassPlan(path, pass_, sites, {}, f"{left} left in every block"),
+        after.with_cuts(made).settled(),
+        tuple(problems),
     )
 
 
@@ -61,15 +63,15 @@ def _nothing_to_do(path: str, pass_: WidthPass, keep: Mapping[Width, int]) -> It
         )
 
 
-def _biases(path: str, pass_: WidthPass, graph: Graph, keep: Mapping[Width, int]) -> Iterator[Problem]:
-    """A repair by biases where a layer has none."""
-    readers = (coupled.reader for width in keep for coupled in width.coupled)
-    bare = [name for name in readers if graph.model.get_submodule(name)._parameters.get("bias") is None]
+def _biases(path: str, pass_: WidthPass, state: PlanState, keep: Mapping[Width, int]) -> Iterator[Problem]:
+    """A repair by biases where a layer has none, and no pass before gives it one."""
+    readers = {coupled.reader for width in keep for coupled in width.coupled} - state.new_biases.keys()
+    model = state.graph.model
+    bare = [s.name for s in state.graph.sites if s.name in readers and f"{s.name}.bias" not in state.parameters]
     if pass_.needs_biases and bare:
         yield Problem(
             f"{path}.repair",
-            f"{checks.listed(bare)} have no bias, and a {type(graph.model).__name__} has no place for one; use "
-            "least_squares",
+            f"{checks.listed(bare)} have no bias, and a {type(model).__name__} has no place for one; use least_squares",
         )
 
 
