@@ -35,6 +35,7 @@ class PassPlan:
 
     Attributes:
         left: what is left of a block, in words, behind a pass that takes units out; or what else it changes.
+        results: bytes of what such a pass keeps on the disk until the result is written.
     """
 
     path: str
@@ -42,6 +43,7 @@ class PassPlan:
     sites: tuple[Site, ...]
     specs: dict[str, Spec]
     left: str = ""
+    results: int = 0
 
 
 @dataclass(frozen=True)
