@@ -154,3 +154,21 @@ def test_biases_that_a_pass_before_gives_may_be_repaired() -> None:
         compress.apply(make(), [compress.Perp(**as_options(TRAINED)), bias], **GIVEN)
     result = compress.apply(make(), [compress.Perp(**as_options(BIASED)), bias], **GIVEN)
     assert result.model.model.layers[1].mlp.down_proj.bias.abs().max() > 0
+
+
+def test_what_another_tower_calls_the_same_is_left_alone(tmp_path: Path) -> None:
+    """Both towers have 32 neurons in a block; those of the language model go."""
+    sizes = {"hidden_size": 48, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 6}
+    seen = transformers.CLIPVisionConfig(**sizes, image_size=8, patch_size=4, projection_dim=16)
+    text = transformers.LlamaConfig(**sizes, vocab_size=96, num_key_value_heads=3, head_dim=8)
+    config = transformers.LlavaConfig(vision_config=seen, text_config=text, image_token_index=5)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    narrow = WidthPrune(parts=("mlp",), sparsity=0.25, score="magnitude", repair="none")
+    made = compress.apply(model, [narrow]).model
+    assert made.config.text_config.intermediate_size == 24
+    assert made.config.vision_config.intermediate_size == 32
+    model.save_pretrained(tmp_path / "model")
+    steps = {"passes": [{"width_prune": {"parts": ["mlp"], "sparsity": 0.25, "score": "magnitude", "repair": "none"}}]}
+    compress.run(steps, tmp_path / "model", tmp_path / "out")
+    loaded = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(p, made.get_parameter(name)) for name, p in loaded.named_parameters())
