@@ -14,7 +14,7 @@ import transformers
 from children import contents, prepare, unfinished
 from children import run as run_child
 from commands import compress_command, write_pipeline
-from expert_models import Unfused, experts_of, make_mixture, unfused
+from expert_models import KINDS_OF_ROUTERS, TOKENS, Unfused, experts_of, logits, make_mixture, unfused
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
@@ -34,20 +34,8 @@ from compress.planning import plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TOKENS = torch.randint(3, 256, (8, 32), generator=torch.Generator().manual_seed(1))
 DEMO = "calibration: {source: demo, samples: 2, length: 32}\n"
 W4 = {"bits": 4, "granularity": "channel"}
-# Of each way to weigh experts: softmax over all, then normalised over the chosen (Mixtral, HunYuan) or not (Qwen2,
-# OLMoE, and Qwen3 by default); softmax over the chosen (gpt-oss, Granite); sigmoid with a bias, in groups (DeepSeek V3)
-# or not (GLM 4, Nemotron); softmax with a bias (Ernie); sparse mixer (Phi); experts that only pass on (LongCat).
-KINDS = ("Mixtral", "Qwen3Moe", "Qwen2Moe", "Olmoe", "GptOss", "GraniteMoe", "DeepseekV3", "Glm4Moe", "Ernie4_5_Moe",
-         "Phimoe", "HunYuanMoEV1", "NemotronH", "LongcatFlash")  # fmt: skip
-
-
-def logits(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(input_ids=tokens, use_cache=False).logits
-    return found
 
 
 def pruned(model: nn.Module, **options: Any) -> compress.Result:
@@ -189,7 +177,7 @@ def masked(model: nn.Module, gone: dict[str, list[int]]) -> Iterator[nn.Module]:
         yield model
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS_OF_ROUTERS)
 def test_the_model_says_what_the_original_says_whose_router_cannot_choose_those_that_went(kind: str) -> None:
     model = make_mixture(kind)
     for name, buffer in model.named_buffers():
@@ -208,7 +196,7 @@ def test_the_model_says_what_the_original_says_whose_router_cannot_choose_those_
     assert model.config.to_dict() == before.config.to_dict()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS_OF_ROUTERS)
 def test_the_written_folder_loads_and_further_passes_work_behind(kind: str, tmp_path: Path) -> None:
     model = make_mixture(kind)
     model.save_pretrained(tmp_path / "model")
