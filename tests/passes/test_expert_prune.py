@@ -2,7 +2,6 @@
 
 import copy
 import json
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from children import contents, prepare, unfinished
-from children import run as run_child
 from commands import compress_command, write_pipeline
 from expert_models import KINDS_OF_ROUTERS, TOKENS, Unfused, experts_of, logits, make_mixture, unfused
 from torch import Tensor, nn
@@ -335,37 +332,6 @@ def test_the_count_stands_in_the_file_under_the_name_it_had(counted: str, tmp_pa
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert {k: v for k, v in written.items() if k in ("num_local_experts", "num_experts")} == dict.fromkeys(names, 3)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_experts == 3
-
-
-# --- resumed ----------------------------------------------------------------------------------------------------------
-
-RESUMED = """\
-calibration: {source: calibration.txt, samples: 4, length: 32}
-evaluate: {source: calibration.txt, samples: 2, length: 32}
-passes:
-  - magnitude: {sparsity: 0.3}
-  - expert_prune: {keep: 0.5}
-  - gptq: {scheme: w3g32}
-"""
-
-
-def test_killed_after_every_file_the_run_ends_bit_identical(tmp_path: Path) -> None:
-    whole, killed = prepare(tmp_path, RESUMED)
-    vocabulary = json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"]
-    make_mixture("Mixtral", vocab_size=vocabulary).save_pretrained(tmp_path / "model")
-    assert run_child(whole, "model") == 0
-    done: dict[str, int] = {}
-    while True:
-        assert run_child(killed, "model", kill_after=1) == -signal.SIGKILL
-        found = unfinished(killed)
-        assert found.items() >= done.items(), "what was finished is done again"
-        (new,) = found.keys() - done.keys()
-        if new == "out":
-            break
-        done = found
-    assert "s01-routing.json" in done
-    assert run_child(killed, "model") == 0
-    assert contents(killed / "out") == contents(whole / "out")
 
 
 def test_plan_and_the_table_say_what_goes(tmp_path: Path) -> None:
