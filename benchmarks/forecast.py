@@ -18,7 +18,10 @@ from typing import Any
 
 import runner
 
-VOCABULARY = 128_000
+LARGE: dict[str, dict[str, int]] = {  # model -> what of it is large
+    "WIDE": {"vocab_size": 128_000},
+    "BROAD": {"intermediate_size": 5120, "num_hidden_layers": 1},
+}
 DATA = "source: demo, samples: 16, length: 512"
 PIPELINES: dict[str, tuple[str, str]] = {  # name -> model, pipeline
     "rtn": ("demo", f"evaluate: {{{DATA}}}\npasses: [{{rtn: {{bits: 4, group_size: 64}}}}]"),
@@ -41,6 +44,15 @@ PIPELINES: dict[str, tuple[str, str]] = {  # name -> model, pipeline
         "WIDE",
         f"calibration: {{{DATA}}}\nevaluate: {{{DATA}}}\npasses: [magnitude, {{perp: {{steps: 1}}}}]",
     ),
+    "many neurons, width_prune": ("BROAD", f"calibration: {{{DATA}}}\npasses: [{{width_prune: {{parts: [mlp]}}}}]"),
+    "the same by activation": (
+        "BROAD",
+        f"calibration: {{{DATA}}}\npasses: [{{width_prune: {{parts: [mlp], score: activation}}}}]",
+    ),
+    "the same, half of them go": (
+        "BROAD",
+        f"calibration: {{{DATA}}}\npasses: [{{width_prune: {{parts: [mlp], sparsity: 0.5}}}}, rtn]",
+    ),
 }
 TEXT_BYTES = 8_000_000
 FILE = "forecast.json"
@@ -55,15 +67,16 @@ def write_text(file: Path) -> None:
     file.write_text((text * (1 + TEXT_BYTES // len(text)))[:TEXT_BYTES], encoding="utf-8")
 
 
-def write_wide(folder: Path) -> None:
-    """A random model whose vocabulary is all of it."""
+def write_model(folder: Path, **changes: int) -> None:
+    """A random model that is large in one way."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from compress.models import hub
 
+    options = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, **changes}
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=0,
+        **options, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0,
+        eos_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -83,7 +96,7 @@ def child(pipeline: str, model: str, out: str) -> None:
 
 
 def planned(pipeline: Path, model: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "compress.cli", "plan", pipeline, model, "--json"]
+    command = [sys.executable, "-m", "compress", "plan", pipeline, model, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -124,14 +137,14 @@ def measured(pipeline: Path, model: str, folder: Path) -> dict[str, int]:
 
 def row(name: str, folder: Path) -> dict[str, Any]:
     model, text = PIPELINES[name]
-    wide, long = folder / "wide", folder / "long.txt"
-    if model == "WIDE" and not wide.exists():
-        write_wide(wide)
+    large, long = folder / model.lower(), folder / "long.txt"
+    if model in LARGE and not large.exists():
+        write_model(large, **LARGE[model])
     if "TEXT" in text and not long.exists():
         write_text(long)
     pipeline = folder / "pipeline.yaml"
     pipeline.write_text(text.replace("TEXT", str(long)), encoding="utf-8")
-    model = model.replace("WIDE", str(wide))
+    model = str(large) if model in LARGE else model
     plan, found = planned(pipeline, model), measured(pipeline, model, folder / "run")
     return {
         "pipeline": name,

@@ -45,7 +45,7 @@ def pipeline(folder: Path) -> dict[str, Any]:
 
 
 def start(file: Path, out: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "compress.cli", "run", str(file), "demo", "-o", str(out)]
+    command = [sys.executable, "-m", "compress", "run", str(file), "demo", "-o", str(out)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
 

@@ -26,7 +26,7 @@ COMMANDS = (
 
 def measured(arguments: list[str]) -> tuple[float, float, float]:
     """Seconds, seconds of the processor, and MB of one start."""
-    command = [sys.executable, "-m", "compress.cli", *arguments]
+    command = [sys.executable, "-m", "compress", *arguments]
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, _, usage = os.wait4(process.pid, 0)

@@ -1,4 +1,4 @@
-"""Put results/*.json into both README.md and docs/exports.md: no number is typed by hand.
+"""Put results/*.json into both README.md and pages of docs/: no number is typed by hand.
 
 python benchmarks/tables.py
 """
@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import coded_adapters
 import digits
+import experts
 import forecast
 import generate
 import memory
@@ -93,6 +95,12 @@ def main() -> None:
     file = runner.RESULTS / specialists_deltas.FILE
     for page in (METHODS / "compeft.md", METHODS / "bitdelta.md") if file.exists() else ():
         put(page, "specialists_deltas", specialists_deltas.show(json.loads(file.read_text())["rows"]))
+    for name, shown, method in (
+        ("experts", experts.show, "expert_merge"),
+        ("experts_copies", experts.show_copies, "expert_merge"),
+        ("coded_adapters", coded_adapters.show, "compeft"),
+    ):
+        put(METHODS / f"{method}.md", name, shown(json.loads((runner.RESULTS / f"{name}.json").read_text())["rows"]))
     for name, shown in (("onnx-layers", layers), ("onnx-memory", large)):
         file = runner.RESULTS / f"{name.replace('-', '_')}.json"
         if file.exists():

@@ -54,7 +54,22 @@ KINDS: dict[str, dict[str, object]] = {
         "head_dim": 16, "interleave_moe_layer_step": 1, "attention_chunk_size": 64,
     },
 }  # fmt: skip
+# Of each way to weigh experts: softmax over all, then normalised over the chosen (Mixtral, HunYuan) or not (Qwen2,
+# OLMoE, and Qwen3 by default); softmax over the chosen (gpt-oss, Granite); sigmoid with a bias, in groups (DeepSeek V3)
+# or not (GLM 4, Nemotron); softmax with a bias (Ernie); sparse mixer (Phi); experts that only pass on (LongCat).
+KINDS_OF_ROUTERS = (
+    "Mixtral", "Qwen3Moe", "Qwen2Moe", "Olmoe", "GptOss", "GraniteMoe", "DeepseekV3", "Glm4Moe", "Ernie4_5_Moe",
+    "Phimoe", "HunYuanMoEV1", "NemotronH", "LongcatFlash",
+)  # fmt: skip
 COMMON = ("Mixtral", "Qwen2Moe", "Qwen3Moe", "GptOss", "DeepseekV3", "Olmoe", "Glm4Moe", "GraniteMoe", "Phimoe")
+
+TOKENS = torch.randint(3, 256, (8, 32), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return found
 
 
 def make_mixture(kind: str, **changes: object) -> transformers.PreTrainedModel:
@@ -70,6 +85,37 @@ def make_mixture(kind: str, **changes: object) -> transformers.PreTrainedModel:
 def experts_of(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> module of fused experts that transformers marks."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "is_transposed")}
+
+
+def redundant(
+    kind: str = "Mixtral", noise: float = 0.0, permuted: bool = False, **changes: Any
+) -> transformers.PreTrainedModel:
+    """A mixture of four experts, each there twice: experts i and i + 4.
+
+    The router sends even tokens to the first ones of pairs and odd tokens to the second ones, so that all are of use,
+    and to one pair or another by what rows of the router have in common. Pairs differ in the length of what they put
+    out: by REAP both of the long ones are worth more than either of the short ones.
+    """
+    model = make_mixture(kind, num_local_experts=8, **changes)
+    made = torch.Generator().manual_seed(11)
+    for module in experts_of(model).values():
+        width = module.down_proj.shape[-1]
+        for first in range(4):
+            order = torch.randperm(width, generator=made) if permuted else torch.arange(width)
+            with torch.no_grad():
+                module.down_proj[first] *= 1 + first / 2
+                module.down_proj[first + 4] = module.down_proj[first][:, order]
+                module.gate_up_proj[first + 4] = module.gate_up_proj[first][torch.cat([order, width + order])]
+                for value in (module.down_proj[first + 4], module.gate_up_proj[first + 4]):
+                    value += noise * value.std() * torch.randn(value.shape, generator=made)
+    words = model.model.embed_tokens.weight.data
+    side = nn.functional.normalize(torch.randn(words.shape[1], generator=made), dim=0)
+    words += 4 * side * (1 - 2 * (torch.arange(len(words)) % 2))[:, None]
+    for name in experts_of(model):
+        rows = model.get_submodule(name.rpartition(".")[0]).gate.weight.data
+        common = 4 * (rows[:4] - rows[:4] @ side[:, None] * side)
+        rows[:] = torch.cat([common + side, common - side])
+    return model
 
 
 def unfused(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import compress
-from compress import Compeft
+from compress import Compeft, Ties
 from compress.checkpoint.delta.file import Delta
 from compress.config.options import errors_in
 from compress.errors import CheckpointError, ConfigError, NonFiniteError, UsageError
+from compress.passes.merge.base import Piece
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -178,6 +179,31 @@ def test_options_that_speak_of_tensors_of_the_model_are_refused() -> None:
     }.values():
         found = errors_in(Compeft(models=("a",), factors=True, **options))
         assert any(said in error.message for error in found), options
+
+
+def test_factors_are_coded_once(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    code = Compeft.code
+
+    def counted(self: Compeft, piece: Piece, facts: Any) -> Any:
+        names.append(piece.name)
+        return code(self, piece, facts)
+
+    monkeypatch.setattr(Compeft, "code", counted)
+    compress.run(steps(here / "adapter"), here / "base", tmp_path / "out")
+    assert names
+    assert len(set(names)) == len(names)
+
+
+def test_whole_numbers_are_numbers(here: Path, tmp_path: Path) -> None:
+    made = {}
+    for name, number in (("whole", int), ("floating", float)):
+        options = {"alpha": number(2), "density": number(1)}
+        assert errors_in(Compeft(models=("a",), factors=True, **options)) == []
+        compress.run(steps(here / "adapter", **options), here / "base", tmp_path / name)
+        made[name] = (tmp_path / name / "compress.safetensors").read_bytes()
+    assert made["whole"] == made["floating"]
+    assert errors_in(Ties(models=("a", "b"), density=(1, 0.5))) == []
 
 
 def test_another_base_and_damage_are_refused(here: Path, tmp_path: Path) -> None:

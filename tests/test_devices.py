@@ -82,7 +82,7 @@ def results(pass_: Pass, device: torch.device) -> list[object]:
     if isinstance(pass_, WidthPass):
         units = textbook.units_seen(pass_, 2, True, device)
         with Devices(device, CPU).scope():
-            return [pass_.scores(units), pass_.run(units)]
+            return [pass_.run(units)]
     if isinstance(pass_, RecalibrateNorms):
         with Devices(device, CPU).scope():
             return [pass_.run(torch.rand(3, 5, device=device), torch.rand(3, 5, device=device))]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from expert_models import COMMON, KINDS, experts_of, make_mixture, unfused
+from expert_models import COMMON, KINDS, TOKENS, experts_of, logits, make_mixture, unfused
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -28,15 +28,8 @@ from compress.passes.targets import works_on
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TOKENS = torch.randint(3, 256, (8, 32), generator=torch.Generator().manual_seed(1))
 FUSED = ("Mixtral", "Qwen2Moe", "DeepseekV3", "Phimoe")  # that multiply by the transpose, as linear layers do
 W4 = {"bits": 4, "group_size": 16}
-
-
-def logits(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(input_ids=tokens, use_cache=False).logits
-    return found
 
 
 def seen_by(model: nn.Module, graph: Graph, batches: list[Tensor], **options: Any) -> dict[str, Any]:

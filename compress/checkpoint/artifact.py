@@ -79,7 +79,8 @@ class Artifact:
         source: the uncompressed values.
         renamed: parameter name in the model -> name in the source, where they differ (tied and prefixed names).
         committed: what passes made of each site so far.
-        restated: original weights as a pass wrote them anew without changing what the model computes.
+        restated: original weights as a pass wrote them anew without changing what the model computes; and biases that
+            layers were given, where these count as the original's.
         vectors: parameters that are no site's, such as biases and scales of norms, as passes made them, (1, N) each.
             One that the source does not have is a bias that a layer was given.
         configured: changed entries of the source's configuration, with their new values, as `changed` takes them.
@@ -121,8 +122,8 @@ class Artifact:
         return site.matrix(self.source.read(stored))
 
     def plain(self) -> Artifact:
-        """The model as it was before any pass."""
-        return replace(self, committed={}, vectors={})
+        """The original: the model as it was before any pass, or as the last that made it narrower left it."""
+        return replace(self, committed={}, vectors={n: v for n, v in self.restated.items() if n not in self.sites})
 
     def fits(self) -> bool:
         """Whether every value has the shape that the model says."""

@@ -1,4 +1,4 @@
-"""Sources of whose tensors some entries are gone, sums of several, or made anew by a pass."""
+"""A source of whose tensors some entries are gone, or sums of several."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from compress.checkpoint.sources import ChangedSource
 from compress.lazy import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor
 
@@ -46,12 +46,22 @@ class CutSource(ChangedSource):
         if cut is None:
             return self.before.piece(name, start, stop)
         size = self._size(name)
-        if cut.dim or size < WHOLE:
-            return self.read(name).flatten()[start:stop].clone()
-        first, last = start // size, (stop - 1) // size
-        entries = [self._entry(name, cut, place).flatten() for place in range(first, last + 1)]
-        whole = entries[0] if len(entries) == 1 else torch.cat(entries)
-        return whole[start - first * size : stop - first * size].clone()
+        first, last = start // size, (stop - 1) // size + 1
+        if not cut.dim and size >= WHOLE:
+            rows = torch.stack([self._entry(name, cut, place) for place in range(first, last)])
+        elif cut.by_rows:
+            rows = self._rows(name, cut, first, last)
+        else:
+            rows = cut.of(self.before.read(name))[first:last]
+        return rows.flatten()[start - first * size : stop - first * size].clone()
+
+    def _rows(self, name: str, cut: Cut, first: int, last: int) -> Tensor:
+        """Some entries of what is left along the first dimension, of all that lies between the outermost of them."""
+        shape = self.before.shape(name)[1:]
+        kept, width = cut.kept[first:last] if not cut.dim else range(first, last), math.prod(shape)
+        low, high = min(kept), max(kept) + 1
+        rows = self.before.piece(name, low * width, high * width).view(high - low, *shape)
+        return cut.of(rows) if cut.dim else rows[[place - low for place in kept]]
 
     def _entry(self, name: str, cut: Cut, place: int) -> Tensor:
         """An entry of what is left along the first dimension; nothing is read but what it is made of."""
@@ -61,27 +71,3 @@ class CutSource(ChangedSource):
     def _size(self, name: str) -> int:
         """Elements of an entry along the first dimension."""
         return math.prod(self.cuts[name].shape[1:])
-
-
-class RemadeSource(ChangedSource):
-    """A source in which some tensors are what a pass made of them, read when asked for.
-
-    They have the type that the source has, and any shape.
-    """
-
-    def __init__(self, before: Source, made: Mapping[str, Callable[[], Tensor]], shapes: Mapping[str, tuple[int, ...]]):
-        super().__init__(before)
-        self._made, self._shapes = dict(made), dict(shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name] if name in self._made else self.before.shape(name)
-
-    def read(self, name: str) -> Tensor:
-        if name not in self._made:
-            return self.before.read(name)
-        return self._made[name]().to(self.dtype(name), copy=True)
-
-    def piece(self, name: str, start: int, stop: int) -> Tensor:
-        if name not in self._made:
-            return self.before.piece(name, start, stop)
-        return self.read(name).flatten()[start:stop].clone()

@@ -204,6 +204,11 @@ class Spec:
         return FACTORED if factored else _kind(self.form is not None, self.kept is not None, self.low_rank is not None)
 
     @property
+    def is_dense(self) -> bool:
+        """Whether its values are all there is: no mask, codes or factors, and no grid of its inputs."""
+        return self.kind == "dense" and self.inputs is None
+
+    @property
     def num_bytes(self) -> int:
         """Stored bytes, everything counted."""
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.tensors().values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from compress.calibration import collect
 from compress.calibration.precision import products
 from compress.engine.chains import chain_of
-from compress.engine.placement import make_room, present, streamed
+from compress.engine.placement import present, streamed
+from compress.engine.reshaping import reshaped
 from compress.engine.stage import StageResult, StageRunner, calibration_batches
 from compress.errors import NonFiniteError, UnsupportedModelError
 from compress.io.keys import key_of
@@ -132,19 +133,7 @@ def _take_out(state: _State, chosen: Sequence[int]) -> None:
     old = [name for name, _ in artifact.graph.model.named_parameters(remove_duplicate=False)]
     made = without(artifact.graph, chosen, in_place=context.resident)
     names = made.moved({name: artifact.name_in_source(name) for name in (*old, *artifact.graph.buffers)})
-    shorter = replace(
-        artifact,
-        graph=made.graph,
-        renamed={name: stored for name, stored in names.items() if name != stored},
-        committed=made.moved(artifact.committed),
-        restated=made.moved(artifact.restated),
-        vectors=made.moved(artifact.vectors),
-        configured={**artifact.configured, **made.configured},
-    )
-    state.context = replace(context, artifact=shorter)
-    for name in shorter.vectors:
-        if shorter.added(name):
-            make_room(state.context, name)
+    state.context = reshaped(context, made, {name: stored for name, stored in names.items() if name != stored})
     state.steps.append(made)
     state.gone += [state.places[i] for i in chosen]
     state.places = [place for i, place in enumerate(state.places) if i not in chosen]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +10,12 @@ import torch
 
 from compress.calibration.precision import products
 from compress.calibration.routing import Routing
-from compress.checkpoint.artifact import Packed
-from compress.checkpoint.cut import CutSource
-from compress.encodings import Weight
 from compress.engine.chains import chain_of
-from compress.engine.placement import make_room, present, streamed
+from compress.engine.placement import present, streamed
+from compress.engine.reshaping import reshaped
 from compress.engine.stage import StageResult, StageRunner, calibration_batches
 from compress.errors import UnsupportedModelError
 from compress.io.keys import key_of
-from compress.models.changed_settings import changed
 from compress.models.cuts import Part
 from compress.models.experts import neurons_of_experts
 from compress.models.fewer_experts import LEAST_IN_GROUP, Blends, fewer, mixture_of
@@ -36,8 +32,7 @@ if TYPE_CHECKING:
     from compress.calibration.data import Dataset
     from compress.engine.context import Context
     from compress.engine.stage import Stage
-    from compress.models.cuts import Cut
-    from compress.models.fewer_experts import Fewer, Mixture
+    from compress.models.fewer_experts import Mixture
     from compress.models.symmetry import Units
     from compress.passes.interface import ExpertsLeft
     from compress.passes.merge.orders import Moves
@@ -77,7 +72,7 @@ class FewerExperts(StageRunner):
         made_of = {
             name: sorted((n, sorted(of.items())) for n, of in each.made_of.items()) for name, each in left.items()
         }
-        return StageResult(key_of(key, kept, made_of), _with(context, made), section)
+        return StageResult(key_of(key, kept, made_of), reshaped(context, made), section)
 
 
 def _shown(facts: Mapping[str, Any], keep: int, groups: int, may: frozenset[int]) -> ExpertsSeen:
@@ -128,33 +123,6 @@ def _entry(context: Context, layer: str, number: int, leaf: str) -> Tensor:
     shape = artifact.source.shape(name)[1:]
     size = math.prod(shape)
     return artifact.source.piece(name, number * size, (number + 1) * size).view(shape)
-
-
-def _with(context: Context, made: Fewer) -> Context:
-    """The model with the experts that are left; what was done to them is kept under their new names."""
-    before = context.artifact
-    cuts = {before.name_in_source(name): cut for name, cut in made.cuts.items()}
-    artifact = replace(
-        before,
-        graph=made.graph,
-        source=CutSource(before.source, {name: cut for name, cut in cuts.items() if name in before.stored}),
-        committed=made.moved(before.committed),
-        restated=made.moved(before.restated),
-        vectors={n: _cut(v, made.cuts[n]) if n in made.cuts else v for n, v in before.vectors.items()},
-        configured=changed(before.configured, made.configured),
-    )
-    after = replace(context, artifact=artifact)
-    for name in artifact.vectors:
-        if artifact.added(name):
-            make_room(after, name)
-    return after
-
-
-def _cut(vector: Weight | Packed, cut: Cut) -> Weight:
-    """What is left of a vector that passes made, such as the bias of a router, (1, N)."""
-    weight = vector.load() if isinstance(vector, Packed) else vector
-    assert weight.values is not None
-    return Weight(cut.of(weight.values[0])[None])
 
 
 def _seen(context: Context, mixture: Mixture, batches: Sequence[Tensor], pass_: ExpertsPass) -> Seen:

@@ -7,24 +7,23 @@ the blocks behind see what the narrower model will make. Then the model is cut, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from compress.calibration.precision import products
 from compress.checkpoint.artifact import Packed, finite_weight
-from compress.checkpoint.cut import CutSource, RemadeSource
+from compress.checkpoint.remade import settled
 from compress.encodings import Weight
 from compress.engine.ledger import Record
-from compress.engine.placement import make_room, take_records
+from compress.engine.placement import take_records
+from compress.engine.reshaping import reshaped
 from compress.engine.retry import with_more_damping
 from compress.engine.slopes import slopes_of
 from compress.engine.stage import StageResult, StageRunner, calibration_batches
 from compress.engine.sweep import Wanted, gradients, sweep
 from compress.errors import UnsupportedModelError
 from compress.io.keys import key_of
-from compress.models.changed_settings import changed
 from compress.models.narrow import narrower
 from compress.passes.interface import UnitsSeen
 from compress.passes.width import WidthPass
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
     from compress.calibration.statistics import Statistics
     from compress.engine.context import Context
     from compress.engine.stage import Stage
-    from compress.models.cuts import Cut
     from compress.models.narrow import Coupled, Narrower, Width
     from compress.models.site import Site
 
@@ -54,6 +52,7 @@ class Narrowing(StageRunner):
             UnsupportedModelError: the calibration data never reach a layer; or as `WidthPass.kept_of` and `narrower`.
         """
         pass_, graph = stage.single(WidthPass), context.graph
+        context = replace(context, artifact=settled(context.artifact))
         every = pass_.kept_of(graph)
         keep = {width: count for width, count in every.items() if count < width.count}
         key = key_of(key, stage.number, pass_.key, pass_.options(), {w.part: n for w, n in keep.items()})
@@ -67,7 +66,7 @@ class Narrowing(StageRunner):
         made = narrower(graph, kept, in_place=context.resident)
         counts = {width.part: (count, width.count) for width, count in every.items()}
         notes = {name: record.notes for name, record in records.items() if record.notes}
-        return StageResult(key, _without(context, stage, made, records, key), UnitsGone(pass_.key, counts, notes))
+        return StageResult(key, _without(context, made, records), UnitsGone(pass_.key, counts, notes))
 
 
 @dataclass(frozen=True)
@@ -182,72 +181,12 @@ def _made(context: Context, coupled: Coupled) -> Tensor:
     return torch.stack(found)
 
 
-def _without(context: Context, stage: Stage, made: Narrower, records: Mapping[str, Record], key: str) -> Context:
-    """The model without the units that went. What is left of layers, and those that were made anew, are its source."""
-    before = context.artifact
-    of_source = {before.name_in_source(name): cut for name, cut in made.cuts.items()}
-    source = CutSource(before.source, {name: cut for name, cut in of_source.items() if name in before.stored})
-    sites = {site.name: site for site in made.graph.sites}
-    names = {n: before.name_in_source(sites[n].parameter if n in sites else n) for n in records}
-    remade = {n: stored for n, stored in names.items() if stored in before.stored}
-    values = {stored: partial(_value, records[n], sites.get(n)) for n, stored in remade.items()}
-    shapes = {s: of_source[s].shape if s in of_source else before.source.shape(s) for s in remade.values()}
-    cut_again = _cut_again(context, stage, made, records, key)
-    vectors = {n: v for n, v in before.vectors.items() if n not in remade}
-    artifact = replace(
-        before,
-        graph=made.graph,
-        source=RemadeSource(source, values, shapes),
-        committed={n: cut_again.get(n, v) for n, v in before.committed.items() if n not in records},
-        restated={n: cut_again.get(n, v) for n, v in before.restated.items() if n not in records},
-        vectors={n: _cut_vector(v, made.cuts[n]) if n in made.cuts else v for n, v in vectors.items()},
-        configured=changed(before.configured, made.configured),
-    )
-    after = replace(context, artifact=artifact)
-    for name in artifact.vectors:
-        if artifact.added(name):
-            make_room(after, name)
-    return after
-
-
-def _value(record: Record, site: Site | None) -> Tensor:
-    """A layer's parameter, or a vector, as it was made."""
-    values = _loaded(record.weight).values
-    assert values is not None
-    return values[0] if site is None else site.value(values)
-
-
-def _loaded(weight: Weight | Packed) -> Weight:
-    return weight.load() if isinstance(weight, Packed) else weight
-
-
-def _cut_again(
-    context: Context, stage: Stage, made: Narrower, records: Mapping[str, Record], key: str
-) -> dict[str, Weight | Packed]:
-    """What is left of matrices that passes before made something of; they are committed once more."""
-    before, found = context.artifact, dict[str, Weight | Packed]()
-    for number, site in enumerate(before.graph.sites):
-        cut = made.cuts.get(site.parameter)
-        if cut is None or site.name in records or site.name not in before.committed:
-            continue
-        unit = f"{stage.unit}-cut-{number:05d}"
-        done = context.ledger.load(unit, key)
-        if done is None:
-            values = before.weight(site).values
-            assert values is not None
-            dim = 1 - cut.dim if site.ref.transposed else cut.dim
-            left = replace(cut, dim=dim).of(values)
-            done = context.commit(unit, key, [Record(site.name, Weight(left), {})])
-        (record,) = done
-        found[site.name] = record.weight
-    return found
-
-
-def _cut_vector(vector: Weight | Packed, cut: Cut) -> Weight:
-    """What is left of a bias, (1, N), that passes made."""
-    values = _loaded(vector).values
-    assert values is not None
-    return Weight(cut.of(values[0])[None])
+def _without(context: Context, made: Narrower, records: Mapping[str, Record]) -> Context:
+    """The model without the units that went. What layers and biases were made counts as the original."""
+    own = {name: record.weight for name, record in records.items() if name in context.artifact.sites}
+    artifact = replace(context.artifact, committed={**context.artifact.committed, **own})
+    after = reshaped(replace(context, artifact=artifact), made)
+    return replace(after, artifact=settled(after.artifact))
 
 
 __all__ = ["Narrowing"]

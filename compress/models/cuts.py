@@ -29,6 +29,11 @@ class Cut:
     kept: tuple[int, ...]
     shape: tuple[int, ...]
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether an entry along the first dimension of what is left is made of one of what there was."""
+        return True
+
     def of(self, value: Tensor) -> Tensor:
         """What is left of a value, as a tensor of its own."""
         return value.index_select(self.dim, torch.tensor(self.kept, device=value.device))
@@ -66,6 +71,10 @@ class Blend(Cut):
 
     parts: Mapping[int, tuple[Part, ...]] = field(default_factory=dict)
     leaf: str = ""
+
+    @property
+    def by_rows(self) -> bool:
+        return bool(self.dim) and not self.leaf
 
     def of(self, value: Tensor) -> Tensor:
         entries = [self.entry(place, lambda n: value.select(self.dim, n)) for place in range(len(self.kept))]

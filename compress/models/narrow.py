@@ -176,12 +176,48 @@ def settings(graph: Graph, keep: Mapping[Width, int]) -> dict[str, Any]:
     config: Any = graph.model.config
     made: dict[str, Any] = {}
     for width, count in keep.items():
-        made = changed(made, _entries(config.to_dict(), width, count))
+        for path, section in _sections(graph.model, config, width):
+            entries = _entries(section, width, count)
+            made = changed(made, reduce(lambda inner, name: {name: inner}, reversed(path), entries) if entries else {})
     return made
 
 
-def _entries(section: Mapping[str, Any], width: Width, keep: int) -> dict[str, Any]:
-    inner = {name: _entries(value, width, keep) for name, value in section.items() if isinstance(value, dict)}
+def _sections(model: nn.Module, config: Any, width: Width) -> list[tuple[tuple[str, ...], Any]]:
+    """The parts of a configuration, and where they are, that the modules with the units were built from.
+
+    A model of several towers has one for each, and what of another tower is called the same is not meant. All of them
+    where no module says which is its own.
+    """
+    every = list(_parts(config))
+    asked = {id(_config_of(model, coupled.reader)) for coupled in width.coupled}
+    return [(path, section) for path, section in every if id(section) in asked] or every
+
+
+def _parts(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    yield path, config
+    for name, inner in vars(config).items():
+        if isinstance(inner, transformers.PreTrainedConfig):
+            yield from _parts(inner, (*path, name))
+
+
+def _config_of(model: nn.Module, name: str) -> Any:
+    """The configuration of the innermost module around a layer that has one."""
+    while name:
+        name = name.rpartition(".")[0]
+        found = vars(model.get_submodule(name)).get("config")
+        if isinstance(found, transformers.PreTrainedConfig):
+            return found
+    return None
+
+
+def _entries(config: Any, width: Width, keep: int) -> dict[str, Any]:
+    """The entries of a part of a configuration that change; those of the parts inside it are not its own."""
+    inside = [name for name, inner in vars(config).items() if isinstance(inner, transformers.PreTrainedConfig)]
+    return _changed_in({name: value for name, value in config.to_dict().items() if name not in inside}, width, keep)
+
+
+def _changed_in(section: Mapping[str, Any], width: Width, keep: int) -> dict[str, Any]:
+    inner = {name: _changed_in(value, width, keep) for name, value in section.items() if isinstance(value, dict)}
     found: dict[str, Any] = {name: changes for name, changes in inner.items() if changes}
     if width.part == "mlp":
         names = [name for name in NEURONS if name in section and section[name] in (width.count, None)]

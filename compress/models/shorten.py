@@ -14,6 +14,7 @@ from compress.models.loading import built
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from compress.models.cuts import Cut
     from compress.models.graph import Graph
 
 Value = TypeVar("Value")
@@ -37,6 +38,11 @@ class Shorter:
     before: tuple[str, ...]
     kept: tuple[int, ...]
     configured: dict[str, Any]
+
+    @property
+    def cuts(self) -> dict[str, Cut]:
+        """Parameter -> what is left of it: none is cut, as blocks go whole."""
+        return {}
 
     def name(self, old: str) -> str | None:
         """What a module or parameter is called now; None when it is gone."""

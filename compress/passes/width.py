@@ -14,8 +14,6 @@ from compress.passes.base import OptionError, Pass, Reach
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import Tensor
-
     from compress.models.graph import Graph
     from compress.models.narrow import Width
     from compress.passes.interface import Narrowed, UnitsSeen
@@ -81,10 +79,6 @@ class WidthPass(Pass):
         widths = [width_of(graph, part) for part in sorted(self.parts)]
         multiples: dict[Part, int] = {"heads": 1, "mlp": self.multiple_of}
         return {w: nearest(graph, w, w.count * (1 - self.sparsity), multiples[w.part]) for w in widths}
-
-    def scores(self, seen: UnitsSeen) -> Tensor:
-        """(units,) float64: what each is worth, before any goes."""
-        raise NotImplementedError
 
     def run(self, seen: UnitsSeen) -> Narrowed:
         """Which units stay, and what the layer that reads them becomes.

@@ -8,6 +8,7 @@ from compress.models.logits import WHOLE
 from compress.passes.base import BlockPass
 from compress.planning import memory
 from compress.planning.need import Need, most
+from compress.planning.width import bytes_to_solve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,17 +25,19 @@ BACKWARD = 2  # times what flows through a block is kept for its gradients
 ROUNDED_UP = 1.1  # an allocator leaves gaps
 
 
-def peak(pipeline: Pipeline, stages: Sequence[Sequence[PassPlan]], graph: Graph, itemsize: int, waiting: bool) -> Need:
+def peak(
+    pipeline: Pipeline, stages: Sequence[Sequence[PassPlan]], graphs: Sequence[Graph], itemsize: int, waiting: bool
+) -> Need:
     """The moment of a run at which its device holds most.
 
     Args:
         pipeline: parsed.
         stages: planned.
-        graph: the model after the last pass.
+        graphs: the model before each stage, and after the last.
         itemsize: bytes of a number that the model computes with.
         waiting: whether activations wait on the device.
     """
-    held = {"libraries": LIBRARIES}
+    held, graph = {"libraries": LIBRARIES}, graphs[0]
     moments = []
     if pipeline.evaluate:
         held["evaluation"] = memory.reference(graph, pipeline.evaluate)
@@ -45,9 +48,11 @@ def peak(pipeline: Pipeline, stages: Sequence[Sequence[PassPlan]], graph: Graph,
             "evaluation": memory.logits(graph, tokens, WHOLE, memory.MEASURING),
         }
         moments.append(memory.joined("evaluating", held, parts))
-    for stage in stages:
+    for stage, now in zip(stages, graphs, strict=False):
         outside = [site for part in stage if part.pass_.reach == "matrix" for site in part.sites if site.block is None]
-        parts = _stage(pipeline, [part.pass_ for part in stage], graph, itemsize, waiting, outside)
+        parts = _stage(pipeline, [part.pass_ for part in stage], now, itemsize, waiting, outside)
+        solving = max(bytes_to_solve(part) for part in stage)
+        parts["statistics"] = max(parts["statistics"], int(ROUNDED_UP * solving))
         moments.append(memory.joined(f"running {stage[0].path}", held, parts))
     return most(moments or [Need("starting", held)])
 

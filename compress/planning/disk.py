@@ -69,7 +69,8 @@ def _results(stage: Sequence[PassPlan]) -> int:
     for part in stage:
         specs |= part.specs
     files = len(specs) if stage[0].pass_.reach == "model" else len({s.block for part in stage for s in part.sites})
-    return sum(spec.num_bytes for spec in specs.values()) + NOTES * len(specs) + FILE * files
+    own = sum(spec.num_bytes for spec in specs.values()) + sum(part.results for part in stage)
+    return own + NOTES * len(specs) + FILE * files
 
 
 def _training(stage: Sequence[PassPlan], state: PlanState) -> int:

@@ -21,6 +21,7 @@ from compress.passes.merge.orders import HELD, coupled
 from compress.passes.retrain.options import TrainingOptions
 from compress.planning.experts import bytes_to_merge
 from compress.planning.need import Need
+from compress.planning.width import bytes_to_solve
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -48,17 +49,22 @@ LEARNED_LOGITS = 6  # the same, and gradients
 
 
 def moments_of(
-    pipeline: Pipeline, stages: Sequence[Sequence[PassPlan]], graph: Graph, final: int, exported: Sequence[int]
+    pipeline: Pipeline,
+    stages: Sequence[Sequence[PassPlan]],
+    graphs: Sequence[Graph],
+    final: int,
+    exported: Sequence[int],
 ) -> list[Need]:
     """The moments of a run: reading data, evaluating, each stage, checking the result, exporting it.
 
     Args:
         pipeline: parsed.
         stages: planned.
-        graph: the model after the last pass.
+        graphs: the model before each stage, and after the last.
         final: bytes of the weights afterwards.
         exported: bytes of each container that is written.
     """
+    graph, last = graphs[0], graphs[-1]
     sections = [section for section in (pipeline.calibration, pipeline.evaluate) if section]
     windows = sum(_windows(section) + _shown(section, graph) for section in sections)
     held = {"interpreter": INTERPRETER, "data": windows}
@@ -68,13 +74,14 @@ def moments_of(
     if pipeline.evaluate:
         held["evaluation"] = reference(graph, pipeline.evaluate)
         moments.append(joined("evaluating", held, _evaluating(graph, pipeline.evaluate)))
-    for stage in stages:
-        parts = _stage(pipeline, [part.pass_ for part in stage], graph)
+    for stage, now in zip(stages, graphs, strict=False):
+        parts = _stage(pipeline, [part.pass_ for part in stage], now)
         parts["merging"] += sum(bytes_to_merge(part) for part in stage)
+        parts["statistics"] = max(parts["statistics"], *(bytes_to_solve(part) for part in stage))
         moments.append(joined(f"running {stage[0].path}", held, parts))
-    moments.append(joined("checking the result", held, _checking(pipeline, graph, final)))
+    moments.append(joined("checking the result", held, _checking(pipeline, last, final)))
     for exporter, size in zip(pipeline.export, exported, strict=True):
-        parts = {"weights": final, "exports": exporter.libraries + EXPORTING * size, **_comparing(pipeline, graph)}
+        parts = {"weights": final, "exports": exporter.libraries + EXPORTING * size, **_comparing(pipeline, last)}
         moments.append(joined(f"exporting {exporter.key}", held, parts))
     return moments
 

@@ -100,12 +100,15 @@ def make(
     original = sum(state.sizes.values())
     stages: list[list[PassPlan]] = [[] for _ in pipeline.passes]
     problems: list[Problem] = []
+    graphs: list[Graph] = []  # before each stage, and behind the last
     for path, number, pass_ in walk(pipeline):
         stage, plan = stages[number], PLANNERS[pass_.reach]
+        graphs += [] if stage else [state.graph]
         planned = plan(state, path, pass_, fused=len(pipeline.passes[number]) > 1, first=not stage)
         stage.append(planned.part)
         problems += planned.problems
         state = planned.state
+    graphs.append(state.graph)
     dense = left_dense(state.graph, state.dtypes, state.specs.keys(), carried) if state.specs else Dense()
     problems += whole.whole_pipeline(pipeline, state, dense)
     if problems:
@@ -117,25 +120,27 @@ def make(
         tuple(map(tuple, stages)),
         original,
         final,
-        most(memory.moments_of(pipeline, stages, state.graph, final, exported)),
+        most(memory.moments_of(pipeline, stages, graphs, final, exported)),
         disk.peak(stages, state, original, companions, exported),
         where,
         dense=dense,
     )
-    return _on_device(made, pipeline, state, exported) if where.apart else made
+    return _on_device(made, pipeline, state, exported, graphs) if where.apart else made
 
 
-def _on_device(made: Plan, pipeline: Pipeline, state: PlanState, exported: Sequence[int]) -> Plan:
+def _on_device(
+    made: Plan, pipeline: Pipeline, state: PlanState, exported: Sequence[int], graphs: Sequence[Graph]
+) -> Plan:
     """The plan of a run on a device with memory of its own: activations wait there if they fit, else on the host."""
     itemsize, stages = computed(pipeline, state).itemsize, made.stages
     waiting = [memory.waiting(pipeline, [part.pass_ for part in stage], state.graph, itemsize) for stage in stages]
-    there = device_memory.peak(pipeline, stages, state.graph, itemsize, waiting=True)
+    there = device_memory.peak(pipeline, stages, graphs, itemsize, waiting=True)
     fits = made.places.device_limit is None or there.total <= made.places.device_limit
     if not fits:
-        there = device_memory.peak(pipeline, stages, state.graph, itemsize, waiting=False)
+        there = device_memory.peak(pipeline, stages, graphs, itemsize, waiting=False)
     kept = 0 if fits else max(waiting, default=0)
-    moments = memory.moments_of(pipeline, stages, state.graph, made.final_bytes, exported)
-    host = most([memory.on_host(state.graph, need, kept) for need in moments])
+    moments = memory.moments_of(pipeline, stages, graphs, made.final_bytes, exported)
+    host = most([memory.on_host(graphs[0], need, kept) for need in moments])
     results = 2 * sum(site.shape[0] * site.shape[1] for site in state.graph.sites if site.block is not None)
     return replace(made, memory=host, device=there, activations_on_device=fits, results_bytes=results)
 

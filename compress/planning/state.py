@@ -35,6 +35,7 @@ class PassPlan:
 
     Attributes:
         left: what is left of a block, in words, behind a pass that takes units out; or what else it changes.
+        results: bytes of what such a pass keeps on the disk until the result is written.
     """
 
     path: str
@@ -42,6 +43,7 @@ class PassPlan:
     sites: tuple[Site, ...]
     specs: dict[str, Spec]
     left: str = ""
+    results: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,20 @@ class PlanState:
             name: size * math.prod(fewer.cuts[name].shape) // before[name] if name in fewer.cuts else size
             for name, size in self.sizes.items()
         }
+        rows, left = ({site.name: site.shape[0] for site in graph.sites} for graph in (self.graph, fewer.graph))
         return replace(
             self,
             graph=fewer.graph,
             sizes=sizes,
             kinds=fewer.moved(self.kinds),
             specs=fewer.moved(self.specs),
-            new_biases=fewer.moved(self.new_biases),
+            new_biases={n: size * left[n] // rows[n] for n, size in fewer.moved(self.new_biases).items()},
             shorter=True,
         )
+
+    def settled(self) -> PlanState:
+        """The state in which what passes made dense counts as the original."""
+        return replace(self, specs={name: spec for name, spec in self.specs.items() if not spec.is_dense})
 
     def final_bytes(self) -> int:
         """Expected size of all weights."""

@@ -12,12 +12,16 @@ from compress.planning import checks
 from compress.planning.state import PassPlan, Planned
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from compress.models.graph import Graph
-    from compress.models.narrow import Width
+    from compress.models.narrow import Narrower, Width
     from compress.passes import Pass
     from compress.planning.state import PlanState
+
+FLOAT, FLOAT64 = 4, 8
+SCRATCH = 32 << 20  # of linear algebra
+NUMBER = 8  # bytes for the number of a unit, as it is written in words
 
 
 def plan(state: PlanState, path: str, pass_: Pass, *, fused: bool, first: bool) -> Planned:
@@ -36,7 +40,7 @@ def plan(state: PlanState, path: str, pass_: Pass, *, fused: bool, first: bool) 
         return Planned(PassPlan(path, pass_, (), {}), after, (*problems, Problem(path, str(error))))
     sites = tuple(site for site in graph.sites if site.parameter in made.cuts)
     problems += _nothing_to_do(path, pass_, keep)
-    problems += _biases(path, pass_, graph, keep)
+    problems += _biases(path, pass_, state, keep)
     problems += _slopes(path, pass_, graph)
     changed = [site for site in sites if state.kinds[site.name] not in pass_.accepts]
     if changed:
@@ -45,9 +49,24 @@ def plan(state: PlanState, path: str, pass_: Pass, *, fused: bool, first: bool) 
         said = f"{pass_.key} cannot take rows and columns out of {kind} weights ({names}): {reason}"
         problems.append(Problem(path, said if kind != "sparse" else f"{said}; put {pass_.key} before the pruner"))
     left = " and ".join(f"{n} of {w.count} {IN_WORDS[w.part]}" for w, n in keep.items())
-    return Planned(
-        PassPlan(path, pass_, sites, {}, f"{left} left in every block"), after.with_cuts(made), tuple(problems)
-    )
+    part = PassPlan(path, pass_, sites, {}, f"{left} left in every block", _results(state, made, kept))
+    return Planned(part, after.with_cuts(made).settled(), tuple(problems))
+
+
+def _results(state: PlanState, made: Narrower, kept: Mapping[Width, Mapping[str, Sequence[int]]]) -> int:
+    """Bytes of the layers that read units, as they are kept until the result is written, and of which units stay."""
+    left = {site.name: site for site in made.graph.sites}
+    solved = [(left[name], len(units)) for readers in kept.values() for name, units in readers.items()]
+    dtypes = state.dtypes
+    return sum(s.shape[0] * s.shape[1] * dtypes[s.parameter].itemsize + NUMBER * count for s, count in solved)
+
+
+def bytes_to_solve(part: PassPlan) -> int:
+    """Memory to solve the layers that read units: sums over inputs, their moments, a factor and an inverse of these."""
+    if not isinstance(part.pass_, WidthPass) or part.pass_.needs != "gram":
+        return 0
+    widest = max((site.shape[1] for site in part.sites), default=0)
+    return (FLOAT + 3 * FLOAT64) * widest**2 + SCRATCH
 
 
 def _nothing_to_do(path: str, pass_: WidthPass, keep: Mapping[Width, int]) -> Iterator[Problem]:
@@ -61,15 +80,15 @@ def _nothing_to_do(path: str, pass_: WidthPass, keep: Mapping[Width, int]) -> It
         )
 
 
-def _biases(path: str, pass_: WidthPass, graph: Graph, keep: Mapping[Width, int]) -> Iterator[Problem]:
-    """A repair by biases where a layer has none."""
-    readers = (coupled.reader for width in keep for coupled in width.coupled)
-    bare = [name for name in readers if graph.model.get_submodule(name)._parameters.get("bias") is None]
+def _biases(path: str, pass_: WidthPass, state: PlanState, keep: Mapping[Width, int]) -> Iterator[Problem]:
+    """A repair by biases where a layer has none, and no pass before gives it one."""
+    readers = {coupled.reader for width in keep for coupled in width.coupled} - state.new_biases.keys()
+    model = state.graph.model
+    bare = [s.name for s in state.graph.sites if s.name in readers and f"{s.name}.bias" not in state.parameters]
     if pass_.needs_biases and bare:
         yield Problem(
             f"{path}.repair",
-            f"{checks.listed(bare)} have no bias, and a {type(graph.model).__name__} has no place for one; use "
-            "least_squares",
+            f"{checks.listed(bare)} have no bias, and a {type(model).__name__} has no place for one; use least_squares",
         )
 
 

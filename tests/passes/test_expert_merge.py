@@ -7,17 +7,14 @@ from typing import Any
 import pytest
 import torch
 from commands import compress_command, write_pipeline
-from expert_models import experts_of, make_mixture
+from expert_models import KINDS_OF_ROUTERS, TOKENS, experts_of, logits, make_mixture, redundant
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import compress
 from compress import ConfigError, ExpertMerge, ExpertPrune, Gptq, Override, Rtn
 from compress.calibration.experts import put_out
-from compress.checkpoint.cut import CutSource
-from compress.checkpoint.sources import ModuleSource
 from compress.errors import NonFiniteError
-from compress.models.cuts import Blend, Part
 from compress.models.experts import neurons_of_experts, running_one_by_one
 from compress.models.fewer_experts import mixture_of
 from compress.models.graph import find
@@ -26,17 +23,8 @@ from compress.passes.prune.expert_merge import clusters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TOKENS = torch.randint(3, 256, (8, 32), generator=torch.Generator().manual_seed(1))
 DEMO = "calibration: {source: demo, samples: 2, length: 32}\n"
 W4 = {"bits": 4, "granularity": "channel"}
-KINDS = ("Mixtral", "Qwen3Moe", "Qwen2Moe", "Olmoe", "GptOss", "GraniteMoe", "DeepseekV3", "Glm4Moe", "Ernie4_5_Moe",
-         "Phimoe", "HunYuanMoEV1", "NemotronH", "LongcatFlash")  # fmt: skip
-
-
-def logits(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(input_ids=tokens, use_cache=False).logits
-    return found
 
 
 def apply(model: nn.Module, pass_: Any) -> compress.Result:
@@ -57,35 +45,6 @@ def groups_of(layer: dict[str, Any]) -> set[frozenset[int]]:
 
 
 # --- redundant experts: what the paper is about -----------------------------------------------------------------------
-
-
-def redundant(kind: str = "Mixtral", noise: float = 0.0, permuted: bool = False, **changes: Any) -> PreTrainedModel:
-    """A mixture of four experts, each there twice: experts i and i + 4.
-
-    The router sends even tokens to the first ones of pairs and odd tokens to the second ones, so that all are of use,
-    and to one pair or another by what rows of the router have in common. Pairs differ in the length of what they put
-    out: by REAP both of the long ones are worth more than either of the short ones.
-    """
-    model = make_mixture(kind, num_local_experts=8, **changes)
-    made = torch.Generator().manual_seed(11)
-    for module in experts_of(model).values():
-        width = module.down_proj.shape[-1]
-        for first in range(4):
-            order = torch.randperm(width, generator=made) if permuted else torch.arange(width)
-            with torch.no_grad():
-                module.down_proj[first] *= 1 + first / 2
-                module.down_proj[first + 4] = module.down_proj[first][:, order]
-                module.gate_up_proj[first + 4] = module.gate_up_proj[first][torch.cat([order, width + order])]
-                for value in (module.down_proj[first + 4], module.gate_up_proj[first + 4]):
-                    value += noise * value.std() * torch.randn(value.shape, generator=made)
-    words = model.model.embed_tokens.weight.data
-    side = nn.functional.normalize(torch.randn(words.shape[1], generator=made), dim=0)
-    words += 4 * side * (1 - 2 * (torch.arange(len(words)) % 2))[:, None]
-    for name in experts_of(model):
-        rows = model.get_submodule(name.rpartition(".")[0]).gate.weight.data
-        common = 4 * (rows[:4] - rows[:4] @ side[:, None] * side)
-        rows[:] = torch.cat([common + side, common - side])
-    return model
 
 
 PAIRS = {frozenset({i, i + 4}) for i in range(4)}
@@ -275,7 +234,7 @@ def test_an_expert_that_is_sent_nothing_adds_nothing_and_one_that_stays_alone_is
 # --- a model of its kind like any other -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS_OF_ROUTERS)
 def test_the_written_folder_loads_and_further_passes_work_behind(kind: str, tmp_path: Path) -> None:
     model = make_mixture(kind)
     model.save_pretrained(tmp_path / "model")
@@ -325,32 +284,6 @@ def test_plan_and_the_table_say_what_is_left(tmp_path: Path) -> None:
     report = compress.run(steps, tmp_path / "model", tmp_path / "out", calibration=TOKENS)
     assert "expert_merge made 3 experts of 4 in each of 2 layers" in compress.report.report.caption(report)
     assert json.loads((tmp_path / "out" / "report.json").read_text())["experts"] == report.experts
-
-
-def test_sums_of_entries_are_read_whole_or_in_pieces() -> None:
-    module = nn.Module()
-    module.a = nn.Parameter(torch.arange(4 * 2 * 3).float().view(4, 2, 3))
-    module.b = nn.Parameter(torch.arange(4.0).bfloat16())
-    swapped = {"a": ((1, torch.tensor([2, 1, 0])),)}
-    parts = {0: (Part(0, 0.25, 0.5), Part(2, 0.75, 0.5, swapped))}
-    cuts = {
-        "a": Blend(0, (0, 1, 3), (3, 2, 3), parts, "a"),
-        "b": Blend(0, (0, 1, 3), (3,), parts),
-    }
-    source = CutSource(ModuleSource(module), cuts)
-    a, b = module.a.detach(), module.b.detach()
-    expected = {
-        "a": torch.stack([0.25 * a[0] + 0.75 * a[2].flip(-1), a[1], a[3]]),
-        "b": torch.tensor([1.0, 1.0, 3.0]).bfloat16(),
-    }
-    assert torch.equal(b, torch.tensor([0.0, 1, 2, 3]).bfloat16())
-    for name, value in expected.items():
-        assert torch.equal(source.read(name), value)
-        assert source.read(name).dtype == value.dtype
-        assert torch.equal(cuts[name].of(module.get_parameter(name).detach()), value)
-        for start in range(value.numel()):
-            for stop in range(start + 1, value.numel() + 1):
-                assert torch.equal(source.piece(name, start, stop), value.flatten()[start:stop])
 
 
 # --- what it refuses --------------------------------------------------------------------------------------------------

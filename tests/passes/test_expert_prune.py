@@ -2,7 +2,6 @@
 
 import copy
 import json
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,22 +10,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from children import contents, prepare, unfinished
-from children import run as run_child
 from commands import compress_command, write_pipeline
-from expert_models import Unfused, experts_of, make_mixture, unfused
+from expert_models import KINDS_OF_ROUTERS, TOKENS, Unfused, experts_of, logits, make_mixture, unfused
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 import compress
 from compress import ConfigError, ExpertPrune, Gptq, LayerDrop, Override, Perp, Rtn
-from compress.checkpoint import cut, opening
-from compress.checkpoint.cut import CutSource
-from compress.checkpoint.sources import ModuleSource
+from compress.checkpoint import opening
 from compress.config.reading import parse
 from compress.errors import NonFiniteError
-from compress.models.cuts import Cut
 from compress.models.experts import running_one_by_one
 from compress.models.fewer_experts import check_fewer, fewer, mixture_of
 from compress.models.graph import chosen as of_towers
@@ -37,20 +31,8 @@ from compress.planning import plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TOKENS = torch.randint(3, 256, (8, 32), generator=torch.Generator().manual_seed(1))
 DEMO = "calibration: {source: demo, samples: 2, length: 32}\n"
 W4 = {"bits": 4, "granularity": "channel"}
-# Of each way to weigh experts: softmax over all, then normalised over the chosen (Mixtral, HunYuan) or not (Qwen2,
-# OLMoE, and Qwen3 by default); softmax over the chosen (gpt-oss, Granite); sigmoid with a bias, in groups (DeepSeek V3)
-# or not (GLM 4, Nemotron); softmax with a bias (Ernie); sparse mixer (Phi); experts that only pass on (LongCat).
-KINDS = ("Mixtral", "Qwen3Moe", "Qwen2Moe", "Olmoe", "GptOss", "GraniteMoe", "DeepseekV3", "Glm4Moe", "Ernie4_5_Moe",
-         "Phimoe", "HunYuanMoEV1", "NemotronH", "LongcatFlash")  # fmt: skip
-
-
-def logits(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(input_ids=tokens, use_cache=False).logits
-    return found
 
 
 def pruned(model: nn.Module, **options: Any) -> compress.Result:
@@ -192,7 +174,7 @@ def masked(model: nn.Module, gone: dict[str, list[int]]) -> Iterator[nn.Module]:
         yield model
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS_OF_ROUTERS)
 def test_the_model_says_what_the_original_says_whose_router_cannot_choose_those_that_went(kind: str) -> None:
     model = make_mixture(kind)
     for name, buffer in model.named_buffers():
@@ -211,7 +193,7 @@ def test_the_model_says_what_the_original_says_whose_router_cannot_choose_those_
     assert model.config.to_dict() == before.config.to_dict()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS_OF_ROUTERS)
 def test_the_written_folder_loads_and_further_passes_work_behind(kind: str, tmp_path: Path) -> None:
     model = make_mixture(kind)
     model.save_pretrained(tmp_path / "model")
@@ -350,58 +332,6 @@ def test_the_count_stands_in_the_file_under_the_name_it_had(counted: str, tmp_pa
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert {k: v for k, v in written.items() if k in ("num_local_experts", "num_experts")} == dict.fromkeys(names, 3)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_experts == 3
-
-
-# --- values -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("whole", [0, 1 << 16], ids=["entry by entry", "at once"])
-def test_a_cut_tensor_is_read_whole_or_in_pieces(whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cut, "WHOLE", whole)
-    module = nn.Module()
-    module.a = nn.Parameter(torch.arange(5 * 2 * 3).float().view(5, 2, 3))
-    module.b = nn.Parameter(torch.arange(2 * 5).bfloat16().view(2, 5))
-    module.c = nn.Parameter(torch.arange(4.0))
-    source = CutSource(ModuleSource(module), {"a": Cut(0, (0, 3, 4), (3, 2, 3)), "b": Cut(1, (1, 4), (2, 2))})
-    expected = {"a": module.a[[0, 3, 4]], "b": module.b[:, [1, 4]], "c": module.c}
-    for name, value in expected.items():
-        assert source.shape(name) == tuple(value.shape)
-        read = source.read(name)
-        assert torch.equal(read, value)
-        assert read.dtype == value.dtype
-        for start in range(value.numel()):
-            for stop in range(start + 1, value.numel() + 1):
-                assert torch.equal(source.piece(name, start, stop), value.flatten()[start:stop])
-    assert list(source.names()) == ["a", "b", "c"]
-
-
-RESUMED = """\
-calibration: {source: calibration.txt, samples: 4, length: 32}
-evaluate: {source: calibration.txt, samples: 2, length: 32}
-passes:
-  - magnitude: {sparsity: 0.3}
-  - expert_prune: {keep: 0.5}
-  - gptq: {scheme: w3g32}
-"""
-
-
-def test_killed_after_every_file_the_run_ends_bit_identical(tmp_path: Path) -> None:
-    whole, killed = prepare(tmp_path, RESUMED)
-    vocabulary = json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"]
-    make_mixture("Mixtral", vocab_size=vocabulary).save_pretrained(tmp_path / "model")
-    assert run_child(whole, "model") == 0
-    done: dict[str, int] = {}
-    while True:
-        assert run_child(killed, "model", kill_after=1) == -signal.SIGKILL
-        found = unfinished(killed)
-        assert found.items() >= done.items(), "what was finished is done again"
-        (new,) = found.keys() - done.keys()
-        if new == "out":
-            break
-        done = found
-    assert "s01-routing.json" in done
-    assert run_child(killed, "model") == 0
-    assert contents(killed / "out") == contents(whole / "out")
 
 
 def test_plan_and_the_table_say_what_goes(tmp_path: Path) -> None:

@@ -160,12 +160,15 @@ def test_scores_are_those_of_their_formulas() -> None:
         worth = (columns * of_inputs).view(3, 2).sum(1)
         torch.testing.assert_close(pass_.scores(seen), worth, rtol=1e-4, atol=1e-6)
         assert pass_.run(seen).kept == tuple(sorted(worth.argsort(descending=True)[:2].tolist()))
-    pass_ = WidthPrune(damping=1e-9)
+    losses = []
     for unit in range(3):
         stay = [i for i in range(6) if i // 2 != unit]
         fit = torch.linalg.lstsq(wide[:, stay], wide @ weight.double().T).solution
-        lost = (wide[:, stay] @ fit - wide @ weight.double().T).square().sum() / 50
-        assert float(pass_.scores(seen)[unit]) == pytest.approx(float(lost), rel=1e-3)
+        losses.append(float((wide[:, stay] @ fit - wide @ weight.double().T).norm()))
+    cheapest = min(range(3), key=losses.__getitem__)
+    found = WidthPrune(damping=1e-9).run(seen)
+    assert found.kept == tuple(unit for unit in range(3) if unit != cheapest)
+    assert found.notes["error"] == pytest.approx(losses[cheapest] / float((wide @ weight.double().T).norm()), rel=1e-3)
 
 
 def test_taylor_is_the_sum_of_weight_times_gradient_of_the_loss() -> None:
@@ -456,7 +459,6 @@ passes:
             break
         done = found
     assert {"s01-slopes.json", "s01-heads-b0000.safetensors", "s01-mlp-b0000.safetensors"} <= done.keys()
-    assert any(name.startswith("s01-cut-") for name in done)
     assert run_child(killed, "model") == 0
     assert contents(killed / "out") == contents(whole / "out")
 

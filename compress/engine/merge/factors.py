@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,7 +17,7 @@ from compress.errors import CompressError, NonFiniteError
 from compress.passes.merge.base import Piece
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -49,23 +49,24 @@ class FactorCoder:
         Raises:
             NonFiniteError: a factor holds NaN or infinity.
         """
-        stored, pass_ = adapter_file(self.adapter), self.pass_
-        sizes = {name: torch.Size(stored.shape(name)).numel() for name in coded_names(self.base, self.adapter)}
-        for name in sizes:
+        stored, names = adapter_file(self.adapter), coded_names(self.base, self.adapter)
+        for name in names:
             if not torch.isfinite(stored.read(name)).all():
                 raise NonFiniteError(f"{name} of {self.adapter} holds NaN or infinity; get a clean adapter")
-        everything = lambda: (piece for name in sizes for piece in pieces(stored, name))  # noqa: E731
-        found = pass_.survey(everything, sizes) if pass_.surveys else None
         made: dict[str, list[Signs]] = {}
-        for name in sizes:
-            facts = pass_.look(partial(pieces, stored, name), found)
-            codes = [pass_.code(piece, facts) for piece in pieces(stored, name)]
-            made[name] = [code for code in codes if code is not None]
+        for name in names:
+            facts = self.pass_.look(partial(pieces, stored, name), None)
+            made[name] = [self._code(piece, facts) for piece in pieces(stored, name)]
         return made
 
-    def model(self) -> Artifact:
+    def _code(self, piece: Piece, facts: Any) -> Signs:
+        code = self.pass_.code(piece, facts)
+        assert code is not None, "no pass that codes factors keeps one as it is"
+        return code
+
+    def model(self, codes: Mapping[str, list[Signs]]) -> Artifact:
         """The model that the base and the coded factors make, without a file."""
-        stored, codes = adapter_file(self.adapter), self.codes()
+        stored = adapter_file(self.adapter)
         shapes = {name: stored.shape(name) for name in codes}
         values = {n: torch.cat([code.value() for code in each]).view(shapes[n]) for n, each in codes.items()}
         factors = Factors(stored.files()[0], stored, shapes, lambda name: values[name].clone())
@@ -102,7 +103,7 @@ def make_factored(context: Context, unit: str, key: str, coder: FactorCoder) -> 
         names = sorted(stored.names())
         options = {"method": pass_.key, "coding": pass_.coding}
         write_delta(file, coder.base, names, payload, **options, chunk=PIECE, bars=bars, adapter=about)
-        meant, made = coder.model(), with_delta(coder.base, Delta.open(file))
+        meant, made = coder.model(codes), with_delta(coder.base, Delta.open(file))
         for name, _ in coder.base.graph.tensors():
             if not torch.equal(made.tensor(name).view(-1), meant.tensor(name).view(-1)):
                 raise CompressError(f"{name} of the compressed delta reads back differently; the disk may be failing")

@@ -63,7 +63,7 @@ class Merging(StageRunner):
         if delta is not None:
             artifact = write_applied(ledger, f"{stage.unit}-merged", key, merger, delta)
         elif coder is not None:
-            artifact = replace(base, source=coder.model().source)
+            artifact = replace(base, source=coder.model(coder.codes()).source)
         else:
             artifact = write_merged(context, f"{stage.unit}-merged", key, base, settling.settled)
         after = replace(context, artifact=artifact)

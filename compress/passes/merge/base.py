@@ -201,7 +201,7 @@ class MergePass(Pass):
     def of_whole_models(self, option: str) -> Iterator[OptionError]:
         """An error where an option differs by depth or tensor, and with `scope: model` holds for whole models."""
         values = getattr(self, option)
-        plain = not isinstance(values, tuple) or all(isinstance(value, float) for value in values)
+        plain = not isinstance(values, tuple) or all(isinstance(value, int | float) for value in values)
         overridden = any(option in override.options for override in self.overrides)
         if getattr(self, "scope", "tensor") == "model" and not (plain and not overridden):
             yield OptionError(option, "is for the whole vector with scope: model, one number for each model")

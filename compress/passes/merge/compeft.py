@@ -91,7 +91,7 @@ class Compeft(DeltaPass):
     def _check_factors(self) -> Iterator[OptionError]:
         """What says something of tensors of the model, where those of an adapter are coded."""
         for option in ("density", "alpha"):
-            if not isinstance(getattr(self, option), float):
+            if not isinstance(getattr(self, option), int | float):
                 yield OptionError(option, "is for all factors with factors: true; give one number")
         for option, plain in (("include", ()), ("exclude", ()), ("overrides", ()), ("vocabulary", "refuse")):
             if getattr(self, option) != plain:

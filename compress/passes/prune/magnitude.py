@@ -80,7 +80,7 @@ class Pruner(LinearPass):
         return allocation_facts(self.allocate, target.weight, scores)
 
     def allocated(self, found: Mapping[str, Any]) -> Self:
-        assert isinstance(self.sparsity, float)
+        assert not isinstance(self.sparsity, str)
         decided = shares(self.allocate, found, self.sparsity, self.allocate_by, self.spread)
         own = (Override(name, {**self.options_at(name), "sparsity": share}) for name, share in decided.items())
         return replace(self, allocate="uniform", spread=None, overrides=(*self.overrides, *own))

@@ -13,7 +13,7 @@ from annotated_types import Gt, Le
 from compress.lazy import torch
 from compress.passes.base import OptionError
 from compress.passes.interface import Narrowed
-from compress.passes.solvers.columns import cheapest, costs, moments_of, repaired
+from compress.passes.solvers.columns import cheapest, moments_of, repaired
 from compress.passes.width import WidthPass
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ class WidthPrune(WidthPass):
             yield OptionError("repair", f"{self.repair} is not what score: obs counts on; set it to least_squares")
 
     def scores(self, seen: UnitsSeen) -> Tensor:
+        """(U,) float64: what each unit is worth by itself; `obs` looks at them one after the other instead."""
         squares = seen.weight.double().square().sum(0)  # of each column
         if self.score == "magnitude":
             assert seen.made is not None
@@ -99,9 +100,6 @@ class WidthPrune(WidthPass):
             assert seen.slopes is not None
             return seen.slopes
         assert seen.statistics is not None
-        if self.score == "obs":
-            moments = moments_of(seen.statistics, seen.biased)
-            return costs(seen.weight, moments, seen.columns, self.damping)
         means = seen.statistics.square_sum / max(1, seen.statistics.tokens)
         if self.score == "fluctuation":
             mean = seen.statistics.mean

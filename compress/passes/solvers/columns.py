@@ -80,13 +80,6 @@ def repaired(weight: Tensor, moments: Moments, kept: Tensor, damping: float) -> 
     return made
 
 
-def costs(weight: Tensor, moments: Moments, columns: Tensor, damping: float) -> Tensor:
-    """(U,) float64: what the loss of each unit alone costs once all others have made up for it."""
-    inverse = torch.cholesky_inverse(_factor(moments.second, damping))
-    blocks, parts = _blocks(inverse, columns), weight.double()[:, columns].transpose(0, 1)
-    return _costs(blocks, parts.transpose(1, 2) @ parts)
-
-
 def cheapest(weight: Tensor, moments: Moments, columns: Tensor, keep: int, damping: float) -> Tensor:
     """Numbers (keep,) of the units that stay, ascending, of a weight (O, I) and units of `columns` (U, w).
 
