@@ -161,13 +161,12 @@ def mean_gap(table: Tensor) -> Tensor:
 
 
 def pulls(table: Tensor, gradient: str) -> tuple[Tensor, Tensor]:
-    """(G, K) ascending tables -> how strongly a weight at each entry is pulled up, and down, (G * K,) both, in units
-    of the mean gap D.
+    """(G, K) ascending tables -> how strongly a weight at each entry is pulled up, and down, (G * K,) both.
 
-    An entry at the distance d pulls with D^2 / max(d, D / 4) where the gradient is `proximal`, with d where it is
-    `distance`, with D where it is `equal`; the strongest of a side counts: the neighbour's, or that of the last entry.
-    Nothing lies beyond the last entry: a weight there does not move further out, and is not further away when it is
-    wanted back.
+    In units of the mean gap D of the table: an entry at the distance d pulls with D^2 / max(d, D / 4) where the
+    gradient is `proximal`, with d where it is `distance`, with D where it is `equal`; the strongest of a side counts:
+    the neighbour's, or that of the last entry. Nothing lies beyond the last entry: a weight there does not move further
+    out, and is not further away when it is wanted back.
     """
     mean = mean_gap(table)[:, None]
     if gradient == "distance":
