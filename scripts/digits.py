@@ -2,10 +2,10 @@
 
     python scripts/digits.py
 
-Replaces the tables between `<!-- digits -->` and `<!-- /digits -->` in docs/methods/weight_matching.md (the barrier: how
-far the loss on held-out digits rises above the straight line between two networks' own, at the worst of eleven points)
-and docs/methods/recalibrate_norms.md (losses with the statistics of batch norms as they were, and counted again). Takes
-a minute; no number is typed by hand.
+Replaces the tables between `<!-- digits -->` and `<!-- /digits -->` in docs/methods: in weight_matching.md the barrier,
+how far the loss on held-out digits rises above the straight line between two networks' own, at the worst of eleven
+points; in recalibrate_norms.md losses with the statistics of batch norms as they were, and counted again. Takes a
+minute; no number is typed by hand.
 """
 
 from __future__ import annotations
