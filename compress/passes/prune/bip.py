@@ -55,7 +55,7 @@ class Bip(EndToEnd):
         mask_rate: root mean square of a step of the scores, as a share of theirs.
         gamma: of the pull towards zero that makes the lower level's answer unique; large ones leave the correction out.
         correction: off, the scores follow theta * g alone. By default on for single weights, and off for whole groups,
-            where it did harm (see docs/methods/bip.md).
+            over which squares of gradients add up while theta * g cancels out.
 
     Example:
         >>> import torch, compress
