@@ -77,6 +77,8 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"train": ("scale_lora",), "rank": 2},
         {"train": ("lora_prune", "bias"), "rank": 2, "new_biases": True},
         {"train": ("full",), "batch_size": 2},
+        {"train": ("principal",), "rank": 2, "share": 0.2},
+        {"train": ("sensitive",), "rank": 2},
         {"train": ("lora",), "rank": 2, "alpha": 1.0},
     ],
     "perp_reconstruct": [{"train": ("scale_lora", "mask_lora"), "rank": 2}, {"granularity": "matrix"}],

@@ -43,6 +43,8 @@ OTHERS = (
     {"tables": 3, "weighting": "none"},
     {"train": ("scale_lora",)},
     {"train": ("full",)},
+    {"train": ("principal",), "rank": 2, "share": 0.2},
+    {"train": ("sensitive",), "rank": 2},
     {"cuts": 2},
     {"update": "obs"},
     {"rescale": "l1"},

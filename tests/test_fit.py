@@ -341,8 +341,19 @@ def test_an_impossible_budget_is_refused_with_the_smallest_possible_one(
         compress.fit(folder, tmp_path / "out", **budget, **options)
     found = re.search(unit, str(raised.value))
     assert found is not None
+    assert not (tmp_path / "out.fit").exists(), "refused before the sweep"
     enough: dict[str, Any] = {"size": int(found[1])} if "size" in budget else {"bits": float(found[1])}
     assert compress.fit(folder, tmp_path / "out", **enough, **options).fitted.counts() == {"w2g32": 14}
+
+
+@pytest.mark.parametrize("groups", ["site", "fused", "block"])
+@pytest.mark.parametrize("budget", [{"size": "100MB"}, {"bits": 32}])
+def test_a_budget_that_the_model_meets_as_it_is_leaves_nothing_to_do(
+    folder: Path, tmp_path: Path, budget: dict[str, Any], groups: Any
+) -> None:
+    with pytest.raises(UsageError, match="there is nothing to do; give less"):
+        compress.fit(folder, tmp_path / "out", **budget, groups=groups, pipeline=STEPS, options=OPTIONS)
+    assert not (tmp_path / "out.fit").exists()
 
 
 def test_a_model_too_large_for_memory_is_refused_with_the_measure_that_needs_less(

@@ -10,7 +10,7 @@ import torch
 import transformers
 from commands import compress_command
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import compress
 from compress import FlexRound, Gptq, Rtn, UnsupportedModelError, Wanda
@@ -196,3 +196,10 @@ def test_passes_over_whole_models_want_one_input() -> None:
     passes = [Wanda(sparsity=0.5), compress.Perp(steps=1)]
     with pytest.raises(DataError, match="perp learns from tokens or images alone"):
         compress.apply(llava(), passes, calibration=pictured(8, 8), allow_dense=True)
+
+
+def test_batch_norms_want_samples_that_run_in_batches() -> None:
+    model = clip()
+    model.visual_projection = nn.Sequential(nn.Linear(32, 16), nn.BatchNorm1d(16))
+    with pytest.raises(DataError, match="recalibrate_norms counts what batches of samples have together"):
+        compress.apply(model, [compress.RecalibrateNorms(batch_size=4)], calibration=pairs(8))

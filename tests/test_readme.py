@@ -70,6 +70,22 @@ def test_formats_in_the_readme_come_from_the_recorded_measurement() -> None:
     assert exports.table(json.loads((ROOT / "docs" / "exports.json").read_text())) in README
 
 
+def test_ablations_on_the_pages_of_methods_come_from_the_recorded_measurement() -> None:
+    import json
+    import sys
+
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        import ablations
+    finally:
+        sys.path.pop(0)
+    recorded = json.loads((ROOT / "docs" / "ablations.json").read_text())
+    assert recorded.keys() == ablations.PAGES.keys()
+    for page, found in recorded.items():
+        shown = (ROOT / "docs" / "methods" / f"{page}.md").read_text()
+        assert f"<!-- ablation -->\n{ablations.text(ablations.PAGES[page](), found)}\n<!-- /ablation -->" in shown, page
+
+
 def test_every_relative_link_of_the_documentation_leads_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):

@@ -130,17 +130,24 @@ def _images(graph: Graph, name: str, images: Tensor) -> Tensor:
 
 
 def refuse_by_name(steps: Pipeline, data: Dataset | None) -> None:
-    """Refuse samples with several inputs for a pass that learns from whole models.
+    """Refuse samples with several inputs for a pass that learns from whole models, or from batches.
 
     Raises:
         DataError: names the pass.
     """
-    whole = [p for stage in steps.passes for p in stage if p.loss is not None or getattr(p, "judged", False)]
-    if data is not None and data.named and whole:
-        raise DataError(
-            f"{whole[0].key} learns from tokens or images alone, and the calibration data has several inputs; give it "
-            "one, in a pipeline of its own"
-        )
+    if data is None or not data.named:
+        return
+    for pass_ in (p for stage in steps.passes for p in stage):
+        if pass_.loss is not None or getattr(pass_, "judged", False):
+            raise DataError(
+                f"{pass_.key} learns from tokens or images alone, and the calibration data has several inputs; give it "
+                "one, in a pipeline of its own"
+            )
+        if pass_.reach == "norms":
+            raise DataError(
+                f"{pass_.key} counts what batches of samples have together, and samples with several inputs run one by "
+                "one; give it data with one input, in a pipeline of its own"
+            )
 
 
 def with_masks(model: nn.Module, data: Dataset, folder: Path) -> Dataset:

@@ -19,7 +19,7 @@ from compress.checkpoint.finite import refuse_non_finite
 from compress.config.reading import load_pipeline
 from compress.config.writing import dump
 from compress.encodings.format import WEIGHTS
-from compress.engine.fit.choice import Choices
+from compress.engine.fit.choice import Choices, refuse_out_of_reach
 from compress.engine.fit.sensitivity import DIVERGENCE_TOKENS, GRADIENT_TOKENS, Groups, Sensitivity, find_losses
 from compress.engine.ledger import FolderLedger
 from compress.engine.stage import calibration_batches
@@ -118,8 +118,8 @@ def fit(
         on_row: as of `run`.
 
     Raises:
-        UsageError: before any work, for everything that can be known then; after the sweep, for a budget below the
-            smallest choice, with what that takes.
+        UsageError: before any work, for everything that can be known then, a budget that no choice meets among it;
+            after the sweep, for one that none meets of layers with the same option.
         GateError, ResourceError, CompressError: while running.
 
     Example:
@@ -146,7 +146,7 @@ def fit(
     prepared = prepare(first, model, out, bars=bars, calibrated=True, **found)
     data = prepared.data.calibration
     assert data is not None
-    _refuse(prepared, passes, data, sensitivity)
+    _refuse(prepared, passes, data, sensitivity, budget)
     destination = Path(out).absolute()
     folder = destination.with_name(f"{destination.name}.fit") if work is None else Path(work).absolute()
     if folder in (destination, work_of(destination)):
@@ -177,8 +177,10 @@ def _default() -> Pipeline:
     return replace(steps, passes=((replace(pass_, fallback="channel"),),), description="", lines={})  # type: ignore[call-arg]
 
 
-def _refuse(prepared: Work, passes: Mapping[str, LinearPass], data: Dataset, sensitivity: Sensitivity) -> None:
-    """Refuse what an option cannot do, or a measure cannot see.
+def _refuse(
+    prepared: Work, passes: Mapping[str, LinearPass], data: Dataset, sensitivity: Sensitivity, budget: Budget
+) -> None:
+    """Refuse what an option cannot do, a measure cannot see, or no choice can meet.
 
     Raises:
         UsageError: says which.
@@ -186,10 +188,13 @@ def _refuse(prepared: Work, passes: Mapping[str, LinearPass], data: Dataset, sen
     """
     opened, steps = prepared.opened, prepared.steps
     graph = opened.artifact.graph
+    planned = []
     for label, pass_ in passes.items():
         own = replace(steps, passes=((pass_,),), lines={})
         made = plan.make(own, graph, opened.dtypes, f"option {label}", where=prepared.plan.places)
         check_memory(made)
+        planned.append(made.stages[0][0].specs)
+    refuse_out_of_reach(opened.artifact, planned, size=budget.size, bits=budget.bits)
     if sensitivity == "error":
         return
     if not (graph.is_language_model or graph.is_image_model or has_logits(graph.model)):

@@ -24,11 +24,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from compress.encodings.outlier_victim import quantize_dequantize, search
-from compress.encodings.power import PowerGrid, fit_exponent, fit_scale, profile
+from compress.encodings.power import KEPT_TABLES, PowerGrid, fit_exponent, fit_scale, profile
 from compress.encodings.stated import made_from
 from compress.lazy import function, torch
 
@@ -257,18 +257,19 @@ class TensorPower(InputGrid):
     def words(cls, form: InputForm) -> str:
         return f"power{form.bits}"
 
-    @cached_property
-    def levels(self) -> PowerGrid:
-        """Made once, where the first input is, and kept outside of any mode."""
-        with torch.inference_mode(False):
-            made = PowerGrid(self.form.bits, float(self.exponent), "zero")
-            _ = made.values, made.borders
-        return made
-
     def rounded(self, x: Tensor) -> Tensor:
-        scale, grid = self.scale.to(x.device), self.levels
+        scale, grid = self.scale.to(x.device), power_grid(self.form.bits, float(self.exponent), x.device)
         codes = grid.nearest(x / scale)
         return grid.values.index_select(0, codes.flatten()).view(x.shape) * scale
+
+
+@lru_cache(maxsize=KEPT_TABLES)
+def power_grid(bits: int, exponent: float, device: torch.device) -> PowerGrid:
+    """The levels of an exponent on a device, made once and outside of any mode."""
+    with torch.inference_mode(False), device:
+        made = PowerGrid(bits, exponent, "zero")
+        _ = made.values, made.borders
+    return made
 
 
 INPUT_GRIDS: dict[tuple[GridKind, Scale], type[InputGrid]] = {

@@ -36,6 +36,7 @@ GOLDEN_STEPS = 10  # of that finer search, which leave about 1 % of the interval
 SHARES = tuple(k / 100 for k in range(100, 19, -5))  # of the largest magnitude: ranges searched first
 FINER = tuple(k / 100 for k in range(-4, 5) if k)  # and then around the best of them
 BINS = 2048
+KEPT_TABLES = 4096  # more than a model has matrices: they come in turn, so that with fewer none would be found again
 EMPTY = 2.0**-24  # scale of a group that holds nothing but zeros: the smallest float16
 
 
@@ -129,7 +130,7 @@ def level_values(bits: int, levels: Levels, exponent: Tensor) -> Tensor:
     return _exact_values(bits, levels, exponent).float().to(exponent.device)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=KEPT_TABLES)
 def _levels(bits: int, levels: Levels, exponent: float, device: torch.device) -> Table:
     with torch.inference_mode(False):
         values = level_values(bits, levels, torch.tensor([exponent], device=device))

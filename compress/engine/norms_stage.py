@@ -45,8 +45,7 @@ class Recounting(StageRunner):
         records = context.ledger.load(stage.unit, key)
         if records is None:
             assert data is not None
-            batches = [data.inputs[i : i + 1] for i in range(len(data.inputs))] if context.named else None
-            seen = _moments(context, pass_, names, batches or pass_.batches(data.inputs))
+            seen = _moments(context, pass_, names, pass_.batches(data.inputs))
             found = [r for name in names if any(name in s for s in seen) for r in _records(context, pass_, name, seen)]
             records = context.commit(stage.unit, key, found)
         take_records(context, records)

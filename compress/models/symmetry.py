@@ -86,6 +86,12 @@ class Units:
         """How many there are."""
         return len(self.places[0].index)
 
+    @property
+    def crossing(self) -> bool:
+        """Whether some tensor has them along both of its axes."""
+        axes = {(place.tensor, place.axis) for place in self.places}
+        return len(axes) > len(self.tensors())
+
     def tensors(self) -> set[str]:
         """The names of all tensors that move."""
         return {place.tensor for place in self.places}

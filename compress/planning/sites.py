@@ -9,6 +9,7 @@ from compress.encodings import FACTORED, Spec
 from compress.encodings.pattern import promised
 from compress.lazy import torch
 from compress.passes.prune.selection import pattern
+from compress.passes.retrain.options import TrainingOptions
 from compress.passes.targets import works_on
 from compress.planning import checks
 from compress.planning.checks import Case
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 def plan(state: PlanState, path: str, pass_: Pass, *, fused: bool, first: bool) -> Planned:
     """What becomes of each layer; see `Planner`."""
     graph, written = state.graph, pass_
-    pass_ = on_model(graph, written)
+    pass_ = _with_free_head(state, on_model(graph, written))
     chosen = tuple(s for s in graph.sites if works_on(pass_, s))
     sites = _in_free_order(graph, chosen) if pass_.preserves else chosen
     problems = tuple(_problems(Case(state, path, pass_, sites), written, chosen, fused, first))
@@ -44,6 +45,18 @@ def plan(state: PlanState, path: str, pass_: Pass, *, fused: bool, first: bool) 
             biases[site.name] = site.shape[0] * state.dtypes[site.parameter].itemsize
     after = replace(state.entered(path, pass_), kinds=kinds, specs={**state.specs, **specs}, new_biases=biases)
     return Planned(PassPlan(path, pass_, sites, specs), after, problems)
+
+
+def _with_free_head(state: PlanState, pass_: Pass) -> Pass:
+    """A pass that trains the head by default, without it where it is tied, shared or no longer dense."""
+    if not isinstance(pass_, TrainingOptions) or not pass_.head_by_default:
+        return pass_
+    tied = {*state.graph.tied, *state.graph.tied.values()}
+    for site in state.graph.sites:
+        free = site.parameter not in tied and not site.shared and state.kinds[site.name] == "dense"
+        if site.block is None and not free and any(pass_.is_head(name) for name in site.names):
+            return replace(pass_, train=tuple(name for name in pass_.train if name != "head"))
+    return pass_
 
 
 def _in_free_order(graph: Graph, chosen: Sequence[Site]) -> tuple[Site, ...]:

@@ -5,9 +5,22 @@ from dataclasses import replace
 
 import pytest
 import torch
+from elsewhere import elsewhere
 from torch import Tensor
 
-from compress.encodings import InputForm, InputGrid, Spec, Uniform, Weight, fit, fit_inputs, pack, quantize, unpack
+from compress.encodings import (
+    InputForm,
+    InputGrid,
+    Spec,
+    Uniform,
+    Weight,
+    fit,
+    fit_inputs,
+    pack,
+    power,
+    quantize,
+    unpack,
+)
 from compress.encodings.inputs import TensorPairs, TensorPower, TensorSteps
 from compress.encodings.outlier_victim import quantize_dequantize
 from compress.encodings.power import PowerGrid
@@ -190,6 +203,30 @@ def test_gradients_pass_as_if_nothing_had_been_rounded(inputs: InputGrid) -> Non
     made.backward(torch.arange(x.numel()).view(x.shape).float())
     assert x.grad is not None
     assert torch.equal(x.grad.flatten(), torch.arange(x.numel()).float())
+
+
+@each_grid
+def test_an_input_is_rounded_where_it_is_with_no_device_set(inputs: InputGrid) -> None:
+    expected = inputs.apply(tokens())
+    with elsewhere() as device:
+        made = inputs.apply(tokens().to(device))
+        assert made.device == device
+        assert torch.equal(made.cpu(), expected)
+
+
+def test_the_levels_of_power_grids_are_made_once_however_many_layers_take_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    form, x = InputForm(bits=4, grid="power", scale="tensor"), tokens(2)
+    layers = [{"input_scale": torch.ones(1), "input_exponent": torch.tensor([0.3 + k / 1000])} for k in range(300)]
+
+    def run() -> None:
+        for stored in layers:
+            form.input_grid(stored).apply(x)  # a packed layer makes its grid again for each call
+
+    run()
+    monkeypatch.setattr(power, "_exact_values", lambda *args: pytest.fail("levels are made again"))
+    run()
 
 
 @pytest.mark.parametrize("scale", ["token", "tensor"])

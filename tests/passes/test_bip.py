@@ -12,7 +12,7 @@ from compress.errors import ConfigError
 from compress.passes import Bip, GlobalMagnitude
 from compress.passes.base import Edit, Target, Whole
 from compress.passes.prune.bip import Refinement
-from compress.passes.prune.mask_groups import group_sums, smallest_groups, spread
+from compress.passes.prune.mask_groups import fitting, group_sums, smallest_groups, spread
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -117,6 +117,14 @@ def test_the_correction_finds_a_better_mask_than_turns_without_it() -> None:
     assert all(left(seed, True) < 0.8 * left(seed, False) for seed in range(4))
 
 
+def test_the_correction_finds_a_better_mask_while_the_weights_are_trained_too() -> None:
+    def left(seed: int, correction: bool) -> float:
+        notes = refined(seed, mask_rate=0.05, learning_rate=3e-4, gamma=1.0, correction=correction).notes
+        return notes["loss"]
+
+    assert all(left(seed, True) < 0.9 * left(seed, False) for seed in range(4))
+
+
 @pytest.mark.parametrize("granularity", ["filter", "channel"])
 def test_whole_groups_go_and_no_more_than_the_share(granularity: str) -> None:
     edit = refined(granularity=granularity, correction=True, mask_rate=0.05)
@@ -158,6 +166,58 @@ def test_every_matrix_keeps_a_group_and_zeros_that_were_there_count() -> None:
     kept = smallest_groups(scores, targets, "filter", 0.75)  # 36 of 48, 12 of which are gone already
     assert kept["small"].tolist() == [False, True, False, False]
     assert kept["large"].tolist() == [False, False, False, True]
+
+
+def test_the_group_that_a_matrix_keeps_is_one_that_is_there() -> None:
+    gone = torch.ones(4, 6, dtype=torch.bool)
+    gone[0] = False
+    scores = {"a": torch.tensor([9.0, 1.0, 2.0, 3.0])}  # the best was gone before
+    kept = smallest_groups(scores, {"a": Target(torch.ones(4, 6), gone)}, "filter", 0.75)
+    assert kept["a"].tolist() == [False, False, False, True]
+    nothing = smallest_groups(scores, {"a": Target(torch.ones(4, 6), torch.zeros(4, 6, dtype=torch.bool))}, "filter", 1)
+    assert not bool(nothing["a"].any())
+
+
+def test_a_group_that_no_longer_fits_is_passed_over_for_those_that_do() -> None:
+    targets = {"wide": Target(torch.ones(2, 30)), "thin": Target(torch.ones(10, 4))}
+    scores = {"wide": torch.tensor([2.5, 9.0]), "thin": torch.arange(10.0)}
+    kept = smallest_groups(scores, targets, "filter", 0.24)  # 24 of 100: three of 4, none of 30, three more of 4
+    assert kept["wide"].tolist() == [True, True]
+    assert kept["thin"].tolist() == [False] * 6 + [True] * 4
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_taking_what_fits_is_what_a_loop_takes(seed: int) -> None:
+    sizes = torch.randint(1, 40, (60,), generator=torch.Generator().manual_seed(seed))
+    for budget in (0, 1, 17, 300, 5000):
+        taken, left = [], budget
+        for place, size in enumerate(sizes.tolist()):
+            if size <= left:
+                taken.append(place)
+                left -= size
+        assert fitting(sizes, budget).tolist() == taken
+
+
+@pytest.mark.parametrize("granularity", ["weight", "filter", "channel"])
+def test_what_was_masked_before_has_no_score_and_the_share_stays_exact(granularity: str) -> None:
+    mask = textbook.mask(8, 24, share=0.3)
+    mask[2], mask[:, 5] = False, False
+    model = regression()
+    assert model.data is not None
+    target = Target(model.load("a").weight * mask, mask, generator=torch.Generator().manual_seed(0))
+    options = Bip(sparsity=0.6, steps=30, granularity=granularity, correction=True, mask_rate=0.1, learning_rate=1e-3)  # type: ignore[arg-type]
+    state = Refinement({"a": target}, model.data, options, 0)
+    for step in range(1, 31):
+        state.gradients(step)
+        state.after(step)
+        gone = ~state.masks["a"]
+        assert bool(gone[~mask].all())
+        assert int(gone.sum()) <= int(0.6 * 8 * 24)
+        scores = state.scores["a"]
+        dead = {"weight": ~mask, "filter": ~mask.any(1), "channel": ~mask.any(0)}[granularity]
+        assert bool((scores[dead] == 0).all())
+    if granularity == "weight":
+        assert int(gone.sum()) == int(0.6 * 8 * 24)
 
 
 def test_a_share_that_whole_groups_cannot_reach_is_refused(tokens: Tensor, tiny_llama: LlamaForCausalLM) -> None:

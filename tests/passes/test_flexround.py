@@ -24,7 +24,7 @@ GRIDS = [
     {"granularity": "tensor", "scale_rate": 0.005},
     {"granularity": "channel", "bits": 3},
     {"group_size": 16, "bits": 3},
-    {"granularity": "tensor", "symmetric": True, "scale_rate": 0.005},
+    {"granularity": "tensor", "symmetric": True},
     {"symmetric": True, "bits": 3},
     {"group_size": 16, "symmetric": True, "bits": 2},
 ]

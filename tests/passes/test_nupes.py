@@ -165,15 +165,6 @@ def test_scales_stay_when_told_to() -> None:
     assert torch.equal(fixed.scale, first)
 
 
-def test_masked_weights_stay_zero_and_take_no_part() -> None:
-    mask = textbook.mask(16, 48, share=0.5)
-    given = target(mask=mask)
-    ((_, edit),) = Nupes(bits=3, steps=20).run(textbook.block({"a": given}, samples=64))
-    assert edit.encoding is not None
-    assert edit.mask is mask
-    assert bool(((edit.encoding.dequantize() * ~mask) == 0).all()) or edit.encoding.form.levels == "half"  # type: ignore[attr-defined]
-
-
 def test_the_fallback_is_powerquant_with_the_same_grid() -> None:
     pass_ = Nupes(bits=3, group_size=16, levels="half", scale_search="minmax")
     same = PowerQuant(bits=3, group_size=16, levels="half", scale_search="minmax")

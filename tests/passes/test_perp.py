@@ -11,14 +11,16 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import compress
 from compress.calibration.training import Schedule
+from compress.config.options import errors_in
 from compress.engine.ledger import FolderLedger
 from compress.errors import ConfigError
-from compress.passes import Eora, Magnitude, Perp, PerpReconstruct, Rtn, Wanda
+from compress.passes import Eora, Magnitude, Pass, Perp, PerpReconstruct, Rtn, Wanda
 from compress.passes.base import Target
-from compress.passes.retrain.adapters import AdaptedMatrix
+from compress.passes.retrain.adapters import AdaptedMatrix, Recipe
+from compress.passes.retrain.importance import principal, sensitive
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SETS = ("mask_lora", "scale_lora", "lora_prune", "lora", "full")
+SETS = ("mask_lora", "scale_lora", "lora_prune", "lora", "full", "principal", "sensitive")
 
 
 def masked(seed: int = 0) -> Target:
@@ -30,7 +32,7 @@ def masked(seed: int = 0) -> Target:
 
 def moved(target: Target, *sets: str, rank: int = 3) -> AdaptedMatrix:
     """Adapters after a few steps of descent towards other values."""
-    matrix = AdaptedMatrix(target, sets, rank, alpha=6.0)
+    matrix = AdaptedMatrix(target, Recipe(sets, rank, 6.0, 0.3), textbook.weight(12, 20, seed=4))
     wanted = textbook.weight(12, 20, seed=9)
     optimizer = torch.optim.Adam(matrix.tensors(), lr=0.05)
     for _ in range(20):
@@ -46,12 +48,12 @@ def moved(target: Target, *sets: str, rank: int = 3) -> AdaptedMatrix:
 @pytest.mark.parametrize("name", SETS)
 def test_before_the_first_step_the_matrix_is_the_pruned_one(name: str) -> None:
     target = masked()
-    matrix = AdaptedMatrix(target, (name,), rank=4, alpha=8.0)
+    matrix = AdaptedMatrix(target, Recipe((name,), 4, 8.0, 0.3), textbook.weight(12, 20, seed=4))
     assert torch.equal(matrix.soft(), target.weight)
     assert torch.equal(matrix.merged(), target.weight)
 
 
-@pytest.mark.parametrize("name", ["mask_lora", "scale_lora", "full"])
+@pytest.mark.parametrize("name", ["mask_lora", "scale_lora", "full", "principal", "sensitive"])
 def test_merging_changes_nothing_and_keeps_every_zero(name: str) -> None:
     matrix, kept = moved(masked(), name), masked().mask
     assert torch.equal(matrix.merged(), matrix.soft())
@@ -92,6 +94,43 @@ def test_lora_beside_zeros_is_kept_and_leaves_the_matrix_as_it_is() -> None:
     assert edit.low_rank.rank == 3
 
 
+@pytest.mark.parametrize("name", ["principal", "sensitive"])
+def test_of_the_kept_weights_a_share_is_trained_and_no_other(name: str) -> None:
+    target, kept = masked(), masked().mask
+    matrix = moved(target, name)
+    changed = matrix.merged() != target.weight
+    assert matrix.tensors()[0].numel() == round(0.3 * int(kept.sum()))
+    assert int(changed.sum()) == round(0.3 * int(kept.sum()))
+    assert not bool(changed[~kept].any())
+
+
+def test_principal_weights_are_the_largest_of_the_nearest_matrix_of_a_low_rank() -> None:
+    target, kept = masked(), masked().mask
+    u, s, v = torch.linalg.svd(target.weight.double(), full_matrices=False)
+    nearest = ((u[:, :3] * s[:3]) @ v[:3]).abs()
+    assert torch.allclose(principal(target.weight, 3).double(), nearest, atol=1e-5)
+    changed = moved(target, "principal", rank=3).merged() != target.weight
+    assert float(nearest[changed].min()) > float(nearest[kept & ~changed].max())
+    assert not torch.equal(changed, moved(target, "principal", rank=1).merged() != target.weight)
+    assert not bool(principal(torch.zeros(4, 5), 2).any())
+
+
+def test_sensitive_weights_are_found_by_rows_and_columns_through_the_noise_of_gradients() -> None:
+    rows, columns = torch.linspace(0.1, 2, 24)[:, None], torch.linspace(0.1, 2, 40)[None]
+    true = rows * columns + rows + columns
+
+    def found(values: Tensor) -> set[int]:
+        return set(values.flatten().argsort(descending=True)[:96].tolist())
+
+    by_score = by_sight = 0
+    for seed in range(5):
+        seen = true * textbook.weight(24, 40, seed).abs()  # of few samples: right only on average
+        by_sight += len(found(seen) & found(true))
+        by_score += len(found(sensitive(torch.ones(24, 40), -seen, rank=1)) & found(true))
+    assert by_score > 1.25 * by_sight
+    assert not bool(sensitive(torch.ones(3, 4), None, rank=1).any())
+
+
 def test_the_learning_rate_rises_for_a_tenth_and_then_falls_to_nothing() -> None:
     schedule = Schedule(steps=100, batch_size=1)
     rates = [schedule.rate(step) for step in range(1, 101)]
@@ -120,7 +159,10 @@ def zeros(result: compress.Result) -> dict[str, Tensor]:
     return {name: w.mask for name, w in result.weights.items() if w.mask is not None}
 
 
-@pytest.mark.parametrize("train", [("bias", "norm", "mask_lora"), ("scale_lora",), ("lora_prune",), ("full",)])
+@pytest.mark.parametrize(
+    "train",
+    [("bias", "norm", "mask_lora"), ("scale_lora",), ("lora_prune",), ("full",), ("principal",), ("sensitive",)],
+)
 @pytest.mark.parametrize("objective", ["next_token", "distill"])
 def test_training_lowers_the_loss_and_leaves_the_masks(
     tiny_llama: LlamaForCausalLM, tokens: Tensor, train: tuple[str, ...], objective: str
@@ -157,6 +199,60 @@ def test_a_head_that_is_tied_to_the_embedding_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=r"lm_head is tied to model\.embed_tokens"):
         compress.apply(llama_maker(tie_word_embeddings=True), [Perp(train=("head",), steps=1)], tokens)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_by_default_the_head_is_trained_where_it_is_not_tied(
+    llama_maker: Callable[..., LlamaForCausalLM], tokens: Tensor, tied: bool
+) -> None:
+    model = llama_maker(tie_word_embeddings=tied)
+    result = compress.apply(model, [prune(), Perp(rank=2, steps=3, learning_rate=5e-3)], tokens)
+    head = result.model.lm_head.weight
+    assert ("lm_head" in result.weights) != tied
+    assert torch.equal(head, model.lm_head.weight) == tied
+    assert torch.equal(result.model.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("before", [Rtn(bits=8, include=("lm_head",)), Magnitude(sparsity=0.5, include=("lm_head",))])
+def test_by_default_a_head_that_is_no_longer_dense_stays(
+    tiny_llama: LlamaForCausalLM, tokens: Tensor, before: Pass
+) -> None:
+    result = compress.apply(tiny_llama, [before, Perp(rank=2, steps=3, learning_rate=5e-3)], tokens)
+    alone = compress.apply(tiny_llama, [before], tokens)
+    assert torch.equal(result.weights["lm_head"].dequantize(), alone.weights["lm_head"].dequantize())
+
+
+def test_a_head_that_is_excluded_stays(tiny_llama: LlamaForCausalLM, tokens: Tensor) -> None:
+    result = compress.apply(tiny_llama, [Perp(rank=2, steps=3, learning_rate=5e-3, exclude=("lm_h*",))], tokens)
+    assert torch.equal(result.model.lm_head.weight, tiny_llama.lm_head.weight)
+
+
+def test_weights_that_the_loss_depends_on_are_chosen_where_gradients_are(tokens: Tensor) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    with torch.no_grad():
+        model[2].weight[:, 16:] = 0  # half of what the first layer makes counts for nothing
+    inputs = textbook.inputs(24, tokens=64)
+    options = {"steps": 20, "learning_rate": 1e-2, "share": 0.1}
+    passes = [Magnitude(sparsity=0.3, include=("0",)), Perp(train=("sensitive",), include=("0",), **options)]
+    made = compress.apply(model, passes, inputs)
+    pruned = compress.apply(model, passes[:1], inputs)
+    changed = made.model[0].weight != pruned.model[0].weight
+    assert int(changed[:16].sum()) > 0.9 * round(0.1 * int(pruned.weights["0"].mask.sum()))
+    assert not bool(changed[16:].any())
+
+
+@pytest.mark.parametrize(
+    ("pass_", "said"),
+    [
+        (PerpReconstruct(train=("sensitive",)), "sensitive chooses by the loss of the whole model"),
+        (compress.SparseSoup(train=("sensitive",)), "sensitive chooses by the loss of the whole model"),
+        (Perp(share=0.1), "changes nothing without principal or sensitive"),
+        (Perp(train=("principal",), share=0.0), "share"),
+    ],
+)
+def test_sets_of_some_weights_are_refused_where_they_mean_nothing(pass_: Pass, said: str) -> None:
+    assert any(said in f"{error.option} {error.message}" for error in errors_in(pass_))
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from compress.report.fitted import FittedLayer, Point
 from compress.report.report import size_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from compress.checkpoint.artifact import Artifact
     from compress.encodings import Spec
@@ -64,11 +65,7 @@ class Choices:
         """
         least = self.size(self.smallest)
         if size < least:
-            dense = least - self.knapsack.least
-            raise UsageError(
-                f"a file of {size} bytes is too small: the smallest choice takes {least} bytes ({size_text(least)}), "
-                f"of which {size_text(dense)} are no layers that were chosen for; give more, or options with fewer bits"
-            )
+            raise too_small(size, least, self.knapsack.least)
         room = size - (least - self.knapsack.least)
         while True:
             chosen = self.knapsack.choose(max(room, self.knapsack.least))
@@ -85,11 +82,7 @@ class Choices:
         """
         room = int(bits * self.weights / 8)
         if room < self.knapsack.least:
-            least = -(-8 * self.knapsack.least * 10_000 // self.weights) / 10_000
-            raise UsageError(
-                f"{bits:g} bits per weight are too few: the smallest choice takes {least:.4f} bits per weight, scales "
-                "counted; give more, or options with fewer bits"
-            )
+            raise too_few_bits(bits, self.knapsack.least, self.weights)
         return self.knapsack.choose(room)
 
     def size(self, chosen: Sequence[int]) -> int:
@@ -142,4 +135,60 @@ class Choices:
         return zip(self.losses.groups, chosen, strict=True)
 
 
-__all__ = ["Choices"]
+def refuse_out_of_reach(
+    artifact: Artifact, options: Sequence[Mapping[str, Spec]], *, size: int | None, bits: float | None
+) -> None:
+    """Refuse a budget that no choice meets, or that the original does, by what options are planned to take.
+
+    Args:
+        artifact: the original model.
+        options: of each option, how every layer would be stored.
+        size: bytes of the file of weights.
+        bits: instead of it, stored bits for each weight of these layers.
+
+    Raises:
+        UsageError: says what the smallest choice takes, or what the original does.
+    """
+    smallest = {name: min((each[name] for each in options), key=lambda spec: spec.num_bytes) for name in options[0]}
+    chosen = sum(spec.num_bytes for spec in smallest.values())
+    if size is not None:
+        least, whole = forecast_size(artifact, smallest), forecast_size(artifact, {})
+        if size < least:
+            raise too_small(size, least, chosen)
+        if size >= whole:
+            raise UsageError(
+                f"a file of {size} bytes has room for the model as it is, {whole} bytes ({size_text(whole)}): there is "
+                "nothing to do; give less"
+            )
+    elif bits is not None:
+        shapes = {name: math.prod(spec.shape) for name, spec in smallest.items()}
+        weights = sum(shapes.values())
+        if int(bits * weights / 8) < chosen:
+            raise too_few_bits(bits, chosen, weights)
+        stored = sum(8 * artifact.store_dtype(artifact.sites[n]).itemsize * count for n, count in shapes.items())
+        if bits >= stored / weights:
+            raise UsageError(
+                f"the layers take {stored / weights:g} bits per weight as they are, and {bits:g} are allowed: there is "
+                "nothing to do; give less"
+            )
+
+
+def too_small(size: int, least: int, chosen: int) -> UsageError:
+    """Why a file is too small for the smallest choice, which takes `least` bytes, `chosen` of them for its layers."""
+    return UsageError(
+        f"a file of {size} bytes is too small: the smallest choice takes {least} bytes ({size_text(least)}), "
+        f"of which {size_text(least - chosen)} are no layers that were chosen for; give more, or options with fewer "
+        "bits"
+    )
+
+
+def too_few_bits(bits: float, chosen: int, weights: int) -> UsageError:
+    """Why bits per weight are too few for the smallest choice, which takes `chosen` bytes."""
+    least = -(-8 * chosen * 10_000 // weights) / 10_000
+    return UsageError(
+        f"{bits:g} bits per weight are too few: the smallest choice takes {least:.4f} bits per weight, scales counted; "
+        "give more, or options with fewer bits"
+    )
+
+
+__all__ = ["Choices", "refuse_out_of_reach"]

@@ -17,7 +17,8 @@ class Bert(Language):
             *("word_embeddings", "position_embeddings", "token_type_embeddings"),
             *("query", "key", "value", "intermediate.dense", "qa_outputs"),
         ),
-        neither=("predictions.bias", "lm_head.bias"),
+        # Keys and values of cross-attention read what an encoder put out, which is another stream.
+        neither=("predictions.bias", "lm_head.bias", "crossattention.self.key", "crossattention.self.value"),
         between={
             **dict.fromkeys(("transform.dense", "lm_head.dense"), (HEAD, STREAM)),
             **dict.fromkeys(("transform.LayerNorm", "lm_head.layer_norm"), (HEAD, None)),

@@ -71,6 +71,7 @@ def match(
     counted = {p.tensor for each in units for p in each.places if p.counts}
     found = [inner_product(ours, theirs, counted)]
     least = GAIN * inner_product(ours, ours, counted) ** 0.5 * inner_product(theirs, theirs, counted) ** 0.5
+    exact = len(units) == 1 and not units[0].crossing  # one alone is found at once
     for _ in range(sweeps):
         before = len(found)
         for k in draw(generator, (len(units),), "permutation", orders[0].units).tolist():
@@ -86,7 +87,7 @@ def match(
             if gained > least:
                 orders[k] = order
                 found.append(found[-1] + gained)
-        if len(found) == before or len(units) == 1:  # one alone is exact at once
+        if len(found) == before or exact:
             break
     return FoundOrders(tuple(orders), tuple(found))
 

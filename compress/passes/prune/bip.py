@@ -45,7 +45,7 @@ class Bip(EndToEnd):
     magnitudes and move by a share of their own size.
 
     Args:
-        sparsity: share of zeros over all selected weights; of whole groups, the nearest share below it.
+        sparsity: share of zeros over all selected weights; of whole groups, as many of the worst as fit into it.
         granularity: what goes together: a single `weight`, a `filter` (a row: all that one output reads) or a `channel`
             (a column; of a convolution, all that reads one input channel). The move of a group's mask is the sum of its
             weights'; groups of unlike size are ranked by their means. Every matrix keeps a group.
@@ -55,7 +55,7 @@ class Bip(EndToEnd):
         mask_rate: root mean square of a step of the scores, as a share of theirs.
         gamma: of the pull towards zero that makes the lower level's answer unique; large ones leave the correction out.
         correction: off, the scores follow theta * g alone. By default on for single weights, and off for whole groups,
-            where it did harm (see docs/methods/bip.md).
+            over which squares of gradients add up while theta * g cancels out.
 
     Example:
         >>> import torch, compress
@@ -184,13 +184,20 @@ class Refinement(Learner):
         return {name: m if (own := self.targets[name].mask) is None else m & own for name, m in masks.items()}
 
     def slopes(self, draw: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss on the samples of a draw, and its gradients at the masked weights, of those that are gone too."""
+        """The loss on the samples of a draw, and its gradients at the masked weights.
+
+        Those that are gone have gradients too, as they may come back; those that were gone before this pass do not.
+        """
         made = {n: (w * self.masks[n]).requires_grad_() for n, w in self.weights.items()}
         with torch.enable_grad():
             numbers = batch(self.samples, draw, self.options.batch_size, self.order)
             value = self.data.backward(lambda wanted: _masks_of(made, wanted), numbers, list(made.values()))
-        slopes = {n: m.grad if m.grad is not None else torch.zeros_like(m) for n, m in made.items()}
-        return value, slopes
+        return value, {n: self._free(n, torch.zeros_like(m) if m.grad is None else m.grad) for n, m in made.items()}
+
+    def _free(self, name: str, values: Tensor) -> Tensor:
+        """(O, I) with zeros where a mask was before."""
+        mask = self.targets[name].mask
+        return values if mask is None else values * mask
 
 
 def _masks_of(made: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:

@@ -47,9 +47,9 @@ def most_gone(shapes: Iterable[tuple[int, int]], group: Group | Literal["weight"
 def smallest_groups(
     scores: Mapping[str, Tensor], targets: Mapping[str, Target], group: Group, sparsity: float
 ) -> dict[str, Tensor]:
-    """(G,) bool of every matrix, True = kept: the groups with the smallest scores go, while they fit the share.
+    """(G,) bool of every matrix, True = kept: from the smallest score up, each group goes that still fits the share.
 
-    What was masked before counts as gone. The best group of every matrix stays, so none is cut off altogether.
+    What was masked before counts as gone. The best group of every matrix that has any left stays, so none is cut off.
 
     Args:
         scores: (G,) of each matrix.
@@ -60,23 +60,34 @@ def smallest_groups(
     Raises:
         SolveError: the share is not reached where every matrix keeps a group.
     """
-    flat, alive, may, total = [], [], [], 0
+    alive, may, total = [], [], 0
     for name, score in scores.items():
         weight, mask, kernel = targets[name].weight, targets[name].mask, targets[name].kernel
         total += weight.numel()
         left = torch.ones(weight.shape) if mask is None else mask.float()
         alive.append(group_sums(left, group, kernel).long())
-        others = torch.ones(len(score), dtype=torch.bool)
-        others[score.argmax()] = False
+        others = alive[-1] > 0
+        others[score.masked_fill(~others, -torch.inf).argmax()] = False
         may.append(others)
-        flat.append(score)
     sizes, free = torch.cat(alive), torch.cat(may)
     budget = count_in_share(total, sparsity) - (total - int(sizes.sum()))
-    order = torch.cat(flat).masked_fill(~free, torch.inf).argsort(stable=True)
-    upto = sizes[order].cumsum(0)
-    number = min(int((upto <= budget).sum()), int(free.sum()))
-    if number == int(free.sum()) and budget - int(sizes[free].sum()) > 0:
+    order = torch.cat(list(scores.values())).argsort(stable=True)
+    order = order[free[order]]
+    if int(sizes[order].sum()) < budget:
         raise SolveError(f"sparsity {sparsity} is not reached where every matrix keeps a {group}: lower it")
-    kept = torch.ones(len(order), dtype=torch.bool)
-    kept[order[:number]] = False
+    kept = sizes > 0
+    kept[order[fitting(sizes[order], budget)]] = False
     return dict(zip(scores, torch.split(kept, [len(s) for s in scores.values()]), strict=True))
+
+
+def fitting(sizes: Tensor, budget: int) -> Tensor:
+    """(N,) positive whole numbers -> the places of those taken, where each in turn is that still fits the budget."""
+    taken, left = [], torch.arange(len(sizes))
+    while len(left):
+        upto = sizes[left].cumsum(0)
+        number = int((upto <= budget).sum())
+        taken.append(left[:number])
+        budget -= int(upto[number - 1]) if number else 0
+        left = left[number:]
+        left = left[sizes[left] <= budget]
+    return torch.cat(taken) if taken else left

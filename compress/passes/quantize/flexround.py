@@ -46,7 +46,7 @@ class FlexRound(UniformOptions, LearnedPass):
 
     Args:
         rank: learn the divisors as a product of two matrices this thin (LRQ) instead of one number per weight.
-        learn_scale: learn the scales too (s1); frozen scales learn worse, see docs/methods/flexround.md.
+        learn_scale: learn the scales too (s1); frozen ones are a little worse, see docs/methods/flexround.md.
         scale_rate: learning rate of the scales. By default that of the divisors; 0.3 of it where one scale serves
             the whole matrix, as there a step of the same size moves every weight at once.
         row_factor: learn a common divisor per row or group (s3).

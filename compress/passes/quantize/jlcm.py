@@ -13,7 +13,7 @@ from annotated_types import Gt, Lt
 from compress.encodings import Codebooks
 from compress.encodings.codebook import nearest, of_columns, stored_table, unscaled
 from compress.encodings.uniform import narrowest, stored_scale
-from compress.lazy import no_grad, torch
+from compress.lazy import functional, no_grad, torch
 from compress.passes.quantize.codebook import Codebook, CodebookOptions
 from compress.passes.quantize.learned import LearnedPass, LearnedRounding, look_up, pulled
 from compress.passes.solvers.device import fused
@@ -160,27 +160,19 @@ def mean_gap(table: Tensor) -> Tensor:
     return table.diff(dim=1).mean(1).clamp(min=1e-12)
 
 
-def candidates(table: Tensor, gradient: str) -> Tensor:
-    """(G, K) ascending table -> (G, K, K): how strongly a weight at entry i is pulled to entry k, in units of D.
-
-    `proximal` is D^2 / max(d, D / 4) for the distance d of the two and the mean gap D of the table; `distance` is d;
-    `equal` is D. Nothing pulls a weight to where it is.
-    """
-    distance = (table[:, None, :] - table[:, :, None]).abs()
-    mean = mean_gap(table)[:, None, None]
-    if gradient == "proximal":
-        pull = mean / distance.clamp(min=NEAREST * mean)
-    else:
-        pull = distance / mean if gradient == "distance" else torch.ones_like(distance)
-    pull.diagonal(dim1=1, dim2=2).zero_()
-    return pull
-
-
 def pulls(table: Tensor, gradient: str) -> tuple[Tensor, Tensor]:
-    """The strongest pull of the entries above each and of those below it, (G * K,) both.
+    """(G, K) ascending tables -> how strongly a weight at each entry is pulled up, and down, (G * K,) both.
 
-    Nothing lies beyond the last entry: a weight there does not move further out, and is not further away when it is
-    wanted back.
+    In units of the mean gap D of the table: an entry at the distance d pulls with D^2 / max(d, D / 4) where the
+    gradient is `proximal`, with d where it is `distance`, with D where it is `equal`; the strongest of a side counts:
+    the neighbour's, or that of the last entry. Nothing lies beyond the last entry: a weight there does not move further
+    out, and is not further away when it is wanted back.
     """
-    pull = candidates(table, gradient)
-    return pull.triu().amax(2).flatten(), pull.tril().amax(2).flatten()
+    mean = mean_gap(table)[:, None]
+    if gradient == "distance":
+        up, down = (table[:, -1:] - table) / mean, (table - table[:, :1]) / mean
+    else:
+        gap = table.diff(dim=1)
+        pull = mean / gap.clamp(min=NEAREST * mean) if gradient == "proximal" else torch.ones_like(gap)
+        up, down = functional.pad(pull, (0, 1)), functional.pad(pull, (1, 0))
+    return up.flatten(), down.flatten()

@@ -5,7 +5,7 @@ Shapes: O rows, I columns, r rank; scales are (R, G), R = O or 1, of G groups of
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from compress.calibration.draws import draw
@@ -13,6 +13,7 @@ from compress.encodings import LowRankFactors
 from compress.encodings.uniform import narrowest, stored_scale
 from compress.lazy import no_grad, torch
 from compress.passes.interface import Edit
+from compress.passes.retrain.importance import principal, sensitive
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,6 +25,23 @@ if TYPE_CHECKING:
 NOISE = 0.02  # of the components of scale_lora that start without effect; equal ones would stay equal for ever
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained of a matrix.
+
+    Attributes:
+        sets: names of what `train` may hold, one after the other.
+        rank: of adapters.
+        alpha: what they add is multiplied by alpha / rank.
+        share: of the kept weights, where some of them are trained.
+    """
+
+    sets: Sequence[str]
+    rank: int
+    alpha: float
+    share: float = 1.0
+
+
 class AdaptedMatrix:
     """One matrix being trained: what it starts as, and the adapters that change it one after the other.
 
@@ -31,7 +49,9 @@ class AdaptedMatrix:
     are kept as its low-rank correction, and go on from the correction, or the factors, that are there.
     """
 
-    def __init__(self, target: Target, sets: Sequence[str], rank: int, alpha: float):
+    def __init__(self, target: Target, recipe: Recipe, slope: Tensor | None = None):
+        """`slope` (O, I): the gradient of the loss, for `sensitive`."""
+        rank, alpha = recipe.rank, recipe.alpha
         self.mask, self.stored = target.mask, target.stored
         self.encoding = None if self.stored is None else self.stored.encoding
         self.factored = self.stored is not None and self.stored.factored
@@ -41,12 +61,15 @@ class AdaptedMatrix:
         self.adapters: list[Adapter] = []
         self.beside: Lora | None = None
         self.factor: Tensor | None = None
-        for name in sets:
+        for name in recipe.sets:
             if name == "scale":
                 scale = getattr(self.encoding, "scale", None)
                 self.factor = None if scale is None else torch.zeros(scale.shape, requires_grad=True)
             elif name == "full":
                 self.adapters.append(Full(base))
+            elif name in ("principal", "sensitive"):
+                scores = principal(base, rank) if name == "principal" else sensitive(base, slope, rank)
+                self.adapters.append(Chosen(scores, recipe.share, self.mask))
             elif name == "scale_lora":
                 self.adapters.append(ScaleLora(base, rank, generator))
             elif name in ("lora", "head") and (self.mask is not None or self.encoding is not None or self.factored):
@@ -133,6 +156,22 @@ class Full(Adapter):
 
     def soft(self, weight: Tensor, mask: Tensor | None) -> Tensor:
         return weight + _kept(self.tensors[0], mask)
+
+
+class Chosen(Adapter):
+    """Those of the kept weights that have the highest scores."""
+
+    def __init__(self, scores: Tensor, share: float, mask: Tensor | None):
+        kept = scores.numel() if mask is None else int(mask.sum())
+        count = min(kept, max(1, round(share * kept)))
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        self.places = scores.flatten().argsort(descending=True, stable=True)[:count].sort().values
+        self.tensors = [torch.zeros(count, requires_grad=True)]
+
+    def soft(self, weight: Tensor, mask: Tensor | None) -> Tensor:
+        change = torch.zeros(weight.numel()).scatter(0, self.places, self.tensors[0])
+        return weight + change.view(weight.shape)
 
 
 _MASKED = {"lora": "never", "head": "never", "lora_prune": "merged", "mask_lora": "always"}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from compress.calibration.training import Loss, Schedule
 from compress.encodings import FACTORED, LowRankForm
 from compress.passes.base import ModelPass, OptionError, Pass
-from compress.passes.retrain.adapters import AdaptedMatrix
+from compress.passes.retrain.adapters import AdaptedMatrix, Recipe
 from compress.passes.retrain.trainables import Trainables
 
 if TYPE_CHECKING:
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
 
     from compress.passes.base import Target
 
-Train = Literal["bias", "norm", "head", "mask_lora", "scale_lora", "lora_prune", "lora", "full", "scale"]
+Train = Literal[
+    "bias", "norm", "head", "mask_lora", "scale_lora", "lora_prune", "principal", "sensitive", "lora", "full", "scale"
+]  # fmt: skip
 HEADS = ("lm_head", "embed_out", "classifier", "score", "head", "fc")  # what models call the layer that outputs logits
-REWRITES = ("mask_lora", "scale_lora", "lora_prune", "full")  # sets that give a matrix new values
+CHOSEN = ("principal", "sensitive")  # sets that train some of the weights themselves
+REWRITES = ("mask_lora", "scale_lora", "lora_prune", *CHOSEN, "full")  # sets that give a matrix new values
 IN_BLOCKS = (*REWRITES, "lora", "scale")
 ALL_KINDS = frozenset(
     kind + tail for kind in ("sparse", "quantized", "sparse-quantized") for tail in ("", "-compensated")
@@ -38,8 +42,10 @@ class TrainingOptions(Pass):
             normalisations. `head`: the output layer, by LoRA. Of every selected matrix: `mask_lora`, W + (B A) * M;
             `scale_lora`, W * (B A); `lora_prune`, W + B A while training and (B A) * M in the end; `lora`, W + B A,
             merged into a dense matrix, kept beside any other, and all there is of one that is two thin factors already;
-            `full`, every weight that is kept; `scale`, the scales of a quantized one.
+            `full`, every weight that is kept; `principal`, those that are largest in the nearest matrix of rank `rank`;
+            `sensitive`, those that the loss depends on most; `scale`, the scales of a quantized one.
         rank: of the adapters.
+        share: of the weights that are kept, trained by `principal` and `sensitive`.
         alpha: what they add is multiplied by alpha / rank.
         steps: of Adam.
         batch_size: calibration samples per step.
@@ -49,9 +55,12 @@ class TrainingOptions(Pass):
     train: tuple[Train, ...] = ("bias", "norm", "mask_lora")
     rank: Annotated[int, Ge(1)] = 16
     alpha: Annotated[float, Gt(0)] = 32.0
+    share: Annotated[float, Gt(0), Le(1)] = 0.05
     steps: Annotated[int, Ge(1)] = 200
     batch_size: Annotated[int, Ge(1)] = 4
     learning_rate: Annotated[float, Gt(0), Lt(1)] = 5e-4
+
+    sees_slopes: ClassVar[bool] = False  # whether gradients of the loss are there to choose weights by
 
     @property
     def of_matrices(self) -> tuple[str, ...]:
@@ -69,6 +78,19 @@ class TrainingOptions(Pass):
             yield OptionError("train", "nothing is trained; name at least one set, such as bias, norm or mask_lora")
         if len(set(self.train)) < len(self.train):
             yield OptionError("train", "names a set twice")
+        if "sensitive" in self.train and not self.sees_slopes:
+            yield OptionError("train", "sensitive chooses by the loss of the whole model; use perp, or name principal")
+        if "share" in self.options() and not set(CHOSEN) & set(self.train):
+            yield OptionError("share", "changes nothing without principal or sensitive in train")
+
+    @property
+    def head_by_default(self) -> bool:
+        """Whether the output layer is trained because nobody said what is, so only where it can be."""
+        return "head" in self.train and "train" not in self.options()
+
+    def is_head(self, name: str) -> bool:
+        """Whether a site outside the blocks is what `head` trains."""
+        return name.rpartition(".")[2] in HEADS and not any(fnmatchcase(name, p) for p in self.exclude)
 
     def trains(self, parameter: str) -> bool:
         leaf = parameter.rpartition(".")[2]
@@ -87,15 +109,19 @@ class TrainingOptions(Pass):
     def learned_of(self, name: str, shape: tuple[int, int]) -> int:
         """About how many numbers are learned of a site."""
         rows, columns = shape
-        known = {"full": rows * columns, "scale": rows * max(1, columns // 16)}
+        some = max(1, round(self.share * rows * columns))
+        known = {"full": rows * columns, "scale": rows * max(1, columns // 16), **dict.fromkeys(CHOSEN, some)}
         return sum(known.get(kind, self.rank * (rows + columns)) for kind in self.sets_of(name))
 
-    def trainables(self, targets: Mapping[str, Target], vectors: Mapping[str, Tensor]) -> Trainables:
-        """Everything, as it starts."""
-        passes = {name: self.at(name) for name in targets}
-        matrices = {
-            n: AdaptedMatrix(t, passes[n].sets_of(n), passes[n].rank, passes[n].alpha) for n, t in targets.items()
-        }
+    def trainables(
+        self, targets: Mapping[str, Target], vectors: Mapping[str, Tensor], slopes: Mapping[str, Tensor] | None = None
+    ) -> Trainables:
+        """Everything, as it starts. `slopes`: gradients of the loss by matrices, for `sensitive`."""
+        matrices = {}
+        for name, target in targets.items():
+            own = self.at(name)
+            recipe = Recipe(own.sets_of(name), own.rank, own.alpha, own.share)
+            matrices[name] = AdaptedMatrix(target, recipe, (slopes or {}).get(name))
         ready = {n: v.detach().clone().requires_grad_() for n, v in vectors.items()}
         return Trainables(matrices, ready, self.learning_rate)
 
@@ -174,5 +200,5 @@ class Retraining(TrainingOptions):
 
     def selects(self, name: str, in_block: bool) -> bool:
         if not in_block and "head" in self.train and name.rpartition(".")[2] in HEADS:
-            return not any(p == name for p in self.exclude)
+            return self.is_head(name)
         return bool(self.of_matrices or self.new_biases) and super().selects(name, in_block)

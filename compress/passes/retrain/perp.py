@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from compress.calibration.training import train
-from compress.passes.retrain.options import EndToEnd, Retraining
+from compress.passes.retrain.importance import slopes
+from compress.passes.retrain.options import EndToEnd, Retraining, Train
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,15 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Perp(EndToEnd, Retraining):
-    """Train biases, norms and adapters that keep zeros, end to end; then merge the adapters.
+    """Train biases, norms, the head and adapters that keep zeros, end to end; then merge the adapters.
 
-    The whole model is in memory while it is trained. Zeros stay zeros, and the merged model is exactly as large as
-    before.
+    By default the output layer is left as it is where it is tied to the embedding, or no longer dense. The whole model
+    is in memory while it is trained. Zeros stay zeros, and the merged model is exactly as large as before.
 
     Source: Zimmer, Andoni, Spiegel and Pokutta, "PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs", 2023,
     arXiv 2312.15230. Differs from the paper in: the best iterate on held-out samples is kept, the start among them;
     masks are stored, never read off zeros; scale_lora starts with one component of ones, so that its components can
-    differ; the paper trains for the next token; `scale`, `lora` beside codes, new biases and `distill` are ours.
+    differ; the paper trains for the next token; `scale`, `lora` beside codes, new biases and `distill` are ours, and
+    `principal` and `sensitive` are of other papers, see `importance`.
 
     Example:
         >>> import torch, compress
@@ -35,10 +37,16 @@ class Perp(EndToEnd, Retraining):
         0.5
     """
 
+    train: tuple[Train, ...] = ("bias", "norm", "head", "mask_lora")
+
     key: ClassVar[str] = "perp"
+    sees_slopes: ClassVar[bool] = True
 
     def run(self, model: Whole) -> Iterator[tuple[str, Edit]]:
         assert model.data is not None
-        trained = self.trainables({name: model.load(name) for name in model.names}, model.vectors)
+        targets = {name: model.load(name) for name in model.names}
+        chosen = {n: t.weight for n, t in targets.items() if "sensitive" in self.sets_of(n)}
+        found = slopes(chosen, model.data, self.batch_size, model.generator.initial_seed()) if chosen else {}
+        trained = self.trainables(targets, model.vectors, found)
         trial = train(trained, model.data, self.schedule, model.generator, model.over)
         yield from trained.edits(trial.notes())

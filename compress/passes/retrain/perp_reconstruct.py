@@ -70,7 +70,7 @@ class PerpReconstruct(Retraining, BlockPass):
     def mistakes(self) -> Iterator[OptionError]:
         yield from super().mistakes()
         for i, override in enumerate(self.overrides):
-            for option in set(override.options) - {"train", "rank", "alpha"}:
+            for option in set(override.options) - {"train", "rank", "alpha", "share"}:
                 yield OptionError(f"overrides[{i}].{option}", "is the same for all layers, which are trained together")
 
     def run(self, block: Block) -> Iterator[tuple[str, Edit]]:
