@@ -39,8 +39,8 @@ class Nupes(PowerOptions, LearnedPass):
     Source: Yvinec, Dapogny and Bailly, "NUPES: Non-Uniform Post-Training Quantization via Power Exponent Search", 2023,
     arXiv 2308.05600; it starts where PowerQuant ends (ICLR 2023, arXiv 2301.09858). Only the abstract could be read;
     the parametrisations are reconstructions: for every weight a divisor, as FlexRound has on the uniform grid, or a
-    place (both measured, see docs/methods/nupes.md). Differs from the paper in: scales are learned too; `half` levels, see powerquant; the best iterate on held-out samples is kept, and
-    it is never worse there than PowerQuant.
+    place (both measured, see docs/methods/nupes.md). Differs from the paper in: scales are learned too; `half` levels,
+    see powerquant; the best iterate on held-out samples is kept, and it is never worse there than PowerQuant.
 
     Args:
         moves: by `division`, each weight by a divisor of its own; or over the whole `grid`, as the paper has it.
