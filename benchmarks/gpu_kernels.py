@@ -197,11 +197,12 @@ def step() -> Iterator[dict[str, Any]]:
     for values in (*model.parameters(), *model.buffers()):
         values.normal_(0, 0.02)
     token = torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
-    for kind in ("bfloat16", "packed to 4 bits"):
-        if kind != "bfloat16":
-            for name, module in list(model.blocks.named_modules()):
-                if isinstance(module, nn.Linear):
-                    model.blocks.set_submodule(name, layer("uniform 4", *module.weight.shape))
+    for kind in ("bfloat16", "packed to 4 bits", "packed, the head to 8 bits"):
+        for name, module in list(model.blocks.named_modules()) if kind == "packed to 4 bits" else ():
+            if isinstance(module, nn.Linear):
+                model.blocks.set_submodule(name, layer("uniform 4", *module.weight.shape))
+        if kind == "packed, the head to 8 bits":
+            model.head = layer("uniform 8", *model.head.weight.shape)
         plain: list[Callable[..., Tensor]] = list(model.blocks)
         yield {"what": f"a decoded token, {kind}, as it is", "us": timed([lambda b=plain: model(token, b)])}
         torch.compiler.reset()

@@ -87,6 +87,28 @@ def unfinished(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in found}
 
 
+def killed_at_every_file(whole: Path, killed: Path) -> set[str]:
+    """Run in two folders, in one killed whenever a file is finished; both end with the same bits, nothing made twice.
+
+    Returns:
+        Names of what was finished before the final write, which begins anew every time.
+    """
+    assert run(whole, "model") == 0
+    done: dict[str, int] = {}
+    while True:
+        assert run(killed, "model", kill_after=1) == -signal.SIGKILL
+        assert not (killed / "out").exists()
+        found = unfinished(killed)
+        assert found.items() >= done.items(), "what was finished is done again"
+        (new,) = found.keys() - done.keys()
+        if new == "out":
+            break
+        done = found
+    assert run(killed, "model") == 0
+    assert contents(killed / "out") == contents(whole / "out")
+    return set(done)
+
+
 def contents(folder: Path) -> dict[str, str]:
     """Every file of a finished folder; of the report, and its digest, only what does not measure time or memory."""
     found = {}

@@ -20,12 +20,13 @@ from transformers import (
     OPTForCausalLM,
     PreTrainedModel,
 )
+from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
 
 import compress
 from compress import Gptq, Magnitude, Override, Rtn, SparseGpt, Wanda
 from compress.config.pipeline import Pipeline
 from compress.passes import Pass
-from compress.runtime.linear import PackedLinear
+from compress.runtime.linear import PackedLinear, Quick
 
 FILE = "compress.safetensors"
 
@@ -333,6 +334,29 @@ def test_codes_are_not_trained(written: Path) -> None:
     packed = [t for m in packed_modules(load(written)).values() for t in held(m).values()]
     assert packed
     assert not any(t.requires_grad for t in packed)
+
+
+def test_a_model_may_be_compiled_for_a_static_cache_where_every_layer_has_a_kernel(written: Path) -> None:
+    """`generate` asks for it; what unpacks its weights anew in every step is not worth compiling."""
+    model = AutoModelForCausalLM.from_pretrained(written)
+    quantizer = model.hf_quantizer
+    assert not quantizer.is_compileable
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    for layer in layers:
+        layer.kernel = Quick(lambda x: x, torch.device("cpu"))
+    quantizer._process_model_after_weight_loading(model)
+    assert quantizer.is_compileable
+    layers[-1].use(None)
+    quantizer._process_model_after_weight_loading(model)
+    assert not quantizer.is_compileable
+
+
+def test_older_versions_of_transformers_convert_without_naming_the_model(written: Path) -> None:
+    """5.17 gives the conversions alone."""
+    quantizer = AutoModelForCausalLM.from_pretrained(written).hf_quantizer
+    renamed = WeightRenaming("old", "new")
+    merged = WeightConverter(["a", "b"], "ab", operations=[Concatenate()])
+    assert quantizer.update_weight_conversions([renamed, merged]) == [renamed]
 
 
 def test_a_loaded_model_shows_what_it_is_made_of(written: Path) -> None:

@@ -13,11 +13,13 @@ import pytest
 import torch
 from commands import compress_command, write_pipeline
 from elsewhere import elsewhere
+from runtime_layers import layer, weight
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import compress
 from compress.api import work
+from compress.api.reloaded import device_tolerance
 from compress.calibration.in_one_order import InOneOrder
 from compress.config.reading import parse
 from compress.encodings.counting import sums_by_number
@@ -130,6 +132,20 @@ def test_the_forecast_of_learning_holds_what_was_measured() -> None:
     assert made.device is not None
     assert made.device.total <= 10.9e9
     assert not made.activations_on_device
+
+
+@pytest.mark.parametrize(("bits", "allowed"), [(0, 1e-3), (8, 5e-2)])
+def test_rounded_inputs_may_fall_on_the_next_level_on_a_device(bits: int, allowed: float) -> None:
+    packed = layer(weight("uniform 4"), input_bits=bits)
+    assert device_tolerance(nn.Sequential(packed), torch.float32) == allowed
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_the_memory_of_the_host_is_swept_where_the_processor_computes(resident: bool) -> None:
+    """After every batch of a model on disk; what a device computes leaves nothing there."""
+    for devices, swept in ((Devices(), not resident), (Devices(CUDA, activations=CUDA), False)):
+        context: Any = SimpleNamespace(resident=resident, devices=devices)
+        assert Context.waiting(context, ()).trim is swept
 
 
 def test_a_plan_for_the_processor_knows_no_device(tiny_llama: LlamaForCausalLM) -> None:

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from children import contents, prepare, run, unfinished
+from children import contents, killed_at_every_file, prepare, run
 from expert_models import make_mixture
 
 PASSES = """\
@@ -58,22 +58,10 @@ passes:
 
 def test_killed_after_every_file_of_passes_that_survey_their_layers_the_run_ends_bit_identical(tmp_path: Path) -> None:
     whole, killed = prepare(tmp_path, SURVEYING)
-    assert run(whole, "model") == 0
-    layers = json.loads((whole / "out" / "report.json").read_text())["layers"]
+    done = killed_at_every_file(whole, killed)
+    assert {f"s{stage}-survey-b000{block}.json" for stage in ("00", "02") for block in (0, 1)} < done
+    layers = report_of(whole)["layers"]
     assert 0 < sum("eora" in notes for notes in layers.values()) < len(layers), "the budget decides nothing"
-    done: dict[str, int] = {}
-    while True:
-        assert run(killed, "model", kill_after=1) == -signal.SIGKILL
-        assert not (killed / "out").exists()
-        found = unfinished(killed)
-        assert found.items() >= done.items(), "what was finished is done again"
-        (new,) = found.keys() - done.keys()
-        if new == "out":  # the final write, which begins anew every time
-            break
-        done = found
-    assert {f"s{stage}-survey-b000{block}.json" for stage in ("00", "02") for block in (0, 1)} < done.keys()
-    assert run(killed, "model") == 0
-    assert contents(killed / "out") == contents(whole / "out")
 
 
 EXPERTS = """\

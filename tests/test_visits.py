@@ -174,8 +174,8 @@ def test_keys_and_values_that_later_blocks_read_are_those_of_the_sample(tokens: 
         return gemma3n(num_kv_shared_layers=2)
 
     assert learned_beside_rounded(shared, tokens) < 0.9
-    solved, rounded = (compress.apply(shared(), [p], calibration=tokens).model for p in (Gptq(bits=3), Rtn(bits=3)))
-    assert distance(shared(), solved, tokens) < distance(shared(), rounded, tokens)
+    solved, rounded = (compress.apply(shared(), [p], calibration=tokens).model for p in (Gptq(bits=4), Rtn(bits=4)))
+    assert distance(shared(), solved, tokens) < 0.9 * distance(shared(), rounded, tokens)
 
 
 def test_a_streamed_model_is_learned_to_the_bits_of_one_in_memory(tmp_path: Path, tokens: Tensor) -> None:

@@ -1,12 +1,10 @@
 """What holds of every pass that leaves fewer experts."""
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
-from children import contents, prepare, unfinished
-from children import run as run_child
+from children import killed_at_every_file, prepare
 from expert_models import make_mixture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,16 +24,4 @@ def test_killed_after_every_file_the_run_ends_bit_identical(name: str, tmp_path:
     whole, killed = prepare(tmp_path, DATA + RESUMED[name])
     vocabulary = json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"]
     make_mixture("Mixtral", vocab_size=vocabulary).save_pretrained(tmp_path / "model")
-    assert run_child(whole, "model") == 0
-    done: dict[str, int] = {}
-    while True:
-        assert run_child(killed, "model", kill_after=1) == -signal.SIGKILL
-        found = unfinished(killed)
-        assert found.items() >= done.items(), "what was finished is done again"
-        (new,) = found.keys() - done.keys()
-        if new == "out":
-            break
-        done = found
-    assert "s01-routing.json" in done
-    assert run_child(killed, "model") == 0
-    assert contents(killed / "out") == contents(whole / "out")
+    assert "s01-routing.json" in killed_at_every_file(whole, killed)

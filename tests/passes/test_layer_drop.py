@@ -2,7 +2,6 @@
 
 import copy
 import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 import wirings
-from children import contents, prepare, unfinished
-from children import run as run_child
+from children import killed_at_every_file, prepare
 from commands import compress_command, write_pipeline
 from torch import Tensor, nn
 from transformers import (
@@ -489,19 +487,7 @@ passes:
 
 def test_killed_after_every_file_the_run_ends_bit_identical(tmp_path: Path) -> None:
     whole, killed = prepare(tmp_path, RESUMED, num_hidden_layers=4)
-    assert run_child(whole, "model") == 0
-    done: dict[str, int] = {}
-    while True:
-        assert run_child(killed, "model", kill_after=1) == -signal.SIGKILL
-        found = unfinished(killed)
-        assert found.items() >= done.items(), "what was finished is done again"
-        (new,) = found.keys() - done.keys()
-        if new == "out":
-            break
-        done = found
-    assert {"s01-distances-0.json", "s01-distances-1.json"} < done.keys()
-    assert run_child(killed, "model") == 0
-    assert contents(killed / "out") == contents(whole / "out")
+    assert {"s01-distances-0.json", "s01-distances-1.json"} < killed_at_every_file(whole, killed)
 
 
 # --- what it refuses --------------------------------------------------------------------------------------------------
