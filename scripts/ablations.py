@@ -117,6 +117,20 @@ def bip() -> list[Table]:
     return [{"`correction: false`": {"KL": of_bip(correction=False)}, **gammas}]
 
 
+def gptq() -> list[Table]:
+    def one(bits: int, **options: Any) -> Cell:
+        return Cell((compress.Gptq(bits=bits, group_size=64, **options),), "kl", samples=64)
+
+    rows: dict[str, dict[str, Any]] = {
+        "as it is": {},
+        "`scale_search: weighted`": {"scale_search": "weighted"},
+        "`rounds: 4`": {"rounds": 4},
+        "both, `rounds: 1`": {"scale_search": "weighted", "rounds": 1},
+        "both, `rounds: 4`": {"scale_search": "weighted", "rounds": 4},
+    }
+    return [{row: {f"{bits} bits": one(bits, **o) for bits in (3, 2)} for row, o in rows.items()}]
+
+
 def jlcm() -> list[Table]:
     rows = {
         "k-means, the start": {"fact": "start"},
@@ -189,7 +203,7 @@ def perp() -> list[Table]:
     return [{row: {"KL": cell} for row, cell in rows.items()}]
 
 
-PAGES = {"bip": bip, "flexround": flexround, "jlcm": jlcm, "nupes": nupes, "perp": perp}
+PAGES = {"bip": bip, "flexround": flexround, "gptq": gptq, "jlcm": jlcm, "nupes": nupes, "perp": perp}
 
 
 def measure(tables: list[Table]) -> list[dict[str, dict[str, list[float]]]]:

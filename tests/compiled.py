@@ -50,9 +50,12 @@ def machine_code(function: Any, types: dict[str, str], constants: dict[str, Any]
 
 
 def solvers() -> None:
-    for kind, masked in ((0, False), (0, True), (1, True), (2, True)):
-        chosen = {"KIND": kind, "MASKED": masked, "HIGHEST": 15.0, "OWN": 1, "KEPT": 2, "OF": 4, "T": 128}
-        machine_code(column_kernel.project, COLUMN_TYPES, chosen | {"BR": column_kernel.ROWS}, column_kernel.WARPS)
+    for kind, masked, again in (
+        (0, False, False), (0, True, False), (0, False, True), (0, True, True), (1, True, False), (2, True, False),
+    ):  # fmt: skip
+        chosen = {"KIND": kind, "MASKED": masked, "HIGHEST": 15.0, "OWN": 1, "KEPT": 2, "OF": 4, "AGAIN": again}
+        chosen |= {"T": 128, "BR": column_kernel.ROWS}
+        machine_code(column_kernel.project, COLUMN_TYPES, chosen, column_kernel.WARPS)
     for gradient in ("*fp32", "*bf16"):
         chosen = {"OWN": 1, "BN": 8, "BC": 128}
         machine_code(division_kernel.divide_back, SIZE_TYPES | {"gradient": gradient}, chosen)

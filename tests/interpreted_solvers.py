@@ -10,7 +10,7 @@ from compress.lazy import function
 from compress.passes import Gptq, LinearPass, SparseGpt, Wanda
 from compress.passes.quantize import division_kernel, learned
 from compress.passes.quantize.flexround import Divide
-from compress.passes.solvers import obs
+from compress.passes.solvers import descent, obs
 from compress.runtime import launch
 
 ROWS, COLUMNS = 6, 24
@@ -20,6 +20,9 @@ SOLVERS: dict[str, LinearPass] = {
     "gptq of one scale": Gptq(granularity="tensor"),
     "gptq, groups in order": Gptq(bits=3, group_size=8, act_order=False, tile=16),
     "gptq, wide groups in order": Gptq(bits=3, group_size=12, act_order=False, symmetric=True, tile=4),
+    "gptq and descent": Gptq(bits=3, group_size=8, rounds=2, scale_search="weighted"),
+    "gptq and descent over rows": Gptq(bits=2, symmetric=True, rounds=1),
+    "gptq and descent with one scale": Gptq(granularity="tensor", rounds=1),
     "sparsegpt": SparseGpt(sparsity=0.5, tile=10),
     "sparsegpt 2:4": SparseGpt(sparsity="2:4", tile=16),
     "sparsegpt 3:8": SparseGpt(sparsity="3:8", tile=4),
@@ -105,9 +108,9 @@ def main() -> None:
     for name, pass_ in SOLVERS.items():
         for masked in (False, True):
             expected = solved(pass_, masked)
-            before, obs.has_kernels = obs.has_kernels, anywhere
+            before, obs.has_kernels, descent.has_kernels = obs.has_kernels, anywhere, anywhere
             found[f"{name}{', masked' if masked else ''}"] = off(solved(pass_, masked), expected)
-            obs.has_kernels = before
+            obs.has_kernels = descent.has_kernels = before
     for name, sizes in DIVISIONS.items():
         found[f"flexround, {name}"] = off(divided(True, *sizes), divided(False, *sizes))
     for name, (tables, columns) in LOOK_UPS.items():

@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
     from compress.encodings.base import StoredShapes
 
-Search = Literal["minmax", "mse"]
+Search = Literal["minmax", "mse", "weighted"]
 
 SEARCH_NORM = 2.4  # exponent of the error that the mse search minimises, as in GPTQ's and BRECQ's public code
 SEARCH_STEPS = 100
 SEARCH_SMALLEST = 20  # the narrowest range tried, in steps of 1 / SEARCH_STEPS
+COARSE_STEP = 5  # between the ranges that the weighted search tries at first
 CHUNK = 1 << 18  # weights worked on at once: temporaries stay in the cache
 
 
@@ -165,6 +166,7 @@ def fit(
     per_tensor: bool = False,
     symmetric: bool = False,
     search: Search = "minmax",
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point of every group of columns of a weight.
 
@@ -174,8 +176,9 @@ def fit(
         groups: G, which must divide I.
         per_tensor: one scale for the whole matrix; `groups` must be 1.
         symmetric: zero point fixed at the middle code.
-        search: `minmax` covers the whole range; `mse` tries ranges down to a fifth of it and keeps the one
-            with the least sum of |error|**2.4.
+        search: `minmax` covers the whole range; `mse` tries ranges down to a fifth of it and keeps the one with the
+            least sum of |error|**2.4; `weighted` the one with the least sum of importance * error**2.
+        importance: (I,) of every column, for a weighted search.
 
     Returns:
         scale (R, G) float16, or float32 where a scale is outside float16's normal range; zero_point (R, G) uint8.
@@ -183,21 +186,48 @@ def fit(
     """
     rows, columns = weight.shape
     grouped = weight.reshape(1, 1, -1) if per_tensor else weight.reshape(rows, groups, columns // groups)
-    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
     if search == "minmax":
-        scale, zero = _grid(low, high, bits, symmetric)
+        scale, zero = _grid(*_range(grouped), bits, symmetric)
         return narrowest(scale), zero
-    ranges = [(low * k / SEARCH_STEPS, high * k / SEARCH_STEPS) for k in range(SEARCH_STEPS, SEARCH_SMALLEST, -1)]
-    best_scale, best_zero = _grid(*ranges[0], bits, symmetric)
+    if search == "weighted":
+        if importance is None:
+            raise ValueError("a weighted search needs the importance of every column")
+        importance = importance.reshape(1, groups, -1)
+    pieces = grouped.split(rows_in_piece(CHUNK, columns, weight.device))
+    found = [_searched(piece, bits, symmetric, importance if search == "weighted" else None) for piece in pieces]
+    scales, zeros = zip(*found, strict=True)
+    return narrowest(torch.cat(scales)), torch.cat(zeros)
+
+
+def _range(grouped: Tensor) -> tuple[Tensor, Tensor]:
+    """What the weights of each group span, with zero."""
+    return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+
+
+def _searched(grouped: Tensor, bits: int, symmetric: bool, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The grid with the least error, of those whose range is a share of the whole."""
+    low, high = _range(grouped)
+    best_share = torch.full(low.shape, torch.nan)
+    best_scale, best_zero = _grid(low, high, bits, symmetric)
     best_error = torch.full(low.shape, torch.inf)
-    for candidate in ranges:
-        scale, zero = _grid(*candidate, bits, symmetric)
-        error = _search_error(grouped, scale, zero, bits)
+
+    def attempt(share: Tensor | float) -> None:
+        scale, zero = _grid(low * share / SEARCH_STEPS, high * share / SEARCH_STEPS, bits, symmetric)
+        error = _search_error(grouped, scale, zero, bits, importance)
         better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-        best_zero = torch.where(better, zero, best_zero)
-    return narrowest(best_scale), best_zero
+        for best, now in ((best_error, error), (best_scale, scale), (best_zero, zero)):
+            best.copy_(torch.where(better, now, best))
+        best_share.copy_(torch.where(better, share, best_share))
+
+    step = 1 if importance is None else COARSE_STEP
+    for share in range(SEARCH_STEPS, SEARCH_SMALLEST, -step):
+        attempt(share)
+    while step > 1:
+        step /= 2
+        around = best_share.nan_to_num(SEARCH_STEPS)
+        for share in (around - step, around + step):
+            attempt(share)
+    return best_scale, best_zero
 
 
 def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -234,7 +264,10 @@ def stored_scale(scale: Tensor) -> Tensor:
     return torch.where(fits, scale.to(torch.float16).float(), scale)
 
 
-def _search_error(grouped: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+def _search_error(grouped: Tensor, scale: Tensor, zero: Tensor, bits: int, importance: Tensor | None) -> Tensor:
     s, z = scale.float()[..., None], zero.float()[..., None]
     codes = (grouped / s).round_().add_(z).clamp_(0, 2**bits - 1)
-    return ((codes - z) * s - grouped).abs_().pow_(SEARCH_NORM).sum(-1)
+    error = codes.sub_(z).mul_(s).sub_(grouped)
+    if importance is not None:
+        return torch.linalg.vecdot(error.square_(), importance.expand_as(error))
+    return error.abs_().pow_(SEARCH_NORM).sum(-1)

@@ -6,7 +6,7 @@ Shapes: O rows, I columns, G groups of columns.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from annotated_types import Ge, Gt
@@ -18,6 +18,7 @@ from compress.lazy import torch
 from compress.passes.base import Edit
 from compress.passes.quantize.grid import UniformPass
 from compress.passes.quantize.rtn import Rtn
+from compress.passes.solvers.descent import descend
 from compress.passes.solvers.obs import Factor, compensate
 from compress.passes.solvers.projections import Rounding
 
@@ -45,6 +46,10 @@ class Gptq(UniformPass):
             beforehand (static groups), so the result needs no column index. Without it, scales of a group are fitted to
             the weights as they stand when the group begins.
         tile: columns worked on at once; speed only.
+        rounds: of coordinate descent over the finished codes (see `passes/solvers/descent.py`), each of which refits
+            the scales first; no round makes the error on the calibration data larger. 0 is GPTQ as published.
+        scale_search: `weighted` searches the range with the least squared error, every column weighted by the sum of
+            squares of its inputs.
 
     Example:
         >>> import torch, compress
@@ -57,8 +62,10 @@ class Gptq(UniformPass):
     damping: Annotated[float, Gt(0)] = 0.01
     act_order: bool = True
     tile: Annotated[int, Ge(1)] = 128
+    rounds: Annotated[int, Ge(0)] = 0
 
     key: ClassVar[str] = "gptq"
+    weighs_columns: ClassVar[bool] = True
 
     @property
     def needs(self) -> Need:
@@ -78,6 +85,7 @@ class Gptq(UniformPass):
             damping=self.damping,
             act_order=self.act_order,
             tile=self.tile,
+            rounds=self.rounds,
             grid=self,
         )
         notes = {"dead_inputs": dead} if dead else {}
@@ -90,7 +98,7 @@ class Gptq(UniformPass):
             granularity=self.granularity,
             fallback=self.fallback,
             symmetric=self.symmetric,
-            scale_search=self.scale_search,
+            scale_search="mse" if self.scale_search == "weighted" else self.scale_search,
         )
 
 
@@ -104,6 +112,7 @@ def solve(
     damping: float,
     act_order: bool,
     tile: int,
+    rounds: int,
     grid: UniformPass,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """The algorithm on plain tensors.
@@ -123,12 +132,14 @@ def solve(
     order = torch.argsort(gram.diagonal(), descending=True, stable=True) if act_order else torch.arange(columns)
     factor = Factor(gram, damping, order if act_order else None)
     width = columns if group_size is None else group_size
+    importance = gram.diagonal()
     static = act_order or group_size is None
-    scale, zero = grid.grid(weight) if static else _empty_grid(rows, columns // width)
+    scale, zero = grid.grid(weight, importance) if static else _empty_grid(rows, columns // width)
     scales, zeros = (t.T.float().contiguous() for t in (scale, zero))  # (G, R): a group is contiguous
 
     def begin(start: int, current: Tensor) -> None:
-        found = fit(current, bits, symmetric=grid.symmetric, search=grid.scale_search)
+        own = importance[start : start + width]
+        found = fit(current, bits, symmetric=grid.symmetric, search=grid.scale_search, importance=own)
         rounding.put(start // width, found[0][:, 0], found[1][:, 0])
 
     codes = torch.empty(columns, rows, dtype=torch.uint8)
@@ -138,9 +149,13 @@ def solve(
     lost = compensate(weight, factor, tile=tile, every=every, begin=None if static else begin, project=rounding)
     if not math.isfinite(float(lost.sum())):
         raise SolveError("the solution is not finite")
-    codes = codes.T.contiguous()
     if act_order:
-        codes = codes[:, torch.argsort(order)]
+        codes = codes[torch.argsort(order)]
+    if rounds:
+        kept = None if mask is None else mask.T.contiguous()
+        rounding = replace(rounding, group=torch.arange(columns) // width, codes=codes, kept=kept)
+        descend(weight, gram, damping, rounding, rounds)
+    codes = codes.T.contiguous()
     return codes, narrowest(scales.T.contiguous()), zeros.T.to(torch.uint8).contiguous(), factor.num_dead
 
 

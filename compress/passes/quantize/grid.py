@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Le
 
@@ -42,8 +42,12 @@ class GridOptions(ActivationOptions):
     fallback: Fallback | None = None
     scale_search: Search = "minmax"
 
+    weighs_columns: ClassVar[bool] = False  # whether scales can be searched by what is known of the inputs
+
     def check(self) -> Iterator[OptionError]:
         yield from super().check()
+        if self.scale_search == "weighted" and not self.weighs_columns:
+            yield OptionError("scale_search", "weighted needs to know the inputs: use gptq, or mse here")
         if self.granularity == "group" and self.group_size is None:
             yield OptionError("granularity", "group needs a group_size")
         if self.granularity in ("tensor", "channel") and self.group_size is not None:
@@ -96,8 +100,8 @@ class UniformOptions(GridOptions):
         groups = self.groups(shape[1])
         return UniformForm(bits=self.bits, groups=groups, per_tensor=per_tensor, symmetric=self.symmetric)
 
-    def grid(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of a whole matrix."""
+    def grid(self, weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of a whole matrix. `importance`: (I,) of every column, for a weighted search."""
         return fit(
             weight,
             self.bits,
@@ -105,6 +109,7 @@ class UniformOptions(GridOptions):
             per_tensor=self.granularity == "tensor",
             symmetric=self.symmetric,
             search=self.scale_search,
+            importance=importance,
         )
 
     def nearest(self, weight: Tensor) -> Uniform:

@@ -43,9 +43,13 @@ ROUND, KEEP, CHOOSE = 0, 1, 2
 @jit
 def project(
     now, given, inverse, lost, codes, kept, scales, zeros, group, size, rows, width, groups_row, KIND: constexpr,
-    MASKED: constexpr, HIGHEST: constexpr, OWN: constexpr, KEPT: constexpr, OF: constexpr, T: constexpr, BR: constexpr,
+    MASKED: constexpr, HIGHEST: constexpr, OWN: constexpr, KEPT: constexpr, OF: constexpr, AGAIN: constexpr,
+    T: constexpr, BR: constexpr,
 ):  # fmt: skip
-    """`now`, `given` are (O, t), `inverse` (t, t), what is written (t, O), as `kept` is. `OWN`: scales have rows."""
+    """`now`, `given` are (O, t), `inverse` (t, t), what is written (t, O), as `kept` is.
+
+    `OWN`: scales have rows. `AGAIN`: errors are taken of what was given, not of what a column stands at.
+    """
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     c = tl.arange(0, T)
     inside = (r < rows)[:, None] & (c < width)[None, :]
@@ -60,6 +64,8 @@ def project(
         own = tl.load(group + c, mask=c < width, other=0).to(tl.int32)[None, :] * groups_row + r[:, None] * OWN
         step = tl.load(scales + own, mask=inside, other=1.0)
         middle = tl.load(zeros + own, mask=inside, other=0.0)
+    if AGAIN:
+        earlier = tl.load(given + place, mask=inside, other=0.0)
     if KIND == 2:
         weighed = tl.load(size + c, mask=c < width, other=0.0)[None, :]
     for j in range(width):
@@ -88,7 +94,11 @@ def project(
             projected = value * tl.sum(tl.where(here, keep, 0.0), 1)
         projected += value - value  # what is not finite stays so: a code would hide it
         chosen = tl.where(here, projected[:, None], chosen)
-        error = (value - projected) / tl.load(inverse + j * width + j)
+        if AGAIN:
+            compared = tl.sum(tl.where(here, earlier, 0.0), 1)
+        else:
+            compared = value
+        error = (compared - projected) / tl.load(inverse + j * width + j)
         tile -= error[:, None] * tl.load(inverse + j * width + c, mask=c < width, other=0.0)[None, :]
     tl.store(lost + along, tl.load(given + place, mask=inside, other=0.0) - chosen, mask=inside)
     if KIND == 0:
@@ -127,8 +137,22 @@ def compensated(
             wide = slice(a, min(a + every, columns))
             begin(a, _current(weight, upper, order, lost, wide, _inverses(upper[wide, wide], every)[0])[1])
         given, now = _current(weight, upper, order, lost, part, inverses[number])
-        _launch(projection, now, given, inverses[number], lost, part)
+        _launch(projection, now, given, inverses[number], lost[part], part)
     return lost.T
+
+
+def visited(weights: Tensor, now: Tensor, before: Tensor, rounding: Rounding, part: slice, gained: Tensor) -> None:
+    """What `obs.project_tile` does to columns `part` that were rounded before.
+
+    Args:
+        weights: (t, t), in row j what the errors of column j take from all others, and 1 from itself.
+        now: (O, t), the columns as they would stand best.
+        before: (O, t), as they are.
+        rounding: the grid.
+        part: the numbers of the columns.
+        gained: (t, O), written: what they were less what they become.
+    """
+    _launch(rounding, now, before, weights, gained, part, again=True)
 
 
 def _current(
@@ -161,7 +185,13 @@ def _inverse(upper: Tensor) -> Tensor:
 
 
 def _launch(
-    projection: Rounding | Keeping, now: Tensor, given: Tensor, inverse: Tensor, lost: Tensor, part: slice
+    projection: Rounding | Keeping,
+    now: Tensor,
+    given: Tensor,
+    inverse: Tensor,
+    lost: Tensor,
+    part: slice,
+    again: bool = False,
 ) -> None:
     rows, width = given.shape
     ours: dict[str, Any] = {"T": max(16, triton.next_power_of_2(width)), "BR": ROWS, "num_warps": WARPS}
@@ -180,4 +210,5 @@ def _launch(
         flags |= {"KEPT": choice.keep, "OF": choice.of} if choice else {"KEPT": 0, "OF": 1}
         groups_row = 0
     grid = (triton.cdiv(rows, ROWS),)
-    project[grid](now, given, inverse, lost[part], *tensors, rows, width, groups_row, **flags, **ours)
+    flags["AGAIN"] = again
+    project[grid](now, given, inverse, lost, *tensors, rows, width, groups_row, **flags, **ours)

@@ -132,8 +132,9 @@ def compensate(
         _current(lost, rounded, factor, part, inverse, now)
         inner = begin if begin and every <= tile else None
         tile_of = project.tile(part, chosen) if isinstance(project, Rounding | Keeping) else _Called(project, a, chosen)
+        weights = (inverse / inverse.diagonal()[:, None]).T.contiguous()
         with products("float32"):  # rounding the factors of these small products would take longer than it saves
-            _project(inverse, now, errors, chosen, chunk, every, inner and partial(_shifted, inner, a), tile_of)
+            project_tile(weights, now, errors, chosen, tile_of, chunk, every, inner and partial(_shifted, inner, a))
         tile_of.finish()
         lost[part] -= chosen
         if rounded is not None:
@@ -141,19 +142,31 @@ def compensate(
     return lost.T
 
 
-def _project(
-    inverse: Tensor,
+def project_tile(
+    weights: Tensor,
     now: Tensor,
     errors: Tensor,
     chosen: Tensor,
-    chunk: int,
-    every: int,
-    begin: Begin | None,
     project: ProjectionTile,
+    chunk: int = CHUNK,
+    every: int = 1,
+    begin: Begin | None = None,
+    before: Tensor | None = None,
 ) -> None:
-    """Project the columns of a tile; all but `inverse` (t, t) are (t, O). `now` ends as what was projected."""
-    weights = (inverse / inverse.diagonal()[:, None]).T.contiguous()  # of the errors before a column, in its row
+    """Project the columns of a tile, one after the other.
+
+    Args:
+        weights: (t, t), in row j what the errors before column j take from it.
+        now: (t, O), the columns as they stand before any of them is projected; ends as what was projected.
+        errors: (t, O), written: what is lost of each column.
+        chosen: (t, O), written: what is kept of each.
+        project: the projection.
+        chunk: columns whose errors are applied one by one.
+        every, begin: as in `compensate`.
+        before: (t, O), what errors are taken of; what was projected if not given.
+    """
     values, lost, kept, by_row = now.unbind(), errors.unbind(), chosen.unbind(), errors.T
+    compared = values if before is None else before.unbind()
     first = 0  # `now` holds the effect of all errors before this column, up to the end of its chunk
     for j, of_errors in enumerate(weights.unbind()):
         if begin and j % every == 0:
@@ -165,7 +178,7 @@ def _project(
         elif j > first:
             values[j].addmv_(by_row.narrow(1, first, j - first), of_errors.narrow(0, first, j - first), alpha=-1)
         project(j, values[j])
-        torch.sub(values[j], kept[j], out=lost[j])
+        torch.sub(compared[j], kept[j], out=lost[j])
 
 
 class _Called:
