@@ -125,8 +125,10 @@ def gptq() -> list[Table]:
         "as it is": {},
         "`scale_search: weighted`": {"scale_search": "weighted"},
         "`rounds: 4`": {"rounds": 4},
-        "both, `rounds: 1`": {"scale_search": "weighted", "rounds": 1},
-        "both, `rounds: 4`": {"scale_search": "weighted", "rounds": 4},
+        "`propagation: 0.5`": {"propagation": 0.5},
+        "the first two, `rounds: 1`": {"scale_search": "weighted", "rounds": 1},
+        "the first two, `rounds: 4`": {"scale_search": "weighted", "rounds": 4},
+        "all three": {"scale_search": "weighted", "rounds": 4, "propagation": 0.5},
     }
     return [{row: {f"{bits} bits": one(bits, **o) for bits in (3, 2)} for row, o in rows.items()}]
 

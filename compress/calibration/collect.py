@@ -222,6 +222,8 @@ def statistics(
     experts: Sequence[FusedParameter] = (),
     all_experts: bool = False,
     once: bool = False,
+    drifting: Collection[str] = (),
+    originals: Iterable[Callable[[], Any]] = (),
 ) -> dict[str, Statistics]:
     """Sum statistics of the inputs of modules, and of experts, over several forward passes.
 
@@ -232,12 +234,15 @@ def statistics(
     as all have been reached: what comes after could add nothing; where that is known beforehand (`once`), the first
     does too. Modules named in `ranged` get the range of their inputs too; `before` samples were run by other processes.
 
+    Of modules named in `drifting` it is summed up, too, how far their inputs are from those that they have in
+    `originals`, a forward pass of the original model for each of the others.
+
     Experts of fused parameters are seen as often as tokens are sent to them; one that never is has no statistics. With
     `all_experts` each is shown all tokens that any of them is sent, and what comes out is still what the router chose.
     """
     several = {name: _listed(each) for name, each in modules.items()}
     windows = {name: windows_of(each[0]) for name, each in several.items()}
-    sums = Sums(needs, windows, ranged, before)
+    sums = Sums(needs, windows, ranged, before, drifting=drifting)
     ends = _Ends({*modules, *(p.left for p in experts)}, once)
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -246,7 +251,8 @@ def statistics(
             x = input_of(module, leaf, args, kwargs) if is_attention(module) else next(iter((*args, *kwargs.values())))
             if x is not None:
                 sums.see(name, x)
-            ends.count(name)
+            if not sums.remembering:
+                ends.count(name)
 
         return hook
 
@@ -254,13 +260,31 @@ def statistics(
     handles = [module.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, module in hooked]
     try:
         with _watched_experts(experts, sums.see_expert, ends.count, all_experts) if experts else nullcontext():
-            ends.run(forwards, sums.settle)
+            ends.run(_after_originals(forwards, originals, sums) if drifting else forwards, sums.settle)
         sums.check()
     finally:
         sums.last.clear()  # the hooks refer to it, and each other, until the next garbage collection
         for handle in handles:
             handle.remove()
     return sums.found
+
+
+def _after_originals(
+    forwards: Iterable[Callable[[], Any]], originals: Iterable[Callable[[], Any]], sums: Sums
+) -> Iterator[Callable[[], Any]]:
+    """Each forward pass behind that of the original model, whose inputs are remembered."""
+    for forward, original in zip(forwards, originals, strict=True):
+
+        def both(forward: Callable[[], Any] = forward, original: Callable[[], Any] = original) -> None:
+            sums.originals.clear()
+            sums.remembering = True
+            try:
+                original()
+            finally:
+                sums.remembering = False
+            forward()
+
+        yield both
 
 
 def _listed(modules: nn.Module | Sequence[nn.Module]) -> Sequence[nn.Module]:

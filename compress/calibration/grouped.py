@@ -70,9 +70,11 @@ class GroupedStatistics(Statistics):
         return made
 
 
-def statistics_for(width: int, need: Need, device: torch.device | None = None, groups: int = 1) -> Statistics:
+def statistics_for(
+    width: int, need: Need, device: torch.device | None = None, groups: int = 1, drifts: bool = False
+) -> Statistics:
     """Sums that are zero yet; see the classes."""
-    return Statistics(width, need, device) if groups == 1 else GroupedStatistics(width, need, device, groups)
+    return Statistics(width, need, device, drifts) if groups == 1 else GroupedStatistics(width, need, device, groups)
 
 
 __all__ = ["GroupedStatistics", "statistics_for"]

@@ -36,25 +36,28 @@ class Statistics:
         square_sum: (I,) float64, the sum over tokens of x**2.
         gram: (I, I) float32, the sum over tokens of x x^T; None unless asked for. Only its lower half is summed up,
             panel by panel.
+        drift: (I, I) float32, the sum over tokens of (o - x) x^T, where o is the input that the original model has in
+            the place of x; None unless asked for.
         range: of the numbers, with a sample; None unless asked for.
         groups: of a convolution, each with inputs of its own; 1 of everything else.
     """
 
     groups = 1
 
-    def __init__(self, width: int, need: Need, device: torch.device | None = None):
+    def __init__(self, width: int, need: Need, device: torch.device | None = None, drifts: bool = False):
         """`device`: where the inputs will be; torch's default device if not given."""
         self.tokens, self.width, self.need = 0, width, need
         self._squares = torch.zeros(width, dtype=torch.float64, device=device)
         self._sum = torch.zeros(width, dtype=torch.float64, device=device) if need == "gram" else None
+        self._drift = torch.zeros(width, width, dtype=torch.float64, device=device) if drifts else None
         self._panels: list[Tensor] = []  # float64, of which (i, j) is element (i + start, j + start) of the matrix
         self._step = max(SMALLEST_PANEL, width // 8)
         self._gram: Tensor | None = None
         self._eigen: tuple[Tensor, Tensor] | None = None
         self.range: Range | None = None
 
-    def update(self, inputs: Tensor, name: str) -> None:
-        """Add (..., I) inputs.
+    def update(self, inputs: Tensor, name: str, original: Tensor | None = None) -> None:
+        """Add (..., I) inputs; `original`, where drift is asked for, are those of the original model.
 
         Raises:
             NonFiniteError: an input is NaN or infinite; `name` says whose.
@@ -65,6 +68,9 @@ class Statistics:
                 self._squares += _square_sums(x)
             else:
                 self._add_gram(x)
+            if self._drift is not None and original is not None:
+                away = original.detach().reshape(x.shape).float() - x.float()
+                self._drift += product(away.T, x.float())
         self.tokens += x.shape[0]
         if x.device.type == "cpu":
             self.check(name)
@@ -98,6 +104,8 @@ class Statistics:
             return
         yield from self._opened()
         yield self._sum
+        if self._drift is not None:
+            yield self._drift
 
     def _starts(self) -> range:
         """The first column of each panel."""
@@ -128,6 +136,16 @@ class Statistics:
                 self._gram[a:, a:b] = panel
                 self._gram[a:b, b:] = self._gram[b:, a:b].T
         return self._gram
+
+    @property
+    def drifts(self) -> bool:
+        """Whether drift is asked for."""
+        return self._drift is not None
+
+    @property
+    def drift(self) -> Tensor | None:
+        """(I, I)."""
+        return None if self._drift is None else self._drift.float()
 
     @property
     def eigen(self) -> tuple[Tensor, Tensor]:

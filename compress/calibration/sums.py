@@ -34,6 +34,9 @@ class Sums:
         last: module -> the tensor it saw last (held: identity means something), its version, and its number.
         calls: module -> the numbers of the tensors that it was called with in this forward pass.
         first: nothing but the first forward pass was seen yet, so who is fed alike is a guess.
+        drifting: the modules of which it must be known how far their inputs are from the original model's.
+        remembering: the original model is running, in front of the forward pass that is compared with it.
+        originals: module -> what it was called with there, as far as it has not been compared.
     """
 
     needs: Mapping[str, Need]
@@ -45,10 +48,16 @@ class Sums:
     last: dict[str, tuple[Tensor, int, int]] = field(default_factory=dict)
     calls: dict[str, list[int]] = field(default_factory=dict)
     first: bool = True
+    drifting: Collection[str] = ()
+    remembering: bool = False
+    originals: dict[str, list[Tensor]] = field(default_factory=dict)
     _numbers: int = 0
 
     def see(self, name: str, x: Tensor) -> None:
         """A module was given an input."""
+        if self.remembering:
+            self._remember(name, x)
+            return
         mine = self.calls.setdefault(name, [])
         mine.append(self._number(x))
         self.last[name] = x, x._version, mine[-1]
@@ -57,13 +66,30 @@ class Sums:
         if name not in self.found:
             self.found[name] = self.found[leader] if leader != name else self._begun(name, x)
         if leader == name:
-            window = self.windows[name]
-            for part in window.rows(x) if window else [x]:
-                self.found[name].update(part, name)
+            window, original = self.windows[name], self._original(name, x)
+            if original is not None:
+                self.found[name].update(x, name, original)
+            else:
+                for part in window.rows(x) if window else [x]:
+                    self.found[name].update(part, name)
             if (seen := self.found[name].range) is not None:
                 seen.update(x)
         elif not self.first and mine != self.calls.get(leader, [])[: len(mine)]:
             raise _other_wiring(name, leader)
+
+    def _remember(self, name: str, x: Tensor) -> None:
+        """Keep an input of the original model, a copy: what comes later may change it in place."""
+        if name in self.drifting and self.leaders.get(name, name) == name:
+            self.originals.setdefault(name, []).append(x.detach().clone())
+
+    def _original(self, name: str, x: Tensor) -> Tensor | None:
+        """The original model's input in the place of this one; None where that is not asked for."""
+        if name not in self.drifting:
+            return None
+        kept = self.originals.get(name)
+        if not kept or kept[0].shape != x.shape:
+            raise CompressError(f"{name} is called in another way than in the original model; use propagation: 0 there")
+        return kept.pop(0)
 
     def _number(self, x: Tensor) -> int:
         """The number of the very tensor that some module saw last, or a new one."""
@@ -79,13 +105,13 @@ class Sums:
         alike = (n for n in self.leaders if self.calls.get(n) == mine and self._kind(n) == kind)
         return next((n for n in alike if self.leaders[n] == n), name)
 
-    def _kind(self, name: str) -> tuple[Need, Windows | None, bool]:
-        return self.needs[name], self.windows[name], name in self.ranged
+    def _kind(self, name: str) -> tuple[Need, Windows | None, bool, bool]:
+        return self.needs[name], self.windows[name], name in self.ranged, name in self.drifting
 
     def _begun(self, name: str, x: Tensor) -> Statistics:
         window = self.windows[name]
         width = window.columns(x) if window else x.shape[-1]
-        made = statistics_for(width, self.needs[name], x.device, window.groups if window else 1)
+        made = statistics_for(width, self.needs[name], x.device, window.groups if window else 1, name in self.drifting)
         if name in self.ranged:
             made.range = Range(self.before * (x.numel() // x.shape[-1] // len(x)))
         return made

@@ -193,7 +193,7 @@ def fit(
         if importance is None:
             raise ValueError("a weighted search needs the importance of every column")
         importance = importance.reshape(1, groups, -1)
-    pieces = grouped.split(rows_in_piece(CHUNK, columns, weight.device))
+    pieces = torch.split(grouped, rows_in_piece(CHUNK, columns, weight.device))
     found = [_searched(piece, bits, symmetric, importance if search == "weighted" else None) for piece in pieces]
     scales, zeros = zip(*found, strict=True)
     return narrowest(torch.cat(scales)), torch.cat(zeros)
@@ -219,14 +219,15 @@ def _searched(grouped: Tensor, bits: int, symmetric: bool, importance: Tensor | 
             best.copy_(torch.where(better, now, best))
         best_share.copy_(torch.where(better, share, best_share))
 
-    step = 1 if importance is None else COARSE_STEP
-    for share in range(SEARCH_STEPS, SEARCH_SMALLEST, -step):
+    coarse = 1 if importance is None else COARSE_STEP
+    for share in range(SEARCH_STEPS, SEARCH_SMALLEST, -coarse):
         attempt(share)
-    while step > 1:
-        step /= 2
+    step = coarse / 2
+    while step > 0.5:
         around = best_share.nan_to_num(SEARCH_STEPS)
-        for share in (around - step, around + step):
-            attempt(share)
+        attempt(around - step)
+        attempt(around + step)
+        step /= 2
     return best_scale, best_zero
 
 
@@ -269,5 +270,6 @@ def _search_error(grouped: Tensor, scale: Tensor, zero: Tensor, bits: int, impor
     codes = (grouped / s).round_().add_(z).clamp_(0, 2**bits - 1)
     error = codes.sub_(z).mul_(s).sub_(grouped)
     if importance is not None:
-        return torch.linalg.vecdot(error.square_(), importance.expand_as(error))
+        weighed: Tensor = torch.linalg.vecdot(error.square_(), importance.expand_as(error))
+        return weighed
     return error.abs_().pow_(SEARCH_NORM).sum(-1)

@@ -101,7 +101,13 @@ def _wanted_by_passes(graph: Graph, passes: Sequence[LinearPass | BlockPass]) ->
         calibrated=any(p.calibrated for p in passes),
         learns=any(p.runs_block for p in learning),
         whole=bool(learning),
+        drifting=frozenset(s.name for s in every if s.groups == 1 and any(_follows(p, s) for p in passes)),
     )
+
+
+def _follows(pass_: LinearPass | BlockPass, site: Site) -> bool:
+    """Whether a pass makes up for how far a site's inputs are from the original model's."""
+    return works_on(pass_, site) and pass_.at(site.name).propagates
 
 
 def _is_ranged(site: Site, passes: Sequence[LinearPass | BlockPass]) -> bool:

@@ -89,10 +89,11 @@ class SeveralProcesses(Executor):
         own: dict[int, list[str]] = {}
         for name, found in seen.items():
             own.setdefault(id(found), []).append(name)
-        said = [[names, seen[names[0]].width, seen[names[0]].need, seen[names[0]].groups] for names in own.values()]
-        for names, width, need, groups in _fed_alike(self.gathered(said)):
+        facts = ((names, seen[names[0]]) for names in own.values())
+        said = [[names, each.width, each.need, each.groups, each.drifts] for names, each in facts]
+        for names, width, need, groups, drifts in _fed_alike(self.gathered(said)):
             mine = next((seen[name] for name in names if name in seen), None)
-            mine = mine or statistics_for(width, need, groups=groups)
+            mine = mine or statistics_for(width, need, groups=groups, drifts=drifts)
             self.add(list(mine.sums()))
             self._add_facts(mine)
             for name in names:

@@ -58,6 +58,7 @@ class Wanted:
         calibrated: whether any pass learns from data. Otherwise the model is not run.
         learns: whether any pass runs the blocks, and compares with what comes out in the original model.
         whole: whether any pass must see all of a block at once.
+        drifting: the sites of which it must be known how far their inputs are from the original model's.
     """
 
     label: str
@@ -67,6 +68,12 @@ class Wanted:
     calibrated: bool
     learns: bool
     whole: bool = False
+    drifting: frozenset[str] = frozenset()
+
+    @property
+    def follows(self) -> bool:
+        """Whether the original model is run beside the compressed one."""
+        return self.learns or bool(self.drifting)
 
 
 @dataclass(frozen=True)
@@ -174,6 +181,7 @@ def _tower(
         )
     if wanted.learns and chain:
         samples_of(context, tower, batches, wanted.label)
+    if wanted.follows and chain:
         original = original_chain(context, tower, batches) or chain.copy()
     met = {i: s for i in tower.numbers if (s := wanted.sites[i]) and (chain is None or context.graph.users_of(s))}
     if wanted.learns and met:
@@ -189,7 +197,7 @@ def _tower(
         if wanted.learns and index in met:
             visits = visits_to(context, index, batches, wanted.label, sites)
             view = View(context, index, visits.chain, visits.original, visits.outputs, visits.users)
-        yield Unit(_unit(index), sites, partial(_block_statistics, context, wanted, index, chain, batches), view)
+        yield Unit(_unit(index), sites, partial(_block_statistics, context, wanted, index, chain, batches, view), view)
         if chain and index + 1 in tower.numbers:
             _step(context, chain, index, None, "propagate: batches")
     return chain
@@ -225,12 +233,17 @@ def _step(context: Context, into: Activations, index: int, weights: Weights | No
 
 
 def _block_statistics(
-    context: Context, wanted: Wanted, index: int, chain: Activations | None, batches: Sequence[Tensor]
+    context: Context,
+    wanted: Wanted,
+    index: int,
+    chain: Activations | None,
+    batches: Sequence[Tensor],
+    view: View | None = None,
 ) -> dict[str, Statistics]:
     """What is wanted of the inputs of a block's sites; where other blocks share one, also of theirs."""
     asked = [s for s in wanted.sites[index] if s.name in wanted.needs]
     alone = [s for s in asked if chain and not s.shared]
-    seen = _inputs_of(context, wanted, alone, index, chain, batches) if alone else {}
+    seen = _inputs_of(context, wanted, alone, index, chain, batches, view) if alone else {}
     others = [s for s in asked if s not in alone]
     if others:
         seen |= _inputs_of(context, wanted, others, index, None, batches)
@@ -246,6 +259,7 @@ def _inputs_of(
     index: int,
     chain: Activations | None,
     batches: Sequence[Tensor],
+    view: View | None = None,
 ) -> dict[str, Statistics]:
     """What is wanted of the inputs of some sites of a block: along the chain, or in passes of the whole model."""
     graph = context.graph
@@ -260,8 +274,11 @@ def _inputs_of(
     with computed, present(context, index) if chain else streamed(context):
         forwards = context.bars.over(forwards, len(batches), "collect: batches")
         before = context.executor.shares(sum(map(len, batches))).first if wanted.ranged else 0
+        every = context.experts.calibrate_all
+        drifting = wanted.drifting & modules.keys() if chain and view else frozenset()
+        originals = view.original.forwards(block, view.original_values(), index) if view and drifting else ()
         return collect.statistics(
-            modules, needs, forwards, wanted.ranged, before, experts, context.experts.calibrate_all
+            modules, needs, forwards, wanted.ranged, before, experts, every, drifting=drifting, originals=originals
         )
 
 

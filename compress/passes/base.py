@@ -65,6 +65,11 @@ class Pass:
         return False
 
     @property
+    def propagates(self) -> bool:
+        """Whether it must know how far the inputs of a site are from those that the original model has there."""
+        return False
+
+    @property
     def surveys(self) -> bool:
         """Whether it must see everything that it works on before it decides about any of it."""
         return False

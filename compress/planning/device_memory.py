@@ -70,10 +70,13 @@ def _stage(
     tokens = memory.run_at_once(pipeline) if calibrated else 0
     running = (memory.block(graph) * itemsize if calibrated else 0) + memory.flowing(graph, tokens) * itemsize
     solving = SOLVED * memory.FLOAT * max((s.shape[0] * s.shape[1] for s in (*_inside(graph), *outside)), default=0)
+    follows = any(p.propagates for p in passes)
+    grams = _grams(graph, [*_inside(graph), *outside]) * (memory.DRIFTS if follows else 1)
+    running += memory.block(graph) * itemsize if follows else 0  # the original's
     learning = max((_learning(p, pipeline, graph, itemsize) for p in passes if isinstance(p, BlockPass)), default=0)
     return {
         "weights": max(running, solving),
-        "statistics": _grams(graph, [*_inside(graph), *outside]) if any(p.needs == "gram" for p in passes) else 0,
+        "statistics": grams if any(p.needs == "gram" for p in passes) else 0,
         "activations": memory.waiting(pipeline, passes, graph, itemsize) if waiting else 0,
         "training": learning + sum(memory.training(p, pipeline.calibration, graph) for p in passes),
     }

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 FLOAT, FLOAT64, TOKEN = 4, 8, 8
 GRAM = 5  # bytes for each number of a Gram matrix: a little more than half of it is summed up, in float64
+DRIFTS = 3  # times as large are the sums where it is summed up, too, how far inputs are from the original's
 INTERPRETER = 560 << 20  # Python, torch, transformers and a tokenizer, before any work
 LIBRARIES = 3 << 30  # those of CUDA, once they are loaded
 TRAINING = 6  # numbers per weight of a model that is trained as a whole, adapters not counted; one more per copy
@@ -201,9 +202,12 @@ def _stage(pipeline: Pipeline, passes: Sequence[Pass], graph: Graph) -> dict[str
     """The largest part of the model that is there at a time, and what a pass needs beside it."""
     calibrated = any(p.calibrated for p in passes)
     learns = any(p.reach == "block" for p in passes)
-    grams = 4 * max((in_grams(s) for s in graph.sites), default=0) * FLOAT + of_experts(graph)
+    follows = any(p.propagates for p in passes)
+    grams = 4 * max((in_grams(s) for s in graph.sites), default=0) * FLOAT * (DRIFTS if follows else 1)
+    grams += of_experts(graph)
+    in_block = block(graph) * (2 if follows else 1)  # and the original's
     return {
-        "weights": max(2 * outside(graph), (block(graph) if calibrated else 0) + 4 * largest(graph)) * FLOAT,
+        "weights": max(2 * outside(graph), (in_block if calibrated else 0) + 4 * largest(graph)) * FLOAT,
         "statistics": grams if any(p.needs == "gram" for p in passes) else 0,
         "activations": min(waiting(pipeline, passes, graph, FLOAT), _copies(passes) * ACTIVATIONS),
         "training": (block(graph) * LEARNING * FLOAT if learns else 0)
@@ -220,8 +224,8 @@ def waiting(pipeline: Pipeline, passes: Sequence[Pass], graph: Graph, itemsize: 
 
 
 def _copies(passes: Sequence[Pass]) -> int:
-    """Learning keeps what arrives at a block, what arrives in the original model, and what comes out there."""
-    return 3 if any(p.reach == "block" for p in passes) else 1
+    """Of what arrives at a block: beside the original model, also what arrives there, and what comes out."""
+    return 3 if any(p.reach == "block" or p.propagates for p in passes) else 1
 
 
 def training(pass_: Pass, data: DataSection | None, graph: Graph) -> int:

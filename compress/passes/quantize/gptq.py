@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
 from compress.encodings import Uniform, fit
 from compress.encodings.uniform import narrowest
@@ -19,6 +19,7 @@ from compress.passes.base import Edit
 from compress.passes.quantize.grid import UniformPass
 from compress.passes.quantize.rtn import Rtn
 from compress.passes.solvers.descent import descend
+from compress.passes.solvers.drift import made_up
 from compress.passes.solvers.obs import Factor, compensate
 from compress.passes.solvers.projections import Rounding
 
@@ -48,6 +49,9 @@ class Gptq(UniformPass):
         tile: columns worked on at once; speed only.
         rounds: of coordinate descent over the finished codes (see `passes/solvers/descent.py`), each of which refits
             the scales first; no round makes the error on the calibration data larger. 0 is GPTQ as published.
+        propagation: how much of what the layers before it have changed in its inputs a layer makes up for, 0 to 1 (see
+            `passes/solvers/drift.py`). Above 0 the original model is run beside the compressed one. Experts, layers
+            that blocks share and what lies outside the blocks do not make up for anything.
         scale_search: `weighted` searches the range with the least squared error, every column weighted by the sum of
             squares of its inputs.
 
@@ -63,6 +67,7 @@ class Gptq(UniformPass):
     act_order: bool = True
     tile: Annotated[int, Ge(1)] = 128
     rounds: Annotated[int, Ge(0)] = 0
+    propagation: Annotated[float, Ge(0), Le(1)] = 0.0
 
     key: ClassVar[str] = "gptq"
     weighs_columns: ClassVar[bool] = True
@@ -71,13 +76,20 @@ class Gptq(UniformPass):
     def needs(self) -> Need:
         return "gram"
 
+    @property
+    def propagates(self) -> bool:
+        return self.propagation > 0 or any(o.options.get("propagation") for o in self.overrides)
+
     def run(self, target: Target) -> Edit:
         statistics = target.statistics
         if statistics is None or statistics.gram is None:
             raise SolveError("no input ever reached this layer")
         rows, columns = target.weight.shape
+        weight, drift = target.weight, statistics.drift
+        if self.propagates and drift is not None:
+            weight = made_up(weight, statistics.gram, drift, self.propagation, self.damping)
         codes, scale, zero, dead = solve(
-            target.weight,
+            weight,
             statistics.gram,
             target.mask,
             bits=self.bits,
@@ -112,8 +124,8 @@ def solve(
     damping: float,
     act_order: bool,
     tile: int,
-    rounds: int,
     grid: UniformPass,
+    rounds: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """The algorithm on plain tensors.
 
