@@ -20,7 +20,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     "gptq": [
         {"bits": 3, "group_size": 16, "symmetric": True, "tile": 16},
         {"bits": 8, "granularity": "tensor", "damping": 0.1},
-        {"act_order": True, "group_size": 16, "scale_search": "mse"},
+        {"act_order": True, "group_size": 16, "scale_search": "weighted", "rounds": 2},
         {"activation_bits": 8, "activation_scale": "tensor"},
     ],
     "olive": [

@@ -17,7 +17,8 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 DATA = "{source: words.txt, samples: 2, length: 16}"
 PIPELINES = {
     "old": "passes: [{rtn: {scheme: w8g32}}]\n",
-    "quantize": f"calibration: {DATA}\nevaluate: {DATA}\nexport: [hf]\npasses: [gptq: {{scheme: w4g32}}]\n",
+    "quantize": f"calibration: {DATA}\nevaluate: {DATA}\nexport: [hf]\n"
+    "passes: [gptq: {scheme: w4g32, rounds: 1, propagation: 0.5}]\n",
     "merge": "passes: [{compeft: {models: [tuned], density: 0.2}}, {average: {models: [tuned]}}, rtn: {bits: 4}]\n",
 }
 

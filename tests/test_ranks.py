@@ -38,7 +38,8 @@ evaluate: {EVALUATION}
 passes:
   - blockwise:
       - rtn: {{bits: 8, include: ["*down_proj"]}}
-      - gptq: {{scheme: w4g32, exclude: ["*down_proj"], activation_bits: 8, activation_scale: tensor}}
+      - gptq: {{scheme: w4g32, exclude: ["*down_proj"], activation_bits: 8, activation_scale: tensor,
+          propagation: 0.5, rounds: 1}}
 """,
     # Gradients of a block and of the whole model, distances, and what is allocated.
     "learned": f"""\
