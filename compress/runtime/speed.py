@@ -76,6 +76,9 @@ def speed_up(model: nn.Module, *, exact: bool = True, spare_bits: float = SPARE_
     packed tensors and stands beside them: `save_pretrained` writes what was loaded. A model that is moved to another
     device, or loads other tensors, goes back to computing as loaded; call this again.
 
+    A layer that skips inputs (`activation_sparsity`) then reads only the columns that one input needs, where a kernel
+    can; "columns" says where.
+
     On a CUDA device with Triton, layers take their kernel by themselves when they are first called; this measures its
     error, and takes it away where it needs more than `spare_bits`.
 
