@@ -1,10 +1,10 @@
-"""Milliseconds for one decoded token of layers that skip inputs, on the processor, against the same layers without.
+"""Processor time of one decoded token of layers that skip inputs, against the same layers without.
 
-    python benchmarks/activation_sparsity.py [--rounds 15] [--threads 1] [--blocks 2] [--width 2048] [--inner 5504]
+    python benchmarks/activation_sparsity.py [--rounds 15] [--threads 1] [--blocks 1] [--width 2048] [--inner 5504]
 
-A random Llama of that many blocks, batch 1, a cache of 16 tokens. Every model runs by turns; the figure is the best of
-all rounds, so that other work on the machine disturbs it little. Thresholds are set for random inputs of each layer,
-and "skipped" is what is really zero.
+A random Llama of that many blocks, batch 1, a cache of 16 tokens. Every model runs by turns; the figure is the
+processor time of the best round, so that other work on the machine disturbs it less. Thresholds are set for random
+inputs of each layer, and "skipped" is what is really zero.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def step(model: nn.Module, prompt: Tensor) -> Callable[[], None]:
 
     def run() -> None:
         model(prompt[:, -1:], past_key_values=cache, use_cache=True)
-        cache.crop(PROMPT)
+        cache.crop(-1)
 
     return run
 
@@ -83,7 +83,7 @@ def skipped(model: nn.Module, inputs: dict[str, Tensor]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for option, default in (("rounds", 15), ("threads", 1), ("blocks", 2), ("width", 2048), ("inner", 5504)):
+    for option, default in (("rounds", 15), ("threads", 1), ("blocks", 1), ("width", 2048), ("inner", 5504)):
         parser.add_argument(f"--{option}", type=int, default=default)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -111,9 +111,9 @@ def main() -> None:
             best = dict.fromkeys(steps, float("inf"))
             for _ in range(arguments.rounds):
                 for way, run in steps.items():
-                    started = time.perf_counter()
+                    started = time.process_time()
                     run()
-                    best[way] = min(best[way], time.perf_counter() - started)
+                    best[way] = min(best[way], time.process_time() - started)
             for way, seconds in best.items():
                 rows.append({
                     "weights": weights, "way": way, "kernels": ", ".join(kernels[way]), "skipped": round(zeros[way], 3),

@@ -189,26 +189,7 @@ def perp() -> list[Table]:
     return [{row: {"KL": cell} for row, cell in rows.items()}]
 
 
-def activation_sparsity() -> list[Table]:
-    def one(skip: float, **options: Any) -> Cell:
-        return Cell((compress.ActivationSparsity(skip=skip, **options),), "kl")
-
-    shares = (0.25, 0.4, 0.5, 0.65)
-    ways: dict[str, dict[str, Any]] = {
-        "`wina`": {},
-        "`teal`": {"criterion": "teal"},
-    }
-    return [{way: {f"{skip:.0%} skipped": one(skip, **options) for skip in shares} for way, options in ways.items()}]
-
-
-PAGES = {
-    "activation_sparsity": activation_sparsity,
-    "bip": bip,
-    "flexround": flexround,
-    "jlcm": jlcm,
-    "nupes": nupes,
-    "perp": perp,
-}
+PAGES = {"bip": bip, "flexround": flexround, "jlcm": jlcm, "nupes": nupes, "perp": perp}
 
 
 def measure(tables: list[Table]) -> list[dict[str, dict[str, list[float]]]]:

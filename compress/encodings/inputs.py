@@ -299,8 +299,10 @@ class Threshold(InputGrid):
         """
         assert form.skip is not None
         scores = (sample.abs() * importance).flatten()
-        least = scores.kthvalue(max(1, round(form.skip * len(scores)))).values
-        return cls(form, torch.where(importance > 0, least / importance, torch.inf))
+        # Between two scores of the sample: at one of them, rounding elsewhere than here would decide.
+        last = max(1, round(form.skip * len(scores)))
+        ends = [scores.kthvalue(min(place, len(scores))).values for place in (last, last + 1)]
+        return cls(form, torch.where(importance > 0, (ends[0] + ends[1]) / 2 / importance, torch.inf))
 
     @classmethod
     def stored(cls, columns: int) -> StoredShapes:

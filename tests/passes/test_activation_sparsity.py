@@ -90,6 +90,13 @@ def test_wina_loses_less_than_teal_at_the_same_share_where_columns_differ_and_as
         assert wina < 0.6 * teal if differ else wina == pytest.approx(teal, rel=0.01)
 
 
+def test_a_threshold_lies_between_two_inputs_of_the_sample() -> None:
+    x = textbook.inputs(40, tokens=300)
+    found = thresholds(textbook.weight(16, 40), x, 0.5, "teal")
+    nearest = (x.abs() - found.threshold).abs().min()
+    assert float(nearest) > 1e-6 * float(found.threshold[0])
+
+
 @pytest.mark.parametrize("criterion", BOTH)
 def test_the_share_that_is_asked_for_is_skipped_on_calibration_data(criterion: Criterion) -> None:
     w, x = textbook.weight(16, 40), textbook.inputs(40, tokens=300)
