@@ -22,6 +22,7 @@ from .errors import (
 )
 from .export import CompressedTensors, Genai, Gguf, Hf, Onnx, Peft
 from .passes import (
+    ActivationSparsity,
     AdaMerging,
     AdaRound,
     Average,
@@ -70,6 +71,7 @@ from .runtime.speed import Speedup, speed_up
 __version__: str
 
 __all__ = [
+    "ActivationSparsity",
     "AdaMerging",
     "AdaRound",
     "Average",

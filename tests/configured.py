@@ -102,6 +102,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"update": "obs", "damping": 0.1},
         {"sparsity": "2:4", "update": "exact"},
     ],
+    "activation_sparsity": [{"skip": 0.25, "criterion": "teal"}],
     "layer_drop": [{"blocks": 2}, {"blocks": 3, "greedy": False}, {"blocks": 2, "criterion": "angular"}, {"blocks": 0}],
     "width_prune": [
         {"score": "magnitude", "repair": "none", "sparsity": 0.4},

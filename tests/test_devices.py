@@ -61,7 +61,7 @@ def targets(pass_: Pass, device: torch.device, masked: float | None) -> dict[str
         w = textbook.weight(rows, columns, seed).to(device)
         kept = None if masked is None else textbook.mask(rows, columns, seed, masked).to(device)
         x = textbook.inputs(columns, tokens=64, seed=seed).to(device)
-        statistics = None if pass_.needs == "none" else textbook.statistics(x, pass_.needs)
+        statistics = textbook.seen_by(pass_, x)
         generator = torch.Generator().manual_seed(seed)
         original = w if pass_.compares else None
         found[name] = Target(w if kept is None else w * kept, kept, statistics, generator, original=original)

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import compress
-from compress import FlexRound, Gptq, Olive, Override, PowerQuant, Rtn
+from compress import ActivationSparsity, FlexRound, Gptq, Olive, Override, PowerQuant, Rtn
 from compress.checkpoint import opening
 from compress.config.pipeline import Calibration, Pipeline
 from compress.encodings import InputForm, Weight, fit_inputs, pack
@@ -48,6 +48,8 @@ WAYS: dict[str, list[Pass]] = {
     "olive": [Olive(normal="int4", lower=1.0, upper=1.4, step=0.2, **PAIRS)],
     "power": [PowerQuant(bits=4, **PAIRS | {"activation_grid": "power"})],
     "flexround": [FlexRound(bits=4, steps=3, **TENSOR)],
+    "skipped": [ActivationSparsity()],
+    "codes, skipped": [Gptq(bits=4, group_size=32), ActivationSparsity(criterion="teal")],
     "different for some": [Rtn(bits=8, **TENSOR, overrides=(Override("*1.*", TOKEN | {"activation_scale": "token"}),))],
 }
 EVERYWHERE = [pytest.param("Llama", passes, id=f"Llama, {way}") for way, passes in WAYS.items()]

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from compress.calibration.ranges import Range
 from compress.calibration.reconstruct import BlockData, HiddenSamples, Weights
 from compress.calibration.statistics import Statistics
 from compress.calibration.training import Make, ModelData, TrainingStore
@@ -44,6 +45,17 @@ def mask(rows: int, columns: int, seed: int = 0, share: float = 0.5) -> Tensor:
 def statistics(x: Tensor, need: str = "gram") -> Statistics:
     found = Statistics(x.shape[-1], need, x.device)  # type: ignore[arg-type]
     found.update(x, "a test")
+    return found
+
+
+def seen_by(pass_: Pass, x: Tensor) -> Statistics | None:
+    """What a pass is given of inputs."""
+    if pass_.needs == "none" and not pass_.ranged:
+        return None
+    found = statistics(x, pass_.needs)
+    if pass_.ranged:
+        found.range = Range()
+        found.range.update(x)
     return found
 
 

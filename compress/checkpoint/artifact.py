@@ -53,7 +53,7 @@ class Packed:
     def inputs(self) -> InputGrid | None:
         """The grid of its inputs; the weight is not read for it."""
         form = self.spec.inputs
-        return None if form is None else form.input_grid(self._read(form.tensors()))
+        return None if form is None else form.input_grid(self._read(form.tensors(self.spec.shape[1])))
 
     @property
     def low_rank(self) -> LowRankFactors | None:

@@ -18,7 +18,7 @@ def made_from(cls: type[Made], data: Any, what: str) -> Made:
     """A form, of what a file states of it.
 
     Args:
-        cls: a dataclass with fields of type int, bool, str and their like.
+        cls: a dataclass with fields of type int, bool, str and their like; a float is a share, between 0 and 1.
         data: name -> value, as JSON has it.
         what: it is, for messages.
 
@@ -46,6 +46,8 @@ def _fits(name: str, value: Any, kind: str) -> bool:
         return isinstance(value, bool)
     if kind.startswith("int"):
         return whole(value, WIDEST if name == "bits" else LARGEST, least=0 if name == "period" else 1)
+    if kind.startswith("float"):  # a share
+        return type(value) is float and 0 < value < 1
     return isinstance(value, str) and (value in DTYPES or not name.endswith("dtype"))
 
 

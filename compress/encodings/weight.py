@@ -55,7 +55,7 @@ class Weight:
         values: (O, I) in its stored type, zero where masked; None when quantized, or when factors are all there is.
         mask: (O, I) bool, True = kept; None when dense.
         encoding: the codes, or None. Codes under a masked position are the encoding's idle ones.
-        inputs: the grid that what it is multiplied with is rounded to, or None.
+        inputs: what becomes of what it is multiplied with: the grid that it is rounded to, or thresholds; or None.
         low_rank: a correction added to all of it, or all of it; or None.
     """
 
@@ -118,7 +118,7 @@ class Spec:
     form: Form | None = None  # of its codes; None when not quantized
     kept: int | None = None  # number of kept weights; None when dense
     value_dtype: str | None = "float32"  # None where there are no values: factors are all there is
-    inputs: InputForm | None = None  # of the grid of its inputs; None when they are not quantized
+    inputs: InputForm | None = None  # of the grid or threshold of its inputs; None when they are as they come
     low_rank: LowRankForm | None = None  # of its correction
     pattern: Pattern | None = None  # that its mask is stored with; None when it is a bitmap, or dense
 
@@ -172,7 +172,7 @@ class Spec:
     def tensors(self) -> StoredShapes:
         """Shape and type of every stored tensor."""
         rows, columns = self.shape
-        last = {} if self.inputs is None else self.inputs.tensors()
+        last = {} if self.inputs is None else self.inputs.tensors(columns)
         if self.low_rank is not None:
             last = last | self.low_rank.tensors(self.shape)
         found: StoredShapes = {}

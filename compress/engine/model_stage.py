@@ -101,6 +101,6 @@ class _ModelWork:
         before = self.context.weight(site)
         weight, error = observed(site, pass_, before, finite_weight(site, before), edit, artifact.store_dtype(site))
         error = 0.0 if pass_.preserves else error
-        weight, rounding = attached(pass_.at(name), weight, None)
+        weight, rounding = attached(pass_.at(name), weight, edit, None)
         notes = {"error": error, **edit.notes, **rounding}
         return Record(name, weight, {pass_.key: notes | departed(pass_, site, notes)})

@@ -143,7 +143,7 @@ class Turn:
         """What the pass made of a site, once it is seen to be sound; the notes are those of this pass."""
         edit, store = made.edit, self.context.artifact.store_dtype(site)
         weight, error = observed(site, pass_, made.before, made.compared, edit, store)
-        weight, rounding = attached(pass_.at(site.name), weight, self.state.statistics.get(site.name))
+        weight, rounding = attached(pass_.at(site.name), weight, edit, self.state.statistics.get(site.name))
         reasons = [reason for reason in (made.fallback, rounding.get("fallback")) if reason]
         if made.fallback and site.read_by is not None and site.name not in self.state.statistics:
             reasons.append("its queries, keys and values were not one tensor")

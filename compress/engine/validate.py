@@ -47,6 +47,8 @@ def observed(
             )
         return CompressError(f"{pass_.key} on {site.name}: {what}; this is a defect, please report it")
 
+    if edit.keeps:
+        return before, 0.0
     if edit.mask is not None and tuple(edit.mask.shape) != site.shape:
         raise refuse(f"a mask of shape {tuple(edit.mask.shape)}, not {site.shape}")
     if before.mask is not None and (edit.mask is None or bool((edit.mask & ~before.mask).any())):

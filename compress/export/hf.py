@@ -166,12 +166,13 @@ class Hf(Exporter):
 
 
 def refuse_rounded(specs: Mapping[str, Spec]) -> Iterator[str]:
-    """Why rounded inputs do not fit a container of plain weights; nothing where there are none."""
+    """Why rounded or skipped inputs do not fit a container of plain weights; nothing where there are none."""
     rounded = [name for name, spec in specs.items() if spec.inputs is not None]
     if rounded:
         yield (
-            f"plain weights cannot round what they are multiplied with, and {len(rounded)} layers do, such as "
-            f"{rounded[0]}; leave activation_bits out of the quantizer, or this format out of `export:`"
+            f"plain weights cannot round or skip what they are multiplied with, and {len(rounded)} layers do, such as "
+            f"{rounded[0]}; leave activation_bits out of the quantizer and activation_sparsity out of the passes, or "
+            "this format out of `export:`"
         )
 
 

@@ -22,6 +22,7 @@ from compress.passes.merge.slerp import Slerp
 from compress.passes.merge.task_arithmetic import TaskArithmetic
 from compress.passes.merge.ties import Ties
 from compress.passes.merge.weight_matching import WeightMatching
+from compress.passes.prune.activation_sparsity import ActivationSparsity
 from compress.passes.prune.bip import Bip
 from compress.passes.prune.expert_merge import ExpertMerge
 from compress.passes.prune.expert_prune import ExpertPrune
@@ -65,6 +66,7 @@ PASSES: tuple[type[Pass], ...] = (
     Wanda,
     SparseGpt,
     Bip,
+    ActivationSparsity,
     LayerDrop,
     ExpertPrune,
     ExpertMerge,
@@ -92,6 +94,7 @@ PASSES: tuple[type[Pass], ...] = (
 
 __all__ = [
     "PASSES",
+    "ActivationSparsity",
     "AdaMerging",
     "AdaRound",
     "Average",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from compress.calibration.reconstruct import BlockData, Weights
     from compress.calibration.statistics import Statistics
     from compress.calibration.training import ModelData
-    from compress.encodings import Encoding, LowRankFactors, Weight
+    from compress.encodings import Encoding, InputGrid, LowRankFactors, Weight
     from compress.models.symmetry import Axis
 
 Over = Callable[[Iterable[int], int, Label], Iterator[int]]
@@ -193,7 +193,7 @@ class Narrowed:
 
 @dataclass(frozen=True)
 class Edit:
-    """What a pass did to one weight: new dense values, or codes; and the mask, where there is one.
+    """What a pass did to one weight: new dense values, or codes; and the mask, where there is one. Or to its inputs.
 
     Attributes:
         weight: (out, in) float32 new values, or None when `encoding` is given. Of a vector: its new values.
@@ -201,6 +201,8 @@ class Edit:
         encoding: integer codes.
         low_rank: a correction to keep beside the weight; alone it leaves the weight as it is, unless it `replaces` it.
         replaces: whether nothing is kept but `low_rank`.
+        keeps: whether the weight stays as it is, and only its inputs change.
+        inputs: what becomes of the layer's inputs; of a pass that `keeps` the weight, None leaves them as they are.
         shift: (out,) to be added to the bias of the layer, which gets one if it has none.
         notes: facts for the report, such as dead inputs.
     """
@@ -210,5 +212,7 @@ class Edit:
     encoding: Encoding | None = None
     low_rank: LowRankFactors | None = None
     replaces: bool = False
+    keeps: bool = False
+    inputs: InputGrid | None = None
     shift: Tensor | None = None
     notes: Mapping[str, float] = field(default_factory=dict)

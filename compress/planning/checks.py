@@ -169,8 +169,26 @@ def shapes(case: Case) -> Iterator[Problem]:
         if inputs and not inputs.static and site.is_convolution:
             reason = "a convolution has no tokens, each with a scale of its own; use activation_scale: tensor"
             misfits.setdefault(reason, []).append(site.name)
+        if inputs and inputs.kind.per_column and site.is_convolution:
+            reason = "a convolution reads its inputs in windows, and has no columns to skip"
+            misfits.setdefault(reason, []).append(site.name)
     for reason, names in misfits.items():
         yield case.refused(f"{listed(names)}: {reason}; change it for them in `overrides`, or `exclude` them")
+
+
+def inputs_changed_twice(case: Case) -> Iterator[Problem]:
+    """Inputs that are rounded and skipped: what is stored beside a layer says one of the two."""
+    specs = case.state.specs
+    both = []
+    for site in case.sites:
+        before, own = specs[site.name].inputs if site.name in specs else None, case.pass_.at(site.name).input_form()
+        if before and own and before.kind.per_column != own.kind.per_column:
+            both.append(site.name)
+    if both:
+        yield case.refused(
+            f"the inputs of {listed(both)} are {specs[both[0]].inputs} already, and a layer either rounds or skips "
+            "its inputs; `exclude` them here, or leave activation_bits or activation_sparsity out"
+        )
 
 
 def grouped_convolutions(case: Case) -> Iterator[Problem]:
@@ -191,13 +209,13 @@ def _mixes_rows(pass_: Pass) -> bool:
 
 
 def experts(case: Case) -> Iterator[Problem]:
-    """What has no place at an expert of a fused parameter: rounded inputs, and a bias of its own."""
+    """What has no place at an expert of a fused parameter: changed inputs, and a bias of its own."""
     chosen = [s for s in case.sites if s.is_expert]
     rounded = [s.name for s in chosen if case.pass_.at(s.name).input_form() is not None]
     if rounded:
         yield case.refused(
-            f"{listed(rounded)}: experts that the model keeps together in one tensor, whose inputs cannot be rounded; "
-            "`exclude` them and quantize their weights in a pass of their own, without activation_bits"
+            f"{listed(rounded)}: experts that the model keeps together in one tensor, whose inputs cannot be rounded "
+            f"or skipped; `exclude` them{_without_inputs(case.pass_)}"
         )
     biased = [s.name for s in chosen if case.pass_.at(s.name).adds_biases]
     if biased:
@@ -207,14 +225,20 @@ def experts(case: Case) -> Iterator[Problem]:
         )
 
 
+def _without_inputs(pass_: Pass) -> str:
+    """How else a pass may work on weights whose inputs cannot change, behind a comma; nothing where it cannot."""
+    quantizer = hasattr(pass_, "activation_bits")
+    return " and quantize their weights in a pass of their own, without activation_bits" if quantizer else ""
+
+
 def members(case: Case) -> Iterator[Problem]:
-    """What has no place at a matrix that a module reads itself: rounded inputs, a new bias, sums over its inside."""
+    """What has no place at a matrix that a module reads itself: changed inputs, a new bias, sums over its inside."""
     chosen = [(site, case.pass_.at(site.name)) for site in case.sites if site.read_by is not None]
     rounded = [site.name for site, own in chosen if own.input_form() is not None]
     if rounded:
         yield case.refused(
             f"{listed(rounded)}: matrices that a module of torch multiplies with itself, whose inputs cannot be "
-            "rounded; `exclude` them and quantize their weights in a pass of their own, without activation_bits"
+            f"rounded or skipped; `exclude` them{_without_inputs(case.pass_)}"
         )
     biased = [site.name for site, own in chosen if own.adds_biases and not site.is_layer]
     if biased:
@@ -273,10 +297,9 @@ def tables(case: Case, written: Pass) -> Iterator[Problem]:
         if pass_.reach == "model" and pass_.calibrated:
             yield case.refused(f"{site.name} is an embedding, which {pass_.key} cannot train; `exclude` it")
         if own.input_form() is not None:
-            yield case.refused(
-                f"rows of {site.name} are looked up, so it has no inputs to round; use activation_bits: null for it in "
-                "`overrides`, or name it with `embeddings:`"
-            )
+            rest = "use activation_bits: null for it in `overrides`, or name it with `embeddings:`"
+            rest = rest if hasattr(own, "activation_bits") else "`exclude` it"
+            yield case.refused(f"rows of {site.name} are looked up, so it has no inputs to round or skip; {rest}")
         if own.low_rank_form(site.shape) is not None:
             yield case.refused(
                 f"rows of {site.name} are looked up, and {pass_.key} keeps two factors whose product is no row; "

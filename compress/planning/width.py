@@ -14,6 +14,7 @@ from compress.planning.state import PassPlan, Planned
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from compress.encodings import Spec
     from compress.models.graph import Graph
     from compress.models.narrow import Narrower, Width
     from compress.passes import Pass
@@ -48,9 +49,22 @@ def plan(state: PlanState, path: str, pass_: Pass, *, fused: bool, first: bool) 
         reason = "their zeros would not stay" if kind == "sparse" else why_refused(pass_.key, kind)
         said = f"{pass_.key} cannot take rows and columns out of {kind} weights ({names}): {reason}"
         problems.append(Problem(path, said if kind != "sparse" else f"{said}; put {pass_.key} before the pruner"))
+    skipping = [site.name for site in sites if site.name in state.specs and _per_column(state.specs[site.name])]
+    if skipping:
+        problems.append(
+            Problem(
+                path,
+                f"{pass_.key} cannot take columns out of layers that skip inputs ({checks.listed(skipping)}): each has "
+                "a threshold; put it before activation_sparsity",
+            )
+        )
     left = " and ".join(f"{n} of {w.count} {IN_WORDS[w.part]}" for w, n in keep.items())
     part = PassPlan(path, pass_, sites, {}, f"{left} left in every block", _results(state, made, kept))
     return Planned(part, after.with_cuts(made).settled(), tuple(problems))
+
+
+def _per_column(spec: Spec) -> bool:
+    return spec.inputs is not None and spec.inputs.kind.per_column
 
 
 def _results(state: PlanState, made: Narrower, kept: Mapping[Width, Mapping[str, Sequence[int]]]) -> int:

@@ -106,12 +106,24 @@ class PackedLinear(PackedModule):
             stored = self.stored()
             self.use(GpuLookup.prepare(self.spec, unpack(self.spec, stored), stored))
 
+    @property
+    def skips_inputs(self) -> bool:
+        """Whether it is not multiplied with some of its inputs, so that a kernel need not read their columns."""
+        return self.spec.inputs is not None and self.spec.inputs.kind.per_column
+
+    def lay_columns(self) -> None:
+        """Keep the columns of a dense weight one behind the other in memory: the same numbers in as many bytes."""
+        if "values" in self._buffers and self.spec.kept is None:
+            self.values = self.get_buffer("values").T.contiguous().T
+
     def use(self, kernel: Quick | GpuLookup | None) -> None:
         """Compute with this kernel from now on, or None: by unpacking the weight, with the codes as they are stored."""
         if self.arranged:
             assert isinstance(self.kernel, GpuLookup)
             self.get_buffer("codes").copy_(self.kernel.stream())
             self.arranged = False
+        if kernel is None and "values" in self._buffers:
+            self.values = self.get_buffer("values").contiguous()
         self._modules.pop("kernel", None)
         self.kernel = kernel
         codes = self._buffers.get("codes")
@@ -139,8 +151,8 @@ class PackedLinear(PackedModule):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.arranged:
-            destination[f"{prefix}codes"] = self.stored()["codes"]
+        for name, tensor in self.stored().items() if self.arranged or self.skips_inputs else ():
+            destination[f"{prefix}{name}"] = tensor.contiguous()  # in the order of the file
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         self.use(None)  # it was derived from other tensors

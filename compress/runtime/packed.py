@@ -43,11 +43,11 @@ class PackedModule(nn.Module):
         return {name: getattr(self, name) for name in self.spec.tensors()}
 
     def rounded(self, x: Tensor) -> Tensor:
-        """An input as the weight is multiplied with it: on its grid, if it has one."""
+        """An input as the weight is multiplied with it: on its grid, or with what is skipped zero, if it has either."""
         form = self.spec.inputs
         if form is None:
             return x
-        return form.input_grid({name: getattr(self, name) for name in form.tensors()}).apply(x)
+        return form.input_grid({name: getattr(self, name) for name in form.kind.names()}).apply(x)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves between devices, but keeps the stored types: `model.half()` must not round the scales."""

@@ -9,6 +9,7 @@ import torch
 
 from compress.encodings import unpack
 from compress.errors import UsageError
+from compress.runtime.columns import CodeColumns, Columns
 from compress.runtime.kernels import Bytes, Codes, Factors, Tiles, without_extras
 from compress.runtime.linear import PackedLinear, Quick
 from compress.runtime.lookup import GpuLookup
@@ -75,6 +76,9 @@ def speed_up(model: nn.Module, *, exact: bool = True, spare_bits: float = SPARE_
     packed tensors and stands beside them: `save_pretrained` writes what was loaded. A model that is moved to another
     device, or loads other tensors, goes back to computing as loaded; call this again.
 
+    A layer that skips inputs (`activation_sparsity`) then reads only the columns that one input needs, where a kernel
+    can; "columns" says where.
+
     On a CUDA device with Triton, layers take their kernel by themselves when they are first called; this measures its
     error, and takes it away where it needs more than `spare_bits`.
 
@@ -113,6 +117,9 @@ def speed_up(model: nn.Module, *, exact: bool = True, spare_bits: float = SPARE_
 def _speed_up(name: str, layer: PackedLinear, exact: bool, spare_bits: float) -> LayerSpeed:
     layer.use(None)
     layer.automatic = False
+    skips = layer.skips_inputs and layer.like.device.type == "cpu"
+    if skips:
+        layer.lay_columns()
     spec, stored = without_extras(layer.spec), layer.stored()
     weight = unpack(layer.spec, stored)
     device = next(iter(stored.values())).device
@@ -127,7 +134,8 @@ def _speed_up(name: str, layer: PackedLinear, exact: bool, spare_bits: float) ->
         return kernel
 
     def off(kernel: Callable[[Tensor], Tensor]) -> float:
-        return float((kernel(random) - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+        found = torch.cat([kernel(random[:1]), kernel(random)[1:]])  # one input may be multiplied in its own way
+        return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
     def done(kernel: str, kept: int, error: float) -> LayerSpeed:
         used = "+".join(part for part in (kernel, "factors" if weight.low_rank is not None else "") if part)
@@ -145,7 +153,7 @@ def _speed_up(name: str, layer: PackedLinear, exact: bool, spare_bits: float) ->
             return done("" if gpu.product is None else GpuLookup.name, kept, error)
         layer.use(None)
         error = 0.0
-    for kind in () if tiles is None or device.type != "cpu" else _kernel_types(exact):
+    for kind in () if tiles is None or device.type != "cpu" else _kernel_types(exact, skips):
         kernel = kind.prepare(spec, plain, stored)
         if kernel is None or kernel.num_bytes > most:
             continue
@@ -158,8 +166,9 @@ def _speed_up(name: str, layer: PackedLinear, exact: bool, spare_bits: float) ->
     return done(name_of, chosen.num_bytes, error)
 
 
-def _kernel_types(exact: bool) -> Iterable[type[Kernel]]:
-    return EXACT_KERNELS if exact else (*ROUNDED, *EXACT_KERNELS)
+def _kernel_types(exact: bool, skips: bool) -> Iterable[type[Kernel]]:
+    skipping = (Columns, CodeColumns) if skips else ()
+    return (*skipping, *EXACT_KERNELS) if exact else (*skipping[:1], *ROUNDED, *skipping[1:], *EXACT_KERNELS)
 
 
 __all__ = ["LayerSpeed", "Speedup", "speed_up"]

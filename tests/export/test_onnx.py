@@ -13,7 +13,7 @@ from families import DECODERS, FAMILIES, RECIPES, ROUNDED, compressed, inputs_of
 from safetensors import safe_open
 
 import compress
-from compress import Codebook, Genai, Magnitude, Olive, Onnx, Perp, Pipeline, PowerQuant, Rtn
+from compress import ActivationSparsity, Codebook, Genai, Magnitude, Olive, Onnx, Perp, Pipeline, PowerQuant, Rtn
 from compress.api.export import refuse_exports, write_all
 from compress.calibration.data import Dataset
 from compress.config.reading import parse
@@ -96,6 +96,14 @@ def test_inputs_are_rounded_to_the_same_grid(family: str, tmp_path: Path) -> Non
         # An input half-way between two steps may go to either.
         assert found["max_logit_difference"] <= 0.02, chosen
         assert found["kl"] < 1e-4
+
+
+def test_inputs_are_skipped_by_the_same_thresholds(tmp_path: Path) -> None:
+    for number, first in enumerate(([], [Rtn(bits=4, group_size=32)])):
+        folder = tmp_path / str(number)
+        out = packed("llama", folder, *first, ActivationSparsity(skip=0.5))
+        assert exported(out, "llama", Onnx(accuracy_level=1))["max_logit_difference"] <= 1e-3, first
+        assert "input_threshold" in str(onnx.load(out / "onnx" / MODEL, load_external_data=False))
 
 
 @pytest.mark.parametrize("family", DECODERS)

@@ -1,4 +1,4 @@
-"""Rounding of a layer's input to its grid, in standard operators."""
+"""What a layer makes of its input, rounded or with zeros, in standard operators."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 def on_grid(ops: Ops, x: ir.Value, form: InputForm, read: Callable[[str], Tensor], columns: int) -> ir.Value:
-    """(..., C) float32 -> the nearest values of the grid; only pairs must know C, the number of columns."""
+    """(..., C) float32 -> the nearest values of the grid, or with what is skipped zero; C is the number of columns."""
+    if form.grid == "threshold":
+        threshold = ops.stored("input_threshold", (columns,), torch.float32, lambda: read("input_threshold"))
+        return ops.op("Where", ops.op("LessOrEqual", ops.op("Abs", x), threshold), ops.number(0), x)
     if not form.static:
         return _per_token(ops, x, form.bits)
     scale = read("input_scale")[0]

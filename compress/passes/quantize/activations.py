@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from compress.calibration.statistics import Statistics
     from compress.encodings import Weight
+    from compress.passes.base import Edit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,20 +78,23 @@ class ActivationOptions(Pass):
         return replace(self, overrides=(), **options)
 
 
-def attached(pass_: Pass, weight: Weight, seen: Statistics | None) -> tuple[Weight, dict[str, str]]:
-    """A weight with the grid that a pass asks for its inputs, if it does, and notes for the report.
+def attached(pass_: Pass, weight: Weight, edit: Edit, seen: Statistics | None) -> tuple[Weight, dict[str, str]]:
+    """A weight with what becomes of its inputs, if a pass changes them, and notes for the report.
 
     Args:
         pass_: with the options of this very site.
         weight: that it made.
+        edit: that it made it by.
         seen: statistics of the inputs; a static grid takes their range.
     """
     form = pass_.input_form()
     if form is None:
         return weight, {}
-    if not form.static:
+    if edit.inputs is not None:
+        inputs = edit.inputs
+    elif not form.static:
         inputs = form.input_grid({})
-    elif seen is not None and seen.range is not None:
+    elif seen is not None and seen.range is not None and not edit.keeps:
         inputs = seen.range.grid(form)
     else:
         return weight, {"fallback": "its inputs stay as they are: none ever reached it"}
