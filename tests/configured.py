@@ -72,6 +72,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     "low_rank": [
         {"ratio": 0.8, "method": "svd", "inputs": "mix"},
         {"ratio": 0.25, "perturbation": 0.1, "floor": 1e-4},
+        {"allocate": "energy"},
     ],
     "perp": [
         {"train": ("scale_lora",), "rank": 2},

@@ -40,7 +40,7 @@ class BlockSequential(StageRunner):
     def run(self, context: Context, stage: Stage, data: Dataset | None, key: str) -> StageResult:
         passes = cast("list[LinearPass | BlockPass]", stage.passes)
         batches = context.executor.shard(calibration_batches(context, data))
-        asking = cast("list[LinearPass]", [p for p in passes if p.surveys])
+        asking = [p for p in passes if p.surveys]
         if asking:
             found = survey_stage(context, stage.number, asking, batches, key)
             allocated = {id(p): now for p, now in zip(asking, found, strict=True)}

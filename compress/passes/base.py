@@ -164,15 +164,8 @@ class Pass:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearPass(Pass):
-    """A pass that sees one matrix at a time."""
-
-    reach: ClassVar[Reach] = "matrix"
-
-    @property
-    def rowwise(self) -> bool:
-        """Rows are independent given the statistics, so matrices fed by one input may be stacked and solved once."""
-        return False
+class SurveyingPass(Pass):
+    """A pass that goes from block to block, and may look at every matrix before it changes any: see `surveys`."""
 
     @property
     def survey_needs(self) -> Need:
@@ -185,6 +178,18 @@ class LinearPass(Pass):
     def allocated(self, found: Mapping[str, Any]) -> Self:
         """This pass with its options for every matrix, from what was found: site -> result."""
         return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearPass(SurveyingPass):
+    """A pass that sees one matrix at a time."""
+
+    reach: ClassVar[Reach] = "matrix"
+
+    @property
+    def rowwise(self) -> bool:
+        """Rows are independent given the statistics, so matrices fed by one input may be stacked and solved once."""
+        return False
 
     def run(self, target: Target) -> Edit:
         """The edit of one matrix.
@@ -200,7 +205,7 @@ class LinearPass(Pass):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockPass(Pass):
+class BlockPass(SurveyingPass):
     """A pass that learns the matrices of a block together, from the block's outputs.
 
     Attributes:
@@ -245,5 +250,5 @@ class ModelPass(Pass):
 
 __all__ = [
     "Block", "BlockPass", "Edit", "LinearPass", "Loss", "ModelPass", "OptionError", "Override", "Pass",
-    "Reach", "Target", "Whole",
+    "Reach", "SurveyingPass", "Target", "Whole",
 ]  # fmt: skip

@@ -111,8 +111,7 @@ def speed_up(model: nn.Module, *, exact: bool = True, spare_bits: float = SPARE_
 
 
 def _speed_up(name: str, layer: PackedLinear, exact: bool, spare_bits: float) -> LayerSpeed:
-    layer.use(None)
-    layer.automatic = False
+    layer.unpack_always()
     spec, stored = without_extras(layer.spec), layer.stored()
     weight = unpack(layer.spec, stored)
     device = next(iter(stored.values())).device
