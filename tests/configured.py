@@ -122,7 +122,12 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"vocabulary": "common"},
     ],
     "slerp": [{"t": 0.25}, {"t": (0.0, 0.5, 1.0)}, {"t": (Matched("*.mlp.*", 0.25), Matched("*.bias", (0.0, 1.0)))}],
-    "interpolate": [{"alpha": 1.0}, {"alpha": (0.0, 1.0)}, {"alpha": (Matched("*.mlp.*", 0.25),)}],
+    "interpolate": [
+        {"alpha": 1.0},
+        {"alpha": (0.0, 1.0)},
+        {"alpha": (Matched("*.mlp.*", 0.25),)},
+        {"importance": "fisher"},
+    ],
     "task_arithmetic": [{"scale": -1.0, "weights": (Matched("a", 0.5),)}, {"weights": (1.0, -1.0), "combine": "mean"}],
     "ties": [
         {"scope": "model", "density": (0.3, 0.9), "combine": "sum"},
