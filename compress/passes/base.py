@@ -163,7 +163,6 @@ class Pass:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
 
-@dataclass(frozen=True, kw_only=True)
 class SurveyingPass(Pass):
     """A pass that goes from block to block, and may look at every matrix before it changes any: see `surveys`."""
 
@@ -206,13 +205,10 @@ class LinearPass(SurveyingPass):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockPass(SurveyingPass):
-    """A pass that learns the matrices of a block together, from the block's outputs.
-
-    Attributes:
-        learned_on_device: float32 numbers per weight that a graphics processor holds meanwhile; None: not measured.
-    """
+    """A pass that learns the matrices of a block together, from the block's outputs."""
 
     reach: ClassVar[Reach] = "block"
+    # Float32 numbers per weight that a graphics processor holds meanwhile; None: not measured.
     learned_on_device: ClassVar[int | None] = None
 
     @property
