@@ -5,7 +5,6 @@ Shapes: O rows, I columns, r rank.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -17,7 +16,7 @@ from compress.encodings import LowRankFactors as Factors
 from compress.errors import SolveError
 from compress.lazy import torch
 from compress.passes.base import BlockPass, Edit, LinearPass, OptionError, Override, Pass
-from compress.passes.compensate.ranks import by_budget
+from compress.passes.compensate.ranks import ratios_by_energy
 from compress.passes.solvers.whitening import WhitenedMatrix, stored_factor
 
 if TYPE_CHECKING:
@@ -142,10 +141,7 @@ class LowRank(Budget, BlockPass):
                     yield OptionError(f"overrides[{i}].{option}", "is the same for all layers, which learn together")
             for option in ("allocate", *(("ratio",) if self.surveys else ())):
                 if option in override.options:
-                    yield OptionError(
-                        f"overrides[{i}].{option}",
-                        "ranks are allocated over all layers of the pass; use two passes with include and exclude",
-                    )
+                    yield OptionError(f"overrides[{i}].{option}", "allocated over all layers of the pass; use two")
 
     @property
     def surveys(self) -> bool:
@@ -158,15 +154,7 @@ class LowRank(Budget, BlockPass):
         return {"energies": found, "shape": list(target.weight.shape)}
 
     def allocated(self, found: Mapping[str, Any]) -> Self:
-        shapes: dict[str, tuple[int, int]] = {name: tuple(each["shape"]) for name, each in found.items()}
-        costs = {name: sum(shape) for name, shape in shapes.items()}
-        # Every matrix has rank 1 at least, and no more than makes its factors smaller than it is.
-        most = {name: int((math.prod(shape) - 1) / sum(shape) - 0.5) for name, shape in shapes.items()}
-        further = {name: each["energies"][1 : most[name]] for name, each in found.items()}
-        left = self.ratio * sum(math.prod(shape) for shape in shapes.values()) - sum(costs.values())
-        ranks = {name: 1 + more for name, more in by_budget(further, costs, left).items()}
-        # Half a rank more, so that rounding cannot lose one.
-        ratios = {name: (ranks[name] + 0.5) * costs[name] / math.prod(shape) for name, shape in shapes.items()}
+        ratios = ratios_by_energy(found, self.ratio)
         own = (Override(name, {**self.options_at(name), "ratio": ratio}) for name, ratio in ratios.items())
         return replace(self, allocate="uniform", overrides=(*self.overrides, *own))
 

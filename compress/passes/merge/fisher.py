@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from compress.calibration.draws import draw
+from compress.calibration.training import forked
 from compress.lazy import functional, torch
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def _information(models: Models, running: Running, model: int) -> dict[str, Tens
     values = {name: models.value(model, name).clone().requires_grad_() for name in running.names}
     total = {name: torch.zeros_like(value) for name, value in values.items()}
     # The same draws for every model, and whenever it is asked for.
-    generator = torch.Generator().manual_seed(models.generator.initial_seed())
+    generator = forked(models.generator, "fisher")
 
     def make(names: Collection[str]) -> dict[str, Tensor]:
         return {name: values[name] for name in names}
