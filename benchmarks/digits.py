@@ -1,6 +1,6 @@
 """Merge three specialists on transformed digits: what each merge reaches on all three tasks together.
 
-    python benchmarks/digits.py
+    python benchmarks/digits.py [--only NAME ...]
 
 scikit-learn's 8 x 8 digits: rotated by 90 degrees in the first of three channels, inverted in the second, or with
 noise in the third. A small vision transformer learns a little of all from few images; each specialist is it, trained
@@ -9,6 +9,7 @@ measured on; adamerging does not see their labels. Scales are the best of a grid
 favours the merges that have one. Prints a table of accuracies and writes results/digits.json.
 """
 
+import argparse
 import copy
 import json
 import sys
@@ -105,7 +106,8 @@ def prepare(folder: Path) -> None:
 
 SCALES = [0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3]
 LEARNED = {"steps": 150, "batch_size": 48, "learning_rate": 1e-2, "diversity": 2.0}
-PLAIN = {**LEARNED, "diversity": 0.0}
+LEVELS = ("task", "layer")
+LOSSES = {"the entropy alone, the paper's": 0.0, "`diversity: 1`": 1.0}  # beside the rows above them, which have 2
 MERGES: dict[str, list[dict[str, Any]]] = {  # what is called so -> the variants that the best is taken of
     "average": [{"average": {"weights": [0.0, 1.0, 1.0, 1.0]}}],
     "greedy soup": [{"greedy_soup": {}}],
@@ -118,8 +120,11 @@ MERGES: dict[str, list[dict[str, Any]]] = {  # what is called so -> the variants
     "adamerging, by layer": [{"adamerging": {"level": "layer", **LEARNED}}],
     "adamerging++, by task": [{"adamerging": {"level": "task", "trim": 0.2, **LEARNED}}],
     "adamerging++, by layer": [{"adamerging": {"level": "layer", "trim": 0.2, **LEARNED}}],
-    "adamerging, by task, the entropy alone": [{"adamerging": {"level": "task", **PLAIN}}],
-    "adamerging, by layer, the entropy alone": [{"adamerging": {"level": "layer", **PLAIN}}],
+    **{
+        f"adamerging, by {level}, {loss}": [{"adamerging": {"level": level, **LEARNED, "diversity": diversity}}]
+        for loss, diversity in LOSSES.items()
+        for level in LEVELS
+    },
 }
 
 
@@ -138,13 +143,18 @@ def measured(folder: Path, entry: dict[str, Any]) -> list[Any]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=MERGES, help="merges to measure again; the others' rows are kept")
+    only = parser.parse_args().only
     torch.set_num_threads(1)
+    file = runner.RESULTS / FILE
+    before: dict[str, dict[str, Any]] = {} if only is None else json.loads(file.read_text())["rows"]
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         prepare(folder)
-        for name, entries in MERGES.items():
-            tries = [(entry, measured(folder, entry)) for entry in entries]
+        for name in MERGES if only is None else only:
+            tries = [(entry, measured(folder, entry)) for entry in MERGES[name]]
             entry, rows = max(tries, key=lambda each: each[1][-1].accuracy)
             if not found:
                 labels = ["the base", *(f"the one for {task}" for task in TASKS)]
@@ -153,6 +163,7 @@ def main() -> None:
                 found["each by its own"] = dict(zip(TASKS, each, strict=True)) | {"mean": sum(each) / len(each)}
             found[name] = facts(rows[-1]) | {"options": entry, "seconds": rows[-1].seconds}
             print(name, json.dumps(found[name]), file=sys.stderr, flush=True)
+    found = before | found
     print(show(found))
     runner.write(FILE, {"machine": runner.machine(), "rows": found})
 
@@ -164,6 +175,16 @@ def facts(row: Any) -> dict[str, float]:
 def show(found: dict[str, dict[str, Any]]) -> str:
     head = ("", *TASKS, "mean")
     return runner.table(head, [(name, *(f"{row[k]:.1%}" for k in head[1:])) for name, row in found.items()])
+
+
+def show_losses(found: dict[str, dict[str, Any]]) -> str:
+    """What each loss of adamerging gives, by task and by layer."""
+    rows = {loss: f", {loss}" for loss in LOSSES} | {"`diversity: 2`": ""}
+    head = ("loss", *(f"a coefficient for each {level}" for level in LEVELS))
+    named = {loss: [f"adamerging, by {level}{tail}" for level in LEVELS] for loss, tail in rows.items()}
+    return runner.table(
+        head, [(loss, *(f"{found[name]['mean']:.1%}" for name in names)) for loss, names in named.items()]
+    )
 
 
 if __name__ == "__main__":

@@ -96,6 +96,7 @@ def main() -> None:
     for page in (METHODS / "compeft.md", METHODS / "bitdelta.md") if file.exists() else ():
         put(page, "specialists_deltas", specialists_deltas.show(json.loads(file.read_text())["rows"]))
     for name, shown, method in (
+        ("digits", digits.show_losses, "adamerging"),
         ("experts", experts.show, "expert_merge"),
         ("experts_copies", experts.show_copies, "expert_merge"),
         ("coded_adapters", coded_adapters.show, "compeft"),

@@ -72,6 +72,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     "low_rank": [
         {"ratio": 0.8, "method": "svd", "inputs": "mix"},
         {"ratio": 0.25, "perturbation": 0.1, "floor": 1e-4},
+        {"allocate": "energy"},
     ],
     "perp": [
         {"train": ("scale_lora",), "rank": 2},
@@ -122,7 +123,12 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"vocabulary": "common"},
     ],
     "slerp": [{"t": 0.25}, {"t": (0.0, 0.5, 1.0)}, {"t": (Matched("*.mlp.*", 0.25), Matched("*.bias", (0.0, 1.0)))}],
-    "interpolate": [{"alpha": 1.0}, {"alpha": (0.0, 1.0)}, {"alpha": (Matched("*.mlp.*", 0.25),)}],
+    "interpolate": [
+        {"alpha": 1.0},
+        {"alpha": (0.0, 1.0)},
+        {"alpha": (Matched("*.mlp.*", 0.25),)},
+        {"importance": "fisher"},
+    ],
     "task_arithmetic": [{"scale": -1.0, "weights": (Matched("a", 0.5),)}, {"weights": (1.0, -1.0), "combine": "mean"}],
     "ties": [
         {"scope": "model", "density": (0.3, 0.9), "combine": "sum"},

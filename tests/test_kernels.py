@@ -122,6 +122,23 @@ def test_two_thin_products_stand_for_a_weight_that_is_nothing_but_its_factors() 
         check(Weight(low_rank=LowRankFactors(a, b)), torch.randn(3, 64), kernel="factors", spare_bits=0)
 
 
+def test_a_layer_that_is_two_factors_multiplies_with_one_after_the_other_as_it_is_loaded() -> None:
+    a, b = torch.randn(4, 64).half(), torch.randn(48, 4).half()
+    made, x = layer(Weight(low_rank=LowRankFactors(a, b)), bias=True), torch.randn(2, 3, 64)
+    thin = nn.functional.linear(nn.functional.linear(x, a.float()), b.float()) + made.bias
+    dense = nn.functional.linear(x, b.float() @ a.float(), made.bias)
+    for each in (made, copy.deepcopy(made)):
+        assert torch.equal(each(x), thin)
+        assert sorted(each.state_dict()) == ["bias", "lora_a", "lora_b"]
+    assert not torch.equal(thin, dense)
+    assert off(thin, dense) <= ROUNDING
+    assert torch.equal(torch.compile(made, fullgraph=True, backend="eager")(x), thin)
+    made.load_state_dict({"lora_a": 2 * a, "lora_b": b, "bias": made.bias})
+    assert torch.allclose(made(x) - made.bias, 2 * (thin - made.bias), atol=1e-4), "other tensors, another product"
+    made.unpack_always()
+    assert torch.equal(made(x), nn.functional.linear(x, b.float() @ (2 * a).float(), made.bias))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_pruned_weights_that_are_not_quantized_are_multiplied_by_tiles(dtype: torch.dtype) -> None:
     values, mask = torch.randn(600, 512), torch.rand(600, 512) < 0.5

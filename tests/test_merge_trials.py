@@ -125,6 +125,23 @@ def test_by_negative_flips_the_fewest_of_those_that_are_not_worse_than_the_new_m
     assert chosen(pass_, worse).alpha == 0.5, "all are better than the other, and the nearest flips the least"
 
 
+def test_by_negative_flips_several_new_models_are_compared_as_their_mean() -> None:
+    from compress.passes.merge.grid_search import chosen
+
+    old, _ = some(1)
+    new = [{name: share * value for name, value in old.items()} for share in (0.3, 0.7)]
+    wholes = textbook.Wholes([old, *new], goal=0.0)
+    pass_ = Interpolate(models=("./a", "./b"), choose={"alpha": (0.5, 1.0, 0.9)}, by="negative_flips")
+    assert chosen(pass_, wholes).alpha == 1.0, "all others are worse than the mean of the new ones"
+    assert [getattr(each, "alpha", None) for each in wholes.tries] == [0.5, 1.0, 0.9, 1.0]
+
+
+@pytest.mark.parametrize("merge", ["adamerging", "bitdelta"])
+def test_a_merge_that_learns_anew_for_each_value_is_not_tried(merge: str) -> None:
+    with pytest.raises(ConfigError, match=rf"choose: tries merges, and {merge} would have to learn for each"):
+        load_pipeline({"passes": [{merge: {"models": ["a"], "choose": {"learning_rate": [0.1, 0.2]}}}]})
+
+
 def test_negative_flips_are_what_was_right_and_is_wrong_now(tmp_path: Path) -> None:
     base, other, text = trio(tmp_path)
     tokens = compress.load_tokens(str(text), AutoTokenizer.from_pretrained(base), samples=4, length=32)

@@ -40,10 +40,11 @@ class BlockSequential(StageRunner):
     def run(self, context: Context, stage: Stage, data: Dataset | None, key: str) -> StageResult:
         passes = cast("list[LinearPass | BlockPass]", stage.passes)
         batches = context.executor.shard(calibration_batches(context, data))
-        asking = cast("list[LinearPass]", [p for p in passes if p.surveys])
+        asking = [p for p in passes if p.surveys]
         if asking:
             found = survey_stage(context, stage.number, asking, batches, key)
-            allocated = {id(p): now for p, now in zip(asking, found, strict=True)}
+            made = cast("list[LinearPass | BlockPass]", found)
+            allocated = {id(p): now for p, now in zip(asking, made, strict=True)}
             passes = [allocated.get(id(p), p) for p in passes]
         key, records = run_passes(context, stage.number, passes, batches, key)
         return StageResult(key, context, layers_changed(context.artifact, records))

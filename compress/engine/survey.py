@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from compress.engine.sweep import Unit
     from compress.models.graph import Graph
     from compress.models.site import Site
-    from compress.passes.base import LinearPass
+    from compress.passes.base import SurveyingPass
 
 SurveyedSites = list[dict[str, Any]]  # for each pass, site -> what it saw
 
 
 def survey_stage(
-    context: Context, stage: int, passes: Sequence[LinearPass], batches: Sequence[Tensor], key: str
-) -> list[LinearPass]:
+    context: Context, stage: int, passes: Sequence[SurveyingPass], batches: Sequence[Tensor], key: str
+) -> list[SurveyingPass]:
     """Show every matrix to passes that survey, and change nothing; the passes with their options for every matrix."""
     seen: SurveyedSites = [{} for _ in passes]
     key, options = key_of(key, "survey"), [(p.key, p.options()) for p in passes]
@@ -47,7 +47,7 @@ def survey_stage(
     return [p.allocated(found) for p, found in zip(passes, seen, strict=True)]
 
 
-def _wanted_by_survey(graph: Graph, passes: Sequence[LinearPass]) -> Wanted:
+def _wanted_by_survey(graph: Graph, passes: Sequence[SurveyingPass]) -> Wanted:
     sites = sites_by_block(graph, passes)
     needs = {
         s.name: most_needed([p.survey_needs for p in passes if works_on(p, s)]) for each in sites.values() for s in each
@@ -63,7 +63,7 @@ def _wanted_by_survey(graph: Graph, passes: Sequence[LinearPass]) -> Wanted:
 
 
 def _surveyed(
-    context: Context, stage: int, position: int, pass_: LinearPass, unit: Unit, statistics: dict[str, Statistics]
+    context: Context, stage: int, position: int, pass_: SurveyingPass, unit: Unit, statistics: dict[str, Statistics]
 ) -> dict[str, Any]:
     """Site -> what a pass saw of it, one matrix in memory at a time."""
 

@@ -168,16 +168,8 @@ class Pass:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
 
-@dataclass(frozen=True, kw_only=True)
-class LinearPass(Pass):
-    """A pass that sees one matrix at a time."""
-
-    reach: ClassVar[Reach] = "matrix"
-
-    @property
-    def rowwise(self) -> bool:
-        """Rows are independent given the statistics, so matrices fed by one input may be stacked and solved once."""
-        return False
+class SurveyingPass(Pass):
+    """A pass that goes from block to block, and may look at every matrix before it changes any: see `surveys`."""
 
     @property
     def survey_needs(self) -> Need:
@@ -190,6 +182,18 @@ class LinearPass(Pass):
     def allocated(self, found: Mapping[str, Any]) -> Self:
         """This pass with its options for every matrix, from what was found: site -> result."""
         return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearPass(SurveyingPass):
+    """A pass that sees one matrix at a time."""
+
+    reach: ClassVar[Reach] = "matrix"
+
+    @property
+    def rowwise(self) -> bool:
+        """Rows are independent given the statistics, so matrices fed by one input may be stacked and solved once."""
+        return False
 
     def run(self, target: Target) -> Edit:
         """The edit of one matrix.
@@ -205,14 +209,11 @@ class LinearPass(Pass):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockPass(Pass):
-    """A pass that learns the matrices of a block together, from the block's outputs.
-
-    Attributes:
-        learned_on_device: float32 numbers per weight that a graphics processor holds meanwhile; None: not measured.
-    """
+class BlockPass(SurveyingPass):
+    """A pass that learns the matrices of a block together, from the block's outputs."""
 
     reach: ClassVar[Reach] = "block"
+    # Float32 numbers per weight that a graphics processor holds meanwhile; None: not measured.
     learned_on_device: ClassVar[int | None] = None
 
     @property
@@ -250,5 +251,5 @@ class ModelPass(Pass):
 
 __all__ = [
     "Block", "BlockPass", "Edit", "LinearPass", "Loss", "ModelPass", "OptionError", "Override", "Pass",
-    "Reach", "Target", "Whole",
+    "Reach", "SurveyingPass", "Target", "Whole",
 ]  # fmt: skip

@@ -244,7 +244,9 @@ def _merging(pass_: MergePass, graph: Graph) -> int:
     """What is kept of the models where they are read again and again, and what matching two of them takes."""
     weights = sum(p.numel() for p in graph.model.parameters())
     read_again = pass_.judged or pass_.learns
-    kept = min(KEPT_NUMBERS, weights * (1 + len(pass_.models))) * FLOAT if read_again else 0
+    every = weights * (1 + len(pass_.models))
+    kept = min(KEPT_NUMBERS, every) * FLOAT if read_again else 0
+    kept += every * FLOAT if pass_.learns_once else 0  # of every number of every model how much it matters
     return kept + (_aligning(graph, pass_.aligns_residual) if pass_.aligns else 0)
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from compress.encodings import unpack
+from compress.encodings import FACTORED, unpack
+from compress.runtime.kernels import Factors
 from compress.runtime.lazy_weight import lazy_weight
 from compress.runtime.lookup import GpuLookup
 from compress.runtime.packed import PackedModule
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Quick:
-    """How a layer on the processor computes that `speed_up` was called for.
+    """How a layer on the processor computes that does not unpack its weight.
 
     Attributes:
         multiply: (M, in) -> (M, out), without bias.
@@ -38,7 +39,8 @@ class PackedLinear(PackedModule):
     """Replaces a `Linear` or a transformers `Conv1D`.
 
     On a CUDA device it takes a kernel of its own accord when it is first called; a kernel for that may order the bytes
-    of `codes` as it likes to read them, in place. `stored` and `state_dict` give them as they were loaded.
+    of `codes` as it likes to read them, in place. `stored` and `state_dict` give them as they were loaded. Where two
+    factors are all that the weight is, one is multiplied with after the other on every device: it costs less.
 
     Attributes:
         kernel: what it computes with in the place of unpacking its weight; None where it unpacks it.
@@ -56,6 +58,11 @@ class PackedLinear(PackedModule):
         self.kernel, self.automatic, self.arranged = None, True, False
         # The type and device that the model computes in; of no length, and not in the file.
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+
+    @property
+    def factored(self) -> bool:
+        """Whether its weight is nothing but two factors."""
+        return self.spec.kind == FACTORED
 
     @property
     def weight(self) -> Tensor:
@@ -78,7 +85,7 @@ class PackedLinear(PackedModule):
         """What the layer makes of `x`, with this bias in the place of its own: (..., in) -> (..., out)."""
         x = self.rounded(x)
         if not (x.requires_grad and torch.is_grad_enabled()):  # kernels have no gradients
-            if self.automatic and x.is_cuda and not torch.compiler.is_compiling():
+            if self.automatic and (x.is_cuda or self.factored) and not torch.compiler.is_compiling():
                 self.choose_kernel()
             kernel = self.kernel
             if kernel is not None:
@@ -104,7 +111,15 @@ class PackedLinear(PackedModule):
             return  # its tensors come anew for each call
         with torch.no_grad(), torch.inference_mode(False):
             stored = self.stored()
-            self.use(GpuLookup.prepare(self.spec, unpack(self.spec, stored), stored))
+            kernel: Quick | GpuLookup | None = GpuLookup.prepare(self.spec, unpack(self.spec, stored), stored)
+            if kernel is None and self.factored:
+                kernel = Quick(Factors(None, self.spec, stored), next(iter(stored.values())).device)
+            self.use(kernel)
+
+    def unpack_always(self) -> None:
+        """Compute with exactly the dequantized weight, on any device, until the layer is moved or loaded."""
+        self.use(None)
+        self.automatic = False
 
     @property
     def skips_inputs(self) -> bool:

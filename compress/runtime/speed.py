@@ -115,8 +115,7 @@ def speed_up(model: nn.Module, *, exact: bool = True, spare_bits: float = SPARE_
 
 
 def _speed_up(name: str, layer: PackedLinear, exact: bool, spare_bits: float) -> LayerSpeed:
-    layer.use(None)
-    layer.automatic = False
+    layer.unpack_always()
     skips = layer.skips_inputs and layer.like.device.type == "cpu"
     if skips:
         layer.lay_columns()

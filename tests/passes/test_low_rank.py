@@ -103,6 +103,53 @@ def test_inputs_that_never_vary_do_not_blow_up_the_factors() -> None:
     assert float(made.product().abs().max()) < 10 * float(target.weight.abs().max())
 
 
+# --- ranks that share a budget ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("allocate", ["energy", "relative"])
+def test_allocated_ranks_cost_what_all_may_and_lose_less_energy_than_equal_ones(allocate: str) -> None:
+    shapes = {"small": (24, 40), "wide": (32, 96), "tall": (80, 24)}
+    targets = {name: problem(*shape, seed=seed)[0] for seed, (name, shape) in enumerate(shapes.items())}
+    few = random_weight(32, 2) @ random_weight(2, 96)
+    targets["wide"] = replace(targets["wide"], weight=few)  # two directions are all that it has
+    pass_ = LowRank(ratio=0.4, allocate=allocate, overrides=(Override("small", {"method": "svd"}),))
+    found = {name: pass_.at(name).survey(target) for name, target in targets.items()}
+    decided = pass_.allocated(found)
+    assert decided.at("small").method == "svd"
+    ranks = {name: decided.at(name).rank(shape) for name, shape in shapes.items()}
+    budget = 0.4 * sum(rows * columns for rows, columns in shapes.values())
+    spent = sum(rank * sum(shapes[name]) for name, rank in ranks.items())
+    assert budget - max(map(sum, shapes.values())) < spent <= budget
+    assert ranks["wide"] <= 2 < ranks["small"]
+
+    def lost(of: dict[str, int]) -> float:
+        return sum(sum(each["energies"][of[name] :]) for name, each in found.items())
+
+    assert lost(ranks) < lost({name: pass_.rank(shape) for name, shape in shapes.items()})
+
+
+def test_no_allocated_matrix_has_factors_as_large_as_it_is_and_none_has_rank_0() -> None:
+    shapes = {"all": (16, 16), "nothing": (64, 64)}
+    found = {name: {"energies": [float(name == "all")] * shape[0], "shape": shape} for name, shape in shapes.items()}
+    decided = LowRank(ratio=0.9, allocate="energy").allocated(found)
+    assert decided.at("all").rank(shapes["all"]) == 7
+    assert 1 <= decided.at("nothing").rank(shapes["nothing"]) < 32
+
+
+def test_ranks_are_allocated_in_a_pipeline_and_the_model_is_as_large_as_with_equal_ones(tokens: Tensor) -> None:
+    ranks = {}
+    for allocate in ("uniform", "relative"):
+        result = compress.apply(make_llama(), [LowRank(steps=2, allocate=allocate)], tokens, evaluation=tokens)
+        assert result.report.rows[-1].bits_per_weight == pytest.approx(8, rel=0.05)
+        of_shape: dict[tuple[int, ...], set[int]] = {}
+        for weight in result.weights.values():
+            assert weight.low_rank is not None
+            of_shape.setdefault(weight.low_rank.shape, set()).add(weight.low_rank.rank)
+        ranks[allocate] = of_shape
+    assert all(len(each) == 1 for each in ranks["uniform"].values())
+    assert any(len(each) > 1 for each in ranks["relative"].values())
+
+
 # --- learning -----------------------------------------------------------------------------------------------------
 
 
@@ -203,15 +250,15 @@ def test_a_layer_that_nothing_reaches_gets_the_factors_of_svd_and_the_report_say
 RESUMED = """\
 calibration: {source: calibration.txt, samples: 4, length: 32}
 passes:
-  - low_rank: {steps: 3}
+  - low_rank: {steps: 3, allocate: relative}
 """
 
 
 def test_killed_after_a_block_the_run_ends_bit_identical(tmp_path: Path) -> None:
     whole, killed = prepare(tmp_path, RESUMED)
     assert run_child(whole, "model") == 0
-    assert run_child(killed, "model", kill_after=2) == -signal.SIGKILL
-    assert {"s00-b0000.safetensors"} <= {path.name for path in (killed / "out.work").iterdir()}
+    assert run_child(killed, "model", kill_after=4) == -signal.SIGKILL
+    assert {"s00-survey-b0001.json", "s00-b0000.safetensors"} <= {path.name for path in (killed / "out.work").iterdir()}
     assert run_child(killed, "model") == 0
     assert contents(killed / "out") == contents(whole / "out")
 
@@ -254,6 +301,8 @@ def test_norms_biases_and_the_factors_themselves_may_be_trained_afterwards(
         ([LowRank(floor=0.0)], "0.0 is not between 0 and 1"),
         ([LowRank(perturbation=-1.0)], "-1.0 is negative"),
         ([LowRank(overrides=(Override("*", {"steps": 3}),))], "is the same for all layers"),
+        ([LowRank(overrides=(Override("*", {"allocate": "energy"}),))], "allocated over all layers of the pass"),
+        ([LowRank(allocate="energy", overrides=(Override("*", {"ratio": 0.3}),))], "allocated over all layers"),
     ],
 )
 def test_impossible_orders_and_options(passes: list[Pass], said: str, tokens: Tensor) -> None:

@@ -13,6 +13,7 @@ from compress.config.options import errors_in
 from compress.errors import ConfigError
 from compress.passes import Eora, GlobalMagnitude, Magnitude, Perp, Rtn, SparseSoup
 from compress.passes.base import Pass, Target
+from compress.passes.prune.global_magnitude import smallest_cut
 from compress.passes.retrain.sparse_soup import Member, greedy, member_mean
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,6 +85,30 @@ def test_phases_end_at_the_sparsity_asked_for_with_vectors_averaged(
     assert len(changed) == 5
 
 
+def test_every_layer_keeps_its_minimum_in_every_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = textbook.weight(8, 16, 0) * 1e-3, textbook.weight(8, 16, 1)
+    given = {"small": Target(small, None), "large": Target(large, None)}
+    for min_keep, left in ((0.0, 0), (0.05, 12)):  # 5 % of all 256 weights
+        seen = []
+
+        def watched(names, load, share, floor=0.0, seen=seen):  # type: ignore[no-untyped-def]
+            masks = dict(smallest_cut(names, load, share, floor))
+            seen.append({name: int(mask.sum()) for name, mask in masks.items()})
+            return masks.items()
+
+        monkeypatch.setattr("compress.passes.retrain.sparse_soup.smallest_cut", watched)
+        soup = SparseSoup(models=1, train=("full",), sparsity=0.7, phases=2, min_keep=min_keep, **QUICK)
+        edits = dict(soup.run(textbook.whole(given)))
+        assert len(seen) == 2
+        assert min(each["small"] for each in seen) == left
+        assert sum(int(edit.mask.sum()) for edit in edits.values()) == 256 - int(0.7 * 256)
+    shapes = dict.fromkeys(given, (8, 16))
+    assert SparseSoup(sparsity=0.7, min_keep=0.1).check_shapes(shapes) is None
+    said = SparseSoup(sparsity=0.95, min_keep=0.1).check_shapes(shapes)
+    assert said is not None
+    assert "cannot be reached with min_keep 0.1" in said.message
+
+
 def test_the_learning_rates_of_copies_lie_around_the_one_given() -> None:
     rates: list[float] = []
 
@@ -108,6 +133,7 @@ def test_what_is_packed_or_corrected_is_refused(
     ("options", "said"),
     [
         ({"phases": 2}, "phases: each prunes a part"),
+        ({"min_keep": 0.1}, "min_keep: is a floor under pruning"),
         ({"train": ("lora",)}, "lora cannot be averaged"),
         ({"models": 0}, "models: 0 is not a positive number"),
     ],

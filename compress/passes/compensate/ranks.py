@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,6 +43,23 @@ def by_budget(energies: Mapping[str, Sequence[float]], costs: Mapping[str, float
         if ranks[name] < len(energies[name]):
             heapq.heappush(gains, (-energies[name][ranks[name]] / costs[name], name))
     return ranks
+
+
+def ratios_by_energy(found: Mapping[str, Mapping[str, Any]], ratio: float) -> dict[str, float]:
+    """Layer -> numbers in its two factors as a share of those in the matrix, where all layers share a budget.
+
+    Args:
+        found: layer -> its `energies`, largest first, and its `shape`.
+        ratio: numbers in all factors as a share of those in all matrices.
+    """
+    sizes = {name: math.prod(each["shape"]) for name, each in found.items()}
+    costs = {name: sum(each["shape"]) for name, each in found.items()}
+    # Every matrix has rank 1 at least, and no more than makes its factors smaller than it is.
+    most = {name: int((size - 1) / costs[name] - 0.5) for name, size in sizes.items()}
+    further = {name: each["energies"][1 : most[name]] for name, each in found.items()}
+    ranks = by_budget(further, costs, ratio * sum(sizes.values()) - sum(costs.values()))
+    # Half a rank more, so that rounding cannot lose one.
+    return {name: (ranks[name] + 1.5) * costs[name] / size for name, size in sizes.items()}
 
 
 def too_little(costs: Mapping[str, int], weights: int, budget: float) -> str | None:

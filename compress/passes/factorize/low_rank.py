@@ -5,8 +5,8 @@ Shapes: O rows, I columns, r rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Ge, Gt, Lt
 
@@ -15,7 +15,8 @@ from compress.encodings import FACTORED, LowRankForm
 from compress.encodings import LowRankFactors as Factors
 from compress.errors import SolveError
 from compress.lazy import torch
-from compress.passes.base import BlockPass, Edit, LinearPass, OptionError, Pass
+from compress.passes.base import BlockPass, Edit, LinearPass, OptionError, Override, Pass
+from compress.passes.compensate.ranks import ratios_by_energy
 from compress.passes.solvers.whitening import WhitenedMatrix, stored_factor
 
 if TYPE_CHECKING:
@@ -94,6 +95,9 @@ class LowRank(Budget, BlockPass):
             element-wise random `mix` of both.
         perturbation: what a distance between product and matrix costs while learning, in the largest sum of a row.
         floor: under the eigenvalues of the Gram matrix, as a share of the largest.
+        allocate: `uniform` gives every matrix the same ratio. Otherwise `ratio` is that of all together, and ranks go
+            where they keep most for what they cost: of the outputs' `energy` as it is, or `relative` to all that the
+            matrix puts out.
 
     Example:
         >>> import torch, compress
@@ -111,6 +115,7 @@ class LowRank(Budget, BlockPass):
     inputs: Inputs = "compressed"
     perturbation: Annotated[float, Ge(0)] = 0.0
     floor: Annotated[float, Gt(0), Lt(1)] = 1e-6
+    allocate: Literal["uniform", "energy", "relative"] = "uniform"
 
     key: ClassVar[str] = "low_rank"
     accepts: ClassVar[frozenset[str]] = frozenset({"dense"})
@@ -134,6 +139,24 @@ class LowRank(Budget, BlockPass):
             for option in ("steps", "batch_size", "inputs"):
                 if option in override.options:
                     yield OptionError(f"overrides[{i}].{option}", "is the same for all layers, which learn together")
+            for option in ("allocate", *(("ratio",) if self.surveys else ())):
+                if option in override.options:
+                    yield OptionError(f"overrides[{i}].{option}", "allocated over all layers of the pass; use two")
+
+    @property
+    def surveys(self) -> bool:
+        return self.allocate != "uniform"
+
+    def survey(self, target: Target) -> dict[str, Any]:
+        seen, notes = self._seen(target)
+        energies = seen.energies / (seen.energies.sum() if self.allocate == "relative" else 1.0)
+        found = [] if notes else energies.nan_to_num().tolist()  # where nothing arrives, nothing is lost
+        return {"energies": found, "shape": list(target.weight.shape)}
+
+    def allocated(self, found: Mapping[str, Any]) -> Self:
+        ratios = ratios_by_energy(found, self.ratio)
+        own = (Override(name, {**self.options_at(name), "ratio": ratio}) for name, ratio in ratios.items())
+        return replace(self, allocate="uniform", overrides=(*self.overrides, *own))
 
     def run(self, block: Block) -> Iterator[tuple[str, Edit]]:
         learned = _FactoredBlock({name: self.at(name).start(target) for name, target in block.targets.items()})
@@ -146,16 +169,19 @@ class LowRank(Budget, BlockPass):
 
     def start(self, target: Target) -> _FactoredMatrix:
         """One matrix as it is before anything is learned."""
-        need: Need = "gram" if self.method == "whitened" else "none"
-        weight, notes = target.weight.double(), {}
-        try:
-            seen = WhitenedMatrix.through(weight, target.statistics, need, self.floor)
-        except SolveError:  # nothing ever reached it, so there is nothing to be best for
-            seen = WhitenedMatrix.through(weight, None, "none", self.floor)
-            notes["dead_inputs"] = float(weight.shape[1])
+        seen, notes = self._seen(target)
         made = self.factors(seen)
-        notes["output_error_start"] = seen.size(weight - made.product().double()) / (seen.size(weight) or 1.0)
+        notes["output_error_start"] = seen.size(seen.matrix - made.product().double()) / (seen.size(seen.matrix) or 1.0)
         return _FactoredMatrix(target.weight, made, self.learning_rate, self.perturbation, notes)
+
+    def _seen(self, target: Target) -> tuple[WhitenedMatrix, dict[str, float]]:
+        """The matrix, seen as `method` does, and what the report says of that."""
+        need: Need = "gram" if self.method == "whitened" else "none"
+        weight = target.weight.double()
+        try:
+            return WhitenedMatrix.through(weight, target.statistics, need, self.floor), {}
+        except SolveError:  # nothing ever reached it, so there is nothing to be best for
+            return WhitenedMatrix.through(weight, None, "none", self.floor), {"dead_inputs": float(weight.shape[1])}
 
     def stand_in(self) -> Svd:
         return Svd(ratio=self.ratio)

@@ -79,7 +79,8 @@ class MergePass(Pass):
         choose: options whose values are chosen by trying them on the calibration data, such as {scale: [0.2, 0.4]}; of
             several options every combination is tried.
         by: what is chosen: the best `score` (accuracy of a classifier, else loss, mean over the sources of the data);
-            or, of those not worse than the other model itself, the one with the fewest `negative_flips`.
+            or, of those not worse than the other model itself (of several, their mean), the one with the fewest
+            `negative_flips`.
     """
 
     models: tuple[str, ...] = ()
@@ -93,6 +94,7 @@ class MergePass(Pass):
     makes_delta: ClassVar[bool] = False  # it keeps what it adds to the base in a small file too
     pairwise: ClassVar[bool] = False  # it merges exactly two
     with_base: ClassVar[bool] = False  # the base has values of its own in what is given for each model
+    other_end: ClassVar[str | None] = None  # an option with which, at 1, the result is the others' alone
     aligns: ClassVar[bool] = False  # it puts the units of the others in the order of the base's before it merges
     # The same for every tensor.
     common: ClassVar[frozenset[str]] = frozenset({"models", "vocabulary", "accept", "scope", "choose", "by"})
@@ -114,6 +116,11 @@ class MergePass(Pass):
     @property
     def learns(self) -> bool:
         """Whether it tries out whole models, or reads whole tensors of them, before it merges anything."""
+        return False
+
+    @property
+    def learns_once(self) -> bool:
+        """Whether that is the same whatever numbers are tried by `choose`."""
         return False
 
     @property
@@ -193,7 +200,9 @@ class MergePass(Pass):
                 for value in values:
                     changed: dict[str, Any] = {name: value}
                     yield from replace(self, choose=None, by="score", **changed).check()
-        if self.by != "score" and not self.pairwise:
+        if self.choose and self.learns and not self.learns_once:
+            yield OptionError("choose", f"tries merges, and {self.key} would have to learn for each; give the values")
+        if self.by != "score" and not (self.pairwise or self.other_end):
             yield OptionError("by", f"{self.by} compares with the one other model; {self.key} merges several")
         if self.by != "score" and not self.choose:
             yield OptionError("by", "changes nothing without choose, such as {alpha: [0.25, 0.5, 0.75]}")

@@ -21,14 +21,18 @@ def chosen(pass_: MergePass, models: Models) -> MergePass:
     assert pass_.choose
     plain, names = replace(pass_, choose=None, by="score"), list(pass_.choose)
     grid: list[dict[str, Any]] = [dict(zip(names, values, strict=True)) for values in product(*pass_.choose.values())]
-    tries = [(options, models.tried(replace(plain, **options))) for options in models.over(grid, len(grid), "choose")]
+    found = plain.learn(models) if plain.learns_once else None
+    every = models.over(grid, len(grid), "choose")
+    tries = [(options, models.tried(replace(plain, **options), found)) for options in every]
     if pass_.by == "negative_flips":
-        other = score(models.tried_alone(1))
+        end: dict[str, Any] = {plain.other_end: 1.0} if plain.other_end else {}
+        several = len(plain.models) > 1
+        other = score(models.tried(replace(plain, **end), found) if several else models.tried_alone(1))
         as_good = [each for each in tries if score(each[1]) >= other] or tries
         options, _ = min(as_good, key=lambda each: flips(each[1]))
     else:
         options, _ = max(tries, key=lambda each: score(each[1]))
-    models.notes |= {"tried": [{**each, "found": noted(found)} for each, found in tries], "chosen": options}
+    models.notes |= {"tried": [{**each, "found": noted(result)} for each, result in tries], "chosen": options}
     return replace(plain, **options)
 
 

@@ -86,13 +86,7 @@ class GlobalMagnitude(TrainingOptions, ModelPass):
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> OptionError | None:
         """Why this pass cannot work on all these matrices together, or None."""
-        reachable = max_sparsity([rows * columns for rows, columns in shapes.values()], self.min_keep)
-        if reachable < self.sparsity:
-            return OptionError(
-                "sparsity",
-                f"{self.sparsity} cannot be reached with min_keep {self.min_keep}: at most {reachable:.4f}; lower one",
-            )
-        return None
+        return unreachable(shapes, self.sparsity, self.min_keep)
 
     def produces(self, kind: str) -> str:
         return "sparse"
@@ -140,6 +134,15 @@ def smallest_cut(
         target = load(name)
         mask = keep_all_but(masked_out(target.weight.abs(), target.mask), count)
         yield name, mask if target.mask is None else mask & target.mask
+
+
+def unreachable(shapes: Mapping[str, tuple[int, int]], sparsity: float, min_keep: float) -> OptionError | None:
+    """Why layers that each keep a minimum cannot have so many zeros together, or None."""
+    reachable = max_sparsity([rows * columns for rows, columns in shapes.values()], min_keep)
+    if reachable >= sparsity:
+        return None
+    reason = f"{sparsity} cannot be reached with min_keep {min_keep}: at most {reachable:.4f}; lower one"
+    return OptionError("sparsity", reason)
 
 
 def max_sparsity(sizes: Sequence[int], min_keep: float) -> float:

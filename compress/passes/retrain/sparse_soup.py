@@ -10,7 +10,7 @@ from annotated_types import Ge, Lt
 from compress.calibration.training import forked, held_out_split, train
 from compress.lazy import torch
 from compress.passes.base import Edit, OptionError
-from compress.passes.prune.global_magnitude import smallest_cut
+from compress.passes.prune.global_magnitude import smallest_cut, unreachable
 from compress.passes.retrain.options import EndToEnd, TrainingOptions
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class SparseSoup(EndToEnd, TrainingOptions):
         phases: prune a part, train, average, and so on.
         sparsity: of global magnitude pruning, reached in equal factors over the phases; None leaves the zeros that are
             there, and there is one phase.
+        min_keep: weights every layer keeps in every phase, as a share of all selected weights.
 
     Example:
         >>> import torch, compress
@@ -57,6 +58,7 @@ class SparseSoup(EndToEnd, TrainingOptions):
     soup: Literal["uniform", "greedy"] = "uniform"
     phases: Annotated[int, Ge(1)] = 1
     sparsity: Annotated[float, Ge(0), Lt(1)] | None = None
+    min_keep: Annotated[float, Ge(0), Lt(1)] = 0.0
 
     key: ClassVar[str] = "sparse_soup"
 
@@ -64,9 +66,14 @@ class SparseSoup(EndToEnd, TrainingOptions):
         yield from super().check()
         if self.sparsity is None and self.phases > 1:
             yield OptionError("phases", "each prunes a part: set sparsity too, or leave phases at 1")
+        if self.sparsity is None and self.min_keep:
+            yield OptionError("min_keep", "is a floor under pruning: set sparsity too, or leave it out")
         for name in ("head", "lora", "scale"):
             if name in self.train:
                 yield OptionError("train", f"{name} cannot be averaged here; name sets such as mask_lora, full or norm")
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> OptionError | None:
+        return None if self.sparsity is None else unreachable(shapes, self.sparsity, self.min_keep)
 
     @property
     def trainings(self) -> int:
@@ -88,7 +95,7 @@ class SparseSoup(EndToEnd, TrainingOptions):
         for phase in range(1, self.phases + 1):
             if self.sparsity is not None:
                 share = 1 - (1 - self.sparsity) ** (phase / self.phases)
-                masks = dict(smallest_cut(model.names, targets.__getitem__, share))
+                masks = dict(smallest_cut(model.names, targets.__getitem__, share, self.min_keep))
                 targets = {
                     n: replace(t, weight=t.weight * masks[n], mask=masks[n], stored=None) for n, t in targets.items()
                 }
