@@ -83,6 +83,10 @@ class AdaptedMatrix:
         found = [t for a in (*self.adapters, *([self.beside] if self.beside else [])) for t in a.tensors]
         return found if self.factor is None else [*found, self.factor]
 
+    def groups(self, rate: float) -> list[tuple[list[Tensor], float]]:
+        """The same with its learning rate."""
+        return [(self.tensors(), rate)]
+
     def soft(self) -> Tensor:
         """(O, I), as it is used in training."""
         made = self._base()

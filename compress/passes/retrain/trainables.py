@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from compress.passes.interface import Edit
 
@@ -12,7 +12,24 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from compress.passes.retrain.adapters import AdaptedMatrix
+
+class TrainedMatrix(Protocol):
+    """A matrix being trained."""
+
+    def tensors(self) -> list[Tensor]:
+        """What is learned."""
+
+    def groups(self, rate: float) -> list[tuple[list[Tensor], float]]:
+        """The same with learning rates, where that of everything is `rate`."""
+
+    def soft(self) -> Tensor:
+        """(O, I), as it is used in training."""
+
+    def merged(self) -> Tensor:
+        """(O, I), as it will be stored."""
+
+    def edit(self, notes: Mapping[str, float]) -> Edit:
+        """What is stored now."""
 
 
 @dataclass(frozen=True)
@@ -22,17 +39,21 @@ class Trainables:
     Attributes:
         matrices: by site.
         vectors: by parameter name; changed in place.
-        learning_rate: of all.
+        learning_rate: of all that have none of their own.
     """
 
-    matrices: Mapping[str, AdaptedMatrix]
+    matrices: Mapping[str, TrainedMatrix]
     vectors: Mapping[str, Tensor]
     learning_rate: float
 
     def groups(self) -> list[tuple[list[Tensor], float]]:
-        """Learned tensors with their learning rate."""
-        found = [t for matrix in self.matrices.values() for t in matrix.tensors()]
-        return [([*found, *self.vectors.values()], self.learning_rate)]
+        """Learned tensors with their learning rates."""
+        found: dict[float, list[Tensor]] = {self.learning_rate: []}
+        for matrix in self.matrices.values():
+            for tensors, rate in matrix.groups(self.learning_rate):
+                found.setdefault(rate, []).extend(tensors)
+        found[self.learning_rate] += self.vectors.values()
+        return [(tensors, rate) for rate, tensors in found.items()]
 
     @property
     def count(self) -> int:
