@@ -86,6 +86,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"levels": "ternary", "scale": "mean", "granularity": "tensor"},
         {"levels": "ternary", "scale": "median", "group_size": 16},
         {"levels": "ternary", "train": ("lora",), "rank": 2},
+        {"bits": 2, "anneal": 0.5},
         {"bits": 3, "scale": "fixed", "train": ("principal",), "rank": 2, "share": 0.5},
     ],
     "perp_reconstruct": [{"train": ("scale_lora", "mask_lora"), "rank": 2}, {"granularity": "matrix"}],

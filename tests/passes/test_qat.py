@@ -16,7 +16,7 @@ from compress.errors import ConfigError
 from compress.lazy import function
 from compress.passes import Codebook, Eora, Gptq, Magnitude, Pass, Qat, Rtn
 from compress.passes.base import Target
-from compress.passes.retrain.rounded import Grid, RoundedMatrix, RoundThrough, step_of_weights, ternary_step
+from compress.passes.retrain.rounded import FREE, Grid, RoundedMatrix, RoundThrough, step_of_weights, ternary_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = {"steps": 6, "learning_rate": 5e-4, "scale_rate": 0.02}
@@ -56,7 +56,7 @@ def test_gradients_of_a_step_and_of_weights_are_those_of_the_paper() -> None:
     step = torch.full((6, 2, 1), 0.7, requires_grad=True)
     low, high = torch.full((6, 2, 1), -2.0), torch.full((6, 2, 1), 1.0)
     arriving = textbook.weight(6, 8, seed=3).view(6, 2, 4)
-    function(RoundThrough).apply(weight, step, low, high, False).backward(arriving)
+    function(RoundThrough).apply(weight, step, low, high, False, None).backward(arriving)
     u = weight.detach() / 0.7
     below, above = u.round() < -2, u.round() > 1
     inside = ~(below | above)
@@ -70,7 +70,7 @@ def test_gradients_of_a_step_and_of_weights_are_those_of_the_paper() -> None:
 def test_with_the_gradient_of_bitnet_clipped_weights_learn_too() -> None:
     weight = torch.tensor([[[5.0, 0.1, -5.0]]], requires_grad=True)
     one = torch.ones(1, 1, 1)
-    function(RoundThrough).apply(weight, one, -one, one, True).backward(torch.ones(1, 1, 3))
+    function(RoundThrough).apply(weight, one, -one, one, True, None).backward(torch.ones(1, 1, 3))
     assert torch.equal(weight.grad, torch.ones(1, 1, 3))
 
 
@@ -134,6 +134,46 @@ def test_with_lora_alone_what_is_rounded_differs_by_a_low_rank() -> None:
     matrix = moved(Qat(bits=8, train=("lora",), rank=2, scale="fixed"), Target(textbook.weight(12, 20)))
     change = (matrix.latent.merged() - textbook.weight(12, 20)).double()
     assert int(torch.linalg.matrix_rank(change, rtol=1e-4)) == 2
+
+
+def flips(anneal: float | None) -> int:
+    """How often weights change levels in the second half of a training with noisy gradients."""
+    pass_ = Qat(bits=2, steps=60, scale="fixed", anneal=anneal)
+    matrix = pass_.start("0", Target(textbook.weight(12, 20)), None)
+    wanted, noise = textbook.weight(12, 20, seed=9), torch.Generator().manual_seed(1)
+    optimizer = torch.optim.Adam(matrix.tensors(), lr=0.05)
+    found, before = 0, matrix.encoding().codes
+    for step in range(1, 61):
+        optimizer.zero_grad()
+        (matrix.soft() - wanted - 0.3 * torch.randn(12, 20, generator=noise)).square().sum().backward()
+        optimizer.step()
+        matrix.stepped(step)
+        codes = matrix.encoding().codes
+        found += int((codes != before).sum()) if step > 30 else 0
+        before = codes
+    return found
+
+
+def test_annealing_brings_weights_to_rest_that_go_to_and_fro() -> None:
+    assert flips(None) > 100
+    assert flips(0.5) < 0.6 * flips(None)
+
+
+def test_annealing_holds_what_is_far_from_a_border_and_lets_nothing_go() -> None:
+    matrix = Qat(bits=2, symmetric=True, steps=10, anneal=0.5).start("0", masked(), None)
+    units = matrix.latent.merged().view(12, 1, 20) / matrix.grid.step[..., None]
+    border = (units - units.floor() - 0.5).abs() <= 0.05
+    inside = border & (units > -2) & (units < 1)
+    matrix.stepped(4)
+    assert bool((matrix.held == FREE).all())
+    codes = matrix.encoding().codes
+    matrix.stepped(5)
+    assert torch.equal(matrix.held == FREE, inside)
+    assert bool(inside.any())
+    assert torch.equal(matrix.encoding().codes, codes)
+    matrix.soft().sum().backward()
+    assert not bool(matrix.latent.tensors()[0].grad.view(12, 1, 20)[~inside].any())
+    assert bool(matrix.latent.tensors()[0].grad.view(12, 1, 20)[inside].any())
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -230,7 +270,7 @@ def test_the_first_codes_are_those_that_were_there(tiny_llama: LlamaForCausalLM,
 def test_a_killed_training_goes_on_to_the_same_bytes_and_loads(
     tiny_folder: Path, tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    qat = {"qat": {"levels": "ternary", "scale": "lsq", "group_size": 32, "steps": 5, "learning_rate": 5e-3}}
+    qat = {"qat": {"levels": "ternary", "scale": "lsq", "group_size": 32, "steps": 5, "anneal": 0.4}}
     steps = {"passes": [qat], "products": "float32"}
     report = compress.run(steps, tiny_folder, tmp_path / "whole", calibration=tokens, evaluation=tokens)
     assert report.verified["max_logit_difference"] == 0

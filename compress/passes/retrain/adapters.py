@@ -87,6 +87,13 @@ class AdaptedMatrix:
         """The same with its learning rate."""
         return [(self.tensors(), rate)]
 
+    def stepped(self, step: int) -> None:
+        """Nothing follows a step."""
+
+    def state(self) -> list[Tensor]:
+        """Nothing else belongs to an iterate."""
+        return []
+
     def soft(self) -> Tensor:
         """(O, I), as it is used in training."""
         made = self._base()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from annotated_types import Gt, Lt
+from annotated_types import Gt, Le, Lt
 
 from compress.encodings.uniform import Search
 from compress.lazy import torch
@@ -45,12 +45,13 @@ class Qat(UniformOptions, EndToEndRetraining):
     Masked weights stay zero. The whole model is in memory while it is trained.
 
     Source: straight-through rounding and learned steps (`lsq`): Esser et al., "Learned Step Size Quantization", ICLR
-    2020, arXiv 1902.08153; `stats`: Liu, Liu and Cheng, "Oscillation-free Quantization for Low-bit Vision
+    2020, arXiv 1902.08153; `stats` and `anneal`: Liu, Liu and Cheng, "Oscillation-free Quantization for Low-bit Vision
     Transformers" (OFQ), ICML 2023, arXiv 2302.02210; `mean` and ternary levels: Ma et al., "The Era of 1-bit LLMs"
     (BitNet b1.58), 2024, arXiv 2402.17764. Differs from the paper in: a trained model is the start, and its predictions
-    are the goal; steps are learned as logarithms with a rate of their own, as Adam does not see the paper's factor
-    1 / sqrt(n Q) on their gradients, and start where the error of the weights is least; levels of `stats` are whole
-    steps, zero among them; one step may serve a group of columns; the best iterate on held-out samples is kept.
+    are the goal; steps are learned as logarithms with a rate of their own, as Adam does not see the paper's factor 1 /
+    sqrt(n Q) on their gradients, and start where the error of the weights is least; levels of `stats` are whole steps,
+    zero among them; what `anneal` holds stays held, at its level instead of its latent value; one step may serve a
+    group of columns; the best iterate on held-out samples is kept.
 
     Args:
         levels: `even`, 2**bits of them; `ternary`, -1, 0 and 1 steps, in codes of 2 bits; `stored`, those of the codes
@@ -58,6 +59,8 @@ class Qat(UniformOptions, EndToEndRetraining):
         scale: where the step comes from: `lsq` learns it; `fixed` leaves it as it was fitted; `stats`, and for ternary
             levels `mean` and `median`, read it off the magnitudes of the latent weights at every step.
         scale_rate: learning rate of learned steps, a relative change.
+        anneal: share of the steps, at the end, in which weights that are not near a border between two levels are held
+            at theirs (OFQ), so that those which go to and fro come to rest; None holds none.
 
     Example:
         >>> import torch, compress
@@ -73,6 +76,7 @@ class Qat(UniformOptions, EndToEndRetraining):
     levels: Levels = "even"
     scale: Scale = "lsq"
     scale_rate: Annotated[float, Gt(0), Lt(1)] = 5e-3
+    anneal: Annotated[float, Gt(0), Le(1)] | None = None
 
     key: ClassVar[str] = "qat"
     compares: ClassVar[bool] = True
@@ -132,7 +136,8 @@ class Qat(UniformOptions, EndToEndRetraining):
 
     def learned_of(self, name: str, shape: tuple[int, int]) -> int:
         steps = shape[0] * max(self.groups(shape[1]), shape[1] // 16 if self.levels == "stored" else 1)
-        return super().learned_of(name, shape) + (steps if self.scale == "lsq" else 0)
+        held = shape[0] * shape[1] // 4 if self.anneal is not None else 0  # two of 16 bits for four of 32
+        return super().learned_of(name, shape) + held + (steps if self.scale == "lsq" else 0)
 
     def start(self, name: str, target: Target, slope: Tensor | None) -> RoundedMatrix:
         # What adapters add is masked with everything else when it is rounded, so lora need not be kept beside zeros.
@@ -142,7 +147,8 @@ class Qat(UniformOptions, EndToEndRetraining):
         if self.levels == "stored" and target.original is not None:
             weight = grid.within_cells(weight, target.original)
         latent = AdaptedMatrix(replace(target, weight=weight, stored=None), recipe, slope)
-        return RoundedMatrix(latent, target.mask, grid, self.scale, self.scale_rate)
+        hold_from = None if self.anneal is None else round((1 - self.anneal) * self.steps)
+        return RoundedMatrix(latent, target.mask, grid, self.scale, self.scale_rate, hold_from)
 
     def first_grid(self, target: Target) -> Grid:
         """The grid that training starts with."""

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Scale = Literal["lsq", "fixed", "stats", "mean", "median"]
 FROM_WEIGHTS = ("stats", "mean", "median")  # read off the latent weights whenever these are rounded
+BORDER = 0.05  # of a step: nearer to the middle between two levels, it is open which one a weight belongs to
+FREE = 1 << 14  # stands for no level in the table of those that weights are held at
 CELL = 0.49  # of a step, on either side of a level, is what is rounded to it for certain
 TERNARY_FITS = 20  # alternations of rounding and fitting; they settle in fewer
 
@@ -72,11 +74,23 @@ class Grid:
 class RoundedMatrix:
     """One matrix being trained: latent weights, and the step of every group that they are rounded to.
 
-    A learned step is learned as the logarithm of a factor, so that its learning rate is a relative change.
+    A learned step is learned as the logarithm of a factor, so that its learning rate is a relative change. From step
+    `hold_from` on, weights that are not near a border between two levels are held at theirs.
     """
 
-    def __init__(self, latent: AdaptedMatrix, mask: Tensor | None, grid: Grid, scale: Scale, scale_rate: float):
+    def __init__(
+        self,
+        latent: AdaptedMatrix,
+        mask: Tensor | None,
+        grid: Grid,
+        scale: Scale,
+        scale_rate: float,
+        hold_from: int | None = None,
+    ):
         self.latent, self.mask, self.grid, self.scale, self.scale_rate = latent, mask, grid, scale, scale_rate
+        self.hold_from = hold_from
+        shape = len(latent.base), grid.step.shape[1], -1
+        self.held = None if hold_from is None else torch.full_like(latent.base, FREE, dtype=torch.int16).view(shape)
         self.factor = torch.zeros_like(grid.step, requires_grad=True) if scale == "lsq" else None
         self.low, self.high = grid.low, grid.high
 
@@ -96,9 +110,25 @@ class RoundedMatrix:
         rows, groups = len(latent), step.shape[1]
         whole = self.scale in ("mean", "median")
         made: Tensor = function(RoundThrough).apply(
-            latent.view(rows, groups, -1), step[..., None], self.low, self.high, whole
+            latent.view(rows, groups, -1), step[..., None], self.low, self.high, whole, self.held
         )
         return made.view(latent.shape)
+
+    @no_grad
+    def stepped(self, step: int) -> None:
+        """Hold what is far from a border, once it is time for that; nothing is let go again."""
+        if self.held is None or self.hold_from is None or step < self.hold_from:
+            return
+        latent = self._masked(self.latent.merged())
+        units = latent.view(self.held.shape) / self.step(latent)[..., None]
+        levels = rounded(units, self.low, self.high)
+        sure = (units - levels).abs() < 0.5 - BORDER
+        sure |= (units < self.low) | (units > self.high)
+        self.held.copy_(torch.where((self.held == FREE) & sure, levels.to(torch.int16), self.held))
+
+    def state(self) -> list[Tensor]:
+        """The levels that weights are held at."""
+        return [] if self.held is None else [self.held]
 
     @no_grad
     def merged(self) -> Tensor:
@@ -119,7 +149,7 @@ class RoundedMatrix:
         latent = self._masked(self.latent.merged())
         step = self.step(latent)
         grouped = latent.view(len(latent), step.shape[1], -1)
-        codes = rounded(grouped / step[..., None], self.low, self.high) + self.grid.zero.float()[..., None]
+        codes = rounded(grouped / step[..., None], self.low, self.high, self.held) + self.grid.zero.float()[..., None]
         stored = narrowest(stored_scale(step))
         return Uniform(
             codes.to(torch.uint8).view(latent.shape), stored, self.grid.zero, self.grid.bits, self.grid.symmetric
@@ -137,32 +167,36 @@ class RoundThrough:
     """step * clip(round(w / step)), with the gradients of LSQ: that of a weight passes where nothing is clipped.
 
     A weight counts as clipped when its nearest level is beyond the last, not when it is itself, so that those that
-    start on the last level learn. `whole`: the gradient passes to all weights, as in BitNet.
+    start on the last level learn. `whole`: the gradient passes to clipped weights too, as in BitNet. To those that are
+    `held` at a level none passes.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, step: Tensor, low: Tensor, high: Tensor, whole: bool) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, step: Tensor, low: Tensor, high: Tensor, whole: bool, held: Tensor | None
+    ) -> Tensor:
         u = weight / step
-        ctx.save_for_backward(step, u, low, high)
+        ctx.save_for_backward(step, u, low, high, held)
         ctx.whole = whole
-        return rounded(u, low, high).mul_(step)
+        return rounded(u, low, high, held) * step
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        step, u, low, high = ctx.saved_tensors
-        nearest = u.round()
-        level = torch.minimum(torch.maximum(nearest, low), high)
-        inside = nearest == level
+        step, u, low, high, held = ctx.saved_tensors
+        level = rounded(u, low, high, held)
+        free = torch.ones_like(u, dtype=torch.bool) if held is None else held == FREE
+        inside = free & (u.round() == level)
         to_step = None
         if ctx.needs_input_grad[1]:
             to_step = (gradient * (level - u * inside)).sum(-1, keepdim=True).sum_to_size(step.shape)
-        return gradient if ctx.whole else gradient * inside, to_step, None, None, None
+        return gradient * (free if ctx.whole else inside), to_step, None, None, None, None
 
 
-def rounded(units: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """(O, G, C) weights in steps -> their levels in steps."""
-    return torch.minimum(torch.maximum(units.round(), low), high)
+def rounded(units: Tensor, low: Tensor, high: Tensor, held: Tensor | None = None) -> Tensor:
+    """(O, G, C) weights in steps -> their levels in steps; those that they are held at, where they are."""
+    levels = torch.minimum(torch.maximum(units.round(), low), high)
+    return levels if held is None else torch.where(held == FREE, levels, held.to(levels.dtype))
 
 
 def step_of_weights(weight: Tensor, mask: Tensor | None, grid: Grid, scale: Scale) -> Tensor:

@@ -28,6 +28,12 @@ class TrainedMatrix(Protocol):
     def merged(self) -> Tensor:
         """(O, I), as it will be stored."""
 
+    def stepped(self, step: int) -> None:
+        """Called when the optimizer has made step 1, 2, ..."""
+
+    def state(self) -> list[Tensor]:
+        """What else belongs to an iterate and is changed in place."""
+
     def edit(self, notes: Mapping[str, float]) -> Edit:
         """What is stored now."""
 
@@ -93,7 +99,16 @@ class Trainables:
         return None
 
     def after(self) -> None:
-        """Nothing follows a step."""
+        """Nothing follows a step of reconstruction."""
+
+    def stepped(self, step: int) -> None:
+        """What follows a step of end-to-end training."""
+        for matrix in self.matrices.values():
+            matrix.stepped(step)
+
+    def state(self) -> list[Tensor]:
+        """What else belongs to an iterate and is changed in place."""
+        return [t for matrix in self.matrices.values() for t in matrix.state()]
 
     def edits(self, notes: Mapping[str, float]) -> Iterator[tuple[str, Edit]]:
         """What is stored of all of them now, and in the notes how many numbers of each were trained."""
