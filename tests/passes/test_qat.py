@@ -1,6 +1,7 @@
 """Training with rounded weights: what its papers claim, on single matrices and on small models."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import textbook
@@ -19,7 +20,7 @@ from compress.passes.base import Target
 from compress.passes.retrain.rounded import FREE, Grid, RoundedMatrix, RoundThrough, step_of_weights, ternary_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-QUICK = {"steps": 6, "learning_rate": 5e-4, "scale_rate": 0.02}
+QUICK: dict[str, Any] = {"steps": 6, "learning_rate": 5e-4, "scale_rate": 0.02}
 CASES = [
     Qat(bits=2, group_size=10),
     Qat(bits=3, symmetric=True, scale="stats"),
