@@ -205,7 +205,37 @@ def perp() -> list[Table]:
     return [{row: {"KL": cell} for row, cell in rows.items()}]
 
 
-PAGES = {"bip": bip, "flexround": flexround, "gptq": gptq, "jlcm": jlcm, "nupes": nupes, "perp": perp}
+def qat() -> list[Table]:
+    def one(made: type[Pass], **options: Any) -> dict[str, Cell]:
+        return {"KL": Cell((made(**{"group_size": 64, **options}),), "kl")}
+
+    short: dict[str, Any] = {"steps": 20, "learning_rate": 1e-3}
+    even: dict[str, Any] = {"bits": 2, **short}
+    ternary: dict[str, Any] = {"levels": "ternary", **short}
+    return [
+        {
+            "rtn, the start": one(compress.Rtn, bits=2, scale_search="mse"),
+            "gptq": one(compress.Gptq, bits=2),
+            "`scale: lsq`": one(compress.Qat, **even),
+            "`scale: fixed`": one(compress.Qat, **even, scale="fixed"),
+            "`scale: stats`, `symmetric: true`": one(compress.Qat, **even, scale="stats", symmetric=True),
+        },
+        {
+            f"ternary, `scale: {scale}`": one(compress.Qat, **ternary, scale=scale)
+            for scale in ("lsq", "mean", "median")
+        },
+    ]
+
+
+PAGES = {
+    "bip": bip,
+    "flexround": flexround,
+    "gptq": gptq,
+    "jlcm": jlcm,
+    "nupes": nupes,
+    "perp": perp,
+    "qat": qat,
+}
 
 
 def measure(tables: list[Table]) -> list[dict[str, dict[str, list[float]]]]:

@@ -82,6 +82,14 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"train": ("sensitive",), "rank": 2},
         {"train": ("lora",), "rank": 2, "alpha": 1.0},
     ],
+    "qat": [
+        {"bits": 2, "group_size": 16, "symmetric": True, "scale": "stats"},
+        {"levels": "ternary", "scale": "mean", "granularity": "tensor"},
+        {"levels": "ternary", "scale": "median", "group_size": 16},
+        {"levels": "ternary", "train": ("lora",), "rank": 2},
+        {"bits": 2, "anneal": 0.5},
+        {"bits": 3, "scale": "fixed", "train": ("principal",), "rank": 2, "share": 0.5},
+    ],
     "perp_reconstruct": [{"train": ("scale_lora", "mask_lora"), "rank": 2}, {"granularity": "matrix"}],
     "adaround": [{"steps": 4, "bits": 2, "group_size": 16}, {"steps": 4, "objective": "layer"}],
     "magnitude": [{"sparsity": "2:4"}, {"sparsity": 0.25}],
@@ -167,6 +175,7 @@ LEARNED = (
     "low_rank",
     "perp",
     "perp_reconstruct",
+    "qat",
     "sparse_soup",
     "bip",
 )

@@ -77,6 +77,16 @@ def test_what_taking_out_neurons_takes_is_planned_of_all_neurons(score: str) -> 
     assert sizes[0] == sizes[1] > 28 * 2048**2
 
 
+@pytest.mark.parametrize("pass_", ["qat: {bits: 2}", "perp: {train: [norm, full]}", "sparse_soup: {train: [full]}"])
+def test_numbers_that_are_learned_are_counted_in_memory(pass_: str) -> None:
+    """Each has a gradient, two moments and a best value of its own."""
+    model = make_llama(hidden_size=256, intermediate_size=1024)
+    inside = sum(p.numel() for n, p in model.named_parameters() if "_proj" in n)
+    every = sum(p.numel() for p in model.parameters())
+    found = planned(model, f"{CALIBRATION}passes: [{{{pass_}}}]").memory.parts["training"]
+    assert found > 4 * (3 * every + 5 * inside)  # the model, the original, and what it starts as
+
+
 def test_each_moment_is_planned_with_the_model_of_that_time() -> None:
     """The original is evaluated with all of its neurons."""
     text = EVALUATION + "passes: [{width_prune: {score: magnitude, repair: none, parts: [mlp], sparsity: 0.75}}]"

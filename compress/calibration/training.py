@@ -9,16 +9,15 @@ Shapes: N samples, B samples per step.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
-from compress.calibration.draws import draw
 from compress.calibration.in_one_order import InOneOrder
+from compress.calibration.samples import batch, held_out_split
 from compress.calibration.shares import ALONE
 from compress.errors import SolveError
 from compress.lazy import torch
@@ -36,7 +35,6 @@ Values: TypeAlias = "Mapping[str, Tensor]"  # site or vector -> value
 Make = Callable[[Collection[str]], Values]
 
 LOOKS = 5  # times the held-out loss is measured while training
-HELD_OUT = 16  # one in so many samples is not trained on
 WARM_UP = 0.1  # share of the steps in which the learning rate rises
 
 
@@ -51,6 +49,17 @@ class Trained(Protocol):
 
     def merged(self, names: Collection[str]) -> Values:
         """The values that would be stored now."""
+
+
+@runtime_checkable
+class Following(Protocol):
+    """What is learned where something follows each step."""
+
+    def stepped(self, step: int) -> None:
+        """Called when the optimizer has changed the learned tensors in step 1, 2, ..."""
+
+    def state(self) -> list[Tensor]:
+        """What else belongs to an iterate and is changed in place."""
 
 
 class TrainingStore:
@@ -291,34 +300,17 @@ class _Model(Learner):
         numbers = batch(self.learned, step, self.size, self.seed)
         return self.data.backward(self.trained.make, numbers, self.tensors)
 
+    def after(self, step: int) -> None:
+        if isinstance(self.trained, Following):
+            self.trained.stepped(step)
+
+    def state(self) -> list[Tensor]:
+        return self.trained.state() if isinstance(self.trained, Following) else []
+
     def error(self) -> float:
         if self.judge:
             return self.judge(self.trained.merged)
         return self.data.mean_loss(self.trained.merged, self.held, self.size)
-
-
-def forked(generator: torch.Generator, *parts: object) -> torch.Generator:
-    """Randomness of one training of several: depends on the seed of all, and on what this one is called."""
-    name = hashlib.sha256(repr((generator.initial_seed(), *parts)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(name[:7], "big"))
-
-
-def held_out_split(count: int) -> tuple[Tensor, Tensor]:
-    """Numbers of the samples that are held out, and of those that are trained on."""
-    held = torch.arange(count)[:: min(HELD_OUT, count)]
-    left = set(range(count)) - set(held.tolist())
-    return held, torch.tensor(sorted(left) or held.tolist())
-
-
-def batch(numbers: Tensor, step: int, size: int, seed: int) -> Tensor:
-    """The samples of a step: every one comes once in each round, in an order that only depends on seed and round."""
-    chosen = []
-    for place in range((step - 1) * size, step * size):
-        turn, within = divmod(place, len(numbers))
-        generator = torch.Generator().manual_seed((seed + turn) % (1 << 63))
-        order = draw(generator, (len(numbers),), "permutation", numbers)
-        chosen.append(numbers[order[within]])
-    return torch.stack(chosen)
 
 
 class _Run:

@@ -89,7 +89,9 @@ class _ModelWork:
     def _load(self, name: str) -> Target:
         artifact, site = self.context.artifact, self.sites[name]
         generator = generator_for(self.context.seed, self.stage.number, 0, name)
-        return make_target(artifact.graph, [site], [self.context.weight(site)], generator=generator)
+        original = self.context.original if self.pass_.compares else None
+        weights = [self.context.weight(site)]
+        return make_target(artifact.graph, [site], weights, generator=generator, original=original)
 
     def record(self, name: str, edit: Edit) -> Record:
         """An edit as it is committed."""

@@ -45,6 +45,7 @@ from compress.passes.quantize.reorder import Reorder
 from compress.passes.quantize.rtn import Rtn
 from compress.passes.retrain.perp import Perp
 from compress.passes.retrain.perp_reconstruct import PerpReconstruct
+from compress.passes.retrain.qat import Qat
 from compress.passes.retrain.recalibrate_norms import RecalibrateNorms
 from compress.passes.retrain.sparse_soup import SparseSoup
 from compress.passes.width import WidthPass
@@ -73,6 +74,7 @@ PASSES: tuple[type[Pass], ...] = (
     WidthPrune,
     Perp,
     PerpReconstruct,
+    Qat,
     SparseSoup,
     RecalibrateNorms,
     Eora,
@@ -131,6 +133,7 @@ __all__ = [
     "PerpReconstruct",
     "PowerQuant",
     "PowerQuantShared",
+    "Qat",
     "RecalibrateNorms",
     "Reorder",
     "RobustSignature",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from compress.errors import Problem
 from compress.models.members import is_recurrent
+from compress.passes.retrain.options import TrainingOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -156,6 +157,20 @@ def kinds(case: Case) -> Iterator[Problem]:
         kind = case.state.kinds[refused[0].name]
         names, reason = listed(s.name for s in refused), case.pass_.refusal(kind)
         yield case.refused(f"{case.pass_.key} cannot work on {kind} weights ({names}): {reason}")
+
+
+def forms(case: Case) -> Iterator[Problem]:
+    """Codes that the pass cannot go on from."""
+    if not isinstance(case.pass_, TrainingOptions):
+        return
+    misfits: dict[str, list[str]] = {}
+    for site in case.sites:
+        spec = case.state.specs.get(site.name)
+        reason = None if spec is None or spec.form is None else case.pass_.at(site.name).check_form(spec.form)
+        if reason and case.pass_.refusal(case.state.kinds[site.name]) is None:
+            misfits.setdefault(reason, []).append(site.name)
+    for reason, names in misfits.items():
+        yield case.refused(f"{listed(names)}: {reason}; or `exclude` them")
 
 
 def shapes(case: Case) -> Iterator[Problem]:

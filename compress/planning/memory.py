@@ -19,6 +19,7 @@ from compress.models.logits import PIECE, WHOLE, WHOLE_LEARNED, bodies, vocabula
 from compress.passes import MergePass
 from compress.passes.merge.orders import HELD, coupled
 from compress.passes.retrain.options import TrainingOptions
+from compress.passes.targets import works_on
 from compress.planning.experts import bytes_to_merge
 from compress.planning.need import Need
 from compress.planning.width import bytes_to_solve
@@ -37,7 +38,8 @@ GRAM = 5  # bytes for each number of a Gram matrix: a little more than half of i
 DRIFTS = 3  # times as large are the sums where it is summed up, too, how far inputs are from the original's
 INTERPRETER = 560 << 20  # Python, torch, transformers and a tokenizer, before any work
 LIBRARIES = 3 << 30  # those of CUDA, once they are loaded
-TRAINING = 6  # numbers per weight of a model that is trained as a whole, adapters not counted; one more per copy
+TRAINING = 6  # numbers per weight of a model that is trained as a whole, but for what is learned; one more per copy
+LEARNED = 5  # for each number that is learned there: its value, gradient, two moments, the best so far
 LEARNING = 18  # numbers per weight while it is learned: values, gradients, moments, the best so far, temporaries
 ACTIVATIONS = 1 << 30  # bytes; more of them lie in files
 SIDE, CHANNELS = 384, 3  # of an image, where the configuration does not say
@@ -229,15 +231,22 @@ def _copies(passes: Sequence[Pass]) -> int:
 
 
 def training(pass_: Pass, data: DataSection | None, graph: Graph) -> int:
-    """The model, what its matrices start as and become, and a batch's logits and their gradients."""
+    """The model, what its matrices start as and become, what is learned, and a batch's logits and their gradients."""
     if not pass_.trains_whole:
         return 0
     tokens = getattr(pass_, "batch_size", 1) * (data.length if data else 0)
     weights = sum(p.numel() for p in graph.model.parameters())
     whole = WHOLE_LEARNED if pass_.reach == "model" else sys.maxsize  # merges hold all of a batch
     copies = pass_.trainings if isinstance(pass_, TrainingOptions) else 1
-    numbers = (TRAINING - 1 + copies) * weights + flowing(graph, tokens)
+    numbers = (TRAINING - 1 + copies) * weights + LEARNED * _learned(pass_, graph) + flowing(graph, tokens)
     return numbers * FLOAT + logits(graph, tokens, whole, LEARNED_LOGITS)
+
+
+def _learned(pass_: Pass, graph: Graph) -> int:
+    """About how many numbers are learned of all matrices."""
+    if not isinstance(pass_, TrainingOptions):
+        return 0
+    return sum(pass_.at(s.name).learned_of(s.name, s.shape) for s in graph.sites if works_on(pass_, s))
 
 
 def _merging(pass_: MergePass, graph: Graph) -> int:

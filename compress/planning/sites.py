@@ -87,6 +87,7 @@ def _problems(case: Case, written: Pass, chosen: tuple[Site, ...], fused: bool, 
         yield from checks.no_layer(case)
     yield from checks.survey_behind_others(case, first)
     yield from checks.kinds(case)
+    yield from checks.forms(case)
     yield from checks.shapes(case)
     yield from checks.inputs_changed_twice(case)
     yield from checks.grouped_convolutions(case)

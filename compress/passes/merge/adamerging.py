@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from compress.calibration.training import ModelData, Schedule, held_out_split, train
+from compress.calibration.samples import held_out_split
+from compress.calibration.training import ModelData, Schedule, train
 from compress.errors import OptionError
 from compress.lazy import torch
 from compress.passes.merge.base import MergePass

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Lt
 
-from compress.calibration.training import Learner, Loop, Schedule, batch, held_out_split, learn
+from compress.calibration.samples import batch, held_out_split
+from compress.calibration.training import Learner, Loop, Schedule, learn
 from compress.lazy import torch
 from compress.passes.base import Edit, OptionError
 from compress.passes.prune.global_magnitude import smallest_cut

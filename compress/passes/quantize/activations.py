@@ -64,7 +64,7 @@ class ActivationOptions(Pass):
             grid = self.activation_grid
             yield OptionError("activation_scale", f"the {grid} grid has one scale for the tensor; set it to tensor")
         elif self.activation_scale == "tensor" and isinstance(self, ModelPass):
-            yield OptionError("activation_scale", f"tensor needs calibration data, and {self.key} reads none")
+            yield OptionError("activation_scale", f"tensor needs the range of inputs, and {self.key} sees none")
 
     def mistakes(self) -> Iterator[OptionError]:
         yield from super().mistakes()

@@ -83,6 +83,17 @@ class AdaptedMatrix:
         found = [t for a in (*self.adapters, *([self.beside] if self.beside else [])) for t in a.tensors]
         return found if self.factor is None else [*found, self.factor]
 
+    def groups(self, rate: float) -> list[tuple[list[Tensor], float]]:
+        """The same with its learning rate."""
+        return [(self.tensors(), rate)]
+
+    def stepped(self, step: int) -> None:
+        """Nothing follows a step."""
+
+    def state(self) -> list[Tensor]:
+        """Nothing else belongs to an iterate."""
+        return []
+
     def soft(self) -> Tensor:
         """(O, I), as it is used in training."""
         made = self._base()

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compress.calibration.training import batch, held_out_split
+from compress.calibration.samples import batch, held_out_split
 from compress.lazy import torch
 from compress.passes.solvers.truncated import truncated
 

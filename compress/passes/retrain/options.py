@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from compress.calibration.training import Loss, Schedule
+from compress.calibration.training import Loss, Schedule, train
 from compress.encodings import FACTORED, LowRankForm
 from compress.passes.base import ModelPass, OptionError, Pass
 from compress.passes.retrain.adapters import AdaptedMatrix, Recipe
+from compress.passes.retrain.importance import slopes
 from compress.passes.retrain.trainables import Trainables
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from compress.passes.base import Target
+    from compress.encodings import Form
+    from compress.passes.base import Edit, Target, Whole
+    from compress.passes.retrain.trainables import TrainedMatrix
 
 Train = Literal[
     "bias", "norm", "head", "mask_lora", "scale_lora", "lora_prune", "principal", "sensitive", "lora", "full", "scale"
@@ -83,6 +86,10 @@ class TrainingOptions(Pass):
         if "share" in self.options() and not set(CHOSEN) & set(self.train):
             yield OptionError("share", "changes nothing without principal or sensitive in train")
 
+    def check_form(self, form: Form) -> str | None:
+        """Why it cannot go on from codes of this form, or None; asked of the kinds that it accepts."""
+        return None
+
     @property
     def head_by_default(self) -> bool:
         """Whether the output layer is trained because nobody said what is, so only where it can be."""
@@ -113,15 +120,15 @@ class TrainingOptions(Pass):
         known = {"full": rows * columns, "scale": rows * max(1, columns // 16), **dict.fromkeys(CHOSEN, some)}
         return sum(known.get(kind, self.rank * (rows + columns)) for kind in self.sets_of(name))
 
+    def start(self, name: str, target: Target, slope: Tensor | None) -> TrainedMatrix:
+        """A matrix as it is before training. The options are its own; `slope`: the gradient of the loss, if needed."""
+        return AdaptedMatrix(target, Recipe(self.sets_of(name), self.rank, self.alpha, self.share), slope)
+
     def trainables(
         self, targets: Mapping[str, Target], vectors: Mapping[str, Tensor], slopes: Mapping[str, Tensor] | None = None
     ) -> Trainables:
         """Everything, as it starts. `slopes`: gradients of the loss by matrices, for `sensitive`."""
-        matrices = {}
-        for name, target in targets.items():
-            own = self.at(name)
-            recipe = Recipe(own.sets_of(name), own.rank, own.alpha, own.share)
-            matrices[name] = AdaptedMatrix(target, recipe, (slopes or {}).get(name))
+        matrices = {name: self.at(name).start(name, t, (slopes or {}).get(name)) for name, t in targets.items()}
         ready = {n: v.detach().clone().requires_grad_() for n, v in vectors.items()}
         return Trainables(matrices, ready, self.learning_rate)
 
@@ -202,3 +209,19 @@ class Retraining(TrainingOptions):
         if not in_block and "head" in self.train and name.rpartition(".")[2] in HEADS:
             return self.is_head(name)
         return bool(self.of_matrices or self.new_biases) and super().selects(name, in_block)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndToEndRetraining(EndToEnd, Retraining):
+    """A pass that trains some parameters of the whole model at once."""
+
+    sees_slopes: ClassVar[bool] = True
+
+    def run(self, model: Whole) -> Iterator[tuple[str, Edit]]:
+        assert model.data is not None
+        targets = {name: model.load(name) for name in model.names}
+        chosen = {n: t.weight for n, t in targets.items() if "sensitive" in self.sets_of(n)}
+        found = slopes(chosen, model.data, self.batch_size, model.generator.initial_seed()) if chosen else {}
+        trained = self.trainables(targets, model.vectors, found)
+        trial = train(trained, model.data, self.schedule, model.generator, model.over)
+        yield from trained.edits(trial.notes())

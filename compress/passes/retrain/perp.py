@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from compress.calibration.training import train
-from compress.passes.retrain.importance import slopes
-from compress.passes.retrain.options import EndToEnd, Retraining, Train
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from compress.passes.base import Edit, Whole
+from compress.passes.retrain.options import EndToEndRetraining, Train
 
 
 @dataclass(frozen=True, kw_only=True)
-class Perp(EndToEnd, Retraining):
+class Perp(EndToEndRetraining):
     """Train biases, norms, the head and adapters that keep zeros, end to end; then merge the adapters.
 
     By default the output layer is left as it is where it is tied to the embedding, or no longer dense. The whole model
@@ -40,13 +33,3 @@ class Perp(EndToEnd, Retraining):
     train: tuple[Train, ...] = ("bias", "norm", "head", "mask_lora")
 
     key: ClassVar[str] = "perp"
-    sees_slopes: ClassVar[bool] = True
-
-    def run(self, model: Whole) -> Iterator[tuple[str, Edit]]:
-        assert model.data is not None
-        targets = {name: model.load(name) for name in model.names}
-        chosen = {n: t.weight for n, t in targets.items() if "sensitive" in self.sets_of(n)}
-        found = slopes(chosen, model.data, self.batch_size, model.generator.initial_seed()) if chosen else {}
-        trained = self.trainables(targets, model.vectors, found)
-        trial = train(trained, model.data, self.schedule, model.generator, model.over)
-        yield from trained.edits(trial.notes())

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Lt
 
-from compress.calibration.training import forked, held_out_split, train
+from compress.calibration.samples import forked, held_out_split
+from compress.calibration.training import train
 from compress.lazy import torch
 from compress.passes.base import Edit, OptionError
 from compress.passes.prune.global_magnitude import smallest_cut, unreachable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from compress.passes.interface import Edit
 
@@ -12,7 +12,30 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from compress.passes.retrain.adapters import AdaptedMatrix
+
+class TrainedMatrix(Protocol):
+    """A matrix being trained."""
+
+    def tensors(self) -> list[Tensor]:
+        """What is learned."""
+
+    def groups(self, rate: float) -> list[tuple[list[Tensor], float]]:
+        """The same with learning rates, where that of everything is `rate`."""
+
+    def soft(self) -> Tensor:
+        """(O, I), as it is used in training."""
+
+    def merged(self) -> Tensor:
+        """(O, I), as it will be stored."""
+
+    def stepped(self, step: int) -> None:
+        """Called when the optimizer has made step 1, 2, ..."""
+
+    def state(self) -> list[Tensor]:
+        """What else belongs to an iterate and is changed in place."""
+
+    def edit(self, notes: Mapping[str, float]) -> Edit:
+        """What is stored now."""
 
 
 @dataclass(frozen=True)
@@ -22,17 +45,21 @@ class Trainables:
     Attributes:
         matrices: by site.
         vectors: by parameter name; changed in place.
-        learning_rate: of all.
+        learning_rate: of all that have none of their own.
     """
 
-    matrices: Mapping[str, AdaptedMatrix]
+    matrices: Mapping[str, TrainedMatrix]
     vectors: Mapping[str, Tensor]
     learning_rate: float
 
     def groups(self) -> list[tuple[list[Tensor], float]]:
-        """Learned tensors with their learning rate."""
-        found = [t for matrix in self.matrices.values() for t in matrix.tensors()]
-        return [([*found, *self.vectors.values()], self.learning_rate)]
+        """Learned tensors with their learning rates."""
+        found: dict[float, list[Tensor]] = {self.learning_rate: []}
+        for matrix in self.matrices.values():
+            for tensors, rate in matrix.groups(self.learning_rate):
+                found.setdefault(rate, []).extend(tensors)
+        found[self.learning_rate] += self.vectors.values()
+        return [(tensors, rate) for rate, tensors in found.items()]
 
     @property
     def count(self) -> int:
@@ -72,7 +99,16 @@ class Trainables:
         return None
 
     def after(self) -> None:
-        """Nothing follows a step."""
+        """Nothing follows a step of reconstruction."""
+
+    def stepped(self, step: int) -> None:
+        """What follows a step of end-to-end training."""
+        for matrix in self.matrices.values():
+            matrix.stepped(step)
+
+    def state(self) -> list[Tensor]:
+        """What else belongs to an iterate and is changed in place."""
+        return [t for matrix in self.matrices.values() for t in matrix.state()]
 
     def edits(self, notes: Mapping[str, float]) -> Iterator[tuple[str, Edit]]:
         """What is stored of all of them now, and in the notes how many numbers of each were trained."""
