@@ -20,7 +20,7 @@ from .errors import (
     UnsupportedModelError,
     UsageError,
 )
-from .export import CompressedTensors, Genai, Gguf, Hf, Onnx, Peft
+from .export import CompressedTensors, Entropy, Genai, Gguf, Hf, Onnx, Peft
 from .passes import (
     ActivationSparsity,
     AdaMerging,
@@ -86,6 +86,7 @@ __all__ = [
     "ConfigError",
     "Dare",
     "DataError",
+    "Entropy",
     "Eora",
     "ExpertMerge",
     "ExpertPrune",

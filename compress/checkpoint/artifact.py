@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint.coded import coded_bytes, decoded
 from compress.encodings import Weight, unpack
 from compress.errors import NonFiniteError
 from compress.io.safetensors_file import read_tensors
@@ -16,13 +17,14 @@ from compress.lazy import torch
 from compress.models.site import parameter_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
 
     from compress.checkpoint.sources import Source
     from compress.encodings import InputGrid, LowRankFactors, Spec
+    from compress.encodings.rans import CodedForm
     from compress.models.graph import Graph
     from compress.models.site import Site
 
@@ -33,12 +35,14 @@ class Packed:
 
     Attributes:
         seal: that the file must bear whenever it is read; empty for one that bears none.
+        coded: those of its tensors that the file holds entropy-coded, by name: they are decoded when they are read.
     """
 
     file: Path
     site: str
     spec: Spec
     seal: str = ""
+    coded: Mapping[str, CodedForm] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """Its stored tensors."""
@@ -61,13 +65,22 @@ class Packed:
         form = self.spec.low_rank
         return None if form is None else form.low_rank(self._read(form.tensors(self.spec.shape)), self.spec.shape)
 
+    @property
+    def num_bytes(self) -> int:
+        """What its tensors take in the file."""
+        return coded_bytes(self.spec, self.coded)
+
     def leaf(self, name: str) -> Tensor:
         """One of its stored tensors."""
         return self._read([name])[name]
 
     def _read(self, leaves: Iterable[str]) -> dict[str, Tensor]:
         names = {f"{self.site}.{leaf}": leaf for leaf in leaves}
-        return {names[name]: value for name, value in read_tensors(self.file, names, self.seal).items()}
+        found = {names[name]: value for name, value in read_tensors(self.file, names, self.seal).items()}
+        shapes = self.spec.tensors()
+        for leaf in found.keys() & self.coded.keys():
+            found[leaf] = decoded(self.coded[leaf], found[leaf], shapes[leaf][0], f"{self.file}: {self.site}.{leaf}")
+        return found
 
 
 @dataclass

@@ -314,34 +314,24 @@ def extract_lora(
 
 
 @app.command()
-def inspect(out: Annotated[Path, typer.Argument(help="a compressed folder")], as_json: JsonOption = False) -> None:
+def inspect(
+    out: Annotated[Path, typer.Argument(help="a compressed folder")],
+    statistics: Annotated[
+        bool, typer.Option(help="read every weight: the shape of its distribution, and the entropy of its codes")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """List every stored weight: kind, bits, sparsity, error, bytes, and how its layer rounds its inputs."""
     from compress.api.output_folder import refuse_changed
-    from compress.encodings import Spec
-    from compress.export.packed import read_quantization, refuse_missing_layers
+    from compress.export.packed import packed_layers
     from compress.report import layers
 
     refuse_changed(out)
-    modules = read_quantization(out)["modules"]
-    refuse_missing_layers(out, {name: Spec.from_json(spec) for name, spec in modules.items()})
-    rows = layers.layers(modules, _layer_notes(out))
+    rows = layers.layers(packed_layers(out), layers.notes_of(out), measured=statistics)
     if as_json:
         print(json.dumps(layers.as_json(rows), indent=1))
     else:
         layers.show(rows, console_for_stdout())
-
-
-def _layer_notes(out: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Layer -> pass -> notes, of the report of a folder."""
-    from compress.io.small_file import read_object
-
-    notes = read_object(out / "report.json").get("layers")
-    passes = list(notes.values()) if isinstance(notes, dict) else [None]
-    each = [note for found in passes for note in (found.values() if isinstance(found, dict) else [None])]
-    whole = all(isinstance(note, dict) and isinstance(note.get("error"), float | int) for note in each)
-    if not isinstance(notes, dict) or not whole:
-        raise UsageError(f"{out}/report.json is not what a run wrote: its `layers` are damaged; run the pipeline again")
-    return dict(notes)
 
 
 @app.command("list")

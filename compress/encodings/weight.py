@@ -191,6 +191,22 @@ class Spec:
             found["codes"] = ((row_bytes(self.kept, self.form.bits),), torch.uint8)
         return found | self.form.tables(self.shape) | last
 
+    def streams(self) -> dict[str, tuple[int, int]]:
+        """Every stored tensor that is a stream of codes -> bits of a code, codes in a row."""
+        columns = self.shape[1]
+        found: dict[str, tuple[int, int]] = {}
+        if self.pattern is not None:
+            found["pattern"] = self.pattern.bits, self.pattern.words(columns)
+        elif self.kept is not None:
+            found["mask"] = 1, columns
+        if self.form is not None:
+            as_one = self.kept is not None and not self.form.stores_idle
+            found["codes"] = self.form.bits, self.kept if as_one and self.kept is not None else columns
+        if self.low_rank is not None and self.low_rank.bits is not None:
+            shapes = self.low_rank.shapes(self.shape)
+            found |= {f"lora_{side}_codes": (self.low_rank.bits, shape[1]) for side, shape in shapes.items()}
+        return found
+
     def mask(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """(O, I) bool, True = kept, from the stored tensors; None when dense."""
         if self.pattern is not None:

@@ -160,7 +160,9 @@ class _WidthWork:
         own = tuple(columns[record.notes["kept"]].flatten().sort().values.tolist())
         weight, width = record.weight, columns.numel()
         if isinstance(weight, Packed):
-            return replace(record, weight=Spread(weight.file, weight.site, weight.spec, weight.seal, own, width))
+            return replace(
+                record, weight=Spread(weight.file, weight.site, weight.spec, weight.seal, columns=own, width=width)
+            )
         return replace(record, weight=_spread(weight, own, width))
 
 

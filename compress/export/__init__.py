@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from compress.export.base import Exporter, PackedFolder
 from compress.export.compressed_tensors import CompressedTensors
+from compress.export.entropy import Entropy
 from compress.export.gguf import Gguf
 from compress.export.hf import Hf
 from compress.export.onnx.exporter import Onnx
 from compress.export.onnx.genai import Genai
 from compress.export.peft import Peft
 
-EXPORTERS: tuple[type[Exporter], ...] = (Hf, Peft, CompressedTensors, Gguf, Onnx, Genai)
+EXPORTERS: tuple[type[Exporter], ...] = (Entropy, Hf, Peft, CompressedTensors, Gguf, Onnx, Genai)
 
-__all__ = ["EXPORTERS", "CompressedTensors", "Exporter", "Genai", "Gguf", "Hf", "Onnx", "PackedFolder", "Peft"]
+__all__ = [
+    "EXPORTERS",
+    "CompressedTensors",
+    "Entropy",
+    "Exporter",
+    "Genai",
+    "Gguf",
+    "Hf",
+    "Onnx",
+    "PackedFolder",
+    "Peft",
+]

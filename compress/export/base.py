@@ -51,12 +51,14 @@ class Exporter(ABC):
         files: without one of these the folder is not whole.
         computes: the type it is compared in; None for the pipeline's own.
         libraries: bytes of memory that what it imports takes.
+        bounded: whether it never writes more than it expects to.
     """
 
     key: ClassVar[str]
     files: ClassVar[tuple[str, ...]]
     computes: ClassVar[str | None] = None
     libraries: ClassVar[int] = 0
+    bounded: ClassVar[bool] = False
 
     def check(self) -> Iterator[OptionError]:
         """Every option that the others make impossible; types and ranges are declared on the fields."""

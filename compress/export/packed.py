@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.artifact import Artifact, Packed
+from compress.checkpoint.coded import stored_shapes
 from compress.checkpoint.matching import RUNNING, ignored
 from compress.checkpoint.opening import fitting_config
 from compress.checkpoint.packed_layout import spec_at
@@ -20,10 +21,10 @@ from compress.models import graph as graphs
 from compress.models import loading
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from compress.encodings import Spec
+    from compress.runtime.register import CompressConfig
 
 
 def read_quantization(folder: Path) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def read_quantization(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder} was compressed by {section.get('quant_method')!r:.100}, not by this package")
     try:
         made = CompressConfig(**section)
-        made.specs()
+        made.forms()
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder}/config.json: {error}; it is damaged, or was written by a newer version: update, or run again"
@@ -52,16 +53,30 @@ def read_quantization(folder: Path) -> dict[str, Any]:
     return {**section, "modules": made.modules, "added_biases": made.added_biases}
 
 
-def refuse_missing_layers(folder: Path, specs: Mapping[str, Spec]) -> None:
-    """Refuse a folder whose weights are not there, or lack a layer that config.json packs; reads the header alone.
+def packed_layers(folder: Path) -> dict[str, Packed]:
+    """Every packed layer of a folder, by name; reads the configuration and the header of the weights alone.
 
     Raises:
-        CheckpointError: names the tensor.
+        UsageError: the folder is not one that this package wrote.
+        CheckpointError: its weights are not there, or lack a layer that config.json packs.
     """
+    from compress.runtime.register import CompressConfig
+
+    section = CompressConfig(**read_quantization(folder))
+    found = _layers_of(section, folder / WEIGHTS)
     there = {name: stored.shape for name, stored in read_header(folder / WEIGHTS).tensors.items()}
-    wanted = {f"{m}.{leaf}": shape for m, spec in specs.items() for leaf, (shape, _) in spec.tensors().items()}
+    wanted: dict[str, tuple[int, ...]] = {}
+    for layer, packed in found.items():
+        shapes = stored_shapes(packed.spec, packed.coded)
+        wanted |= {f"{layer}.{leaf}": shape for leaf, shape in shapes.items()}
     more = {name: shape for name, shape in there.items() if name not in wanted}
     refuse_other_tensors(there, {**wanted, **more}, (), str(folder / WEIGHTS))
+    return found
+
+
+def _layers_of(section: CompressConfig, file: Path) -> dict[str, Packed]:
+    coded = section.forms()
+    return {name: Packed(file, name, spec, coded=coded.get(name, {})) for name, spec in section.specs().items()}
 
 
 def open_packed(folder: Path, dtype: torch.dtype | None = None) -> PackedFolder:
@@ -83,7 +98,7 @@ def open_packed(folder: Path, dtype: torch.dtype | None = None) -> PackedFolder:
     model = loading.build(config)
     add_biases(model, section.added_biases)
     graph = graphs.find(model)
-    committed = {name: Packed(folder / WEIGHTS, name, spec) for name, spec in section.specs().items()}
+    committed = _layers_of(section, folder / WEIGHTS)
     unknown = sorted(committed.keys() - {s.name for s in graph.sites})
     if unknown:
         raise UsageError(f"{folder}: config.json packs {unknown[0]}, which its model does not have")
@@ -101,8 +116,10 @@ def _refuse_other_tensors(artifact: Artifact, folder: Path) -> tuple[str, ...]:
     for name, tensor in graph.tensors():
         sites = artifact.made_sites(name)
         for site in sites:
-            leaves = spec_at(artifact, site.name).tensors()
-            wanted |= {f"{site.name}.{leaf}": shape for leaf, (shape, _) in leaves.items()}
+            done = artifact.committed.get(site.name)
+            coded = done.coded if isinstance(done, Packed) else {}
+            shapes = stored_shapes(spec_at(artifact, site.name), coded)
+            wanted |= {f"{site.name}.{leaf}": shape for leaf, shape in shapes.items()}
         if not sites and name not in graph.tied:
             wanted[name] = tuple(tensor.shape)
     there = list(artifact.source.names())

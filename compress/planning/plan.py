@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from compress.config.pipeline import Pipeline
     from compress.errors import Problem
+    from compress.export import Exporter
     from compress.models.graph import Graph
     from compress.passes.base import Reach
     from compress.planning.need import Need
@@ -53,6 +54,7 @@ class Plan:
         device: of a device with memory of its own, the same.
         activations_on_device: whether they fit there, and so wait there.
         dense: what no pass makes smaller.
+        exports: every container, and the bytes that it is expected to take.
         results_bytes: of all matrices that passes work on, as codes and masks of a byte per weight.
     """
 
@@ -66,6 +68,7 @@ class Plan:
     activations_on_device: bool = False
     results_bytes: int = 0
     dense: Dense = field(default_factory=Dense)
+    exports: tuple[tuple[Exporter, int], ...] = ()
 
     @property
     def activations_on_host(self) -> int:
@@ -124,6 +127,7 @@ def make(
         disk.peak(stages, state, original, companions, exported),
         where,
         dense=dense,
+        exports=tuple(zip(pipeline.export, exported, strict=True)),
     )
     return _on_device(made, pipeline, state, exported, graphs) if where.apart else made
 

@@ -82,6 +82,7 @@ def as_json(shown: Shown) -> str:
         "original_bytes": plan.original_bytes,
         "final_bytes": plan.final_bytes,
         "dense": dict(plan.dense.parts),
+        "exports": {exporter.key: size for exporter, size in plan.exports},
         "peak_memory": plan.memory.total,
         "peak_memory_when": plan.memory.moment,
         "peak_memory_of": dict(plan.memory.parts),
@@ -120,6 +121,9 @@ def lines(shown: Shown, width: int, ascii_only: bool) -> Iterator[RenderableType
         f"weights {size_text(plan.original_bytes)} -> about {size_text(plan.final_bytes)}; peak memory about "
         f"{size_text(plan.memory.total)}; disk while running about {size_text(plan.disk.total)}"
     )
+    if plan.exports:
+        sizes = (f"{e.key} {'at most' if e.bounded else 'about'} {size_text(size)}" for e, size in plan.exports)
+        yield Text(f"exports: {', '.join(sizes)}")
     if plan.dense.parts:
         parts = ", ".join(f"{what} {size_text(size)}" for what, size in plan.dense.parts.items())
         yield Text(f"left dense: {size_text(sum(plan.dense.parts.values()))} ({parts})")

@@ -18,6 +18,8 @@ MOST_NOTES = 10
 def verified(facts: Mapping[str, Any]) -> str:
     """What was compared after writing a folder, and how far it is from what was meant."""
     text = f"{facts['tensors_equal']} tensors read back equal"
+    if "bits_per_weight" in facts:
+        text += f"; {facts['bits_per_weight']:.3f} bits per weight, packed {facts['packed_bits_per_weight']:.3f}"
     if "max_logit_difference" in facts:
         text += f"; reloaded model's logits differ by {facts['max_logit_difference']:.2g}"
     if "as_shipped" in facts:

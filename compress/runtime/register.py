@@ -16,6 +16,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from compress.checkpoint.coded import decoded, forms_of
 from compress.checkpoint.matching import RUNNING, Spelling, ignored
 from compress.encodings import Spec
 from compress.encodings.format import METHOD, WEIGHTS
@@ -37,6 +38,7 @@ from compress.runtime.tied import TiedLinear
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from compress.encodings.rans import CodedForm
     from compress.models.experts import Fused
 
 
@@ -49,6 +51,7 @@ class CompressConfig(QuantizationConfigMixin):
         added_biases: modules with a bias that their class of model has not.
         verify: compare the folder's files with its manifest before any is read.
         shared: module -> the packed embedding or layer whose weight it uses.
+        coded: tensor of a packed module -> how it is entropy-coded.
     """
 
     verify = False
@@ -60,6 +63,7 @@ class CompressConfig(QuantizationConfigMixin):
         added_biases: list[str] | None = None,
         verify: bool = False,
         shared: dict[str, str] | None = None,
+        coded: dict[str, dict[str, int]] | None = None,
         **_: Any,
     ):
         self.quant_method = METHOD  # type: ignore[assignment]
@@ -67,6 +71,7 @@ class CompressConfig(QuantizationConfigMixin):
         self.version = version
         self.added_biases = added_biases or []
         self.shared = shared or {}
+        self.coded = coded or {}
         if verify:  # a wish of whoever loads, which is not saved otherwise
             self.verify = True
 
@@ -91,6 +96,14 @@ class CompressConfig(QuantizationConfigMixin):
                 raise ValueError(f"{name}: {error}") from error
         return found
 
+    def forms(self) -> dict[str, dict[str, CodedForm]]:
+        """Module -> its entropy-coded tensors, parsed.
+
+        Raises:
+            ValueError: says which is not described as this version knows it.
+        """
+        return forms_of(self.coded, self.specs())
+
 
 class CompressQuantizer(HfQuantizer):
     """Swaps packed modules in before the weights are read into them."""
@@ -105,6 +118,8 @@ class CompressQuantizer(HfQuantizer):
         assert isinstance(config, CompressConfig)
         add_biases(model, config.added_biases)
         replace_modules(model, config.specs(), config.shared)
+        for name, forms in config.forms().items():
+            _expect_coded(model.get_submodule(name), forms)
         try:
             if checkpoint_files and config.verify:
                 _refuse_changed(Path(checkpoint_files[0]).parent)
@@ -114,6 +129,11 @@ class CompressQuantizer(HfQuantizer):
             raise ValueError(str(error)) from error
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        config = self.quantization_config
+        assert isinstance(config, CompressConfig)
+        for name, forms in config.forms().items():
+            _decode(model.get_submodule(name), name, forms)
+        config.coded = {}  # what is saved from here on is not
         align(model, convolutions=predicts_next(model))
         layers = []
         for module in model.modules():
@@ -160,6 +180,28 @@ class CompressQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Codes do not train."""
         return False
+
+
+def _expect_coded(module: nn.Module, forms: Mapping[str, CodedForm]) -> None:
+    """Make room for the bytes of entropy-coded tensors where a packed module has the tensors."""
+    for leaf, form in forms.items():
+        place = getattr(module, leaf)
+        setattr(module, leaf, torch.empty(form.size, dtype=torch.uint8, device=place.device))
+
+
+def _decode(module: nn.Module, name: str, forms: Mapping[str, CodedForm]) -> None:
+    """Put the packed tensors in the place of their bytes, one at a time.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    assert isinstance(module, PackedModule)
+    shapes = module.spec.tensors()
+    for leaf, form in forms.items():
+        try:
+            setattr(module, leaf, decoded(form, getattr(module, leaf), shapes[leaf][0], f"{name}.{leaf}"))
+        except CheckpointError as error:
+            raise ValueError(str(error)) from error
 
 
 def _refuse_changed(folder: Path) -> None:

@@ -22,16 +22,17 @@ WORDS = (
 TEXT = " ".join(WORDS[(7 * i * i + i) % len(WORDS)] for i in range(400))
 DATA = "{source: words.txt, samples: 4, length: 8}"
 PIPELINE = f"""\
-# two passes, one after the other
+# a pass, and three that run block by block together
 calibration: {DATA}
 evaluate: {DATA}
 seed: 3
 passes:
   - wanda: {{sparsity: "2:4", include: ["*.mlp.*"]}}
   - blockwise:
+      - magnitude: {{sparsity: 0.9, include: ["*.q_proj"]}}
       - gptq: {{bits: 4, group_size: 16}}
       - eora: {{rank: 2}}
-export: [safetensors]
+export: [safetensors, entropy]
 """
 RTN = "passes: [{rtn: {bits: 4, group_size: 16}}]\n"
 MERGEKIT = """\
