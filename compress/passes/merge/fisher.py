@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from compress.calibration.draws import draw
-from compress.calibration.training import forked
+from compress.calibration.samples import forked
 from compress.lazy import functional, torch
 
 if TYPE_CHECKING:
