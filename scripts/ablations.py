@@ -205,6 +205,18 @@ def perp() -> list[Table]:
     return [{row: {"KL": cell} for row, cell in rows.items()}]
 
 
+def oats() -> list[Table]:
+    size: dict[str, Any] = {"sparsity": 0.65, "ratio": 0.15}
+    rows: dict[str, tuple[Pass, ...]] = {
+        "wanda, half of the weights": (compress.Wanda(sparsity=0.5),),
+        "wanda to 65 % zeros, then eora of rank 19": (compress.Wanda(sparsity=0.65), compress.Eora(rank=19)),
+        "oats, `iterations: 1`": (compress.Oats(**size, iterations=1),),
+        "oats, `iterations: 20`": (compress.Oats(**size),),
+        "oats, `iterations: 20`, `scaling: none`": (compress.Oats(**size, scaling="none"),),
+    }
+    return [{row: {"KL": Cell(passes, "kl", samples=16)} for row, passes in rows.items()}]
+
+
 def qat() -> list[Table]:
     def one(made: type[Pass], **options: Any) -> dict[str, Cell]:
         return {"KL": Cell((made(**{"group_size": 64, **options}),), "kl")}
@@ -233,6 +245,7 @@ PAGES = {
     "gptq": gptq,
     "jlcm": jlcm,
     "nupes": nupes,
+    "oats": oats,
     "perp": perp,
     "qat": qat,
 }

@@ -74,6 +74,10 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"ratio": 0.25, "perturbation": 0.1, "floor": 1e-4},
         {"allocate": "energy"},
     ],
+    "oats": [
+        {"iterations": 2, "sparsity": "2:4", "ratio": 0.3},
+        {"iterations": 2, "scaling": "none", "floor": 1e-4, "ratio": 0.25},
+    ],
     "perp": [
         {"train": ("scale_lora",), "rank": 2},
         {"train": ("lora_prune", "bias"), "rank": 2, "new_biases": True},

@@ -149,6 +149,8 @@ ESTIMATED = {
     "pruned twice": "{magnitude: {sparsity: 0.3}}, {magnitude: {sparsity: 0.6, include: ['*.mlp.*']}}",
     "fused": "{blockwise: [{magnitude: {sparsity: 2:4}}, {rtn: {bits: 4}}]}",
     "low rank": "{low_rank: {ratio: 0.4, steps: 0, method: svd, overrides: [{match: '*.mlp.*', ratio: 0.7}]}}",
+    "sparse and thin": "{oats: {iterations: 2, scaling: none, sparsity: 0.6, ratio: 0.3}}",
+    "a pattern and thin": "{oats: {iterations: 2, scaling: none, sparsity: 2:4, ratio: 0.3}}",
 }
 
 

@@ -7,6 +7,7 @@ from compress.passes.compensate.eora import Eora
 from compress.passes.depth import DepthPass
 from compress.passes.experts import ExpertsPass
 from compress.passes.factorize.low_rank import LowRank
+from compress.passes.factorize.oats import Oats
 from compress.passes.merge.adamerging import AdaMerging
 from compress.passes.merge.average import Average
 from compress.passes.merge.base import MergePass
@@ -79,6 +80,7 @@ PASSES: tuple[type[Pass], ...] = (
     RecalibrateNorms,
     Eora,
     LowRank,
+    Oats,
     Average,
     GreedySoup,
     Slerp,
@@ -125,6 +127,7 @@ __all__ = [
     "MergePass",
     "ModelPass",
     "Nupes",
+    "Oats",
     "Olive",
     "Override",
     "Pass",

@@ -122,7 +122,9 @@ def _kind_stored(pass_: Pass, site: Site, kind: str, before: Spec | None, dtype:
         return Spec(site.shape, value_dtype=None, inputs=inputs, low_rank=pass_.low_rank_form(site.shape))
     low_rank = pass_.low_rank_form(site.shape) if kind.endswith("-compensated") else None
     if low_rank:
-        return replace(before or Spec(site.shape, value_dtype=dtype), low_rank=low_rank)
+        if before is None or sparsity is not None:
+            before = Spec(site.shape, kept=kept, value_dtype=dtype, inputs=inputs, pattern=laid)
+        return replace(before, low_rank=low_rank)
     if form:
         return Spec(site.shape, form, kept, inputs=inputs, pattern=laid)
     if before and sparsity is None:
