@@ -61,12 +61,12 @@ def replace(path: Path, mark: str, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", help="pipelines to run again; the others' results are kept")
+    parser.add_argument("--only", nargs="*", help="pipelines to run again; none: write what is recorded")
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     # A merge of the demo with itself, which stands for a user's models, has nothing to show.
     names = sorted(p.stem for p in PRESETS.glob("*.yaml") if not p.stem.startswith("merge-"))
-    for name in args.only or names:
+    for name in names if args.only is None else args.only:
         results[name] = run(name)
         print(line(name, results[name][-1]), flush=True)
     RESULTS.write_text(json.dumps({n: results[n] for n in names if n in results}, indent=1) + "\n")
