@@ -66,7 +66,7 @@ class Pass:
 
     @property
     def propagates(self) -> bool:
-        """Whether it must know how far the inputs of a site are from those that the original model has there."""
+        """Whether it must know how far a site's inputs are from the original model's."""
         return False
 
     @property
@@ -142,22 +142,17 @@ class Pass:
 
     def patterns(self) -> Iterator[tuple[str, str]]:
         """(option, pattern of names) of every pattern; each must match something."""
-        for option in ("include", "exclude"):
-            yield from ((option, pattern) for pattern in getattr(self, option))
+        yield from ((option, p) for option in ("include", "exclude") for p in getattr(self, option))
         yield from (("overrides", override.match) for override in self.overrides)
 
     def selects(self, name: str, in_block: bool) -> bool:
         """Whether a site is worked on."""
-        if any(fnmatchcase(name, p) for p in self.exclude):
-            return False
-        return any(fnmatchcase(name, p) for p in self.include) if self.include else in_block
+        chosen = any(fnmatchcase(name, p) for p in self.include) if self.include else in_block
+        return chosen and not any(fnmatchcase(name, p) for p in self.exclude)
 
     def options_at(self, name: str) -> dict[str, Any]:
         """The options of the last override that matches a site."""
-        for override in reversed(self.overrides):
-            if fnmatchcase(name, override.match):
-                return dict(override.options)
-        return {}
+        return next((dict(o.options) for o in reversed(self.overrides) if fnmatchcase(name, o.match)), {})
 
     def at(self, name: str) -> Self:
         """This pass with the overrides of one site applied, and no patterns left."""
@@ -250,6 +245,6 @@ class ModelPass(Pass):
 
 
 __all__ = [
-    "Block", "BlockPass", "Edit", "LinearPass", "Loss", "ModelPass", "OptionError", "Override", "Pass",
-    "Reach", "SurveyingPass", "Target", "Whole",
+    "Block", "BlockPass", "Edit", "LinearPass", "Loss", "ModelPass", "OptionError", "Override", "Pass", "Reach",
+    "SurveyingPass", "Target", "Whole",
 ]  # fmt: skip

@@ -226,7 +226,7 @@ def waiting(pipeline: Pipeline, passes: Sequence[Pass], graph: Graph, itemsize: 
 
 
 def _copies(passes: Sequence[Pass]) -> int:
-    """Of what arrives at a block: beside the original model, also what arrives there, and what comes out."""
+    """How many hidden states are kept of each token: beside the original model, also its own, and what comes out."""
     return 3 if any(p.reach == "block" or p.propagates for p in passes) else 1
 
 

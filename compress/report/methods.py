@@ -24,19 +24,13 @@ def listing(passes: Sequence[type[Pass]], pipelines: Iterable[str], formats: Ite
     """
     every = [f.name for f in fields(Pass)]
     quantizers = [f.name for f in fields(ActivationOptions) if f.name not in every]
-    lines = []
+    lines, width = [], max(18, 2 + max(len(pass_.key) for pass_ in passes))
     for pass_ in passes:
         first = (pass_.__doc__ or "").strip().splitlines()[0]
         own = [f for f in fields(pass_) if f.name not in (*every, *quantizers) and f.default is not MISSING]
-        lines += [f"{pass_.key:18}{first}", f"{'':18}{', '.join(f'{f.name}={f.default}' for f in own)}"]
-    return "\n".join([
-        *lines,
-        "",
-        f"pipelines:        {', '.join(pipelines)}",
-        f"every method:     {', '.join(every)}",
-        f"every quantizer:  {', '.join(quantizers)}",
-        f"export:           {', '.join(formats)}",
-    ])  # fmt: skip
+        lines += [f"{pass_.key:{width}}{first}", f"{'':{width}}{', '.join(f'{f.name}={f.default}' for f in own)}"]
+    rest = {"pipelines": pipelines, "every method": every, "every quantizer": quantizers, "export": formats}
+    return "\n".join([*lines, "", *(f"{f'{what}:':{width}}{', '.join(names)}" for what, names in rest.items())])
 
 
 def signature(exporter: type[Exporter]) -> str:

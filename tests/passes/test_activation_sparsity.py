@@ -18,6 +18,7 @@ from compress.encodings import InputForm, Weight, pack
 from compress.encodings.inputs import Criterion, Threshold
 from compress.engine.validate import observed
 from compress.errors import ConfigError
+from compress.export.base import Exporter
 from compress.models.site import Site, TensorRef
 from compress.passes import Pass
 from compress.passes.base import Target
@@ -236,7 +237,7 @@ def test_convolutions_and_embeddings_have_nothing_to_skip(tiny_llama: PreTrained
 def test_containers_of_plain_layers_refuse_before_the_run(
     format_: str, tiny_folder: Path, tmp_path: Path, tokens: Tensor
 ) -> None:
-    exporter = {"hf": compress.Hf, "gguf": compress.Gguf, "compressed_tensors": compress.CompressedTensors}[format_]()
+    exporter: Exporter = {"hf": compress.Hf, "gguf": compress.Gguf, "compressed_tensors": compress.CompressedTensors}[format_]()
     steps = Pipeline(passes=((ActivationSparsity(),),), export=(exporter,))
     with pytest.raises(ConfigError, match="activation_sparsity out of the passes"):
         compress.run(steps, tiny_folder, tmp_path / "out", calibration=tokens)

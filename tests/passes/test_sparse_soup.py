@@ -89,7 +89,7 @@ def test_every_layer_keeps_its_minimum_in_every_phase(monkeypatch: pytest.Monkey
     small, large = textbook.weight(8, 16, 0) * 1e-3, textbook.weight(8, 16, 1)
     given = {"small": Target(small, None), "large": Target(large, None)}
     for min_keep, left in ((0.0, 0), (0.05, 12)):  # 5 % of all 256 weights
-        seen = []
+        seen: list[dict[str, int]] = []
 
         def watched(names, load, share, floor=0.0, seen=seen):  # type: ignore[no-untyped-def]
             masks = dict(smallest_cut(names, load, share, floor))
