@@ -109,7 +109,7 @@ def stop_and_go_on(scenario: Scenario, folder: Path, sign: int, when: float) -> 
 def test_stopped_anywhere_the_old_or_the_new_is_whole_and_the_same_command_ends_the_same(
     scenarios: dict[str, Scenario], tmp_path: Path
 ) -> None:
-    for number, (name, sign, when) in enumerate(kills(15)):
+    for number, (name, sign, when) in enumerate(kills(8)):
         stop_and_go_on(scenarios[name], tmp_path / str(number), sign, when)
 
 

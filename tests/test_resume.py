@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from children import contents, killed_at_every_file, prepare, run
+from children import FILES, contents, killed_again_and_again, prepare, run
 from expert_models import make_mixture
 
 PASSES = """\
@@ -56,9 +56,12 @@ passes:
 """
 
 
-def test_killed_after_every_file_of_passes_that_survey_their_layers_the_run_ends_bit_identical(tmp_path: Path) -> None:
+@FILES
+def test_killed_between_files_of_passes_that_survey_their_layers_the_run_ends_bit_identical(
+    files: int, tmp_path: Path
+) -> None:
     whole, killed = prepare(tmp_path, SURVEYING)
-    done = killed_at_every_file(whole, killed)
+    done = killed_again_and_again(whole, killed, files)
     assert {f"s{stage}-survey-b000{block}.json" for stage in ("00", "02") for block in (0, 1)} < done
     layers = report_of(whole)["layers"]
     assert 0 < sum("eora" in notes for notes in layers.values()) < len(layers), "the budget decides nothing"

@@ -237,7 +237,8 @@ def test_convolutions_and_embeddings_have_nothing_to_skip(tiny_llama: PreTrained
 def test_containers_of_plain_layers_refuse_before_the_run(
     format_: str, tiny_folder: Path, tmp_path: Path, tokens: Tensor
 ) -> None:
-    exporter: Exporter = {"hf": compress.Hf, "gguf": compress.Gguf, "compressed_tensors": compress.CompressedTensors}[format_]()
+    kinds = {"hf": compress.Hf, "gguf": compress.Gguf, "compressed_tensors": compress.CompressedTensors}
+    exporter: Exporter = kinds[format_]()
     steps = Pipeline(passes=((ActivationSparsity(),),), export=(exporter,))
     with pytest.raises(ConfigError, match="activation_sparsity out of the passes"):
         compress.run(steps, tiny_folder, tmp_path / "out", calibration=tokens)
