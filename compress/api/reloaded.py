@@ -13,7 +13,7 @@ from compress.engine.placement import streamed
 from compress.errors import CompressError
 from compress.models import loading
 from compress.models.logits import pieces, tensors_in
-from compress.runtime.linear import PackedLinear
+from compress.runtime.linear import unpack_all
 from compress.runtime.packed import PackedModule
 
 if TYPE_CHECKING:
@@ -68,10 +68,8 @@ def logit_difference(context: Context, folder: Path, inputs: Tensor, where: Plac
     difference = largest = 0.0
     with here.devices.scope(), torch.no_grad(), streamed(here) as hold:
         loaded.to(here.devices.compute)
-        if not fits:  # the stored numbers are compared, not the order in which a layer sums them up
-            for module in loaded.modules():
-                if isinstance(module, PackedLinear):
-                    module.unpack_always()
+        if not fits:
+            unpack_all(loaded)
         if context.graph.is_language_model:
             pairs = zip(pieces(logits(written, inputs)), pieces(logits(here, inputs, hold)), strict=True)
         else:  # whatever it returns

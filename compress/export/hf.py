@@ -183,6 +183,9 @@ def loaded(made: PackedFolder, folder: Path, dtype: torch.dtype | None = None) -
 
 def running(made: PackedFolder, model: Any) -> Logits:
     """What a model of the same class in memory computes."""
+    from compress.runtime.linear import unpack_all  # imports torch
+
+    unpack_all(model)
     graph = replace(made.artifact.graph, model=model)
 
     def logits(inputs: Tensor) -> Tensor:

@@ -191,7 +191,7 @@ def test_patterns_and_overrides_survive_the_yaml_file() -> None:
         common = {
             o
             for o in pass_.options()
-            if o in ("steps", "inputs", "objective", "granularity") and isinstance(pass_, BlockPass)
+            if o in ("steps", "inputs", "objective", "granularity", "allocate") and isinstance(pass_, BlockPass)
         }
         if isinstance(pass_, MergePass):
             common = {*pass_.common, "density"}  # with scope: model, of whole models

@@ -15,6 +15,7 @@ from compress.config.reading import parse
 from compress.encodings import InputForm, Weight
 from compress.errors import ConfigError
 from compress.passes import PASSES, ModelPass, Override, Pass, Rtn
+from compress.passes.interface import Edit
 from compress.passes.quantize.activations import ActivationOptions, attached
 
 QUANTIZERS = [cls for cls in PASSES if cls().form((8, 8)) is not None]
@@ -37,7 +38,7 @@ def test_every_pass_that_makes_codes_has_the_options() -> None:
 @each_quantizer
 def test_by_default_inputs_are_left_alone(cls: type[ActivationOptions]) -> None:
     assert cls().input_form() is None
-    assert attached(cls(), Weight(torch.zeros(2, 2)), None)[0].inputs is None
+    assert attached(cls(), Weight(torch.zeros(2, 2)), Edit(), None)[0].inputs is None
 
 
 @each_quantizer
@@ -94,7 +95,7 @@ def test_a_pipeline_file_names_the_place_of_a_mistake() -> None:
 
 
 def test_a_layer_that_nothing_ever_reached_keeps_its_inputs_and_the_report_says_so() -> None:
-    weight, notes = attached(Rtn(**STATIC), Weight(torch.zeros(2, 2)), None)  # type: ignore[arg-type]
+    weight, notes = attached(Rtn(**STATIC), Weight(torch.zeros(2, 2)), Edit(), None)  # type: ignore[arg-type]
     assert weight.inputs is None
     assert "none ever reached it" in notes["fallback"]
 
