@@ -771,7 +771,7 @@ def test_the_schema_states_ranges_and_allowed_values() -> None:
     gptq, eora = options_of("gptq"), options_of("eora")
     assert (gptq["bits"]["minimum"], gptq["bits"]["maximum"]) == (2, 8)
     assert gptq["damping"]["exclusiveMinimum"] == 0
-    assert gptq["scale_search"]["enum"] == ["minmax", "mse"]
+    assert gptq["scale_search"]["enum"] == ["minmax", "mse", "weighted"]
     assert {"exclusiveMinimum": 0, "maximum": 1, "type": "number"} in eora["energy"]["anyOf"]
     assert {"enum": [4, 8], "type": "integer"} in eora["adapter_bits"]["anyOf"]
 

@@ -22,10 +22,10 @@ FILES = sorted((ROOT / "compress" / "config" / "presets").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo without half of its blocks: it still predicts, in half the time."""
+    """The demo with two of its six blocks: it still predicts, in a third of the time."""
     folder = tmp_path_factory.mktemp("short") / "model"
     model, _ = compress.demo.load()
-    model.model.layers = nn.ModuleList([model.model.layers[i] for i in (0, 1, 5)])
+    model.model.layers = nn.ModuleList([model.model.layers[i] for i in (0, 5)])
     model.config.num_hidden_layers = len(model.model.layers)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -39,7 +39,7 @@ def windows() -> dict[str, Tensor]:
     tokenizer = compress.demo.load()[1]
     return {
         "calibration": compress.load_tokens("demo", tokenizer, samples=8, length=128),
-        "evaluation": compress.load_tokens("demo", tokenizer, samples=4, length=256, split="evaluation"),
+        "evaluation": compress.load_tokens("demo", tokenizer, samples=4, length=128, split="evaluation"),
     }
 
 

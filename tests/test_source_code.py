@@ -5,6 +5,7 @@ import importlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,17 @@ def located_in(package: Path) -> Locate:
 
 def keys(package: Path) -> dict[str, str]:
     """Key of a pass -> what its code gives."""
-    locate = located_in(package)
+    locate = cache(located_in(package))
     return {p.key: code_of([p], [MODULES[p.reach]], locate) for p in PASSES}
+
+
+KNOWN: dict[Path, dict[str, str]] = {}  # copy of the package -> keys after what was last changed in it
+
+
+@cache
+def unchanged() -> dict[str, str]:
+    """The keys of the package as it is."""
+    return keys(source_code.ROOT)
 
 
 MERGES = {p.key for p in PASSES if p.reach == "merge"}
@@ -47,11 +57,11 @@ MERGES = {p.key for p in PASSES if p.reach == "merge"}
 
 def changed(package: Path, name: str, change: Callable[[str], str]) -> set[str]:
     """The passes whose key is another one after a change of a file."""
-    before, file = keys(package), package / name
-    text = file.read_text()
+    file = package / name
+    before, text = KNOWN.get(package) or unchanged(), file.read_text()
     assert change(text) != text
     file.write_text(change(text))
-    after = keys(package)
+    after = KNOWN[package] = keys(package)
     return {key for key in before if before[key] != after[key]}
 
 

@@ -87,6 +87,7 @@ def fingerprint(modules: Iterable[str], locate: Locate) -> str:
 
 def closure(modules: Iterable[str], locate: Locate) -> tuple[dict[str, Path], set[str]]:
     """Modules and all that they import: (module -> file, names of libraries)."""
+    locate = cache(locate)  # most modules are imported by many
     files: dict[str, Path] = {}
     libraries: set[str] = set()
     waiting = {name: _loaded_from(name) if _is_foreign(name) else locate(name) for name in modules}
