@@ -270,7 +270,7 @@ def test_experts_that_are_learned_in_part_leave_the_others_as_they_are() -> None
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "rounded inputs": (Rtn(bits=8, activation_bits=8), "whose inputs cannot be rounded; `exclude` them"),
+    "rounded inputs": (Rtn(bits=8, activation_bits=8), "whose inputs cannot be rounded or skipped; `exclude` them"),
     "a bias": (Eora(rank=2, bias=True), "can be given no bias; `exclude` them"),
 }
 
