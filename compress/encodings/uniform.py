@@ -208,11 +208,15 @@ def _searched(grouped: Tensor, bits: int, symmetric: bool, importance: Tensor | 
     """The grid with the least error, of those whose range is a share of the whole."""
     low, high = _range(grouped)
     best_share = torch.full(low.shape, torch.nan)
-    best_scale, best_zero = _grid(low, high, bits, symmetric)
     best_error = torch.full(low.shape, torch.inf)
 
+    def grid_of(share: Tensor | float) -> tuple[Tensor, Tensor]:
+        return _grid(low * share / SEARCH_STEPS, high * share / SEARCH_STEPS, bits, symmetric)
+
+    best_scale, best_zero = grid_of(SEARCH_STEPS)  # not finite where weights are too large: that is found later
+
     def attempt(share: Tensor | float) -> None:
-        scale, zero = _grid(low * share / SEARCH_STEPS, high * share / SEARCH_STEPS, bits, symmetric)
+        scale, zero = grid_of(share)
         error = _search_error(grouped, scale, zero, bits, importance)
         better = error < best_error
         for best, now in ((best_error, error), (best_scale, scale), (best_zero, zero)):
