@@ -233,12 +233,12 @@ def test_convolutions_and_embeddings_have_nothing_to_skip(tiny_llama: PreTrained
     assert "activation_bits" not in said
 
 
-@pytest.mark.parametrize("format_", ["hf", "gguf", "compressed_tensors"])
+@pytest.mark.parametrize("format_", ["hf", "gguf", "compressed-tensors"])
 def test_containers_of_plain_layers_refuse_before_the_run(
     format_: str, tiny_folder: Path, tmp_path: Path, tokens: Tensor
 ) -> None:
-    kinds = {"hf": compress.Hf, "gguf": compress.Gguf, "compressed_tensors": compress.CompressedTensors}
-    exporter: Exporter = kinds[format_]()
+    exporters: list[Exporter] = [compress.Hf(), compress.Gguf(), compress.CompressedTensors()]
+    exporter = next(each for each in exporters if each.key == format_)
     steps = Pipeline(passes=((ActivationSparsity(),),), export=(exporter,))
     with pytest.raises(ConfigError, match="activation_sparsity out of the passes"):
         compress.run(steps, tiny_folder, tmp_path / "out", calibration=tokens)
