@@ -22,10 +22,10 @@ FILES = sorted((ROOT / "compress" / "config" / "presets").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo with two of its six blocks: it still predicts, in a third of the time."""
+    """The demo without half of its blocks: it still predicts, in half the time."""
     folder = tmp_path_factory.mktemp("short") / "model"
     model, _ = compress.demo.load()
-    model.model.layers = nn.ModuleList([model.model.layers[i] for i in (0, 5)])
+    model.model.layers = nn.ModuleList([model.model.layers[i] for i in (0, 1, 5)])
     model.config.num_hidden_layers = len(model.model.layers)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -142,7 +142,7 @@ def compensated(
 
 
 def visited(weights: Tensor, now: Tensor, before: Tensor, rounding: Rounding, part: slice, gained: Tensor) -> None:
-    """What `obs.project_tile` does to columns `part` that were rounded before.
+    """What `tiles.project_tile` does to columns `part` that were rounded before.
 
     Args:
         weights: (t, t), in row j what the errors of column j take from all others, and 1 from itself.

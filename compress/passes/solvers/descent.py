@@ -27,7 +27,7 @@ from compress.calibration.precision import products
 from compress.encodings.uniform import stored_scale
 from compress.lazy import torch
 from compress.passes.solvers.device import has_kernels
-from compress.passes.solvers.obs import project_tile
+from compress.passes.solvers.tiles import project_tile
 
 if TYPE_CHECKING:
     from torch import Tensor
