@@ -9,13 +9,16 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compress import cli
 from compress.cli import commands
 from compress.demo import MODEL_DIR
+from compress.engine.ledger import FolderLedger
 
 PIPELINE = """\
 calibration: {{source: {text}, samples: 4, length: 32}}
@@ -48,6 +51,20 @@ def compress_command(*arguments: object, level: int = logging.WARNING, unexpecte
         code = cli.guarded(app, level=level)
     assert unexpected or "error: unexpected" not in err.getvalue(), err.getvalue()
     return Ended(code, out.getvalue(), err.getvalue())
+
+
+def stop_at_state(monkeypatch: pytest.MonkeyPatch, number: int) -> list[str]:
+    """From now on a run ends, as by Ctrl-C, when so many states of training are kept; their names, as they come."""
+    save, kept = FolderLedger.commit_tensors, list[str]()
+
+    def commit(self: FolderLedger, unit: str, key: str, tensors: dict[str, Tensor]) -> None:
+        save(self, unit, key, tensors)
+        kept.append(unit)
+        if len(kept) == number:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(FolderLedger, "commit_tensors", commit)
+    return kept
 
 
 def make_text_model(folder: Path, **changes: object) -> Path:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from expert_models import make_mixture
 from textbook import inputs, target, weight
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -49,6 +50,25 @@ def test_the_drift_of_an_input_is_summed_up_over_pairs_of_forward_passes() -> No
     assert found["left"] is found["right"]
     assert found["left"].tokens == 21
     assert torch.equal(found["first"].drift, torch.zeros(6, 6))
+
+
+def test_the_drift_of_a_convolution_is_that_of_its_windows() -> None:
+    layer, x, o = nn.Conv2d(2, 3, 3), torch.randn(4, 2, 6, 6), torch.randn(4, 2, 6, 6)
+    found = collect.statistics(
+        {"layer": layer}, {"layer": "gram"}, [lambda: layer(x)], drifting={"layer"}, originals=[lambda: layer(o)]
+    )["layer"]
+    now, before = (nn.functional.unfold(t, 3).transpose(1, 2).flatten(0, 1) for t in (x, o))
+    torch.testing.assert_close(found.gram, now.T @ now)
+    torch.testing.assert_close(found.drift, (before - now).T @ now)
+
+
+def test_experts_make_up_for_nothing_and_the_layers_around_them_do() -> None:
+    model, tokens = make_mixture("Qwen3Moe"), torch.randint(64, (6, 24))
+    passes = [[compress.Gptq(bits=2, group_size=16, propagation=share)] for share in (0.0, 1.0)]
+    plain, made = (compress.apply(model, each, tokens).weights for each in passes)
+    differ = {name for name in plain if not torch.equal(plain[name].encoding.codes, made[name].encoding.codes)}
+    assert any(".1.self_attn" in name for name in differ)
+    assert not any(".layers.0." in name for name in differ)
 
 
 def test_a_layer_that_is_called_in_another_way_now_is_named() -> None:

@@ -260,31 +260,13 @@ def statistics(
     handles = [module.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, module in hooked]
     try:
         with _watched_experts(experts, sums.see_expert, ends.count, all_experts) if experts else nullcontext():
-            ends.run(_after_originals(forwards, originals, sums) if drifting else forwards, sums.settle)
+            ends.run(sums.behind(originals, forwards) if drifting else forwards, sums.settle)
         sums.check()
     finally:
         sums.last.clear()  # the hooks refer to it, and each other, until the next garbage collection
         for handle in handles:
             handle.remove()
     return sums.found
-
-
-def _after_originals(
-    forwards: Iterable[Callable[[], Any]], originals: Iterable[Callable[[], Any]], sums: Sums
-) -> Iterator[Callable[[], Any]]:
-    """Each forward pass behind that of the original model, whose inputs are remembered."""
-    for forward, original in zip(forwards, originals, strict=True):
-
-        def both(forward: Callable[[], Any] = forward, original: Callable[[], Any] = original) -> None:
-            sums.originals.clear()
-            sums.remembering = True
-            try:
-                original()
-            finally:
-                sums.remembering = False
-            forward()
-
-        yield both
 
 
 def _listed(modules: nn.Module | Sequence[nn.Module]) -> Sequence[nn.Module]:

@@ -7,7 +7,9 @@ pass (a layer that is used again and again, a projection of the token before), a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from itertools import repeat
+from typing import TYPE_CHECKING, Any
 
 from compress.calibration.grouped import statistics_for
 from compress.calibration.ranges import Range
@@ -15,7 +17,7 @@ from compress.calibration.statistics import Statistics
 from compress.errors import CompressError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -66,16 +68,30 @@ class Sums:
         if name not in self.found:
             self.found[name] = self.found[leader] if leader != name else self._begun(name, x)
         if leader == name:
-            window, original = self.windows[name], self._original(name, x)
-            if original is not None:
-                self.found[name].update(x, name, original)
-            else:
-                for part in window.rows(x) if window else [x]:
-                    self.found[name].update(part, name)
+            original = self._original(name, x)
+            others = repeat(None) if original is None else self._rows(name, original)
+            for part, other in zip(self._rows(name, x), others, strict=False):
+                self.found[name].update(part, name, other)
             if (seen := self.found[name].range) is not None:
                 seen.update(x)
         elif not self.first and mine != self.calls.get(leader, [])[: len(mine)]:
             raise _other_wiring(name, leader)
+
+    def behind(
+        self, originals: Iterable[Callable[[], Any]], forwards: Iterable[Callable[[], Any]]
+    ) -> Iterator[Callable[[], Any]]:
+        """Each forward pass behind that of the original model, whose inputs are remembered to compare with."""
+        for original, forward in zip(originals, forwards, strict=True):
+            yield partial(self._run_behind, original, forward)
+
+    def _run_behind(self, original: Callable[[], Any], forward: Callable[[], Any]) -> None:
+        self.originals.clear()
+        self.remembering = True
+        try:
+            original()
+        finally:
+            self.remembering = False
+        forward()
 
     def _remember(self, name: str, x: Tensor) -> None:
         """Keep an input of the original model, a copy: what comes later may change it in place."""
@@ -90,6 +106,11 @@ class Sums:
         if not kept or kept[0].shape != x.shape:
             raise CompressError(f"{name} is called in another way than in the original model; use propagation: 0 there")
         return kept.pop(0)
+
+    def _rows(self, name: str, x: Tensor) -> Iterable[Tensor]:
+        """An input as the rows that a matrix is multiplied with, a part at a time."""
+        window = self.windows[name]
+        return window.rows(x) if window else [x]
 
     def _number(self, x: Tensor) -> int:
         """The number of the very tensor that some module saw last, or a new one."""

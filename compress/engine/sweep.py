@@ -188,16 +188,17 @@ def _tower(
         refuse_unlearned(context, met, batches, wanted.label)
     for index in itertools.islice(shown, len(tower.blocks)):
         _read_ahead(context, index + 1)
-        view, sites = None, wanted.sites[index]
+        view, beside, sites = None, None, wanted.sites[index]
         if chain and original:
             outputs = original.copy()
-            view = View(context, index, chain, original, outputs)
+            view = beside = View(context, index, chain, original, outputs)
             _step(context, outputs, index, view.original_values(), "original: batches")
             original = outputs
         if wanted.learns and index in met:
             visits = visits_to(context, index, batches, wanted.label, sites)
             view = View(context, index, visits.chain, visits.original, visits.outputs, visits.users)
-        yield Unit(_unit(index), sites, partial(_block_statistics, context, wanted, index, chain, batches, view), view)
+        statistics = partial(_block_statistics, context, wanted, index, chain, batches, beside)
+        yield Unit(_unit(index), sites, statistics, view)
         if chain and index + 1 in tower.numbers:
             _step(context, chain, index, None, "propagate: batches")
     return chain
@@ -238,12 +239,15 @@ def _block_statistics(
     index: int,
     chain: Activations | None,
     batches: Sequence[Tensor],
-    view: View | None = None,
+    beside: View | None,
 ) -> dict[str, Statistics]:
-    """What is wanted of the inputs of a block's sites; where other blocks share one, also of theirs."""
+    """What is wanted of the inputs of a block's sites; where other blocks share one, also of theirs.
+
+    `beside`: the block in the original model, where that is run along the chain too.
+    """
     asked = [s for s in wanted.sites[index] if s.name in wanted.needs]
     alone = [s for s in asked if chain and not s.shared]
-    seen = _inputs_of(context, wanted, alone, index, chain, batches, view) if alone else {}
+    seen = _inputs_of(context, wanted, alone, index, chain, batches, beside) if alone else {}
     others = [s for s in asked if s not in alone]
     if others:
         seen |= _inputs_of(context, wanted, others, index, None, batches)
@@ -259,7 +263,7 @@ def _inputs_of(
     index: int,
     chain: Activations | None,
     batches: Sequence[Tensor],
-    view: View | None = None,
+    beside: View | None = None,
 ) -> dict[str, Statistics]:
     """What is wanted of the inputs of some sites of a block: along the chain, or in passes of the whole model."""
     graph = context.graph
@@ -275,8 +279,8 @@ def _inputs_of(
         forwards = context.bars.over(forwards, len(batches), "collect: batches")
         before = context.executor.shares(sum(map(len, batches))).first if wanted.ranged else 0
         every = context.experts.calibrate_all
-        drifting = wanted.drifting & modules.keys() if chain and view else frozenset()
-        originals = view.original.forwards(block, view.original_values(), index) if view and drifting else ()
+        drifting = wanted.drifting & modules.keys() if beside else frozenset()
+        originals = beside.original.forwards(block, beside.original_values(), index) if beside and drifting else ()
         return collect.statistics(
             modules, needs, forwards, wanted.ranged, before, experts, every, drifting=drifting, originals=originals
         )

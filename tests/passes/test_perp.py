@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import textbook
 import torch
+from commands import stop_at_state
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
@@ -395,15 +396,7 @@ def test_a_training_that_is_killed_goes_on_and_ends_the_same(
 ) -> None:
     steps = pipeline({"magnitude": {"sparsity": 0.6}}, PERP)
     compress.run(steps, tiny_folder, tmp_path / "whole", calibration=tokens)
-    save, saved = FolderLedger.commit_tensors, []
-
-    def commit(self: FolderLedger, unit: str, key: str, tensors: dict[str, Tensor]) -> None:
-        save(self, unit, key, tensors)
-        saved.append(unit)
-        if len(saved) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(FolderLedger, "commit_tensors", commit)
+    saved = stop_at_state(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         compress.run(steps, tiny_folder, tmp_path / "parts", calibration=tokens)
     compress.run(steps, tiny_folder, tmp_path / "parts", calibration=tokens)

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import textbook
 import torch
+from commands import stop_at_state
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import compress
 from compress.config.options import errors_in
 from compress.encodings import Uniform
-from compress.engine.ledger import FolderLedger
 from compress.errors import ConfigError
 from compress.lazy import function
 from compress.passes import Codebook, Eora, Gptq, Magnitude, Pass, Qat, Rtn
@@ -275,15 +275,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes_and_loads(
     steps = {"passes": [qat], "products": "float32"}
     report = compress.run(steps, tiny_folder, tmp_path / "whole", calibration=tokens, evaluation=tokens)
     assert report.verified["max_logit_difference"] == 0
-    save, saved = FolderLedger.commit_tensors, []
-
-    def commit(self: FolderLedger, unit: str, key: str, tensors: dict[str, Tensor]) -> None:
-        save(self, unit, key, tensors)
-        saved.append(unit)
-        if len(saved) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(FolderLedger, "commit_tensors", commit)
+    saved = stop_at_state(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         compress.run(steps, tiny_folder, tmp_path / "parts", calibration=tokens, evaluation=tokens)
     compress.run(steps, tiny_folder, tmp_path / "parts", calibration=tokens, evaluation=tokens)

@@ -93,10 +93,6 @@ class AdaMerging(MergePass):
     }  # fmt: skip
 
     @property
-    def calibrated(self) -> bool:
-        return True
-
-    @property
     def trains_whole(self) -> bool:
         return True
 

@@ -106,7 +106,7 @@ class MergePass(Pass):
 
     @property
     def calibrated(self) -> bool:
-        return self.judged
+        return self.judged or self.learns
 
     @property
     def aligns_residual(self) -> bool:

@@ -64,10 +64,6 @@ class BitDelta(DeltaPass):
     common: ClassVar[frozenset[str]] = MergePass.common | {"steps", "batch_size", "learning_rate"}
 
     @property
-    def calibrated(self) -> bool:
-        return self.judged or self.learns
-
-    @property
     def trains_whole(self) -> bool:
         return self.learns
 

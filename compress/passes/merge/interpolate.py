@@ -64,10 +64,6 @@ class Interpolate(MergePass):
         return self.learns
 
     @property
-    def calibrated(self) -> bool:
-        return self.judged or self.learns
-
-    @property
     def trains_whole(self) -> bool:
         return self.learns
 

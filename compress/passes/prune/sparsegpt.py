@@ -32,7 +32,7 @@ class SparseGpt(Pruner):
 
     Source: Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", 2023, arXiv
     2301.00774. Differs from the paper in: one Cholesky factor of H instead of its inverse (the same numbers, see
-    `passes/obs.py`); exactly the asked number of weights goes, ties broken by position.
+    `passes/solvers/obs.py`); exactly the asked number of weights goes, ties broken by position.
 
     Args:
         sparsity: share of zeros in every tile of columns (rows may differ), or "keep:of".

@@ -38,8 +38,8 @@ class Gptq(UniformPass):
 
     Source: Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative
     Pre-trained Transformers", 2022, arXiv 2210.17323. Differs from the paper in: one Cholesky factor of H instead of
-    its inverse (the same numbers, see `passes/obs.py`); a group that begins inside a tile sees the corrections of that
-    tile; weights of dead inputs are rounded, not zeroed; act_order is on by default.
+    its inverse (the same numbers, see `passes/solvers/obs.py`); a group that begins inside a tile sees the corrections
+    of that tile; weights of dead inputs are rounded, not zeroed; act_order is on by default.
 
     Args:
         damping: added to the diagonal of the Gram matrix, as a share of its mean.
