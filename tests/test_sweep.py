@@ -525,8 +525,8 @@ def test_one_layer_that_cannot_be_solved_is_reported_and_the_others_go_on(
 ) -> None:
     update = Statistics.update
 
-    def spoiled(self: Statistics, inputs: Tensor, name: str) -> None:
-        update(self, inputs, name)
+    def spoiled(self: Statistics, inputs: Tensor, name: str, original: Tensor | None = None) -> None:
+        update(self, inputs, name, original)
         if name == "blocks.1.down":
             gram = self.gram
             gram -= 2 * gram.diagonal().max() * torch.eye(len(gram))

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from children import killed_at_every_file, prepare
+from children import FILES, killed_again_and_again, prepare
 from expert_models import make_mixture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -19,9 +19,10 @@ RESUMED = {
 }
 
 
+@FILES
 @pytest.mark.parametrize("name", RESUMED)
-def test_killed_after_every_file_the_run_ends_bit_identical(name: str, tmp_path: Path) -> None:
+def test_killed_again_and_again_the_run_ends_bit_identical(name: str, files: int, tmp_path: Path) -> None:
     whole, killed = prepare(tmp_path, DATA + RESUMED[name])
     vocabulary = json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"]
     make_mixture("Mixtral", vocab_size=vocabulary).save_pretrained(tmp_path / "model")
-    assert "s01-routing.json" in killed_at_every_file(whole, killed)
+    assert "s01-routing.json" in killed_again_and_again(whole, killed, files)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import wirings
-from children import killed_at_every_file, prepare
+from children import FILES, killed_again_and_again, prepare
 from commands import compress_command, write_pipeline
 from torch import Tensor, nn
 from transformers import (
@@ -485,9 +485,10 @@ passes:
 """
 
 
-def test_killed_after_every_file_the_run_ends_bit_identical(tmp_path: Path) -> None:
+@FILES
+def test_killed_again_and_again_the_run_ends_bit_identical(files: int, tmp_path: Path) -> None:
     whole, killed = prepare(tmp_path, RESUMED, num_hidden_layers=4)
-    assert {"s01-distances-0.json", "s01-distances-1.json"} < killed_at_every_file(whole, killed)
+    assert {"s01-distances-0.json", "s01-distances-1.json"} < killed_again_and_again(whole, killed, files)
 
 
 # --- what it refuses --------------------------------------------------------------------------------------------------
