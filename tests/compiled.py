@@ -1,6 +1,7 @@
 """Run by `test_kernels.py`: the CUDA kernels, compiled for devices that need not be there."""
 
 import re
+import sys
 from typing import Any
 
 import triton
@@ -53,15 +54,19 @@ def solvers() -> None:
     for kind, masked, again in (
         (0, False, False), (0, True, False), (0, False, True), (0, True, True), (1, True, False), (2, True, False),
     ):  # fmt: skip
-        chosen = {"KIND": kind, "MASKED": masked, "HIGHEST": 15.0, "OWN": 1, "KEPT": 2, "OF": 4, "AGAIN": again}
-        chosen |= {"T": 128, "BR": column_kernel.ROWS}
-        machine_code(column_kernel.project, COLUMN_TYPES, chosen, column_kernel.WARPS)
+        solver(kind, masked, again)
     for gradient in ("*fp32", "*bf16"):
         chosen = {"OWN": 1, "BN": 8, "BC": 128}
         machine_code(division_kernel.divide_back, SIZE_TYPES | {"gradient": gradient}, chosen)
     machine_code(division_kernel.divide, SIZE_TYPES, chosen)
     for index in ("*u8", "*i64"):
         machine_code(entry_kernel.sum_entries, {"index": index, "columns": "i32"}, {"K": 16, "BLOCK": 1024})
+
+
+def solver(kind: int, masked: bool, again: bool) -> None:
+    chosen = {"KIND": kind, "MASKED": masked, "HIGHEST": 15.0, "OWN": 1, "KEPT": 2, "OF": 4, "AGAIN": again}
+    chosen |= {"T": 128, "BR": column_kernel.ROWS}
+    machine_code(column_kernel.project, COLUMN_TYPES, chosen, column_kernel.WARPS)
 
 
 def main() -> None:
@@ -72,6 +77,10 @@ def main() -> None:
         "pairs": {"MODE": PAIRS, "BITS": 4, "GROUPS": ONE, "ZEROS": False, "ESCAPE": 8},
         "read one by one": {"MODE": GATHER, "BITS": 8, "GROUPS": SLABS, "ZEROS": False, "GROUP": 32, "ESCAPE": 128},
     }
+    if sys.argv[1] == "one":
+        compiled("narrow", "bf16", BM=8, **quick["steps"])
+        solver(0, masked=True, again=True)
+        return
     for name, constants in quick.items():
         for given, rows in (("bf16", 8), ("fp16", 16)):
             text = compiled("narrow", given, BM=rows, **constants)

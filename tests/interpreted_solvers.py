@@ -1,6 +1,9 @@
 """Run by `test_solver_kernels.py`, with TRITON_INTERPRET=1: what the kernels of solvers differ by, as JSON."""
 
 import json
+import sys
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from textbook import inputs, mask, target, weight
@@ -100,29 +103,39 @@ def off(found: list[Tensor], expected: list[Tensor]) -> list[float]:
     return [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs]
 
 
-def main() -> None:
-    if not launch.available():
-        print("null")
-        return
-    found: dict[str, list[float]] = {}
-    for name, pass_ in SOLVERS.items():
-        for masked in (False, True):
-            expected = solved(pass_, masked)
-            before, obs.has_kernels, descent.has_kernels = obs.has_kernels, anywhere, anywhere
-            found[f"{name}{', masked' if masked else ''}"] = off(solved(pass_, masked), expected)
-            obs.has_kernels = descent.has_kernels = before
-    for name, sizes in DIVISIONS.items():
-        found[f"flexround, {name}"] = off(divided(True, *sizes), divided(False, *sizes))
-    for name, (tables, columns) in LOOK_UPS.items():
-        found[f"entries, {name}"] = off(looked_up(True, tables, columns), looked_up(False, tables, columns))
+def solved_both_ways(pass_: LinearPass, masked: bool) -> list[float]:
+    expected = solved(pass_, masked)
+    before, obs.has_kernels, descent.has_kernels = obs.has_kernels, anywhere, anywhere
+    found = off(solved(pass_, masked), expected)
+    obs.has_kernels = descent.has_kernels = before
+    return found
+
+
+def divided_both_ways(*sizes: int) -> list[float]:
+    return off(divided(True, *sizes), divided(False, *sizes))
+
+
+def looked_up_both_ways(tables: int, columns: int) -> list[float]:
+    return off(looked_up(True, tables, columns), looked_up(False, tables, columns))
+
+
+CASES: dict[str, Callable[[], list[float]]] = {
+    **{f"{name}, masked": partial(solved_both_ways, pass_, True) for name, pass_ in SOLVERS.items()},
+    **{name: partial(solved_both_ways, pass_, False) for name, pass_ in SOLVERS.items()},
+    **{f"flexround, {name}": partial(divided_both_ways, *sizes) for name, sizes in DIVISIONS.items()},
+    **{f"entries, {name}": partial(looked_up_both_ways, *sizes) for name, sizes in LOOK_UPS.items()},
+}
+# One of every kind: `make test` runs these, `make real` all.
+QUICK = (
+    "gptq, masked", "gptq and descent over rows", "sparsegpt 2:4", "wanda with update, masked", "flexround, groups",
+    "entries, tables of rows",
+)  # fmt: skip
+
+
+def main(names: list[str]) -> None:
+    found = {name: CASES[name]() for name in names} if launch.available() else None
     print(json.dumps(found))
 
 
-CASES = (
-    [f"{name}{masked}" for name in SOLVERS for masked in ("", ", masked")]
-    + [f"flexround, {n}" for n in DIVISIONS]
-    + [f"entries, {n}" for n in LOOK_UPS]
-)
-
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted import CASES
+from interpreted import CASES, QUICK
 from runtime_layers import ENCODINGS, layer, off, weight
 from safetensors.torch import load_file
 from test_packed import load, logits, make_gpt2
@@ -33,6 +33,7 @@ from compress.runtime.speed import EXACT_KERNELS, LARGEST_ERROR, ROUNDED, LayerS
 
 ROUNDING = 2e-6  # of float32, over sums of some hundred products
 HERE = Path(__file__).parent
+INTERPRETED = "test_the_kernels_for_cuda_compute_the_layers_in_the_interpreter"
 
 
 def quick(made: PackedLinear, **options: Any) -> LayerSpeed:
@@ -312,10 +313,11 @@ def test_memory_below_nothing_is_refused(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, dict[str, float]]:
+def interpreted(request: pytest.FixtureRequest) -> dict[str, dict[str, float]]:
     """What the kernels for CUDA are off by in Triton's interpreter."""
+    chosen = [item.callspec.params["case"] for item in request.session.items if INTERPRETED in item.nodeid]
     ended = subprocess.run(
-        [sys.executable, str(HERE / "interpreted.py")],
+        [sys.executable, str(HERE / "interpreted.py"), *chosen],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -328,7 +330,7 @@ def interpreted() -> dict[str, dict[str, float]]:
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.real) for c in CASES])
 def test_the_kernels_for_cuda_compute_the_layers_in_the_interpreter(
     case: str, interpreted: dict[str, dict[str, float]]
 ) -> None:
@@ -341,10 +343,11 @@ def test_the_kernels_for_cuda_compute_the_layers_in_the_interpreter(
         assert error <= limit, how
 
 
-def test_the_kernels_for_cuda_compile_where_there_is_no_device(tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", ["one", pytest.param("all", marks=pytest.mark.real)])
+def test_the_kernels_for_cuda_compile_where_there_is_no_device(which: str, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     ended = subprocess.run(
-        [sys.executable, str(HERE / "compiled.py")],
+        [sys.executable, str(HERE / "compiled.py"), which],
         env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,

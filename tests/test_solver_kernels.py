@@ -14,6 +14,7 @@ from interpreted_solvers import (
     CASES,
     DIVISIONS,
     LOOK_UPS,
+    QUICK,
     SOLVERS,
     anywhere,
     divided,
@@ -34,14 +35,16 @@ from compress.passes.solvers import device
 from compress.passes.solvers.device import has_kernels
 
 HERE = Path(__file__).parent
+INTERPRETED = "test_the_kernels_of_solvers_find_the_same_in_the_interpreter"
 ROUNDING = 2e-5  # of sums of some hundred numbers of either sign
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, list[float]]:
+def interpreted(request: pytest.FixtureRequest) -> dict[str, list[float]]:
     """What the kernels are off by in Triton's interpreter."""
+    chosen = [item.callspec.params["case"] for item in request.session.items if INTERPRETED in item.nodeid]
     ended = subprocess.run(
-        [sys.executable, str(HERE / "interpreted_solvers.py")],
+        [sys.executable, str(HERE / "interpreted_solvers.py"), *chosen],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -54,7 +57,7 @@ def interpreted() -> dict[str, list[float]]:
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.real) for c in CASES])
 def test_the_kernels_of_solvers_find_the_same_in_the_interpreter(
     case: str, interpreted: dict[str, list[float]]
 ) -> None:
