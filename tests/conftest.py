@@ -17,8 +17,9 @@ VOCABULARY = 256
 
 @pytest.fixture(scope="session", autouse=True)
 def two_cores() -> None:
-    """Two processes share the tests with one thread each; one process alone has two."""
-    torch.set_num_threads(2 // min(2, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+    """Two processes share the tests with one thread each; one process alone has two, where OMP_NUM_THREADS is not 1."""
+    alone = os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") == "1"
+    torch.set_num_threads(min(2 if alone else 1, torch.get_num_threads()))
 
 
 @pytest.fixture(scope="module")

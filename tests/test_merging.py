@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from children import contents, prepare, run, unfinished
+from children import FILES, contents, prepare, run, unfinished
 from commands import compress_command, make_changed, make_text_model, write_pipeline, write_text
 from conftest import make_llama
 from safetensors import safe_open
@@ -507,7 +507,8 @@ passes:
 """
 
 
-def test_killed_after_every_file_the_run_ends_bit_identical_and_merges_nothing_twice(tmp_path: Path) -> None:
+@FILES
+def test_killed_again_and_again_the_run_ends_bit_identical_and_merges_nothing_twice(files: int, tmp_path: Path) -> None:
     whole, killed = prepare(tmp_path, MERGING)
     for seed, name in enumerate(("other", "third")):
         other = make_changed(tmp_path / f"{name}-model", tmp_path / "model", seed)
@@ -515,7 +516,7 @@ def test_killed_after_every_file_the_run_ends_bit_identical_and_merges_nothing_t
             (folder / name).symlink_to(other)
     assert run(whole, "model") == 0
     done: dict[str, int] = {}
-    while (code := run(killed, "model", kill_after=1)) == -signal.SIGKILL:
+    while (code := run(killed, "model", kill_after=files)) == -signal.SIGKILL:
         assert not (killed / "out").exists()
         found = {name: at for name, at in unfinished(killed).items() if name != "out"}
         assert found.items() >= done.items(), "what was finished is done again"

@@ -12,6 +12,7 @@ import torch
 import transformers
 from commands import compress_command, write_pipeline
 from expert_models import KINDS_OF_ROUTERS, TOKENS, Unfused, experts_of, logits, make_mixture, unfused
+from selection import only
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
@@ -193,7 +194,7 @@ def test_the_model_says_what_the_original_says_whose_router_cannot_choose_those_
     assert model.config.to_dict() == before.config.to_dict()
 
 
-@pytest.mark.parametrize("kind", KINDS_OF_ROUTERS)
+@pytest.mark.parametrize("kind", only(["Mixtral", "GptOss", "DeepseekV3", "NemotronH"], KINDS_OF_ROUTERS))
 def test_the_written_folder_loads_and_further_passes_work_behind(kind: str, tmp_path: Path) -> None:
     model = make_mixture(kind)
     model.save_pretrained(tmp_path / "model")

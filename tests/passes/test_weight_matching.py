@@ -10,6 +10,7 @@ import pytest
 import torch
 from children import contents
 from safetensors.torch import save_file
+from selection import only
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
@@ -192,7 +193,7 @@ STREAMS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", STREAMS)
+@pytest.mark.parametrize("kind", only(["tied llama", "gpt2", "projected opt", "untied bert", "vit"], STREAMS))
 def test_the_residual_stream_in_another_order_computes_the_same_and_is_recovered_exactly(kind: str) -> None:
     build, counts = STREAMS[kind]
     model = filled(build)
