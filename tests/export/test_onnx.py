@@ -54,7 +54,7 @@ def only(chosen: Iterable[str], names: Iterable[str]) -> list[Any]:
     return [n if n in chosen else pytest.param(n, marks=pytest.mark.real) for n in names]
 
 
-@pytest.mark.parametrize("family", only(["llama", "gpt2", "resnet"], FAMILIES))
+@pytest.mark.parametrize("family", only(["llama", "resnet"], FAMILIES))
 def test_every_encoding_and_width_computes_the_same_logits(family: str, tmp_path: Path) -> None:
     seen: set[str] = set()
     for chosen in rounds(family, RECIPES):
@@ -68,7 +68,7 @@ def test_every_encoding_and_width_computes_the_same_logits(family: str, tmp_path
 
 
 @pytest.mark.parametrize(
-    "family", only(["bert", "llama-tied-bfloat16"], sorted(set(FAMILIES) - {"llama", "gpt2", "resnet"}))
+    "family", only(["bert", "gpt2", "llama-tied-bfloat16"], sorted(set(FAMILIES) - {"llama", "resnet"}))
 )
 def test_every_family_computes_the_same_logits(family: str, tmp_path: Path) -> None:
     chosen = next(rounds(family, RECIPES))
@@ -92,7 +92,7 @@ def test_inputs_are_skipped_by_the_same_thresholds(tmp_path: Path) -> None:
         assert "input_threshold" in str(onnx.load(out / "onnx" / MODEL, load_external_data=False))
 
 
-@pytest.mark.parametrize("family", only(["llama", "opt"], DECODERS))
+@pytest.mark.parametrize("family", only(["llama"], DECODERS))
 def test_a_decoder_goes_on_from_what_it_kept(family: str, tmp_path: Path) -> None:
     out = packed(family, tmp_path, Rtn(bits=4, group_size=32))
     exported(out, family, Onnx(accuracy_level=1))
@@ -179,7 +179,7 @@ FAST: dict[str, list[Pass]] = {
 }
 
 
-@pytest.mark.parametrize("name", only(["tables of their own", "pairs"], FAST))
+@pytest.mark.parametrize("name", only(["pairs"], FAST))
 def test_fast_mode_rounds_tables_to_eight_bits_and_says_by_how_much(name: str, tmp_path: Path) -> None:
     out = packed("llama", tmp_path, *FAST[name])
     found = exported(out, "llama", Onnx(mode="fast", accuracy_level=1))
