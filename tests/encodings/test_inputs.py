@@ -21,7 +21,7 @@ from compress.encodings import (
     quantize,
     unpack,
 )
-from compress.encodings.inputs import TensorPairs, TensorPower, TensorSteps
+from compress.encodings.input_grids import TensorPairs, TensorPower, TensorSteps
 from compress.encodings.outlier_victim import quantize_dequantize
 from compress.encodings.power import PowerGrid
 
