@@ -46,6 +46,7 @@ SCALES = (*FLOATS, "e8m0", "e4m3")
 SHARES = tuple(k / 20 for k in range(20, 9, -1))  # of the usual scale: those that the searches try
 EXPONENTS = (0, 1, -1)  # powers of two that the searches try, counted from the usual one
 STEPS = (0, *range(5, 0, -1), *range(-1, -9, -1))  # E4M3 scales that they try: from 1.5 of the usual one to half of it
+LARGEST_SCALE = 256  # of E4M3: half as large again, which the searches try, E4M3 holds too
 HALF, MOST_EXPONENT = 127, 254  # the byte of an E8M0 scale of 1, and that of the largest
 
 
@@ -218,8 +219,8 @@ def _tried(largest: Tensor, form: FloatForm, beside: Mapping[str, Tensor]) -> It
 
 
 def _outer(largest: Tensor, kind: Minifloat) -> Tensor:
-    """(1,) float32: the power of two with which E4M3 holds the largest scale."""
-    top = (largest.amax() / (kind.largest * MINIFLOATS["e4m3"].largest)).view(1)
+    """(1,) float32: the power of two that makes the largest scale about `LARGEST_SCALE`, and no larger."""
+    top = (largest.amax() / (kind.largest * LARGEST_SCALE)).view(1)
     made = torch.ldexp(torch.ones_like(top), torch.frexp(top).exponent.clamp(-HALF + 1, HALF))
     return torch.where(top > 0, made, 1.0)
 

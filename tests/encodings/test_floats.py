@@ -112,7 +112,7 @@ def test_the_scales_of_nvfp4_are_e4m3_numbers_and_the_outer_one_a_power_of_two_t
         tables = floats.fit(w, NVFP4)
         outer, inner = tables["outer_scale"], tables["scale"].view(torch.float8_e4m3fn).float()
         assert float(torch.frexp(outer).mantissa) == 0.5
-        assert 223 <= float(inner.max()) <= 448
+        assert 128 <= float(inner.max()) <= 256
         wanted = w.view(6, 4, 16).abs().amax(-1) / 6 / outer
         assert torch.equal(inner, wanted.to(torch.float8_e4m3fn).float().clamp(min=2**-9))
 
