@@ -46,6 +46,7 @@ class Form(ABC):
         whole: codes mean whole numbers of their scale.
         steps: codes count steps of their scale from their zero point, or from the middle code where none is stored;
             other forms have no zero points.
+        floats: codes are the bits of floats.
     """
 
     bits: int
@@ -53,6 +54,7 @@ class Form(ABC):
     stores_idle: ClassVar[bool] = False
     whole: ClassVar[bool] = False
     steps: ClassVar[bool] = False
+    floats: ClassVar[bool] = False
 
     @abstractmethod
     def tables(self, shape: tuple[int, int]) -> StoredShapes:

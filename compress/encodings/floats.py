@@ -66,6 +66,7 @@ class FloatForm(Form):
     row_blocks: int | None = None
     scale_type: str = "float16"
     family: ClassVar[str] = "float"
+    floats: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.number not in MINIFLOATS or self.bits != self.kind.bits or self.scale_type not in SCALES:
