@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import compress
 from compress.encodings import InputForm, Weight, pack
-from compress.encodings.input_grids import Threshold
+from compress.encodings.inputs import Threshold
 from compress.passes.base import Target
 from compress.runtime.linear import PackedLinear
 

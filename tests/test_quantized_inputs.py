@@ -26,7 +26,7 @@ from compress import ActivationSparsity, FlexRound, Gptq, Olive, Override, Power
 from compress.checkpoint import opening
 from compress.config.pipeline import Calibration, Pipeline
 from compress.encodings import InputForm, Weight, fit_inputs, pack
-from compress.encodings.input_grids import TensorSteps
+from compress.encodings.inputs import TensorSteps
 from compress.errors import ConfigError
 from compress.passes import PASSES, ModelPass, Pass
 from compress.passes.base import Block

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.encodings.base import Encoding, Form, StoredShapes
-    from compress.encodings.input_grids import InputGrid
+    from compress.encodings.inputs import InputGrid
     from compress.encodings.low_rank import LowRankFactors
 
 LAYOUT = "compress-1"

@@ -15,7 +15,7 @@ import compress
 from compress import ActivationSparsity, Rtn, WidthPrune
 from compress.config.pipeline import Pipeline
 from compress.encodings import InputForm, Weight, pack
-from compress.encodings.input_grids import Criterion, Threshold
+from compress.encodings.inputs import Criterion, Threshold
 from compress.engine.validate import observed
 from compress.errors import ConfigError
 from compress.export.base import Exporter

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compress.encodings.input_grids import E4M3
 from compress.encodings.outlier_victim import PAIR_TYPES
 from compress.encodings.power import PowerGrid
+from compress.encodings.rounded_inputs import E4M3
 from compress.lazy import torch
 
 if TYPE_CHECKING:

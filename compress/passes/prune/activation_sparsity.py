@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 from annotated_types import Gt, Lt
 
 from compress.encodings import InputForm
-from compress.encodings.input_grids import Criterion, Threshold
+from compress.encodings.inputs import Criterion, Threshold
 from compress.lazy import torch
 from compress.passes.base import Edit, LinearPass
 

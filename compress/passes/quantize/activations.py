@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge, Le
 
 from compress.encodings import InputForm
-from compress.encodings.input_grids import E4M3, OLIVE, GridKind, Scale
+from compress.encodings.inputs import OLIVE, GridKind, Scale
+from compress.encodings.rounded_inputs import E4M3
 from compress.passes.base import ModelPass, OptionError, Pass
 
 if TYPE_CHECKING:
