@@ -239,6 +239,25 @@ def qat() -> list[Table]:
     ]
 
 
+def rtn() -> list[Table]:
+    grids: dict[str, dict[str, Any]] = {
+        "nvfp4": {"grid": "nvfp4", "group_size": 16},
+        "mxfp4": {"grid": "mxfp4", "group_size": 32},
+        "even steps, symmetric, of 32": {"group_size": 32, "symmetric": True},
+    }
+
+    def one(made: type[Pass], search: str) -> dict[str, Cell]:
+        return {name: Cell((made(scale_search=search, **o),), "kl") for name, o in grids.items()}  # type: ignore[call-arg]
+
+    rows = {
+        "`rtn`": (compress.Rtn, "minmax"),
+        "`rtn`, `scale_search: mse`": (compress.Rtn, "mse"),
+        "`gptq`": (compress.Gptq, "minmax"),
+        "`gptq`, `scale_search: weighted`": (compress.Gptq, "weighted"),
+    }
+    return [{row: one(*chosen) for row, chosen in rows.items()}]
+
+
 PAGES = {
     "bip": bip,
     "flexround": flexround,
@@ -248,6 +267,7 @@ PAGES = {
     "oats": oats,
     "perp": perp,
     "qat": qat,
+    "rtn": rtn,
 }
 
 

@@ -16,12 +16,15 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"bits": 2, "granularity": "channel"},
         {"bits": 8, "activation_bits": 8},
         {"activation_bits": 4, "activation_scale": "tensor", "activation_grid": "olive"},
+        {"grid": "fp8", "bits": 8, "activation_bits": 8, "activation_grid": "fp8"},
+        {"grid": "mxfp4", "bits": 4, "group_size": 32, "fallback": "channel", "scale_search": "mse"},
     ],
     "gptq": [
         {"bits": 3, "group_size": 16, "symmetric": True, "tile": 16},
         {"bits": 8, "granularity": "tensor", "damping": 0.1},
         {"act_order": True, "group_size": 16, "scale_search": "weighted", "rounds": 2},
         {"activation_bits": 8, "activation_scale": "tensor"},
+        {"grid": "nvfp4", "bits": 4, "group_size": 16, "scale_search": "weighted", "rounds": 1},
     ],
     "olive": [
         {"normal": "flint4", "double_outlier": "even"},

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from compress.encodings import (
     Codebooks,
+    Floats,
     LowRankFactors,
     OutlierVictim,
     Power,
@@ -18,6 +19,7 @@ from compress.encodings import (
 )
 from compress.encodings.base import Encoding
 from compress.encodings.inputs import InputForm
+from compress.encodings.minifloat import MINIFLOATS, Number
 from compress.encodings.outlier_victim import encode, search
 from compress.runtime.linear import PackedLinear
 
@@ -37,6 +39,11 @@ ENCODINGS = (
     "olive int4",
     "olive flint4",
     "olive int8",
+    "float e4m3",
+    "float e4m3 tensor",
+    "float e4m3 blocks",
+    "float e2m1 powers",
+    "float e2m1 outer",
 )
 
 
@@ -48,6 +55,8 @@ def encoding(name: str, kept: Tensor, made: torch.Generator) -> Encoding:
         values = torch.randn(rows, columns, generator=made) ** 3 * kept
         scale, _ = search(values, kind)
         return OutlierVictim(encode(values, scale, kind), scale, kind)
+    if family == "float":
+        return floats_of(kind, rest[0] if rest else "", rows, columns, made)
     bits = int(kind)
     groups = columns // 128 if "wide" in rest else 1
     if "groups" in rest:
@@ -66,6 +75,20 @@ def encoding(name: str, kept: Tensor, made: torch.Generator) -> Encoding:
     table = torch.randn(tables, 2**bits, generator=made).sort(1).values.half()
     row_group = torch.randint(tables, (rows,), generator=made, dtype=torch.uint8)
     return Codebooks(codes, table, row_group, scale if {"scaled", "groups"} & {*rest} else None)
+
+
+def floats_of(number: Number, scales: str, rows: int, columns: int, made: torch.Generator) -> Floats:
+    """Codes that are numbers, with scales for each row, the tensor or blocks, or in bytes for groups."""
+    kind = MINIFLOATS[number]
+    magnitude = torch.randint(kind.count, (rows, columns), generator=made, dtype=torch.uint8)
+    codes = magnitude | torch.randint(2, (rows, columns), generator=made, dtype=torch.uint8) << (kind.bits - 1)
+    groups = next(g for g in (columns // 16, 2, 1) if g and columns % g == 0)
+    if scales in ("powers", "outer"):
+        low, high = (120, 132) if scales == "powers" else (1, 127)
+        scale = torch.randint(low, high, (rows, groups), generator=made, dtype=torch.uint8)
+        return Floats(codes, scale, torch.tensor([0.25]) if scales == "outer" else None, number)
+    shape = {"": (rows, 1), "tensor": (1, 1), "blocks": (rows // 2 if rows % 2 == 0 else 1, groups)}[scales]
+    return Floats(codes, (torch.rand(shape, generator=made) + 0.5).half(), None, number)
 
 
 def weight(name: str, rows: int = 48, columns: int = 64, *, mask: str = "", rank: int = 0) -> Weight:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from compress.config.options import PATTERNS, errors_in, unknown
 from compress.config.pipeline import METHODS, SIZE, walk
-from compress.config.reading import SCHEME
+from compress.config.schemes import no_scheme, options_of
 from compress.errors import ConfigError, Problem, UsageError
 from compress.passes.base import LinearPass
 from compress.planning.places import size_in_bytes
@@ -94,12 +94,11 @@ def with_options(base: LinearPass, options: Sequence[str | Mapping[str, Any]]) -
     found: dict[str, LinearPass] = {}
     for option in options:
         label = option if isinstance(option, str) else ", ".join(f"{name}={value}" for name, value in option.items())
-        match = re.fullmatch(SCHEME, option) if isinstance(option, str) else None
-        if isinstance(option, str) and match is None:
-            problems.append(Problem(label, "is not bits and group size such as w4g128, or w4 for one scale per row"))
-            continue
-        values = _of_scheme(base, match) if match else dict(cast("Mapping[str, Any]", option))
         names = _names(type(base)) - PATTERNS - {"embeddings"}
+        values = options_of(option, names) if isinstance(option, str) else dict(option)
+        if values is None:
+            problems.append(Problem(label, no_scheme(names)))
+            continue
         wrong = list(unknown(type(base), values, names))
         made = replace(base, **{name: value for name, value in values.items() if name in names})
         wrong += [] if wrong else errors_in(made)
@@ -119,12 +118,6 @@ def differing(passes: Mapping[str, LinearPass]) -> dict[str, dict[str, Any]]:
     each = list(passes.values())
     names = [f.name for f in fields(each[0]) if any(getattr(p, f.name) != getattr(each[0], f.name) for p in each)]
     return {label: {name: getattr(pass_, name) for name in names} for label, pass_ in passes.items()}
-
-
-def _of_scheme(base: LinearPass, match: re.Match[str]) -> dict[str, Any]:
-    """Bits and, where the quantizer has groups, their size."""
-    grouped = "group_size" in _names(type(base)) or match[2]
-    return {"bits": int(match[1]), **({"group_size": int(match[2]) if match[2] else None} if grouped else {})}
 
 
 def _names(kind: type) -> set[str]:

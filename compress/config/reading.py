@@ -29,6 +29,7 @@ from compress.config.pipeline import (
     Settings,
     walk,
 )
+from compress.config.schemes import no_scheme, options_of
 from compress.config.words import known, shown
 from compress.errors import ConfigError, OptionError, Problem, UsageError
 from compress.io.small_file import read_text
@@ -46,7 +47,6 @@ SECTIONS: dict[str, type[DataSection]] = {"calibration": Calibration, "evaluate"
 PERCENTAGE = r"\d+(\.\d+)? *%"
 MOST_SHARE = 1.0  # that a plain number may be: above, it may be meant as per cent
 NOTHING_TO_DO = "no method: nothing would be done. Name one, such as gptq, or a format to write in `export:`"
-SCHEME = r"w(\d+)(?:g(\d+))?"
 
 
 def load_pipeline(source: str | Path | Mapping[str, Any] | Pipeline) -> Pipeline:
@@ -289,14 +289,11 @@ def _read_options(
 
 
 def _scheme(scheme: Any, path: str, names: Collection[str], findings: _Findings) -> dict[str, Any]:
-    match = re.fullmatch(SCHEME, str(scheme))
-    if not match:
-        said = f"{shown(scheme)} is not bits and group size such as w4g128, or w4 for one scale per row"
+    found = options_of(scheme, names)
+    if found is None:
+        said = f"{shown(scheme)} {no_scheme(names)}"
         findings.add(path if path.endswith(".embeddings") else f"{path}.scheme", said)
-        return {}
-    if not match[2] and "group_size" not in names:
-        return {"bits": int(match[1])}
-    return {"bits": int(match[1]), "group_size": int(match[2]) if match[2] else None}
+    return found or {}
 
 
 def _values(cls: type, options: Mapping[str, Any], path: str, findings: _Findings) -> dict[str, Any]:

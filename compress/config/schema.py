@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from compress.config.options import PATTERNS, lists_in, names_in, rules
 from compress.config.pipeline import FORMATS, GATES, METHODS, PACKED, Pipeline, Settings
 from compress.config.reading import PERCENTAGE, SECTIONS
+from compress.config.schemes import DESCRIBED, NAMED
 from compress.config.words import bounded
 from compress.passes.merge.schedules import Matched
+from compress.passes.quantize.grid import FLOAT_GRIDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -101,10 +103,12 @@ def _method(cls: type[Pass]) -> dict[str, Any]:
     options = _options_schema(cls)
     properties = options["properties"]
     if "bits" in properties:
+        widths = "|".join(map(str, _bit_widths(properties["bits"])))
+        named = [name for name in properties["grid"]["enum"] if name in FLOAT_GRIDS] if "grid" in properties else []
         properties["scheme"] = {
             "type": "string",
-            "pattern": f"^w({'|'.join(map(str, _bit_widths(properties['bits'])))})(g[1-9][0-9]*)?$",
-            "description": "Short for bits and group_size: w4g128, or w4 for one scale per row.",
+            "pattern": f"^({'|'.join([*named, f'w({widths})(g[1-9][0-9]*)?'])})$",
+            "description": f"Short for {DESCRIBED}{f'; {NAMED}' if named else ''}.",
         }
     here = {name: {"$ref": f"#/$defs/{cls.key}/properties/{name}"} for name in properties if name not in PATTERNS}
     match = {"type": "string", "description": "A shell wildcard on full names; the last override that matches wins."}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from compress.encodings.base import Encoding, Form
 from compress.encodings.codebook import CodebookForm, Codebooks
+from compress.encodings.floats import FloatForm, Floats
 from compress.encodings.inputs import InputForm, InputGrid, fit_inputs
 from compress.encodings.low_rank import LowRankFactors, LowRankForm
 from compress.encodings.outlier_victim import OutlierVictim, OutlierVictimForm
@@ -16,6 +17,8 @@ __all__ = [
     "CodebookForm",
     "Codebooks",
     "Encoding",
+    "FloatForm",
+    "Floats",
     "Form",
     "InputForm",
     "InputGrid",

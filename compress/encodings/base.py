@@ -4,7 +4,7 @@ Tensors that lie beside the codes have the same names in every family, so that e
 
 | name          | type, shape                           | what                                                 |
 |---------------|---------------------------------------|------------------------------------------------------|
-| `scale`       | float (R, G)                          | one for each block of O / R rows and I / G columns   |
+| `scale`       | float or uint8 (R, G)                 | one for each block of O / R rows and I / G columns   |
 | `outer_scale` | float (1,)                            | a scale of the scales                                |
 | `zero_point`  | uint8 (R, bytes), packed as codes are | what steps are counted from, one for each scale      |
 | `table`       | float (T, E)                          | what codes mean, in units of the scale               |
@@ -46,6 +46,7 @@ class Form(ABC):
         whole: codes mean whole numbers of their scale.
         steps: codes count steps of their scale from their zero point, or from the middle code where none is stored;
             other forms have no zero points.
+        floats: codes are the bits of floats.
     """
 
     bits: int
@@ -53,6 +54,7 @@ class Form(ABC):
     stores_idle: ClassVar[bool] = False
     whole: ClassVar[bool] = False
     steps: ClassVar[bool] = False
+    floats: ClassVar[bool] = False
 
     @abstractmethod
     def tables(self, shape: tuple[int, int]) -> StoredShapes:
@@ -70,12 +72,18 @@ class Form(ABC):
         """(out,) uint8, the table of each row; None where there is one table."""
         return None
 
+    def scale_table(self, device: torch.device) -> Tensor | None:
+        """(256,) float32, what each byte of `scale` means; None where scales are floats."""
+        return None
+
     def lookup(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Lookup:
         """What the codes of an (out, in) weight mean, from its stored tensors, on whatever device they are."""
         scale, zero = tensors.get("scale"), tensors.get("zero_point")
         device = next(iter(tensors.values())).device
         block = None
         if scale is not None:
+            if (meanings := self.scale_table(device)) is not None:
+                scale = meanings.index_select(0, scale.flatten().int()).view(scale.shape)
             block = BlockScale(scale, shape[0] // len(scale), shape[1] // scale.shape[1], tensors.get("outer_scale"))
             zero = None if zero is None else unpack_bits(zero, self.bits, scale.shape[1])
         return Lookup(self.table(tensors, device), self.row_table(shape[0], tensors), zero, block)

@@ -6,6 +6,8 @@
 | `int`       | `tensor` | 2**bits even steps over the range that calibration saw; what lies outside is cut: static  |
 | `olive`     | `tensor` | outlier-victim pairs along the last dimension, the scale from calibration: static         |
 | `power`     | `tensor` | 2**bits - 1 levels that a power spaces, exponent and scale from calibration: static       |
+| `fp8`       | `token`  | an E4M3 number times a scale by which the token's largest number is 448: dynamic          |
+| `fp8`       | `tensor` | the same with one scale, by which the largest number that calibration saw is: static      |
 | `threshold` | `tensor` | zero where it is no larger than the threshold of its channel, else as it is: static       |
 
 Zero is on every grid. Stored, for static ones only: `input_scale` float32 (1,), for `int` `input_zero_point` uint8
@@ -15,9 +17,10 @@ rounded in float32 and given back in the type they came in, as a reference for i
 Source: affine ranges as in Jacob et al., "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", 2017, arXiv 1712.05877; one dynamic range per token as in Yao et al., "ZeroQuant",
 2022, arXiv 2206.01861; pairs as in Guo et al., "OliVe", ISCA 2023, arXiv 2304.07493; powers as in Yvinec et al.,
-"PowerQuant", ICLR 2023, arXiv 2301.09858; thresholds as in Liu et al., "TEAL", 2024, arXiv 2408.14690. Differs from the
-paper in: OliVe's and PowerQuant's unsigned types for inputs without negative values are left out; a power grid's inputs
-have an exponent of their own.
+"PowerQuant", ICLR 2023, arXiv 2301.09858; E4M3 as in Micikevicius et al., "FP8 Formats for Deep Learning", 2022, arXiv
+2209.05433; thresholds as in Liu et al., "TEAL", 2024, arXiv 2408.14690. Differs from the paper in: OliVe's and
+PowerQuant's unsigned types for inputs without negative values are left out; a power grid's inputs have an exponent of
+their own.
 
 Shapes: C channels, the last dimension; an input is (..., C). T tokens.
 """
@@ -26,11 +29,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 from compress.encodings.outlier_victim import quantize_dequantize, search
-from compress.encodings.power import KEPT_TABLES, PowerGrid, fit_exponent, fit_scale, profile
+from compress.encodings.power import PowerGrid, fit_exponent, fit_scale, profile
+from compress.encodings.rounded_inputs import (
+    E4M3,
+    affine_steps,
+    float_scale,
+    on_floats,
+    on_steps,
+    per_token,
+    power_grid,
+)
 from compress.encodings.stated import made_from
 from compress.lazy import function, torch
 
@@ -42,7 +53,7 @@ if TYPE_CHECKING:
     from compress.encodings.base import StoredShapes
     from compress.encodings.outlier_victim import Normal
 
-GridKind = Literal["int", "olive", "power"]
+GridKind = Literal["int", "olive", "power", "fp8"]
 Scale = Literal["token", "tensor"]
 Criterion = Literal["wina", "teal"]
 
@@ -54,8 +65,8 @@ class InputForm:
     """Everything about an input's grid that its stored tensors do not say; JSON-able.
 
     Attributes:
-        bits: of a value, 2 to 8; on the olive grid 4 or 8. 0 where nothing is rounded.
-        grid: `int`, `olive` or `power`; or `threshold`.
+        bits: of a value, 2 to 8; on the olive grid 4 or 8, as floats 8. 0 where nothing is rounded.
+        grid: `int`, `olive`, `power` or `fp8`; or `threshold`.
         scale: of each `token`, or one for the `tensor`.
         normal: the normal type of the olive grid, once calibration has chosen it.
         criterion: that thresholds were set by.
@@ -274,6 +285,40 @@ class TensorPower(InputGrid):
 
 
 @dataclass(frozen=True)
+class TokenFloats(TokenSteps):
+    """E4M3 numbers, by the largest number of each token."""
+
+    @classmethod
+    def knows(cls, form: InputForm) -> bool:
+        return form.bits == E4M3.bits and super().knows(form)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        return on_floats(x, float_scale(x.abs().amax(-1, keepdim=True)))
+
+
+@dataclass(frozen=True)
+class TensorFloats(TokenFloats):
+    """E4M3 numbers, by the largest number that calibration saw; what lies outside is cut.
+
+    Attributes:
+        scale: (1,) float32, positive.
+    """
+
+    scale: Tensor
+
+    @classmethod
+    def fit(cls, form: InputForm, low: float, high: float, sample: Tensor) -> Self:
+        return cls(form, float_scale(torch.tensor([max(-low, high)])))
+
+    @classmethod
+    def stored(cls, columns: int) -> StoredShapes:
+        return {"input_scale": ((1,), torch.float32)}
+
+    def rounded(self, x: Tensor) -> Tensor:
+        return on_floats(x, self.scale.to(x.device))
+
+
+@dataclass(frozen=True)
 class Threshold(InputGrid):
     """Nothing is rounded: what is no larger than the threshold of its channel is zero, and its column is not needed.
 
@@ -320,20 +365,13 @@ class Threshold(InputGrid):
         return x.masked_fill(x.abs() <= self.threshold.to(x.device), 0.0)  # NaN stays
 
 
-@lru_cache(maxsize=KEPT_TABLES)
-def power_grid(bits: int, exponent: float, device: torch.device) -> PowerGrid:
-    """The levels of an exponent on a device, made once and outside of any mode."""
-    with torch.inference_mode(False), device:
-        made = PowerGrid(bits, exponent, "zero")
-        _ = made.values, made.borders
-    return made
-
-
 INPUT_GRIDS: dict[tuple[str, Scale], type[InputGrid]] = {
     ("int", "token"): TokenSteps,
     ("int", "tensor"): TensorSteps,
     ("olive", "tensor"): TensorPairs,
     ("power", "tensor"): TensorPower,
+    ("fp8", "token"): TokenFloats,
+    ("fp8", "tensor"): TensorFloats,
     ("threshold", "tensor"): Threshold,
 }
 
@@ -346,26 +384,6 @@ class _Straight:
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
-
-
-def per_token(x: Tensor, bits: int) -> Tensor:
-    """(..., C) float32 -> the same, each token on even steps over its own range."""
-    scale, zero_point = affine_steps(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), bits)
-    return on_steps(x, scale, zero_point, bits)
-
-
-def affine_steps(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The smallest and largest values -> scale float32 and zero point uint8 of the same shape; zero is on the grid."""
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = (high - low) / (2**bits - 1)
-    scale = torch.where(scale > 0, scale, 1.0)  # nothing but zeros: any scale says zero
-    return scale, (-low / scale).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
-
-
-def on_steps(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """(..., C) float32 -> the nearest of the 2**bits values (code - zero_point) * scale; the inputs are not changed."""
-    zero = zero_point.float()
-    return (x / scale).round_().add_(zero).clamp_(0, 2**bits - 1).sub_(zero).mul_(scale)
 
 
 def fit_inputs(form: InputForm, low: float, high: float, sample: Tensor) -> InputGrid:

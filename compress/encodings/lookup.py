@@ -2,12 +2,12 @@
 
 A weight is (table[code] - zero) * scale. What a family leaves out is not there:
 
-| part        | uniform          | power levels | codebook         | outlier-victim pairs      |
-|-------------|------------------|--------------|------------------|---------------------------|
-| `table`     | whole steps      | levels       | free values      | values of pairs of codes  |
-| `row_table` |                  |              | of several       |                           |
-| `zero`      | unless symmetric |              |                  |                           |
-| `scale`     | groups           | groups       | per row, or none | per row                   |
+| part        | uniform          | power levels | codebook         | outlier-victim pairs      | floats         |
+|-------------|------------------|--------------|------------------|---------------------------|----------------|
+| `table`     | whole steps      | levels       | free values      | values of pairs of codes  | small floats   |
+| `row_table` |                  |              | of several       |                           |                |
+| `zero`      | unless symmetric |              |                  |                           |                |
+| `scale`     | groups           | groups       | per row, or none | per row                   | blocks, groups |
 
 Shapes: O = out features, I = in features, R = rows of scales, G = groups of columns; T = tables, E = entries of a
 table, C = codes of an index, K = 2**bits.
@@ -65,7 +65,7 @@ class BlockScale:
     """One scale for each block of a weight.
 
     Attributes:
-        values: (R, G), as stored.
+        values: (R, G), as stored; what they mean where bytes are stored.
         rows: of a block; all of them where R is 1.
         columns: of a block.
         outer: (1,) a scale of the scales, or None.

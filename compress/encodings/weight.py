@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from compress.encodings.bits import pack_bits, row_bytes, unpack_bits
 from compress.encodings.codebook import CodebookForm
+from compress.encodings.floats import FloatForm
 from compress.encodings.inputs import InputForm
 from compress.encodings.low_rank import LowRankForm
 from compress.encodings.outlier_victim import OutlierVictimForm
@@ -44,7 +45,9 @@ if TYPE_CHECKING:
 
 LAYOUT = "compress-1"
 FACTORED = "low-rank"  # the kind of a weight that is nothing but its factors
-FORMS: dict[str, type[Form]] = {form.family: form for form in (UniformForm, OutlierVictimForm, CodebookForm, PowerForm)}
+FORMS: dict[str, type[Form]] = {
+    form.family: form for form in (UniformForm, OutlierVictimForm, CodebookForm, PowerForm, FloatForm)
+}
 
 
 @dataclass(frozen=True)
@@ -248,6 +251,7 @@ def _check_parts(shape: tuple[int, int], form: Form | None, own: Mapping[str, An
     columns, rows = {"columns": shape[1]}, {"rows": shape[0]}
     divides({"columns": getattr(form, "groups", 1)}, columns)
     divides({"rows": getattr(form, "period", 0)}, rows)
+    divides({"rows": getattr(form, "row_blocks", None) or 0}, rows)
     divides({"columns": pattern.of if pattern else 1}, columns)
     divides({"columns": low_rank.a_groups if low_rank else 1}, columns)
     if pattern and own["kept"] * pattern.of != shape[0] * shape[1] * pattern.keep:

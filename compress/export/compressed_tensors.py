@@ -1,4 +1,4 @@
-"""OUT/compressed-tensors: uniform codes as the library of that name keeps them, in a plain transformers folder."""
+"""OUT/compressed-tensors: uniform codes and floats as the library of that name keeps them, in a plain folder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.checkpoint.sources import SINGLE
 from compress.export.base import Exporter, refuse_added, refuse_missing, refuse_read, refuse_shared, refuse_tables
+from compress.export.float_schemes import float_schemes
 from compress.export.hf import plain_config, refuse_rounded, running
 from compress.export.on_hub import described_by, groups_on_hub, matrices_on_hub
 from compress.export.pack_quantized import FORMAT, METHOD, Packing, schemes, words
@@ -32,7 +33,7 @@ MOST_BITS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class CompressedTensors(Exporter):
-    """Uniform codes in the format of the compressed-tensors library, which transformers loads with it."""
+    """Uniform codes and floats in the formats of the compressed-tensors library, with which transformers loads them."""
 
     key: ClassVar[str] = METHOD
     files: ClassVar[tuple[str, ...]] = (SINGLE, "config.json")
@@ -41,20 +42,15 @@ class CompressedTensors(Exporter):
     def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:
         yield from refuse_missing("compressed_tensors", METHOD)
         yield from refuse_added(graph, added)
-        yield from refuse_rounded(specs)
+        floats = float_schemes(specs)
+        yield from refuse_rounded({n: s for n, s in specs.items() if n not in floats or floats[n].inputs is None})
         coded = {name: spec for name, spec in specs.items() if spec.form is not None}
         if not coded:
             yield "no layer has codes, so there is nothing to pack; quantize with rtn or gptq, or export hf"
         experts = {site.name for site in graph.sites if site.is_expert}
         kept = schemes(specs, experts)
-        others = [name for name in coded if name not in kept]
-        if others:
-            form = coded[others[0]].form
-            assert form is not None
-            yield (
-                f"{FORMAT} holds uniform codes only, and {len(others)} layers have others, such as {others[0]} "
-                f"({form.family}); use a uniform quantizer such as rtn or gptq, or export hf"
-            )
+        yield from _refuse_others({name: spec for name, spec in coded.items() if name not in {*kept, *floats}})
+        yield from _refuse_floats(floats, experts)
         corrected = [name for name, spec in coded.items() if spec.low_rank is not None]
         if corrected:
             yield (
@@ -118,15 +114,50 @@ class CompressedTensors(Exporter):
 
 
 def _unpacked_model(made: PackedFolder, folder: Path, dtype: torch.dtype) -> Logits:
-    """The folder in memory. Layers are unpacked in the first pass, under progress bars of the library's own."""
+    """The folder in memory, unpacked, under progress bars of the library's own.
+
+    The library makes bfloat16 of floats of 4 bits, which holds them exactly, and multiplies with nothing else.
+    """
     with redirect_stderr(StringIO()):
         model = loading.load_model(folder, dtype)
         for name in {site.parameter for site in made.artifact.graph.sites if site.is_expert}:
             experts = model.get_parameter(name)  # in the type of their scales
             experts.data = experts.data.to(dtype)
-        logits = running(made, model)
-        logits(torch.zeros(1, 1, dtype=torch.long))
-    return logits
+        if hasattr(model, "ct_decompress_hook"):  # else they were unpacked while loading
+            model.hf_quantizer.compressor.decompress_model(model)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data = module.weight.data.to(dtype)
+    return running(made, model)
+
+
+def _refuse_others(others: Mapping[str, Spec]) -> Iterator[str]:
+    """Why codes that are neither even steps nor floats in blocks that the library knows do not fit."""
+    forms = {name: spec.form for name, spec in others.items() if spec.form is not None}
+    strange = {name: form for name, form in forms.items() if not form.floats}
+    if strange:
+        name, form = next(iter(strange.items()))
+        yield (
+            f"{FORMAT} holds uniform codes only, and {len(strange)} layers have others, such as {name} "
+            f"({form.family}); use a uniform quantizer such as rtn or gptq, or export hf"
+        )
+    floats = [name for name, form in forms.items() if form.floats]
+    if floats:
+        yield (
+            "the library knows fp8 with one scale for the tensor, for a row or for a block of 128 rows and columns, "
+            f"nvfp4 in groups of 16 and mxfp4 in groups of 32; {len(floats)} layers are otherwise, such as "
+            f"{floats[0]}; leave group_size and fallback out, `exclude` them in the quantizer, or export hf"
+        )
+
+
+def _refuse_floats(floats: Collection[str], experts: Collection[str]) -> Iterator[str]:
+    """Why layers of floats do not fit where they are."""
+    packed = [name for name in floats if name in experts]
+    if packed:
+        yield (
+            f"transformers reads experts of even steps only, and {len(packed)} are floats, such as {packed[0]}; "
+            "`exclude` them, set `grid: int` for them in `overrides`, or export hf"
+        )
 
 
 def _refuse_experts(graph: Graph, coded: Collection[str]) -> Iterator[str]:

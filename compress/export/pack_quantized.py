@@ -7,6 +7,8 @@ The library multiplies in the type of the scales. Unless told to `dequantize`, t
 type of the model; told to, it takes them as they are stored. But then it also takes the first layer's setting for all
 layers; and otherwise it cannot read zero points. So zero points are kept only where all layers have one scheme.
 
+Layers of floats are in formats of their own beside these: see `float_schemes.py`.
+
 Experts are always unpacked while they are loaded, all with one scheme, without zero points, in the type of their
 scales.
 """
@@ -18,9 +20,10 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.encodings.bits import pack_bits, row_bytes
+from compress.export.float_schemes import FloatScheme, float_schemes
 from compress.export.hf import Dense, OnHub
 from compress.export.on_hub import WEIGHT, HubMatrix, matrices_on_hub
 from compress.export.packed import specs_in
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     from compress.export.base import PackedFolder
     from compress.io.safetensors_file import Entry
 
-METHOD, FORMAT = "compressed-tensors", "pack-quantized"
+METHOD, FORMAT, MIXED = "compressed-tensors", "pack-quantized", "mixed-precision"
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,16 @@ class Scheme:
     symmetric: bool
     group_size: int | None
 
+    format: ClassVar[str] = FORMAT
+
     def to_json(self) -> dict[str, Any]:
         """The entry `weights` of a config group."""
         strategy = "group" if self.group_size else "channel"
         return {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "strategy": strategy,
                 "group_size": self.group_size}  # fmt: skip
+
+    def inputs_json(self) -> None:
+        """The entry `input_activations`: they are as they come."""
 
     @property
     def without_zero_points(self) -> Scheme:
@@ -72,8 +80,9 @@ class Scheme:
 def schemes(specs: Mapping[str, Spec], experts: Collection[str] = ()) -> dict[str, Scheme]:
     """How every matrix whose codes count steps is kept.
 
-    Among layers of several settings, distances from the zero point are kept in the place of codes, in one more bit.
-    So are those of experts always; all of them take as many bits and as narrow groups as any of them needs.
+    Among layers of several settings, or beside floats, distances from the zero point are kept in the place of codes, in
+    one more bit. So are those of experts always; all of them take as many bits and as narrow groups as any of them
+    needs.
 
     Args:
         specs: of the matrices, by name.
@@ -81,7 +90,7 @@ def schemes(specs: Mapping[str, Spec], experts: Collection[str] = ()) -> dict[st
     """
     found = {name: _own(spec, spec.form) for name, spec in specs.items() if spec.form is not None and spec.form.steps}
     layers = {name: scheme for name, scheme in found.items() if name not in experts}
-    if len(set(layers.values())) > 1:
+    if len({*layers.values(), *float_schemes(specs).values()}) > 1:
         layers = {name: scheme.without_zero_points for name, scheme in layers.items()}
     packed = {name: scheme for name, scheme in found.items() if name in experts}
     if packed:
@@ -121,9 +130,9 @@ class Packing:
         return {site.name for site in self.made.artifact.graph.sites if site.is_expert and site.name in self.specs}
 
     @cached_property
-    def schemes(self) -> dict[str, Scheme]:
+    def schemes(self) -> dict[str, Scheme | FloatScheme]:
         """The scheme of every matrix with codes, by name."""
-        return schemes(self.specs, self.experts)
+        return {**schemes(self.specs, self.experts), **float_schemes(self.specs)}
 
     @cached_property
     def plain(self) -> Dense | OnHub:
@@ -147,7 +156,7 @@ class Packing:
     @cached_property
     def dequantized(self) -> bool:
         """Whether layers are unpacked while they are loaded, in the type of their scales."""
-        return any(not s.symmetric for s in self.schemes.values())
+        return any(isinstance(s, Scheme) and not s.symmetric for s in self.schemes.values())
 
     def layout(self) -> list[tuple[str, list[Entry]]]:
         """The entries of each layer, in the model's order."""
@@ -173,6 +182,8 @@ class Packing:
 
     def _entries(self, name: str) -> list[Entry]:
         scheme, columns = self.schemes[name], self.specs[name].shape[1]
+        if isinstance(scheme, FloatScheme):
+            return scheme.entries(self.parts[name][0].name, self.specs[name])
         groups, found = scheme.groups(columns), []
         for part in self.parts[name]:
             found += [
@@ -189,9 +200,12 @@ class Packing:
         """The tensors of one entry of the layout."""
         if owner not in self.schemes:
             return self.plain.read(owner)
-        encoding = self.made.artifact.weight(self.made.artifact.sites[owner]).encoding
+        weight, scheme = self.made.artifact.weight(self.made.artifact.sites[owner]), self.schemes[owner]
+        encoding = weight.encoding
         assert encoding is not None
-        scheme, codes, rows, lookup = self.schemes[owner], encoding.codes, len(encoding.codes), encoding.lookup()
+        if isinstance(scheme, FloatScheme):
+            return scheme.tensors(self.parts[owner][0].name, weight)
+        codes, rows, lookup = encoding.codes, len(encoding.codes), encoding.lookup()
         assert lookup.scale is not None
         scale, zero = lookup.scale.as_stored().expand(rows, -1), lookup.steps_from().expand(rows, -1)
         if scheme.bits > encoding.form.bits:
@@ -214,30 +228,31 @@ class Packing:
     def config(self) -> dict[str, Any]:
         """`quantization_config`."""
         groups = self._targets()
+        formats = dict.fromkeys(scheme.format for scheme in groups)
         found = {
             "quant_method": METHOD,
-            "format": FORMAT,
+            "format": next(iter(formats)) if len(formats) == 1 else MIXED,
             "quantization_status": "compressed",
             "ignore": self._ignored(),
             "config_groups": {
                 f"group_{i}": {
                     "targets": targets,
                     "weights": scheme.to_json(),
-                    "input_activations": None,
+                    "input_activations": scheme.inputs_json(),
                     "output_activations": None,
-                    "format": FORMAT,
+                    "format": scheme.format,
                 }
                 for i, (scheme, targets) in enumerate(groups.items())
             },
         }
         return {**found, "dequantize": True} if self.dequantized else found
 
-    def _targets(self) -> dict[Scheme, list[str]]:
+    def _targets(self) -> dict[Scheme | FloatScheme, list[str]]:
         """The layers of every scheme: each in full; experts by a pattern, or with all else by what they are.
 
         The group of the experts is the first, and the only one that speaks of experts: by that transformers knows it.
         """
-        alike: dict[Scheme, list[str]] = defaultdict(list)
+        alike: dict[Scheme | FloatScheme, list[str]] = defaultdict(list)
         if self.experts and len(set(self.schemes.values())) == 1:
             return {next(iter(self.schemes.values())): ["Linear"]}
         everywhere = all(site.name in self.experts for site in self.made.artifact.graph.sites if site.is_expert)

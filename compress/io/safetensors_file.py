@@ -54,6 +54,8 @@ def in_range(values: Tensor, most: float = math.inf) -> bool:
     """Whether no number is NaN, infinite, or larger than `most`; one pass, nothing the size of the values is made."""
     if not values.is_floating_point() or not values.numel():
         return True
+    if values.dtype.itemsize == 1:  # few of torch's operators take these
+        values = values.float()
     most = min(most, torch.finfo(values.dtype).max)
     least, largest = torch.aminmax(values.detach())
     return bool(least >= -most and largest <= most)  # nor where they are NaN

@@ -59,6 +59,8 @@ EVERY = [
     *(pytest.param(static(tokens(), bits), id=f"int{bits} per tensor") for bits in BITS),
     *(pytest.param(static(tokens(), bits, "olive"), id=f"olive{bits} per tensor") for bits in (4, 8)),
     *(pytest.param(static(tokens(), bits, "power"), id=f"power{bits} per tensor") for bits in BITS),
+    pytest.param(InputForm(bits=8, grid="fp8").input_grid({}), id="fp8 per token"),
+    pytest.param(static(tokens(), 8, "fp8"), id="fp8 per tensor"),
 ]
 each_grid = pytest.mark.parametrize("inputs", EVERY)
 
@@ -262,7 +264,7 @@ def test_a_weight_is_packed_with_the_grid_of_its_inputs(inputs: InputGrid, maske
     spec = Spec.from_json(json.loads(json.dumps(spec.to_json())))
     assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == spec.tensors()
     more = {"input_scale": 4, "input_zero_point": 1, "input_exponent": 4}
-    beside = {"int": {"input_zero_point"}, "olive": set(), "power": {"input_exponent"}}[inputs.form.grid]
+    beside = {"int": {"input_zero_point"}, "olive": set(), "power": {"input_exponent"}, "fp8": set()}[inputs.form.grid]
     found = {name: t.numel() * t.element_size() for name, t in tensors.items() if name in more}
     assert found == {n: more[n] for n in found}
     assert set(found) == ({"input_scale", *beside} if inputs.static else set())

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from compress.encodings.outlier_victim import PAIR_TYPES
 from compress.encodings.power import PowerGrid
+from compress.encodings.rounded_inputs import E4M3
 from compress.lazy import torch
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ def on_grid(ops: Ops, x: ir.Value, form: InputForm, read: Callable[[str], Tensor
     if form.grid == "threshold":
         threshold = ops.stored("input_threshold", (columns,), torch.float32, lambda: read("input_threshold"))
         return ops.op("Where", ops.op("LessOrEqual", ops.op("Abs", x), threshold), ops.number(0), x)
+    if form.grid == "fp8":
+        stored = ops.stored("input_scale", (), torch.float32, lambda: read("input_scale")[0]) if form.static else None
+        return _on_floats(ops, x, stored or _float_scale(ops, x))
     if not form.static:
         return _per_token(ops, x, form.bits)
     scale = read("input_scale")[0]
@@ -59,6 +63,19 @@ def _on_steps(ops: Ops, x: ir.Value, scale: ir.Value, middle: ir.Value, bits: in
     steps = ops.op("Add", ops.op("Round", ops.op("Div", x, scale)), middle)
     codes = ops.op("Clip", steps, ops.number(0), ops.number(2**bits - 1))
     return ops.op("Mul", ops.op("Sub", codes, middle), scale)
+
+
+def _float_scale(ops: Ops, x: ir.Value) -> ir.Value:
+    """(..., 1): the scale by which the largest number of each token is the largest float of 8 bits."""
+    largest = ops.op("ReduceMax", ops.op("Abs", x), ops.ints(-1), keepdims=1)
+    scale = ops.op("Div", largest, ops.number(E4M3.largest))
+    return ops.op("Where", ops.op("Greater", scale, ops.number(0)), scale, ops.number(1))
+
+
+def _on_floats(ops: Ops, x: ir.Value, scale: ir.Value) -> ir.Value:
+    """The nearest E4M3 number times its scale; what is too large is the largest."""
+    codes = ops.cast(ops.op("Div", x, scale), torch.float8_e4m3fn)
+    return ops.op("Mul", ops.cast(codes, torch.float32), scale)
 
 
 def _on_powers(ops: Ops, x: ir.Value, scale: ir.Value, grid: PowerGrid) -> ir.Value:

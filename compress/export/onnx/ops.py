@@ -31,6 +31,7 @@ ONNX_TYPES = {
     torch.int32: ir.DataType.INT32,
     torch.int64: ir.DataType.INT64,
     torch.bool: ir.DataType.BOOL,
+    torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
 }
 Attribute = int | float | str | Sequence[int]
 

@@ -80,10 +80,19 @@ class WeightSource:
 
     def scale(self) -> ir.Value:
         """(O, G) float32, or (1, G) where all rows share them; with the scale of the scales in it."""
-        found = self.floats("scale")
+        found = self.floats("scale") if self.scale_table is None else self._scale_in_bytes(self.scale_table)
         if "outer_scale" in self.beside:
             found = self.ops.op("Mul", found, self.floats("outer_scale"))
         return self.per_row(found)
+
+    @property
+    def scale_table(self) -> Tensor | None:
+        """What each byte of the scales means; None where they are floats."""
+        return None if self.form is None else self.form.scale_table(torch.device("cpu"))
+
+    def _scale_in_bytes(self, table: Tensor) -> ir.Value:
+        """(R, G) float32."""
+        return self.ops.op("Gather", self.ops.small(table), self.ops.cast(self.value("scale"), torch.int32), axis=0)
 
     def per_row(self, value: ir.Value) -> ir.Value:
         """(R, G), a number for each block -> (O, G); one row stays one."""

@@ -13,6 +13,7 @@ from annotated_types import Ge, Le
 
 from compress.encodings import InputForm
 from compress.encodings.inputs import OLIVE, GridKind, Scale
+from compress.encodings.rounded_inputs import E4M3
 from compress.passes.base import ModelPass, OptionError, Pass
 
 if TYPE_CHECKING:
@@ -28,10 +29,10 @@ class ActivationOptions(Pass):
     """Rounds the inputs of its layers too, while the model runs.
 
     Args:
-        activation_bits: 2 to 8 (on the olive grid 4 or 8); None leaves inputs as they are.
+        activation_bits: 2 to 8 (on the olive grid 4 or 8, as floats 8); None leaves inputs as they are.
         activation_scale: one for each `token`, found when it comes, or one for the `tensor`, from calibration data.
         activation_grid: `int` has even steps; `olive` keeps outliers at the cost of their neighbours; `power` has
-            levels that a power spaces, denser near zero. The last two have one scale for the tensor.
+            levels that a power spaces, denser near zero. These two have one scale for the tensor. `fp8`: E4M3 numbers.
     """
 
     activation_bits: Annotated[int, Ge(2), Le(8)] | None = None
@@ -60,7 +61,9 @@ class ActivationOptions(Pass):
             return
         if olive and bits not in OLIVE:
             yield OptionError("activation_bits", f"{bits} is not 4 or 8, which the olive grid has")
-        if self.activation_scale == "token" and self.activation_grid != "int":
+        if self.activation_grid == "fp8" and bits != E4M3.bits:
+            yield OptionError("activation_bits", f"{bits} is not 8, the bits of fp8")
+        if self.activation_scale == "token" and self.activation_grid not in ("int", "fp8"):
             grid = self.activation_grid
             yield OptionError("activation_scale", f"the {grid} grid has one scale for the tensor; set it to tensor")
         elif self.activation_scale == "tensor" and isinstance(self, ModelPass):

@@ -60,7 +60,7 @@ class AdaRound(UniformOptions, LearnedPass):
     learned_on_device: ClassVar[int | None] = 8
 
     def start(self, target: Target) -> UpOrDown:
-        scale, zero = self.grid(target.weight)
+        scale, zero = self.even_grid(target.weight)
         return UpOrDown(target.weight, scale, zero, self)
 
     def stand_in(self) -> Rtn:

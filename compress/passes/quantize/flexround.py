@@ -81,7 +81,7 @@ class FlexRound(UniformOptions, LearnedPass):
         return self.learning_rate * (OF_ONE_SCALE if self.granularity == "tensor" else 1)
 
     def start(self, target: Target) -> Division:
-        scale, zero = self.grid(target.weight)
+        scale, zero = self.even_grid(target.weight)
         return Division(target.weight, scale, zero, self, target.generator, target.kernel)
 
     def stand_in(self) -> Rtn:

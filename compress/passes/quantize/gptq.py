@@ -21,12 +21,13 @@ from compress.passes.quantize.rtn import Rtn
 from compress.passes.solvers.descent import descend
 from compress.passes.solvers.drift import made_up
 from compress.passes.solvers.obs import Factor, compensate
-from compress.passes.solvers.projections import Rounding
+from compress.passes.solvers.projections import FloatRounding, Rounding
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.calibration.statistics import Need
+    from compress.encodings import Encoding, Floats
     from compress.passes.base import Target
 
 
@@ -45,10 +46,11 @@ class Gptq(UniformPass):
         damping: added to the diagonal of the Gram matrix, as a share of its mean.
         act_order: columns with the largest inputs first. Groups keep their places and their scales are fitted
             beforehand (static groups), so the result needs no column index. Without it, scales of a group are fitted to
-            the weights as they stand when the group begins.
+            the weights as they stand when the group begins; those of floats always beforehand.
         tile: columns worked on at once; speed only.
         rounds: of coordinate descent over the finished codes (see `passes/solvers/descent.py`), each of which refits
-            the scales first; no round makes the error on the calibration data larger. 0 is GPTQ as published.
+            the scales of even steps first; no round makes the error on the calibration data larger. 0 is GPTQ as
+            published.
         propagation: how much of what the layers before it have changed in its inputs a layer makes up for, 0 to 1 (see
             `passes/solvers/drift.py`). Above 0 the original model is run beside the compressed one. Experts, layers
             that blocks share and what lies outside the blocks do not make up for anything.
@@ -88,20 +90,44 @@ class Gptq(UniformPass):
         weight, drift = target.weight, statistics.drift
         if self.propagates and drift is not None:
             weight = made_up(weight, statistics.gram, drift, self.propagation, self.damping)
-        codes, scale, zero, dead = solve(
-            weight,
-            statistics.gram,
-            target.mask,
-            bits=self.bits,
-            group_size=None if self.departure((rows, columns)) else self.group_size,
-            damping=self.damping,
-            act_order=self.act_order,
-            tile=self.tile,
-            rounds=self.rounds,
-            grid=self,
-        )
-        notes = {"dead_inputs": dead} if dead else {}
-        return Edit(encoding=Uniform(codes, scale, zero, self.bits, self.symmetric), mask=target.mask, notes=notes)
+        encoding: Encoding
+        if self.grid == "int":
+            codes, scale, zero, dead = solve(
+                weight,
+                statistics.gram,
+                target.mask,
+                bits=self.bits,
+                group_size=None if self.departure((rows, columns)) else self.group_size,
+                damping=self.damping,
+                act_order=self.act_order,
+                tile=self.tile,
+                rounds=self.rounds,
+                grid=self,
+            )
+            encoding = Uniform(codes, scale, zero, self.bits, self.symmetric)
+        else:
+            encoding, dead = self.solve_floats(weight, statistics.gram, target.mask)
+        return Edit(encoding=encoding, mask=target.mask, notes={"dead_inputs": dead} if dead else {})
+
+    def solve_floats(self, weight: Tensor, gram: Tensor, mask: Tensor | None) -> tuple[Floats, int]:
+        """What `solve` does, with floats in the place of even steps. Scales are fitted beforehand."""
+        form, tables = self.float_scales(weight, gram.diagonal())
+        rows, columns = weight.shape
+        scale = form.lookup((rows, columns), tables).scale
+        assert scale is not None
+        order = torch.argsort(gram.diagonal(), descending=True, stable=True) if self.act_order else None
+        factor = Factor(gram, self.damping, order)
+        group, kept = torch.arange(columns) // scale.columns, None if mask is None else mask.T.contiguous()
+        codes = torch.empty(columns, rows, dtype=torch.uint8)
+        rounding = FloatRounding(scale.of().T.contiguous(), group, form.kind, kept, codes)
+        own = kept if kept is None else kept[factor.order]
+        ordered = replace(rounding, group=group[factor.order], kept=own, codes=torch.empty_like(codes))
+        lost = compensate(weight, factor, tile=self.tile, every=columns, begin=None, project=ordered)
+        _refuse_infinite(lost)
+        codes[factor.order] = ordered.codes
+        if self.rounds:
+            descend(weight, gram, self.damping, rounding, self.rounds)
+        return form.encoding(codes.T.contiguous(), tables), factor.num_dead
 
     def stand_in(self) -> Rtn:
         return Rtn(
@@ -110,6 +136,7 @@ class Gptq(UniformPass):
             granularity=self.granularity,
             fallback=self.fallback,
             symmetric=self.symmetric,
+            grid=self.grid,
             scale_search="mse" if self.scale_search == "weighted" else self.scale_search,
         )
 
@@ -146,7 +173,7 @@ def solve(
     width = columns if group_size is None else group_size
     importance = gram.diagonal()
     static = act_order or group_size is None
-    scale, zero = grid.grid(weight, importance) if static else _empty_grid(rows, columns // width)
+    scale, zero = grid.even_grid(weight, importance) if static else _empty_grid(rows, columns // width)
     scales, zeros = (t.T.float().contiguous() for t in (scale, zero))  # (G, R): a group is contiguous
 
     def begin(start: int, current: Tensor) -> None:
@@ -159,8 +186,7 @@ def solve(
     rounding = Rounding(scales, zeros, order // width, 2**bits - 1, kept, codes)
     every = columns if static else width
     lost = compensate(weight, factor, tile=tile, every=every, begin=None if static else begin, project=rounding)
-    if not math.isfinite(float(lost.sum())):
-        raise SolveError("the solution is not finite")
+    _refuse_infinite(lost)
     if act_order:
         codes = codes[torch.argsort(order)]
     if rounds:
@@ -169,6 +195,11 @@ def solve(
         descend(weight, gram, damping, rounding, rounds)
     codes = codes.T.contiguous()
     return codes, narrowest(scales.T.contiguous()), zeros.T.to(torch.uint8).contiguous(), factor.num_dead
+
+
+def _refuse_infinite(lost: Tensor) -> None:
+    if not math.isfinite(float(lost.sum())):
+        raise SolveError("the solution is not finite")
 
 
 def _empty_grid(rows: int, groups: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Le
 
-from compress.encodings import Uniform, UniformForm, fit, quantize
+from compress.encodings import FloatForm, Uniform, UniformForm, fit, floats, quantize
 from compress.encodings.uniform import Search
 from compress.passes.base import OptionError
 from compress.passes.quantize.activations import ActivationOptions
@@ -18,9 +18,39 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from compress.encodings import Encoding
+    from compress.encodings.minifloat import Number
 
-Granularity = Literal["tensor", "channel", "group"]
+
+Granularity = Literal["tensor", "channel", "group", "block"]
 Fallback = Literal["channel"]
+WeightGrid = Literal["int", "fp8", "mxfp4", "nvfp4"]
+
+BLOCK = 128  # rows and columns of a block that shares a scale
+
+
+@dataclass(frozen=True)
+class FloatGrid:
+    """A format of floats.
+
+    Attributes:
+        number: what codes are,
+        bits: of each.
+        group_size: columns that share a scale; None where that is a matter of granularity.
+        scale_type: of the scales.
+    """
+
+    number: Number
+    bits: int
+    group_size: int | None
+    scale_type: str
+
+
+FLOAT_GRIDS: dict[str, FloatGrid] = {
+    "fp8": FloatGrid("e4m3", 8, None, "float16"),
+    "mxfp4": FloatGrid("e2m1", 4, 32, "e8m0"),
+    "nvfp4": FloatGrid("e2m1", 4, 16, "e4m3"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +61,7 @@ class GridOptions(ActivationOptions):
         bits: 2 to 8.
         group_size: neighbouring columns that share a scale; None is one scale per row (`granularity: channel`).
         granularity: `tensor` is one scale for the whole matrix. By default `group` or `channel`, as group_size says.
+            `block` is one for 128 rows and columns, of fp8 only.
         fallback: `channel` gives layers whose columns group_size does not divide one scale per row, and the report says
             which; None refuses them.
         scale_search: `minmax` covers the range; `mse` searches the range with the least error**2.4.
@@ -50,8 +81,15 @@ class GridOptions(ActivationOptions):
             yield OptionError("scale_search", "weighted needs to know the inputs: use gptq, or mse here")
         if self.granularity == "group" and self.group_size is None:
             yield OptionError("granularity", "group needs a group_size")
-        if self.granularity in ("tensor", "channel") and self.group_size is not None:
+        if self.granularity in ("tensor", "channel", "block") and self.group_size is not None:
             yield OptionError("group_size", f"makes no sense with granularity {self.granularity}")
+        if self.granularity == "block" and not self.has_blocks:
+            yield OptionError("granularity", "block is for floats of 8 bits: give rtn or gptq the scheme fp8")
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether a scale may be shared by rows and columns of a block."""
+        return False
 
     def check_shape(self, shape: tuple[int, int]) -> str | None:
         if self._misfit(shape[1]) and self.fallback is None:
@@ -70,8 +108,9 @@ class GridOptions(ActivationOptions):
 
     def mistakes(self) -> Iterator[OptionError]:
         yield from super().mistakes()
-        sizes = [self.group_size, *(override.options.get("group_size") for override in self.overrides)]
-        if self.fallback is not None and not any(sizes):
+        options = [vars(self), *(override.options for override in self.overrides)]
+        shared = any(each.get("group_size") or each.get("granularity") == "block" for each in options)
+        if self.fallback is not None and not shared:
             yield OptionError("fallback", "changes nothing without group_size")
 
     def _misfit(self, columns: int) -> bool:
@@ -100,7 +139,7 @@ class UniformOptions(GridOptions):
         groups = self.groups(shape[1])
         return UniformForm(bits=self.bits, groups=groups, per_tensor=per_tensor, symmetric=self.symmetric)
 
-    def grid(self, weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def even_grid(self, weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Scale and zero point of a whole matrix. `importance`: (I,) of every column, for a weighted search."""
         return fit(
             weight,
@@ -112,16 +151,86 @@ class UniformOptions(GridOptions):
             importance=importance,
         )
 
-    def nearest(self, weight: Tensor) -> Uniform:
+    def nearest(self, weight: Tensor) -> Encoding:
         """The whole matrix rounded to nearest on its own grid."""
-        scale, zero = self.grid(weight)
+        scale, zero = self.even_grid(weight)
         return Uniform(quantize(weight, scale, zero, self.bits), scale, zero, self.bits, self.symmetric)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UniformPass(UniformOptions, EmbeddingOptions):
-    """Rounds one matrix at a time onto the uniform grid."""
+    """Rounds one matrix at a time onto even steps, or floats.
+
+    Args:
+        grid: `int` has even steps. `fp8`: floats of 8 bits (E4M3); `mxfp4` and `nvfp4`: of 4 bits (E2M1), 32 or 16
+            columns sharing a scale that is a power of two or an E4M3 number. In a file `scheme: nvfp4` is short for
+            grid, bits and group_size.
+    """
+
+    grid: WeightGrid = "int"
+
+    def check(self) -> Iterator[OptionError]:
+        yield from super().check()
+        if self.grid == "int":
+            return
+        kind = FLOAT_GRIDS[self.grid]
+        if self.bits != kind.bits:
+            yield OptionError("bits", f"codes of {self.grid} have {kind.bits} bits, not {self.bits}{self._short}")
+        if kind.group_size is not None and self.group_size != kind.group_size:
+            said = f"{kind.group_size} columns share a scale of {self.grid}, not {self.group_size or 'those of a row'}"
+            yield OptionError("group_size", said + self._short)
+        if self.symmetric:
+            yield OptionError("symmetric", f"changes nothing with grid: {self.grid}, whose codes have a sign")
+
+    @property
+    def _short(self) -> str:
+        return f"; `scheme: {self.grid}` in a file says all of it, and `grid: int` means even steps"
+
+    @property
+    def has_blocks(self) -> bool:
+        return self.grid == "fp8"
+
+    def check_shape(self, shape: tuple[int, int]) -> str | None:
+        if self.fallback is None and self._splits_blocks(shape):
+            return f"{_unfilled(shape)}; set fallback: channel for one scale per row in layers like it"
+        return super().check_shape(shape)
+
+    def departure(self, shape: tuple[int, int]) -> str | None:
+        return f"one scale per row: {_unfilled(shape)}" if self._splits_blocks(shape) else super().departure(shape)
+
+    def _splits_blocks(self, shape: tuple[int, int]) -> bool:
+        return self.granularity == "block" and bool(shape[0] % BLOCK or shape[1] % BLOCK)
 
     @property
     def rowwise(self) -> bool:
-        return self.granularity != "tensor"
+        return self.granularity not in ("tensor", "block") and self.grid != "nvfp4"
+
+    def form(self, shape: tuple[int, int]) -> UniformForm | FloatForm:  # type: ignore[override]
+        return super().form(shape) if self.grid == "int" else self.float_form(shape)
+
+    def float_form(self, shape: tuple[int, int]) -> FloatForm:
+        """What codes that are floats will be like."""
+        kind, groups, rows = FLOAT_GRIDS[self.grid], self.groups(shape[1]), shape[0]
+        if self.granularity == "tensor":
+            rows = 1
+        elif self.granularity == "block" and not self._splits_blocks(shape):
+            rows, groups = shape[0] // BLOCK, shape[1] // BLOCK
+        return FloatForm(
+            bits=kind.bits,
+            number=kind.number,
+            groups=groups,
+            row_blocks=None if rows == shape[0] else rows,
+            scale_type=kind.scale_type,
+        )
+
+    def float_scales(self, weight: Tensor, importance: Tensor | None = None) -> tuple[FloatForm, dict[str, Tensor]]:
+        """What a whole matrix is stored as, and its scales. `importance`: as `even_grid` takes it."""
+        form = self.float_form((len(weight), weight.shape[1]))
+        return form, floats.fit(weight, form, search=self.scale_search, importance=importance)
+
+    def nearest(self, weight: Tensor) -> Encoding:
+        return super().nearest(weight) if self.grid == "int" else floats.quantize(weight, *self.float_scales(weight))
+
+
+def _unfilled(shape: tuple[int, int]) -> str:
+    return f"blocks of {BLOCK} x {BLOCK} do not fill its {shape[0]} rows and {shape[1]} columns"

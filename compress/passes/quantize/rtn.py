@@ -19,7 +19,7 @@ class Rtn(UniformPass):
     Data-free and fast; the baseline of every other quantizer. Masked weights stay zero: zero is always on the grid.
 
     Source: folklore; ranges and the mse search as in Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ", 2022, arXiv
-    2210.17323 (public code).
+    2210.17323 (public code); floats as in `encodings/floats.py`.
 
     Example:
         >>> import torch, compress

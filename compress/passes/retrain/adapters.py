@@ -64,7 +64,8 @@ class AdaptedMatrix:
         for name in recipe.sets:
             if name == "scale":
                 scale = getattr(self.encoding, "scale", None)
-                self.factor = None if scale is None else torch.zeros(scale.shape, requires_grad=True)
+                if scale is not None and scale.is_floating_point():  # not those that are bytes
+                    self.factor = torch.zeros(scale.shape, requires_grad=True)
             elif name == "full":
                 self.adapters.append(Full(base))
             elif name in ("principal", "sensitive"):

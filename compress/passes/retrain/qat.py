@@ -164,5 +164,5 @@ class Qat(UniformOptions, EndToEndRetraining):
             shape = 1 if self.granularity == "tensor" else len(weight), self.groups(weight.shape[1])
             step = ternary_step(weight, target.mask, shape)
             return Grid(step, torch.full_like(step, 2, dtype=torch.uint8), 2, symmetric=True, ternary=True)
-        scale, zero = self.grid(weight)
+        scale, zero = self.even_grid(weight)
         return Grid(scale.float(), zero, self.bits, self.symmetric)

@@ -10,7 +10,8 @@ parabola with its lowest point at
 
     s + sum_j U_j [(W - V) H]_j / (U H_gg U^T).
 
-No step makes the sum larger. One round refits the scale of every group and then visits its columns.
+No step makes the sum larger. One round refits the scale of every group and then visits its columns. Scales of floats
+stay as they are.
 
 Source: cyclic coordinate descent for layer-wise quantization: Behdin, Acharya, Gupta, Song, Zhu, Keerthi and Mazumder,
 "QuantEase: Optimization-based Quantization for Language Models", 2023, arXiv 2309.01885, section 3. Differs from the
@@ -27,17 +28,18 @@ from compress.calibration.precision import products
 from compress.encodings.uniform import stored_scale
 from compress.lazy import torch
 from compress.passes.solvers.device import has_kernels
+from compress.passes.solvers.projections import Rounding
 from compress.passes.solvers.tiles import project_tile
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.passes.solvers.projections import Rounding
+    from compress.passes.solvers.projections import FloatRounding
 
 TILE = 128  # columns visited at once: speed only
 
 
-def descend(weight: Tensor, gram: Tensor, damping: float, rounding: Rounding, rounds: int) -> None:
+def descend(weight: Tensor, gram: Tensor, damping: float, rounding: Rounding | FloatRounding, rounds: int) -> None:
     """Visit every column `rounds` times; codes and scales of `rounding` are changed in place.
 
     Args:
@@ -57,13 +59,16 @@ def descend(weight: Tensor, gram: Tensor, damping: float, rounding: Rounding, ro
                 _visit_group(gram, added, lost, rounding, group, part)
 
 
-def _visit_group(gram: Tensor, added: Tensor, lost: Tensor, rounding: Rounding, group: int, part: slice) -> None:
+def _visit_group(
+    gram: Tensor, added: Tensor, lost: Tensor, rounding: Rounding | FloatRounding, group: int, part: slice
+) -> None:
     """Refit the scale of a group, then round each of its columns again. `lost` is W - V, (I, O)."""
     own = gram[part, part].clone()
     own.diagonal().add_(added)
     own.diagonal()[own.diagonal() == 0] = 1.0  # an input that is always zero constrains nothing
     pull = torch.addmm(lost[part] * added, gram[part], lost)  # (W - V) H
-    _refit(own, pull, lost[part], rounding, group, part)
+    if isinstance(rounding, Rounding):
+        _refit(own, pull, lost[part], rounding, group, part)
     for start in range(0, len(own), TILE):
         tile = slice(start, min(start + TILE, len(own)))
         columns = slice(part.start + tile.start, part.start + tile.stop)
@@ -72,11 +77,11 @@ def _visit_group(gram: Tensor, added: Tensor, lost: Tensor, rounding: Rounding, 
         pull[tile.stop :].addmm_(own[tile.stop :, tile], gained)
 
 
-def _visit_tile(own: Tensor, pull: Tensor, rounding: Rounding, columns: slice) -> Tensor:
+def _visit_tile(own: Tensor, pull: Tensor, rounding: Rounding | FloatRounding, columns: slice) -> Tensor:
     """Round columns again that have H (t, t) and (W - V) H (t, O); what they were less what they become, (t, O)."""
     diagonal, before = own.diagonal()[:, None], _values(rounding, columns)
     now, gained = before + pull / diagonal, torch.empty_like(before)
-    if has_kernels(now):
+    if has_kernels(now) and isinstance(rounding, Rounding):
         from compress.passes.solvers.column_kernel import visited  # imports Triton
 
         weights = (own / -diagonal.T).fill_diagonal_(1.0)
@@ -91,7 +96,7 @@ def _visit_tile(own: Tensor, pull: Tensor, rounding: Rounding, columns: slice) -
 
 def _refit(own: Tensor, pull: Tensor, lost: Tensor, rounding: Rounding, group: int, part: slice) -> None:
     """The scale at the lowest point of its parabola, as it will be stored; the old one where that is no better."""
-    units = rounding.codes[part].float() - rounding.zeros[group]
+    units = rounding.units(part)
     if rounding.kept is not None:
         units *= rounding.kept[part]
     through = own @ units
@@ -108,8 +113,7 @@ def _refit(own: Tensor, pull: Tensor, lost: Tensor, rounding: Rounding, group: i
     pull -= through * step
 
 
-def _values(rounding: Rounding, part: slice) -> Tensor:
+def _values(rounding: Rounding | FloatRounding, part: slice) -> Tensor:
     """What codes of some columns stand for, (t, O)."""
-    group = rounding.group[part]
-    values = (rounding.codes[part].float() - rounding.zeros[group]) * rounding.scales[group]
+    values = rounding.units(part) * rounding.scales[rounding.group[part]]
     return values if rounding.kept is None else values * rounding.kept[part]

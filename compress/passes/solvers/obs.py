@@ -24,7 +24,7 @@ from compress.calibration.precision import must_round, products
 from compress.errors import SolveError
 from compress.lazy import torch
 from compress.passes.solvers.device import has_kernels
-from compress.passes.solvers.projections import Keeping, Rounding
+from compress.passes.solvers.projections import FloatRounding, Keeping, Rounding
 from compress.passes.solvers.tiles import CHUNK, project_tile
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from compress.passes.solvers.tiles import Begin
+    from compress.passes.solvers.tiles import Begin, ProjectionTile
 
 STRIP = 64  # rows put in another order at once on a processor, whose cache holds them
 LARGE_STRIP = 2048  # and on other devices
@@ -41,7 +41,7 @@ PIECE = 1 << 18  # numbers reversed at once on a processor, whose cache holds th
 LARGE_PIECE = 1 << 24  # and on other devices, where every operation has to be sent
 
 # (column, its current values (O,)) -> the values to keep (O,); or the same stated as data
-Project: TypeAlias = "Callable[[int, Tensor], Tensor] | Rounding | Keeping"
+Project: TypeAlias = "Callable[[int, Tensor], Tensor] | Rounding | FloatRounding | Keeping"
 
 
 class Factor:
@@ -122,7 +122,10 @@ def compensate(
         inverse = _inverse(factor, part)
         _current(lost, rounded, factor, part, inverse, now)
         inner = begin if begin and every <= tile else None
-        tile_of = project.tile(part, chosen) if isinstance(project, Rounding | Keeping) else _Called(project, a, chosen)
+        if isinstance(project, Rounding | FloatRounding | Keeping):
+            tile_of: ProjectionTile = project.tile(part, chosen)
+        else:
+            tile_of = _Called(project, a, chosen)
         weights = (inverse / inverse.diagonal()[:, None]).T.contiguous()
         with products("float32"):  # rounding the factors of these small products would take longer than it saves
             project_tile(weights, now, errors, chosen, tile_of, chunk, every, inner and partial(_shifted, inner, a))

@@ -15,6 +15,8 @@ from compress.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compress.encodings.minifloat import Minifloat
+
 
 @dataclass(frozen=True)
 class Rounding:
@@ -50,6 +52,10 @@ class Rounding:
         self.scales[group], self.zeros[group] = scale, zero
         self.lowest[group], self.highest_unit[group] = -self.zeros[group], self.highest - self.zeros[group]
 
+    def units(self, part: slice) -> Tensor:
+        """What codes of some columns stand for, in units of their scales: (t, O)."""
+        return self.codes[part].float() - self.zeros[self.group[part]]
+
     def tile(self, part: slice, chosen: Tensor) -> RoundingTile:
         """The projection of some columns into `chosen` (t, O)."""
         return RoundingTile(self, part, chosen)
@@ -82,6 +88,55 @@ class RoundingTile:
         """Write the codes."""
         self.units += self.rounding.zeros[self.rounding.group[self.part]]
         self.rounding.codes[self.part] = self.units.to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class FloatRounding:
+    """To the nearest of the small floats, ties to the even mantissa; weights that are masked go to zero.
+
+    Attributes:
+        scales: (G, R) float32.
+        group: (I,) int64, the group of every column.
+        kind: the floats.
+        kept: (I, O) bool, True = kept; None where all are.
+        codes: (I, O) uint8, written here.
+    """
+
+    scales: Tensor
+    group: Tensor
+    kind: Minifloat
+    kept: Tensor | None
+    codes: Tensor
+
+    def units(self, part: slice) -> Tensor:
+        """What codes of some columns stand for, in units of their scales: (t, O)."""
+        codes = self.codes[part]
+        values = self.kind.table(codes.device).values.flatten()
+        return values.index_select(0, codes.flatten().int()).view(codes.shape)
+
+    def tile(self, part: slice, chosen: Tensor) -> FloatRoundingTile:
+        """The projection of some columns into `chosen` (t, O)."""
+        return FloatRoundingTile(self, part, chosen)
+
+
+class FloatRoundingTile:
+    """The columns of one tile, counted from its first."""
+
+    def __init__(self, rounding: FloatRounding, part: slice, chosen: Tensor):
+        self.rounding, self.part, self.chosen = rounding, part, chosen
+        self.scales = rounding.scales[rounding.group[part]]
+        self.units = torch.empty_like(chosen)
+        self.kept = None if rounding.kept is None else rounding.kept[part]
+
+    def __call__(self, j: int, value: Tensor) -> None:
+        """Round column `j`, which stands as (O,) `value`."""
+        unit = self.rounding.kind.round(value / self.scales[j])
+        self.units[j] = unit if self.kept is None else unit.masked_fill_(~self.kept[j], 0.0)
+        torch.mul(self.units[j], self.scales[j], out=self.chosen[j])
+
+    def finish(self) -> None:
+        """Write the codes."""
+        self.rounding.codes[self.part] = self.rounding.kind.codes(self.units)
 
 
 @dataclass(frozen=True)
@@ -129,4 +184,4 @@ class KeepingTile:
         """Nothing is left to do."""
 
 
-__all__ = ["Choice", "Keeping", "KeepingTile", "Rounding", "RoundingTile"]
+__all__ = ["Choice", "FloatRounding", "FloatRoundingTile", "Keeping", "KeepingTile", "Rounding", "RoundingTile"]
