@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
+from compress.config.changes import SCHEME
 from compress.config.options import PATTERNS, errors_in, unknown
 from compress.config.pipeline import METHODS, SIZE, walk
-from compress.config.reading import SCHEME
 from compress.errors import ConfigError, Problem, UsageError
 from compress.passes.base import LinearPass
 from compress.planning.places import size_in_bytes
@@ -94,7 +94,7 @@ def with_options(base: LinearPass, options: Sequence[str | Mapping[str, Any]]) -
     found: dict[str, LinearPass] = {}
     for option in options:
         label = option if isinstance(option, str) else ", ".join(f"{name}={value}" for name, value in option.items())
-        match = re.fullmatch(SCHEME, option) if isinstance(option, str) else None
+        match = SCHEME.fullmatch(option) if isinstance(option, str) else None
         if isinstance(option, str) and match is None:
             problems.append(Problem(label, "is not bits and group size such as w4g128, or w4 for one scale per row"))
             continue
