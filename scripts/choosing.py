@@ -76,8 +76,8 @@ def preset(name: str, measured: list[dict[str, Any]] | None) -> dict[str, Any]:
     if measured:
         last = measured[-1]
         row |= {
-            "perplexity": round(last["perplexity"], 3), "kl": round(last["kl"], 5), "size": last["bytes"],
-            "bits_per_weight": round(last["bits_per_weight"], 3), "sparsity": round(last["sparsity"], 3),
+            "perplexity": round(last["perplexity"], 5), "kl": round(last["kl"], 5), "size": last["bytes"],
+            "bits_per_weight": round(last["bits_per_weight"], 5), "sparsity": round(last["sparsity"], 3),
             "seconds": round(sum(each["seconds"] for each in measured), 2),
         }  # fmt: skip
     return row
@@ -86,7 +86,7 @@ def preset(name: str, measured: list[dict[str, Any]] | None) -> dict[str, Any]:
 def quantizer(measured: dict[str, Any]) -> dict[str, Any]:
     options = {"bits": measured["bits"], **({"group_size": size} if (size := measured["group_size"]) else {})}
     steps = load_pipeline({"passes": [{measured["method"]: options}]})
-    found = {"perplexity": 3, "kl": 5, "bits_per_weight": 3, "seconds": 2}
+    found = {"perplexity": 5, "kl": 5, "bits_per_weight": 5, "seconds": 2}
     return {**described(steps), **{name: round(measured[name], digits) for name, digits in found.items()}}
 
 
@@ -103,7 +103,7 @@ def content() -> str:
     there = [same(row) for row in ready if row["plain"]]
     others = [row for row in map(quantizer, measured) if same(row) not in there]
     first = next(iter(results.values()))[0]
-    original = {"perplexity": round(first["perplexity"], 3), "size": first["bytes"], "weights": first["bytes"] // 2}
+    original = {"perplexity": round(first["perplexity"], 5), "size": first["bytes"], "weights": first["bytes"] // 2}
     lines = ",\n  ".join(json.dumps(row) for row in [*ready, *others])
     return f'{{\n "original": {json.dumps(original)},\n "rows": [\n  {lines}\n ]\n}}\n'
 

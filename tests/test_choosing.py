@@ -46,7 +46,7 @@ def test_every_number_that_list_shows_stands_in_the_recorded_results() -> None:
     assert {name for name, row in shown.items() if row.perplexity is not None} == recorded.keys()
     for name, rows in recorded.items():
         last, row = rows[-1], shown[name]
-        assert row.perplexity == pytest.approx(last["perplexity"], abs=1e-3), name
+        assert row.perplexity == pytest.approx(last["perplexity"], abs=1e-5), name
         assert row.kl == pytest.approx(last["kl"], abs=1e-5), name
         assert row.size == last["bytes"], name
         assert row.seconds == pytest.approx(sum(each["seconds"] for each in rows), abs=0.1), name
