@@ -1,5 +1,7 @@
 """`--set`: values of a pipeline changed on the command line."""
 
+import contextlib
+import random
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,16 @@ def test_a_key_that_leads_nowhere_and_an_impossible_value_are_errors_that_name_t
     with pytest.raises(ConfigError) as caught:
         load_pipeline("gptq-w4", [change])
     assert said in str(caught.value)
+
+
+def test_whatever_is_given_is_a_pipeline_or_an_error_in_a_sentence() -> None:
+    draw = random.Random(0)
+    words = ["passes", "[0]", "[1]", "[99999999999999999999]", ".", "gptq", "rtn", "bits", "scheme", "=", "3", "w4g", "[",
+             "{", ": ", "null", "é", "\n", "-", "overrides", "blockwise", "export", "seed", "&a *a", "!!python/none"]  # fmt: skip
+    for _ in range(400):
+        change = "".join(draw.choices(words, k=draw.randint(1, 7)))
+        with contextlib.suppress(ConfigError):
+            load_pipeline(draw.choice(["gptq-w4", FUSED]), [change])
 
 
 def test_check_and_plan_take_changes_too() -> None:
