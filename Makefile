@@ -15,6 +15,7 @@ MAKEFLAGS += --no-print-directory
 demo: $(STAMP)  ## compress the bundled model to 4 bits and let the result write something
 	@$(BIN)/compress run gptq-w4 demo -o demo-out --overwrite
 	@$(BIN)/python -m compress.demo.speak demo-out
+	@echo "next: . $(BIN)/activate; compress quantize MODEL --bits 4"
 
 test: $(STAMP)  ## run the tests in two processes; `make test ARGS="-k gptq"` passes arguments to pytest
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

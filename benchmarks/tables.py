@@ -1,4 +1,4 @@
-"""Put results/*.json into both README.md and pages of docs/: no number is typed by hand.
+"""Put results/*.json into its README.md and pages of docs/: no number is typed by hand.
 
 python benchmarks/tables.py
 """
@@ -22,8 +22,8 @@ import specialists_chain
 import specialists_deltas
 
 PAGE = Path(__file__).parent / "README.md"
-README = Path(__file__).parent.parent / "README.md"
 EXPORTS = Path(__file__).parent.parent / "docs" / "exports.md"
+MERGING = Path(__file__).parent.parent / "docs" / "merging.md"
 METHODS = Path(__file__).parent.parent / "docs" / "methods"
 
 
@@ -90,7 +90,7 @@ def main() -> None:
             put(PAGE, name, show(json.loads(file.read_text())["rows"]))
     file = runner.RESULTS / specialists_chain.FILE
     if file.exists():
-        for page in (PAGE, README):
+        for page in (PAGE, MERGING):
             put(page, "chain", specialists_chain.said(json.loads(file.read_text())))
     file = runner.RESULTS / specialists_deltas.FILE
     for page in (METHODS / "compeft.md", METHODS / "bitdelta.md") if file.exists() else ():

@@ -1,10 +1,10 @@
-"""Measure the bundled model in every format and runtime, and put the table into README.md.
+"""Measure the bundled model in every format and runtime, and put the table into docs/exports.md.
 
     python scripts/exports.py
 
 Every format is opened in a process of its own, for the memory that loading takes, and generates token by token. Speeds
 are ratios to the float32 model in transformers, measured before and after each. Writes docs/exports.json, and replaces
-the table between `<!-- exports -->` and `<!-- /exports -->` in README.md. No number is typed by hand.
+the table between `<!-- exports -->` and `<!-- /exports -->` in docs/exports.md. No number is typed by hand.
 """
 
 import argparse
@@ -200,7 +200,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         rows = measure(Path(temporary))
     RECORD.write_text(json.dumps(rows, indent=1) + "\n")
-    replace(ROOT / "README.md", "exports", table(rows))
+    replace(ROOT / "docs" / "exports.md", "exports", table(rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run every quantizer at 4, 3 and 2 bits on the bundled model and put the table into README.md.
+"""Run every quantizer at 4, 3 and 2 bits on the bundled model and put the table into docs/results.md.
 
     python scripts/quantizers.py [--only flexround ...]
 
@@ -9,7 +9,6 @@ Writes docs/quantizers.json after every run, so an interrupted one goes on with 
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import results
@@ -67,7 +66,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 if r is None
                 else [f"{r['perplexity']:.2f}", f"{r['kl']:.4f}", f"{r['bits_per_weight']:.2f}", f"{r['seconds']:.0f}"]
             )
-        name = f"[{method}](docs/methods/{method}.md)" + (f", groups of {group_size}" if group_size else "")
+        name = f"[{method}](methods/{method}.md)" + (f", groups of {group_size}" if group_size else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -86,7 +85,7 @@ def main() -> None:
         print(known[setting], flush=True)
         rows = [known[s] for s in settings() if s in known]
         STORE.write_text(json.dumps(rows, indent=1) + "\n")
-    results.replace(Path(results.ROOT / "README.md"), "quantizers", table(rows))
+    results.replace(results.PAGE, "quantizers", table(rows))
 
 
 if __name__ == "__main__":

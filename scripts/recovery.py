@@ -1,9 +1,9 @@
-"""Measure how much of what pruning loses each way of recovering brings back, and put it into README.md.
+"""Measure how much of what pruning loses each way of recovering brings back, and put it into docs/results.md.
 
     python scripts/recovery.py [--only 50% 2:4 70%]
 
 Everything learns from the same calibration data. Writes docs/recovery.json, and replaces the table between
-`<!-- recovery -->` and `<!-- /recovery -->` in README.md. No number is typed by hand.
+`<!-- recovery -->` and `<!-- /recovery -->` in docs/results.md. No number is typed by hand.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import json
 import tempfile
 from typing import Any
 
-from results import ROOT, replace
+from results import PAGE, ROOT, replace
 
 import compress
 from compress.report.report import size_text
@@ -103,7 +103,7 @@ def main() -> None:
     for sparsity in args.only or SPARSITIES:
         found[sparsity] = measure(sparsity)
         RECORD.write_text(json.dumps({s: found[s] for s in SPARSITIES if s in found}, indent=1) + "\n")
-    replace(ROOT / "README.md", "recovery", table([r for s in SPARSITIES for r in found.get(s, [])]))
+    replace(PAGE, "recovery", table([r for s in SPARSITIES for r in found.get(s, [])]))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python scripts/results.py [--only gptq-w4 ...]
 
-Writes docs/results.json, and replaces the table between `<!-- results -->` and `<!-- /results -->` in README.md and the
-rows between `<!-- measured -->` and `<!-- /measured -->` in docs/methods/*.md. No number is typed by hand.
+Writes docs/results.json, and replaces the table between `<!-- results -->` and `<!-- /results -->` in docs/results.md,
+the short one in README.md, and the rows between `<!-- measured -->` and `<!-- /measured -->` in docs/methods/*.md. No
+number is typed by hand. Afterwards scripts/choosing.py puts them into the package.
 """
 
 import argparse
@@ -18,6 +19,14 @@ from compress.report.report import size_text
 ROOT = Path(__file__).parent.parent
 PRESETS = ROOT / "compress" / "config" / "presets"
 RESULTS = ROOT / "docs" / "results.json"
+PAGE = ROOT / "docs" / "results.md"
+HIGHLIGHTS = {  # pipelines on the first screen, and what they are in a few words
+    "gptq-w4": "4 bits by GPTQ",
+    "flexround-w3": "3 bits, rounding learned",
+    "flexround-w2": "2 bits, rounding learned",
+    "sparsegpt-50-gptq-w4-eora": "half of the weights, 4 bits, a correction",
+    "wanda-2of4-perp": "2 of every 4 weights, retrained",
+}
 
 
 def run(name: str) -> list[dict[str, object]]:
@@ -34,13 +43,26 @@ def table(results: dict[str, list[dict[str, object]]], names: list[str]) -> str:
     ]
     first = results[names[0]][0]
     lines.append(line("the original", first))
-    lines += [line(f"[{name}](compress/config/presets/{name}.yaml)", results[name][-1]) for name in names]
+    lines += [line(f"[{name}](../compress/config/presets/{name}.yaml)", results[name][-1]) for name in names]
     d = first["data"]
     lines.append("")
     lines.append(
         f"Perplexity on documentation the model never saw: {d['tokens']} tokens in windows of {d['length']}; KL to the "
         "original in nats per token; bits per weight over the matrices inside the blocks, everything stored counted."
     )
+    return "\n".join(lines)
+
+
+def highlights(results: dict[str, list[dict[str, object]]]) -> str:
+    """The few rows that README.md shows."""
+    lines = ["| | perplexity | KL | weights | bits/weight |", "|---|---:|---:|---:|---:|"]
+    rows = [("the original, 16 bits", results[next(iter(HIGHLIGHTS))][0])]
+    rows += [(f"{words}: `{name}`", results[name][-1]) for name, words in HIGHLIGHTS.items()]
+    for name, row in rows:
+        kl = "" if row["kl"] is None else f"{row['kl']:.4f}"
+        lines.append(
+            f"| {name} | {row['perplexity']:.2f} | {kl} | {size_text(row['bytes'])} | {row['bits_per_weight']:.2f} |"
+        )
     return "\n".join(lines)
 
 
@@ -71,12 +93,13 @@ def main() -> None:
         print(line(name, results[name][-1]), flush=True)
     RESULTS.write_text(json.dumps({n: results[n] for n in names if n in results}, indent=1) + "\n")
     names = sorted((n for n in names if n in results), key=lambda n: results[n][-1]["perplexity"])
-    replace(ROOT / "README.md", "results", table(results, names))
+    replace(PAGE, "results", table(results, names))
+    replace(ROOT / "README.md", "highlights", highlights(results))
     for page in (ROOT / "docs" / "methods").glob("*.md"):
         method = page.stem
         rows = [n for n in names if any(method == r["name"] for r in results[n])]
         if rows:
-            replace(page, "measured", table(results, rows).replace("](compress/", "](../../compress/"))
+            replace(page, "measured", table(results, rows).replace("](../compress/", "](../../compress/"))
 
 
 if __name__ == "__main__":

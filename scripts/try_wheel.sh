@@ -37,7 +37,8 @@ bin=$folder/venv/bin
 import compress, pathlib, sys
 inside = pathlib.Path(compress.__file__).is_relative_to('$folder')
 sys.exit(None if inside else f'tried {compress.__file__} instead of the wheel')"
-"$bin/compress" list >list.txt
+"$bin/compress" list methods >list.txt
+"$bin/compress" advise demo --bits 3 >advice.txt
 grep -q "^gptq " list.txt
 cat >tiny.yaml <<'EOF'
 passes:

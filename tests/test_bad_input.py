@@ -717,7 +717,7 @@ def test_an_interrupted_run_says_so_and_the_same_command_ends_with_the_same_byte
 
 @pytest.mark.parametrize(
     "arguments",
-    [["run"], ["run", "p.yaml", "demo"], ["walk"], ["run", "p.yaml", "demo", "-o", "out", "--jump"], ["eval"]],
+    [["run"], ["run", "p.yaml"], ["walk"], ["run", "p.yaml", "demo", "-o", "out", "--jump"], ["eval"]],
     ids=" ".join,
 )
 def test_a_command_that_is_none_is_bad_usage(arguments: list[str]) -> None:

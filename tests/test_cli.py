@@ -393,7 +393,7 @@ def test_shares_that_differ_by_the_rounding_to_columns_are_even() -> None:
 
 
 def test_list_names_every_method_option_and_format() -> None:
-    ended = compress_command("list")
+    ended = compress_command("list", "methods")
     assert (ended.code, ended.err) == (0, "")
     for pass_ in PASSES:
         assert re.search(rf"^{pass_.key} ", ended.out, re.MULTILINE)

@@ -314,7 +314,12 @@ def test_a_mistake_is_said_once(place: Path, words: list[str], facts: dict[str, 
 
 
 def test_only_what_is_shared_waits_for_other_processes() -> None:
-    for words in (["run", "p.yaml", "m", "-o", "o"], ["-q", "run", "p.yaml"], ["eval", "out", "--json"]):
+    for words in (
+        ["run", "p.yaml", "m", "-o", "o"],
+        ["-q", "run", "p.yaml"],
+        ["prune", "m"],
+        ["eval", "out", "--json"],
+    ):
         assert ranks.are_shared(words)
     for words in ([], ["list"], ["--help"], ["run", "--help"], ["eval", "-h"], ["export", "run", "--to", "hf"]):
         assert not ranks.are_shared(words)

@@ -5,27 +5,27 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from compress import logs
-from compress.cli import completion, ranks
-from compress.cli.interrupts import keeping
+from compress.cli import completion, ranks, running, shortcuts
 from compress.cli.options import (
     DeviceOption,
+    FreshOption,
     JsonOption,
     ModelArg,
+    OutOption,
+    OverwriteOption,
     PipelineArg,
     QuietOption,
+    SetOption,
     VerboseOption,
     bars_for,
     console_for_stdout,
 )
 from compress.errors import UsageError
-
-if TYPE_CHECKING:
-    from compress.report.report import Row
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,41 +61,24 @@ def common(
 def run(
     pipeline: PipelineArg,
     model: ModelArg,
-    out: Annotated[Path, typer.Option("-o", "--out", help="the folder to write")],
-    overwrite: Annotated[bool, typer.Option(help="replace an existing folder")] = False,
-    fresh: Annotated[bool, typer.Option(help="forget what an interrupted run had finished")] = False,
+    out: OutOption = None,
+    changes: SetOption = None,
+    overwrite: OverwriteOption = False,
+    fresh: FreshOption = False,
     device: DeviceOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Run a pipeline on a model and write the compressed folder. Interrupted, the same command continues."""
-    bars = bars_for(verbose, quiet)
-    from compress.api import run as api
-    from compress.report import run_table, sentences
+    shown = running.Shown.of(device, as_json, verbose, quiet)
+    folder = running.folder_for(out, model, pipeline.stem, overwrite)
+    steps = running.read(pipeline, changes or (), folder, overwrite)
+    running.run_and_show(steps, model, folder, shown, overwrite=overwrite, fresh=fresh)
 
-    existed, console = out.exists(), console_for_stdout()
-    table = run_table.RunTable(console, logs.printable(model), api.row_names(pipeline))
 
-    def show(row: Row) -> None:
-        if not as_json:
-            with bars.paused():
-                table.add(row)
-
-    try:
-        with keeping(f"what was finished is kept in {out}.work; the same command continues where it stopped"):
-            options: dict[str, Any] = {"overwrite": overwrite, "fresh": fresh, "device": device}
-            report = api.run(pipeline, model, out, executor=ranks.executor(), bars=bars, on_row=show, **options)
-    finally:
-        table.close()
-    if existed and not overwrite:
-        logs.LOGGER.warning("%s holds this very run already; nothing was done", out)
-    if as_json:
-        print(report.to_json(), end="")
-        return
-    table.finish(report)
-    for text in sentences.run_lines(report, out):
-        console.print(logs.printable(text), soft_wrap=True)
+for shortcut in (shortcuts.quantize, shortcuts.prune, shortcuts.merge, shortcuts.advise):
+    app.command()(shortcut)
 
 
 @app.command()
@@ -134,12 +117,14 @@ def fit(
 
 @app.command()
 def check(
-    pipeline: PipelineArg, model: Annotated[str | None, typer.Argument(help="also check against this model")] = None
+    pipeline: PipelineArg,
+    model: Annotated[str | None, typer.Argument(help="also check against this model")] = None,
+    changes: SetOption = None,
 ) -> None:
     """Check everything that can be checked without reading weights."""
     from compress.config.reading import load_pipeline
 
-    steps = load_pipeline(pipeline)
+    steps = load_pipeline(pipeline, changes or ())
     notes: list[str] = []
     if model is not None:
         from compress.api.amounts import check_amounts
@@ -161,6 +146,7 @@ def check(
 def show_plan(
     pipeline: PipelineArg,
     model: ModelArg,
+    changes: SetOption = None,
     with_shares: Annotated[
         bool, typer.Option("--shares", help="read the weights, and show how many of each block become zero")
     ] = False,
@@ -170,34 +156,10 @@ def show_plan(
     quiet: QuietOption = False,
 ) -> None:
     """Show what each pass will touch and cost, before any work. Only --shares reads weights."""
-    bars = bars_for(verbose, quiet)
-    from compress.api.amounts import check_amounts
-    from compress.checkpoint import opening
+    shown = running.Shown.of(device, as_json, verbose, quiet)
     from compress.config.reading import load_pipeline
-    from compress.engine.merge import checks
-    from compress.planning import allocation_preview, places, plan
-    from compress.report import plan as report
 
-    steps = load_pipeline(pipeline)
-    opened = opening.open_model(model).of_towers(steps.towers)
-    where = places.places(device or steps.device, steps.max_memory)
-    graph, companions = opened.artifact.graph, opened.companion_bytes
-    made = plan.make(steps, graph, opened.dtypes, str(pipeline), companions, where, opened.carried_bytes)
-    checks.check_models(steps, opened.artifact, str(pipeline))
-    notes = check_amounts(steps, opened, str(pipeline))
-    allocations = allocation_preview.allocations(made)
-    with bars.shown():
-        shares = allocation_preview.known_shares(allocations, opened.artifact, bars) if with_shares else {}
-    shown = report.Shown(made, allocations, shares, logs.printable(f"{pipeline} on {model}"))
-    if as_json:
-        print(report.as_json(shown))
-        return
-    console = console_for_stdout()
-    console.print(report.table(shown))
-    for line in (*report.lines(shown, console.width, console.options.ascii_only), *(f"note: {n}" for n in notes)):
-        console.print(line, soft_wrap=True)
-    if with_shares and not allocations:
-        console.print("--shares: no pass gives layers different shares of zeros", soft_wrap=True)
+    running.plan_and_show(load_pipeline(pipeline, changes or ()), str(pipeline), model, shown, with_shares)
 
 
 @app.command("eval")
@@ -335,13 +297,26 @@ def inspect(
 
 
 @app.command("list")
-def list_methods() -> None:
-    """List methods with their options, formats and ready-made pipelines."""
-    from compress.config.pipeline import FORMATS, PACKED
-    from compress.passes import PASSES
-    from compress.report.methods import listing, signature
+def list_pipelines(
+    words: Annotated[
+        list[str] | None, typer.Argument(help="quantize, prune, merge, a method, a part of a name; or methods, for all")
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="only those with codes of so many bits")] = None,
+) -> None:
+    """List ready-made pipelines with what they did to the bundled model; `list methods` lists methods."""
+    from compress.report import methods
 
-    print(listing(PASSES, completion.presets(), (PACKED, *map(signature, FORMATS.values()))))
+    if words == [methods.METHODS]:
+        from compress.config.pipeline import FORMATS, PACKED
+        from compress.passes import PASSES, Pass
+        from compress.passes.quantize.activations import ActivationOptions
+
+        formats = (PACKED, *map(methods.signature, FORMATS.values()))
+        print(methods.methods(PASSES, formats, Pass, ActivationOptions))
+        return
+    from compress.config import measured
+
+    print(methods.pipelines(methods.chosen(measured.rows(), words or [], bits)))
 
 
 @app.command()

@@ -26,6 +26,15 @@ PipelineArg = Annotated[
     ),
 ]
 ModelArg = Annotated[str, typer.Argument(help="demo, a local folder, a hub id, an adapter, or BASE+ADAPTER")]
+OutOption = Annotated[
+    Path | None, typer.Option("-o", "--out", help="the folder to write  [default: named after model and pipeline]")
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace the folder that -o names")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="forget what an interrupted run had finished")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="a value in the place of the pipeline's: passes[0].gptq.bits=3"),
+]
 DeviceOption = Annotated[
     str | None, typer.Option(help="what computes: auto, cpu, cuda, cuda:1  [default: the pipeline's choice, or auto]")
 ]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from compress.cli.interrupts import Interrupts
     from compress.engine.executor import Executor
 
-TOGETHER = ("run", "eval")  # the commands that several processes share
+TOGETHER = ("run", "quantize", "prune", "merge", "eval")  # the commands that several processes share
 MEETING = timedelta(minutes=10)  # until all processes are there
 WORKING = timedelta(days=30)  # until one answers the others; whether it is alive is seen at once
 GRACE = 5.0  # seconds in which a process that was told to end does so

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from compress.calibration.texts import LOCAL, SELF, check_source, suffix_of
 from compress.calibration.tokens import WIKITEXT_LENGTH
+from compress.config import elsewhere
+from compress.config.changes import changed
 from compress.config.lines import MOST_LETTERS, document, line_of
 from compress.config.options import PATTERNS, check_options, errors_in, lists_in, names_in, unknown
 from compress.config.pipeline import (
@@ -49,8 +51,12 @@ MOST_SHARE = 1.0  # that a plain number may be: above, it may be meant as per ce
 NOTHING_TO_DO = "no method: nothing would be done. Name one, such as gptq, or a format to write in `export:`"
 
 
-def load_pipeline(source: str | Path | Mapping[str, Any] | Pipeline) -> Pipeline:
+def load_pipeline(source: str | Path | Mapping[str, Any] | Pipeline, changes: Sequence[str] = ()) -> Pipeline:
     """A pipeline from a file, by the name of a ready-made one, from a mapping of the same shape, or one already built.
+
+    Args:
+        source: any of these.
+        changes: values in the place of others, each KEY=VALUE as in `passes[0].gptq.bits=3`; none of one that is built.
 
     Raises:
         ConfigError: every mistake at once.
@@ -62,31 +68,38 @@ def load_pipeline(source: str | Path | Mapping[str, Any] | Pipeline) -> Pipeline
             raise ConfigError(problems, "pipeline")
         return source
     if isinstance(source, Mapping):
-        return _read_pipeline(dict(source), _Findings("pipeline"))
+        return _read_pipeline(changed(dict(source), changes), _Findings("pipeline"))
     path = Path(source)
     if not path.exists() and path.name == str(source) and not path.suffix:
         path = _preset(path.name)
-    return parse(read_text(path, MOST_LETTERS), str(path))
+    return parse(read_text(path, MOST_LETTERS), str(path), changes)
 
 
 def _preset(name: str) -> Path:
     """The file of a ready-made pipeline."""
     ready = {file.stem: file for file in PRESETS.glob("*.yaml")}
     if name not in ready:
+        if known_elsewhere := elsewhere.of_name(name, ready):
+            raise UsageError(known_elsewhere)
         close = difflib.get_close_matches(name, ready, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "`compress list` names those that there are"
         raise UsageError(f"no file and no ready-made pipeline is called {name}; {hint}")
     return ready[name]
 
 
-def parse(text: str, file: str = "pipeline") -> Pipeline:
-    """A pipeline from YAML text.
+def parse(text: str, file: str = "pipeline", changes: Sequence[str] = ()) -> Pipeline:
+    """A pipeline from YAML text; `changes` are those of `load_pipeline`.
 
     Raises:
         ConfigError: every mistake at once.
     """
     read = document(text, file)
-    return _read_pipeline(read.values, _Findings(file, read.lines, read.problems))
+    if known_elsewhere := elsewhere.of_file(read.values, file):
+        raise UsageError(known_elsewhere)
+    if not changes:
+        return _read_pipeline(read.values, _Findings(file, read.lines, read.problems))
+    values = changed(read.values, changes)  # which no line of the file has
+    return _read_pipeline(values, _Findings(f"{file} with --set", problems=read.problems))
 
 
 def exporters(texts: Sequence[str]) -> tuple[Exporter, ...]:

@@ -42,6 +42,11 @@ def dump(pipeline: Pipeline) -> str:
     return str(yaml.dump(data, Dumper=Dumper, sort_keys=False, width=120))
 
 
+def written(values: Mapping[str, Any]) -> str:
+    """A pipeline's plain values as a person would write the file."""
+    return str(yaml.dump(values, Dumper=Dumper, sort_keys=False, width=120, default_flow_style=None))
+
+
 def _written_option(name: str, value: Any) -> Any:
     """A gate above 1 as per cent, which is how it is given."""
     if name in GATES and value is not None and value > 1:
