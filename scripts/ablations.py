@@ -239,6 +239,29 @@ def qat() -> list[Table]:
     ]
 
 
+def scale() -> list[Table]:
+    grid: dict[str, Any] = {"bits": 3, "group_size": 64}
+    before: dict[str, tuple[Pass, ...]] = {
+        "alone": (),
+        "behind `scale`": (compress.Scale(**grid),),
+        "behind `scale: {clip: true}`": (compress.Scale(**grid, clip=True),),
+    }
+    quantizers: dict[str, Pass] = {"rtn": compress.Rtn(**grid), "gptq": compress.Gptq(**grid)}
+    return [
+        {row: {name: Cell((*p, q), "kl", samples=32) for name, q in quantizers.items()} for row, p in before.items()}
+    ]
+
+
+def smooth() -> list[Table]:
+    quantizers: dict[str, Pass] = {
+        "inputs 8 bits, one scale": compress.Rtn(bits=8, activation_bits=8, activation_scale="tensor"),
+        "inputs 4 bits, a scale per token": compress.Rtn(bits=8, activation_bits=4),
+    }
+    rows: dict[str, tuple[Pass, ...]] = {"as they are": ()}
+    rows |= {f"`strength: {a}`": (compress.Smooth(strength=a),) for a in (0.25, 0.5, 0.8)}
+    return [{row: {name: Cell((*p, q), "kl", samples=32) for name, q in quantizers.items()} for row, p in rows.items()}]
+
+
 PAGES = {
     "bip": bip,
     "flexround": flexround,
@@ -248,6 +271,8 @@ PAGES = {
     "oats": oats,
     "perp": perp,
     "qat": qat,
+    "scale": scale,
+    "smooth": smooth,
 }
 
 

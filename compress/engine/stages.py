@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from compress.engine.block_stage import BlockSequential
+from compress.engine.channels_stage import ScalingChannels
 from compress.engine.depth_stage import Shortening
 from compress.engine.experts_stage import FewerExperts
 from compress.engine.merge.merging import Merging
@@ -26,4 +27,5 @@ RUNNERS: Mapping[Reach, StageRunner] = {
     "experts": FewerExperts(),
     "width": Narrowing(),
     "norms": Recounting(),
+    "channels": ScalingChannels(),
 }

@@ -49,6 +49,9 @@ from compress.passes.retrain.perp_reconstruct import PerpReconstruct
 from compress.passes.retrain.qat import Qat
 from compress.passes.retrain.recalibrate_norms import RecalibrateNorms
 from compress.passes.retrain.sparse_soup import SparseSoup
+from compress.passes.transform.scale import Scale
+from compress.passes.transform.scaling import ScalingPass
+from compress.passes.transform.smooth import Smooth
 from compress.passes.width import WidthPass
 
 PASSES: tuple[type[Pass], ...] = (
@@ -63,6 +66,8 @@ PASSES: tuple[type[Pass], ...] = (
     Codebook,
     Jlcm,
     Reorder,
+    Scale,
+    Smooth,
     Magnitude,
     GlobalMagnitude,
     Wanda,
@@ -141,7 +146,10 @@ __all__ = [
     "Reorder",
     "RobustSignature",
     "Rtn",
+    "Scale",
+    "ScalingPass",
     "Slerp",
+    "Smooth",
     "SparseGpt",
     "SparseSoup",
     "TaskArithmetic",

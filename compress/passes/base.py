@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from compress.encodings import Form, InputForm, LowRankForm
 
 # What a pass must see at once: a matrix, a block, the model; all models of a merge; or which blocks, or experts of a
-# layer, there are; or which neurons and heads; or what arrives at every batch norm.
-Reach = Literal["matrix", "block", "model", "merge", "depth", "experts", "width", "norms"]
+# layer, there are; or which neurons and heads; or what arrives at every batch norm; or all layers that read a channel.
+Reach = Literal["matrix", "block", "model", "merge", "depth", "experts", "width", "norms", "channels"]
 
 
 @dataclass(frozen=True, kw_only=True)
