@@ -262,6 +262,19 @@ def smooth() -> list[Table]:
     return [{row: {name: Cell((*p, q), "kl", samples=32) for name, q in quantizers.items()} for row, p in rows.items()}]
 
 
+def rotate() -> list[Table]:
+    quantizer = compress.Gptq(bits=4, group_size=64, activation_bits=4)
+    between = compress.Smooth(strength=0.8, include=("*.o_proj", "*.down_proj"))
+    rows: dict[str, tuple[Pass, ...]] = {
+        "as it is": (),
+        "`rotate`": (compress.Rotate(),),
+        "`rotate: {matrix: orthogonal}`": (compress.Rotate(matrix="orthogonal"),),
+        "`rotate: {values: false}`": (compress.Rotate(values=False),),
+        "`rotate`, then `smooth` before o and down": (compress.Rotate(), between),
+    }
+    return [{row: {"KL": Cell((*p, quantizer), "kl", samples=32)} for row, p in rows.items()}]
+
+
 PAGES = {
     "bip": bip,
     "flexround": flexround,
@@ -271,6 +284,7 @@ PAGES = {
     "oats": oats,
     "perp": perp,
     "qat": qat,
+    "rotate": rotate,
     "scale": scale,
     "smooth": smooth,
 }

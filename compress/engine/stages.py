@@ -12,6 +12,7 @@ from compress.engine.experts_stage import FewerExperts
 from compress.engine.merge.merging import Merging
 from compress.engine.model_stage import WholeModel
 from compress.engine.norms_stage import Recounting
+from compress.engine.stream_stage import Turning
 from compress.engine.width_stage import Narrowing
 
 if TYPE_CHECKING:
@@ -28,4 +29,5 @@ RUNNERS: Mapping[Reach, StageRunner] = {
     "width": Narrowing(),
     "norms": Recounting(),
     "channels": ScalingChannels(),
+    "stream": Turning(),
 }

@@ -7,7 +7,7 @@ value arrives as it is at the layer that reads them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compress.lazy import torch
@@ -62,10 +62,9 @@ def _made(graph: Graph, sites: dict[str, Site]) -> Iterator[Channels]:
     """Values of attention, and neurons that a gate multiplies."""
     readers = {site.parameter: name for name, site in sites.items()}
     wiring: Any = getattr(graph.family, "wiring", None)
-    clipped = getattr(getattr(graph.model, "config", None), "clip_qkv", None)  # what makes values is not linear then
     for units in graph.units():
         reader = readers.get(units.places[-1].tensor)
-        if units.part == "heads" and reader is not None and clipped is None:
+        if units.part == "heads" and reader is not None and not clipped(graph):
             yield _values(units, reader)
         if units.part == "mlp" and reader is not None and wiring.linear is not None:
             *made, read = units.places
@@ -73,16 +72,31 @@ def _made(graph: Graph, sites: dict[str, Site]) -> Iterator[Channels]:
             yield Channels((reader,), read.index, tuple(linear))
 
 
+def clipped(graph: Graph) -> bool:
+    """Whether values of attention are cut to a range, so that what makes them is not linear."""
+    return getattr(getattr(graph.model, "config", None), "clip_qkv", None) is not None
+
+
 def _values(units: Units, reader: str) -> Channels:
-    """The values of every head: the last that is free within the heads says which rows and columns they are."""
+    read, made = values_of(units)
+    return Channels(
+        (reader,),
+        read.flatten(0, 1),
+        tuple(replace(place, index=place.index.flatten()[:, None]) for place in made),
+    )
+
+
+def values_of(units: Units) -> tuple[Tensor, tuple[Place, ...]]:
+    """The values within heads, which are the last that is free there.
+
+    Returns:
+        (groups, size, repeats): the columns of the layer that reads them, of all heads of a group; and the places that
+        make them, (groups, size) each.
+    """
     outer = {(place.tensor, place.axis): place.index for place in units.places}
     *made, read = units.inner[-1].places
-
-    def every(place: Place) -> Tensor:
-        heads = outer[place.tensor, place.axis]
-        return heads[:, place.index].flatten(0, 1)  # (heads, size, width) -> (heads * size, width)
-
-    return Channels((reader,), every(read), tuple(Place(p.tensor, p.axis, every(p)) for p in made))
+    rows = (replace(p, index=outer[p.tensor, p.axis][:, p.index[:, 0]]) for p in made)
+    return outer[read.tensor, read.axis][:, read.index], tuple(rows)
 
 
 def unknown(graph: Graph) -> str:
@@ -94,4 +108,4 @@ def unknown(graph: Graph) -> str:
     )
 
 
-__all__ = ["Channels", "channels_of", "unknown"]
+__all__ = ["Channels", "channels_of", "clipped", "unknown", "values_of"]

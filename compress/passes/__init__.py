@@ -49,6 +49,7 @@ from compress.passes.retrain.perp_reconstruct import PerpReconstruct
 from compress.passes.retrain.qat import Qat
 from compress.passes.retrain.recalibrate_norms import RecalibrateNorms
 from compress.passes.retrain.sparse_soup import SparseSoup
+from compress.passes.transform.rotate import Rotate
 from compress.passes.transform.scale import Scale
 from compress.passes.transform.scaling import ScalingPass
 from compress.passes.transform.smooth import Smooth
@@ -68,6 +69,7 @@ PASSES: tuple[type[Pass], ...] = (
     Reorder,
     Scale,
     Smooth,
+    Rotate,
     Magnitude,
     GlobalMagnitude,
     Wanda,
@@ -145,6 +147,7 @@ __all__ = [
     "RecalibrateNorms",
     "Reorder",
     "RobustSignature",
+    "Rotate",
     "Rtn",
     "Scale",
     "ScalingPass",

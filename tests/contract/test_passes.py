@@ -31,12 +31,13 @@ from compress.passes import (
     Override,
     Pass,
     RecalibrateNorms,
+    Rotate,
     ScalingPass,
     WidthPass,
 )
 from compress.passes.base import Edit, Target
 
-OTHERS = DepthPass | ExpertsPass | MergePass | RecalibrateNorms | ScalingPass | WidthPass
+OTHERS = DepthPass | ExpertsPass | MergePass | RecalibrateNorms | Rotate | ScalingPass | WidthPass
 EDITORS = [p for p in CONFIGURED if not isinstance(p, OTHERS)]
 SOLVERS = [p for p in CONFIGURED if isinstance(p, LinearPass | BlockPass)]
 LINEAR = [p for p in CONFIGURED if isinstance(p, LinearPass)]
@@ -184,7 +185,7 @@ def test_options_survive_the_yaml_file() -> None:
 def test_patterns_and_overrides_survive_the_yaml_file() -> None:
     for pass_ in CONFIGURED:
         if isinstance(
-            pass_, ModelPass | DepthPass | ExpertsPass | RecalibrateNorms | ScalingPass | WidthPass
+            pass_, ModelPass | DepthPass | ExpertsPass | RecalibrateNorms | Rotate | ScalingPass | WidthPass
         ):  # one decision over all layers: nothing to override for some
             assert [e.option for e in dataclasses.replace(pass_, overrides=(Override("*", {}),)).check()] == [
                 "overrides"

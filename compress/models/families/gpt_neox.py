@@ -27,5 +27,5 @@ class GptNeoX(Language):
     reads: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "input_layernorm": ("attention.query_key_value",),
         "post_attention_layernorm": ("mlp.dense_h_to_4h",),
-        "gpt_neox.final_layer_norm": ("embed_out",),
+        "gpt_neox.final_layer_norm": ("lm_head",),
     }
