@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from compress.calibration.statistics import Need
     from compress.encodings import Form, InputForm, LowRankForm
 
-# What a pass must see at once: a matrix, a block, the model; all models of a merge; or which blocks, experts of a layer,
-# neurons and heads there are; or every batch norm, all layers that read a channel, all that touch the residual stream.
+# What a pass must see at once: a matrix, a block, the model; all models of a merge; which blocks, experts of a layer,
+# neurons and heads there are; every batch norm; all layers that read a channel; all that touches the residual stream.
 Reach = Literal["matrix", "block", "model", "merge", "depth", "experts", "width", "norms", "channels", "stream"]
 
 
