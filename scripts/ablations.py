@@ -258,6 +258,42 @@ def rtn() -> list[Table]:
     return [{row: one(*chosen) for row, chosen in rows.items()}]
 
 
+def scale() -> list[Table]:
+    grid: dict[str, Any] = {"bits": 3, "group_size": 64}
+    before: dict[str, tuple[Pass, ...]] = {
+        "alone": (),
+        "behind `scale`": (compress.Scale(**grid),),
+        "behind `scale: {clip: true}`": (compress.Scale(**grid, clip=True),),
+    }
+    quantizers: dict[str, Pass] = {"rtn": compress.Rtn(**grid), "gptq": compress.Gptq(**grid)}
+    return [
+        {row: {name: Cell((*p, q), "kl", samples=32) for name, q in quantizers.items()} for row, p in before.items()}
+    ]
+
+
+def smooth() -> list[Table]:
+    quantizers: dict[str, Pass] = {
+        "inputs 8 bits, one scale": compress.Rtn(bits=8, activation_bits=8, activation_scale="tensor"),
+        "inputs 4 bits, a scale per token": compress.Rtn(bits=8, activation_bits=4),
+    }
+    rows: dict[str, tuple[Pass, ...]] = {"as they are": ()}
+    rows |= {f"`strength: {a}`": (compress.Smooth(strength=a),) for a in (0.25, 0.5, 0.8)}
+    return [{row: {name: Cell((*p, q), "kl", samples=32) for name, q in quantizers.items()} for row, p in rows.items()}]
+
+
+def rotate() -> list[Table]:
+    quantizer = compress.Gptq(bits=4, group_size=64, activation_bits=4)
+    between = compress.Smooth(strength=0.8, include=("*.o_proj", "*.down_proj"))
+    rows: dict[str, tuple[Pass, ...]] = {
+        "as it is": (),
+        "`rotate`": (compress.Rotate(),),
+        "`rotate: {matrix: orthogonal}`": (compress.Rotate(matrix="orthogonal"),),
+        "`rotate: {values: false}`": (compress.Rotate(values=False),),
+        "`rotate`, then `smooth` before o and down": (compress.Rotate(), between),
+    }
+    return [{row: {"KL": Cell((*p, quantizer), "kl", samples=32)} for row, p in rows.items()}]
+
+
 PAGES = {
     "bip": bip,
     "flexround": flexround,
@@ -267,7 +303,10 @@ PAGES = {
     "oats": oats,
     "perp": perp,
     "qat": qat,
+    "rotate": rotate,
     "rtn": rtn,
+    "scale": scale,
+    "smooth": smooth,
 }
 
 

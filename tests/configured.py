@@ -67,6 +67,9 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"steps": 4, "bits": 2, "scale": "group", "group_size": 16},
     ],
     "reorder": [{"groups": 3}],
+    "scale": [{"bits": 3, "group_size": 4, "symmetric": True, "steps": 5}, {"bits": 2, "group_size": 12, "clip": True}],
+    "rotate": [{"matrix": "orthogonal", "values": False}],
+    "smooth": [{"strength": 0.8}, {"strength": 0.0}],
     "eora": [
         {"rank": None, "energy": 0.5},
         {"rank": 4, "adapter_bits": 8, "method": "activation"},

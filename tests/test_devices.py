@@ -31,6 +31,8 @@ from compress.passes import (
     ModelPass,
     Pass,
     RecalibrateNorms,
+    Rotate,
+    ScalingPass,
     WidthPass,
 )
 from compress.passes.base import Target
@@ -85,6 +87,13 @@ def results(pass_: Pass, device: torch.device) -> list[object]:
         units = textbook.units_seen(pass_, 2, True, device)
         with Devices(device, CPU).scope():
             return [pass_.run(units)]
+    if isinstance(pass_, ScalingPass):
+        channels = textbook.channels_seen(pass_, 2, device)
+        with Devices(device, CPU).scope():
+            return [pass_.run(channels)]
+    if isinstance(pass_, Rotate):
+        with Devices(device, CPU).scope():
+            return [pass_.run(24, keeps_mean, torch.Generator().manual_seed(0)) for keeps_mean in (False, True)]
     if isinstance(pass_, RecalibrateNorms):
         with Devices(device, CPU).scope():
             return [pass_.run(torch.rand(3, 5, device=device), torch.rand(3, 5, device=device))]

@@ -52,7 +52,17 @@ from compress.checkpoint.opening import open_model
 from compress.config.reading import load_pipeline
 from compress.encodings import Spec, pack
 from compress.models import graph as graphs
-from compress.passes import PASSES, DepthPass, ExpertsPass, MergePass, Pass, RecalibrateNorms, WidthPass
+from compress.passes import (
+    PASSES,
+    DepthPass,
+    ExpertsPass,
+    MergePass,
+    Pass,
+    RecalibrateNorms,
+    Rotate,
+    ScalingPass,
+    WidthPass,
+)
 from compress.report.report import caption, headings, markdown
 from compress.runtime.conv import PackedConvolution
 from compress.runtime.linear import unpack_all
@@ -160,7 +170,9 @@ def test_a_global_cut_ranks_convolutions_and_linear_layers_together(digits: Digi
     assert max(gone) <= min(kept)
 
 
-OTHERS = DepthPass | ExpertsPass | MergePass | RecalibrateNorms | WidthPass  # they make no edits of single weights
+OTHERS = (
+    DepthPass | ExpertsPass | MergePass | RecalibrateNorms | Rotate | ScalingPass | WidthPass
+)  # they edit no single weight
 QUANTIZERS = [cls for cls in PASSES if cls().produces("dense").endswith("quantized")]
 
 

@@ -1,4 +1,4 @@
-"""Passes that change the shape of a model, by several processes, and killed in the middle."""
+"""Passes that change a model all over, by several processes, and killed in the middle."""
 
 import json
 import os
@@ -27,6 +27,11 @@ PIPELINES = {
         " {width_prune: {sparsity: 0.5, score: taylor}}]\n",
         "dense",
         "s01-slopes.json",
+    ),
+    "transforms": (
+        "passes: [{rotate: {}}, {smooth: {}}, {scale: {scheme: w4g16, steps: 4}}, {gptq: {scheme: w4g16}}]\n",
+        "dense",
+        "s01-b0000.safetensors",
     ),
     "expert_prune": (EXPERTS % "expert_prune", "mixture", "s00-routing.json"),
     "expert_merge": (EXPERTS % "expert_merge", "mixture", "s00-routing.json"),

@@ -18,6 +18,7 @@ from compress.passes.experts import ExpertsPass
 from compress.passes.interface import Depth, Distance, ExpertsSeen, UnitsSeen
 from compress.passes.merge.base import MergePass, Piece
 from compress.passes.merge.models import Models, Running, T, Tried
+from compress.passes.transform.scaling import ChannelsSeen, ScalingPass
 from compress.passes.width import WidthPass
 
 Values = dict[str, Tensor]
@@ -145,6 +146,14 @@ def units_seen(pass_: WidthPass, width: int = 1, biased: bool = False, device: s
         torch.rand(12, generator=made, dtype=torch.float64).to(device) if pass_.sees_slopes else None,
         biased,
     )
+
+
+def channels_seen(pass_: ScalingPass, width: int = 1, device: str | torch.device = "cpu") -> ChannelsSeen:
+    """Twelve channels that two layers read, of inputs of very different size."""
+    weights = tuple(weight(rows, 12 * width, rows).to(device) for rows in (6, 10))
+    columns = torch.arange(12 * width, device=device).view(width, 12).T
+    x = inputs(12 * width, tokens=100).to(device) * torch.logspace(-1, 1, 12 * width, device=device)
+    return ChannelsSeen(weights, columns, statistics(x, pass_.needs))
 
 
 def merged(pass_: MergePass, models: Sequence[Mapping[str, Tensor]], piece: int = 1000, seed: int = 0) -> Values:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from compress.calibration.ranges import Range
 
-Need = Literal["none", "norm", "gram"]
+Need = Literal["none", "norm", "peak", "gram"]
 
 MIN_EXPERT_TOKENS = 16  # below, the inputs that an expert has seen are less than one sentence
 SMALLEST_PANEL = 128  # columns of the Gram matrix summed up at once
@@ -38,6 +38,7 @@ class Statistics:
             panel by panel.
         drift: (I, I) float32, the sum over tokens of (o - x) x^T, where o is the input that the original model has in
             the place of x; None unless asked for.
+        peak: (I,) the largest absolute value of every input feature; None unless asked for.
         range: of the numbers, with a sample; None unless asked for.
         groups: of a convolution, each with inputs of its own; 1 of everything else.
     """
@@ -50,6 +51,7 @@ class Statistics:
         self._squares = torch.zeros(width, dtype=torch.float64, device=device)
         self._sum = torch.zeros(width, dtype=torch.float64, device=device) if need == "gram" else None
         self._drift = torch.zeros(width, width, dtype=torch.float64, device=device) if drifts else None
+        self.peak = torch.zeros(width, device=device) if need == "peak" else None
         self._panels: list[Tensor] = []  # float64, of which (i, j) is element (i + start, j + start) of the matrix
         self._step = max(SMALLEST_PANEL, width // 8)
         self._gram: Tensor | None = None
@@ -68,6 +70,8 @@ class Statistics:
                 self._squares += _square_sums(x)
             else:
                 self._add_gram(x)
+            if self.peak is not None and len(x):
+                self.peak = torch.maximum(self.peak, x.abs().amax(0).float())
             if self._drift is not None and original is not None:
                 away = original.detach().reshape(x.shape).float() - x.float()
                 self._drift += product(away.T, x.float())

@@ -232,3 +232,30 @@ class AddedSource(ChangedSource):
         if name in self._added:
             return self._added[name].flatten()[start:stop].clone()
         return self.before.piece(name, start, stop)
+
+
+class CopiedSource(ChangedSource):
+    """A source in which some tensors are also found under further names.
+
+    Args:
+        copies: further name -> the name in the source.
+    """
+
+    def __init__(self, before: Source, copies: Mapping[str, str]):
+        super().__init__(before)
+        self._copies = dict(copies)
+
+    def names(self) -> Iterable[str]:
+        return dict.fromkeys([*self.before.names(), *self._copies])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.before.shape(self._copies.get(name, name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.before.dtype(self._copies.get(name, name))
+
+    def read(self, name: str) -> Tensor:
+        return self.before.read(self._copies.get(name, name))
+
+    def piece(self, name: str, start: int, stop: int) -> Tensor:
+        return self.before.piece(self._copies.get(name, name), start, stop)

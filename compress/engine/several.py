@@ -101,6 +101,9 @@ class SeveralProcesses(Executor):
 
     def _add_facts(self, found: Statistics) -> None:
         """What of statistics is no sum of tensors."""
+        if found.peak is not None:
+            every = self.gathered(found.peak.tolist())
+            found.peak = torch.tensor(every, device=found.peak.device).amax(0)
         ranges = [None if found.range is None else found.range.facts()]
         said = self.gathered([found.tokens, *ranges])
         found.tokens = sum(tokens for tokens, _ in said)

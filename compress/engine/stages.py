@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from compress.engine.block_stage import BlockSequential
+from compress.engine.channels_stage import ScalingChannels
 from compress.engine.depth_stage import Shortening
 from compress.engine.experts_stage import FewerExperts
 from compress.engine.merge.merging import Merging
 from compress.engine.model_stage import WholeModel
 from compress.engine.norms_stage import Recounting
+from compress.engine.stream_stage import Turning
 from compress.engine.width_stage import Narrowing
 
 if TYPE_CHECKING:
@@ -26,4 +28,6 @@ RUNNERS: Mapping[Reach, StageRunner] = {
     "experts": FewerExperts(),
     "width": Narrowing(),
     "norms": Recounting(),
+    "channels": ScalingChannels(),
+    "stream": Turning(),
 }

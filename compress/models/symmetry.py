@@ -112,12 +112,15 @@ class Wiring:
         mlp: the layers that make its neurons, and last the one that reads them.
         rotary: positions turn queries and keys, so their order within a head is not free.
         by_head: of one layer for three: query, key and value of a head stand together.
+        linear: of the layers that make the neurons, that with a factor in what it makes the neuron has, as those that
+            a gate multiplies.
     """
 
     attention: tuple[str, ...]
     mlp: tuple[str, ...]
     rotary: bool = False
     by_head: bool = False
+    linear: str | None = None
 
 
 def axes_among(units: Iterable[Units], sites: Collection[str]) -> tuple[Axis, ...]:

@@ -49,6 +49,10 @@ from compress.passes.retrain.perp_reconstruct import PerpReconstruct
 from compress.passes.retrain.qat import Qat
 from compress.passes.retrain.recalibrate_norms import RecalibrateNorms
 from compress.passes.retrain.sparse_soup import SparseSoup
+from compress.passes.transform.rotate import Rotate
+from compress.passes.transform.scale import Scale
+from compress.passes.transform.scaling import ScalingPass
+from compress.passes.transform.smooth import Smooth
 from compress.passes.width import WidthPass
 
 PASSES: tuple[type[Pass], ...] = (
@@ -63,6 +67,9 @@ PASSES: tuple[type[Pass], ...] = (
     Codebook,
     Jlcm,
     Reorder,
+    Scale,
+    Smooth,
+    Rotate,
     Magnitude,
     GlobalMagnitude,
     Wanda,
@@ -140,8 +147,12 @@ __all__ = [
     "RecalibrateNorms",
     "Reorder",
     "RobustSignature",
+    "Rotate",
     "Rtn",
+    "Scale",
+    "ScalingPass",
     "Slerp",
+    "Smooth",
     "SparseGpt",
     "SparseSoup",
     "TaskArithmetic",

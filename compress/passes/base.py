@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from compress.calibration.statistics import Need
     from compress.encodings import Form, InputForm, LowRankForm
 
-# What a pass must see at once: a matrix, a block, the model; all models of a merge; or which blocks, or experts of a
-# layer, there are; or which neurons and heads; or what arrives at every batch norm.
-Reach = Literal["matrix", "block", "model", "merge", "depth", "experts", "width", "norms"]
+# What a pass must see at once: a matrix, a block, the model; all models of a merge; which blocks, experts of a layer,
+# neurons and heads there are; every batch norm; all layers that read a channel; all that touches the residual stream.
+Reach = Literal["matrix", "block", "model", "merge", "depth", "experts", "width", "norms", "channels", "stream"]
 
 
 @dataclass(frozen=True, kw_only=True)

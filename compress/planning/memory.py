@@ -22,6 +22,7 @@ from compress.passes.retrain.options import TrainingOptions
 from compress.passes.targets import works_on
 from compress.planning.experts import bytes_to_merge
 from compress.planning.need import Need
+from compress.planning.stream import bytes_to_turn
 from compress.planning.width import bytes_to_solve
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def moments_of(
     for stage, now in zip(stages, graphs, strict=False):
         parts = _stage(pipeline, [part.pass_ for part in stage], now)
         parts["merging"] += sum(bytes_to_merge(part) for part in stage)
-        parts["statistics"] = max(parts["statistics"], *(bytes_to_solve(part) for part in stage))
+        solving = (bytes_to_solve(part) + bytes_to_turn(part) for part in stage)
+        parts["statistics"] = max(parts["statistics"], *solving)
         moments.append(joined(f"running {stage[0].path}", held, parts))
     moments.append(joined("checking the result", held, _checking(pipeline, last, final)))
     for exporter, size in zip(pipeline.export, exported, strict=True):

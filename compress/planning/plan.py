@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING
 from compress.config.lines import line_of
 from compress.config.pipeline import walk
 from compress.errors import ConfigError
-from compress.planning import depth, device_memory, disk, experts, memory, merge, norms, sites, whole, width
+from compress.planning import (
+    channels,
+    depth,
+    device_memory,
+    disk,
+    experts,
+    memory,
+    merge,
+    norms,
+    sites,
+    stream,
+    whole,
+    width,
+)
 from compress.planning.dense import Dense, left_dense
 from compress.planning.disk import computed
 from compress.planning.need import most
@@ -38,6 +51,8 @@ PLANNERS: dict[Reach, Planner] = {
     "experts": experts.plan,
     "width": width.plan,
     "norms": norms.plan,
+    "channels": channels.plan,
+    "stream": stream.plan,
 }
 
 

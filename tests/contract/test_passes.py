@@ -31,11 +31,13 @@ from compress.passes import (
     Override,
     Pass,
     RecalibrateNorms,
+    Rotate,
+    ScalingPass,
     WidthPass,
 )
 from compress.passes.base import Edit, Target
 
-OTHERS = DepthPass | ExpertsPass | MergePass | RecalibrateNorms | WidthPass
+OTHERS = DepthPass | ExpertsPass | MergePass | RecalibrateNorms | Rotate | ScalingPass | WidthPass
 EDITORS = [p for p in CONFIGURED if not isinstance(p, OTHERS)]
 SOLVERS = [p for p in CONFIGURED if isinstance(p, LinearPass | BlockPass)]
 LINEAR = [p for p in CONFIGURED if isinstance(p, LinearPass)]
@@ -43,6 +45,7 @@ MERGES = [p for p in CONFIGURED if isinstance(p, MergePass)]
 DEPTH = [p for p in CONFIGURED if isinstance(p, DepthPass)]
 EXPERTS = [p for p in CONFIGURED if isinstance(p, ExpertsPass)]
 WIDTHS = [p for p in CONFIGURED if isinstance(p, WidthPass)]
+SCALING = [p for p in CONFIGURED if isinstance(p, ScalingPass)]
 
 
 def named(pass_: Pass) -> str:
@@ -182,7 +185,7 @@ def test_options_survive_the_yaml_file() -> None:
 def test_patterns_and_overrides_survive_the_yaml_file() -> None:
     for pass_ in CONFIGURED:
         if isinstance(
-            pass_, ModelPass | DepthPass | ExpertsPass | RecalibrateNorms | WidthPass
+            pass_, ModelPass | DepthPass | ExpertsPass | RecalibrateNorms | Rotate | ScalingPass | WidthPass
         ):  # one decision over all layers: nothing to override for some
             assert [e.option for e in dataclasses.replace(pass_, overrides=(Override("*", {}),)).check()] == [
                 "overrides"
@@ -288,6 +291,27 @@ def test_as_many_units_stay_as_a_pass_is_told_and_every_time_the_same_ones(pass_
             assert torch.equal(again.weight, found.weight)
             assert all(torch.equal(x, y) for x, y in zip(before, tensors(seen), strict=True))
             assert pass_.stand_in().run(seen).weight.shape == found.weight.shape
+
+
+@pytest.mark.parametrize("pass_", SCALING, ids=named)
+def test_scales_are_positive_and_in_the_weights_and_every_time_the_same(pass_: ScalingPass) -> None:
+    for width in (1, 4):
+        seen = textbook.channels_seen(pass_, width)
+        before = [t.clone() for t in tensors(seen)]
+        found = pass_.run(seen)
+        assert found.scales.shape == (len(seen.columns),)
+        assert found.scales.dtype == torch.float32
+        assert bool((found.scales > 0).all())
+        for made, w in zip(found.weights, seen.weights, strict=True):
+            assert made.dtype == torch.float32
+            scaled = w * seen.of_columns(found.scales)
+            assert bool((made.abs() <= scaled.abs()).all())  # what is cut off becomes smaller
+            assert torch.equal(made, scaled) or getattr(pass_, "clip", False)
+        torch.manual_seed(12345)
+        again = pass_.run(seen)
+        assert torch.equal(again.scales, found.scales)
+        assert all(torch.equal(a, b) for a, b in zip(again.weights, found.weights, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(before, tensors(seen), strict=True))
 
 
 @each_editor

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from compress.models.families.bert import Bert
 from compress.models.families.gpt2 import Gpt2
 from compress.models.families.gpt_neox import GptNeoX
-from compress.models.families.llama import GatedDecoder, Llama
+from compress.models.families.llama import GatedDecoder, Gemma, Gemma2, Llama, Olmo2
 from compress.models.families.opt import Opt
 from compress.models.families.plain import Plain
 from compress.models.families.resnet import ResNet
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 FAMILIES: tuple[Family, ...] = (
     EncoderDecoder(),
     Llama(),
+    Gemma(),
+    Gemma2(),
+    Olmo2(),
     GatedDecoder(),
     Gpt2(),
     GptNeoX(),

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from compress.models.norms import Norm
     from compress.models.site import Site
     from compress.models.symmetry import Axis, Units
     from compress.models.towers import Tower
@@ -34,6 +35,9 @@ class Family(Protocol):
 
     def residual(self, model: nn.Module, tied: Mapping[str, str]) -> Iterator[Units]:
         """Channels of its residual stream, where their order is free; see `symmetry`."""
+
+    def norms(self, model: nn.Module) -> Iterator[Norm]:
+        """Its norms whose scale may be moved into the layers that read them."""
 
     def forward(self, model: nn.Module, batch: Tensor) -> Any:
         """Run a model on a batch, as the samples of its data sets are."""

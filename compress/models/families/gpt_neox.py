@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, ClassVar
+
 from compress.models.families.transformers_model import Language
 from compress.models.residual import Streams
 from compress.models.symmetry import Wiring
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class GptNeoX(Language):
@@ -19,3 +24,8 @@ class GptNeoX(Language):
         ),
     )
     code = ("gpt_neox",)
+    reads: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "input_layernorm": ("attention.query_key_value",),
+        "post_attention_layernorm": ("mlp.dense_h_to_4h",),
+        "gpt_neox.final_layer_norm": ("lm_head",),
+    }

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from compress.models.norms import Norm
     from compress.models.symmetry import Axis, Units
     from compress.models.towers import Tower
 
@@ -55,6 +56,9 @@ class Plain:
 
     def residual(self, model: nn.Module, tied: Mapping[str, str]) -> Iterator[Units]:
         return iter(())  # a trace follows what is added too
+
+    def norms(self, model: nn.Module) -> Iterator[Norm]:
+        return iter(())
 
     def forward(self, model: nn.Module, batch: Tensor) -> Any:
         return model(batch.clone())  # a first layer may work in place

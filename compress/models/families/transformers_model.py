@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.lazy import torch, transformers
 from compress.models.families.plain import Plain
+from compress.models.norms import norms_of
 from compress.models.residual import residual_units
 from compress.models.symmetry import is_wired, wired_units
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from compress.models.norms import Norm
     from compress.models.residual import Streams
     from compress.models.symmetry import Units, Wiring
 
@@ -28,11 +30,15 @@ class TransformersModel(Plain):
         wiring: how its blocks are put together, or None where that is not known.
         streams: what its parameters have along the residual stream, or None where that is not known.
         code: the folders of `transformers.models` whose classes are wired like that.
+        reads: a norm over the stream, by its name in the module that holds it -> the layers that alone read it.
+        offset: what such a norm adds to its weight before it scales.
     """
 
     wiring: ClassVar[Wiring | None] = None
     streams: ClassVar[Streams | None] = None
     code: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    offset: ClassVar[float] = 0.0
 
     def matches(self, model: nn.Module) -> bool:
         if not isinstance(model, transformers.PreTrainedModel):
@@ -44,6 +50,9 @@ class TransformersModel(Plain):
 
     def residual(self, model: nn.Module, tied: Mapping[str, str]) -> Iterator[Units]:
         return iter(()) if self.streams is None else residual_units(model, self.streams, self.code, tied)
+
+    def norms(self, model: nn.Module) -> Iterator[Norm]:
+        return norms_of(model, self.reads, self.code, self.offset)
 
 
 class Language(TransformersModel):

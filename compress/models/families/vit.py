@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, ClassVar
+
 from compress.models.families.transformers_model import Images
 from compress.models.residual import Streams
 from compress.models.symmetry import Wiring
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class Vit(Images):
@@ -18,3 +23,7 @@ class Vit(Images):
         ),
     )
     code = ("vit",)
+    reads: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "layernorm_before": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+        "layernorm_after": ("mlp.fc1",),
+    }

@@ -1,0 +1,1 @@
+"""Transforms that leave what a model computes as it is, and make it easier to round."""
