@@ -63,8 +63,7 @@ class AdaptedMatrix:
         self.factor: Tensor | None = None
         for name in recipe.sets:
             if name == "scale":
-                scale = getattr(self.encoding, "scale", None)
-                if scale is not None and scale.is_floating_point():  # not those that are bytes
+                if (scale := getattr(self.encoding, "scale", None)) is not None and scale.is_floating_point():
                     self.factor = torch.zeros(scale.shape, requires_grad=True)
             elif name == "full":
                 self.adapters.append(Full(base))
