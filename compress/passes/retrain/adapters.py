@@ -64,7 +64,7 @@ class AdaptedMatrix:
         for name in recipe.sets:
             if name == "scale":
                 if (scale := getattr(self.encoding, "scale", None)) is not None and scale.is_floating_point():
-                    self.factor = torch.zeros(scale.shape, requires_grad=True)  # scales that are bytes stay
+                    self.factor = torch.zeros(scale.shape, requires_grad=True)
             elif name == "full":
                 self.adapters.append(Full(base))
             elif name in ("principal", "sensitive"):
