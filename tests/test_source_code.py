@@ -108,7 +108,7 @@ def test_a_file_that_several_passes_import_changes_their_keys_and_no_other(packa
 def test_what_the_engine_computes_with_changes_the_keys_of_its_stages(package: Path) -> None:
     names = {p.key for p in PASSES}
     assert changed(package, "engine/validate.py", with_a_line) == {
-        p.key for p in PASSES if p.reach in ("matrix", "block", "model")
+        p.key for p in PASSES if p.reach in ("matrix", "block", "model", "channels", "stream")
     }
     assert changed(package, "engine/merge/aligning.py", with_a_line) == MERGES
     assert changed(package, "models/graph.py", with_a_line) == names
