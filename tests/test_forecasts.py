@@ -159,6 +159,7 @@ FILLING = {
     "two stages": "passes: [magnitude, {rtn: {scheme: w4g32}}]",
     "perp": "passes: [magnitude, {perp: {steps: 4, train: [norm, mask_lora, full]}}]",
     "narrower": "passes: [{perp: {steps: 4, objective: next_token}}, {width_prune: {sparsity: 0.5}}]",
+    "turned and scaled": "passes: [rotate, smooth, {rtn: {scheme: w4g32}}]",
     "soup": "passes: [{sparse_soup: {steps: 2, models: 2}}]",
     "merge": "passes: [{average: {models: [MODEL]}}, rtn]",
     "merge, tried": "passes: [{interpolate: {models: [MODEL], choose: {alpha: [0.25, 0.5]}}}, rtn]\nexport: [hf]",
