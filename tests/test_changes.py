@@ -67,8 +67,22 @@ def test_a_key_that_leads_nowhere_and_an_impossible_value_are_errors_that_name_t
 
 def test_whatever_is_given_is_a_pipeline_or_an_error_in_a_sentence() -> None:
     draw = random.Random(0)
-    words = ["passes", "[0]", "[1]", "[99999999999999999999]", ".", "gptq", "rtn", "bits", "scheme", "=", "3", "w4g", "[",
-             "{", ": ", "null", "é", "\n", "-", "overrides", "blockwise", "export", "seed", "&a *a", "!!python/none"]  # fmt: skip
+    words = ["passes", "[0]", "[1]", "[99999999999999999999]", ".", "gptq", "rtn", "bits", "scheme", "=", "3", "w4g"]
+    words += [
+        "[",
+        "{",
+        ": ",
+        "null",
+        "é",
+        "-",
+        "overrides",
+        "blockwise",
+        "export",
+        "seed",
+        "\n",
+        "&a *a",
+        "!!python/none",
+    ]
     for _ in range(400):
         change = "".join(draw.choices(words, k=draw.randint(1, 7)))
         with contextlib.suppress(ConfigError):
