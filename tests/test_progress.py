@@ -13,7 +13,7 @@ from commands import PIPELINE, compress_command, make_text_model, write_pipeline
 from rich.console import Console
 
 from compress import logs, progress
-from compress.cli import commands
+from compress.config import measured
 from compress.engine.resume import Resume
 from compress.progress import Bars, duration
 from compress.report import layers
@@ -233,10 +233,10 @@ def test_an_interrupt_during_the_imports_ends_with_one_line(name: str, code: int
 def test_an_unexpected_exception_is_one_sentence_and_its_traceback_is_shown_when_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def presets() -> None:
+    def rows() -> None:
         raise KeyError("x\ny")
 
-    monkeypatch.setattr(commands.completion, "presets", presets)
+    monkeypatch.setattr(measured, "rows", rows)
     ended = compress_command("list", unexpected=True)
     assert (ended.code, ended.out) == (70, "")
     assert ended.err.startswith("error: unexpected KeyError: 'x\\ny'; ")

@@ -185,6 +185,20 @@ def clear_result(work: Path) -> Iterator[None]:
         remove_made(work / RESULT)
 
 
+def refuse_file(file: Path, result: Path) -> None:
+    """Refuse to write a file about a result in the place of another, or into the result.
+
+    Raises:
+        UsageError: says which.
+    """
+    if file.exists():
+        raise UsageError(f"{file} exists; give another name")
+    if result.resolve() in file.resolve().parents:
+        raise UsageError(f"{file} lies in {result}, which holds what a run wrote and nothing else; write it elsewhere")
+    if not file.absolute().parent.is_dir():
+        raise UsageError(f"no such folder: {file.parent}")
+
+
 def refuse_changed(folder: Path) -> None:
     """Refuse a result whose files are not what was written; of one without a manifest, say that nobody knows.
 

@@ -281,15 +281,26 @@ def inspect(
     statistics: Annotated[
         bool, typer.Option(help="read every weight: the shape of its distribution, and the entropy of its codes")
     ] = False,
+    csv: Annotated[Path | None, typer.Option(help="write them into this file as well, for a spreadsheet")] = None,
+    html: Annotated[Path | None, typer.Option(help="and a page with tables, charts and a heat map of errors")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List every stored weight: kind, bits, sparsity, error, bytes, and how its layer rounds its inputs."""
-    from compress.api.output_folder import refuse_changed
+    from compress.api.output_folder import refuse_changed, refuse_file
     from compress.export.packed import packed_layers
+    from compress.io.atomic import write_text
     from compress.report import layers
 
+    for file in filter(None, (csv, html)):
+        refuse_file(file, out)
     refuse_changed(out)
     rows = layers.layers(packed_layers(out), layers.notes_of(out), measured=statistics)
+    if html:
+        from compress.report.page import page
+
+        write_text(html, page(out, rows))
+    if csv:
+        write_text(csv, layers.as_csv(rows))
     if as_json:
         print(json.dumps(layers.as_json(rows), indent=1))
     else:

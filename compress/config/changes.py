@@ -35,7 +35,7 @@ def changed(values: Any, changes: Sequence[str]) -> Any:
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals or not KEY.fullmatch(key):
-            problems.append(Problem("", f"{change!r} is not KEY=VALUE, such as passes[0].gptq.bits=3"))
+            problems.append(Problem("", f"{change!r} is not KEY=VALUE, such as 'passes[0].gptq.bits=3'"))
             continue
         read = document(text, PLACE)
         problems += [Problem(key, problem.message) for problem in read.problems]

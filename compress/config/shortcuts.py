@@ -117,7 +117,7 @@ def merging(
     options: dict[str, Any] = {"models": list(models)}
     if weights:
         if "weights" not in names_in(kind):
-            how = f"its options are set by --set passes[0].{method}.OPTION=VALUE; docs/methods/{method}.md names them"
+            how = f"its options are set by --set 'passes[0].{method}.OPTION=VALUE'; docs/methods/{method}.md names them"
             raise UsageError(f"--weights: {method} takes none; {how}")
         options["weights"] = list(weights)
     return method.replace("_", "-"), {**_needed(data, kind().calibrated), "passes": [{method: options}]}

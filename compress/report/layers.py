@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
     from compress.checkpoint.artifact import Packed
 
 REPORT = "report.json"
+CSV = (
+    "layer", "rows", "columns", "encoding", "bits", "group_size", "sparsity", "bits_per_weight", "bytes",
+    "rank", "inputs", "passes", "error", "fallback",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,20 @@ def as_json(rows: Sequence[Layer]) -> list[dict[str, Any]]:
     """The rows as plain data for JSON."""
     plain = [asdict(row) for row in rows]
     return [{k: v for k, v in row.items() if k != "distribution" or v is not None} for row in plain]
+
+
+def as_csv(rows: Sequence[Layer]) -> str:
+    """The rows for a spreadsheet: numbers in full, one error, behind the last pass."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(CSV)
+    for row in rows:
+        error = next(reversed(row.error.values()), None)
+        writer.writerow(
+            (row.layer, *row.shape, row.encoding, row.bits, row.group_size, row.sparsity, row.bits_per_weight,
+             row.bytes, row.rank, row.inputs, "+".join(row.passes), error, "; ".join(row.fallback))
+        )  # fmt: skip
+    return out.getvalue()
 
 
 def show(rows: Sequence[Layer], console: Console) -> None:

@@ -115,12 +115,15 @@ WORDS = (
     "--json", "--threads", "--shares", "--fresh", "--force", "--from-mergekit", "-v", "-q", "model", "out", "p.yaml",
     "rtn-w4", "demo2", "gpqt-w4", "words.txt", "delta", "onnx", "no/such", "a/b/c", ".", "..", "~", "./",
     "x" * 300, "x/" * 300, "[/x]", "[red]x", "\n", "a\nb", "\x1b[31m", "ü", "😀", "*", "%s", "{}", "{0}", "=", ":",
+    "passes[0].rtn.bits=3", "passes[0].rtn.bits=[", "passes[9]=rtn", "seed.a=1", "--set", "--for", "W4A16", "Q4_K_M",
     "hf", "onnx:", "hf:", "onnx:mode=", "onnx:=", "onnx:mode=fast,mode=fast", "onnx:mode=[[[", "onnx:mode=&a",
     "onnx:a.b=1", "gguf:x={", ",", "gptq.", "wanda[2:4]", "0", "-1", "1e9", "99999999999999999999", "nan", "true",
     "null", "transformers", "onnxruntime", "adapter", "model+adapter", "model+", "+",
 )  # fmt: skip
+MAKERS = ("run", "quantize", "prune", "merge")  # which name a folder themselves where none is named
 COMMANDS = (
-    "run",
+    *MAKERS,
+    "advise",
     "check",
     "plan",
     "eval",
@@ -138,7 +141,9 @@ STARTS: tuple[Command, ...] = (
     ("run", "rtn.yaml", "model", "-o"), ("check",), ("plan", "rtn.yaml"), ("export", "out", "--to"), ("inspect",),
     ("apply-delta", "model", "delta", "-o"), ("eval", "out", "--samples"), ("eval", "--source", "words.txt"),
     ("extract-lora", "model", "tuned", "-o", "new", "--rank"), ("init", "new.yaml", "--from-mergekit"),
-    ("run", "rtn.yaml"), ("eval", "out", "--runtime"),
+    ("run", "rtn.yaml"), ("eval", "out", "--runtime"), ("run", "rtn.yaml", "model", "--set"), ("list",),
+    ("quantize", "model", "--data", "none", "--evaluate", "none", "--bits"), ("advise", "model", "--minutes"),
+    ("merge", "model", "tuned", "--evaluate", "none", "--weights"), ("prune", "model", "--data", "none", "--sparsity"),
 )  # fmt: skip
 
 
