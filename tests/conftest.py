@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,3 +91,24 @@ def tokens() -> Tensor:
 def evaluation_tokens() -> Tensor:
     """(4, 32) other token ids to measure with."""
     return torch.randint(VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(2))
+
+
+TRACED: dict[tuple[object, ...], Any] = {}
+
+
+@pytest.fixture
+def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracing a model for ONNX takes seconds; what it gives does not depend on how a layer is packed."""
+    from compress.export.onnx import build
+
+    original = build.traced
+
+    def cached(graph: Any, specs: Any, opset: int) -> Any:
+        rounded = frozenset(name for name, spec in specs.items() if spec.inputs)
+        tied = getattr(graph.model.config, "tie_word_embeddings", False)
+        key = (type(graph.model), tied, frozenset(specs), rounded, opset)
+        if key not in TRACED:
+            TRACED[key] = original(graph, specs, opset)
+        return TRACED[key].clone()
+
+    monkeypatch.setattr(build, "traced", cached)
