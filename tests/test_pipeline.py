@@ -272,6 +272,7 @@ def test_the_written_file_states_every_option_that_changes_numbers() -> None:
         "scale_search": "minmax",
         "activation_bits": None,
         "activation_scale": "token",
+        "grid": "int",
         "activation_grid": "int",
     }
 
