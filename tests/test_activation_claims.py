@@ -78,6 +78,7 @@ def test_eight_bit_inputs_with_a_scale_a_token_cost_almost_nothing() -> None:
     assert perplexity(False, Rtn(bits=8, activation_bits=8)) < 1.005 * perplexity(False)
 
 
+@pytest.mark.real
 def test_four_bit_inputs_cost_more_than_eight_bit_ones_and_one_scale_for_all_more_than_one_a_token() -> None:
     eight, four = (perplexity(False, Rtn(bits=b, activation_bits=b)) for b in (8, 4))
     fixed = perplexity(False, Rtn(bits=4, activation_bits=4, activation_scale="tensor"))
@@ -88,7 +89,7 @@ def test_outliers_leave_the_function_as_it_was() -> None:
     assert perplexity(True) == pytest.approx(perplexity(False), rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_olive_with_four_bit_weights_and_inputs_withstands_outliers_that_ruin_even_steps() -> None:
     original = perplexity(True)
     assert perplexity(True, PAIRS) < 1.15 * original

@@ -23,6 +23,7 @@ from interpreted_solvers import (
     off,
     to_look_up,
 )
+from selection import only
 from textbook import inputs, weight
 from torch import Tensor
 
@@ -98,7 +99,7 @@ def with_gradients(name: str) -> list[Tensor]:
     return [made.detach(), *torch.autograd.grad(made.square().sum(), learned)]
 
 
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", only(["between", "landed"], FUSED))
 def test_what_is_compiled_on_a_device_makes_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = with_gradients(name)
     monkeypatch.setattr(device, "has_kernels", anywhere)

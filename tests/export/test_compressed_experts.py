@@ -102,6 +102,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.real
 def test_transformers_loads_every_case_without_this_package_and_computes_the_same_bits(written: Path) -> None:
     save_file({"tokens": TOKENS}, written / "tokens.safetensors")
     names = [f"{kind}-{name}" for kind, name in CASES]

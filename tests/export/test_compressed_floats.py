@@ -102,6 +102,7 @@ def computed(written: Path, python: str | Path) -> None:
             assert torch.equal(alone[name], meant), name
 
 
+@pytest.mark.real
 def test_transformers_loads_every_case_without_this_package_and_computes_the_same_bits(written: Path) -> None:
     computed(written, sys.executable)
 

@@ -101,6 +101,7 @@ def test_a_folder_that_is_no_result_is_refused(tmp_path: Path) -> None:
     assert "not a finished folder" in ended.err
 
 
+@pytest.mark.real
 def test_the_command_says_what_was_compared(demo_out: Path) -> None:
     ended = compress_command("export", demo_out, "--to", "onnx:accuracy_level=4")
     assert ended.code == 0, ended.err

@@ -1,7 +1,6 @@
 """OUT/onnx: onnxruntime computes what the packed folder does, for every family, encoding and width."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from families import DECODERS, FAMILIES, RECIPES, ROUNDED, compressed, inputs_of, make, rounds
 from safetensors import safe_open
+from selection import only
 
 import compress
 from compress import ActivationSparsity, Codebook, Genai, Magnitude, Olive, Onnx, Perp, Pipeline, PowerQuant, Rtn
@@ -49,27 +49,20 @@ def size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-def only(chosen: Iterable[str], names: Iterable[str]) -> list[Any]:
-    """Names for `make test`, and those that `make real` adds."""
-    return [n if n in chosen else pytest.param(n, marks=pytest.mark.real) for n in names]
-
-
-@pytest.mark.parametrize("family", only(["llama", "resnet"], FAMILIES))
-def test_every_encoding_and_width_computes_the_same_logits(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "style"),
+    only([("llama", "kernels")], [*((f, "kernels") for f in FAMILIES), ("llama", "qdq"), ("gpt2", "qdq")]),
+)
+def test_every_encoding_and_width_computes_the_same_logits(family: str, style: Any, tmp_path: Path) -> None:
     seen: set[str] = set()
     for chosen in rounds(family, RECIPES):
         out = compressed(family, chosen, RECIPES, tmp_path)
-        styles = (Onnx(), Onnx(style="qdq")) if family in ("llama", "gpt2") else (Onnx(),)
-        for to in styles:
-            found = exported(out, family, to)
-            assert found["max_logit_difference"] <= 1e-4, (chosen, to)
+        assert exported(out, family, Onnx(style=style))["max_logit_difference"] <= 1e-4, chosen
         seen |= set(chosen.values())
     assert len(seen) >= (30 if family != "resnet" else 12)
 
 
-@pytest.mark.parametrize(
-    "family", only(["bert", "gpt2", "llama-tied-bfloat16"], sorted(set(FAMILIES) - {"llama", "resnet"}))
-)
+@pytest.mark.parametrize("family", only(["llama-tied-bfloat16", "resnet"], sorted(set(FAMILIES) - {"llama"})))
 def test_every_family_computes_the_same_logits(family: str, tmp_path: Path) -> None:
     chosen = next(rounds(family, RECIPES))
     assert exported(compressed(family, chosen, RECIPES, tmp_path), family, Onnx())["max_logit_difference"] <= 1e-4
@@ -115,6 +108,7 @@ def test_any_number_of_rows_and_tokens_is_taken(tmp_path: Path) -> None:
             torch.testing.assert_close(runner(tokens), model(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.real
 def test_padded_positions_are_left_out(tmp_path: Path) -> None:
     out = packed("gpt", tmp_path, Rtn(bits=4))
     exported(out, "gpt", Onnx(accuracy_level=1))

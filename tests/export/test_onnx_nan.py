@@ -54,6 +54,7 @@ def test_a_computed_constant_with_nan_is_named_and_nothing_is_written(
         build_and_check(out, tmp_path)
 
 
+@pytest.mark.real
 def test_a_computed_constant_is_compared_with_what_another_model_computes(
     out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +98,7 @@ def test_the_node_that_makes_the_first_nan_is_said(out: Path, tmp_path: Path) ->
     assert not list(tmp_path.glob("looked_at*"))
 
 
+@pytest.mark.real
 def test_logits_that_are_nan_are_an_error_that_says_where_from(
     out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
