@@ -22,7 +22,10 @@ SPARSITIES: dict[str, Any] = {"50%": 0.5, "2:4": "2:4", "70%": 0.7}
 STEPS = 100
 FEW = {"rank": 3, "learning_rate": 5e-3, "steps": STEPS}
 FULL = {"train": ["bias", "norm", "full"], "learning_rate": 2e-3, "steps": STEPS}
-BEHIND = [{"gptq": {"scheme": "w4g64"}}, {"eora": {"rank": None, "budget": 0.25, "adapter_bits": 4}}]
+BEHIND: list[dict[str, Any]] = [
+    {"gptq": {"scheme": "w4g64"}},
+    {"eora": {"rank": None, "budget": 0.25, "adapter_bits": 4}},
+]
 
 
 def recipes(sparsity: Any) -> dict[str, list[dict[str, Any]]]:
