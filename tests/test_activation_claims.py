@@ -74,6 +74,7 @@ def perplexity(outliers: bool, *passes: Pass) -> float:
     return value
 
 
+@pytest.mark.real
 def test_eight_bit_inputs_with_a_scale_a_token_cost_almost_nothing() -> None:
     assert perplexity(False, Rtn(bits=8, activation_bits=8)) < 1.005 * perplexity(False)
 
