@@ -150,9 +150,10 @@ def _why(chosen: Measured, bits: int, quick: Sequence[Measured], found: Sequence
         said.append(f"{chosen.bits} bits are the most that was measured; {bits} lose less.")
     ranked = sorted(quick, key=lambda row: row.kl or 0.0)
     if ranked[0] is not chosen:
+        longer = (ranked[0].seconds or 0) / max(chosen.seconds or 0, 0.1)
         said.append(
             f"{ranked[0].label} loses a little less, KL {ranked[0].kl:.4f}, and takes "
-            f"{(ranked[0].seconds or 0) / max(chosen.seconds or 0, 0.1):.0f} times as long."
+            f"{longer:.{0 if longer >= 10 else 1}f} times as long."
         )
     elif len(ranked) > 1:
         said.append(
