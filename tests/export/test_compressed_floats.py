@@ -1,16 +1,15 @@
 """OUT/compressed-tensors with floats: the library of that name and transformers read the very numbers."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from alone import logits_alone
 from conftest import make_llama
 from expert_models import make_mixture
-from safetensors.torch import load_file, save_file
 from written import data_for, logits, tensors, write
 
 from compress import ConfigError, Gptq, Magnitude, Override, Rtn
@@ -45,25 +44,6 @@ CASES: dict[str, list[Pass]] = {
 IN_BFLOAT16 = ("nvfp4", "mxfp4", "sparse", "mixed")  # the library makes nothing else of 4 bits
 BLOCKS = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
 FORMATS = {"fp8": "float-quantized", "nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized"}
-PLAIN = """
-import sys
-import torch
-from pathlib import Path
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-
-torch.set_num_threads(1)
-tokens = load_file("tokens.safetensors")["tokens"]
-found = {}
-for name in sys.argv[1:]:
-    name, dtype = name.split("=")
-    folder = Path(name) / "out" / "compressed-tensors"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    with torch.no_grad():
-        found[name] = model(tokens).logits
-assert not [name for name in sys.modules if name.split(".")[0] == "compress"]
-save_file(found, "logits.safetensors")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +55,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name == "fp8_block":
             make_llama(**BLOCKS).save_pretrained(folder / name / "model")
         write("llama", folder / name, passes, KEY)
-    save_file({"tokens": data_for("llama")[0]}, folder / "tokens.safetensors")
     return folder
 
 
@@ -86,14 +65,14 @@ def section_of(folder: Path) -> dict[str, Any]:
 
 def computed(written: Path, python: str | Path) -> None:
     """Let a python without this package's help load every case; the logits are those of the packed folder."""
-    asked = [f"{name}={'bfloat16' if name in IN_BFLOAT16 else 'float32'}" for name in CASES]
-    ended = subprocess.run([python, "-c", PLAIN, *asked], cwd=written, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    assert "newly initialized" not in ended.stderr
-    assert "MISMATCH" not in ended.stderr
-    alone, tokens = load_file(written / "logits.safetensors"), load_file(written / "tokens.safetensors")["tokens"]
-    for name in CASES:
-        packed = load_model(written / name / "out", torch.bfloat16 if name in IN_BFLOAT16 else torch.float32)
+    dtypes = {name: "bfloat16" if name in IN_BFLOAT16 else "float32" for name in CASES}
+    asked: dict[str, tuple[str, dict[str, Any]]] = {
+        name: (f"{name}/out/{KEY}", {"dtype": dtype}) for name, dtype in dtypes.items()
+    }
+    tokens = data_for("llama")[0]
+    alone = logits_alone(written, asked, tokens, python)
+    for name, dtype in dtypes.items():
+        packed = load_model(written / name / "out", getattr(torch, dtype))
         unpack_all(packed)
         meant = logits(packed, tokens)
         if name == "mixed":  # the library rounds the scales of its other layers to bfloat16

@@ -2,15 +2,13 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from alone import logits_alone
 from conftest import make_llama
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from written import data_for, logits, tensors, write
 
@@ -51,23 +49,6 @@ CASES: dict[str, list[Pass]] = {
     "bfloat16_asymmetric": [Rtn(bits=4, group_size=32)],
 }
 ODD = {"hidden_size": 36, "intermediate_size": 50, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 10}
-PLAIN = """
-import sys
-import torch
-from pathlib import Path
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-
-torch.set_num_threads(1)
-tokens = load_file("tokens.safetensors")["tokens"]
-found = {}
-for name in sys.argv[1:]:
-    model = AutoModelForCausalLM.from_pretrained(Path(name) / "out" / "compressed-tensors", dtype=torch.float32)
-    with torch.no_grad():
-        found[name] = model(tokens).logits
-assert not [name for name in sys.modules if name.split(".")[0] == "compress"]
-save_file(found, "logits.safetensors")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +75,7 @@ def section_of(folder: Path) -> dict[str, Any]:
 
 def test_transformers_loads_every_case_without_this_package_and_computes_the_same_bits(written: Path) -> None:
     tokens, _ = data_for("llama")
-    save_file({"tokens": tokens}, written / "tokens.safetensors")
-    ended = subprocess.run(
-        [sys.executable, "-c", PLAIN, *CASES], cwd=written, capture_output=True, text=True, timeout=200
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "newly initialized" not in ended.stderr
-    assert "MISMATCH" not in ended.stderr
-    alone = load_file(written / "logits.safetensors")
+    alone = logits_alone(written, {name: (f"{name}/out/{KEY}", {"dtype": "float32"}) for name in CASES}, tokens)
     for name in CASES:
         packed = load_model(written / name / "out", torch.float32)
         unpack_all(packed)  # factors are multiplied one after the other otherwise

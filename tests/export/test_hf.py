@@ -1,14 +1,12 @@
 """OUT/hf: plain transformers loads it, and it computes what the packed folder does."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from alone import logits_alone
 from written import MODELS, data_for, logits, tensors, write
 
 import compress
@@ -19,23 +17,6 @@ from compress.models.loading import load_model
 from compress.passes import Pass
 
 PASSES: list[Pass] = [Magnitude(sparsity=0.5), Rtn(bits=3), Eora(rank=2)]
-PLAIN = """
-import json, sys
-import torch
-from pathlib import Path
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-
-torch.set_num_threads(2)
-tokens = load_file("tokens.safetensors")["tokens"]
-found = {}
-for name in sys.argv[1:]:
-    model = AutoModelForCausalLM.from_pretrained(Path(name) / "out" / "hf")
-    with torch.no_grad():
-        found[name] = model(tokens).logits
-assert not [name for name in sys.modules if name.split(".")[0] == "compress"]
-save_file(found, "logits.safetensors")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +37,7 @@ def report_of(folder: Path) -> dict[str, Any]:
 def test_transformers_alone_loads_it_and_computes_the_same_bits(written: Path) -> None:
     names = [name for name in MODELS if name != "resnet"]
     tokens, _ = data_for("llama")
-    save_file({"tokens": tokens}, written / "tokens.safetensors")
-    ended = subprocess.run(
-        [sys.executable, "-c", PLAIN, *names], cwd=written, capture_output=True, text=True, timeout=200
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "newly initialized" not in ended.stderr
-    alone = load_file(written / "logits.safetensors")
+    alone = logits_alone(written, {name: (f"{name}/out/hf", {}) for name in names}, tokens)
     for name in names:
         assert torch.equal(alone[name], logits(load_model(written / name / "out"), tokens)), name
 
