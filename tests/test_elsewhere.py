@@ -24,6 +24,13 @@ READY = sorted(file.stem for file in PRESETS.glob("*.yaml"))
         (("Q4_K_M", "GGUF:Q4_K_S", "IQ4_XS", "Q4_0"), "write `compress quantize MODEL --bits 4 --for llama.cpp`"),
         (("vllm", "marlin"), "write `compress quantize MODEL --bits 4 --for vllm`"),
         (("auto-round", "AutoRound"), "flexround learns how to round, too: write `flexround-w2`"),
+        (("AWQ", "awq"), "is called scale here; write `scale-rtn-w3` or `scale-gptq-w3`"),
+        (("SmoothQuant",), "is called smooth here; write `smooth-rtn-w8a8`"),
+        (("QuaRot",), "is called rotate here; write `rotate-gptq-w4a4`"),
+        (("FP8", "fp8_dynamic", "FP8-BLOCK"), "is a grid, and a pipeline is expected; write `rtn-fp8`"),
+        (("NVFP4", "nvfp4a16"), "write `gptq-nvfp4`"),
+        (("MXFP4",), "write `gptq-mxfp4`"),
+        (("nf4", "bnb-4bit"), "is not among the floats here (fp8, mxfp4, nvfp4); write `gptq-w4`"),
         (("onnx",), "give it `--set export=onnx`"),
         (("gptq", "GPTQ"), "is a method, and a pipeline is expected; write `gptq-w2`"),
         (("ties",), "write `compress merge BASE MODEL MODEL --method ties`"),
@@ -38,7 +45,7 @@ def test_a_name_of_another_tool_is_answered_with_what_to_write(names: tuple[str,
         assert said in str(caught.value), name
 
 
-@pytest.mark.parametrize("name", ["awq", "nf4", "fp8", "mxfp4", "smoothquant", "hqq", "bnb-4bit"])
+@pytest.mark.parametrize("name", ["nf4", "hqq", "spinquant", "aqlm", "bnb-4bit"])
 def test_names_of_methods_that_are_not_here_are_known_all_the_same(name: str) -> None:
     assert "write `" in str(of_name(name, READY))
 
@@ -52,6 +59,7 @@ RECIPE = """
 DEFAULT_stage:
   DEFAULT_modifiers:
     SmoothQuantModifier: {smoothing_strength: 0.8}
+    SpinQuantModifier: {rotations: [R1, R2]}
     SparseGPTModifier: {sparsity: 0.5, mask_structure: '2:4'}
     GPTQModifier: {targets: Linear, ignore: [lm_head, 're:.*gate'], scheme: W4A16}
 """
@@ -60,9 +68,15 @@ DEFAULT_stage:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (RECIPE, 'write `passes: [{sparsegpt: {sparsity: "2:4"}}, {gptq: {scheme: w4g128}}]` (SmoothQuantModifier: '),
+        (RECIPE, '[{smooth: {strength: 0.8}}, {sparsegpt: {sparsity: "2:4"}}, {gptq: {scheme: w4g128}}]` (SpinQuantM'),
         (RECIPE, "what `ignore` names goes into `exclude`"),
         ("s: {m: {QuantizationModifier: {scheme: W8A8, ignore: [lm_head]}}}", "{scheme: w8, activation_bits: 8}"),
+        ("s: {m: {AWQModifier: {scheme: W4A16_ASYM}}}", "[{scale: {scheme: w4g128}}, {rtn: {scheme: w4g128}}]"),
+        (
+            "s: {m: {QuantizationModifier: {scheme: FP8_DYNAMIC}}}",
+            "{scheme: fp8, activation_bits: 8, activation_grid: f",
+        ),
+        ("s: {m: {QuantizationModifier: {scheme: NVFP4A16}}}", "`passes: [{rtn: {scheme: nvfp4}}]`"),
         ("s: {m: {LogarithmicEqualizationModifier: {}}}", "none of LogarithmicEqualizationModifier has a method here"),
         ("merge_method: ties", "`compress init pipeline.yaml --from-mergekit theirs.yaml` writes it as a pipeline"),
         ("{bits: 4, group_size: 128, quant_method: awq}", "write `compress quantize MODEL --bits 4 --group-size 128`"),
@@ -78,7 +92,15 @@ def test_passes_that_are_proposed_for_a_recipe_are_a_pipeline() -> None:
     with pytest.raises(UsageError) as caught:
         parse(RECIPE)
     proposed = str(caught.value).partition("`")[2].partition("`")[0]
-    assert [stage[0].key for stage in parse(proposed).passes] == ["sparsegpt", "gptq"]
+    assert [stage[0].key for stage in parse(proposed).passes] == ["smooth", "sparsegpt", "gptq"]
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16", "MXFP4"])
+def test_every_scheme_of_a_recipe_is_proposed_as_options_that_are_possible(scheme: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse(f"s: {{m: {{QuantizationModifier: {{scheme: {scheme}}}}}}}")
+    (stage,) = parse(str(caught.value).partition("`")[2].partition("`")[0]).passes
+    assert stage[0].bits == (4 if "4" in scheme else 8)
 
 
 @pytest.mark.parametrize("values", [None, 3, [], {}, {"passes": []}, {"a": {"b": 1}}, {"bits": "4"}, {"bits": 99}])

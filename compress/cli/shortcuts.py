@@ -38,7 +38,7 @@ def quantize(
     group_size: Annotated[
         int | None, typer.Option(help="columns that share a scale; 0 for a whole row  [default: 64; llama.cpp 32]")
     ] = None,
-    method: Annotated[str, typer.Option(help="a quantizer; auto takes what `compress advise` would")] = "auto",
+    method: Annotated[str, typer.Option(help="a quantizer; auto takes the one that measured best at these bits")] = "auto",
     runtime: RuntimeOption = "transformers",
     data: DataOption = "demo",
     samples: SamplesOption = 128,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from compress.config.pipeline import FORMATS, METHODS
 from compress.logs import printable
 from compress.passes import MergePass
+from compress.passes.quantize.grid import FLOAT_GRIDS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -20,24 +21,27 @@ if TYPE_CHECKING:
 WIDTHS = range(2, 9)  # bits that quantizers here have
 SCHEME = re.compile(r"(?:int\d+_)?w(\d+)a(\d+)(?:_?g(\d+))?", re.IGNORECASE)
 GGML = re.compile(r"(?:gguf:)?i?q(\d)_(?:k|0|1|nl|xs|xxs|s|m)(?:_(?:s|m|l|xl))?", re.IGNORECASE)
-FLOATS = re.compile(r"(?:mx|nv|nf|fp|bnb)[-_]?(?:fp|w)?(\d)(?:-?bits?|a\d+|_\w+)?", re.IGNORECASE)
+FLOATS = re.compile(r"(fp8|mxfp4|nvfp4)(?:[-_]?(a16|dynamic|block|static))?", re.IGNORECASE)  # that are here too
+OTHER_FLOATS = re.compile(r"(?:mx|nv|nf|fp|bnb)[-_]?(?:fp|w)?(\d)(?:-?bits?|a\d+|_\w+)?", re.IGNORECASE)
 WIDTH = re.compile(r"(?:u?int|w)?_?-?(\d)(?:-?bits?)?", re.IGNORECASE)
 RUNTIMES = {"vllm": "vllm", "llama.cpp": "llama.cpp", "llamacpp": "llama.cpp", "gguf": "llama.cpp", "marlin": "vllm"}
+CALLED = {"awq": "scale", "smoothquant": "smooth", "quarot": "rotate"}  # methods that have another name here
 NEAREST = {  # methods of others -> the nearest here, by what they do
     "autoround": ("flexround", "learns how to round, too"),
     "signround": ("flexround", "learns how to round, too"),
     "omniquant": ("flexround", "learns scales, too"),
-    "awq": ("gptq", "chooses codes by what arrives at a layer, too"),
+    "spinquant": ("rotate", "turns the residual stream, too"),
     "hqq": ("rtn", "needs no data, either"),
     "aqlm": ("jlcm", "learns tables of values, too"),
     "squeezellm": ("codebook", "makes tables by k-means, too"),
     "slicegpt": ("width_prune", "takes out channels, too"),
     "shortgpt": ("layer_drop", "drops blocks, too"),
 }
-MODIFIERS = {  # of llm-compressor -> the method here
-    "GPTQModifier": "gptq", "QuantizationModifier": "rtn", "AWQModifier": "gptq", "AutoRoundModifier": "flexround",
-    "SparseGPTModifier": "sparsegpt", "WandaPruningModifier": "wanda", "MagnitudePruningModifier": "magnitude",
-    "ConstantPruningModifier": "magnitude",
+MODIFIERS = {  # of llm-compressor -> the methods here
+    "GPTQModifier": ("gptq",), "QuantizationModifier": ("rtn",), "AWQModifier": ("scale", "rtn"),
+    "SmoothQuantModifier": ("smooth",), "AutoRoundModifier": ("flexround",), "SparseGPTModifier": ("sparsegpt",),
+    "WandaPruningModifier": ("wanda",), "MagnitudePruningModifier": ("magnitude",),
+    "ConstantPruningModifier": ("magnitude",),
 }  # fmt: skip
 PRUNERS = ("sparsegpt", "wanda", "magnitude")
 DEEPEST = 4  # levels of a recipe at which modifiers stand
@@ -69,13 +73,17 @@ def of_name(name: str, ready: Collection[str]) -> str | None:
         return f"{name} is no pipeline; write `compress quantize MODEL --bits 4 --for {runtime}`"
     if word in FORMATS:
         return f"{name} is a format, and a pipeline is expected; give it `--set export={word}`"
+    if plain in CALLED:
+        return f"{name} is called {CALLED[plain]} here; {_with_method(CALLED[plain], ready)}"
     if plain in NEAREST:
         nearest, why = NEAREST[plain]
         return f"{name} is not among the methods; {nearest} {why}: {_with_method(nearest, ready)}"
-    if plain == "smoothquant":
-        return f"{name} is not among the methods; {_both(8, 8, ready)}"
     if match := FLOATS.fullmatch(word):
-        return f"codes here are no floats such as {name}; {_weights(int(match[1]), ready)}"
+        found = next((each for each in sorted(ready) if each.endswith(f"-{match[1]}")), None)
+        how = f"`{found}`" if found else f"a file with `passes: [{{rtn: {{scheme: {match[1]}}}}}]`"
+        return f"{name} is a grid, and a pipeline is expected; write {how}"
+    if match := OTHER_FLOATS.fullmatch(word):
+        return f"{name} is not among the floats here ({', '.join(FLOAT_GRIDS)}); {_weights(int(match[1]), ready)}"
     if match := WIDTH.fullmatch(word):
         return f"{name} says bits, and a pipeline is expected; {_weights(int(match[1]), ready)}"
     return None
@@ -141,9 +149,7 @@ def _modifiers(values: Any, depth: int) -> Iterator[tuple[str, Mapping[str, Any]
 
 def _recipe(found: list[tuple[str, Mapping[str, Any]]]) -> str:
     """The passes that are nearest to a recipe, and what is left out."""
-    passes = [
-        f"{MODIFIERS[name]}: {_options(MODIFIERS[name], options)}" for name, options in found if name in MODIFIERS
-    ]
+    passes = [f"{method}: {_options(method, options)}" for name, options in found for method in MODIFIERS.get(name, ())]
     left = [name for name, _ in found if name not in MODIFIERS]
     rest = f" ({', '.join(left)}: nothing here does that)" if left else ""
     ignored = {str(pattern) for _, options in found for pattern in _list(options.get("ignore"))} - {"lm_head"}
@@ -159,16 +165,32 @@ def _options(method: str, options: Mapping[str, Any]) -> str:
         pattern = options.get("mask_structure")
         free = pattern in (None, "0:0", "unstructured")
         return f"{{sparsity: {options.get('sparsity', 0.5)}}}" if free else f'{{sparsity: "{pattern}"}}'
+    if method == "smooth":
+        return f"{{strength: {options.get('smoothing_strength', 0.5)}}}"
     groups = options.get("config_groups")
     first = next(iter(groups.values()), None) if isinstance(groups, dict) else None
     weights = first.get("weights") if isinstance(first, dict) else None
     weights = weights if isinstance(weights, dict) else {}
+    if floats := FLOATS.fullmatch(str(options.get("scheme"))):
+        return _floats(floats[1].lower(), (floats[2] or "").lower())
     match = SCHEME.fullmatch(str(options.get("scheme")))
     bits = int(match[1]) if match else weights.get("num_bits", 4)
     inputs = int(match[2]) if match else 16
     group = weights.get("group_size", 128 if inputs >= 16 and bits == 4 else None)
     scheme = f"w{bits}g{group}" if group else f"w{bits}"
+    if method == "scale":  # of weights alone
+        return f"{{scheme: {scheme}}}"
     return f"{{scheme: {scheme}{'' if inputs >= 16 else f', activation_bits: {inputs}'}}}"
+
+
+def _floats(grid: str, kind: str) -> str:
+    """The options of a scheme of floats; inputs of 4 bits are not rounded here."""
+    options = [f"scheme: {grid}"]
+    if grid == "fp8" and kind != "a16":
+        options += ["granularity: block"] if kind == "block" else []
+        options += ["activation_bits: 8", "activation_grid: fp8"]
+        options += ["granularity: tensor", "activation_scale: tensor"] if kind in ("", "static") else []
+    return f"{{{', '.join(options)}}}"
 
 
 def _list(value: Any) -> list[Any]:
