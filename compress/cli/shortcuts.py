@@ -38,7 +38,7 @@ def quantize(
     group_size: Annotated[
         int | None, typer.Option(help="columns that share a scale; 0 for a whole row  [default: 64; llama.cpp 32]")
     ] = None,
-    method: Annotated[str, typer.Option(help="a quantizer; auto takes the one that measured best at these bits")] = "auto",
+    method: Annotated[str, typer.Option(help="a quantizer; auto: the one measured best at these bits")] = "auto",
     runtime: RuntimeOption = "transformers",
     data: DataOption = "demo",
     samples: SamplesOption = 128,
@@ -60,9 +60,7 @@ def quantize(
     from compress.config import shortcuts
 
     name, values = shortcuts.quantizing(bits, group_size, method, runtime, shortcuts.sections(data, samples, evaluate))
-    running.build_and_show(
-        name, values, changes, model, out, shown, dry_run=dry_run, overwrite=overwrite, fresh=fresh
-    )  # fmt: skip
+    running.build_and_show(name, values, changes, model, out, shown, dry_run=dry_run, overwrite=overwrite, fresh=fresh)
 
 
 def prune(
@@ -95,9 +93,7 @@ def prune(
     from compress.config import shortcuts
 
     name, values = shortcuts.pruning(sparsity, method, recover, shortcuts.sections(data, samples, evaluate))
-    running.build_and_show(
-        name, values, changes, model, out, shown, dry_run=dry_run, overwrite=overwrite, fresh=fresh
-    )  # fmt: skip
+    running.build_and_show(name, values, changes, model, out, shown, dry_run=dry_run, overwrite=overwrite, fresh=fresh)
 
 
 def merge(
@@ -129,9 +125,7 @@ def merge(
 
     numbers = shortcuts.numbers_in("--weights", weights)
     name, values = shortcuts.merging(models, method, numbers, shortcuts.sections(data, samples, evaluate))
-    running.build_and_show(
-        name, values, changes, base, out, shown, dry_run=dry_run, overwrite=overwrite, fresh=fresh
-    )  # fmt: skip
+    running.build_and_show(name, values, changes, base, out, shown, dry_run=dry_run, overwrite=overwrite, fresh=fresh)
 
 
 def advise(

@@ -18,6 +18,7 @@ from compress.config.options import errors_in
 from compress.models.graph import find
 from compress.models.stream import stream_of
 from compress.passes.solvers.hadamard import hadamard
+from compress.passes.transform import rotate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,6 +48,12 @@ def test_a_turn_keeps_lengths_and_where_it_must_the_mean(matrix: str) -> None:
             assert (float(moved.abs().max()) < 1e-12) == (keeps_mean or (width == 1 and float(turn) > 0))
             assert torch.equal(turn, pass_.run(width, keeps_mean, seeded()))
             assert width == 1 or not torch.equal(turn, pass_.run(width, keeps_mean, seeded(1)))
+
+
+def test_a_draw_in_the_middle_has_a_sign_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotate, "draw", lambda generator, shape, kind, like: torch.full(shape, 0.5))
+    turn = Rotate().run(16, False, torch.Generator())
+    torch.testing.assert_close(turn @ turn.T, torch.eye(16, dtype=torch.float64))
 
 
 def test_a_hadamard_matrix_spreads_an_outlier_over_all_channels_alike() -> None:

@@ -67,7 +67,7 @@ class Rotate(Pass):
             turn, upper = torch.linalg.qr(draw(generator, (width, width), "normal", like).double())
             turn = turn * upper.diagonal().sign()
         else:
-            signs = draw(generator, (width,), "uniform", like).double().sub(0.5).sign()
+            signs = torch.where(draw(generator, (width,), "uniform", like) < 0.5, -1.0, 1.0).double()  # never 0
             turn = known.to(like.device) * signs[:, None] / width**0.5
         return _keeping_mean(turn) if keeps_mean else turn
 
