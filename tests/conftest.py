@@ -105,8 +105,8 @@ def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def cached(graph: Any, specs: Any, opset: int) -> Any:
         rounded = frozenset(name for name, spec in specs.items() if spec.inputs)
-        tied = getattr(graph.model.config, "tie_word_embeddings", False)
-        key = (type(graph.model), tied, frozenset(specs), rounded, opset)
+        shapes = frozenset((name, tuple(value.shape)) for name, value in graph.model.state_dict().items())
+        key = (type(graph.model), graph.model.config.to_json_string(), shapes, frozenset(specs), rounded, opset)
         if key not in TRACED:
             TRACED[key] = original(graph, specs, opset)
         return TRACED[key].clone()

@@ -18,7 +18,7 @@ from compress.api.export import refuse_exports, write_all
 from compress.calibration.data import Dataset
 from compress.config.reading import parse
 from compress.errors import CompressError, ConfigError
-from compress.export.onnx import exporter, trace
+from compress.export.onnx import build, exporter, trace
 from compress.export.onnx.exporter import DATA, MODEL
 from compress.export.onnx.session import Runner, at_level, open_session
 from compress.export.packed import open_packed
@@ -289,3 +289,17 @@ def test_the_accuracy_level_of_a_written_file_can_be_changed(tmp_path: Path) -> 
         meant = load_model(out, torch.float32)(tokens).logits
     found = Runner(open_session(out / "onnx" / "other.onnx"))(tokens)
     torch.testing.assert_close(found, meant, rtol=1e-5, atol=1e-5)
+
+
+def test_a_graph_with_a_parameter_that_no_file_holds_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = packed("llama", tmp_path, Rtn(bits=4))
+    passes = [Magnitude(sparsity=0.5), Perp(train=("bias",), new_biases=True, steps=2, learning_rate=0.01)]
+    other = packed("llama", tmp_path / "other", *passes)
+    wrong = open_packed(other).artifact.graph
+    monkeypatch.setattr(build, "traced", lambda _, specs, opset: trace.traced(wrong, specs, opset))
+    with pytest.raises(
+        CompressError, match=r"the graph has model\.\S+_proj\.bias, which the packed folder does not hold"
+    ):
+        exported(out, "llama", Onnx())

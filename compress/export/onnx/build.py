@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnxscript import optimizer
 
 from compress.checkpoint.artifact import Packed
+from compress.errors import CompressError
 from compress.export.onnx import weights
 from compress.export.onnx.experts import ADD, TAKE, added, taken
 from compress.export.onnx.functions import LAYER_DOMAIN as LAYERS
@@ -177,11 +178,18 @@ def _parameter(artifact: Artifact, name: str) -> ir.Value:
 
 
 def _as_stored(graph: ir.Graph, artifact: Artifact) -> None:
-    """Constants of parameters in the type the folder has them in; a cast behind them where that is not float32."""
+    """Constants of parameters in the type the folder has them in; a cast behind them where that is not float32.
+
+    Raises:
+        CompressError: the graph has a parameter that the folder lacks.
+    """
+    known = {f"{PREFIX}{name}" for name, _ in artifact.graph.model.named_buffers()}
     for name in [name for name in graph.initializers if name.startswith(PREFIX)]:
         old = graph.initializers[name]
         parameter = artifact.graph.tied.get(name.removeprefix(PREFIX), name.removeprefix(PREFIX))
         if parameter not in artifact.stored:  # computed, not stored: rotary frequencies
+            if name not in known and not isinstance(old.const_value, ir.LazyTensor):  # traced without its numbers
+                raise CompressError(f"the graph has {parameter}, which the packed folder does not hold")
             continue
         new = _parameter(artifact, parameter)
         uses = list(old.uses())
