@@ -14,8 +14,11 @@ from compress.checkpoint import opening
 from compress.config.reading import load_pipeline, parse
 from compress.config.writing import dump
 from compress.demo import MODEL_DIR
+from compress.export.packed import packed_layers
 from compress.passes import MergePass, Pass
 from compress.planning import plan
+from compress.report import layers
+from compress.report.finished import read_report
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "compress" / "config" / "presets").glob("*.yaml"))
@@ -72,6 +75,10 @@ def check(file: Path, model: str, out: Path, fine_tunes: list[str], samples: int
     assert last.perplexity < 4 * report.rows[0].perplexity
     assert last.bytes == pytest.approx(made.final_bytes, rel=0.02)
     assert report.verified["max_logit_difference"] == 0
+    told = read_report(out)
+    assert told.rows == report.rows
+    kept = layers.layers(packed_layers(out), layers.notes_of(out))
+    assert sum(layer.bytes for layer in kept) < last.bytes
     merges = [p for stage in small.passes for p in stage if isinstance(p, MergePass)]
     assert [set(m["models"]) <= set(fine_tunes) for m in report.merged] == [True] * len(merges)
     if merges:

@@ -11,7 +11,7 @@ import torch
 from compress.api import data as given
 from compress.api.output_folder import refuse_changed
 from compress.api.together import device_for, refuse_differing
-from compress.calibration.metrics import evaluate, measure
+from compress.calibration.metrics import evaluate, measure, pooled
 from compress.calibration.reference import Reference
 from compress.calibration.surroundings import undisturbed
 from compress.checkpoint.opening import load_measured, load_merged, measured_in, open_folder
@@ -24,7 +24,7 @@ from compress.planning.places import chosen_device, device_name
 from compress.progress import Bars
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -94,9 +94,10 @@ def _torch(
     original = load_measured(against) if against else None
     matched = given.matched(loaded, given.with_masks(loaded, data, tokenizer))
     shown = _progress(bars)
-    quality = evaluate(loaded, matched, against=original, device=device, progress=shown, together=executor)
+    options: dict[str, Any] = {"against": original, "device": device, "progress": shown, "together": executor}
+    parts = {name: evaluate(loaded, part, **options) for name, part in matched.split().items()}
     weights = sum(f.stat().st_size for folder in found.folders for f in folder.glob("*.safetensors"))
-    return {"model": model, **_result(quality, section, data), "bytes": weights, "device": device_name(device)}
+    return {"model": model, **_result(parts, section, data), "bytes": weights, "device": device_name(device)}
 
 
 def _progress(bars: Bars) -> Callable[[Iterable[Tensor], int], Iterator[Tensor]]:
@@ -117,19 +118,24 @@ def _onnx(path: Path, section: Evaluation, against: str | None, threads: int, ba
     if data.named or (labels is None) != ("input_ids" in opened.runner.inputs):
         wanted = "text" if "input_ids" in opened.runner.inputs else "images with labels"
         raise DataError(f"{section.source}: {path} takes {wanted}")
-    reference = None
-    if against is not None:
-        reference = Reference()
-        original = _logits(load_measured(against, torch.float32), labels is None)
-        measure(original, inputs, labels=labels, reference=reference, keep=True, progress=_progress(bars))
-    logits = partial(_onnx_logits, opened.runner)
+    original = None if against is None else _logits(load_measured(against, torch.float32), labels is None)
     with running(path):
-        quality = measure(logits, inputs, labels=labels, reference=reference, progress=_progress(bars))
+        parts = {name: _compared(opened.runner, part, original, bars) for name, part in data.split().items()}
         speed = opened.tokens_per_second(int(inputs.max()) + 1) if labels is None else None
-    found = {"model": str(path), **_result(quality, section, data), "bytes": opened.bytes, "load_memory": opened.memory}
+    found = {"model": str(path), **_result(parts, section, data), "bytes": opened.bytes, "load_memory": opened.memory}
     if labels is None:
         found["tokens_per_second"] = speed
     return found
+
+
+def _compared(runner: Runner, data: Dataset, original: Callable[[Tensor], Any] | None, bars: Bars) -> Quality:
+    """Quality of an ONNX file on one source, and its divergence from the original."""
+    reference = None
+    if original is not None:
+        reference = Reference()
+        measure(original, data.inputs, labels=data.labels, reference=reference, keep=True, progress=_progress(bars))
+    logits = partial(_onnx_logits, runner)
+    return measure(logits, data.inputs, labels=data.labels, reference=reference, progress=_progress(bars))
 
 
 def _logits(model: Any, tokens: bool) -> Callable[[Tensor], Tensor | Iterator[Tensor]]:
@@ -146,19 +152,24 @@ def _onnx_logits(runner: Runner, batch: Tensor) -> Tensor | Iterator[Tensor]:
     return (runner(part)[:, :-1].flatten(0, 1) for part in torch.split(batch, rows))
 
 
-def _result(quality: Quality, section: Evaluation, data: Dataset) -> dict[str, Any]:
-    found: dict[str, Any] = {"kl": quality.kl, "kl_tokens": quality.kl_tokens, "source": section.source}
+def _result(parts: Mapping[str, Quality], section: Evaluation, data: Dataset) -> dict[str, Any]:
+    """What was measured, of all sources together and, where they have names, of each."""
+    quality = pooled(list(parts.values()))
+    found = {**_figures(quality), "source": section.source}
+    if len(parts) > 1:
+        found["sources"] = {name: _figures(each) for name, each in parts.items()}
+    if quality.perplexity is not None and not data.named:
+        windows = quality.tokens // (section.length - 1)
+        found |= {"windows": windows, "length": section.length, "protocol": section.protocol}
+    elif quality.perplexity is not None:
+        found["samples"] = len(data)
+    return found
+
+
+def _figures(quality: Quality) -> dict[str, Any]:
+    kl = {"kl": quality.kl, "kl_tokens": quality.kl_tokens}
     if quality.accuracy is not None:
-        return {"accuracy": quality.accuracy, "samples": quality.tokens, **found}
+        return {"accuracy": quality.accuracy, "samples": quality.tokens, **kl}
     if quality.perplexity is None:
-        return {"relative_error": quality.relative_error, "cosine": quality.cosine, "samples": quality.tokens, **found}
-    if data.named:
-        return {"perplexity": quality.perplexity, "tokens": quality.tokens, "samples": len(data), **found}
-    return {
-        "perplexity": quality.perplexity,
-        "tokens": quality.tokens,
-        "windows": quality.tokens // (section.length - 1),
-        "length": section.length,
-        "protocol": section.protocol,
-        **found,
-    }
+        return {"relative_error": quality.relative_error, "cosine": quality.cosine, "samples": quality.tokens, **kl}
+    return {"perplexity": quality.perplexity, "tokens": quality.tokens, **kl}

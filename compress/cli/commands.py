@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from compress import logs
-from compress.cli import completion, ranks, running, shortcuts
+from compress.cli import comparing, completion, ranks, running, shortcuts
 from compress.cli.options import (
     DeviceOption,
     FreshOption,
@@ -167,13 +167,20 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="a compressed folder, or any model")],
     against: Annotated[str | None, typer.Option(help="the original, for the divergence")] = None,
     source: Annotated[
-        str, typer.Option(help="demo, a .txt / .jsonl / .parquet file, a data set id; images: rows, or .safetensors")
-    ] = "demo",
-    field: Annotated[str, typer.Option(help="the field or column with the text, or the messages of a chat")] = "text",
+        list[str] | None,
+        typer.Option(
+            help="demo, a .txt / .jsonl / .parquet file, a data set id; images: rows, or .safetensors; several as "
+            "NAME=SOURCE each  [default: what the folder's own run measured on, else demo]"
+        ),
+    ] = None,
+    field: Annotated[
+        str | None, typer.Option(help="the field or column with the text, or the messages of a chat  [default: text]")
+    ] = None,
     subset: Annotated[str | None, typer.Option(help="the configuration name of a data set id")] = None,
     protocol: Annotated[
-        str, typer.Option(help="spread; or wikitext, for perplexities to be set beside published ones")
-    ] = "spread",
+        str | None,
+        typer.Option(help="spread; or wikitext, for perplexities to be set beside published ones  [default: spread]"),
+    ] = None,
     samples: Annotated[
         int | None, typer.Option(help="windows, images or rows; 0 for all  [default: 64, of wikitext all]")
     ] = None,
@@ -192,18 +199,20 @@ def evaluate(
     from typing import get_args
 
     from compress.api import evaluate as measuring
-    from compress.config.reading import read_evaluation
+    from compress.config.measuring import measured_on
     from compress.report import sentences
 
     if runtime not in get_args(measuring.Runtime):
         raise UsageError(f"--runtime {runtime}: known: {', '.join(get_args(measuring.Runtime))}")
-    given: dict[str, Any] = {"source": source, "field": field, "subset": subset, "protocol": protocol}
-    given |= {name: value for name, value in (("samples", samples), ("length", length)) if value is not None}
-    section = read_evaluation(given)
+    given = {"field": field, "subset": subset, "protocol": protocol, "samples": samples, "length": length}
+    section = measured_on(Path(model), source or (), given)
     options: dict[str, Any] = {"runtime": runtime, "threads": threads, "device": device}
     options["executor"] = ranks.executor()
     found = measuring.measure_model(model, section, against=against, bars=bars, **options)
     _say(json.dumps(found, indent=1) if as_json else sentences.evaluation_lines(model, found, against))
+
+
+app.command()(comparing.compare)
 
 
 @app.command()
@@ -296,9 +305,10 @@ def inspect(
     refuse_changed(out)
     rows = layers.layers(packed_layers(out), layers.notes_of(out), measured=statistics)
     if html:
+        from compress.report.finished import Finished, read_report
         from compress.report.page import page
 
-        write_text(html, page(out, rows))
+        write_text(html, page(Finished(out.resolve().name, read_report(out), rows)))
     if csv:
         write_text(csv, layers.as_csv(rows))
     if as_json:

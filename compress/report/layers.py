@@ -47,7 +47,7 @@ class Layer:
         rank: of the low-rank correction.
         adapter_bits: of the factors of the correction.
         passes: that changed it, in order.
-        error: pass -> relative error of the weight.
+        error: pass -> relative error of the weight, of those that say one.
         fallback: what was done instead of a pass, in words.
         distribution: shape of the generalised Gaussian that its numbers are like, and bits of entropy of its codes;
             None where weights were not read for it.
@@ -74,6 +74,11 @@ class Layer:
         """How many the matrix has."""
         return self.shape[0] * self.shape[1]
 
+    @property
+    def last_error(self) -> float | None:
+        """The relative error of the weight behind the last pass that says one."""
+        return next(reversed(self.error.values()), None)
+
 
 def layers(modules: Mapping[str, Packed], notes: Mapping[str, Any], *, measured: bool = False) -> list[Layer]:
     """Every stored weight, in the order of the folder.
@@ -99,7 +104,7 @@ def notes_of(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     notes = read_object(place / REPORT).get("layers")
     passes = list(notes.values()) if isinstance(notes, dict) else [None]
     each = [note for found in passes for note in (found.values() if isinstance(found, dict) else [None])]
-    whole = all(isinstance(note, dict) and isinstance(note.get("error"), float | int) for note in each)
+    whole = all(isinstance(note, dict) and isinstance(note.get("error", 0), float | int) for note in each)
     if not isinstance(notes, dict) or not whole:
         raise UsageError(f"{place / REPORT} is not what a run wrote: its `layers` are damaged; run the pipeline again")
     return dict(notes)
@@ -121,7 +126,7 @@ def _layer(name: str, packed: Packed, notes: Mapping[str, Any]) -> Layer:
         adapter_bits=spec.low_rank.bits if spec.low_rank else None,
         bits_per_weight=8 * stored / weights,
         passes=list(notes),
-        error={p: n["error"] for p, n in notes.items()},
+        error={p: n["error"] for p, n in notes.items() if "error" in n},
         fallback=[n["fallback"] for n in notes.values() if "fallback" in n],
     )
 
@@ -138,10 +143,9 @@ def as_csv(rows: Sequence[Layer]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(CSV)
     for row in rows:
-        error = next(reversed(row.error.values()), None)
         writer.writerow(
             (row.layer, *row.shape, row.encoding, row.bits, row.group_size, row.sparsity, row.bits_per_weight,
-             row.bytes, row.rank, row.inputs, "+".join(row.passes), error, "; ".join(row.fallback))
+             row.bytes, row.rank, row.inputs, "+".join(row.passes), row.last_error, "; ".join(row.fallback))
         )  # fmt: skip
     return out.getvalue()
 

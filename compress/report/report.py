@@ -87,15 +87,6 @@ class Report:
         """The content of report.json."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
-    def worst(self, count: int = 5) -> list[tuple[str, str, float]]:
-        """(site, pass, relative weight error), the largest first."""
-        found = [
-            (site, name, float(notes["error"]))
-            for site, passes in self.layers.items()
-            for name, notes in passes.items()
-        ]
-        return sorted(found, key=lambda f: -f[2])[:count]
-
     def inputs(self) -> Counter[str]:
         """How the inputs of layers are rounded, in words -> of how many layers."""
         said = [[notes["inputs"] for notes in passes.values() if "inputs" in notes] for passes in self.layers.values()]

@@ -67,22 +67,38 @@ def evaluation_lines(model: str, found: Mapping[str, Any], against: str | None) 
         found: as `api.evaluate.measured` returns it.
         against: the original.
     """
+    said, unit = _figure(found)
     if "accuracy" in found:
-        said, unit, data = f"accuracy {found['accuracy']:.2%}", "images", f"{found['samples']} images"
+        data = f"{found['samples']} images"
     elif "relative_error" in found:
-        said, unit = f"error {found['relative_error']:.2%}, cosine {found['cosine']:.5f}", "rows"
         data = f"{found['samples']} rows of outputs"
     else:
-        said, unit = f"perplexity {found['perplexity']:.3f}", "tokens"
         windows = (
             f"{found['windows']} windows of {found['length']}" if "windows" in found else f"{found['samples']} rows"
         )
         data = f"{windows}, {found['tokens']} tokens"
-    kl = "" if found["kl"] is None else f", KL to {against} {found['kl']:.4f} on {found['kl_tokens']} {unit}"
-    text = f"{model}: {said}{kl}, weights {size_text(found['bytes'])}"
+    text = f"{model}: {said}{_divergence(found, against, unit)}, weights {size_text(found['bytes'])}"
     if found.get("load_memory") is not None:
         text += f", {size_text(found['load_memory'])} of memory to load"
     if found.get("tokens_per_second") is not None:
         text += f", {found['tokens_per_second']:.0f} tokens per second, one after the other"
     protocol = f"\nprotocol {found['protocol']}: {PROTOCOLS[found['protocol']]}" if "protocol" in found else ""
-    return f"{text}\n({found['source']}, {data}){protocol}"
+    for name, each in found.get("sources", {}).items():
+        text += f"\n  {name}: {_figure(each)[0]}{_divergence(each, against, unit)}"
+    source = found["source"] if isinstance(found["source"], str) else ", ".join(found["source"].values())
+    return f"{text}\n({source}, {data}){protocol}"
+
+
+def _figure(found: Mapping[str, Any]) -> tuple[str, str]:
+    """What a model is judged by, in words, and what it is of."""
+    if "accuracy" in found:
+        return f"accuracy {found['accuracy']:.2%}", "images"
+    if "relative_error" in found:
+        return f"error {found['relative_error']:.2%}, cosine {found['cosine']:.5f}", "rows"
+    return f"perplexity {found['perplexity']:.3f}", "tokens"
+
+
+def _divergence(found: Mapping[str, Any], against: str | None, unit: str) -> str:
+    if found["kl"] is None:
+        return ""
+    return f", KL to {against} {found['kl']:.4f} on {found['kl_tokens']} {unit}"
