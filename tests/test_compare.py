@@ -159,12 +159,12 @@ def test_eval_tells_several_sources_apart(here: Path) -> None:
         options = ("--source", here / f"{name}.txt", "--length", 32, "--samples", 2, "--against", here / "model")
         each[name] = json.loads(compress_command("eval", here / "fine", *options, "--json").out)
     both = [f"--source={name}={here / f'{name}.txt'}" for name in each]
-    options = ("--length", 32, "--samples", 2, "--against", here / "model")
-    found = json.loads(compress_command("eval", here / "fine", *both, *options, "--json").out)
+    together = ("--length", 32, "--samples", 2, "--against", here / "model")
+    found = json.loads(compress_command("eval", here / "fine", *both, *together, "--json").out)
     for name, alone in each.items():
         assert found["sources"][name]["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-5)
         assert found["sources"][name]["kl"] == pytest.approx(alone["kl"], rel=1e-4)
-    shown = compress_command("eval", here / "fine", *both, *options).out
+    shown = compress_command("eval", here / "fine", *both, *together).out
     assert re.search(r"\n  words: perplexity [\d.]+, KL to \S+ [\d.]+ on 62 tokens\n  others: perplexity", shown)
     ended = compress_command("eval", here / "fine", "--source", "a=b.txt", "--source", "c.txt")
     assert ended.code == 2

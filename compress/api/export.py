@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from compress.api import data as given
+from compress.api.cards import write_export_card
 from compress.api.output_folder import (
     RESULT,
     clear_result,
@@ -89,6 +90,7 @@ def export_to(out: str | Path, exporters: Sequence[Exporter], *, bars: Bars | No
             mend(folder / exporter.key)
             with bars.shown():
                 found |= write_all(made, [exporter], {exporter.key: work / RESULT}, folder, evaluated, bars)
+            write_export_card(folder, work / RESULT, exporter.key, made.artifact.graph.model.config)
             publish_folder(work / RESULT, folder / exporter.key)
         told = {**noted, "verified": noted["verified"] | found}
         replace_file(folder, "report.json", json.dumps(told, indent=1) + "\n")

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.api.cards import top_of, write_cards
 from compress.api.export import write_all
 from compress.api.output_folder import (
     LOG,
@@ -38,7 +39,6 @@ from compress.io.atomic import copy, remove_made, write_text
 from compress.io.manifest import verify_folder
 from compress.io.safetensors_file import compare_tensors
 from compress.logs import LOGGER, kept_in
-from compress.models.architecture import auto_class
 from compress.passes import MergePass
 from compress.planning import resources
 from compress.report import report
@@ -221,7 +221,7 @@ def _export(work: Work, context: Context, measured: Report, destination: Path) -
         measured.verified["delta"] = {"tensors_equal": _put_delta(context.delta, partial / "delta", context)}
     write_text(partial / "pipeline.yaml", resolved)
     write_text(partial / "report.json", measured.to_json())
-    write_text(partial / "README.md", report.card(measured, resolved, auto_class(opened.config)))
+    write_cards(partial, measured, resolved, top_of(steps, context.artifact, work.model, work.sources), opened.config)
 
 
 def _put_delta(made: MadeDelta, folder: Path, context: Context) -> int:

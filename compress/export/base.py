@@ -49,6 +49,8 @@ class Exporter(ABC):
 
     Attributes:
         files: without one of these the folder is not whole.
+        used: how it is run, for its model card: a language of code, and the code, where FOLDER stands for the folder
+            and LOADER for the class of transformers that loads the model.
         computes: the type it is compared in; None for the pipeline's own.
         libraries: bytes of memory that what it imports takes.
         bounded: whether it never writes more than it expects to.
@@ -56,6 +58,7 @@ class Exporter(ABC):
 
     key: ClassVar[str]
     files: ClassVar[tuple[str, ...]]
+    used: ClassVar[tuple[str, str]]
     computes: ClassVar[str | None] = None
     libraries: ClassVar[int] = 0
     bounded: ClassVar[bool] = False

@@ -37,6 +37,10 @@ class CompressedTensors(Exporter):
 
     key: ClassVar[str] = METHOD
     files: ClassVar[tuple[str, ...]] = (SINGLE, "config.json")
+    used: ClassVar[tuple[str, str]] = (
+        "console",
+        "vllm serve FOLDER   # codes of 4 and 8 bits; transformers loads those of other widths too",
+    )
     computes: ClassVar[str | None] = "float32"
 
     def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:

@@ -37,6 +37,10 @@ class Entropy(Exporter):
 
     key: ClassVar[str] = "entropy"
     files: ClassVar[tuple[str, ...]] = (WEIGHTS, "config.json")
+    used: ClassVar[tuple[str, str]] = (
+        "python",
+        'import compress\nfrom transformers import LOADER\n\nmodel = LOADER.from_pretrained("FOLDER")',
+    )
     bounded: ClassVar[bool] = True
 
     def expected_bytes(self, spec: Spec, computed: torch.dtype) -> int:

@@ -144,6 +144,10 @@ class Hf(Exporter):
 
     key: ClassVar[str] = "hf"
     files: ClassVar[tuple[str, ...]] = (SINGLE, "config.json")
+    used: ClassVar[tuple[str, str]] = (
+        "python",
+        'from transformers import LOADER\n\nmodel = LOADER.from_pretrained("FOLDER")',
+    )
 
     def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:
         yield from refuse_added(graph, added)

@@ -134,6 +134,13 @@ class Peft(Exporter):
 
     key: ClassVar[str] = "peft"
     files: ClassVar[tuple[str, ...]] = (ADAPTER, CONFIG, *(f"{BASE}/{name}" for name in Hf.files))
+    used: ClassVar[tuple[str, str]] = (
+        "python",
+        "from peft import PeftModel\n"
+        "from transformers import LOADER\n"
+        "\n"
+        'model = PeftModel.from_pretrained(LOADER.from_pretrained("FOLDER/base"), "FOLDER")',
+    )
 
     def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:
         yield from refuse_added(graph, added)

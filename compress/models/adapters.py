@@ -74,10 +74,14 @@ def locate(model: str | Path) -> Located:
     return Located(base, adapter)
 
 
+def parts(model: str | Path) -> tuple[str, ...]:
+    """What the user calls a model, or a base and an adapter, each by its own name."""
+    return _split(model) or (str(model),)
+
+
 def existing_parts(model: str) -> list[Path]:
     """The files and folders on disk that are part of what the user calls a model."""
-    both = _split(model)
-    return [Path(name) for name in both or (model,) if Path(name).exists()]
+    return [Path(name) for name in parts(model) if Path(name).exists()]
 
 
 def _split(model: str | Path) -> tuple[str, str] | None:

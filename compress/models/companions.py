@@ -19,7 +19,8 @@ COMPANIONS = (
     "*.tiktoken", "tokenizer.model.v*", "tekken.json", "source.spm", "target.spm", "chat_template.jinja",
     "chat_template.json", "additional_chat_templates/*.jinja", "generation_config.json", "preprocessor_config.json",
     "processor_config.json", "video_preprocessor_config.json", "modules.json", "sentence_bert_config.json",
-    "config_sentence_transformers.json", "*_Pooling/config.json",
+    "config_sentence_transformers.json", "*_Pooling/config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE",
+    "NOTICE.txt", "NOTICE.md", "USE_POLICY.md",
 )  # fmt: skip
 OF_THE_MODEL = ("generation_config.json", "preprocessor_config.json", "processor_config.json")  # of no tokenizer
 CODE = "auto_map"  # names classes in files of code, which do not travel along

@@ -13,7 +13,8 @@ DEMO = Path(__file__).parent.parent / "demo" / "model"
 # another layout or type of file, and no code.
 FETCHED = (
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "compress.safetensors",
-    "delta.safetensors", "config.json", "report.json", "pipeline.yaml", *ADAPTER, *QUANTIZERS_FILES, *COMPANIONS,
+    "delta.safetensors", "README.md", "config.json", "report.json", "pipeline.yaml", *ADAPTER, *QUANTIZERS_FILES,
+    *COMPANIONS,
 )  # fmt: skip
 
 

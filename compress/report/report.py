@@ -252,20 +252,3 @@ def markdown(report: Report) -> str:
     lines = ["| " + " | ".join(headings(report)[:-2]) + " |", "|" + "---|" + "---:|" * (len(headings(report)) - 3)]
     lines += ["| " + " | ".join(cells(row, source_names(report))[:-2]) + " |" for row in report.rows]
     return "\n".join(lines) + "\n"
-
-
-def card(report: Report, pipeline: str, loader: str = "AutoModelForCausalLM") -> str:
-    """The model card: README.md of the folder. `loader` is the class of transformers that loads it."""
-    fallbacks = "".join(f"- {text}\n" for text in report.fallbacks) or "None.\n"
-    notes = "".join(f"- {text}\n" for text in report.notes)
-    notes = f"## Notes on the source\n\n{notes}\n" if notes else ""
-    return (
-        "---\nlibrary_name: transformers\ntags: [compress]\n---\n\n"
-        f"# {report.model}, compressed\n\n"
-        f"```python\nimport compress\nfrom transformers import {loader}\n\n"
-        f'model = {loader}.from_pretrained("this folder")  # stays packed in memory\n```\n\n'
-        f"{markdown(report)}\n{caption(report)[0].upper()}{caption(report)[1:]}.\n\n"
-        f"## Fallbacks\n\n{fallbacks}\n"
-        f"{notes}"
-        f"## Pipeline\n\n```yaml\n{pipeline}```\n"
-    )

@@ -42,6 +42,7 @@ class Gguf(Exporter):
 
     key: ClassVar[str] = "gguf"
     files: ClassVar[tuple[str, ...]] = (FILE,)
+    used: ClassVar[tuple[str, str]] = ("console", "llama-server -m FOLDER/model.gguf")
     computes: ClassVar[str | None] = "float32"
 
     def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:

@@ -48,6 +48,10 @@ class Onnx(Exporter):
 
     key: ClassVar[str] = "onnx"
     files: ClassVar[tuple[str, ...]] = (MODEL, DATA)
+    used: ClassVar[tuple[str, str]] = (
+        "python",
+        'import onnxruntime\n\nsession = onnxruntime.InferenceSession("FOLDER/model.onnx")',
+    )
     computes: ClassVar[str | None] = "float32"
     libraries: ClassVar[int] = 250 << 20
 

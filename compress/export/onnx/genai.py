@@ -37,6 +37,10 @@ class Genai(Onnx):
 
     key: ClassVar[str] = "genai"
     files: ClassVar[tuple[str, ...]] = (MODEL, DATA, CONFIG)
+    used: ClassVar[tuple[str, str]] = (
+        "python",
+        'import onnxruntime_genai\n\nmodel = onnxruntime_genai.Model("FOLDER")',
+    )
 
     def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:
         yield from super().refusals(graph, specs, added)
