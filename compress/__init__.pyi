@@ -9,6 +9,7 @@ from .api.verify import verify
 from .calibration.metrics import Quality, evaluate
 from .calibration.tokens import load_tokens
 from .config.pipeline import Pipeline
+from .config.plugins import register_pass
 from .errors import (
     CheckpointError,
     CompressError,
@@ -154,6 +155,7 @@ __all__ = [
     "fit",
     "load_tokens",
     "register",
+    "register_pass",
     "run",
     "speed_up",
     "verify",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 import compress
+from compress.config.pipeline import METHODS
 
 
 def examples() -> Iterator[doctest.DocTest]:
@@ -19,5 +20,8 @@ def examples() -> Iterator[doctest.DocTest]:
 @pytest.mark.parametrize("test", list(examples()), ids=lambda t: t.name)
 def test_the_example_in_the_docstring_runs(test: doctest.DocTest) -> None:
     report: list[str] = []
+    known = dict(METHODS)
     result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=report.append)
+    for key in METHODS.keys() - known:  # passes of an example's own
+        del METHODS[key]
     assert result.failed == 0, "".join(report)

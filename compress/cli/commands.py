@@ -19,6 +19,7 @@ from compress.cli.options import (
     OutOption,
     OverwriteOption,
     PipelineArg,
+    PluginOption,
     QuietOption,
     SetOption,
     VerboseOption,
@@ -63,6 +64,7 @@ def run(
     model: ModelArg,
     out: OutOption = None,
     changes: SetOption = None,
+    plugins: PluginOption = None,
     overwrite: OverwriteOption = False,
     fresh: FreshOption = False,
     device: DeviceOption = None,
@@ -72,6 +74,7 @@ def run(
 ) -> None:
     """Run a pipeline on a model and write the compressed folder. Interrupted, the same command continues."""
     shown = running.Shown.of(device, as_json, verbose, quiet)
+    _know(plugins)
     folder = running.folder_for(out, model, pipeline.stem, overwrite)
     steps = running.read(pipeline, changes or (), folder, overwrite)
     running.run_and_show(steps, model, folder, shown, overwrite=overwrite, fresh=fresh)
@@ -120,8 +123,10 @@ def check(
     pipeline: PipelineArg,
     model: Annotated[str | None, typer.Argument(help="also check against this model")] = None,
     changes: SetOption = None,
+    plugins: PluginOption = None,
 ) -> None:
     """Check everything that can be checked without reading weights."""
+    _know(plugins)
     from compress.config.reading import load_pipeline
 
     steps = load_pipeline(pipeline, changes or ())
@@ -147,6 +152,7 @@ def show_plan(
     pipeline: PipelineArg,
     model: ModelArg,
     changes: SetOption = None,
+    plugins: PluginOption = None,
     with_shares: Annotated[
         bool, typer.Option("--shares", help="read the weights, and show how many of each block become zero")
     ] = False,
@@ -156,6 +162,7 @@ def show_plan(
     quiet: QuietOption = False,
 ) -> None:
     """Show what each pass will touch and cost, before any work. Only --shares reads weights."""
+    _know(plugins)
     shown = running.Shown.of(device, as_json, verbose, quiet)
     from compress.config.reading import load_pipeline
 
@@ -372,11 +379,20 @@ def init(
 
 
 @app.command()
-def schema() -> None:
+def schema(plugins: PluginOption = None) -> None:
     """Print the JSON schema of pipeline files, for editors."""
+    _know(plugins)
     from compress.config.schema import schema as make
 
     print(json.dumps(make(), indent=1))
+
+
+def _know(plugins: list[Path] | None) -> None:
+    """Make passes of the user's own known."""
+    if plugins:
+        from compress.config.plugins import load
+
+        load(plugins)
 
 
 def _say(text: object) -> None:

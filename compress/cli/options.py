@@ -35,6 +35,9 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="a value in the place of the pipeline's: passes[0].gptq.bits=3"),
 ]
+PluginOption = Annotated[
+    list[Path] | None, typer.Option("--plugin", metavar="FILE", help="a file of Python that defines passes of your own")
+]
 DeviceOption = Annotated[
     str | None, typer.Option(help="what computes: auto, cpu, cuda, cuda:1  [default: the pipeline's choice, or auto]")
 ]

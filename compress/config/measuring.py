@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from compress.config.lines import document
 from compress.config.pipeline import GIVEN, DataSection
-from compress.config.reading import load_pipeline, read_evaluation
+from compress.config.reading import read_evaluation
 from compress.errors import UsageError
+from compress.io.small_file import read_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -47,7 +49,8 @@ def _own(model: Path) -> Evaluation | None:
     if not (folder / MANIFEST).is_file():
         return None
     file = next((place / PIPELINE for place in (folder, folder.resolve().parent) if (place / PIPELINE).is_file()), None)
-    return None if file is None else load_pipeline(file).evaluate
+    section = None if file is None else document(read_text(file), str(file)).values.get("evaluate")
+    return read_evaluation(section) if isinstance(section, dict) else None
 
 
 def _named(sources: Sequence[str]) -> str | dict[str, str]:

@@ -208,7 +208,7 @@ def _read_passes(data: Any, findings: _Findings) -> tuple[tuple[Pass, ...], ...]
                 findings.add(f"{path}.blockwise", "must be a list of methods to run together on each block")
                 continue
             places = [f"{path}.blockwise[{j}]" for j in range(len(entries))]
-        made = (_read_entry(e, p, METHODS, (), findings) for e, p in zip(entries, places, strict=True))
+        made = (_read_method(e, p, findings) for e, p in zip(entries, places, strict=True))
         stages.append(tuple(pass_ for pass_ in made if pass_))
     return tuple(stages)
 
@@ -228,6 +228,16 @@ def _read_exports(data: Any, findings: _Findings) -> tuple[Exporter, ...]:
     return tuple(made)
 
 
+def _read_method(entry: Any, path: str, findings: _Findings) -> Pass | None:
+    """A pass with its options; one that is not known is looked for among installed packages."""
+    name = next(iter(entry), None) if isinstance(entry, dict) else entry
+    if isinstance(name, str) and name not in METHODS:
+        from compress.config import plugins
+
+        plugins.find(name)
+    return _read_entry(entry, path, METHODS, (), findings)
+
+
 def _read_entry(
     entry: Any, path: str, classes: Mapping[str, type[Named]], others: Collection[str], findings: _Findings
 ) -> Named | None:
@@ -241,7 +251,8 @@ def _read_entry(
     name, options = next(iter(entry.items()))
     here = f"{path}.{name}"
     if name not in classes:
-        findings.add(here, f"unknown {what}; {known(name, {*classes, *others})}")
+        own = "" if others else "; a pass of your own is given with --plugin FILE"
+        findings.add(here, f"unknown {what}; {known(name, {*classes, *others})}{own}")
         return None
     if options is not None and not isinstance(options, dict):
         findings.add(here, "options must be a mapping, such as {bits: 4}")

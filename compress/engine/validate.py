@@ -13,6 +13,7 @@ from compress.encodings import Weight
 from compress.encodings.pieces import rows_in_piece
 from compress.encodings.uniform import CHUNK
 from compress.errors import CompressError, NonFiniteError
+from compress.io.source_code import place_of, plug_ins
 from compress.passes.prune.selection import pattern
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def observed(
                 f"{site.name} holds weights as large as {largest:.3g}, with which {pass_.key} overflows ({what}); "
                 "get a clean checkpoint, or exclude it"
             )
-        return CompressError(f"{pass_.key} on {site.name}: {what}; this is a defect, please report it")
+        return CompressError(f"{pass_.key} on {site.name}: {what}; {_blamed(pass_)}")
 
     if edit.keeps:
         return before, 0.0
@@ -90,11 +91,17 @@ def observed_vector(name: str, pass_: Pass, before: Tensor, edit: Edit, store: t
     """
     values = edit.weight
     if values is None or values.shape != before.shape:
-        raise CompressError(f"{pass_.key} on {name}: not {before.numel()} values; this is a defect, please report it")
+        raise CompressError(f"{pass_.key} on {name}: not {before.numel()} values; {_blamed(pass_)}")
     stored = values.detach().to(store).view(1, -1)
     if not torch.isfinite(stored).all():
-        raise CompressError(f"{pass_.key} on {name}: not finite in {store}; this is a defect, please report it")
+        raise CompressError(f"{pass_.key} on {name}: not finite in {store}; {_blamed(pass_)}")
     return Weight(stored)
+
+
+def _blamed(pass_: Pass) -> str:
+    """Whose defect an impossible edit is."""
+    kind = type(pass_)
+    return f"this is a defect of {place_of(kind)}" if plug_ins([kind]) else "this is a defect, please report it"
 
 
 def _from_values(edit: Edit, refuse: Refuse, site: Site, store: torch.dtype) -> Weight:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import inspect
 import secrets
 import sys
 import sysconfig
@@ -75,6 +76,14 @@ def code_of(kinds: Iterable[type], modules: Iterable[str] = (), locate: Locate |
 def plug_ins(kinds: Iterable[type]) -> list[type]:
     """The kinds that are defined outside this package."""
     return [kind for kind in kinds if _is_foreign(kind.__module__)]
+
+
+def place_of(kind: type) -> str:
+    """The file and line of a class, for whoever wrote it."""
+    try:
+        return f"{inspect.getsourcefile(kind)}:{inspect.getsourcelines(kind)[1]}"
+    except (OSError, TypeError):
+        return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def fingerprint(modules: Iterable[str], locate: Locate) -> str:
