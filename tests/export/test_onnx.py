@@ -133,6 +133,9 @@ def test_the_file_holds_the_packed_folders_tensors_under_their_names(tmp_path: P
             assert number.tobytes() == value.contiguous().flatten().view(torch.uint8).numpy().tobytes(), name
     embeddings = [name for name in there if "embed" in name or "lm_head" in name]
     assert embeddings == ["model.embed_tokens.weight"]  # tied, so once
+    config = json.loads((out / "onnx" / "config.json").read_text())
+    assert (config["architectures"], config["dtype"]) == (["LlamaForCausalLM"], "float32")
+    assert "quantization_config" not in config
     onnx.checker.check_model(str(out / "onnx" / MODEL))
 
 

@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compress.errors import OptionError
 from compress.export.base import Exporter, refuse_missing, refuse_read, refuse_tables
+from compress.export.hf import plain_config
 from compress.export.onnx.names import DATA, EXACT, MODEL
+from compress.io.atomic import write_json
+from compress.lazy import torch
+from compress.models.companions import copy_companions
 from compress.models.experts import mixtures, says_how
 
 if TYPE_CHECKING:
@@ -30,6 +34,8 @@ NEEDED = ("onnx", "onnxscript", "onnxruntime")
 class Onnx(Exporter):
     """An ONNX file whose weights stay packed on disk, and in memory where an operator of the runtime takes them packed.
 
+    Beside it lie the model's configuration and tokenizer, as optimum has them.
+
     Causal language models have a cache, as `past_key_values.{i}.key` and so on; rows, lengths and what went before are
     dynamic. Computes in float32.
 
@@ -47,7 +53,7 @@ class Onnx(Exporter):
     accuracy_level: Literal[1, 4] = 4
 
     key: ClassVar[str] = "onnx"
-    files: ClassVar[tuple[str, ...]] = (MODEL, DATA)
+    files: ClassVar[tuple[str, ...]] = (MODEL, DATA, "config.json")
     used: ClassVar[tuple[str, str]] = (
         "python",
         'import onnxruntime\n\nsession = onnxruntime.InferenceSession("FOLDER/model.onnx")',
@@ -96,6 +102,8 @@ class Onnx(Exporter):
         from compress.export.onnx.files import write_graph
 
         write_graph(made, self.written_as, folder, bars)
+        write_json(plain_config(made.folder, torch.float32), folder / "config.json")  # where optimum looks for it
+        copy_companions(made.folder, folder)
 
     def verify(self, made: PackedFolder, folder: Path, bars: Bars) -> dict[str, Any]:
         from compress.export.onnx.files import compare

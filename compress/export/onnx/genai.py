@@ -14,7 +14,6 @@ from compress.export.onnx.names import DATA, MODEL
 from compress.io.atomic import copy, write_json
 from compress.lazy import torch
 from compress.models import loading
-from compress.models.companions import copy_companions
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -36,7 +35,7 @@ class Genai(Onnx):
     """The ONNX file of a causal language model with the configuration and tokenizer that onnxruntime-genai wants."""
 
     key: ClassVar[str] = "genai"
-    files: ClassVar[tuple[str, ...]] = (MODEL, DATA, CONFIG)
+    files: ClassVar[tuple[str, ...]] = (*Onnx.files, CONFIG)
     used: ClassVar[tuple[str, str]] = (
         "python",
         'import onnxruntime_genai\n\nmodel = onnxruntime_genai.Model("FOLDER")',
@@ -51,7 +50,6 @@ class Genai(Onnx):
     def write(self, made: PackedFolder, folder: Path, final: Path, bars: Bars) -> None:
         super().write(made, folder, final, bars)
         write_json(configuration(made, folder / MODEL), folder / CONFIG)
-        copy_companions(made.folder, folder)
 
     def verify(self, made: PackedFolder, folder: Path, bars: Bars) -> dict[str, Any]:
         found = super().verify(made, folder, bars)
