@@ -25,10 +25,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from compress.encodings.bits import pack_bits, row_bytes
 from compress.export.float_schemes import FloatScheme, float_schemes
 from compress.export.hf import Dense, OnHub
-from compress.export.on_hub import WEIGHT, HubMatrix, matrices_on_hub
+from compress.export.on_hub import HubMatrix, dense_layers, layers_on_hub, matrices_on_hub
 from compress.export.packed import specs_in
-from compress.lazy import nn, torch
-from compress.models.experts import router_names
+from compress.lazy import torch
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -145,12 +144,8 @@ class Packing:
         """The layers of the file that each matrix with codes becomes: one, or of an expert what the hub has."""
         groups = list(self.plain.groups.values()) if isinstance(self.plain, OnHub) else []
         found = matrices_on_hub(self.made.artifact.graph, groups)
-        renamed = {group.names[0]: group.first for group in groups if group.converter is None}
-        for name in self.schemes.keys() - self.experts:
-            weight = f"{name}{WEIGHT}"
-            found[name] = [
-                HubMatrix(renamed.get(weight, weight).removesuffix(WEIGHT), slice(None), self.specs[name].shape[0])
-            ]
+        for name, called in layers_on_hub(self.schemes.keys() - self.experts, groups).items():
+            found[name] = [HubMatrix(called, slice(None), self.specs[name].shape[0])]
         return found
 
     @cached_property
@@ -266,20 +261,10 @@ class Packing:
         return alike
 
     def _ignored(self) -> list[str]:
-        """Layers without codes by all their names, with the routers, which are layers to others than transformers."""
-        model = self.made.artifact.graph.model
-        modules = dict(model.named_modules())
-        plain = [name for name, module in modules.items() if type(module) is nn.Linear]
-        if not isinstance(self.plain, OnHub):
-            return [name for name in plain if name not in self.schemes]
-        plain += [n for n in sorted(router_names(model)) if n not in plain and hasattr(modules[n], "weight")]
-        renamed = {g.names[0]: g.first for g in self.plain.groups.values() if g.converter is None}
-        found: dict[str, None] = {}
-        for name in plain:
-            if name not in self.schemes:
-                weight = f"{name}{WEIGHT}"
-                found |= dict.fromkeys((name, renamed.get(weight, weight).removesuffix(WEIGHT)))
-        return list(found)
+        """Layers without codes by all their names."""
+        groups = self.plain.groups.values() if isinstance(self.plain, OnHub) else ()
+        named = layers_on_hub(dense_layers(self.made.artifact.graph, self.schemes), groups)
+        return list(dict.fromkeys(each for pair in named.items() for each in pair))
 
 
 def _any(name: str, everywhere: bool) -> str:
