@@ -9,7 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import UsageError
-from compress.export.base import refuse_missing
+from compress.export.refusals import refuse_missing
 from compress.io.small_file import read_object
 from compress.report.layers import CSV, REPORT
 from compress.report.report import size_text

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compress.errors import OptionError
-from compress.export.base import Exporter, refuse_missing, refuse_read, refuse_tables
+from compress.export.base import Exporter
 from compress.export.onnx.names import DATA, EXACT, MODEL
+from compress.export.refusals import refuse_missing, refuse_read, refuse_tables
 from compress.models.experts import mixtures, says_how
 
 if TYPE_CHECKING:
