@@ -20,7 +20,7 @@ from .errors import (
     UnsupportedModelError,
     UsageError,
 )
-from .export import CompressedTensors, Entropy, Genai, Gguf, Hf, Onnx, Peft
+from .export import CompressedTensors, Entropy, Genai, Gguf, GptqFormat, Hf, Onnx, Peft
 from .passes import (
     ActivationSparsity,
     AdaMerging,
@@ -101,6 +101,7 @@ __all__ = [
     "Gguf",
     "GlobalMagnitude",
     "Gptq",
+    "GptqFormat",
     "GreedySoup",
     "Hf",
     "Interpolate",

@@ -6,12 +6,13 @@ from compress.export.base import Exporter, PackedFolder
 from compress.export.compressed_tensors import CompressedTensors
 from compress.export.entropy import Entropy
 from compress.export.gguf import Gguf
+from compress.export.gptq import GptqFormat
 from compress.export.hf import Hf
 from compress.export.onnx.exporter import Onnx
 from compress.export.onnx.genai import Genai
 from compress.export.peft import Peft
 
-EXPORTERS: tuple[type[Exporter], ...] = (Entropy, Hf, Peft, CompressedTensors, Gguf, Onnx, Genai)
+EXPORTERS: tuple[type[Exporter], ...] = (Entropy, Hf, Peft, CompressedTensors, GptqFormat, Gguf, Onnx, Genai)
 
 __all__ = [
     "EXPORTERS",
@@ -20,6 +21,7 @@ __all__ = [
     "Exporter",
     "Genai",
     "Gguf",
+    "GptqFormat",
     "Hf",
     "Onnx",
     "PackedFolder",
