@@ -20,7 +20,7 @@ from .errors import (
     UnsupportedModelError,
     UsageError,
 )
-from .export import CompressedTensors, Entropy, Genai, Gguf, GptqFormat, Hf, Onnx, Peft
+from .export import AwqFormat, CompressedTensors, Entropy, Genai, Gguf, GptqFormat, Hf, Mlx, Onnx, Peft
 from .passes import (
     ActivationSparsity,
     AdaMerging,
@@ -80,6 +80,7 @@ __all__ = [
     "AdaMerging",
     "AdaRound",
     "Average",
+    "AwqFormat",
     "Bip",
     "BitDelta",
     "CheckpointError",
@@ -109,6 +110,7 @@ __all__ = [
     "LayerDrop",
     "LowRank",
     "Magnitude",
+    "Mlx",
     "NonFiniteError",
     "Nupes",
     "Oats",

@@ -52,6 +52,9 @@ if TYPE_CHECKING:
     Leaves = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and type of each tensor of a layer
 
 
+FITS = 128  # columns that may share a scale in each of them
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinearLayers(Exporter):
     """A folder in which each linear layer with codes is a few tensors.
@@ -107,7 +110,7 @@ class LinearLayers(Exporter):
             yield (
                 f"{self.title} has a scale for each row or for {among(self.group_sizes)} columns, and {len(wrong)} "
                 f"layers have one for another number, such as {wrong[0]} ({schemes[wrong[0]].group_size}); set "
-                f"group_size: {self.group_sizes[-1]}, or another of these"
+                f"group_size: {FITS}, or another of these, or `exclude` them in the quantizer"
             )
 
     def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from compress.encodings import Uniform, fit, quantize
+
 WORD = 32
 NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # of AWQ: which of eight neighbouring codes stands where in a word, lowest first
 
@@ -26,6 +28,35 @@ def gptq(there: Mapping[str, Tensor], bits: int, less: int = 1) -> Tensor:
     codes, zero = along(there["qweight"].T, bits), along(there["qzeros"], bits).T + less
     group = there["g_idx"].long()
     return ((codes - zero[:, group]) * there["scales"].double().T[:, group]).float()
+
+
+def awq(there: Mapping[str, Tensor]) -> Tensor:
+    """(O, I) of a layer of AWQ."""
+
+    def codes(words: Tensor) -> Tensor:
+        found = torch.empty(len(words), 8 * words.shape[1])
+        for place, row in enumerate(NIBBLES):
+            found[:, row::8] = along(words, 4)[:, place::8].float()
+        return found
+
+    each = len(there["qweight"]) // len(there["scales"])
+    zero, scale = (part.repeat_interleave(each, 0) for part in (codes(there["qzeros"]), there["scales"].double()))
+    return ((codes(there["qweight"]) - zero) * scale).T.float()
+
+
+def mlx(there: Mapping[str, Tensor], bits: int) -> Tensor:
+    """(O, I) of a layer of MLX."""
+    codes = along(there["weight"], bits)
+    each = codes.shape[1] // there["scales"].shape[1]
+    scale, bias = (there[leaf].double().repeat_interleave(each, 1) for leaf in ("scales", "biases"))
+    return (codes * scale + bias).float()
+
+
+def rounded(bits: int, symmetric: bool, groups: int, rows: int = 32, columns: int = 64) -> Uniform:
+    """A random matrix on a grid."""
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(bits))
+    scale, zero = fit(weight, bits, groups=groups, symmetric=symmetric)
+    return Uniform(quantize(weight, scale, zero, bits), scale, zero, bits, symmetric)
 
 
 def values(there: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

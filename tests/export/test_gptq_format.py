@@ -16,7 +16,6 @@ from written import tensors, write
 import compress
 from compress import ConfigError, GptqFormat, Magnitude, Override, Rtn
 from compress.config.reading import parse
-from compress.encodings import Uniform, fit, quantize
 from compress.errors import CompressError
 from compress.export.pack_quantized import Scheme, Steps
 from compress.models.loading import load_model
@@ -50,17 +49,11 @@ def section_of(folder: Path) -> dict[str, Any]:
     return found["quantization_config"]  # type: ignore[no-any-return]
 
 
-def rounded(bits: int, symmetric: bool, groups: int) -> Uniform:
-    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(bits))
-    scale, zero = fit(weight, bits, groups=groups, symmetric=symmetric)
-    return Uniform(quantize(weight, scale, zero, bits), scale, zero, bits, symmetric)
-
-
 @pytest.mark.parametrize("bits", GptqFormat.widths)
 def test_words_hold_codes_scales_and_zero_points_where_the_layout_says(bits: int) -> None:
     for version in ("gptq", "gptq_v2"):
         for symmetric, groups in ((True, 1), (False, 1), (False, 2)):
-            made, exporter = rounded(bits, symmetric, groups), GptqFormat(checkpoint_format=version)
+            made, exporter = layouts.rounded(bits, symmetric, groups), GptqFormat(checkpoint_format=version)
             scheme = Scheme(bits, symmetric, 64 // groups if groups > 1 else None)
             there = exporter.packed(scheme, Steps.of(made, groups))
             assert there["qweight"].shape == (64 * bits // 32, 32)

@@ -25,9 +25,16 @@ REFUSED: dict[str, tuple[str, str, list[Pass], str]] = {
     "gptq_bits": ("gptq", "llama", [Rtn(bits=4, overrides=(Override("*.0.*", {"bits": 5}),))],
                   r"codes of 2, 3, 4 or 8 bits, and 7 layers have others, such as .* \(5\); set bits: 8"),
     "gptq_groups": ("gptq", "llama", [Rtn(bits=4, group_size=8)],
-                    r"a scale for each row or for 16, .* 512 or 1024 columns, and 14 .* \(8\); set group_size: 1024"),
+                    r"a scale for each row or for 16, .* 512 or 1024 columns, and 14 .* \(8\); set group_size: 128"),
     "gptq_rows": ("gptq", "few_rows", [Rtn(bits=3)],
                   r"whole words of 32 bits .* 4 layers have too few .*k_proj \(8 x 64\); multiples of 32"),
+    "awq_bits": ("awq", "llama", [Rtn(bits=3, group_size=32)], r"codes of 4 bits, and 14 .* \(3\); set bits: 4"),
+    "awq_groups": ("awq", "llama", [Rtn(bits=4, group_size=32, overrides=(Override("*.k_proj", {"group_size": 8}),))],
+                   r"a scale for each row or for 16, 32, 64 or 128 columns, and 14 .* \(8\); set group_size: 128"),
+    "awq_rows": ("awq", "odd_rows", [Rtn(bits=4)], r"8 rows in a word, and 4 layers .*k_proj \(12\)"),
+    "mlx_bits": ("mlx", "llama", [Rtn(bits=7, group_size=32)], r"codes of 2, 3, 4, 5, 6 or 8 bits.*set bits: 8"),
+    "mlx_groups": ("mlx", "llama", [Rtn(bits=4, group_size=16)], r"for 32, 64 or 128 columns, .* \(16\)"),
+    "mlx_corrections": ("mlx", "llama", [Rtn(bits=4), Eora(rank=2)], "MLX has no place for low-rank corrections"),
 }  # fmt: skip
 
 
@@ -48,7 +55,7 @@ def flipped(folder: Path, name: str) -> None:
     (folder / "model.safetensors").write_bytes(data)
 
 
-@pytest.mark.parametrize("key", ["gptq"])
+@pytest.mark.parametrize("key", ["gptq", "awq", "mlx"])
 @pytest.mark.parametrize("leaf", ["layers.1.mlp.up_proj.scales", "layers.0.mlp.down_proj", "norm.weight"])
 def test_a_damaged_tensor_is_noticed_and_nothing_gets_the_final_name(
     key: str, leaf: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
