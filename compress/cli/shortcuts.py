@@ -28,7 +28,7 @@ EvaluateOption = Annotated[str, typer.Option(help="what quality is measured on: 
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="print the pipeline and its plan, and run nothing")]
 RuntimeOption = Annotated[
     str,
-    typer.Option("--for", help="what is to run the result: transformers, vllm, sglang, mlx, llama.cpp, onnxruntime"),
+    typer.Option("--for", help="what runs the result: transformers, vllm, sglang, mlx, llama.cpp, onnxruntime"),
 ]
 
 

@@ -11,15 +11,16 @@ import sys
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 
-def in_transformers(folder, tokens):
+def in_transformers(folder: str, tokens: Tensor) -> dict[str, Tensor]:
     from transformers import AutoModelForCausalLM
 
     return {"logits": AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits}
 
 
-def in_gptqmodel(folder, tokens):
+def in_gptqmodel(folder: str, tokens: Tensor) -> dict[str, Tensor]:
     from gptqmodel import BACKEND, GPTQModel
 
     model = GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH, dtype=torch.float16).model
@@ -27,7 +28,7 @@ def in_gptqmodel(folder, tokens):
     return {name: weight.float().contiguous() for name, weight in weights.items()}
 
 
-def in_mlx(folder, tokens):
+def in_mlx(folder: str, tokens: Tensor) -> dict[str, Tensor]:
     from pathlib import Path
 
     import mlx.core as mx
@@ -44,7 +45,7 @@ def in_mlx(folder, tokens):
     return {name: torch.from_numpy(np.array(value.astype(mx.float32))) for name, value in found.items()}
 
 
-def in_vllm(folder, tokens):
+def in_vllm(folder: str, tokens: Tensor) -> dict[str, Tensor]:
     from vllm import LLM, SamplingParams
 
     model = LLM(folder, dtype="bfloat16", max_model_len=128, enforce_eager=True)
