@@ -21,7 +21,7 @@ from .errors import (
     UnsupportedModelError,
     UsageError,
 )
-from .export import CompressedTensors, Entropy, Genai, Gguf, Hf, Onnx, Peft
+from .export import AwqFormat, CompressedTensors, Entropy, Genai, Gguf, GptqFormat, Hf, Mlx, Onnx, Peft
 from .passes import (
     ActivationSparsity,
     AdaMerging,
@@ -81,6 +81,7 @@ __all__ = [
     "AdaMerging",
     "AdaRound",
     "Average",
+    "AwqFormat",
     "Bip",
     "BitDelta",
     "CheckpointError",
@@ -102,6 +103,7 @@ __all__ = [
     "Gguf",
     "GlobalMagnitude",
     "Gptq",
+    "GptqFormat",
     "GreedySoup",
     "Hf",
     "Interpolate",
@@ -109,6 +111,7 @@ __all__ = [
     "LayerDrop",
     "LowRank",
     "Magnitude",
+    "Mlx",
     "NonFiniteError",
     "Nupes",
     "Oats",

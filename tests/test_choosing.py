@@ -109,12 +109,12 @@ def test_every_advice_is_a_command_that_runs_or_is_refused_with_what_would_fit()
     for runtime in RUNTIMES:
         for bits in (2, 8):
             for data in ("demo", "none"):
-                if runtime == "vllm" and bits not in (4, 8):
+                if bits not in RUNTIMES[runtime].bits:
                     with pytest.raises(UsageError, match="would fit"):
                         advise("demo", Wish(bits, runtime, data), None)
                     continue
                 said.add(advise("demo", Wish(bits, runtime, data), None).command)
-    assert len(said) == 14
+    assert len(said) == 20
     for command in sorted(said):
         words = command.split()[1:]
         shown = [*words, "--dry-run"] if words[0] == "quantize" else ["plan", *words[1:]]

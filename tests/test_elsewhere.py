@@ -23,6 +23,8 @@ READY = sorted(file.stem for file in PRESETS.glob("*.yaml"))
         (("W8A16", "int8"), "write `compress quantize MODEL --bits 8`"),
         (("Q4_K_M", "GGUF:Q4_K_S", "IQ4_XS", "Q4_0"), "write `compress quantize MODEL --bits 4 --for llama.cpp`"),
         (("vllm", "marlin"), "write `compress quantize MODEL --bits 4 --for vllm`"),
+        (("SGLang",), "write `compress quantize MODEL --bits 4 --for sglang`"),
+        (("MLX",), "write `compress quantize MODEL --bits 4 --for mlx`"),
         (("auto-round", "AutoRound"), "flexround learns how to round, too: write `flexround-w2`"),
         (("AWQ", "awq"), "is called scale here; write `scale-rtn-w3` or `scale-gptq-w3`"),
         (("SmoothQuant",), "is called smooth here; write `smooth-rtn-w8a8`"),

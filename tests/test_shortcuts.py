@@ -110,6 +110,8 @@ def test_auto_goes_by_bits_data_and_runtime() -> None:
     [
         (["quantize", "demo", "--bits", "3", "--for", "vllm"], "vllm runs 4 or 8 bits here; --bits 4 would fit"),
         (["quantize", "demo", "--group-size", "48", "--for", "llama.cpp"], "--group-size 32 would fit"),
+        (["quantize", "demo", "--bits", "7", "--for", "mlx"], "mlx runs 2, 3, 4, 5, 6 or 8 bits here; --bits 8 would"),
+        (["quantize", "demo", "--group-size", "16", "--for", "sglang"], "sglang takes 32, 64, 128, or 0 for one scale"),
         (["quantize", "demo", "--method", "jlcm", "--for", "vllm"], "uniform codes only; rtn, gptq, adaround"),
         (["quantize", "demo", "--for", "tensorrt"], "--for tensorrt: known are transformers, vllm"),
         (["quantize", "demo", "--method", "gpqt"], "--method gpqt: no quantizer of that name; did you mean gptq?"),

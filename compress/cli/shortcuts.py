@@ -27,7 +27,8 @@ SamplesOption = Annotated[int, typer.Option(help="windows of 512 tokens to learn
 EvaluateOption = Annotated[str, typer.Option(help="what quality is measured on: as --data; none measures size alone")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="print the pipeline and its plan, and run nothing")]
 RuntimeOption = Annotated[
-    str, typer.Option("--for", help="what is to run the result: transformers, vllm, llama.cpp, onnxruntime")
+    str,
+    typer.Option("--for", help="what runs the result: transformers, vllm, sglang, mlx, llama.cpp, onnxruntime"),
 ]
 
 

@@ -24,7 +24,10 @@ GGML = re.compile(r"(?:gguf:)?i?q(\d)_(?:k|0|1|nl|xs|xxs|s|m)(?:_(?:s|m|l|xl))?"
 FLOATS = re.compile(r"(fp8|mxfp4|nvfp4)(?:[-_]?(a16|dynamic|block|static))?", re.IGNORECASE)  # that are here too
 OTHER_FLOATS = re.compile(r"(?:mx|nv|nf|fp|bnb)[-_]?(?:fp|w)?(\d)(?:-?bits?|a\d+|_\w+)?", re.IGNORECASE)
 WIDTH = re.compile(r"(?:u?int|w)?_?-?(\d)(?:-?bits?)?", re.IGNORECASE)
-RUNTIMES = {"vllm": "vllm", "llama.cpp": "llama.cpp", "llamacpp": "llama.cpp", "gguf": "llama.cpp", "marlin": "vllm"}
+RUNTIMES = {
+    "vllm": "vllm", "marlin": "vllm", "sglang": "sglang", "mlx": "mlx", "llama.cpp": "llama.cpp",
+    "llamacpp": "llama.cpp", "gguf": "llama.cpp",
+}  # fmt: skip
 CALLED = {"awq": "scale", "smoothquant": "smooth", "quarot": "rotate"}  # methods that have another name here
 NEAREST = {  # methods of others -> the nearest here, by what they do
     "autoround": ("flexround", "learns how to round, too"),
@@ -71,10 +74,10 @@ def of_name(name: str, ready: Collection[str]) -> str | None:
     if plain in RUNTIMES or word in RUNTIMES:
         runtime = RUNTIMES.get(word) or RUNTIMES[plain]
         return f"{name} is no pipeline; write `compress quantize MODEL --bits 4 --for {runtime}`"
-    if word in FORMATS:
-        return f"{name} is a format, and a pipeline is expected; give it `--set export={word}`"
     if plain in CALLED:
         return f"{name} is called {CALLED[plain]} here; {_with_method(CALLED[plain], ready)}"
+    if word in FORMATS:
+        return f"{name} is a format, and a pipeline is expected; give it `--set export={word}`"
     if plain in NEAREST:
         nearest, why = NEAREST[plain]
         return f"{name} is not among the methods; {nearest} {why}: {_with_method(nearest, ready)}"

@@ -41,8 +41,10 @@ class Runtime:
     @property
     def widths(self) -> str:
         """Its bits in words."""
-        few = len(self.bits) < 3
-        return " or ".join(map(str, self.bits)) if few else f"{self.bits[0]} to {self.bits[-1]}"
+        if len(self.bits) > 2 and self.bits == tuple(range(self.bits[0], self.bits[-1] + 1)):
+            return f"{self.bits[0]} to {self.bits[-1]}"
+        *first, last = map(str, self.bits)
+        return f"{', '.join(first)} or {last}"
 
     @property
     def sizes(self) -> str:
@@ -56,11 +58,14 @@ class Runtime:
         return group % self.multiple == 0 if self.multiple > 1 else group in self.groups
 
 
-# vLLM: by its source (`compressed_tensors_wNa16`), not run here. llama.cpp: blocks of GGML, see docs/exports.md.
+# vLLM and SGLang: by their source (`compressed_tensors_wNa16`, `gptq_marlin`), not run here. llama.cpp: blocks of GGML,
+# see docs/exports.md. MLX: beside zero points scales take float32.
 LLAMA_CPP = {2: 4.5, 3: 4.5, 4: 4.5, 5: 5.5, 6: 8.5, 7: 8.5, 8: 8.5}
 RUNTIMES: dict[str, Runtime] = {
     "transformers": Runtime(None),
     "vllm": Runtime("compressed-tensors", (4, 8), (32, 64, 128), symmetric=BITS, uniform=True),
+    "sglang": Runtime("gptq", (4, 8), (32, 64, 128), symmetric=BITS, uniform=True),
+    "mlx": Runtime("mlx", (2, 3, 4, 5, 6, 8), (32, 64, 128), symmetric=(4, 5, 6, 8), uniform=True),
     "llama.cpp": Runtime("gguf", multiple=32, group=32, symmetric=(4, 5, 6, 7, 8), uniform=True, stored=LLAMA_CPP),
     "onnxruntime": Runtime("onnx"),
 }

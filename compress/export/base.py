@@ -6,7 +6,6 @@ refuses, before a run.
 
 from __future__ import annotations
 
-import importlib.util
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -125,69 +124,3 @@ class Exporter(ABC):
     def first_nan(self, folder: Path, inputs: Tensor) -> str:
         """A sentence about the first NaN in what was written, for inputs whose logits are not finite; or nothing."""
         return ""
-
-
-def refuse_added(graph: Graph, added: Collection[str]) -> Iterator[str]:
-    """Why new biases do not fit a container that a plain model class reads; nothing where there are none."""
-    if added:
-        first = next(iter(added))
-        yield (
-            f"a plain {type(graph.model).__name__} has no place for the biases that {len(added)} layers are given, "
-            f"such as {first}; leave new biases out, or this format out of `export:`"
-        )
-
-
-def refuse_tables(graph: Graph, specs: Mapping[str, Spec], why: str) -> Iterator[str]:
-    """Why packed embeddings do not fit a container; nothing where there are none. `why`: what it lacks."""
-    packed = [site.name for site in graph.sites if site.looked_up and site.name in specs]
-    if packed:
-        yield (
-            f"{why}, and {len(packed)} are packed, such as {packed[0]}; leave embeddings out of the passes (`exclude`, "
-            "or no `embeddings:`), or this format out of `export:`"
-        )
-
-
-def refuse_shared(graph: Graph, specs: Mapping[str, Spec], container: str) -> Iterator[str]:
-    """Why packed layers that blocks share do not fit a container; nothing where there are none."""
-    shared = [site for site in graph.sites if site.shared and not site.looked_up and site.name in specs]
-    if shared:
-        yield (
-            f"{container} has each layer once for each module, and {len(shared)} are shared by blocks, such as "
-            f"{shared[0].name}; export hf, or leave this format out of `export:`"
-        )
-
-
-def refuse_experts(graph: Graph, names: Collection[str], container: str) -> Iterator[str]:
-    """Why matrices that are no layers, such as experts, do not fit a container of layers; nothing without any.
-
-    Args:
-        graph: of the model.
-        names: of the sites that the container would have to hold as layers of their own.
-        container: what it is called.
-    """
-    experts = [site.name for site in graph.sites if site.is_expert and site.name in names]
-    if experts:
-        yield (
-            f"{container} holds layers, and {len(experts)} of the compressed matrices are experts that the model keeps "
-            f"together in one tensor, such as {experts[0]}; `exclude` them, or export hf"
-        )
-    yield from refuse_read(graph, names, container)
-
-
-def refuse_read(graph: Graph, names: Collection[str], container: str) -> Iterator[str]:
-    """Why matrices that a module multiplies with itself do not fit a container of layers; nothing without any.
-
-    Takes what `refuse_experts` does.
-    """
-    read = [site.name for site in graph.sites if site.read_by is not None and site.name in names]
-    if read:
-        yield (
-            f"{container} holds layers, and {len(read)} of the compressed matrices are read by a module of torch "
-            f"itself, such as {read[0]}; `exclude` them, or export hf"
-        )
-
-
-def refuse_missing(package: str, extra: str) -> Iterator[str]:
-    """How to install the library that writes or reads a container, if it is missing; `extra` brings it."""
-    if importlib.util.find_spec(package) is None:
-        yield f"the Python package {package} is not installed; pip install 'compress-pipeline[{extra}]'"

@@ -8,11 +8,23 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.checkpoint.sources import SINGLE
-from compress.export.base import Exporter, refuse_added, refuse_missing, refuse_read, refuse_shared, refuse_tables
+from compress.export.base import Exporter
 from compress.export.float_schemes import float_schemes
-from compress.export.hf import plain_config, refuse_rounded, running
+from compress.export.hf import plain_config, running
 from compress.export.on_hub import described_by, groups_on_hub, matrices_on_hub
 from compress.export.pack_quantized import FORMAT, METHOD, Packing, schemes, words
+from compress.export.refusals import (
+    refuse_added,
+    refuse_corrected,
+    refuse_missing,
+    refuse_other_codes,
+    refuse_other_layers,
+    refuse_read,
+    refuse_rounded,
+    refuse_shared,
+    refuse_tables,
+    refuse_uncoded,
+)
 from compress.io.atomic import write_json, writing
 from compress.io.safetensors_file import compare_tensors, write_tensors
 from compress.lazy import nn, torch
@@ -49,32 +61,17 @@ class CompressedTensors(Exporter):
         floats = float_schemes(specs)
         yield from refuse_rounded({n: s for n, s in specs.items() if n not in floats or floats[n].inputs is None})
         coded = {name: spec for name, spec in specs.items() if spec.form is not None}
-        if not coded:
-            yield "no layer has codes, so there is nothing to pack; quantize with rtn or gptq, or export hf"
+        yield from refuse_uncoded(coded)
         experts = {site.name for site in graph.sites if site.is_expert}
         kept = schemes(specs, experts)
         yield from _refuse_others({name: spec for name, spec in coded.items() if name not in {*kept, *floats}})
         yield from _refuse_floats(floats, experts)
-        corrected = [name for name, spec in coded.items() if spec.low_rank is not None]
-        if corrected:
-            yield (
-                f"{FORMAT} has no place for low-rank corrections, and {len(corrected)} layers have one, such as "
-                f"{corrected[0]}; leave eora out, or export peft or hf"
-            )
+        yield from refuse_corrected(coded, FORMAT)
         yield from _refuse_experts(graph, coded)
         yield from refuse_read(graph, coded, FORMAT)
         yield from refuse_shared(graph, coded, "compressed-tensors")
         yield from refuse_tables(graph, coded, "transformers reads no packed embeddings of compressed-tensors")
-        modules = dict(graph.model.named_modules())
-        tables = {site.name for site in graph.sites if site.looked_up}
-        layers = [name for name in coded if name in modules and name not in tables]
-        strange = [name for name in layers if type(modules[name]) is not nn.Linear]
-        if strange:
-            kind = type(modules[strange[0]]).__name__
-            yield (
-                f"the library packs Linear layers only, and {len(strange)} layers are not, such as {strange[0]} "
-                f"({kind}); `exclude` them in the quantizer, or export hf"
-            )
+        yield from refuse_other_layers(graph, coded, "the library")
         low = [
             name for name, scheme in kept.items()
             if not scheme.symmetric and scheme.group_size and words(specs[name].shape[0], scheme.bits) == 1
@@ -138,13 +135,7 @@ def _unpacked_model(made: PackedFolder, folder: Path, dtype: torch.dtype) -> Log
 def _refuse_others(others: Mapping[str, Spec]) -> Iterator[str]:
     """Why codes that are neither even steps nor floats in blocks that the library knows do not fit."""
     forms = {name: spec.form for name, spec in others.items() if spec.form is not None}
-    strange = {name: form for name, form in forms.items() if not form.floats}
-    if strange:
-        name, form = next(iter(strange.items()))
-        yield (
-            f"{FORMAT} holds uniform codes only, and {len(strange)} layers have others, such as {name} "
-            f"({form.family}); use a uniform quantizer such as rtn or gptq, or export hf"
-        )
+    yield from refuse_other_codes({n: others[n] for n, form in forms.items() if not form.floats}, FORMAT)
     floats = [name for name, form in forms.items() if form.floats]
     if floats:
         yield (

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from compress.checkpoint.packed_layout import spec_at
 from compress.checkpoint.sources import SINGLE
 from compress.errors import NonFiniteError
-from compress.export.base import Exporter, refuse_added
+from compress.export.base import Exporter
 from compress.export.on_hub import groups_on_hub
+from compress.export.refusals import refuse_added, refuse_rounded
 from compress.io.atomic import write_json, writing
 from compress.io.safetensors_file import compare_tensors, in_range, write_tensors
 from compress.io.small_file import read_object
@@ -167,17 +168,6 @@ class Hf(Exporter):
 
     def runner(self, made: PackedFolder, folder: Path) -> Logits:
         return loaded(made, folder)
-
-
-def refuse_rounded(specs: Mapping[str, Spec]) -> Iterator[str]:
-    """Why rounded or skipped inputs do not fit a container of plain weights; nothing where there are none."""
-    rounded = [name for name, spec in specs.items() if spec.inputs is not None]
-    if rounded:
-        yield (
-            f"plain weights cannot round or skip what they are multiplied with, and {len(rounded)} layers do, such as "
-            f"{rounded[0]}; leave activation_bits out of the quantizer and activation_sparsity out of the passes, or "
-            "this format out of `export:`"
-        )
 
 
 def loaded(made: PackedFolder, folder: Path, dtype: torch.dtype | None = None) -> Logits:

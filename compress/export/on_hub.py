@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from compress.checkpoint.matching import Spelling
-from compress.lazy import torch, transformers
+from compress.lazy import nn, torch, transformers
+from compress.models.experts import router_names
 from compress.models.hub_names import undone
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -37,6 +38,21 @@ def groups_on_hub(graph: Graph, described: Mapping[str, Described]) -> list[Undo
 def described_by(graph: Graph) -> dict[str, Described]:
     """Shape and type of each of a model's tensors, as the model has them."""
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in graph.tensors() if name not in graph.tied}
+
+
+def layers_on_hub(names: Iterable[str], groups: Iterable[Undone]) -> dict[str, str]:
+    """What layers are called on the hub, by their names in the model."""
+    renamed = {group.names[0]: group.first for group in groups if group.converter is None}
+    weights = {name: f"{name}{WEIGHT}" for name in names}
+    return {name: renamed.get(weight, weight).removesuffix(WEIGHT) for name, weight in weights.items()}
+
+
+def dense_layers(graph: Graph, coded: Collection[str]) -> list[str]:
+    """The layers without codes, and the routers, which are layers to others than transformers."""
+    modules = dict(graph.model.named_modules())
+    plain = [name for name, module in modules.items() if type(module) is nn.Linear]
+    plain += [n for n in sorted(router_names(graph.model)) if n not in plain and hasattr(modules[n], "weight")]
+    return [name for name in plain if name not in coded]
 
 
 @dataclass(frozen=True)

@@ -25,17 +25,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from compress.encodings.bits import pack_bits, row_bytes
 from compress.export.float_schemes import FloatScheme, float_schemes
 from compress.export.hf import Dense, OnHub
-from compress.export.on_hub import WEIGHT, HubMatrix, matrices_on_hub
+from compress.export.on_hub import HubMatrix, dense_layers, layers_on_hub, matrices_on_hub
 from compress.export.packed import specs_in
-from compress.lazy import nn, torch
-from compress.models.experts import router_names
+from compress.lazy import torch
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from torch import Tensor
 
-    from compress.encodings import Form, Spec
+    from compress.encodings import Encoding, Form, Spec
     from compress.export.base import PackedFolder
     from compress.io.safetensors_file import Entry
 
@@ -77,6 +76,29 @@ class Scheme:
         return columns // self.group_size if self.group_size else 1
 
 
+@dataclass(frozen=True)
+class Steps:
+    """A layer's codes, and a scale and a zero point of every row for so many columns.
+
+    Attributes:
+        codes: (O, I) uint8.
+        scale: (O, G), as stored.
+        zero: (O, G) uint8.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    @classmethod
+    def of(cls, encoding: Encoding, groups: int) -> Steps:
+        """Codes that count steps; a scale of more columns or rows is repeated. `groups`: G."""
+        rows, lookup = len(encoding.codes), encoding.lookup()
+        assert lookup.scale is not None
+        parts = (lookup.scale.as_stored().expand(rows, -1), lookup.steps_from().expand(rows, -1))
+        return cls(encoding.codes, *(part.repeat_interleave(groups // part.shape[1], dim=1) for part in parts))
+
+
 def schemes(specs: Mapping[str, Spec], experts: Collection[str] = ()) -> dict[str, Scheme]:
     """How every matrix whose codes count steps is kept.
 
@@ -88,7 +110,7 @@ def schemes(specs: Mapping[str, Spec], experts: Collection[str] = ()) -> dict[st
         specs: of the matrices, by name.
         experts: names of those that are experts.
     """
-    found = {name: _own(spec, spec.form) for name, spec in specs.items() if spec.form is not None and spec.form.steps}
+    found = own_schemes(specs)
     layers = {name: scheme for name, scheme in found.items() if name not in experts}
     if len({*layers.values(), *float_schemes(specs).values()}) > 1:
         layers = {name: scheme.without_zero_points for name, scheme in layers.items()}
@@ -105,6 +127,11 @@ def _shared(found: Mapping[str, Scheme], specs: Mapping[str, Spec]) -> Scheme:
     grouped = any(scheme.group_size for scheme in every)
     width = math.gcd(*(s.group_size or specs[n].shape[1] for n, s in zip(found, every, strict=True)))
     return Scheme(max(scheme.bits for scheme in every), True, width if grouped else None)
+
+
+def own_schemes(specs: Mapping[str, Spec]) -> dict[str, Scheme]:
+    """The scheme that a matrix whose codes count steps has by itself, of every such matrix."""
+    return {name: _own(spec, spec.form) for name, spec in specs.items() if spec.form is not None and spec.form.steps}
 
 
 def _own(spec: Spec, form: Form) -> Scheme:
@@ -145,12 +172,8 @@ class Packing:
         """The layers of the file that each matrix with codes becomes: one, or of an expert what the hub has."""
         groups = list(self.plain.groups.values()) if isinstance(self.plain, OnHub) else []
         found = matrices_on_hub(self.made.artifact.graph, groups)
-        renamed = {group.names[0]: group.first for group in groups if group.converter is None}
-        for name in self.schemes.keys() - self.experts:
-            weight = f"{name}{WEIGHT}"
-            found[name] = [
-                HubMatrix(renamed.get(weight, weight).removesuffix(WEIGHT), slice(None), self.specs[name].shape[0])
-            ]
+        for name, called in layers_on_hub(self.schemes.keys() - self.experts, groups).items():
+            found[name] = [HubMatrix(called, slice(None), self.specs[name].shape[0])]
         return found
 
     @cached_property
@@ -205,23 +228,20 @@ class Packing:
         assert encoding is not None
         if isinstance(scheme, FloatScheme):
             return scheme.tensors(self.parts[owner][0].name, weight)
-        codes, rows, lookup = encoding.codes, len(encoding.codes), encoding.lookup()
-        assert lookup.scale is not None
-        scale, zero = lookup.scale.as_stored().expand(rows, -1), lookup.steps_from().expand(rows, -1)
+        steps = Steps.of(encoding, scheme.groups(encoding.codes.shape[1]))
+        codes, scale, zero = steps.codes, steps.scale.to(self._scale_dtype(owner)), steps.zero
         if scheme.bits > encoding.form.bits:
-            codes = (lookup.units(codes) + 2 ** (scheme.bits - 1)).to(torch.uint8)
-        scale = scale.to(self._scale_dtype(owner))
-        scale = scale.repeat_interleave(scheme.groups(codes.shape[1]) // scale.shape[1], dim=1)
+            codes = (encoding.lookup().units(codes) + 2 ** (scheme.bits - 1)).to(torch.uint8)
         found: dict[str, Tensor] = {}
         for part in self.parts[owner]:
             at = part.rows if isinstance(part.rows, slice) else list(part.rows)
             leaves = {
-                "weight_packed": _packed_words(codes[at], scheme.bits),
+                "weight_packed": packed_words(codes[at], scheme.bits),
                 "weight_scale": scale[at],
                 "weight_shape": torch.tensor(codes[at].shape),
             }
             if not scheme.symmetric:
-                leaves["weight_zero_point"] = _packed_words(zero[at].T.contiguous(), scheme.bits).T
+                leaves["weight_zero_point"] = packed_words(zero[at].T.contiguous(), scheme.bits).T
             found |= {f"{part.name}.{leaf}": value for leaf, value in leaves.items()}
         return found
 
@@ -266,20 +286,10 @@ class Packing:
         return alike
 
     def _ignored(self) -> list[str]:
-        """Layers without codes by all their names, with the routers, which are layers to others than transformers."""
-        model = self.made.artifact.graph.model
-        modules = dict(model.named_modules())
-        plain = [name for name, module in modules.items() if type(module) is nn.Linear]
-        if not isinstance(self.plain, OnHub):
-            return [name for name in plain if name not in self.schemes]
-        plain += [n for n in sorted(router_names(model)) if n not in plain and hasattr(modules[n], "weight")]
-        renamed = {g.names[0]: g.first for g in self.plain.groups.values() if g.converter is None}
-        found: dict[str, None] = {}
-        for name in plain:
-            if name not in self.schemes:
-                weight = f"{name}{WEIGHT}"
-                found |= dict.fromkeys((name, renamed.get(weight, weight).removesuffix(WEIGHT)))
-        return list(found)
+        """Layers without codes by all their names."""
+        groups = self.plain.groups.values() if isinstance(self.plain, OnHub) else ()
+        named = layers_on_hub(dense_layers(self.made.artifact.graph, self.schemes), groups)
+        return list(dict.fromkeys(each for pair in named.items() for each in pair))
 
 
 def _any(name: str, everywhere: bool) -> str:
@@ -295,8 +305,8 @@ def words(count: int, bits: int) -> int:
     return -(-row_bytes(count, bits) // 4)
 
 
-def _packed_words(codes: Tensor, bits: int) -> Tensor:
-    """(R, N) uint8 codes -> (R, W) int32."""
+def packed_words(codes: Tensor, bits: int) -> Tensor:
+    """(R, N) uint8 codes -> (R, W) int32, filled up with zeros."""
     packed = pack_bits(codes, bits)
     filled = packed.new_zeros(len(packed), 4 * words(codes.shape[1], bits))
     filled[:, : packed.shape[1]] = packed

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.errors import CompressError
-from compress.export.base import FLOAT, Exporter, refuse_added, refuse_experts
-from compress.export.hf import Dense, Hf, refuse_rounded, verify_dense, write_dense
+from compress.export.base import FLOAT, Exporter
+from compress.export.hf import Dense, Hf, verify_dense, write_dense
+from compress.export.refusals import refuse_added, refuse_experts, refuse_rounded
 from compress.io.atomic import write_json, writing
 from compress.io.safetensors_file import compare_tensors, write_tensors
 from compress.lazy import nn, torch

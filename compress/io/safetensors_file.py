@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DTYPE_NAMES = {
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "I16": "int16", "I8": "int8", "U32": "uint32", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 NARROW = ("F8", "F6", "F4", "E8M0", "I4", "U4")  # how names of types begin that only quantizers write
 LENGTH = 8  # bytes of a header's length; headers are filled up to a multiple of it

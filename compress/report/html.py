@@ -8,7 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import UsageError
-from compress.export.base import refuse_missing
+from compress.export.refusals import refuse_missing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -36,6 +36,7 @@ MODELS = {
     "gpt2": make_gpt2,
     "resnet": make_resnet,
     "few_rows": lambda: make_llama(num_key_value_heads=1, head_dim=8),
+    "odd_rows": lambda: make_llama(num_key_value_heads=1, head_dim=12),
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.errors import CompressError, UsageError
-from compress.export.base import Exporter, refuse_added, refuse_missing
+from compress.export.base import Exporter
 from compress.export.gguf import keys
 from compress.export.gguf.architectures import KINDS, UNWRITTEN, architecture_of
 from compress.export.gguf.blocks import largest_bytes, misfit
@@ -18,7 +18,7 @@ from compress.export.gguf.rope import rope_tensors, unfit_rope
 from compress.export.gguf.tensors import Contents, Layout
 from compress.export.gguf.unfit import unfit
 from compress.export.gguf.vocabulary import read_vocabulary
-from compress.export.hf import refuse_rounded
+from compress.export.refusals import refuse_added, refuse_corrected, refuse_missing, refuse_rounded
 from compress.io.atomic import writing
 from compress.lazy import np, torch
 from compress.models.graph import forward
@@ -171,12 +171,7 @@ def _unknown(graph: Graph) -> str:
 
 def _misfits(specs: Mapping[str, Spec]) -> Iterator[str]:
     coded = {name: spec for name, spec in specs.items() if spec.form is not None}
-    corrected = [name for name, spec in coded.items() if spec.low_rank is not None]
-    if corrected:
-        yield (
-            f"blocks have no place for low-rank corrections, and {len(corrected)} layers have one, such as "
-            f"{corrected[0]}; leave eora out, or export peft or hf"
-        )
+    yield from refuse_corrected(coded, "GGUF")
     wrong = {name: why for name, spec in coded.items() if (why := misfit(spec))}
     for why, count in Counter(wrong.values()).items():
         example = next(name for name, reason in wrong.items() if reason == why)

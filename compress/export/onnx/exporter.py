@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compress.errors import OptionError
-from compress.export.base import Exporter, refuse_missing, refuse_read, refuse_tables
+from compress.export.base import Exporter
 from compress.export.hf import plain_config
 from compress.export.onnx.names import DATA, EXACT, MODEL
+from compress.export.refusals import refuse_missing, refuse_read, refuse_tables
 from compress.io.atomic import write_json
 from compress.lazy import torch
 from compress.models.companions import copy_companions

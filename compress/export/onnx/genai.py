@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.errors import CompressError
-from compress.export.base import refuse_missing
 from compress.export.onnx.exporter import TIGHT, Onnx
 from compress.export.onnx.names import DATA, MODEL
+from compress.export.refusals import refuse_missing
 from compress.io.atomic import copy, write_json
 from compress.lazy import torch
 from compress.models import loading
