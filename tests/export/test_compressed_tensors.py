@@ -201,7 +201,7 @@ def test_a_damaged_tensor_is_noticed_and_nothing_gets_the_final_name(
 def test_a_finished_folder_is_exported_with_its_tokenizer_and_nothing_else(written: Path) -> None:
     folder = written / "symmetric4" / "out" / KEY
     assert {p.name for p in folder.iterdir()} == {
-        "config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "manifest.json"
+        "config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "manifest.json", "README.md"
     }  # fmt: skip
 
 

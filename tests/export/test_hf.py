@@ -75,7 +75,7 @@ def test_its_configuration_is_the_sources_and_names_no_quantization(written: Pat
     assert there == json.loads((folder / "model" / "config.json").read_text())
     assert there["dtype"] == "bfloat16"
     assert {p.name for p in (folder / "out" / "hf").iterdir()} == {
-        "config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "manifest.json"
+        "config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "manifest.json", "README.md"
     }  # fmt: skip
 
 
