@@ -164,7 +164,7 @@ FILLING = {
     "merge": "passes: [{average: {models: [MODEL]}}, rtn]",
     "merge, tried": "passes: [{interpolate: {models: [MODEL], choose: {alpha: [0.25, 0.5]}}}, rtn]\nexport: [hf]",
     "delta": "passes: [{compeft: {models: [MODEL]}}]",
-    "exports": "passes: [{rtn: {scheme: w4g32, symmetric: true}}]\nexport: [hf, compressed-tensors]",
+    "exports": "passes: [{rtn: {scheme: w4g32, symmetric: true}}]\nexport: [hf, compressed-tensors, gptq, awq, mlx]",
 }
 
 

@@ -39,7 +39,7 @@ from compress.passes import (
 from compress.passes.merge.schedules import Matched
 
 SCHEMA = schema()
-CLASSES: dict[str, type[Any]] = {**METHODS, **FORMATS}
+CLASSES: list[type[Any]] = [*METHODS.values(), *FORMATS.values()]
 SHIPPED = sorted((Path(__file__).parent.parent / "compress" / "config" / "presets").glob("*.yaml"))
 
 FULL = """\
@@ -738,9 +738,9 @@ def test_the_schema_refuses_what_the_reader_refuses(text: str) -> None:
 METHODS_OF_SCHEMA = [name for option in SCHEMA["$defs"]["method"]["anyOf"] for name in option.get("properties", {})]
 
 
-def options_of(name: str) -> dict[str, Any]:
+def options_of(cls: type[Any]) -> dict[str, Any]:
     """The rules for the options of a method or format."""
-    rules = SCHEMA["$defs"][name]["properties"]
+    rules = SCHEMA["$defs"][cls.__name__]["properties"]
     assert isinstance(rules, dict)
     return rules
 
@@ -750,12 +750,12 @@ def test_the_schema_knows_every_method_and_every_option() -> None:
     for pass_ in PASSES:
         names = {f.name for f in dataclasses.fields(pass_)}
         names |= {"scheme"} if "bits" in names else set()
-        assert set(options_of(pass_.key)) == names
+        assert set(options_of(pass_)) == names
 
 
 def test_the_schema_says_of_every_option_what_it_is_and_what_it_is_by_default() -> None:
-    for name, cls in CLASSES.items():
-        rules = options_of(name)
+    for cls in CLASSES:
+        rules, name = options_of(cls), cls.__name__
         for f in dataclasses.fields(cls):
             assert rules[f.name]["description"], f"{name}.{f.name}"
             if f.name != "overrides":
@@ -768,8 +768,14 @@ def test_the_schema_says_of_every_option_what_it_is_and_what_it_is_by_default() 
             assert "default" in rule, f"{name}.{option}"
 
 
+def test_a_format_that_is_called_like_a_method_has_options_of_its_own() -> None:
+    assert accepted("passes: [{gptq: {bits: 3}}]\nexport: [{gptq: {checkpoint_format: gptq_v2}}]")
+    assert not accepted("passes: [gptq]\nexport: [{gptq: {bits: 3}}]")
+    assert not accepted("passes: [{gptq: {checkpoint_format: gptq_v2}}]")
+
+
 def test_the_schema_states_ranges_and_allowed_values() -> None:
-    gptq, eora = options_of("gptq"), options_of("eora")
+    gptq, eora = options_of(METHODS["gptq"]), options_of(METHODS["eora"])
     assert (gptq["bits"]["minimum"], gptq["bits"]["maximum"]) == (2, 8)
     assert gptq["damping"]["exclusiveMinimum"] == 0
     assert gptq["scale_search"]["enum"] == ["minmax", "mse", "weighted"]
@@ -777,7 +783,7 @@ def test_the_schema_states_ranges_and_allowed_values() -> None:
     assert {"enum": [4, 8], "type": "integer"} in eora["adapter_bits"]["anyOf"]
 
 
-@pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES.keys())
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_no_default_is_out_of_its_range(cls: type[Any]) -> None:
     made = cls()
     checked = check_options(cls, {f.name: getattr(made, f.name) for f in dataclasses.fields(made)})

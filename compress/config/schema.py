@@ -46,8 +46,9 @@ def schema() -> dict[str, Any]:
         "$defs": {
             "method": _one_of(METHODS, [*METHODS]),
             "format": _one_of(FORMATS, [PACKED, *FORMATS]),
-            **{name: _method(cls) for name, cls in METHODS.items()},
-            **{name: _options_schema(cls) for name, cls in FORMATS.items()},
+            # By their classes: a method and a format may have one name.
+            **{cls.__name__: _method(cls) for cls in METHODS.values()},
+            **{cls.__name__: _options_schema(cls) for cls in FORMATS.values()},
             Matched.__name__: rules(Matched),
         },
     }
@@ -65,12 +66,12 @@ def descriptions(cls: type) -> dict[str, str]:
 
 def _one_of(classes: Mapping[str, type[Pass | Exporter]], names: list[str]) -> dict[str, Any]:
     """A name alone, or one of the classes with its options."""
-    return {"anyOf": [{"enum": names}, *(_single(name, _summary(cls)) for name, cls in classes.items())]}
+    return {"anyOf": [{"enum": names}, *(_single(name, cls) for name, cls in classes.items())]}
 
 
-def _single(name: str, description: str) -> dict[str, Any]:
-    """A mapping of one name to its options."""
-    return {"description": description, **_closed({name: {"$ref": f"#/$defs/{name}"}}, required=[name])}
+def _single(name: str, cls: type) -> dict[str, Any]:
+    """A mapping of one name to the options of its class."""
+    return {"description": _summary(cls), **_closed({name: {"$ref": f"#/$defs/{cls.__name__}"}}, required=[name])}
 
 
 def _closed(properties: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def _method(cls: type[Pass]) -> dict[str, Any]:
             "pattern": f"^({'|'.join([*named, f'w({widths})(g[1-9][0-9]*)?'])})$",
             "description": f"Short for {DESCRIBED}{f'; {NAMED}' if named else ''}.",
         }
-    here = {name: {"$ref": f"#/$defs/{cls.key}/properties/{name}"} for name in properties if name not in PATTERNS}
+    here = {name: {"$ref": f"#/$defs/{cls.__name__}/properties/{name}"} for name in properties if name not in PATTERNS}
     match = {"type": "string", "description": "A shell wildcard on full names; the last override that matches wins."}
     inner = _closed({"match": match, **here}, required=["match"])
     if "embeddings" in properties:
