@@ -340,7 +340,7 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         [{"rtn": {"bits": 4}}, {"rtn": {"bits": 8, "include": ["*.embedder.convolution", "classifier.1"]}}],
         [{"gptq": {"bits": 3}}],
-        [{"flexround": {"bits": 3, "steps": 3}}],
+        pytest.param([{"flexround": {"bits": 3, "steps": 3}}], marks=pytest.mark.real),
         [{"global_magnitude": {}}],
     ],
     ids=lambda passes: "+".join(key for p in passes for key in p),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from commands import compress_command, make_changed, make_text_model
+from selection import only
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -52,15 +53,21 @@ def test_the_other_lines_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "two-bits").is_dir()
 
 
-def test_the_pipeline_of_the_readme_and_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model", only(["MODEL"], ["MODEL", "demo"]))
+def test_the_pipeline_of_the_readme_and_its_commands_run(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
+    make_text_model(tmp_path / "MODEL")
     small = blocks("yaml")[0].replace("samples: 128, length: 256", "samples: 8, length: 128")
     small = small.replace("{source: demo, max", "{samples: 4, length: 128, max")
     (tmp_path / "pipeline.yaml").write_text(small.replace("10%", "100%"))
     commands = blocks("console")[2].splitlines()
     assert len(commands) == 7
     for command in commands:
-        run(command, *(["--samples", "2", "--length", "128"] if " eval " in command else []))
+        run(
+            re.sub(r"\bdemo\b", model, command), *(["--samples", "2", "--length", "128"] if " eval " in command else [])
+        )
 
 
 def test_every_block_of_the_readme_is_run_here_and_it_can_be_read_at_one_sitting() -> None:

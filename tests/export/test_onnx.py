@@ -62,7 +62,7 @@ def test_every_encoding_and_width_computes_the_same_logits(family: str, style: A
     assert len(seen) >= (30 if family != "resnet" else 12)
 
 
-@pytest.mark.parametrize("family", only(["llama-tied-bfloat16", "resnet"], sorted(set(FAMILIES) - {"llama"})))
+@pytest.mark.parametrize("family", only(["resnet"], sorted(set(FAMILIES) - {"llama"})))
 def test_every_family_computes_the_same_logits(family: str, tmp_path: Path) -> None:
     chosen = next(rounds(family, RECIPES))
     assert exported(compressed(family, chosen, RECIPES, tmp_path), family, Onnx())["max_logit_difference"] <= 1e-4
