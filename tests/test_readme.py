@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from commands import compress_command, make_changed, make_text_model
+from commands import compress_command, make_changed, make_text_model, write_text
 from selection import only
 
 ROOT = Path(__file__).parent.parent
@@ -60,8 +60,10 @@ def test_the_pipeline_of_the_readme_and_its_commands_run(
     monkeypatch.chdir(tmp_path)
     make_text_model(tmp_path / "MODEL")
     small = blocks("yaml")[0].replace("samples: 128, length: 256", "samples: 8, length: 128")
-    small = small.replace("{source: demo, max", "{samples: 4, length: 128, max")
-    (tmp_path / "pipeline.yaml").write_text(small.replace("10%", "100%"))
+    small = small.replace("max_increase: 10%", "samples: 4, length: 128, max_increase: 100%")
+    if model != "demo":
+        small = small.replace("source: demo", f"source: {write_text(tmp_path / 'text.txt')}")
+    (tmp_path / "pipeline.yaml").write_text(small)
     commands = blocks("console")[2].splitlines()
     assert len(commands) == 7
     for command in commands:

@@ -111,7 +111,7 @@ def test_every_weight_is_in_the_smallest_type_that_holds_it_and_logits_are_the_p
     assert found["max_logit_difference"] == 0
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", only(QUICK, CASES))
 def test_values_are_the_packed_models_bit_for_bit_with_rows_of_queries_and_keys_in_pairs(
     name: str, written: Folders
 ) -> None:

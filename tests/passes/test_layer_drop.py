@@ -424,7 +424,7 @@ def test_what_earlier_passes_made_goes_by_the_new_names(
     "later",
     [
         [Rtn(bits=3), Eora(rank=4)],
-        [FlexRound(bits=3, steps=4)],
+        pytest.param([FlexRound(bits=3, steps=4)], marks=pytest.mark.real),
         [Magnitude(sparsity=0.5), Perp(steps=2, objective="distill")],
         [LayerDrop(criterion="angular")],
     ],
