@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -26,6 +27,7 @@ evaluate: {{source: {text}, samples: 2, length: 32}}
 passes:
   - {entry}
 """
+COMMAND = typer.main.get_command(commands.app)  # what a process makes once
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def compress_command(*arguments: object, level: int = logging.WARNING, unexpecte
     """
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        app = functools.partial(commands.app, [str(a) for a in arguments], prog_name="compress", standalone_mode=False)
+        app = functools.partial(COMMAND, [str(a) for a in arguments], prog_name="compress", standalone_mode=False)
         code = cli.guarded(app, level=level)
     assert unexpected or "error: unexpected" not in err.getvalue(), err.getvalue()
     return Ended(code, out.getvalue(), err.getvalue())

@@ -203,6 +203,8 @@ CONFIGURED = [
     for cls in PASSES
     for options in [{}, *OPTIONS.get(cls.key, [])]
 ]
+# One of every method, for `make test`.
+FIRST = list({p.key: p for p in reversed(CONFIGURED)}.values())
 
 
 def models(pass_: MergePass, size: float = 0.1) -> list[dict[str, Tensor]]:

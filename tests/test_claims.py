@@ -5,6 +5,8 @@ from functools import cache
 import pytest
 import torch
 from selection import only
+from torch import Tensor
+from transformers import PreTrainedModel
 
 import compress
 from compress import Gptq, Magnitude, Result, Rtn, SparseGpt, Wanda
@@ -37,8 +39,9 @@ def test_sparsegpt_is_better_than_wanda_and_wanda_than_magnitude(sparsity: float
     assert found == sorted(found)
 
 
-def test_gptq_after_wanda_leaves_every_zero_in_place() -> None:
-    before, after = measured(Wanda(sparsity="2:4")), measured(Wanda(sparsity="2:4"), Gptq(bits=4, group_size=64))
+def test_gptq_after_wanda_leaves_every_zero_in_place(tiny_llama: PreTrainedModel, tokens: Tensor) -> None:
+    wanda, gptq = Wanda(sparsity="2:4"), Gptq(bits=4, group_size=64)
+    before, after = (compress.apply(tiny_llama, p, calibration=tokens) for p in ([wanda], [wanda, gptq]))
     for name, weight in after.weights.items():
         mask = before.weights[name].mask
         assert mask is not None

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from selection import only
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -73,7 +74,9 @@ def test_parameters_and_every_piece_of_them_are_those_that_transformers_loads(
     assert fused >= 2
 
 
-@pytest.mark.parametrize(("cls", "options"), MIXTURES, ids=[cls for cls, _ in MIXTURES])
+@pytest.mark.parametrize(
+    ("cls", "options"), only(MIXTURES[:1] + MIXTURES[-3:-1], MIXTURES), ids=[cls for cls, _ in MIXTURES]
+)
 def test_plain_weights_are_exported_under_the_names_of_the_hub(
     cls: str, options: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """Compressed deltas: small files that stand for fine-tunes wherever a merge names a model."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from commands import compress_command, files_of, make_changed, make_text_model, 
 from conftest import make_llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from selection import only
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
@@ -37,6 +39,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "bitdelta-3": {"bits": 3, "steps": 0},
 }
 each_method = pytest.mark.parametrize("method", METHODS)
+MERGES = ("ties", "task_arithmetic", "average", "slerp", "dare")
+# Every merge, and every kind of delta.
+ONE_EACH = [*zip(MERGES, METHODS, strict=False), ("dare", "compeft")]
 
 
 def entry(method: str, tuned: Path, **more: Any) -> dict[str, Any]:
@@ -86,8 +91,7 @@ def test_base_and_delta_make_the_very_model_that_was_measured(method: str, here:
     assert not list(tmp_path.glob("*.work"))
 
 
-@each_method
-@pytest.mark.parametrize("merge", ["ties", "task_arithmetic", "average", "slerp", "dare"])
+@pytest.mark.parametrize(("merge", "method"), only(ONE_EACH, itertools.product(MERGES, METHODS)))
 def test_a_delta_stands_for_the_checkpoint_it_makes_in_every_merge(
     merge: str, method: str, here: Path, tmp_path: Path
 ) -> None:
@@ -174,16 +178,17 @@ def test_tied_tensors_stay_tied_and_further_rows_are_the_bases(tmp_path: Path) -
         assert torch.equal(found["model.embed_tokens.weight"][250:], rows)
 
 
-def test_cut_into_small_chunks_the_same_is_made(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", only(["compeft-tensor", "bitdelta"], METHODS))
+def test_cut_into_small_chunks_the_same_is_made(
+    method: str, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pieces, "PIECE", 1001)
-    for method in METHODS:
-        compress.run({"passes": [entry(method, here / "a")]}, here / "base", tmp_path / method)
-        assert same(loaded(tmp_path / method), loaded(here / method))
+    compress.run({"passes": [entry(method, here / "a")]}, here / "base", tmp_path / method)
+    assert same(loaded(tmp_path / method), loaded(here / method))
     monkeypatch.setattr(pieces, "PIECE", 700)
-    for method in METHODS:
-        pipeline = {"passes": [{"average": {"models": [str(tmp_path / method / "delta")], "weights": [0, 1]}}]}
-        compress.run(pipeline, here / "base", tmp_path / f"{method}-read")
-        assert same(loaded(tmp_path / f"{method}-read"), loaded(here / method))
+    pipeline = {"passes": [{"average": {"models": [str(tmp_path / method / "delta")], "weights": [0, 1]}}]}
+    compress.run(pipeline, here / "base", tmp_path / f"{method}-read")
+    assert same(loaded(tmp_path / f"{method}-read"), loaded(here / method))
 
 
 class Odd(nn.Module):

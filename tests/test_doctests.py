@@ -6,6 +6,7 @@ import pkgutil
 from collections.abc import Iterator
 
 import pytest
+from selection import only
 
 import compress
 from compress.config.pipeline import METHODS
@@ -17,7 +18,16 @@ def examples() -> Iterator[doctest.DocTest]:
         yield from (t for t in doctest.DocTestFinder().find(module) if t.examples)
 
 
-@pytest.mark.parametrize("test", list(examples()), ids=lambda t: t.name)
+EXAMPLES = list(examples())
+# Of passes one of each kind; the others compress the bundled model too.
+QUICK = ("quantize.gptq", "prune.wanda", "compensate.eora", "merge.ties", "retrain.perp")
+
+
+def is_quick(test: doctest.DocTest) -> bool:
+    return not test.name.startswith("compress.passes.") or test.name.removeprefix("compress.passes.").startswith(QUICK)
+
+
+@pytest.mark.parametrize("test", only([t for t in EXAMPLES if is_quick(t)], EXAMPLES), ids=lambda t: t.name)
 def test_the_example_in_the_docstring_runs(test: doctest.DocTest) -> None:
     report: list[str] = []
     known = dict(METHODS)

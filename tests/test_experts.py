@@ -159,7 +159,7 @@ PASSES: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize("passes", PASSES)
-@pytest.mark.parametrize("kind", only(FUSED[:2], FUSED))
+@pytest.mark.parametrize("kind", only(FUSED[:1], FUSED))
 def test_a_pass_makes_of_an_expert_what_it_makes_of_the_same_linear_layer(kind: str, passes: str) -> None:
     model = make_mixture(kind)
     graph = find(model)
@@ -241,7 +241,7 @@ def test_all_tokens_are_shown_whatever_the_code_of_a_model_calls_and_does_with_i
     assert fell_back == last & set(every)
 
 
-@pytest.mark.parametrize("kind", only(["GptOss", "Dbrx"], ["Mixtral", "GptOss", "Llama4", "Dbrx"]))
+@pytest.mark.parametrize("kind", only(["GptOss"], ["Mixtral", "GptOss", "Llama4", "Dbrx"]))
 def test_experts_are_learned(kind: str) -> None:
     """Rounding that is learned lowers the error of the block, and that of every expert that tokens were sent to."""
     model = make_mixture(kind)
@@ -311,7 +311,7 @@ def test_the_caller_gets_back_how_experts_were_run(tiny_llama: nn.Module) -> Non
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", only(list(KINDS)[::3], KINDS))
+@pytest.mark.parametrize("kind", only(["Mixtral", "JetMoe"], KINDS))
 def test_a_packed_folder_computes_and_generates_what_the_result_in_memory_does(kind: str, tmp_path: Path) -> None:
     model = make_mixture(kind)
     model.save_pretrained(tmp_path / "model")
@@ -337,7 +337,7 @@ PARTLY = {"one expert": ("*.layers.1.*experts.down_proj.2",), "a block": ("*.lay
 
 
 @pytest.mark.parametrize("left", PARTLY)
-@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe", "GptOss"])
+@pytest.mark.parametrize("kind", only(["GptOss"], ["Mixtral", "Qwen3Moe", "GptOss"]))
 def test_experts_that_no_pass_worked_on_are_kept_as_they_were(kind: str, left: str, tmp_path: Path) -> None:
     model = make_mixture(kind).bfloat16()
     model.save_pretrained(tmp_path / "model")
@@ -393,7 +393,7 @@ CHAINS: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("chain", only(["learned", "compensated", "trained"], CHAINS))
 @pytest.mark.parametrize("kind", only(["GptOss"], ["Qwen2Moe", "GptOss"]))
 def test_passes_of_every_reach_make_folders_that_reload_to_the_bit(kind: str, chain: str, tmp_path: Path) -> None:
     make_mixture(kind).save_pretrained(tmp_path / "model")
@@ -403,7 +403,9 @@ def test_passes_of_every_reach_make_folders_that_reload_to_the_bit(kind: str, ch
     assert report.rows[-1].bits_per_weight < 24
 
 
-@pytest.mark.parametrize("merge", ["task_arithmetic", "ties", "average", "compeft", "bitdelta"])
+@pytest.mark.parametrize(
+    "merge", only(["ties", "bitdelta"], ["task_arithmetic", "ties", "average", "compeft", "bitdelta"])
+)
 def test_experts_are_merged(merge: str, tmp_path: Path) -> None:
     model = make_mixture("Mixtral")
     model.save_pretrained(tmp_path / "model")

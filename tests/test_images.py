@@ -14,6 +14,7 @@ import torch
 from commands import compress_command, write_pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from selection import only
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import (
@@ -178,7 +179,10 @@ QUANTIZERS = [cls for cls in PASSES if cls().produces("dense").endswith("quantiz
 
 @pytest.mark.parametrize(
     "cls",
-    [c for c in PASSES if not c.preserves and not issubclass(c, OTHERS | ActivationSparsity)],
+    only(
+        [compress.Codebook, compress.Eora, FlexRound, Gptq, compress.LowRank, Rtn, compress.SparseGpt, compress.Wanda],
+        [c for c in PASSES if not c.preserves and not issubclass(c, OTHERS | ActivationSparsity)],
+    ),
     ids=lambda cls: cls.key,
 )
 def test_every_pass_works_on_the_network_and_packed_it_computes_the_same(cls: type[Pass], digits: Digits) -> None:
@@ -340,7 +344,7 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         [{"rtn": {"bits": 4}}, {"rtn": {"bits": 8, "include": ["*.embedder.convolution", "classifier.1"]}}],
         [{"gptq": {"bits": 3}}],
-        [{"flexround": {"bits": 3, "steps": 3}}],
+        pytest.param([{"flexround": {"bits": 3, "steps": 3}}], marks=pytest.mark.real),
         [{"global_magnitude": {}}],
     ],
     ids=lambda passes: "+".join(key for p in passes for key in p),

@@ -84,7 +84,9 @@ def errors(model: Any, data: Any, *passes: Any, **options: Any) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("make", "data", "layers"), [(clip, pairs(), 24), (whisper, spoken(6), 32)], ids=["clip", "whisper"]
+    ("make", "data", "layers"),
+    [(clip, pairs(), 24), pytest.param(whisper, spoken(6), 32, marks=pytest.mark.real)],
+    ids=["clip", "whisper"],
 )
 def test_both_towers_learn_from_what_goes_with_each_other(make: Any, data: Any, layers: int) -> None:
     model = make()

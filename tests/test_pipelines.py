@@ -7,6 +7,7 @@ import pytest
 import torch
 from commands import make_changed
 from conftest import VOCABULARY, make_llama
+from selection import only
 from torch import Tensor
 
 import compress
@@ -92,7 +93,22 @@ def code_path(file: Path) -> list[tuple[str, list[str]]]:
     return [(p.key, sorted(p.options().keys() - {"bits", "group_size", "granularity"})) for p in passes]
 
 
-@pytest.mark.parametrize("file", {repr(code_path(f)): f for f in FILES}.values(), ids=lambda f: f.stem)
+# One of every reach and kind; what else is here is run by the tests of its passes.
+QUICK = {
+    "adaround-w4", "gptq-nvfp4", "layer-drop-1-perp", "low-rank-50", "merge-average", "merge-bitdelta",
+    "merge-wanda-2of4-perp-flexround-w4-eora", "merge-weight-matching", "rotate-gptq-w4a4", "scale-gptq-w3",
+    "sparsegpt-50-gptq-w4-eora", "wanda-70-owl", "width-prune-40-perp",
+}  # fmt: skip
+DIFFERENT = list({repr(code_path(f)): f for f in FILES}.values())
+
+
+def test_the_quick_ones_cover_every_reach() -> None:
+    run = {p.reach for f in FILES if f.stem in QUICK for stage in load_pipeline(f).passes for p in stage}
+    assert run == {p.reach for f in FILES for stage in load_pipeline(f).passes for p in stage}
+    assert {f.stem for f in DIFFERENT} >= QUICK
+
+
+@pytest.mark.parametrize("file", only([f for f in FILES if f.stem in QUICK], DIFFERENT), ids=lambda f: f.stem)
 def test_ready_made_pipeline_runs(file: Path, tmp_path: Path, small: Path, small_fine_tunes: list[str]) -> None:
     given = {"evaluation": torch.randint(VOCABULARY, (4, 64))}
     if load_pipeline(file).calibration:

@@ -7,7 +7,8 @@ from pathlib import Path
 from shutil import copytree
 
 import pytest
-from commands import compress_command, make_changed, make_text_model
+from commands import compress_command, make_changed, make_text_model, write_text
+from selection import only
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -53,17 +54,24 @@ def test_the_other_lines_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "two-bits").is_dir()
 
 
-def test_the_pipeline_of_the_readme_and_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model", only(["MODEL"], ["MODEL", "demo"]))
+def test_the_pipeline_of_the_readme_and_its_commands_run(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
+    make_text_model(tmp_path / "MODEL")
     small = blocks("yaml")[0].replace("samples: 128, length: 256", "samples: 8, length: 128")
-    small = small.replace("{source: demo, max", "{samples: 4, length: 128, max")
-    (tmp_path / "pipeline.yaml").write_text(small.replace("10%", "100%"))
+    small = small.replace("max_increase: 10%", "samples: 4, length: 128, max_increase: 100%")
+    if model != "demo":
+        small = small.replace("source: demo", f"source: {write_text(tmp_path / 'text.txt')}")
+    (tmp_path / "pipeline.yaml").write_text(small)
     commands = blocks("console")[2].splitlines()
     assert len(commands) == 8
     for command in commands:
         if " compare " in command:
             copytree("out", "other")
-        run(command, *(["--samples", "2", "--length", "128"] if " eval " in command else []))
+        few = ["--samples", "2", "--length", "128"] if " eval " in command else []
+        run(re.sub(r"\bdemo\b", model, command), *few)
 
 
 def test_every_block_of_the_readme_is_run_here_and_it_can_be_read_at_one_sitting() -> None:

@@ -79,6 +79,7 @@ def test_it_calibrates_as_real_text_does(tmp_path: Path) -> None:
     assert math.log(own / real) < 0.25 * math.log(rounded.perplexity / real)
 
 
+@pytest.mark.real
 def test_beside_other_sources(tmp_path: Path) -> None:
     pipeline = {
         "calibration": {"source": {"own": "self", "read": "demo"}, "samples": 2, "length": 32},

@@ -159,7 +159,7 @@ def test_inputs_are_rounded_at_every_use(folder: Path, tmp_path: Path) -> None:
 
 def test_learning_sees_all_uses() -> None:
     before, errors = logits(zamba()), {}
-    for pass_ in (compress.FlexRound(bits=3, steps=60, batch_size=8), Rtn(bits=3)):
+    for pass_ in (compress.FlexRound(bits=3, steps=30, batch_size=8), Rtn(bits=3)):
         made = compress.apply(zamba(), [pass_], calibration=tokens()).model
         errors[pass_.key] = float((logits(made) - before).square().mean())
     assert errors["flexround"] < 0.8 * errors["rtn"]
@@ -175,7 +175,7 @@ def test_a_streamed_run_learns_what_one_in_memory_does(folder: Path, tmp_path: P
 
 def test_training_the_whole_model_changes_every_use(folder: Path, tmp_path: Path) -> None:
     made = run(
-        folder, tmp_path / "out", {"wanda": {"sparsity": 0.3}}, {"perp": {"train": ["norm", "mask_lora"], "steps": 30}}
+        folder, tmp_path / "out", {"wanda": {"sparsity": 0.3}}, {"perp": {"train": ["norm", "mask_lora"], "steps": 5}}
     )
     first = made.get_submodule(f"{FIRST}.{Q_PROJ}")
     second = made.get_submodule(f"{SECOND}.{Q_PROJ}")

@@ -99,7 +99,7 @@ def with_gradients(name: str) -> list[Tensor]:
     return [made.detach(), *torch.autograd.grad(made.square().sum(), learned)]
 
 
-@pytest.mark.parametrize("name", only(["between", "landed"], FUSED))
+@pytest.mark.parametrize("name", only(["between"], FUSED))
 def test_what_is_compiled_on_a_device_makes_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = with_gradients(name)
     monkeypatch.setattr(device, "has_kernels", anywhere)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from selection import only
 from torch import Tensor, nn
 from transformers import (
     EncodecConfig,
@@ -55,7 +56,11 @@ CASES: dict[str, tuple[Any, Tensor, str, int]] = {  # model, inputs, pattern of 
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("method", [{"rtn": {"bits": 4}}, {"gptq": {"bits": 4}}, {"wanda": {"sparsity": 0.5}}], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    only([{"gptq": {"bits": 4}}], [{"rtn": {"bits": 4}}, {"gptq": {"bits": 4}}, {"wanda": {"sparsity": 0.5}}]),
+    ids=str,
+)
 def test_convolutions_over_time_are_compressed_and_load_bit_equal(
     case: str, method: dict[str, Any], tmp_path: Path
 ) -> None:

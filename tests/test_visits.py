@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from selection import only
 from test_sweep import Backwards, CalledByWhatWasMade, ChangedInPlace, FirstTwice, SkipOutside, TwiceThrough
 from torch import Tensor, nn
 from transformers import (
@@ -85,14 +86,17 @@ def learned_beside_rounded(make: Callable[[], nn.Module], inputs: Tensor, **opti
 
 @pytest.mark.parametrize(
     "wiring",
-    [SkipOutside, ChangedInPlace, Backwards, TwiceThrough, FirstTwice, CalledByWhatWasMade],
+    only(
+        [SkipOutside, Backwards, TwiceThrough],
+        [SkipOutside, ChangedInPlace, Backwards, TwiceThrough, FirstTwice, CalledByWhatWasMade],
+    ),
     ids=lambda c: c.__name__,
 )
 def test_blocks_are_learned_however_they_are_wired(wiring: type[Model], samples: Tensor) -> None:
     assert learned_beside_rounded(wiring, samples) < 0.85
 
 
-@pytest.mark.parametrize("make", [albert, xlm, gemma3n], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("make", only([albert, xlm], [albert, xlm, gemma3n]), ids=lambda f: f.__name__)
 def test_models_whose_blocks_do_not_form_a_plain_chain_are_learned(
     make: Callable[[], PreTrainedModel], tokens: Tensor
 ) -> None:
@@ -169,6 +173,7 @@ def test_samples_of_several_batches_and_calls_keep_their_arguments(
     assert torch.allclose(found, wanted, atol=1e-5)
 
 
+@pytest.mark.real
 def test_keys_and_values_that_later_blocks_read_are_those_of_the_sample(tokens: Tensor) -> None:
     def shared() -> PreTrainedModel:
         return gemma3n(num_kv_shared_layers=2)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import sysconfig
 import warnings
 from functools import cache
@@ -51,10 +52,12 @@ def split_of(module: str) -> Split:
 def modules(root: Path) -> Iterator[tuple[str, Path]]:
     """(dotted name, file) of every Python module under `root`, in name order."""
     found = []
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root).with_suffix("").parts
-        if SKIPPED.isdisjoint(parts) and not parts[0].startswith(("_sysconfigdata", "config-")):
-            found.append((".".join(p for p in parts if p != "__init__"), path))
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in SKIPPED]  # installed packages are many
+        for path in (Path(folder, name) for name in names if name.endswith(".py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            if SKIPPED.isdisjoint(parts) and not parts[0].startswith(("_sysconfigdata", "config-")):
+                found.append((".".join(p for p in parts if p != "__init__"), path))
     return iter(sorted(found))
 
 
@@ -66,7 +69,11 @@ def docstrings(path: Path) -> Iterator[str]:
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return
-    for node in ast.walk(tree):
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        for part in ("body", "orelse", "finalbody", "handlers", "cases"):  # of statements: no expression is documented
+            waiting.extend(getattr(node, part, ()))
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
             if text and len(text) >= MIN_CHARACTERS:

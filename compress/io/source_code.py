@@ -117,9 +117,14 @@ def located(module: str) -> Path | None:
     """The file of a module of this package, or of one that belongs to no installed library."""
     first, *rest = module.split(".")
     if first == PACKAGE:
-        path = ROOT.joinpath(*rest)
-        return next((f for f in (path / "__init__.py", path.with_suffix(".py")) if f.is_file()), None)
+        return _own_file(*rest)
     return None if _is_library(first) else _loaded_from(module)
+
+
+@cache  # no file of this package comes or goes while it computes
+def _own_file(*parts: str) -> Path | None:
+    path = ROOT.joinpath(*parts)
+    return next((f for f in (path / "__init__.py", path.with_suffix(".py")) if f.is_file()), None)
 
 
 def read_code(file: Path) -> SourceFile:

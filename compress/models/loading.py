@@ -88,8 +88,10 @@ def build(config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel
 
 def sizes_of(config: transformers.PreTrainedConfig) -> tuple[int, int] | None:
     """How many numbers the parameters and the buffers of a model have; None where that takes memory to know."""
+    from transformers.initialization import no_init_weights
+
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             model = class_of(config)._from_config(config)
     except Exception:  # what is wrong is said where the model is built
         return None

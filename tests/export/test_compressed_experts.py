@@ -10,6 +10,8 @@ import pytest
 import torch
 from alone import logits_alone
 from expert_models import make_mixture
+from once import Folders
+from selection import only
 from torch import Tensor
 from written import logits, tensors
 
@@ -48,6 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 FEW = ("w4-32-True", "w4-64-False", "w8-channel", "differing", "bfloat16")
 CASES = [(kind, name) for kind in WIDE for name in (SETTINGS if kind == "Mixtral" else FEW)]
+QUICK = [("Mixtral", "differing"), ("Qwen3Moe", "w4-64-False"), ("DeepseekV3", "bfloat16"), ("Mixtral", "w4-32-True")]
 
 
 def write(kind: str, folder: Path, passes: list[Pass], dtype: torch.dtype = torch.float32, **changes: Any) -> None:
@@ -68,23 +71,24 @@ def rtn(name: str) -> Rtn:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case, each in a folder of its own; to be read only."""
-    folder = tmp_path_factory.mktemp("experts")
-    for kind, name in CASES:
-        dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
-        write(kind, folder / f"{kind}-{name}", [rtn(name)], dtype)
-    return folder
+def written(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Every case, in a folder of its own."""
+
+    def make_folder(case: str, folder: Path) -> None:
+        kind, _, name = case.partition("-")
+        write(kind, folder, [rtn(name)], torch.bfloat16 if name == "bfloat16" else torch.float32)
+
+    return Folders(tmp_path_factory.mktemp("experts"), make_folder)
 
 
 @pytest.mark.real
-def test_transformers_loads_every_case_without_this_package_and_computes_the_same_bits(written: Path) -> None:
+def test_transformers_loads_every_case_without_this_package_and_computes_the_same_bits(written: Folders) -> None:
     names = [f"{kind}-{name}" for kind, name in CASES]
     exact = {"dtype": "float32", "experts_implementation": "eager"}
-    asked: dict[str, tuple[str, dict[str, Any]]] = {name: (f"{name}/out/{KEY}", exact) for name in names}
+    asked: dict[str, tuple[str, dict[str, Any]]] = {name: (str(written / name / "out" / KEY), exact) for name in names}
     # As users load it:
-    asked |= {f"{name}-plain": (f"{name}/out/{KEY}", {}) for name in names if name.endswith("bfloat16")}
-    alone = logits_alone(written, asked, TOKENS)
+    asked |= {f"{name}-plain": (asked[name][0], {}) for name in names if name.endswith("bfloat16")}
+    alone = logits_alone(written.root, asked, TOKENS)
     for name in names:
         if name.endswith("bfloat16"):
             # A token may be sent to another expert; all else differs by what bfloat16 rounds.
@@ -92,8 +96,8 @@ def test_transformers_loads_every_case_without_this_package_and_computes_the_sam
         assert torch.equal(alone[name], logits(load_model(written / name / "out", torch.float32), TOKENS)), name
 
 
-@pytest.mark.parametrize(("kind", "name"), CASES)
-def test_the_library_unpacks_the_very_weights_of_every_expert(kind: str, name: str, written: Path) -> None:
+@pytest.mark.parametrize(("kind", "name"), only(QUICK, CASES))
+def test_the_library_unpacks_the_very_weights_of_every_expert(kind: str, name: str, written: Folders) -> None:
     folder = written / f"{kind}-{name}"
     packed, there = load_model(folder / "out", torch.float32), tensors(folder / "out" / KEY)
     group = next(iter(section_of(folder)["config_groups"].values()))
@@ -116,14 +120,14 @@ def test_the_library_unpacks_the_very_weights_of_every_expert(kind: str, name: s
         assert torch.equal(unpacked(f"{owner}.{down}"), experts.down_proj[number])
 
 
-@pytest.mark.parametrize(("kind", "name"), CASES)
-def test_the_written_logits_are_those_of_the_packed_model(kind: str, name: str, written: Path) -> None:
+@pytest.mark.parametrize(("kind", "name"), only(QUICK, CASES))
+def test_the_written_logits_are_those_of_the_packed_model(kind: str, name: str, written: Folders) -> None:
     report = json.loads((written / f"{kind}-{name}" / "out" / "report.json").read_text())["verified"][KEY]
     assert report["max_logit_difference"] == 0
     assert report["tensors_equal"] == len(tensors(written / f"{kind}-{name}" / "out" / KEY))
 
 
-def test_codes_take_their_own_bits_and_those_with_zero_points_one_more(written: Path) -> None:
+def test_codes_take_their_own_bits_and_those_with_zero_points_one_more(written: Folders) -> None:
     for symmetric, bits in ((True, 4), (False, 5)):
         there = tensors(written / f"Qwen3Moe-w4-{32 if symmetric else 64}-{symmetric}" / "out" / KEY)
         layer = NAMES["Qwen3Moe"].format(10)
@@ -133,7 +137,7 @@ def test_codes_take_their_own_bits_and_those_with_zero_points_one_more(written: 
         assert f"{layer}.weight_zero_point" not in there
 
 
-def test_one_setting_for_all_is_one_group_of_linear_layers_without_routers_and_head(written: Path) -> None:
+def test_one_setting_for_all_is_one_group_of_linear_layers_without_routers_and_head(written: Folders) -> None:
     section = section_of(written / "Mixtral-w4-32-True")
     assert [g["targets"] for g in section["config_groups"].values()] == [["Linear"]]
     assert {"lm_head", "model.layers.0.mlp.gate", "model.layers.0.block_sparse_moe.gate"} <= set(section["ignore"])
@@ -141,7 +145,7 @@ def test_one_setting_for_all_is_one_group_of_linear_layers_without_routers_and_h
 
 
 @pytest.mark.parametrize("kind", WIDE)
-def test_experts_that_differ_share_the_setting_that_holds_all_of_them(kind: str, written: Path) -> None:
+def test_experts_that_differ_share_the_setting_that_holds_all_of_them(kind: str, written: Folders) -> None:
     section = section_of(written / f"{kind}-differing")
     first, *others = section["config_groups"].values()
     assert (first["weights"]["num_bits"], first["weights"]["group_size"]) == (5, 32)

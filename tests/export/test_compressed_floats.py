@@ -10,6 +10,7 @@ import torch
 from alone import logits_alone
 from conftest import make_llama
 from expert_models import make_mixture
+from once import Folders
 from written import data_for, logits, tensors, write
 
 from compress import ConfigError, Gptq, Magnitude, Override, Rtn
@@ -47,15 +48,16 @@ FORMATS = {"fp8": "float-quantized", "nvfp4": "nvfp4-pack-quantized", "mxfp4": "
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case, each in a folder of its own; to be read only."""
-    folder = tmp_path_factory.mktemp("packed")
-    for name, passes in CASES.items():
-        (folder / name).mkdir()
+def written(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Every case, in a folder of its own."""
+
+    def make_folder(name: str, folder: Path) -> None:
+        folder.mkdir()
         if name == "fp8_block":
-            make_llama(**BLOCKS).save_pretrained(folder / name / "model")
-        write("llama", folder / name, passes, KEY)
-    return folder
+            make_llama(**BLOCKS).save_pretrained(folder / "model")
+        write("llama", folder, CASES[name], KEY)
+
+    return Folders(tmp_path_factory.mktemp("packed"), make_folder)
 
 
 def section_of(folder: Path) -> dict[str, Any]:
@@ -63,14 +65,14 @@ def section_of(folder: Path) -> dict[str, Any]:
     return found["quantization_config"]  # type: ignore[no-any-return]
 
 
-def computed(written: Path, python: str | Path) -> None:
+def computed(written: Folders, python: str | Path) -> None:
     """Let a python without this package's help load every case; the logits are those of the packed folder."""
     dtypes = {name: "bfloat16" if name in IN_BFLOAT16 else "float32" for name in CASES}
     asked: dict[str, tuple[str, dict[str, Any]]] = {
-        name: (f"{name}/out/{KEY}", {"dtype": dtype}) for name, dtype in dtypes.items()
+        name: (str(written / name / "out" / KEY), {"dtype": dtype}) for name, dtype in dtypes.items()
     }
     tokens = data_for("llama")[0]
-    alone = logits_alone(written, asked, tokens, python)
+    alone = logits_alone(written.root, asked, tokens, python)
     for name, dtype in dtypes.items():
         packed = load_model(written / name / "out", getattr(torch, dtype))
         unpack_all(packed)
@@ -82,18 +84,18 @@ def computed(written: Path, python: str | Path) -> None:
 
 
 @pytest.mark.real
-def test_transformers_loads_every_case_without_this_package_and_computes_the_same_bits(written: Path) -> None:
+def test_transformers_loads_every_case_without_this_package_and_computes_the_same_bits(written: Folders) -> None:
     computed(written, sys.executable)
 
 
 @pytest.mark.real
 @pytest.mark.skipif(not PEER.exists(), reason="needs an environment with another version in .venv-peer")
-def test_another_version_of_the_library_and_of_transformers_computes_the_same_bits(written: Path) -> None:
+def test_another_version_of_the_library_and_of_transformers_computes_the_same_bits(written: Folders) -> None:
     computed(written, PEER)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_library_unpacks_the_very_weights(name: str, written: Path) -> None:
+def test_the_library_unpacks_the_very_weights(name: str, written: Folders) -> None:
     packed, there = load_model(written / name / "out"), tensors(written / name / "out" / KEY)
     config = library.quantization.QuantizationConfig.model_validate(section_of(written / name))
     count = 0
@@ -111,7 +113,7 @@ def test_the_library_unpacks_the_very_weights(name: str, written: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_written_logits_are_those_of_the_packed_model(name: str, written: Path) -> None:
+def test_the_written_logits_are_those_of_the_packed_model(name: str, written: Folders) -> None:
     found = json.loads((written / name / "out" / "report.json").read_text())["verified"][KEY]
     assert found["max_logit_difference"] == 0
     assert found["tensors_equal"] == len(tensors(written / name / "out" / KEY))
@@ -144,7 +146,7 @@ STATED: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, tuple[t
 
 
 @pytest.mark.parametrize("name", STATED)
-def test_keys_and_tensors_are_those_of_the_format(name: str, written: Path) -> None:
+def test_keys_and_tensors_are_those_of_the_format(name: str, written: Folders) -> None:
     weights, inputs, leaves = STATED[name]
     section, there = section_of(written / name), tensors(written / name / "out" / KEY)
     (group,) = section["config_groups"].values()
@@ -159,7 +161,7 @@ def test_keys_and_tensors_are_those_of_the_format(name: str, written: Path) -> N
     assert found == leaves
 
 
-def test_layers_of_several_formats_are_groups_of_their_own(written: Path) -> None:
+def test_layers_of_several_formats_are_groups_of_their_own(written: Folders) -> None:
     section = section_of(written / "mixed")
     assert section["format"] == "mixed-precision"
     formats = {group["format"] for group in section["config_groups"].values()}

@@ -9,6 +9,8 @@ import pytest
 import torch
 from alone import logits_alone
 from conftest import make_llama
+from once import Folders
+from selection import only
 from torch import Tensor, nn
 from written import data_for, logits, tensors, write
 
@@ -49,18 +51,21 @@ CASES: dict[str, list[Pass]] = {
     "bfloat16_asymmetric": [Rtn(bits=4, group_size=32)],
 }
 ODD = {"hidden_size": 36, "intermediate_size": 50, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 10}
+QUICK = ["symmetric3", "asymmetric3", "symmetric4", "asymmetric4", "tensor", "mixed", "mixed_asymmetric", "sparse",
+         "some", "bfloat16_factors", "odd", "bfloat16", "bfloat16_asymmetric"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case, each in a folder of its own; to be read only."""
-    folder = tmp_path_factory.mktemp("packed")
-    for name, passes in CASES.items():
-        (folder / name).mkdir()
+def written(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Every case, in a folder of its own."""
+
+    def make_folder(name: str, folder: Path) -> None:
+        folder.mkdir()
         if name.startswith("odd"):
-            make_llama(**ODD).save_pretrained(folder / name / "model")
-        write("bfloat16" if name.startswith("bfloat16") else "llama", folder / name, passes, KEY)
-    return folder
+            make_llama(**ODD).save_pretrained(folder / "model")
+        write("bfloat16" if name.startswith("bfloat16") else "llama", folder, CASES[name], KEY)
+
+    return Folders(tmp_path_factory.mktemp("packed"), make_folder)
 
 
 def report_of(folder: Path) -> dict[str, Any]:
@@ -73,17 +78,19 @@ def section_of(folder: Path) -> dict[str, Any]:
     return found["quantization_config"]  # type: ignore[no-any-return]
 
 
-def test_transformers_loads_every_case_without_this_package_and_computes_the_same_bits(written: Path) -> None:
+@pytest.mark.real
+def test_transformers_loads_every_case_without_this_package_and_computes_the_same_bits(written: Folders) -> None:
     tokens, _ = data_for("llama")
-    alone = logits_alone(written, {name: (f"{name}/out/{KEY}", {"dtype": "float32"}) for name in CASES}, tokens)
+    asked = {name: (str(written / name / "out" / KEY), {"dtype": "float32"}) for name in CASES}
+    alone = logits_alone(written.root, asked, tokens)
     for name in CASES:
         packed = load_model(written / name / "out", torch.float32)
         unpack_all(packed)  # factors are multiplied one after the other otherwise
         assert torch.equal(alone[name], logits(packed, tokens)), name
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_library_unpacks_the_very_weights(name: str, written: Path) -> None:
+@pytest.mark.parametrize("name", only(QUICK, CASES))
+def test_the_library_unpacks_the_very_weights(name: str, written: Folders) -> None:
     folder = written / name
     packed, there = load_model(folder / "out"), tensors(folder / "out" / KEY)
     config = library.quantization.QuantizationConfig.model_validate(
@@ -105,17 +112,19 @@ def test_the_library_unpacks_the_very_weights(name: str, written: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_written_logits_are_those_of_the_packed_model(name: str, written: Path) -> None:
+@pytest.mark.parametrize("name", only(QUICK, CASES))
+def test_the_written_logits_are_those_of_the_packed_model(name: str, written: Folders) -> None:
     found = report_of(written / name)
     assert found["max_logit_difference"] == 0
     assert found["tensors_equal"] == len(tensors(written / name / "out" / KEY))
     assert ("as_shipped" in found) == name.startswith("bfloat16")
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", only([3, 4], range(2, 9)))
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_codes_take_their_own_bits_and_scales_and_zero_points_little(bits: int, symmetric: bool, written: Path) -> None:
+def test_codes_take_their_own_bits_and_scales_and_zero_points_little(
+    bits: int, symmetric: bool, written: Folders
+) -> None:
     there = tensors(written / f"{'symmetric' if symmetric else 'asymmetric'}{bits}" / "out" / KEY)
     name = "model.layers.0.mlp.down_proj"  # (64, 128), four groups
     assert there[f"{name}.weight_packed"].shape == (64, 128 * bits // 32)
@@ -128,7 +137,7 @@ def test_codes_take_their_own_bits_and_scales_and_zero_points_little(bits: int, 
         assert there[f"{name}.weight_zero_point"].shape == (64 * bits // 32, 4)
 
 
-def test_layers_that_differ_are_groups_of_their_own_named_in_full(written: Path) -> None:
+def test_layers_that_differ_are_groups_of_their_own_named_in_full(written: Folders) -> None:
     groups = section_of(written / "mixed")["config_groups"].values()
     weights = [g["weights"] for g in groups]
     assert {(w["num_bits"], w["strategy"], w["group_size"]) for w in weights} == {
@@ -139,7 +148,7 @@ def test_layers_that_differ_are_groups_of_their_own_named_in_full(written: Path)
     assert r"re:model\.layers\.0\.mlp\.up_proj$" in targets
 
 
-def test_zero_points_are_kept_where_all_layers_are_alike_and_one_more_bit_where_not(written: Path) -> None:
+def test_zero_points_are_kept_where_all_layers_are_alike_and_one_more_bit_where_not(written: Folders) -> None:
     alike, mixed = section_of(written / "asymmetric4"), section_of(written / "mixed_asymmetric")
     assert alike["dequantize"] is True
     assert "dequantize" not in mixed
@@ -149,7 +158,7 @@ def test_zero_points_are_kept_where_all_layers_are_alike_and_one_more_bit_where_
     }  # fmt: skip
 
 
-def test_layers_without_codes_stay_dense_and_are_ignored(written: Path) -> None:
+def test_layers_without_codes_stay_dense_and_are_ignored(written: Folders) -> None:
     there, ignored = tensors(written / "some" / "out" / KEY), section_of(written / "some")["ignore"]
     assert "lm_head" in ignored
     assert "model.layers.1.mlp.up_proj" in ignored
@@ -159,7 +168,7 @@ def test_layers_without_codes_stay_dense_and_are_ignored(written: Path) -> None:
     assert float((dense == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
 
 
-def test_in_bfloat16_scales_are_rounded_but_not_where_layers_are_unpacked_while_loading(written: Path) -> None:
+def test_in_bfloat16_scales_are_rounded_but_not_where_layers_are_unpacked_while_loading(written: Folders) -> None:
     def weight(name: str) -> tuple[Tensor, Tensor]:
         model = load_model(written / name / "out" / KEY)
         logits(model, torch.zeros(1, 1, dtype=torch.long))
@@ -176,7 +185,7 @@ def test_in_bfloat16_scales_are_rounded_but_not_where_layers_are_unpacked_while_
 
 
 @pytest.mark.parametrize("name", ["symmetric4", "asymmetric4", "mixed_asymmetric"])
-def test_in_float16_weights_are_the_packed_ones_rounded_once(name: str, written: Path) -> None:
+def test_in_float16_weights_are_the_packed_ones_rounded_once(name: str, written: Folders) -> None:
     model = load_model(written / name / "out" / KEY, torch.float16)
     logits(model, torch.zeros(1, 1, dtype=torch.long))
     site = "model.layers.0.mlp.up_proj"
@@ -198,7 +207,7 @@ def test_a_damaged_tensor_is_noticed_and_nothing_gets_the_final_name(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_finished_folder_is_exported_with_its_tokenizer_and_nothing_else(written: Path) -> None:
+def test_a_finished_folder_is_exported_with_its_tokenizer_and_nothing_else(written: Folders) -> None:
     folder = written / "symmetric4" / "out" / KEY
     assert {p.name for p in folder.iterdir()} == {
         "config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "manifest.json", "README.md"
@@ -255,7 +264,7 @@ def test_biases_that_layers_were_given_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_known_of_all_layers_is_gathered_once_and_not_for_every_layer(
-    written: Path, monkeypatch: pytest.MonkeyPatch
+    written: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gathered: list[int] = []
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from expert_models import make_mixture
 from gguf_written import TOKENS, W4, field, save, small, values
+from once import Folders
+from selection import only
 from torch import nn
 from transformers import (
     MistralConfig,
@@ -80,13 +82,15 @@ CASES: dict[str, Case] = {
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case, each in a folder of its own; to be read only."""
-    folder = tmp_path_factory.mktemp("gguf")
-    for name, (make, passes, _) in CASES.items():
-        save(make(), folder / name / "model")
-        write("llama", folder / name, passes, "gguf")
-    return folder
+def written(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Every case, in a folder of its own."""
+
+    def make_folder(name: str, folder: Path) -> None:
+        make, passes, _ = CASES[name]
+        save(make(), folder / "model")
+        write("llama", folder, passes, "gguf")
+
+    return Folders(tmp_path_factory.mktemp("gguf"), make_folder)
 
 
 def report_of(folder: Path) -> dict[str, Any]:
@@ -94,9 +98,12 @@ def report_of(folder: Path) -> dict[str, Any]:
     return found["verified"]["gguf"]  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("three", "four_rows", "four_asymmetric", "eight", "ternary", "sparse", "factors", "embeddings", "bfloat16")
+
+
+@pytest.mark.parametrize("name", only(QUICK, CASES))
 def test_every_weight_is_in_the_smallest_type_that_holds_it_and_logits_are_the_packed_models(
-    name: str, written: Path
+    name: str, written: Folders
 ) -> None:
     found = report_of(written / name)
     assert found["types"] == CASES[name][2]
@@ -104,9 +111,9 @@ def test_every_weight_is_in_the_smallest_type_that_holds_it_and_logits_are_the_p
     assert found["max_logit_difference"] == 0
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", only(QUICK, CASES))
 def test_values_are_the_packed_models_bit_for_bit_with_rows_of_queries_and_keys_in_pairs(
-    name: str, written: Path
+    name: str, written: Folders
 ) -> None:
     there, model = values(written / name), load_model(written / name / "out", torch.float32)
     heads = {"q": model.config.num_attention_heads, "k": model.config.num_key_value_heads}
@@ -137,7 +144,7 @@ def test_the_head_is_packed_too_where_a_pass_took_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "wide_heads", "tied"])
-def test_the_file_says_what_the_model_is(name: str, written: Path) -> None:
+def test_the_file_says_what_the_model_is(name: str, written: Folders) -> None:
     folder, config = written / name, json.loads((written / name / "out" / "config.json").read_text())
     meant = {
         "general.architecture": "llama",
@@ -240,7 +247,7 @@ def test_a_damaged_tensor_is_noticed_and_nothing_gets_the_final_name(
 
 
 @pytest.mark.parametrize("name", ["four", "tied", "ternary"])
-def test_from_pretrained_computes_what_the_packed_model_does(name: str, written: Path) -> None:
+def test_from_pretrained_computes_what_the_packed_model_does(name: str, written: Folders) -> None:
     pytest.importorskip("accelerate")
     from transformers import AutoModelForCausalLM
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from gguf_models import VARIANTS, config_of, kind_of, structure
 from gguf_written import W4, asked, needs_llama_cpp, saved
+from selection import only
 from torch import Tensor
 from written import write
 
@@ -166,13 +167,13 @@ def test_every_kind_that_transformers_reads_is_read() -> None:
     }
 
 
-@pytest.mark.parametrize("variant", READ)
+@pytest.mark.parametrize("variant", only(["llama", "qwen3, wide", "bloom", "stablelm"], READ))
 def test_transformers_computes_the_same_logits_from_the_file(variant: str, tmp_path: Path) -> None:
     saved(variant, tmp_path)
     assert write("llama", tmp_path, [W4], "gguf").verified["gguf"]["max_logit_difference"] == 0
 
 
-@pytest.mark.parametrize("variant", ["bloom, untied", "falcon, untied"])
+@pytest.mark.parametrize("variant", only(["bloom, untied"], ["bloom, untied", "falcon, untied"]))
 def test_a_head_that_transformers_would_tie_is_written_and_not_compared_with_it(variant: str, tmp_path: Path) -> None:
     saved(variant, tmp_path)
     found = write("llama", tmp_path, [W4], "gguf").verified["gguf"]

@@ -60,12 +60,13 @@ def test_experts_stay_packed_and_keep_their_names(tmp_path: Path) -> None:
     assert not any("experts" in name and not name.rpartition(".")[0][-1].isdigit() for name in graph.initializers)
 
 
+@pytest.mark.real
 @pytest.mark.parametrize(
     "passes",
     [
         [Magnitude(sparsity=0.5, include=("*.experts.down_proj.*",)), Rtn(bits=3, exclude=("*.experts.down_proj.*",))],
-        pytest.param([Rtn(bits=4, exclude=("*.experts.gate_up_proj.*",))], marks=pytest.mark.real),
-        pytest.param([Rtn(bits=4, exclude=("*.experts.*",))], marks=pytest.mark.real),
+        [Rtn(bits=4, exclude=("*.experts.gate_up_proj.*",))],
+        [Rtn(bits=4, exclude=("*.experts.*",))],
     ],
     ids=["pruned", "one dense", "all dense"],
 )
@@ -81,6 +82,7 @@ def test_style_qdq_holds_a_mixture_in_standard_operators(tmp_path: Path) -> None
     assert {n.domain for nodes in (model.graph, *model.functions.values()) for n in nodes} <= {"", "compress.layers"}
 
 
+@pytest.mark.real
 def test_genai_generates_the_tokens_that_transformers_does(tmp_path: Path) -> None:
     assert exported("Mixtral", tmp_path, Rtn(**W4), to=Genai())["tokens_equal"] == 24
 

@@ -46,6 +46,7 @@ def with_frequencies(change: Callable[[torch.Tensor], torch.Tensor], monkeypatch
     monkeypatch.setattr(build, "open_packed", open_changed)
 
 
+@pytest.mark.real
 def test_a_computed_constant_with_nan_is_named_and_nothing_is_written(
     out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

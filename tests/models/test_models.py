@@ -24,7 +24,7 @@ FEWEST = {
 
 
 CASES = [(name, method) for name in EVERY for method in METHODS]
-QUICK = [(name, method) for name, method in CASES if EVERY[name].quick and method in ("rtn", "gptq")]
+QUICK = [(name, method) for name, method in CASES if EVERY[name].quick and method == "gptq"]
 
 
 @pytest.mark.parametrize(("name", "method"), only(QUICK, CASES))

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from selection import only
 from sklearn.cluster import KMeans
 from textbook import inputs, mask, statistics, target, weight
 from torch import Tensor
@@ -505,7 +506,7 @@ def test_more_tables_than_rows_are_refused() -> None:
 # --- the claim --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("bits", only([3], [4, 3, 2]))
 def test_on_the_demo_model_tables_lose_less_than_a_grid_a_row_in_no_more_bits(bits: int) -> None:
     model, _ = compress.demo.load()
     for name, parameter in model.named_parameters():

@@ -194,7 +194,7 @@ def test_the_model_says_what_the_original_says_whose_router_cannot_choose_those_
     assert model.config.to_dict() == before.config.to_dict()
 
 
-@pytest.mark.parametrize("kind", only(["Mixtral", "GptOss", "DeepseekV3", "NemotronH"], KINDS_OF_ROUTERS))
+@pytest.mark.parametrize("kind", only(["GptOss", "DeepseekV3"], KINDS_OF_ROUTERS))
 def test_the_written_folder_loads_and_further_passes_work_behind(kind: str, tmp_path: Path) -> None:
     model = make_mixture(kind)
     model.save_pretrained(tmp_path / "model")
@@ -291,7 +291,7 @@ def test_it_follows_and_is_followed_by_blocks_and_experts_that_go(tmp_path: Path
     assert report.verified["max_logit_difference"] == 0
 
 
-@pytest.mark.parametrize("counted", ["num_local_experts", "num_experts"])
+@pytest.mark.parametrize("counted", only(["num_experts"], ["num_local_experts", "num_experts"]))
 def test_of_a_model_of_text_and_images_the_configuration_of_the_text_counts_them(counted: str, tmp_path: Path) -> None:
     """By whichever of the two names that transformers reads the file has."""
     text = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,

@@ -17,7 +17,7 @@ from compress.passes.quantize.grid import GridOptions
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 GRIDS = [kind for kind in PASSES if issubclass(kind, GridOptions)]
-CHEAP: dict[str, dict[str, Any]] = {key: {"steps": 3} for key in ("flexround", "adaround", "nupes")}
+CHEAP: dict[str, dict[str, Any]] = {key: {"steps": 3} for key in ("flexround", "adaround", "nupes", "qat")}
 
 
 def quantizer(kind: Any, **options: Any) -> Any:

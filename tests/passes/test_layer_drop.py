@@ -11,6 +11,7 @@ import torch
 import wirings
 from children import FILES, killed_again_and_again, prepare
 from commands import compress_command, write_pipeline
+from selection import only
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -297,7 +298,7 @@ def saved(model: PreTrainedModel, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", ["llama", "llama tied", "gpt2", "qwen2"])
+@pytest.mark.parametrize("family", only(["qwen2"], ["llama", "llama tied", "gpt2", "qwen2"]))
 def test_the_written_folder_loads_and_its_cache_is_numbered_anew(
     family: str, llama_maker: Callable[..., LlamaForCausalLM], tmp_path: Path, tokens: Tensor
 ) -> None:
@@ -423,7 +424,7 @@ def test_what_earlier_passes_made_goes_by_the_new_names(
     "later",
     [
         [Rtn(bits=3), Eora(rank=4)],
-        [FlexRound(bits=3, steps=4)],
+        pytest.param([FlexRound(bits=3, steps=4)], marks=pytest.mark.real),
         [Magnitude(sparsity=0.5), Perp(steps=2, objective="distill")],
         [LayerDrop(criterion="angular")],
     ],

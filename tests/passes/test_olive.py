@@ -180,6 +180,7 @@ def test_impossible_options_are_named(options: dict[str, object], option: str) -
     assert [e.option for e in errors_in(Olive(**options))] == [option]
 
 
+@pytest.mark.real
 def test_the_demo_model_loses_less_than_with_rounding_at_no_more_bits() -> None:
     model, tokenizer = compress.demo.load()
     evaluation = compress.load_tokens("demo", tokenizer, samples=2, length=256, split="evaluation")

@@ -147,6 +147,7 @@ def test_overrides_give_single_layers_other_levels() -> None:
     assert float(found["1"].encoding.exponent) == 0.5
 
 
+@pytest.mark.real
 def test_the_demo_model_with_its_last_block_rounded_stays_nearer_to_the_original_than_with_rtn() -> None:
     model, tokenizer = compress.demo.load()
     tokens = compress.load_tokens("demo", tokenizer, samples=2, length=256, split="evaluation")

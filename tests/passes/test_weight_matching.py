@@ -193,7 +193,7 @@ STREAMS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", only(["tied llama", "gpt2", "projected opt", "untied bert", "vit"], STREAMS))
+@pytest.mark.parametrize("kind", only(["tied llama", "projected opt"], STREAMS))
 def test_the_residual_stream_in_another_order_computes_the_same_and_is_recovered_exactly(kind: str) -> None:
     build, counts = STREAMS[kind]
     model = filled(build)
@@ -217,7 +217,7 @@ def test_the_residual_stream_in_another_order_computes_the_same_and_is_recovered
                 assert torch.equal(arranged(theirs[name], back.moves.get(name, ())), ours[name]), name
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize("kind", only(["bert"], ["bert", "roberta"]))
 def test_cross_attention_reads_another_stream_whose_order_is_not_free(kind: str) -> None:
     model = filled(lambda: text(kind, is_decoder=True, add_cross_attention=True))
     found = graph.find(model)
@@ -478,7 +478,7 @@ def test_the_mean_with_permuted_copies_is_the_model(tmp_path: Path) -> None:
     assert all(f["before"] > 1 and f["units"] == 48 and 40 < f["moved"] <= 48 for f in facts["notes"]["aligned"])
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "masked bert"])
+@pytest.mark.parametrize("kind", only(["llama"], ["llama", "gpt2", "masked bert"]))
 def test_from_files_the_same_comes_out_and_the_report_says_how_far_they_were(kind: str, tmp_path: Path) -> None:
     model, other = filled(STREAMS[kind][0]), filled(STREAMS[kind][0])
     model.save_pretrained(tmp_path / "base")
@@ -585,7 +585,7 @@ def convolutions() -> nn.Module:
     )
 
 
-@pytest.mark.parametrize("make", [perceptron, convolutions])
+@pytest.mark.parametrize("make", only([perceptron], [perceptron, convolutions]))
 def test_the_barrier_between_two_networks_trained_apart_falls_by_more_than_half(
     make: Callable[[], nn.Module], tmp_path: Path
 ) -> None:

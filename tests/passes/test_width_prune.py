@@ -111,7 +111,7 @@ def widths(model: nn.Module, part: Any) -> tuple[Coupled, ...]:
 # --- what goes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "part"), NARROW)
+@pytest.mark.parametrize(("kind", "part"), only(NARROW[::2], NARROW))
 def test_units_that_are_of_no_use_go_and_the_model_says_the_same(kind: str, part: str) -> None:
     model = make(kind)
     dead = {}
@@ -322,7 +322,7 @@ def test_a_block_learns_from_what_the_narrower_blocks_before_it_make() -> None:
 # --- a model of its class ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", only(["Qwen3", "Gemma2", "Olmo2", "GPT2", "Bert", "ViT"], MODELS))
+@pytest.mark.parametrize("kind", only(["Qwen3", "ViT"], MODELS))
 def test_the_result_loads_by_its_class_and_further_passes_work_behind(kind: str, tmp_path: Path) -> None:
     model, parts = make(kind), MODELS[kind][2]
     model.save_pretrained(tmp_path / "model")
@@ -568,7 +568,7 @@ def test_weights_that_are_not_finite_are_said() -> None:
         compress.apply(model, [WidthPrune(sparsity=0.34, repair="none", score="magnitude")], TOKENS)
 
 
-@pytest.mark.parametrize(("kind", "part"), NARROW)
+@pytest.mark.parametrize(("kind", "part"), only(NARROW[::4], NARROW))
 def test_every_number_of_units_can_be_kept_that_the_configuration_allows(kind: str, part: Any) -> None:
     graph = find(make(kind))
     width = width_of(graph, part)
