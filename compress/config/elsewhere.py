@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from compress.config.pipeline import FORMATS, METHODS
 from compress.logs import printable
 from compress.passes import MergePass
-from compress.passes.quantize.grid import FLOAT_GRIDS
+from compress.passes.quantize.named_grids import FLOAT_GRIDS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
