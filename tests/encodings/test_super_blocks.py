@@ -1,11 +1,12 @@
 """Super-blocks: what is stored, what it means, and how scales are found."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runtime_layers import off
+from runtime_layers import by_onnxruntime, off
 from torch import Tensor
 
 from compress.encodings import Spec, SuperBlocks, Weight, pack, super_blocks, super_scales, unpack
@@ -116,7 +117,9 @@ def test_rows_are_what_they_are_in_the_whole_and_put_together_again(kind: SuperB
 
 @each_kind
 @pytest.mark.parametrize("masked", [False, True])
-def test_kernels_multiply_with_them_or_say_that_they_do_not(kind: SuperBlockKind, masked: bool) -> None:
+def test_kernels_and_onnx_multiply_with_them_or_say_that_they_do_not(
+    kind: SuperBlockKind, masked: bool, tmp_path: Path
+) -> None:
     w = weight(32)
     mask = torch.rand(w.shape, generator=torch.Generator().manual_seed(1)) < 0.5 if masked else None
     of = Weight(mask=mask, encoding=rounded(w, kind))
@@ -127,6 +130,11 @@ def test_kernels_multiply_with_them_or_say_that_they_do_not(kind: SuperBlockKind
     assert "tiles" in taken
     for name, kernel in taken.items():
         assert off(kernel(x), x @ of.dequantize().T) <= 2e-6, name
+    pytest.importorskip("onnxruntime")
+    for fast in (False, True):
+        folder = tmp_path / str(fast)
+        folder.mkdir()
+        assert off(by_onnxruntime(of, x, folder, fast=fast), x @ of.dequantize().T) <= 2e-6
     again = Int8.prepare(spec, of, tensors)
     assert again is not None
     assert off(again(x), x @ of.dequantize().T) <= 0.03
