@@ -1,5 +1,6 @@
 """rtn and gptq with super-blocks in the place of groups: what the options say, refuse, and buy."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ EVERY: dict[str, dict[str, Any]] = {
     name: {"grid": name, "bits": kind.bits, "group_size": kind.columns} for name, kind in KINDS.items()
 }
 Q4 = EVERY["q4_k"]
-each_grid = pytest.mark.parametrize("options", EVERY.values(), ids=EVERY)
 
 
 def model() -> nn.Sequential:
@@ -51,22 +51,21 @@ def lost(encoding: Any) -> float:
 # --- what they do -----------------------------------------------------------------------------------------------------
 
 
-@each_grid
-def test_gptq_repairs_in_later_columns_what_is_lost_and_rounds_lose_no_more(options: dict[str, Any]) -> None:
-    alone: dict[str, Any] = {"include": ("0",), "scale_search": "weighted", **options}
-    nearest = lost(applied(Rtn(**{**alone, "scale_search": "mse"}), inputs()))
-    repaired, in_order = (lost(applied(Gptq(**alone, act_order=each), inputs())) for each in (True, False))
-    assert max(repaired, in_order) < 0.5 * nearest
-    assert lost(applied(Gptq(**alone, rounds=1), inputs())) <= repaired
+def test_gptq_repairs_in_later_columns_what_is_lost_and_rounds_lose_no_more() -> None:
+    for options in EVERY.values():
+        alone: dict[str, Any] = {"include": ("0",), "scale_search": "weighted", **options}
+        nearest = lost(applied(Rtn(**{**alone, "scale_search": "mse"}), inputs()))
+        repaired, in_order = (lost(applied(Gptq(**alone, act_order=each), inputs())) for each in (True, False))
+        assert max(repaired, in_order) < 0.5 * nearest
+        assert lost(applied(Gptq(**alone, rounds=1), inputs())) <= repaired
 
 
-@each_grid
-@pytest.mark.parametrize("act_order", [True, False])
-def test_gptq_with_uncorrelated_inputs_rounds_to_nearest(options: dict[str, Any], act_order: bool) -> None:
-    x = torch.eye(512).repeat(2, 1) * torch.linspace(1, 2, 1024)[:, None]
-    found = applied(Gptq(**options, act_order=act_order, include=("0",)), x)
-    alone = applied(Rtn(**options, include=("0",)), x)
-    assert torch.equal(found.dequantize(), alone.dequantize())
+def test_gptq_with_uncorrelated_inputs_rounds_to_nearest() -> None:
+    for options, act_order in product(EVERY.values(), (True, False)):
+        x = torch.eye(512).repeat(2, 1) * torch.linspace(1, 2, 1024)[:, None]
+        found = applied(Gptq(**options, act_order=act_order, include=("0",)), x)
+        alone = applied(Rtn(**options, include=("0",)), x)
+        assert torch.equal(found.dequantize(), alone.dequantize())
 
 
 def test_in_order_scales_are_fitted_to_the_weights_as_they_stand_when_their_super_block_begins() -> None:
@@ -127,12 +126,11 @@ def test_the_folder_loads_says_what_it_is_and_takes_the_bytes_that_the_plan_show
 # --- what they say ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", ["rtn", "gptq"])
-def test_a_scheme_is_short_for_grid_bits_and_group_size(key: str) -> None:
-    kind = {"rtn": Rtn, "gptq": Gptq}[key]
+def test_a_scheme_is_short_for_grid_bits_and_group_size() -> None:
     for name, options in EVERY.items():
-        assert parse(f"passes: [{key}: {{scheme: {name}}}]").passes[0][0] == kind(**options)
-    text = f"{key}: {{scheme: q4_k, overrides: [{{match: '*.a', scheme: q6_k}}, {{match: '*.b', scheme: w4g64}}]}}"
+        assert parse(f"passes: [rtn: {{scheme: {name}}}]").passes[0][0] == Rtn(**options)
+        assert parse(f"passes: [gptq: {{scheme: {name}}}]").passes[0][0] == Gptq(**options)
+    text = "rtn: {scheme: q4_k, overrides: [{match: '*.a', scheme: q6_k}, {match: '*.b', scheme: w4g64}]}"
     with pytest.raises(ConfigError, match="group_size: 32 columns share a scale of q4_k, not 64"):
         parse(f"passes: [{text}]")
 
@@ -146,18 +144,15 @@ def test_a_scheme_of_super_blocks_is_one_of_rtn_and_gptq_only() -> None:
     assert with_options(Gptq(), ["q4_k", "q6_k"])["q6_k"] == Gptq(**EVERY["q6_k"])
 
 
-@pytest.mark.parametrize(
-    ("options", "option", "message"),
-    [
+def test_impossible_options_are_named_and_say_what_would_do() -> None:
+    cases: list[tuple[dict[str, Any], str, str]] = [
         ({"grid": "q5_k", "group_size": 32}, "bits", "codes of q5_k have 5 bits, not 4; `scheme: q5_k`"),
         ({"grid": "q4_k"}, "group_size", "32 columns share a scale of q4_k, not those of a row"),
         ({**Q4, "symmetric": True}, "symmetric", "which says itself where steps begin"),
         ({**Q4, "granularity": "channel"}, "group_size", "makes no sense with granularity channel"),
         ({**Q4, "overrides": (Override("*", {"bits": 6}),)}, "overrides[0].bits", "`grid: int` means even steps"),
-    ],
-    ids=str,
-)
-def test_impossible_options_are_named_and_say_what_would_do(options: dict[str, Any], option: str, message: str) -> None:
-    (error,) = errors_in(Rtn(**options))
-    assert error.option == option
-    assert message in error.message
+    ]
+    for options, option, message in cases:
+        (error,) = errors_in(Rtn(**options))
+        assert error.option == option
+        assert message in error.message
