@@ -1,5 +1,6 @@
 """`compress quantize`, `prune` and `merge`: ordinary pipelines, from a line."""
 
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def test_a_mixture_gives_more_bits_to_the_layers_that_llama_cpp_gives_more(tmp_p
 
 def test_every_mixture_is_a_pipeline_whose_names_match_each_layer_once() -> None:
     for kind, blocks in product(MOST, (1, 6, 40)):
-        _, values = shortcuts.mixing(kind, "rtn", "llama.cpp", lambda: blocks, NO_DATA)
+        _, values = shortcuts.mixing(kind, "rtn", "llama.cpp", partial(int, blocks), NO_DATA)
         (made,) = load_pipeline(values).passes[0]
         schemes = {
             leaf: [made.at(f"model.layers.{i}.x.{leaf}").grid for i in range(blocks)]  # type: ignore[attr-defined]

@@ -57,21 +57,20 @@ def test_every_weight_is_at_the_nearest_step_of_its_block() -> None:
     for kind in KINDS:
         w = weight()
         found, stated = rounded(w, kind, "mse"), KINDS[kind]
-        every = [
-            replace(found, codes=torch.full_like(found.codes, code)).dequantize() for code in range(2**stated.bits)
-        ]
+        codes = [torch.full_like(found.codes, code) for code in range(2**stated.bits)]
+        every = [replace(found, codes=each).dequantize() for each in codes]
         distance = (torch.stack(every) - w).abs().amin(0)
         assert torch.allclose((found.dequantize() - w).abs(), distance, rtol=1e-4, atol=1e-7)
 
 
 def test_a_search_loses_less_and_weighs_columns_where_asked() -> None:
+    w, importance = weight(seed=3), torch.rand(512, generator=torch.Generator().manual_seed(4)).mul(4).exp()
+
+    def lost(found: SuperBlocks, weighed: bool) -> float:
+        error = (found.dequantize() - w).square()
+        return float((error * importance if weighed else error).sum())
+
     for kind in KINDS:
-        w, importance = weight(seed=3), torch.rand(512, generator=torch.Generator().manual_seed(4)).mul(4).exp()
-
-        def lost(found: SuperBlocks, weighed: bool) -> float:
-            error = (found.dequantize() - w).square()
-            return float((error * importance if weighed else error).sum())
-
         usual, least = rounded(w, kind), rounded(w, kind, "mse")
         assert lost(least, weighed=False) < 0.95 * lost(usual, weighed=False)
         assert lost(rounded(w, kind, "weighted", importance), weighed=True) < lost(least, weighed=True)

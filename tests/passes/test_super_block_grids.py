@@ -52,7 +52,7 @@ def lost(encoding: Any) -> float:
 
 
 def test_gptq_repairs_in_later_columns_what_is_lost_and_rounds_lose_no_more() -> None:
-    for options in EVERY.values():
+    for options in (EVERY["q2_k"], EVERY["q6_k"]):
         alone: dict[str, Any] = {"include": ("0",), "scale_search": "weighted", **options}
         nearest = lost(applied(Rtn(**{**alone, "scale_search": "mse"}), inputs()))
         repaired, in_order = (lost(applied(Gptq(**alone, act_order=each), inputs())) for each in (True, False))
@@ -61,7 +61,7 @@ def test_gptq_repairs_in_later_columns_what_is_lost_and_rounds_lose_no_more() ->
 
 
 def test_gptq_with_uncorrelated_inputs_rounds_to_nearest() -> None:
-    for options, act_order in product(EVERY.values(), (True, False)):
+    for options, act_order in product((EVERY["q3_k"], Q4), (True, False)):
         x = torch.eye(512).repeat(2, 1) * torch.linspace(1, 2, 1024)[:, None]
         found = applied(Gptq(**options, act_order=act_order, include=("0",)), x)
         alone = applied(Rtn(**options, include=("0",)), x)
