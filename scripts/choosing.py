@@ -64,6 +64,7 @@ def described(steps: Pipeline) -> dict[str, Any]:
         "plain": len(passes) == 1 and bool(coded) and own <= PLAIN,
         "bits": coded[-1].bits if coded else None,
         "group_size": coded[-1].group_size if coded and hasattr(coded[-1], "granularity") else None,
+        **({"super_blocks": True} if any(getattr(p, "has_super_blocks", False) for p in passes) else {}),
         "rounds_inputs": any(p.input_form() is not None for p in passes),
         "data": any(p.calibrated for p in passes),
         "formats": formats(steps),

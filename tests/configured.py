@@ -18,6 +18,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"activation_bits": 4, "activation_scale": "tensor", "activation_grid": "olive"},
         {"grid": "fp8", "bits": 8, "activation_bits": 8, "activation_grid": "fp8"},
         {"grid": "mxfp4", "bits": 4, "group_size": 32, "fallback": "channel", "scale_search": "mse"},
+        {"grid": "q4_k", "bits": 4, "group_size": 32, "fallback": "channel", "scale_search": "mse"},
     ],
     "gptq": [
         {"bits": 3, "group_size": 16, "symmetric": True, "tile": 16},

@@ -1,6 +1,7 @@
 """Packed layers of every encoding, on random codes."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -121,3 +122,27 @@ def layer(
 def off(found: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest value."""
     return float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
+
+
+def by_onnxruntime(of: Weight, x: Tensor, folder: Path, *, fast: bool) -> Tensor:
+    """x times a weight, by a file of ONNX in an empty folder."""
+    import onnx_ir as ir
+    import onnxruntime
+
+    from compress.export.onnx.files import write_constants
+    from compress.export.onnx.ops import MICROSOFT, Ops
+    from compress.export.onnx.products import Style, linear
+    from compress.progress import Bars
+
+    spec, tensors = pack(of)
+    columns = x.shape[1]
+    given = ir.Value(name="x", shape=ir.Shape(["rows", columns]), type=ir.TensorType(ir.DataType.FLOAT))
+    ops = Ops("layer", {})
+    y = linear(ops, given, spec, tensors.__getitem__, Style(fast=fast, accuracy_level=1))
+    y.name, y.shape, y.type = "y", ir.Shape(["rows", spec.shape[0]]), given.type
+    constants = [*ops.constants.values(), *ops.shared.values()]
+    graph = ir.Graph([given], [y], nodes=ops.nodes, initializers=constants, opset_imports={"": 21, MICROSOFT: 1})
+    model = ir.Model(graph, ir_version=10)
+    write_constants(model, folder, Bars())
+    ir.save(model, folder / "model.onnx")
+    return torch.from_numpy(onnxruntime.InferenceSession(folder / "model.onnx").run(None, {"x": x.numpy()})[0])

@@ -1,5 +1,7 @@
 """`compress quantize`, `prune` and `merge`: ordinary pipelines, from a line."""
 
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from commands import compress_command, files_of, make_changed, make_text_model
 
 import compress
 from compress.config import shortcuts
+from compress.config.mixtures import MOST, blocks_of, more_bits
 from compress.config.reading import load_pipeline, parse
 from compress.config.runtimes import LLAMA_CPP, RUNTIMES
 from compress.encodings import UniformForm
@@ -87,6 +90,37 @@ def test_what_for_chooses_is_a_pipeline_that_the_demo_can_be_written_with(runtim
     assert planned.code == 0, planned.err
 
 
+def test_a_mixture_gives_more_bits_to_the_layers_that_llama_cpp_gives_more(tmp_path: Path) -> None:
+    assert [i for i in range(32) if more_bits(i, 32)] == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
+    gguf = pytest.importorskip("gguf")
+    name, values = shortcuts.mixing("q4_k_m", "auto", "llama.cpp", lambda: blocks_of("demo"), NO_DATA)
+    assert name == "q4-k-m"
+    compress.run(values, "demo", tmp_path / "out")
+    file = gguf.GGUFReader(tmp_path / "out" / "gguf" / "model.gguf")
+    assert file.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_K_M
+    types = {tensor.name.removesuffix(".weight"): tensor.tensor_type.name for tensor in file.tensors}
+    more = {f"blk.{i}.{part}" for i in (2, 5) for part in ("attn_v", "ffn_down")}
+    assert {name for name, kind in types.items() if kind == "Q6_K"} == {"token_embd", *more}
+    assert {kind for name, kind in types.items() if "norm" not in name} == {"Q4_K", "Q6_K"}
+
+
+def test_every_mixture_is_a_pipeline_whose_names_match_each_layer_once() -> None:
+    for kind, blocks in product(MOST, (1, 6, 40)):
+        _, values = shortcuts.mixing(kind, "rtn", "llama.cpp", partial(int, blocks), NO_DATA)
+        (made,) = load_pipeline(values).passes[0]
+        schemes = {
+            leaf: [made.at(f"model.layers.{i}.x.{leaf}").grid for i in range(blocks)]  # type: ignore[attr-defined]
+            for leaf in ("q_proj", "v_proj", "down_proj", "o_proj")
+        }
+        assert set(schemes["q_proj"]) == {MOST[kind]}
+        if kind == "q3_k_m":
+            assert schemes["v_proj"] == [*["q5_k"] * min(2, blocks), *["q4_k"] * (blocks - 2)]
+            assert schemes["down_proj"].count("q5_k") == blocks // 16
+        if kind.endswith("_m") and kind != "q3_k_m":
+            assert [grid == "q6_k" for grid in schemes["v_proj"]] == [more_bits(i, blocks) for i in range(blocks)]
+            assert schemes["down_proj"] == schemes["v_proj"]
+
+
 def test_data_that_is_named_is_learned_from_and_only_where_something_learns() -> None:
     own = shortcuts.sections("words.txt", 5, "none")
     _, learning = shortcuts.quantizing(4, None, "gptq", "transformers", own)
@@ -117,6 +151,17 @@ def test_auto_goes_by_bits_data_and_runtime() -> None:
         (["quantize", "demo", "--method", "gpqt"], "--method gpqt: no quantizer of that name; did you mean gptq?"),
         (["quantize", "demo", "--method", "hqq"], "--method hqq: hqq is not among the methods; rtn needs no data"),
         (["quantize", "demo", "--method", "wanda"], "--method wanda: no quantizer of that name"),
+        (
+            ["quantize", "demo", "--type", "q4_k_m", "--bits", "4"],
+            "--type q4_k_m says bits and blocks; leave --bits out",
+        ),
+        (["quantize", "demo", "--type", "q4_k_x"], "--type q4_k_x: did you mean q4_k_"),
+        (["quantize", "demo", "--type", "q4_k_m", "--for", "vllm"], "vllm reads no super-blocks; leave --type out"),
+        (
+            ["quantize", "demo", "--type", "q4_k_m", "--method", "jlcm"],
+            "--method jlcm: super-blocks are for rtn and gptq",
+        ),
+        (["quantize", "demo", "--type", "q2_k", "--method", "gptq", "--data", "none"], "gptq learns from data"),
         (["prune", "demo", "--sparsity", "half"], "--sparsity half: must be a share such as 0.5"),
         (["prune", "demo", "--recover", "--data", "none"], "--recover learns from data"),
         (["merge", "demo", "demo", "--method", "slerp", "--weights", "1"], "--weights: slerp takes none"),

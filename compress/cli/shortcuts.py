@@ -35,9 +35,14 @@ RuntimeOption = Annotated[
 def quantize(
     model: ModelArg,
     out: OutOption = None,
-    bits: Annotated[int, typer.Option(help="of every weight of the layers, 2 to 8")] = 4,
+    bits: Annotated[
+        int | None, typer.Option(help="of every weight of the layers, 2 to 8  [default: 4]", show_default=False)
+    ] = None,
     group_size: Annotated[
         int | None, typer.Option(help="columns that share a scale; 0 for a whole row  [default: 64; llama.cpp 32]")
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option("--type", help="in their place a mixture of llama.cpp's K-quants: q4_k_m, q2_k, ...")
     ] = None,
     method: Annotated[str, typer.Option(help="a quantizer; auto: the one measured best at these bits")] = "auto",
     runtime: RuntimeOption = "transformers",
@@ -55,12 +60,17 @@ def quantize(
 ) -> None:
     """Quantize a model in one line.
 
-    compress quantize MODEL --bits 4 --for llama.cpp
+    compress quantize MODEL --type q4_k_m --for llama.cpp
     """
     shown = running.Shown.of(device, as_json, verbose, quiet)
-    from compress.config import shortcuts
+    from compress.config import mixtures, shortcuts
 
-    name, values = shortcuts.quantizing(bits, group_size, method, runtime, shortcuts.sections(data, samples, evaluate))
+    learned = shortcuts.sections(data, samples, evaluate)
+    if kind is None:
+        name, values = shortcuts.quantizing(4 if bits is None else bits, group_size, method, runtime, learned)
+    else:
+        shortcuts.refuse_beside_type(kind, {"--bits": bits, "--group-size": group_size})
+        name, values = shortcuts.mixing(kind, method, runtime, lambda: mixtures.blocks_of(model), learned)
     running.build_and_show(name, values, changes, model, out, shown, dry_run=dry_run, overwrite=overwrite, fresh=fresh)
 
 

@@ -52,11 +52,15 @@ class Advice:
 
 
 def candidates(wish: Wish) -> list[Measured]:
-    """What was measured at the nearest width that runs there and learns from no more than there is."""
+    """What was measured at the nearest width that runs there and learns from no more than there is.
+
+    Super-blocks are not among them: nobody knows here whether they fill the columns of a model.
+    """
     runtime, bits = runtime_named(wish.runtime), min(wish.bits, MOST_MEASURED)
     return [
         row for row in rows()
         if row.group == "quantize" and row.bits == bits and row.kl is not None and not row.rounds_inputs
+        and not row.super_blocks
         and (row.bits_per_weight or 0) <= bits + BESIDE
         and runtime.format in (None, *row.formats)
         and not (row.data and wish.data == NOWHERE)
@@ -180,6 +184,8 @@ def _where(wish: Wish) -> list[str]:
     if runtime.format is None:
         return ["transformers loads the folder itself after `import compress`, and keeps it packed."]
     said = [f"{wish.runtime} reads OUT/{runtime.format}, which is written from the same codes."]
+    if runtime.format == "gguf":
+        said.append("Where layers have multiples of 256 columns, --type q4_k_m in the place of --bits 4 loses less.")
     if wish.bits in runtime.symmetric:
         said.append("The numbers are of codes with zero points; those for it have none, and lose a little more.")
     return said

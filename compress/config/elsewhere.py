@@ -10,10 +10,11 @@ import re
 import shlex
 from typing import TYPE_CHECKING, Any
 
+from compress.config.mixtures import MOST
 from compress.config.pipeline import FORMATS, METHODS
 from compress.logs import printable
 from compress.passes import MergePass
-from compress.passes.quantize.grid import FLOAT_GRIDS
+from compress.passes.quantize.named_grids import FLOAT_GRIDS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -67,10 +68,11 @@ def of_name(name: str, ready: Collection[str]) -> str | None:
         how = _weights(bits, ready, group) if inputs >= 16 else _both(bits, inputs, ready)
         return f"{name} is a scheme of other tools; {how}"
     if match := GGML.fullmatch(word):
-        return (
-            f"{name} is a type of block of llama.cpp, which follows from the bits here; write "
-            f"`compress quantize MODEL --bits {match[1]} --for llama.cpp`"
-        )
+        mixed = word.removeprefix("gguf:")
+        mixed = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}.get(mixed, mixed)
+        what = f"--type {mixed}" if mixed in MOST else f"--bits {match[1]}"
+        line = f"compress quantize MODEL {what} --for llama.cpp"
+        return f"{name} is a type of llama.cpp, and a pipeline is expected; write `{line}`"
     if plain in RUNTIMES or word in RUNTIMES:
         runtime = RUNTIMES.get(word) or RUNTIMES[plain]
         return f"{name} is no pipeline; write `compress quantize MODEL --bits 4 --for {runtime}`"

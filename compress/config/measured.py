@@ -28,6 +28,7 @@ class Measured:
         plain: whether it is one quantizer of which nothing but bits and group size is set.
         bits: of its codes; None without codes.
         group_size: columns that share a scale; None for a row, or without codes.
+        super_blocks: whether the columns of every layer must be a multiple of 256.
         rounds_inputs: whether what layers multiply with is rounded, too.
         data: whether it learns from data.
         formats: containers that can hold the result, beside the packed folder.
@@ -46,6 +47,7 @@ class Measured:
     plain: bool
     bits: int | None = None
     group_size: int | None = None
+    super_blocks: bool = False
     rounds_inputs: bool = False
     data: bool
     formats: tuple[str, ...]

@@ -26,6 +26,7 @@ class Runtime:
         group: columns that share a scale unless another number is asked for.
         symmetric: widths at which codes have no zero point, which it reads in fewer bits, or alone.
         uniform: whether it takes no codes but uniform ones.
+        super_blocks: whether it takes them, the K-quants of llama.cpp.
         stored: bits per weight that it keeps codes in, where that is not their own width.
     """
 
@@ -36,6 +37,7 @@ class Runtime:
     group: int = GROUP
     symmetric: tuple[int, ...] = ()
     uniform: bool = False
+    super_blocks: bool = True
     stored: Mapping[int, float] = field(default_factory=dict)
 
     @property
@@ -63,9 +65,9 @@ class Runtime:
 LLAMA_CPP = {2: 4.5, 3: 4.5, 4: 4.5, 5: 5.5, 6: 8.5, 7: 8.5, 8: 8.5}
 RUNTIMES: dict[str, Runtime] = {
     "transformers": Runtime(None),
-    "vllm": Runtime("compressed-tensors", (4, 8), (32, 64, 128), symmetric=BITS, uniform=True),
-    "sglang": Runtime("gptq", (4, 8), (32, 64, 128), symmetric=BITS, uniform=True),
-    "mlx": Runtime("mlx", (2, 3, 4, 5, 6, 8), (32, 64, 128), symmetric=(4, 5, 6, 8), uniform=True),
+    "vllm": Runtime("compressed-tensors", (4, 8), (32, 64, 128), symmetric=BITS, uniform=True, super_blocks=False),
+    "sglang": Runtime("gptq", (4, 8), (32, 64, 128), symmetric=BITS, uniform=True, super_blocks=False),
+    "mlx": Runtime("mlx", (2, 3, 4, 5, 6, 8), (32, 64, 128), symmetric=(4, 5, 6, 8), uniform=True, super_blocks=False),
     "llama.cpp": Runtime("gguf", multiple=32, group=32, symmetric=(4, 5, 6, 7, 8), uniform=True, stored=LLAMA_CPP),
     "onnxruntime": Runtime("onnx"),
 }

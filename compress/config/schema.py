@@ -15,7 +15,7 @@ from compress.config.reading import PERCENTAGE, SECTIONS
 from compress.config.schemes import DESCRIBED, NAMED
 from compress.config.words import bounded
 from compress.passes.merge.schedules import Matched
-from compress.passes.quantize.grid import FLOAT_GRIDS
+from compress.passes.quantize.named_grids import NAMED_GRIDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -105,7 +105,7 @@ def _method(cls: type[Pass]) -> dict[str, Any]:
     properties = options["properties"]
     if "bits" in properties:
         widths = "|".join(map(str, _bit_widths(properties["bits"])))
-        named = [name for name in properties["grid"]["enum"] if name in FLOAT_GRIDS] if "grid" in properties else []
+        named = [name for name in properties["grid"]["enum"] if name in NAMED_GRIDS] if "grid" in properties else []
         properties["scheme"] = {
             "type": "string",
             "pattern": f"^({'|'.join([*named, f'w({widths})(g[1-9][0-9]*)?'])})$",

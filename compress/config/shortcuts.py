@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.config import elsewhere
 from compress.config.advice import NOWHERE, method_for
+from compress.config.mixtures import MOST, mixture
 from compress.config.options import names_in
 from compress.config.pipeline import METHODS, PRESETS
 from compress.config.runtimes import refuse_scheme, runtime_named
@@ -15,10 +16,10 @@ from compress.logs import LOGGER
 from compress.passes import MergePass
 from compress.passes.prune.magnitude import Pruner
 from compress.passes.quantize.activations import ActivationOptions
-from compress.passes.quantize.grid import UniformOptions
+from compress.passes.quantize.grid import UniformOptions, UniformPass
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
 AUTO = "auto"
 LENGTH = 512  # tokens per window
@@ -61,7 +62,9 @@ def quantizing(
     if bits in where.symmetric:
         options["symmetric"] = True
     if where.stored.get(bits) and where.stored.get(bits) == where.stored.get(bits + 1):
-        LOGGER.warning("%s keeps %d bits in blocks as large as those of %d: no smaller", runtime, bits, bits + 1)
+        said = "%s keeps %d bits in blocks as large as those of %d: no smaller; --type %s is"
+        smaller = next((name for name in MOST if name.startswith(f"q{bits}")), "q6_k")
+        LOGGER.warning(said, runtime, bits, bits + 1, smaller)
     name = "-".join(
         [
             *([] if method == AUTO else [method.replace("_", "-")]),
@@ -71,6 +74,49 @@ def quantizing(
     )
     export = {"export": [where.format]} if where.format else {}
     return name, {**_needed(data, kind().calibrated), "passes": [{chosen: options}], **export}
+
+
+def refuse_beside_type(kind: str, others: Mapping[str, int | None]) -> None:
+    """Refuse what a mixture says already. `others`: what was given, by the name of the option.
+
+    Raises:
+        UsageError: something was.
+    """
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise UsageError(f"--type {kind} says bits and blocks; leave {' and '.join(given)} out")
+
+
+def mixing(
+    kind: str, method: str, runtime: str, blocks: Callable[[], int], data: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """What a model in a mixture of super-blocks is called, and its pipeline.
+
+    Args:
+        kind: of the mixture, such as q4_k_m.
+        method: rtn, gptq, or `auto`: gptq where there is data.
+        runtime: what is to run the result.
+        blocks: how many the model has; asked for when the rest is right.
+        data: as of `quantizing`.
+
+    Raises:
+        UsageError: no such mixture, or one that method or runtime does not take.
+    """
+    where = runtime_named(runtime)
+    if not where.super_blocks:
+        raise UsageError(f"--type {kind}: {runtime} reads no super-blocks; leave --type out, or take --for llama.cpp")
+    if kind not in MOST:
+        raise UsageError(f"--type {kind}: {known(kind, [*MOST])}")
+    chosen = ("gptq" if "calibration" in data else "rtn") if method == AUTO else method
+    able = [key for key, kind in QUANTIZERS.items() if issubclass(kind, UniformPass)]
+    if chosen not in able:
+        raise UsageError(f"--method {chosen}: super-blocks are for {' and '.join(able)}")
+    if chosen == "gptq" and "calibration" not in data:
+        raise UsageError("--method gptq learns from data, and --data is none; name a text, or take --method rtn")
+    options = {**mixture(kind, blocks()), "scale_search": "weighted" if chosen == "gptq" else "mse"}
+    name = "-".join([*([] if method == AUTO else [method]), kind.replace("_", "-")])
+    export = {"export": [where.format]} if where.format else {}
+    return name, {**_needed(data, chosen == "gptq"), "passes": [{chosen: options}], **export}
 
 
 def pruning(sparsity: str, method: str, recover: bool, data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -165,4 +211,7 @@ def _share(sparsity: str) -> float:
         raise UsageError(f"--sparsity {sparsity}: must be a share such as 0.5, or a pattern such as 2:4") from None
 
 
-__all__ = ["AUTO", "MERGES", "PRUNERS", "QUANTIZERS", "merging", "numbers_in", "pruning", "quantizing", "sections"]
+__all__ = [
+    "AUTO", "MERGES", "PRUNERS", "QUANTIZERS", "merging", "mixing", "numbers_in", "pruning", "quantizing",
+    "refuse_beside_type", "sections",
+]  # fmt: skip

@@ -9,6 +9,7 @@ from compress.encodings.inputs import InputForm, InputGrid, fit_inputs
 from compress.encodings.low_rank import LowRankFactors, LowRankForm
 from compress.encodings.outlier_victim import OutlierVictim, OutlierVictimForm
 from compress.encodings.power import Power, PowerForm
+from compress.encodings.super_blocks import SuperBlockForm, SuperBlocks
 from compress.encodings.uniform import Uniform, UniformForm, fit, quantize
 from compress.encodings.weight import FACTORED, Spec, Weight, pack, spec_of, unpack
 
@@ -29,6 +30,8 @@ __all__ = [
     "Power",
     "PowerForm",
     "Spec",
+    "SuperBlockForm",
+    "SuperBlocks",
     "Uniform",
     "UniformForm",
     "Weight",

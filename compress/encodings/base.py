@@ -2,15 +2,19 @@
 
 Tensors that lie beside the codes have the same names in every family, so that everybody finds them:
 
-| name          | type, shape                           | what                                                 |
-|---------------|---------------------------------------|------------------------------------------------------|
-| `scale`       | float or uint8 (R, G)                 | one for each block of O / R rows and I / G columns   |
-| `outer_scale` | float (1,)                            | a scale of the scales                                |
-| `zero_point`  | uint8 (R, bytes), packed as codes are | what steps are counted from, one for each scale      |
-| `table`       | float (T, E)                          | what codes mean, in units of the scale               |
-| `row_group`   | uint8 (1, bytes), packed as codes are | the table of each row, where there are several       |
+| name           | type, shape                           | what                                                 |
+|----------------|---------------------------------------|------------------------------------------------------|
+| `scale`        | float or uint8 (R, G)                 | one for each block of O / R rows and I / G columns   |
+|                | uint8 (O, bytes), packed as codes are | the same in super-blocks                             |
+| `outer_scale`  | float (1,); in super-blocks (O, S)    | a scale of the scales                                |
+| `offset`       | uint8 (O, bytes), packed as codes are | what is subtracted in a block of a super-block       |
+| `outer_offset` | float (O, S)                          | a scale of the offsets                               |
+| `zero_point`   | uint8 (R, bytes), packed as codes are | what steps are counted from, one for each scale      |
+| `table`        | float (T, E)                          | what codes mean, in units of the scale               |
+| `row_group`    | uint8 (1, bytes), packed as codes are | the table of each row, where there are several       |
 
-Shapes: O = out features, I = in features, R = rows of scales, G = groups of columns, T = tables, E = their entries.
+Shapes: O = out features, I = in features, R = rows of scales, G = groups of columns, S = super-blocks of a row,
+T = tables, E = their entries.
 """
 
 from __future__ import annotations
@@ -47,6 +51,7 @@ class Form(ABC):
         steps: codes count steps of their scale from their zero point, or from the middle code where none is stored;
             other forms have no zero points.
         floats: codes are the bits of floats.
+        super_blocks: scales are whole numbers of a scale of their own, one for all blocks of a super-block.
     """
 
     bits: int
@@ -55,6 +60,16 @@ class Form(ABC):
     whole: ClassVar[bool] = False
     steps: ClassVar[bool] = False
     floats: ClassVar[bool] = False
+    super_blocks: ClassVar[bool] = False
+
+    @property
+    def multiple(self) -> int:
+        """What the columns of a weight must be a multiple of."""
+        return 1
+
+    def groups_of(self, columns: int) -> int:
+        """How many groups of so many columns have scales of their own."""
+        return getattr(self, "groups", 1)
 
     @abstractmethod
     def tables(self, shape: tuple[int, int]) -> StoredShapes:

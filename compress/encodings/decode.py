@@ -109,23 +109,19 @@ class Decoder:
         index = indices(self.tensors["codes"][None], form.bits, self.count).flatten()
         values = self.table.index_select(0, index).view(torch.float32)[:kept]
         found = self._scaled(spread(values, mask), slice(None))
-        if self.lookup.zero is not None:
+        if self.lookup.zero is not None or self.lookup.offset is not None:
             found.mul_(mask).add_(0.0)  # adding zero makes a plus of minus zero; it is quicker than filling
         return found
 
     def _scaled(self, found: Tensor, part: slice) -> Tensor:
-        """Values times their scales, in place, or in a copy of rows that end within an index.
+        """Values times their scales, less their offsets, in place, or in a copy of rows that end within an index.
 
         The copy has no gaps: products with gaps in memory are summed in another order.
         """
-        found = found.contiguous()
-        if self.lookup.scale is None:
-            return found
-        scale, zero = self.lookup.scale.of(part), self.lookup.zero_of(part)
-        grouped = found.view(len(found), scale.shape[1], -1)
+        found, zero = found.contiguous(), self.lookup.zero_of(part)
         if zero is not None:
-            grouped.sub_(zero[..., None])
-        return grouped.mul_(scale[..., None]).view(found.shape)
+            found.view(len(found), zero.shape[1], -1).sub_(zero[..., None])
+        return self.lookup.scaled(found, part)
 
 
 def indices(packed: Tensor, bits: int, count: int) -> Tensor:

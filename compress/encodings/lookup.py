@@ -1,13 +1,14 @@
 """What codes mean, stated once: decoding, kernels and exporters read a `Lookup` and never ask which family it is.
 
-A weight is (table[code] - zero) * scale. What a family leaves out is not there:
+A weight is (table[code] - zero) * scale - offset. What a family leaves out is not there:
 
-| part        | uniform          | power levels | codebook         | outlier-victim pairs      | floats         |
-|-------------|------------------|--------------|------------------|---------------------------|----------------|
-| `table`     | whole steps      | levels       | free values      | values of pairs of codes  | small floats   |
-| `row_table` |                  |              | of several       |                           |                |
-| `zero`      | unless symmetric |              |                  |                           |                |
-| `scale`     | groups           | groups       | per row, or none | per row                   | blocks, groups |
+| part        | uniform          | power levels | codebook         | pairs           | floats         | super-blocks |
+|-------------|------------------|--------------|------------------|-----------------|----------------|--------------|
+| `table`     | whole steps      | levels       | free values      | of two codes    | small floats   | whole steps  |
+| `row_table` |                  |              | of several       |                 |                |              |
+| `zero`      | unless symmetric |              |                  |                 |                |              |
+| `scale`     | groups           | groups       | per row, or none | per row         | blocks, groups | groups       |
+| `offset`    |                  |              |                  |                 |                | of some      |
 
 Shapes: O = out features, I = in features, R = rows of scales, G = groups of columns; T = tables, E = entries of a
 table, C = codes of an index, K = 2**bits.
@@ -16,13 +17,15 @@ table, C = codes of an index, K = 2**bits.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from compress.lazy import functional, torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 JOINED = {1: "float32", 2: "int64", 4: "complex128"}  # a type as wide as so many float32
@@ -68,7 +71,7 @@ class BlockScale:
         values: (R, G), as stored; what they mean where bytes are stored.
         rows: of a block; all of them where R is 1.
         columns: of a block.
-        outer: (1,) a scale of the scales, or None.
+        outer: a scale of the scales, (1,), or (R, S) with one for every G / S neighbours; or None.
     """
 
     values: Tensor
@@ -84,11 +87,33 @@ class BlockScale:
     def of(self, part: slice = slice(None)) -> Tensor:
         """(rows, G) float32: the scales of some rows of the weight; (1, G) where all rows share them."""
         found = _of_rows(self.values, self.rows, part).float()
-        return found if self.outer is None else found * self.outer.float()
+        if self.outer is None or self.outer.dim() == 1:
+            return found if self.outer is None else found * self.outer.float()
+        outer = _of_rows(self.outer, self.rows, part).float()
+        return (found.view(*outer.shape, -1) * outer[..., None]).view(found.shape)
 
     def as_stored(self) -> Tensor:
         """`of` all rows, in the stored type where one scale is all there is."""
         return self.of() if self.outer is not None else _of_rows(self.values, self.rows, slice(None))
+
+    def rows_of(self, part: slice) -> BlockScale:
+        """Those of some rows of a weight of which each has its own."""
+        outer = self.outer if self.outer is None or self.outer.dim() == 1 else self.outer[part]
+        return replace(self, values=self.values[part], outer=outer)
+
+    def put_columns(self, part: slice, own: BlockScale) -> None:
+        """Put those of some neighbouring super-blocks, the groups `part`, in the place of what is here."""
+        assert self.outer is not None
+        assert own.outer is not None
+        each = self.groups // self.outer.shape[1]
+        self.values[:, part] = own.values
+        self.outer[:, part.start // each : part.stop // each] = own.outer
+
+    @classmethod
+    def joined(cls, each: Sequence[BlockScale]) -> BlockScale:
+        """Those of several weights, one below the other, whose rows have their own scales on two levels."""
+        outer = [block.outer for block in each if block.outer is not None]
+        return replace(each[0], values=torch.cat([block.values for block in each]), outer=torch.cat(outer))
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,12 +125,14 @@ class Lookup:
         row_table: (O,) uint8 below T, the table of each row; None where there is one table.
         zero: (R, G) uint8, what is subtracted from the table's values; None where nothing is, or codes count no steps.
         scale: what they are then multiplied with; None where values are as they are.
+        offset: what is then subtracted, for the blocks that have scales; None where nothing is.
     """
 
     table: Table
     row_table: Tensor | None = None
     zero: Tensor | None = None
     scale: BlockScale | None = None
+    offset: BlockScale | None = None
 
     @property
     def placeless(self) -> bool:
@@ -117,6 +144,16 @@ class Lookup:
         if self.zero is None or self.scale is None:
             return None
         return _of_rows(self.zero, self.scale.rows, part).float()
+
+    def scaled(self, units: Tensor, part: slice = slice(None)) -> Tensor:
+        """(rows, I) float32 of some rows in units of their scales -> what they are, in place."""
+        if self.scale is None:
+            return units
+        scale = self.scale.of(part)
+        grouped = units.view(len(units), scale.shape[1], -1).mul_(scale[..., None])
+        if self.offset is not None:
+            grouped.sub_(self.offset.of(part)[..., None])
+        return grouped.view(units.shape)
 
     def steps_from(self) -> Tensor:
         """The codes of zero where codes count steps, uint8 (O, G) or (1, G): the middle ones where none are stored."""

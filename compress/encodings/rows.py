@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from compress.encodings.lookup import Lookup
     from compress.encodings.weight import Spec
 
+BY_ROW = ("scale", "zero_point", "outer_scale", "offset", "outer_offset")  # tables with a row for each of scales
+
 
 def streamed(spec: Spec) -> bool:
     """Whether what is kept of a weight is one stream, in which rows begin anywhere."""
@@ -77,10 +79,7 @@ def decode_rows(
         stored = tensors["codes"]
         codes = unpack_bits(stored[rows], form.bits, columns) if places is None else _at(stored, form.bits, places)
     lookup = _lookup(spec, tensors, rows)
-    found = lookup.units(codes)
-    if lookup.scale is not None:
-        scale = lookup.scale.of()
-        found = found.view(len(rows), scale.shape[1], -1).mul_(scale[..., None]).view(len(rows), columns)
+    found = lookup.scaled(lookup.units(codes))
     return found if mask is None else found.masked_fill_(~mask, 0.0)
 
 
@@ -105,7 +104,7 @@ def _lookup(spec: Spec, tensors: Mapping[str, Tensor], rows: Tensor) -> Lookup:
     scale = beside.get("scale")
     if scale is not None and len(scale) > 1:
         owner = rows // (count // len(scale))
-        beside |= {name: beside[name][owner] for name in ("scale", "zero_point") if name in beside}
+        beside |= {name: beside[name][owner] for name in BY_ROW if name in beside and beside[name].dim() > 1}
     found = form.lookup((len(rows), columns), {**beside, "codes": tensors["codes"]})
     table = form.row_table(count, beside)
     return found if table is None else replace(found, row_table=table[rows])

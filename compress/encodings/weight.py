@@ -31,6 +31,7 @@ from compress.encodings.outlier_victim import OutlierVictimForm
 from compress.encodings.pattern import Pattern, find_pattern
 from compress.encodings.power import PowerForm
 from compress.encodings.stated import DTYPES, divides, made_from, whole
+from compress.encodings.super_blocks import SuperBlockForm
 from compress.encodings.uniform import UniformForm
 from compress.lazy import functional, torch
 
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 LAYOUT = "compress-1"
 FACTORED = "low-rank"  # the kind of a weight that is nothing but its factors
 FORMS: dict[str, type[Form]] = {
-    form.family: form for form in (UniformForm, OutlierVictimForm, CodebookForm, PowerForm, FloatForm)
+    form.family: form for form in (UniformForm, OutlierVictimForm, CodebookForm, PowerForm, FloatForm, SuperBlockForm)
 }
 
 
@@ -249,6 +250,8 @@ def _check_parts(shape: tuple[int, int], form: Form | None, own: Mapping[str, An
     """Groups, runs and rows that share a table must fill a weight."""
     pattern, low_rank = own.get("pattern"), own.get("low_rank")
     columns, rows = {"columns": shape[1]}, {"rows": shape[0]}
+    if form is not None and shape[1] % form.multiple:
+        raise ValueError(f"{shape[1]} columns are not a multiple of {form.multiple}, a super-block")
     divides({"columns": getattr(form, "groups", 1)}, columns)
     divides({"rows": getattr(form, "period", 0)}, rows)
     divides({"rows": getattr(form, "row_blocks", None) or 0}, rows)

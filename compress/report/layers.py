@@ -118,7 +118,7 @@ def _layer(name: str, packed: Packed, notes: Mapping[str, Any]) -> Layer:
         shape=list(spec.shape),
         encoding=form.family if form else None,
         bits=form.bits if form else None,
-        group_size=spec.shape[1] // getattr(form, "groups", 1) if form else None,
+        group_size=spec.shape[1] // form.groups_of(spec.shape[1]) if form else None,
         sparsity=1 - spec.kept / weights if spec.kept is not None else 0.0,
         bytes=stored,
         inputs=str(spec.inputs) if spec.inputs else None,

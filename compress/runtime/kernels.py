@@ -4,7 +4,7 @@
 |----------|----------------------------------------------|-------------------|-----------------------------------|
 | `Tiles`  | everything                                   | float32 rounding  | none; the packed ones if sparse   |
 | `Codes`  | whole numbers times a scale, by row or group | float32 rounding  | 8 or 16                           |
-| `Bytes`  | tables of values                             | float32 rounding  | 4 or 8                            |
+| `Bytes`  | tables of values, no offsets                 | float32 rounding  | 4 or 8                            |
 | `Halves` | numbers of 11 bits times a scale per row     | float32 rounding  | 16                                |
 | `Int4`   | uniform, to 4 bits, groups of 32 and more    | bfloat16 rounding | 4 and 32 per group                |
 | `Int8`   | everything, rounded again where it must be   | that of 8 bits    | 8                                 |
@@ -154,7 +154,7 @@ class Bytes(Kernel):
         if weight.encoding is None or weight.encoding.form.steps:
             return None
         lookup = weight.encoding.form.lookup(spec.shape, stored)
-        found = numbered(weight, lookup)
+        found = None if lookup.offset is not None else numbered(weight, lookup)
         if found is None or (weight.mask is None and found[1].shape[1] in (4, 16, 256)):
             return None  # as they are stored they are looked up as quickly
         codes, table, first = found

@@ -85,6 +85,8 @@ class GpuLookup(nn.Module):
         if weight.encoding is None:
             return None
         lookup = weight.encoding.form.lookup(spec.shape, stored)
+        if lookup.offset is not None:
+            return None
         scale = torch.ones(1, 1, device=weight.encoding.codes.device)
         if lookup.scale is not None:
             scale = lookup.scale.as_stored().contiguous()

@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Self
 
-import onnx_ir as ir
 import pytest
 import torch
-from runtime_layers import ENCODINGS, off, weight
+from runtime_layers import ENCODINGS, by_onnxruntime, off, weight
 from torch import Tensor
 
 from compress.encodings import Encoding, Form, Weight, pack, unpack
@@ -16,10 +15,6 @@ from compress.encodings.base import StoredShapes
 from compress.encodings.decode import Decoder
 from compress.encodings.lookup import BlockScale, Table
 from compress.export.gguf.blocks import misfit
-from compress.export.onnx.files import write_constants
-from compress.export.onnx.ops import MICROSOFT, Ops
-from compress.export.onnx.products import Style, linear
-from compress.progress import Bars
 from compress.runtime.kernels import Bytes, Codes, Kernel, Tiles
 from compress.runtime.low_bit import Halves, Int4
 
@@ -122,21 +117,10 @@ def test_kernels_multiply_with_it_or_say_that_they_do_not(rows: int, columns: in
 @each_mask
 @pytest.mark.parametrize("fast", [False, True])
 def test_onnx_computes_with_it(rows: int, columns: int, masked: bool, fast: bool, tmp_path: Path) -> None:
-    runtime = pytest.importorskip("onnxruntime")
-    of = floats(rows, columns, masked)
-    spec, tensors = pack(of)
-    x = ir.Value(name="x", shape=ir.Shape(["rows", 64]), type=ir.TensorType(ir.DataType.FLOAT))
-    ops = Ops("layer", {})
-    y = linear(ops, x, spec, tensors.__getitem__, Style(fast=fast, accuracy_level=1))
-    y.name, y.shape, y.type = "y", ir.Shape(["rows", 48]), x.type
-    constants = [*ops.constants.values(), *ops.shared.values()]
-    graph = ir.Graph([x], [y], nodes=ops.nodes, initializers=constants, opset_imports={"": 21, MICROSOFT: 1})
-    model = ir.Model(graph, ir_version=10)
-    write_constants(model, tmp_path, Bars())
-    ir.save(model, tmp_path / "model.onnx")
-    given = torch.randn(3, 64)
-    found = runtime.InferenceSession(tmp_path / "model.onnx").run(None, {"x": given.numpy()})[0]
-    assert off(torch.from_numpy(found), given @ of.dequantize().T) <= (0.02 if fast else 2e-6)
+    pytest.importorskip("onnxruntime")
+    of, given = floats(rows, columns, masked), torch.randn(3, 64)
+    found = by_onnxruntime(of, given, tmp_path, fast=fast)
+    assert off(found, given @ of.dequantize().T) <= (0.02 if fast else 2e-6)
 
 
 def test_blocks_of_ggml_refuse_it_by_its_name() -> None:

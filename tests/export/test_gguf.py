@@ -22,8 +22,9 @@ from transformers import (
 )
 from written import data_for, logits, write
 
-from compress import Codebook, ConfigError, Eora, Gptq, LowRank, Magnitude, Olive, PowerQuant, Rtn
+from compress import Codebook, ConfigError, Eora, Gptq, LowRank, Magnitude, Olive, Override, PowerQuant, Rtn
 from compress.config.reading import parse
+from compress.encodings.super_blocks import KINDS
 from compress.errors import CompressError
 from compress.export.gguf import exporter
 from compress.models import graph as graphs
@@ -57,6 +58,19 @@ def mistral() -> PreTrainedModel:
     return MistralForCausalLM(MistralConfig(**config, **TOKENS, sliding_window=None, initializer_range=0.1)).eval()
 
 
+def wide() -> PreTrainedModel:
+    return small(hidden_size=256, intermediate_size=512, num_hidden_layers=1)
+
+
+def super_blocks(kind: str, **options: Any) -> dict[str, Any]:
+    return {"grid": kind, "bits": KINDS[kind].bits, "group_size": KINDS[kind].columns, **options}  # type: ignore[index]
+
+
+def mixed() -> Rtn:
+    overrides = (Override("*.v_proj", super_blocks("q6_k")), Override("*.o_proj", super_blocks("q3_k")))
+    return Rtn(**super_blocks("q4_k", scale_search="mse", embeddings=super_blocks("q6_k"), overrides=overrides))
+
+
 Case = tuple[Callable[[], PreTrainedModel], list[Pass], dict[str, int]]
 CASES: dict[str, Case] = {
     "two": (small, [Rtn(bits=2, group_size=32)], {"Q4_0": 14, "F32": 7}),
@@ -77,6 +91,7 @@ CASES: dict[str, Case] = {
     "embeddings": (lambda: small(tie_word_embeddings=True), [W4_AND_8], {"Q4_0": 14, "Q8_0": 1, "F32": 5}),
     "bfloat16": (lambda: small(rope_theta=5e5).bfloat16(), [W4], {"Q4_0": 14, "F32": 5, "BF16": 2}),
     "wide_heads": (lambda: small(head_dim=32, num_key_value_heads=1, rms_norm_eps=1e-3), [W4], {"Q4_0": 14, "F32": 7}),
+    "super_blocks": (wide, [mixed()], {"Q4_K": 5, "F32": 3, "Q6_K": 3, "Q3_K": 1}),
     "mistral": (mistral, [W4], {"Q4_0": 14, "F32": 7}),
 }  # fmt: skip
 
@@ -182,6 +197,8 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], list[Pass], str]] = {
     "a known one": (phimoe, [W4], "not written as GGUF: its router weighs each of two experts by a softmax"),
     "narrow groups": (small, [Rtn(bits=4, group_size=16)],
                       "14 layers, such as .*q_proj, have groups of 16 weights; group_size: 32 would fit"),
+    "pruned super-blocks": (wide, [Magnitude(sparsity="2:4"), Rtn(**super_blocks("q4_k"))],
+                            "pruned weights in super-blocks that have offsets, so that no code is zero; q3_k and q6_k"),
     "odd rows": (lambda: small(intermediate_size=100), [Rtn(bits=4)],
                  "2 layers, such as .*down_proj, have rows of 100 weights, which are no whole blocks of 32"),
     "eight asymmetric bits": (small, [Rtn(bits=8)], "with symmetric: true they fit Q8_0"),

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from compress.encodings import Codebooks, Uniform
+from compress.encodings import Codebooks, SuperBlockForm, SuperBlocks, Uniform
+from compress.encodings.super_blocks import KINDS, SuperBlockKind
 from compress.export.gguf.blocks import NON_LINEAR, common_type, largest_bytes, to_blocks
 
 gguf = pytest.importorskip("gguf")
@@ -33,6 +34,15 @@ def codebook(factor: float = 1.0) -> Codebooks:
     return Codebooks(torch.randint(16, (6, 64), dtype=torch.uint8), table, torch.zeros(6, dtype=torch.uint8), scale)
 
 
+def super_blocks(kind: SuperBlockKind) -> SuperBlocks:
+    """Every code, scale and offset there is."""
+    form, columns = SuperBlockForm(bits=KINDS[kind].bits, kind=kind), 512
+    tables = {}
+    for name, (shape, dtype) in form.tables((6, columns)).items():
+        tables[name] = torch.randint(256, shape, dtype=dtype) if dtype == torch.uint8 else torch.randn(shape).half()
+    return form.encoding(torch.randint(2**form.bits, (6, columns), dtype=torch.uint8), tables)
+
+
 BLOCKS: dict[str, tuple[Callable[[], Any], str]] = {
     "three levels": (lambda: uniform(2, True, low=1, groups=2), "TQ2_0"),
     "three levels in small groups": (lambda: uniform(2, True, low=1), "Q4_0"),
@@ -42,6 +52,7 @@ BLOCKS: dict[str, tuple[Callable[[], Any], str]] = {
        for bits, kind in zip(range(2, 8), ["Q4_0"] * 2 + ["Q5_0"] + ["Q8_0"] * 3, strict=True)},
     "exact minimum": (lambda: powers(3), "Q4_1"),
     "its codebook": (codebook, "IQ4_NL"),
+    **{kind: (lambda kind=kind: super_blocks(kind), kind.upper()) for kind in KINDS},
 }  # fmt: skip
 
 
@@ -82,6 +93,9 @@ def test_what_fits_no_type_exactly_is_said() -> None:
         (["TQ2_0", "Q4_0"], "Q4_0"),
         (["Q4_0", ""], None),
         (["IQ4_NL", "Q4_0"], None),
+        (["Q4_K", "Q4_K"], "Q4_K"),
+        (["Q4_K", "Q6_K"], None),
+        (["Q4_K", "Q4_0"], None),
     ],
 )
 def test_several_weights_share_the_narrowest_type_that_holds_all(kinds: list[str], common: str | None) -> None:

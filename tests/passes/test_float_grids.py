@@ -15,7 +15,7 @@ from compress.config.reading import parse
 from compress.config.schema import schema
 from compress.encodings import FloatForm, UniformForm
 from compress.passes import Pass
-from compress.passes.quantize.grid import FLOAT_GRIDS
+from compress.passes.quantize.named_grids import FLOAT_GRIDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

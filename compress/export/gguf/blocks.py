@@ -9,6 +9,8 @@
 | `Q5_0`   | 32      | 5.5             | d * level, level -16 to 15   |
 | `Q8_0`   | 32      | 8.5             | d * level, level -128 to 127 |
 
+Super-blocks are written as they are: see `super_blocks.py`.
+
 A level is a code's distance from its zero point. A scale of more columns than a block is repeated in each of them. `m`
 is float16 too, and the minimum of a grid seldom is one: then the levels are kept instead, in a wider type.
 
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from compress.encodings.bits import pack_bits
+from compress.export.gguf import super_blocks as supers
 from compress.lazy import torch
 
 if TYPE_CHECKING:
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from compress.encodings import Encoding, Spec
+    from compress.encodings import Encoding, Form, Spec
     from compress.encodings.lookup import Lookup
 
 NON_LINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # of IQ4_NL, in units of d
@@ -57,6 +60,10 @@ def misfit(spec: Spec) -> str | None:
         return f"rows of {columns} weights, which are no whole blocks of {SMALLEST}; `exclude` it in the quantizer"
     assert form is not None
     tables = form.tables(spec.shape)
+    if form.super_blocks:
+        if spec.kept is not None and "offset" in tables:
+            return "pruned weights in super-blocks that have offsets, so that no code is zero; q3_k and q6_k have none"
+        return None
     if "table" in tables:
         if tables["table"][0] == (1, len(NON_LINEAR)) and "scale" in tables and spec.kept is None:
             return None
@@ -73,10 +80,17 @@ def misfit(spec: Spec) -> str | None:
     return None
 
 
+def sort_of(form: Form) -> str:
+    """Codes of one sort have a type in common."""
+    return supers.type_of(form) if form.super_blocks else "uniform codes" if form.steps else "a codebook"
+
+
 def largest_bytes(spec: Spec) -> int:
     """Bytes of a layer's codes in the widest type that they may need."""
     form = spec.form
     assert form is not None
+    if form.super_blocks:
+        return spec.shape[0] * spec.shape[1] * supers.BYTES[supers.type_of(form)] // supers.WIDTH
     if not form.steps:
         return spec.shape[0] * spec.shape[1] * BYTES["IQ4_NL"] // SMALLEST
     levels = 2 ** (form.bits - 1) if "zero_point" not in form.tables(spec.shape) else 2**form.bits - 1
@@ -87,6 +101,8 @@ def largest_bytes(spec: Spec) -> int:
 def smallest_type(encoding: Encoding) -> str:
     """The smallest type whose values are exactly a weight's own; empty where there is none."""
     lookup = encoding.lookup()
+    if encoding.form.super_blocks:
+        return supers.type_of(encoding.form)
     if not encoding.form.steps:
         return "IQ4_NL"
     assert lookup.scale is not None
@@ -109,6 +125,8 @@ def common_type(kinds: Collection[str]) -> str | None:
 def to_blocks(encoding: Encoding, kind: str | None = None) -> Blocks | str:
     """A weight in the smallest type whose values are exactly its own, or a given wider one; else why there is none."""
     lookup = encoding.lookup()
+    if encoding.form.super_blocks:
+        return Blocks(supers.type_of(encoding.form), supers.super_blocks(encoding.codes, lookup))
     if encoding.form.steps:
         return _from_steps(encoding.codes, lookup, kind or smallest_type(encoding))
     return _from_table(encoding.codes, lookup)

@@ -12,7 +12,7 @@ from compress.errors import CompressError, UsageError
 from compress.export.base import Exporter
 from compress.export.gguf import keys
 from compress.export.gguf.architectures import KINDS, UNWRITTEN, architecture_of
-from compress.export.gguf.blocks import largest_bytes, misfit
+from compress.export.gguf.blocks import largest_bytes, misfit, sort_of
 from compress.export.gguf.reading import read_back
 from compress.export.gguf.rope import rope_tensors, unfit_rope
 from compress.export.gguf.tensors import Contents, Layout
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from compress.progress import Bars
 
 FILE = "model.gguf"
+MIXTURES = ("Q3_K", "Q4_K", "Q5_K")  # types with which llama.cpp mixes others, more of them (M) or fewer (S)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +83,16 @@ class Gguf(Exporter):
         pieces, factors = contents.pieces, rope_tensors(contents.layout.config)
         writer = gguf.GGUFWriter(folder / FILE, contents.layout.architecture.name)
         types: Counter[str] = Counter()
+        in_blocks: set[str] = set()
         for piece in bars.over(pieces, len(pieces), "fit: gguf"):
             blocks = contents.read(piece)
             kind, data = gguf.GGMLQuantizationType[blocks.type], blocks.data.numpy()
             writer.add_tensor_info(piece.name, data.shape, data.dtype, data.nbytes, raw_dtype=kind)
             types[blocks.type] += data.ndim >= 2
+            in_blocks |= {blocks.type} if piece.name.startswith("blk.") and data.ndim >= 2 else set()
         for name, values in factors.items():
             writer.add_tensor_info(name, values.shape, values.numpy().dtype, values.nbytes)
-        describe(writer, contents, made.folder, types.most_common(1)[0][0])
+        describe(writer, contents, made.folder, file_type(types.most_common(1)[0][0], in_blocks))
         with writing(folder / FILE), closing(writer):
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -132,17 +135,24 @@ class Gguf(Exporter):
         return logits
 
 
-def describe(writer: Any, contents: Contents, source: Path, most: str) -> None:
-    """Write what the model is, and its tokenizer. `most` is the type of most matrices."""
+def describe(writer: Any, contents: Contents, source: Path, kind: str) -> None:
+    """Write what the model is, and its tokenizer. `kind` is what llama.cpp calls the types of its matrices."""
     import gguf
 
     layout = contents.layout
     writer.add_type("model")
     keys.add(writer, layout.architecture.name, keys.keys(layout.config, layout.architecture))
-    kind = {"F32": "ALL_F32"}.get(most, f"MOSTLY_{most}")
     writer.add_file_type(gguf.LlamaFileType[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     read_vocabulary(source, layout.config).say(writer)
+
+
+def file_type(most: str, in_blocks: Collection[str]) -> str:
+    """What llama.cpp calls a file by the type of most matrices, and by all that the blocks of the model have."""
+    if most in MIXTURES:
+        mixed = any(kind.endswith("_K") and kind != most for kind in in_blocks)
+        return f"MOSTLY_{most}_{'M' if mixed else 'S'}"
+    return {"F32": "ALL_F32"}.get(most, f"MOSTLY_{most}")
 
 
 def _contents(made: PackedFolder) -> Contents:
@@ -179,15 +189,16 @@ def _misfits(specs: Mapping[str, Spec]) -> Iterator[str]:
 
 
 def _mixed(graph: Graph, specs: Mapping[str, Spec]) -> Iterator[str]:
-    """Experts that are one tensor of a file, some with a codebook and some with steps: no type of block has both."""
-    kinds: dict[str, dict[bool, str]] = {}
+    """Experts that are one tensor of a file, of codes that no type of block has in common."""
+    sorts: dict[str, dict[str, str]] = {}
     for site in graph.sites:
         form = specs[site.name].form if site.name in specs else None
         if site.is_expert and form is not None:
-            kinds.setdefault(site.parameter, {}).setdefault(form.steps, site.name)
-    mixed = [names for names in kinds.values() if len(names) > 1]
+            sorts.setdefault(site.parameter, {}).setdefault(sort_of(form), site.name)
+    mixed = [names for names in sorts.values() if len(names) > 1]
     if mixed:
+        (first, one), (second, other) = sorted(mixed[0].items())[:2]
         yield (
-            f"all experts that the model keeps in one tensor are blocks of one type, and {mixed[0][False]} has a "
-            f"codebook, {mixed[0][True]} uniform codes ({len(mixed)} such tensors); quantize them alike, or export hf"
+            f"all experts that the model keeps in one tensor are blocks of one type, and {one} has {first}, {other} "
+            f"{second} ({len(mixed)} such tensors); quantize them alike, or export hf"
         )

@@ -91,7 +91,7 @@ def kernel(source: WeightSource, x: ir.Value, kept: ir.Value | None, style: Styl
     form = source.form
     if form is not None and form.steps:
         return _steps_product(source, form, x, kept, style)
-    if form is None or not style.fast:
+    if form is None or form.super_blocks or not style.fast:
         return None
     found: ir.Value | None = None
     for codes, scale, groups in _tables(source, kept):

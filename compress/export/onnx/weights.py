@@ -80,10 +80,29 @@ class WeightSource:
 
     def scale(self) -> ir.Value:
         """(O, G) float32, or (1, G) where all rows share them; with the scale of the scales in it."""
+        if self.form is not None and self.form.super_blocks:
+            return self.of_super_blocks("scale")
         found = self.floats("scale") if self.scale_table is None else self._scale_in_bytes(self.scale_table)
         if "outer_scale" in self.beside:
             found = self.ops.op("Mul", found, self.floats("outer_scale"))
         return self.per_row(found)
+
+    def offset(self) -> ir.Value | None:
+        """(O, G) float32, what is subtracted in the blocks that have scales; None where nothing is."""
+        return self.of_super_blocks("offset") if "offset" in self.beside else None
+
+    def of_super_blocks(self, leaf: str) -> ir.Value:
+        """(O, G) float32: whole numbers of a few bits, times one for all blocks of a super-block."""
+        assert self.form is not None
+        ops, rows, groups = self.ops, self.shape[0], self.form.groups_of(self.shape[1])
+        (_, stored), _ = self.tensors[f"{self.prefix}{leaf}"]
+        bits, outer = 8 * stored // groups, self.tensors[f"{self.prefix}outer_{leaf}"][0][1]
+        whole = ops.cast(unpacked(ops, self.value(leaf), bits, rows, groups), torch.float32)
+        if "offset" not in self.beside:
+            whole = ops.op("Sub", whole, ops.number(2.0 ** (bits - 1)))
+        whole = ops.reshape(whole, rows, outer, groups // outer)
+        shared = ops.op("Unsqueeze", self.floats(f"outer_{leaf}"), ops.ints(-1))
+        return ops.reshape(ops.op("Mul", whole, shared), rows, groups)
 
     @property
     def scale_table(self) -> Tensor | None:
@@ -177,7 +196,10 @@ def dequantized(source: WeightSource, kept: ir.Value | None) -> ir.Value:
     if groups == 1 and ("table" in source.beside or lookup.table.codes_per_index > 1):
         return ops.op("Mul", values, source.scale())
     grouped = ops.reshape(values, rows, groups, columns // groups)
-    return ops.reshape(ops.op("Mul", grouped, ops.op("Unsqueeze", source.scale(), ops.ints(-1))), rows, columns)
+    found, offset = ops.op("Mul", grouped, ops.op("Unsqueeze", source.scale(), ops.ints(-1))), source.offset()
+    if offset is not None:
+        found = ops.op("Sub", found, ops.op("Unsqueeze", offset, ops.ints(-1)))
+    return ops.reshape(found, rows, columns)
 
 
 def zero_points(source: WeightSource) -> ir.Value:

@@ -5,7 +5,6 @@ Shapes: O rows, I columns, G groups of columns.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -16,18 +15,19 @@ from compress.encodings.uniform import narrowest
 from compress.errors import SolveError
 from compress.lazy import torch
 from compress.passes.base import Edit
+from compress.passes.quantize.compensated import Way, on_floats, on_super_blocks, refuse_infinite
 from compress.passes.quantize.grid import UniformPass
 from compress.passes.quantize.rtn import Rtn
 from compress.passes.solvers.descent import descend
 from compress.passes.solvers.drift import made_up
 from compress.passes.solvers.obs import Factor, compensate
-from compress.passes.solvers.projections import FloatRounding, Rounding
+from compress.passes.solvers.projections import Rounding
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.calibration.statistics import Need
-    from compress.encodings import Encoding, Floats
+    from compress.encodings import Encoding
     from compress.passes.base import Target
 
 
@@ -46,7 +46,7 @@ class Gptq(UniformPass):
         damping: added to the diagonal of the Gram matrix, as a share of its mean.
         act_order: columns with the largest inputs first. Groups keep their places and their scales are fitted
             beforehand (static groups), so the result needs no column index. Without it, scales of a group are fitted to
-            the weights as they stand when the group begins; those of floats always beforehand.
+            the weights as they stand when the group, or the super-block, begins; those of floats always beforehand.
         tile: columns worked on at once; speed only.
         rounds: of coordinate descent over the finished codes (see `passes/solvers/descent.py`), each of which refits
             the scales of even steps first; no round makes the error on the calibration data larger. 0 is GPTQ as
@@ -87,6 +87,9 @@ class Gptq(UniformPass):
         if statistics is None or statistics.gram is None:
             raise SolveError("no input ever reached this layer")
         rows, columns = target.weight.shape
+        other = self.fitting((rows, columns))
+        if other is not self:
+            return other.run(target)
         weight, drift = target.weight, statistics.drift
         if self.propagates and drift is not None:
             weight = made_up(weight, statistics.gram, drift, self.propagation, self.damping)
@@ -105,29 +108,15 @@ class Gptq(UniformPass):
                 grid=self,
             )
             encoding = Uniform(codes, scale, zero, self.bits, self.symmetric)
+        elif self.has_super_blocks:
+            encoding, dead = on_super_blocks(self, self._way, weight, statistics.gram, target.mask)
         else:
-            encoding, dead = self.solve_floats(weight, statistics.gram, target.mask)
+            encoding, dead = on_floats(self, self._way, weight, statistics.gram, target.mask)
         return Edit(encoding=encoding, mask=target.mask, notes={"dead_inputs": dead} if dead else {})
 
-    def solve_floats(self, weight: Tensor, gram: Tensor, mask: Tensor | None) -> tuple[Floats, int]:
-        """What `solve` does, with floats in the place of even steps. Scales are fitted beforehand."""
-        form, tables = self.float_scales(weight, gram.diagonal())
-        rows, columns = weight.shape
-        scale = form.lookup((rows, columns), tables).scale
-        assert scale is not None
-        order = torch.argsort(gram.diagonal(), descending=True, stable=True) if self.act_order else None
-        factor = Factor(gram, self.damping, order)
-        group, kept = torch.arange(columns) // scale.columns, None if mask is None else mask.T.contiguous()
-        codes = torch.empty(columns, rows, dtype=torch.uint8)
-        rounding = FloatRounding(scale.of().T.contiguous(), group, form.kind, kept, codes)
-        own = kept if kept is None else kept[factor.order]
-        ordered = replace(rounding, group=group[factor.order], kept=own, codes=torch.empty_like(codes))
-        lost = compensate(weight, factor, tile=self.tile, every=columns, begin=None, project=ordered)
-        _refuse_infinite(lost)
-        codes[factor.order] = ordered.codes
-        if self.rounds:
-            descend(weight, gram, self.damping, rounding, self.rounds)
-        return form.encoding(codes.T.contiguous(), tables), factor.num_dead
+    @property
+    def _way(self) -> Way:
+        return Way(self.damping, self.act_order, self.tile, self.rounds)
 
     def stand_in(self) -> Rtn:
         return Rtn(
@@ -186,7 +175,7 @@ def solve(
     rounding = Rounding(scales, zeros, order // width, 2**bits - 1, kept, codes)
     every = columns if static else width
     lost = compensate(weight, factor, tile=tile, every=every, begin=None if static else begin, project=rounding)
-    _refuse_infinite(lost)
+    refuse_infinite(lost)
     if act_order:
         codes = codes[torch.argsort(order)]
     if rounds:
@@ -195,11 +184,6 @@ def solve(
         descend(weight, gram, damping, rounding, rounds)
     codes = codes.T.contiguous()
     return codes, narrowest(scales.T.contiguous()), zeros.T.to(torch.uint8).contiguous(), factor.num_dead
-
-
-def _refuse_infinite(lost: Tensor) -> None:
-    if not math.isfinite(float(lost.sum())):
-        raise SolveError("the solution is not finite")
 
 
 def _empty_grid(rows: int, groups: int) -> tuple[Tensor, Tensor]:

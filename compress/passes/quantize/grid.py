@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, cast
 
 from annotated_types import Ge, Le
 
-from compress.encodings import FloatForm, Uniform, UniformForm, fit, floats, quantize
+from compress.encodings import FloatForm, SuperBlockForm, Uniform, UniformForm, fit, floats, quantize, super_blocks
+from compress.encodings.super_blocks import KINDS, WIDTH
+from compress.encodings.super_scales import fit as fit_super_blocks
 from compress.encodings.uniform import Search
 from compress.passes.base import OptionError
 from compress.passes.quantize.activations import ActivationOptions
 from compress.passes.quantize.embeddings import EmbeddingOptions
+from compress.passes.quantize.named_grids import FLOAT_GRIDS, NAMED_GRIDS, WeightGrid, not_filled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,38 +22,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.encodings import Encoding
-    from compress.encodings.minifloat import Number
+    from compress.encodings.lookup import BlockScale
+    from compress.encodings.super_blocks import SuperBlockKind
 
 
 Granularity = Literal["tensor", "channel", "group", "block"]
 Fallback = Literal["channel"]
-WeightGrid = Literal["int", "fp8", "mxfp4", "nvfp4"]
 
 BLOCK = 128  # rows and columns of a block that shares a scale
-
-
-@dataclass(frozen=True)
-class FloatGrid:
-    """A format of floats.
-
-    Attributes:
-        number: what codes are,
-        bits: of each.
-        group_size: columns that share a scale; None where that is a matter of granularity.
-        scale_type: of the scales.
-    """
-
-    number: Number
-    bits: int
-    group_size: int | None
-    scale_type: str
-
-
-FLOAT_GRIDS: dict[str, FloatGrid] = {
-    "fp8": FloatGrid("e4m3", 8, None, "float16"),
-    "mxfp4": FloatGrid("e2m1", 4, 32, "e8m0"),
-    "nvfp4": FloatGrid("e2m1", 4, 16, "e4m3"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,12 +138,13 @@ class UniformOptions(GridOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class UniformPass(UniformOptions, EmbeddingOptions):
-    """Rounds one matrix at a time onto even steps, or floats.
+    """Rounds one matrix at a time onto even steps, floats, or super-blocks.
 
     Args:
         grid: `int` has even steps. `fp8`: floats of 8 bits (E4M3); `mxfp4` and `nvfp4`: of 4 bits (E2M1), 32 or 16
-            columns sharing a scale that is a power of two or an E4M3 number. In a file `scheme: nvfp4` is short for
-            grid, bits and group_size.
+            columns sharing a scale that is a power of two or an E4M3 number. `q2_k` to `q6_k`: the super-blocks of 256
+            columns that llama.cpp calls K-quants, whose blocks of 16 or 32 have scales of few bits. In a file
+            `scheme: nvfp4` is short for grid, bits and group_size.
     """
 
     grid: WeightGrid = "int"
@@ -173,14 +153,15 @@ class UniformPass(UniformOptions, EmbeddingOptions):
         yield from super().check()
         if self.grid == "int":
             return
-        kind = FLOAT_GRIDS[self.grid]
-        if self.bits != kind.bits:
-            yield OptionError("bits", f"codes of {self.grid} have {kind.bits} bits, not {self.bits}{self._short}")
-        if kind.group_size is not None and self.group_size != kind.group_size:
-            said = f"{kind.group_size} columns share a scale of {self.grid}, not {self.group_size or 'those of a row'}"
+        bits, group_size = NAMED_GRIDS[self.grid]
+        if self.bits != bits:
+            yield OptionError("bits", f"codes of {self.grid} have {bits} bits, not {self.bits}{self._short}")
+        if group_size is not None and self.group_size != group_size:
+            said = f"{group_size} columns share a scale of {self.grid}, not {self.group_size or 'those of a row'}"
             yield OptionError("group_size", said + self._short)
         if self.symmetric:
-            yield OptionError("symmetric", f"changes nothing with grid: {self.grid}, whose codes have a sign")
+            why = "whose codes have a sign" if self.grid in FLOAT_GRIDS else "which says itself where steps begin"
+            yield OptionError("symmetric", f"changes nothing with grid: {self.grid}, {why}")
 
     @property
     def _short(self) -> str:
@@ -190,13 +171,31 @@ class UniformPass(UniformOptions, EmbeddingOptions):
     def has_blocks(self) -> bool:
         return self.grid == "fp8"
 
+    @property
+    def has_super_blocks(self) -> bool:
+        """Whether scales are those of super-blocks."""
+        return self.grid in KINDS
+
     def check_shape(self, shape: tuple[int, int]) -> str | None:
         if self.fallback is None and self._splits_blocks(shape):
             return f"{_unfilled(shape)}; set fallback: channel for one scale per row in layers like it"
+        if self.fallback is None and self.has_super_blocks and self._misfit(shape[1]):
+            return not_filled(self.grid, shape[1])
         return super().check_shape(shape)
 
     def departure(self, shape: tuple[int, int]) -> str | None:
+        if self.has_super_blocks and self._misfit(shape[1]):
+            return f"even steps, one scale per row: super-blocks of {WIDTH} do not fill its {shape[1]} columns"
         return f"one scale per row: {_unfilled(shape)}" if self._splits_blocks(shape) else super().departure(shape)
+
+    def _misfit(self, columns: int) -> bool:
+        return bool(columns % WIDTH) if self.has_super_blocks else super()._misfit(columns)
+
+    def fitting(self, shape: tuple[int, int]) -> Self:
+        """The pass that a matrix of such a shape gets: with even steps where super-blocks do not fill it."""
+        if self.has_super_blocks and self._misfit(shape[1]):
+            return replace(self, grid="int", group_size=None, symmetric=True)
+        return self
 
     def _splits_blocks(self, shape: tuple[int, int]) -> bool:
         return self.granularity == "block" and bool(shape[0] % BLOCK or shape[1] % BLOCK)
@@ -205,7 +204,10 @@ class UniformPass(UniformOptions, EmbeddingOptions):
     def rowwise(self) -> bool:
         return self.granularity not in ("tensor", "block") and self.grid != "nvfp4"
 
-    def form(self, shape: tuple[int, int]) -> UniformForm | FloatForm:  # type: ignore[override]
+    def form(self, shape: tuple[int, int]) -> UniformForm | FloatForm | SuperBlockForm:  # type: ignore[override]
+        if self.has_super_blocks:
+            kind, other = cast("SuperBlockKind", self.grid), self.fitting(shape)
+            return SuperBlockForm(bits=self.bits, kind=kind) if other is self else other.form(shape)
         return super().form(shape) if self.grid == "int" else self.float_form(shape)
 
     def float_form(self, shape: tuple[int, int]) -> FloatForm:
@@ -228,7 +230,19 @@ class UniformPass(UniformOptions, EmbeddingOptions):
         form = self.float_form((len(weight), weight.shape[1]))
         return form, floats.fit(weight, form, search=self.scale_search, importance=importance)
 
+    def super_scales(
+        self, weight: Tensor, importance: Tensor | None = None
+    ) -> tuple[SuperBlockKind, BlockScale, BlockScale | None]:
+        """Which super-blocks a whole matrix is cut into, their scales and offsets. `importance`: as `even_grid`."""
+        kind = cast("SuperBlockKind", self.grid)
+        return kind, *fit_super_blocks(weight, kind, search=self.scale_search, importance=importance)
+
     def nearest(self, weight: Tensor) -> Encoding:
+        other = self.fitting((len(weight), weight.shape[1]))
+        if other is not self:
+            return other.nearest(weight)
+        if self.has_super_blocks:
+            return super_blocks.quantize(weight, *self.super_scales(weight))
         return super().nearest(weight) if self.grid == "int" else floats.quantize(weight, *self.float_scales(weight))
 
 

@@ -11,7 +11,7 @@ parabola with its lowest point at
     s + sum_j U_j [(W - V) H]_j / (U H_gg U^T).
 
 No step makes the sum larger. One round refits the scale of every group and then visits its columns. Scales of floats
-stay as they are.
+and of super-blocks stay as they are.
 
 Source: cyclic coordinate descent for layer-wise quantization: Behdin, Acharya, Gupta, Song, Zhu, Keerthi and Mazumder,
 "QuantEase: Optimization-based Quantization for Language Models", 2023, arXiv 2309.01885, section 3. Differs from the
@@ -22,7 +22,7 @@ Shapes: O rows, I columns, t columns in a tile; R = O, or 1 for one scale per ma
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from compress.calibration.precision import products
 from compress.encodings.uniform import stored_scale
@@ -34,12 +34,14 @@ from compress.passes.solvers.tiles import project_tile
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compress.passes.solvers.offset_rounding import OffsetRounding
     from compress.passes.solvers.projections import FloatRounding
 
+Grid: TypeAlias = "Rounding | FloatRounding | OffsetRounding"
 TILE = 128  # columns visited at once: speed only
 
 
-def descend(weight: Tensor, gram: Tensor, damping: float, rounding: Rounding | FloatRounding, rounds: int) -> None:
+def descend(weight: Tensor, gram: Tensor, damping: float, rounding: Grid, rounds: int) -> None:
     """Visit every column `rounds` times; codes and scales of `rounding` are changed in place.
 
     Args:
@@ -51,7 +53,7 @@ def descend(weight: Tensor, gram: Tensor, damping: float, rounding: Rounding | F
     """
     added = damping * gram.diagonal().mean()
     groups, width = len(rounding.scales), weight.shape[1] // len(rounding.scales)
-    lost = weight.T - _values(rounding, slice(None))
+    lost = weight.T - rounding.values(slice(None))
     with products("float32"):  # what is left of large sums that cancel
         for _ in range(rounds):
             for group in range(groups):
@@ -59,9 +61,7 @@ def descend(weight: Tensor, gram: Tensor, damping: float, rounding: Rounding | F
                 _visit_group(gram, added, lost, rounding, group, part)
 
 
-def _visit_group(
-    gram: Tensor, added: Tensor, lost: Tensor, rounding: Rounding | FloatRounding, group: int, part: slice
-) -> None:
+def _visit_group(gram: Tensor, added: Tensor, lost: Tensor, rounding: Grid, group: int, part: slice) -> None:
     """Refit the scale of a group, then round each of its columns again. `lost` is W - V, (I, O)."""
     own = gram[part, part].clone()
     own.diagonal().add_(added)
@@ -77,9 +77,9 @@ def _visit_group(
         pull[tile.stop :].addmm_(own[tile.stop :, tile], gained)
 
 
-def _visit_tile(own: Tensor, pull: Tensor, rounding: Rounding | FloatRounding, columns: slice) -> Tensor:
+def _visit_tile(own: Tensor, pull: Tensor, rounding: Grid, columns: slice) -> Tensor:
     """Round columns again that have H (t, t) and (W - V) H (t, O); what they were less what they become, (t, O)."""
-    diagonal, before = own.diagonal()[:, None], _values(rounding, columns)
+    diagonal, before = own.diagonal()[:, None], rounding.values(columns)
     now, gained = before + pull / diagonal, torch.empty_like(before)
     if has_kernels(now) and isinstance(rounding, Rounding):
         from compress.passes.solvers.column_kernel import visited  # imports Triton
@@ -111,9 +111,3 @@ def _refit(own: Tensor, pull: Tensor, lost: Tensor, rounding: Rounding, group: i
     rounding.put(group, old + step, rounding.zeros[group])
     lost -= units * step
     pull -= through * step
-
-
-def _values(rounding: Rounding | FloatRounding, part: slice) -> Tensor:
-    """What codes of some columns stand for, (t, O)."""
-    values = rounding.units(part) * rounding.scales[rounding.group[part]]
-    return values if rounding.kept is None else values * rounding.kept[part]

@@ -24,6 +24,7 @@ from compress.calibration.precision import must_round, products
 from compress.errors import SolveError
 from compress.lazy import torch
 from compress.passes.solvers.device import has_kernels
+from compress.passes.solvers.offset_rounding import OffsetRounding
 from compress.passes.solvers.projections import FloatRounding, Keeping, Rounding
 from compress.passes.solvers.tiles import CHUNK, project_tile
 
@@ -41,7 +42,7 @@ PIECE = 1 << 18  # numbers reversed at once on a processor, whose cache holds th
 LARGE_PIECE = 1 << 24  # and on other devices, where every operation has to be sent
 
 # (column, its current values (O,)) -> the values to keep (O,); or the same stated as data
-Project: TypeAlias = "Callable[[int, Tensor], Tensor] | Rounding | FloatRounding | Keeping"
+Project: TypeAlias = "Callable[[int, Tensor], Tensor] | Rounding | FloatRounding | OffsetRounding | Keeping"
 
 
 class Factor:
@@ -122,7 +123,7 @@ def compensate(
         inverse = _inverse(factor, part)
         _current(lost, rounded, factor, part, inverse, now)
         inner = begin if begin and every <= tile else None
-        if isinstance(project, Rounding | FloatRounding | Keeping):
+        if isinstance(project, Rounding | FloatRounding | OffsetRounding | Keeping):
             tile_of: ProjectionTile = project.tile(part, chosen)
         else:
             tile_of = _Called(project, a, chosen)

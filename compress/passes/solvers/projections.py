@@ -56,6 +56,10 @@ class Rounding:
         """What codes of some columns stand for, in units of their scales: (t, O)."""
         return self.codes[part].float() - self.zeros[self.group[part]]
 
+    def values(self, part: slice) -> Tensor:
+        """What codes of some columns stand for, (t, O)."""
+        return _kept(self.units(part) * self.scales[self.group[part]], self.kept, part)
+
     def tile(self, part: slice, chosen: Tensor) -> RoundingTile:
         """The projection of some columns into `chosen` (t, O)."""
         return RoundingTile(self, part, chosen)
@@ -108,11 +112,11 @@ class FloatRounding:
     kept: Tensor | None
     codes: Tensor
 
-    def units(self, part: slice) -> Tensor:
-        """What codes of some columns stand for, in units of their scales: (t, O)."""
+    def values(self, part: slice) -> Tensor:
+        """What codes of some columns stand for, (t, O)."""
         codes = self.codes[part]
-        values = self.kind.table(codes.device).values.flatten()
-        return values.index_select(0, codes.flatten().int()).view(codes.shape)
+        units = self.kind.table(codes.device).values.flatten().index_select(0, codes.flatten().int())
+        return _kept(units.view(codes.shape) * self.scales[self.group[part]], self.kept, part)
 
     def tile(self, part: slice, chosen: Tensor) -> FloatRoundingTile:
         """The projection of some columns into `chosen` (t, O)."""
@@ -137,6 +141,10 @@ class FloatRoundingTile:
     def finish(self) -> None:
         """Write the codes."""
         self.rounding.codes[self.part] = self.rounding.kind.codes(self.units)
+
+
+def _kept(values: Tensor, kept: Tensor | None, part: slice) -> Tensor:
+    return values if kept is None else values * kept[part]
 
 
 @dataclass(frozen=True)
