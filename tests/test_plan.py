@@ -195,7 +195,7 @@ def planned_and_written(entries: str, model: Path, out: Path) -> tuple[Specs, Sp
     return expected, {name: Spec.from_json(data) for name, data in modules.items()}
 
 
-@pytest.mark.parametrize("entries", only(PATTERNED[::3], PATTERNED))
+@pytest.mark.parametrize("entries", only(list(PATTERNED)[::3], PATTERNED))
 def test_the_pattern_of_a_mask_and_its_bytes_are_planned_as_they_are_written(
     entries: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
