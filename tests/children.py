@@ -38,6 +38,7 @@ def child(folder: Path, model: str, kill_after: int) -> None:
     import torch
 
     from compress import cli
+    from compress.api import cards
     from compress.api import run as api
     from compress.engine import ledger
 
@@ -56,7 +57,7 @@ def child(folder: Path, model: str, kill_after: int) -> None:
         return finish_and_count
 
     ledger.publish = counted(ledger.publish)
-    ledger.write_text = api.write_text = counted(ledger.write_text)
+    ledger.write_text = api.write_text = cards.write_text = counted(ledger.write_text)
     sys.argv = ["compress", "run", "pipeline.yaml", model, "-o", "out"]
     cli.main()
 

@@ -88,9 +88,11 @@ def check(file: Path, model: str, out: Path, fine_tunes: list[str], samples: int
 
 
 def code_path(file: Path) -> list[tuple[str, list[str]]]:
-    """Every pass with the options that it sets: pipelines that differ in numbers only run the same code."""
+    """Every pass with its grid and the options that it sets: what differs in numbers only runs the same code."""
     passes = [p for stage in load_pipeline(file).passes for p in stage]
-    return [(p.key, sorted(p.options().keys() - {"bits", "group_size", "granularity"})) for p in passes]
+    grids = [str(p.options().get("grid", "")) for p in passes]
+    numbers = {"bits", "group_size", "granularity"}
+    return [(p.key + grid, sorted(p.options().keys() - numbers)) for p, grid in zip(passes, grids, strict=True)]
 
 
 # One of every reach and kind; what else is here is run by the tests of its passes.

@@ -17,9 +17,9 @@ get more.
 
 Some are the first 8th of the blocks, the last 8th, and every third between. Embedding and head are `q6_k`.
 
-Source: how `llama-quantize` chooses types (`llama_tensor_get_type` of llama.cpp). Differs from it in: an embedding that
-is not tied is `q6_k` like the head; what depends on the number of experts, or on how many queries share a value, is
-left out.
+Source: how `llama-quantize` chooses types (`llama_tensor_get_type` of llama.cpp, 2025). Differs from it in: an
+embedding that is not tied is `q6_k` like the head; what depends on the number of experts, on how many queries share a
+value, or on queries, keys and values in one matrix, is left out.
 """
 
 from __future__ import annotations

@@ -149,9 +149,9 @@ def test_a_scheme_of_floats_is_one_of_rtn_and_gptq_only() -> None:
             read(text)
     with pytest.raises(ConfigError, match=r"'fp9' is not bits .* also fp8, mxfp4, nvfp4"):
         read("rtn: {scheme: fp9}")
-    patterns = {name: schema()["$defs"][name]["properties"]["scheme"]["pattern"] for name in ("rtn", "flexround")}
-    assert "nvfp4" in patterns["rtn"]
-    assert "nvfp4" not in patterns["flexround"]
+    patterns = {name: schema()["$defs"][name]["properties"]["scheme"]["pattern"] for name in ("Rtn", "FlexRound")}
+    assert "nvfp4" in patterns["Rtn"]
+    assert "nvfp4" not in patterns["FlexRound"]
 
 
 def test_fit_chooses_between_floats_too() -> None:

@@ -138,9 +138,9 @@ def test_a_scheme_is_short_for_grid_bits_and_group_size() -> None:
 def test_a_scheme_of_super_blocks_is_one_of_rtn_and_gptq_only() -> None:
     with pytest.raises(ConfigError, match="is not bits and group size such as w4g128"):
         parse("passes: [flexround: {scheme: q4_k}]")
-    patterns = {name: schema()["$defs"][name]["properties"]["scheme"]["pattern"] for name in ("rtn", "flexround")}
-    assert "q4_k" in patterns["rtn"]
-    assert "q4_k" not in patterns["flexround"]
+    patterns = {name: schema()["$defs"][name]["properties"]["scheme"]["pattern"] for name in ("Rtn", "FlexRound")}
+    assert "q4_k" in patterns["Rtn"]
+    assert "q4_k" not in patterns["FlexRound"]
     assert with_options(Gptq(), ["q4_k", "q6_k"])["q6_k"] == Gptq(**EVERY["q6_k"])
 
 
