@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+unexport PYTHONDONTWRITEBYTECODE  # tests start many processes, each of which would compile the package once more
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := test

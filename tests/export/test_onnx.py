@@ -298,6 +298,7 @@ def test_the_accuracy_level_of_a_written_file_can_be_changed(tmp_path: Path) -> 
     torch.testing.assert_close(found, meant, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.real
 def test_a_graph_with_a_parameter_that_no_file_holds_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

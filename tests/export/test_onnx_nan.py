@@ -91,6 +91,7 @@ def test_the_constant_that_holds_nan_is_said(out: Path, tmp_path: Path) -> None:
     assert found == f"of its constants, 1 hold NaN: {ROTARY}"
 
 
+@pytest.mark.real
 def test_the_node_that_makes_the_first_nan_is_said(out: Path, tmp_path: Path) -> None:
     found = first_nan(damaged(out, tmp_path, numpy.inf), TOKENS)  # infinity is no mistake by itself
     assert "none of its constants holds NaN; the first node that makes one is a " in found
