@@ -828,6 +828,8 @@ def test_what_only_reads_imports_nothing_heavy(code: str, modules: set[str]) -> 
         (Gptq(overrides=(Override("*", {"bist": 3}),)), "overrides[0].bist", "did you mean bits?"),
         (Gptq(overrides=(Override("*", {"include": ()}),)), "overrides[0].include", "unknown option of gptq"),
         (Gptq(overrides=("*",)), "overrides", "is not a list"),  # type: ignore[arg-type]
+        (Gptq(embeddings=True), "embeddings", "True is not"),  # type: ignore[arg-type]
+        (Gptq(embeddings={"bits": 9}), "embeddings.bits", "9 is not between 2 and 8"),
         (Ties(models=("a",), scale=(Matched("*", "x"),)), "scale", "is not a number or"),  # type: ignore[arg-type]
         (Pcb(models=("a",), choose={"clip": (0.1, 0.7)}), "clip", "0.7 is not from 0 to below 0.5"),
     ],

@@ -127,7 +127,7 @@ def errors_in(made: Pass | Exporter) -> list[OptionError]:
     cls = type(made)
     own = check_options(cls, {name: getattr(made, name) for name in names_in(cls)})
     mistyped, outside = [*own.mistyped], [*own.outside]
-    readable = not {"overrides", "choose"} & {error.option for error in mistyped}
+    readable = not {"overrides", "choose", "embeddings"} & {error.option for error in mistyped}
     for prefix, options in made.alternatives() if isinstance(made, Pass) and readable else ():
         other = check_options(cls, options)
         mistyped += _within(prefix, [*unknown(cls, options, {*names_in(cls)} - PATTERNS), *other.mistyped])
