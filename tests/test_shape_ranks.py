@@ -9,6 +9,7 @@ import pytest
 from children import contents
 from commands import make_text_model, write_text
 from expert_models import make_mixture
+from selection import only
 from test_ranks import end, perplexities, run, said_by_both, start, wait_for
 
 DATA = (
@@ -58,7 +59,7 @@ def facts(folder: Path) -> dict[str, object]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", only(["transforms", "expert_prune"], PIPELINES))
 def test_two_processes_make_what_one_makes_and_after_a_kill_the_same_bits(name: str, prepared: Path) -> None:
     _, model, file = PIPELINES[name]
     command = ["run", f"{name}.yaml", model, "-o"]
