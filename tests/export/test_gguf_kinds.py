@@ -13,6 +13,7 @@ from selection import only
 from torch import Tensor
 from written import write
 
+import compress
 from compress import Codebook, ConfigError, Magnitude, Rtn
 from compress.export.gguf.architectures import KINDS, UNWRITTEN
 from compress.export.gguf.keys import keys
@@ -266,3 +267,18 @@ def test_llama_cpp_computes_what_the_model_does(variant: str, tmp_path: Path) ->
         meant = made.last_hidden_state[0].mean(0) if embed else made.logits[0, -1].log_softmax(-1)
         worst = float((torch.tensor(answer) - meant).abs().max())
         assert worst < (3e-3 if kind_of(variant) in ROUNDED else 5e-5)  # as docs/exports.md says
+
+
+@pytest.mark.real
+@needs_llama_cpp
+def test_llama_cpp_computes_with_super_blocks_what_the_packed_model_does(tmp_path: Path) -> None:
+    rtn = {"scheme": "q4_k", "scale_search": "mse", "overrides": [{"match": "*.v_proj", "scheme": "q6_k"}]}
+    compress.run({"passes": [{"rtn": rtn}], "export": ["gguf"]}, "demo", tmp_path / "out")
+    prompts = [torch.randint(10, 4000, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 24, 60)]
+    found = torch.tensor(asked(tmp_path, prompts, [], embed=False, words=4096)["found"])
+    with torch.no_grad():
+        model = load_model(tmp_path / "out", torch.float32)
+        meant = torch.stack([model(torch.tensor([p])).logits[0, -1].log_softmax(-1) for p in prompts])
+    assert found.argmax(-1).tolist() == meant.argmax(-1).tolist()
+    # llama.cpp rounds what it multiplies super-blocks with to 8 bits.
+    assert (meant.exp() * (meant - found)).sum(-1).max() < 0.01
