@@ -106,6 +106,7 @@ def test_the_page_holds_the_same_and_fetches_nothing(here: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (("fine", "nowhere"), "no such folder: nowhere"),
         (("fine", "fine"), "is named twice; compare takes different results"),
         (
             ("fine", "model"),

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from compress.checkpoint.packed_layout import spec_at
 from compress.config.pipeline import FORMATS
 from compress.io.atomic import write_text
+from compress.io.manifest import CARD
 from compress.models.architecture import auto_class
-from compress.models.origin import CARD, OWN, hub_ids, said_by, shared_terms
+from compress.models.origin import OWN, hub_ids, said_by, shared_terms
 from compress.passes import MergePass
 from compress.report import card
 from compress.report.finished import read_report

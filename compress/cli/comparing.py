@@ -39,6 +39,8 @@ def compare(
     for folder in results:
         if html:
             refuse_file(html, folder)
+        if not folder.is_dir():
+            raise UsageError(f"no such folder: {folder}")
         refuse_changed(folder)
     found = [_finished(folder, name) for folder, name in zip(results, names, strict=True)]
     written: dict[str, dict[str, str]] = {prompt: {} for prompt in prompts or ()}

@@ -9,6 +9,7 @@ from compress.config.lines import document
 from compress.config.pipeline import GIVEN, DataSection
 from compress.config.reading import read_evaluation
 from compress.errors import UsageError
+from compress.io.manifest import MANIFEST
 from compress.io.small_file import read_text
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from compress.config.pipeline import Evaluation
 
-PIPELINE, MANIFEST = "pipeline.yaml", "manifest.json"  # in every result
+PIPELINE = "pipeline.yaml"  # in every result
 
 
 def measured_on(model: Path, sources: Sequence[str], options: Mapping[str, Any]) -> Evaluation:

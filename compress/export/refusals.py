@@ -98,7 +98,7 @@ def refuse_other_codes(others: Mapping[str, Spec], container: str) -> Iterator[s
         name, form = next(iter(forms.items()))
         yield (
             f"{container} holds uniform codes only, and {len(forms)} layers have others, such as {name} "
-            f"({form.family}); use a uniform quantizer such as rtn or gptq, or export hf"
+            f"({form.family}); use a uniform quantizer such as rtn or gptq with scheme: w4g64, or export hf"
         )
 
 

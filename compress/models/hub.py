@@ -18,6 +18,11 @@ FETCHED = (
 )  # fmt: skip
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether what is no folder can be a name on the hub: org/name."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
 def resolve(model: str | Path) -> Path:
     """`demo`, a local folder, or a Hugging Face hub id -> a local folder.
 
@@ -32,7 +37,7 @@ def resolve(model: str | Path) -> Path:
     if path.exists():
         raise UsageError(f"{model} is a file; a model is a folder as save_pretrained writes it")
     name = str(model)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if not is_hub_id(name):
         raise UsageError(f"no such folder: {model} (a model is `demo`, a local folder, or a hub id such as org/name)")
     from huggingface_hub import snapshot_download
 

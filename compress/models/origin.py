@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from compress.errors import UsageError
+from compress.io.manifest import CARD
 from compress.io.small_file import read_text
 from compress.models.adapters import parts
+from compress.models.hub import is_hub_id
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-CARD = "README.md"
 TERMS = ("license", "license_name", "license_link", "language", "pipeline_tag")  # that hold for what is made of it too
 OWN = (*TERMS, "library_name", "base_model", "base_model_relation", "tags")  # that a result says of itself
 FENCE = "---"
@@ -32,7 +33,7 @@ def hub_ids(model: str | Path) -> list[str]:
         if path.is_dir():
             cached = [part for part in path.resolve().parts if part.startswith("models--") and part.count("--") == 2]
             found += [part.removeprefix("models--").replace("--", "/") for part in cached]
-        elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        elif is_hub_id(name):
             found.append(name)
     return found
 

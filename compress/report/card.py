@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCardData
 
+from compress.models.hub import is_hub_id
 from compress.report.report import caption, markdown
 
 if TYPE_CHECKING:
@@ -73,8 +74,7 @@ def export_card(report: Report, top: Mapping[str, Any], loader: str, exporter: t
 
 def _name(report: Report) -> str:
     """What the model is called: on the hub, or where it lay by its folder alone."""
-    on_hub = report.model.count("/") == 1 and not report.model.startswith((".", "/", "~"))
-    return report.model if on_hub else PurePath(report.model).name
+    return report.model if is_hub_id(report.model) else PurePath(report.model).name
 
 
 def _tags(steps: Pipeline, widths: set[int], merges: bool) -> list[str]:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compress.logs import printable
-from compress.report.report import Report, cells, headings, quality_headings, source_names
+from compress.report.report import Report, cells, headings, source_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ def table_of(found: Sequence[Finished]) -> tuple[tuple[str, ...], list[tuple[str
         rows.insert(0, found[0].original)
     drawn = Report("", rows)
     names = source_names(drawn)
-    return ("result", *headings(drawn)[1:PEAK]), [_cells(row, names, drawn)[:PEAK] for row in rows]
+    return ("result", *headings(drawn)[1:PEAK]), [cells(row, names)[:PEAK] for row in rows]
 
 
 def notes(found: Sequence[Finished]) -> Iterator[str]:
@@ -112,13 +112,6 @@ def quality(row: Row) -> float | None:
     if row.kl is not None:
         return row.kl
     return row.relative_error if row.accuracy is None else -row.accuracy
-
-
-def _cells(row: Row, names: Sequence[str], drawn: Report) -> tuple[str, ...]:
-    text = cells(row, names)
-    return (
-        text if quality_headings(drawn) != ("error", "cosine") or row.cosine is not None else (text[0], "", *text[2:])
-    )
 
 
 def _measured_alike(found: Sequence[Finished]) -> bool:
