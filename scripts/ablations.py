@@ -290,6 +290,7 @@ def rotate() -> list[Table]:
         "`rotate: {matrix: orthogonal}`": (compress.Rotate(matrix="orthogonal"),),
         "`rotate: {values: false}`": (compress.Rotate(values=False),),
         "`rotate`, then `smooth` before o and down": (compress.Rotate(), between),
+        "`rotate: {online: true}`": (compress.Rotate(online=True),),
     }
     return [{row: {"KL": Cell((*p, quantizer), "kl", samples=32)} for row, p in rows.items()}]
 

@@ -69,7 +69,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     ],
     "reorder": [{"groups": 3}],
     "scale": [{"bits": 3, "group_size": 4, "symmetric": True, "steps": 5}, {"bits": 2, "group_size": 12, "clip": True}],
-    "rotate": [{"matrix": "orthogonal", "values": False}],
+    "rotate": [{"matrix": "orthogonal", "values": False, "online": True}],
     "smooth": [{"strength": 0.8}, {"strength": 0.0}],
     "eora": [
         {"rank": None, "energy": 0.5},

@@ -168,7 +168,7 @@ def refuse_exports(made: PackedFolder, exporters: Sequence[Exporter]) -> None:
     specs, added = specs_in(made), added_in(made)
     problems = [Problem(f"export.{e.key}.{m.option}", m.message) for e in exporters for m in errors_in(e)]
     for exporter in exporters:
-        reasons = exporter.refusals(made.artifact.graph, specs, added)
+        reasons = exporter.reasons(made.artifact.graph, specs, added)
         problems += [Problem(f"export.{exporter.key}", reason) for reason in reasons]
     if problems:
         raise ConfigError(problems, str(made.folder))

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from compress.models.fewer_experts import Fewer
     from compress.models.narrow import Narrower
     from compress.models.shorten import Shorter
+    from compress.models.turning import Turned
     from compress.models.untie import Untied
 
 
 def reshaped(
-    context: Context, made: Fewer | Narrower | Shorter | Untied, renamed: Mapping[str, str] | None = None
+    context: Context, made: Fewer | Narrower | Shorter | Turned | Untied, renamed: Mapping[str, str] | None = None
 ) -> Context:
     """The model in its new shape: what was done to what is left of it is kept, under the new names.
 

@@ -10,13 +10,15 @@ import torch
 from compress.checkpoint.artifact import finite_weight
 from compress.checkpoint.remade import settled
 from compress.checkpoint.sources import CopiedSource
+from compress.encodings.turn import turned
 from compress.engine.placement import take_records
 from compress.engine.reshaping import reshaped
 from compress.engine.stage import StageResult, StageRunner, generator_for, layers_changed
 from compress.engine.transformed import Transformed
 from compress.errors import UnsupportedModelError
 from compress.io.keys import key_of
-from compress.models.stream import stream_of
+from compress.models.stream import stream_of, written_from
+from compress.models.turning import with_turned
 from compress.models.untie import untied
 from compress.passes.transform.rotate import Rotate
 
@@ -51,12 +53,17 @@ class Turning(StageRunner):
         if stream.head is not None:
             context = _with_head(context, stream.head)
             stream = stream_of(context.graph)
+        online: dict[str, int] = {}
+        if pass_.online:
+            writers = written_from(context.graph, stream)
+            context = reshaped(context, with_turned(context.graph, writers, in_place=context.resident))
+            online = {name: context.graph.turned[name] for name in writers}
         artifact = context.artifact
         before = replace(artifact, committed=dict(artifact.committed), vectors=dict(artifact.vectors))
         turn = pass_.run(stream.width, stream.centred, generator_for(context.seed, stage.number, 0, "stream"))
         sizes = {value.columns.shape[1] for value in stream.values if pass_.values}
         within = {n: pass_.run(n, False, generator_for(context.seed, stage.number, 0, f"values {n}")) for n in sizes}
-        work = _Work(replace(context, artifact=before), pass_, stream, turn, within)
+        work = _Work(replace(context, artifact=before), pass_, stream, turn, within, online)
         records: list[Record] = []
         for unit, names in context.bars.over(*_units(context, stream), f"{pass_.key}: block", "each"):
             key = key_of(key, stage.number, unit, pass_.key, pass_.options(), names)
@@ -98,6 +105,7 @@ class _Work:
         context: with the model before the stage.
         turn: of the stream.
         within: size of a head -> the turn of its values.
+        online: layers whose inputs are turned while the model runs -> how many channels of them together.
     """
 
     context: Context
@@ -105,6 +113,7 @@ class _Work:
     stream: Stream
     turn: Tensor
     within: Mapping[int, Tensor]
+    online: Mapping[str, int]
 
     def records(self, names: Sequence[str]) -> list[Record]:
         """Some tensors, turned."""
@@ -131,6 +140,8 @@ class _Work:
             for place in values.makers:
                 if place.tensor == site.parameter:
                     weight = _turned_within(weight, place.index, self.within)
+        if site.name in self.online:
+            weight = turned(weight.double(), self.online[site.name]).float()
         return _product(weight.T, self.turn).T if site.name in self.stream.written else weight
 
     def _vector(self, name: str) -> Tensor:

@@ -53,6 +53,7 @@ class Exporter(ABC):
         computes: the type it is compared in; None for the pipeline's own.
         libraries: bytes of memory that what it imports takes.
         bounded: whether it never writes more than it expects to.
+        turns: whether it can say that the inputs of a layer are turned while the model runs.
     """
 
     key: ClassVar[str]
@@ -61,6 +62,7 @@ class Exporter(ABC):
     computes: ClassVar[str | None] = None
     libraries: ClassVar[int] = 0
     bounded: ClassVar[bool] = False
+    turns: ClassVar[bool] = False
 
     def check(self) -> Iterator[OptionError]:
         """Every option that the others make impossible; types and ranges are declared on the fields."""
@@ -70,8 +72,17 @@ class Exporter(ABC):
         """Every impossible option."""
         return self.check()
 
+    def reasons(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:
+        """Why it cannot hold a model: what concerns every container, and its own `refusals`, with what they take."""
+        if graph.turned and not self.turns:
+            yield (
+                f"it has no place for turned inputs, and those of {len(graph.turned)} layers are, such as "
+                f"{next(iter(graph.turned))}; leave `online` out of rotate, or this format out of `export:`"
+            )
+        yield from self.refusals(graph, specs, added)
+
     def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:
-        """Why it could not hold a model.
+        """Why this container in particular could not hold a model.
 
         Args:
             graph: its structure.

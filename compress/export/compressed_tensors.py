@@ -30,6 +30,7 @@ from compress.io.safetensors_file import compare_tensors, write_tensors
 from compress.lazy import nn, torch
 from compress.models import loading
 from compress.models.companions import copy_companions
+from compress.models.turned_inputs import ENTRY, expression_of, pattern_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -54,6 +55,7 @@ class CompressedTensors(Exporter):
         "vllm serve FOLDER   # codes of 4 and 8 bits; transformers loads those of other widths too",
     )
     computes: ClassVar[str | None] = "float32"
+    turns: ClassVar[bool] = True
 
     def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:
         yield from refuse_missing("compressed_tensors", METHOD)
@@ -71,7 +73,7 @@ class CompressedTensors(Exporter):
         yield from refuse_read(graph, coded, FORMAT)
         yield from refuse_shared(graph, coded, "compressed-tensors")
         yield from refuse_tables(graph, coded, "transformers reads no packed embeddings of compressed-tensors")
-        yield from refuse_other_layers(graph, coded, "the library")
+        yield from refuse_other_layers(graph, {**coded, **graph.turned}, "the library")
         low = [
             name for name, scheme in kept.items()
             if not scheme.symmetric and scheme.group_size and words(specs[name].shape[0], scheme.bits) == 1
@@ -97,7 +99,9 @@ class CompressedTensors(Exporter):
         with writing(folder / SINGLE):
             write_tensors(packing.layout(), packing.read, folder / SINGLE, bars, self.key)
         config = plain_config(made.folder, made.dtype)
-        write_json({**config, "quantization_config": packing.config()}, folder / "config.json")
+        config.pop(ENTRY, None)  # the other section says it in the words of the library
+        section = packing.config() | _turns(made.artifact.graph)
+        write_json({**config, "quantization_config": section}, folder / "config.json")
         copy_companions(made.folder, folder)
 
     def verify(self, made: PackedFolder, folder: Path, bars: Bars) -> dict[str, Any]:
@@ -112,6 +116,22 @@ class CompressedTensors(Exporter):
 
     def shipped(self, made: PackedFolder, folder: Path) -> Logits | None:
         return None if made.dtype == torch.float32 else _unpacked_model(made, folder, made.dtype)
+
+
+def _turns(graph: Graph) -> dict[str, Any]:
+    """What the section says of turned inputs; nothing where none are."""
+    sizes = {pattern_of(name): size for name, size in graph.turned.items()}
+    groups = {
+        f"inputs_{size}": {
+            "type": "hadamard",
+            "head_dim": size,
+            "apply": [
+                {"targets": [f"re:{expression_of(p)}" for p, s in sizes.items() if s == size], "location": "input"}
+            ],
+        }
+        for size in sorted(set(sizes.values()))
+    }
+    return {"transform_config": {"config_groups": groups}} if groups else {}
 
 
 def _unpacked_model(made: PackedFolder, folder: Path, dtype: torch.dtype) -> Logits:
@@ -129,6 +149,11 @@ def _unpacked_model(made: PackedFolder, folder: Path, dtype: torch.dtype) -> Log
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 module.weight.data = module.weight.data.to(dtype)
+        turns = _turns(made.artifact.graph)
+        if turns:  # which the library does, and transformers does not ask it to
+            from compressed_tensors.transform import TransformConfig, apply_transform_config
+
+            apply_transform_config(model, TransformConfig(**turns["transform_config"]))
     return running(made, model)
 
 

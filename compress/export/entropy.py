@@ -42,6 +42,7 @@ class Entropy(Exporter):
         'import compress\nfrom transformers import LOADER\n\nmodel = LOADER.from_pretrained("FOLDER")',
     )
     bounded: ClassVar[bool] = True
+    turns: ClassVar[bool] = True
 
     def expected_bytes(self, spec: Spec, computed: torch.dtype) -> int:
         """The most: what would not be smaller is left as it is, and the entropy is not known before the codes are."""

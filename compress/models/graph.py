@@ -9,6 +9,7 @@ of a transformers `Conv1D` (stored transposed), or one expert of a fused paramet
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import UnsupportedModelError
@@ -19,6 +20,7 @@ from compress.models.families.transformers_model import TOKENS, called_with, cal
 from compress.models.shared import with_shared
 from compress.models.tables import with_tables
 from compress.models.towers import APART, LANGUAGE, named, numbered
+from compress.models.turned_inputs import turned_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
     from compress.models.families.base import Family
     from compress.models.site import Site
-    from compress.models.symmetry import Axis, Units
+    from compress.models.symmetry import Axis, Place, Units
     from compress.models.towers import Tower
 
 
@@ -70,7 +72,17 @@ class Graph:
             residual: the channels of the residual stream too, which couple everything else, after all others.
         """
         stream = self.family.residual(self.model, self.tied) if residual else ()
-        return (*self.family.symmetry(self.model, self.tied), *stream)
+        free = self.family.symmetry(self.model, self.tied)
+        return (*(u for u in free if u.part is None or not self._is_turned(u.places[-1])), *stream)
+
+    def _is_turned(self, reader: Place) -> bool:
+        """Whether a layer reads units that were turned into others before: their order is then its business."""
+        return reader.tensor.removesuffix(".weight") in self.turned
+
+    @cached_property
+    def turned(self) -> dict[str, int]:
+        """Layers whose inputs are turned while the model runs -> how many neighbouring channels together."""
+        return turned_inputs(self.model)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Everything a checkpoint holds by name: parameters, tied ones once, then buffers."""
@@ -149,8 +161,13 @@ def find(model: nn.Module) -> Graph:
     _refuse_shared(model, linear, tied)
     kept = model.state_dict().keys()
     buffers = tuple(name for name, _ in model.named_buffers() if name in kept)
-    axes = family.axes(model, [s.name for s in linear])
-    return Graph(model, blocks, sites, family, tied, buffers, axes, towers)
+    return Graph(model, blocks, sites, family, tied, buffers, free_axes(family, model, linear), towers)
+
+
+def free_axes(family: Family, model: nn.Module, sites: Iterable[Site]) -> tuple[Axis, ...]:
+    """Channels between sites whose order is free: those that no layer reads turned into others."""
+    turned = turned_inputs(model).keys()
+    return tuple(a for a in family.axes(model, [site.name for site in sites]) if turned.isdisjoint(a.readers))
 
 
 def chosen(graph: Graph, names: Collection[str] | None = None) -> Graph:

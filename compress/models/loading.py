@@ -14,6 +14,7 @@ from compress.lazy import nn, torch, transformers
 from compress.models.architecture import class_of, predicts_next
 from compress.models.experts import run_one_by_one
 from compress.models.refusals import read_settings
+from compress.models.turned_inputs import turn_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -107,6 +108,7 @@ def built(make: Callable[[], transformers.PreTrainedModel]) -> transformers.PreT
         model = make()
     _recompute_constants(model)
     _take_packed_branch(model)
+    turn_inputs(model)
     model.tie_weights()
     model.eval()
     run_one_by_one(model)
@@ -221,6 +223,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
         model = class_of(read_config(folder)).from_pretrained(folder, dtype=dtype or "auto").eval()
         align(model, convolutions=predicts_next(model))
         run_one_by_one(model)
+        turn_inputs(model)
         return model
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
         files = ", ".join(sorted(p.name for p in folder.glob("*.safetensors"))) or "no safetensors"

@@ -17,6 +17,7 @@ from compress.lazy import torch, transformers
 from compress.models.changed_settings import changed
 from compress.models.cuts import Cut
 from compress.models.fewer_experts import cut_in_place
+from compress.models.graph import free_axes
 from compress.models.shorten import rebuilt
 
 if TYPE_CHECKING:
@@ -256,8 +257,7 @@ def narrower(graph: Graph, kept: Mapping[Width, Mapping[str, Sequence[int]]], in
         cut_in_place(model, fresh, cuts)
     left = model if in_place else fresh
     sites = tuple(_site(site, cuts.get(site.parameter)) for site in graph.sites)
-    names = [site.name for site in sites if not site.looked_up]
-    axes = graph.family.axes(left, names)
+    axes = free_axes(graph.family, left, [site for site in sites if not site.looked_up])
     return Narrower(replace(graph, model=left, sites=sites, axes=axes), cuts, configured)
 
 

@@ -113,6 +113,12 @@ def stream_of(graph: Graph) -> Stream:
     return Stream(len(places[0].index), frozenset(written), frozenset(read), norms, tuple(_values(graph)), head)
 
 
+def written_from(graph: Graph, stream: Stream) -> tuple[str, ...]:
+    """The layers of blocks that write to the stream and whose inputs are not turned yet."""
+    layers = (site for site in graph.sites if site.block is not None and not site.is_expert)
+    return tuple(site.name for site in layers if site.name in stream.written and site.name not in graph.turned)
+
+
 def _refuse_unread(graph: Graph, read: Iterable[str], norms: Iterable[Norm]) -> None:
     """A layer that reads the stream without a norm that is known, or reads a norm and not the stream."""
     tables = {site.name for site in graph.sites if site.looked_up}
@@ -140,4 +146,4 @@ def _parameters(norm: Norm) -> list[str]:
     return [norm.weight] * norm.scaled + [norm.bias] * norm.shifted
 
 
-__all__ = ["Stream", "Values", "stream_of"]
+__all__ = ["Stream", "Values", "stream_of", "written_from"]

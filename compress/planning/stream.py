@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from compress.errors import Problem, UnsupportedModelError
-from compress.models.stream import stream_of
+from compress.models.stream import stream_of, written_from
+from compress.models.turning import with_turned
 from compress.models.untie import untied
 from compress.passes.transform.rotate import Rotate
 from compress.planning import checks
@@ -30,6 +31,8 @@ def plan(state: PlanState, path: str, pass_: Pass, *, fused: bool, first: bool) 
         if stream.head is not None:
             after = _with_head(after, stream.head)
             stream = stream_of(after.graph)
+        if pass_.online:
+            after = replace(after, graph=with_turned(after.graph, written_from(after.graph, stream)).graph)
     except UnsupportedModelError as error:
         return Planned(PassPlan(path, pass_, (), {}), after, (*problems, Problem(path, str(error))))
     names = {*stream.tensors()}

@@ -57,7 +57,7 @@ def gates(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
 def exports(pipeline: Pipeline, state: PlanState) -> Iterator[Problem]:
     """What a format cannot hold."""
     for exporter in pipeline.export:
-        for reason in exporter.refusals(state.graph, state.specs, state.new_biases):
+        for reason in exporter.reasons(state.graph, state.specs, state.new_biases):
             yield Problem(f"export.{exporter.key}", reason)
 
 

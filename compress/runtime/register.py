@@ -27,6 +27,7 @@ from compress.io.safetensors_file import read_header, refuse_other_tensors
 from compress.models.architecture import predicts_next
 from compress.models.convolutions import is_convolution, is_transposed_convolution
 from compress.models.experts import fused_parameters, run_one_by_one
+from compress.models.turned_inputs import turn_inputs
 from compress.runtime.conv import PackedConvolution, PackedTransposedConvolution
 from compress.runtime.embedding import PackedEmbedding, SharedLinear, packed_embedding
 from compress.runtime.experts import PackedExperts
@@ -135,6 +136,7 @@ class CompressQuantizer(HfQuantizer):
             _decode(model.get_submodule(name), name, forms)
         config.coded = {}  # what is saved from here on is not
         align(model, convolutions=predicts_next(model))
+        turn_inputs(model)
         layers = []
         for module in model.modules():
             if isinstance(module, PackedEmbedding):

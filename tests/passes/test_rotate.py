@@ -1,4 +1,4 @@
-"""QuaRot without what is turned at run time: the stream in another basis, and a model that computes what it did."""
+"""QuaRot, what folds into weights: the stream in another basis, and a model that computes what it did."""
 
 import json
 import signal
@@ -161,7 +161,7 @@ def test_a_norm_that_scales_by_zero_and_adds_is_refused_by_name() -> None:
 PIPELINE = """\
 calibration: {source: calibration.txt, samples: 2, length: 32}
 evaluate: {source: calibration.txt, samples: 2, length: 32}
-passes: [rotate: {}, gptq: {scheme: w4g16, activation_bits: 4}]
+passes: [rotate: {online: true}, gptq: {scheme: w4g16, activation_bits: 4}]
 """
 
 

@@ -61,6 +61,7 @@ class Onnx(Exporter):
     )
     computes: ClassVar[str | None] = "float32"
     libraries: ClassVar[int] = 250 << 20
+    turns: ClassVar[bool] = True
 
     @property
     def written_as(self) -> Style:

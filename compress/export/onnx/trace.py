@@ -24,6 +24,7 @@ from compress.export.onnx.placed import INPUT, LINEAR, WEIGHT, placed
 from compress.models.architecture import has_logits
 from compress.models.convolutions import convolve, is_convolution
 from compress.models.logits import logits_in
+from compress.models.turned_inputs import turn_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -110,6 +111,7 @@ def traced(graph: Graph, specs: Mapping[str, Spec], opset: int) -> ir.Model:
             else PlacedLinear(name, spec, getattr(old, "bias", None))
         )
         model.set_submodule(name, made)
+    turn_inputs(model)  # hooks of layers that others now stand for are gone
     _materialise(model)
     with torch.no_grad():
         try:

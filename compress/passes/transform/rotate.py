@@ -24,17 +24,21 @@ class Rotate(Pass):
 
     What is an outlier in one channel is spread over all. The turns are folded into the layers that write to the stream
     and into those that read it, after the scales of norms were, so the model computes what it did and nothing is
-    multiplied at run time. A head that is tied to the embedding gets a matrix of its own.
+    multiplied at run time unless `online` asks for it. A head that is tied to the embedding gets a matrix of its own.
 
     Source: Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", NeurIPS 2024, arXiv 2404.00456,
-    stages 1a and 1b; scales of norms as in Ashkboos et al., "SliceGPT", 2024, arXiv 2401.15024. Differs from the papers
-    in: only what folds into weights is turned, not the inputs of down projections, queries, keys or the cache;
-    LayerNorm stays as it is, because the matrix is chosen such that it leaves the mean over channels alone.
+    stages 1a, 1b and 1c; scales of norms as in Ashkboos et al., "SliceGPT", 2024, arXiv 2401.15024. Differs from the
+    papers in: queries, keys and the cache are not turned; `online` turns the inputs of output projections block by
+    block, and not across heads alone, and blocks are as large as the power of two in a width; LayerNorm stays as it is,
+    because the matrix is chosen such that it leaves the mean over channels alone.
 
     Args:
         matrix: `hadamard` with random signs, which spreads every outlier evenly, or where the size has none known, and
             with `orthogonal`, one drawn at random.
         values: also turn the values of attention.
+        online: also turn, while the model runs, the inputs of the layers that write to the stream, which no norm comes
+            before: `down_proj` and `o_proj`. What loads the result has to know how; most containers have no place for
+            it.
 
     Example:
         >>> import compress
@@ -46,6 +50,7 @@ class Rotate(Pass):
 
     matrix: Matrix = "hadamard"
     values: bool = True
+    online: bool = False
 
     key: ClassVar[str] = "rotate"
     reach: ClassVar[Reach] = "stream"
