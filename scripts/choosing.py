@@ -114,7 +114,7 @@ def alone(kind: type[Pass]) -> Pipeline:
     uniform = "symmetric" in {f.name for f in fields(kind)}
     options: dict[str, Any] = {"group_size": 64} if uniform else {}
     if issubclass(kind, MergePass):
-        options = {"models": ["demo"] * (1 + (kind.key == "robust_signature"))}  # a standard and a robust one
+        options = {"models": ["demo"] * (1 if kind.pairwise else 2)}
     before = [NEEDS[kind.key]] if kind.key in NEEDS else []
     return load_pipeline({"passes": [*before, {kind.key: options}], "calibration": {"source": "demo"}})
 

@@ -1,5 +1,6 @@
 """mergekit configurations written as pipelines."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def test_filters_become_patterns_of_which_the_last_match_wins(tmp_path: Path) ->
     found, pass_ = converted(tmp_path, SLERP)
     t = (Matched("*", 0.5), Matched("*mlp*", (1.0, 0.0)), Matched("*self_attn*", (0.0, 0.5, 0.3, 0.7, 1.0)))
     assert pass_ == compress.Slerp(models=("org/b",), t=t)
-    assert "# layer_range [0, 32] was taken for all blocks" in found.text
+    assert "# layer_range [0, 32] is taken for all blocks" in found.text
 
 
 def test_settings_of_each_model_go_before_those_for_all_and_the_base_is_no_task(tmp_path: Path) -> None:
@@ -92,17 +93,59 @@ def test_settings_of_each_model_go_before_those_for_all_and_the_base_is_no_task(
 
 def test_the_defaults_are_mergekits(tmp_path: Path) -> None:
     plain = "{base_model: b, models: [{model: a}], parameters: {weight: 1}, merge_method: %s}"
-    made = {name: converted(tmp_path, plain % name)[1] for name in ("task_arithmetic", "ties", "dare_linear")}
+    methods = ("task_arithmetic", "ties", "dare_linear", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear")
+    made = {name: converted(tmp_path, plain % name)[1] for name in methods}
     task = compress.TaskArithmetic(models=("a",), weights=(1.0,), scale=1.0, combine="sum")
     assert made["task_arithmetic"] == task
     assert (made["ties"].density, made["ties"].combine, made["ties"].scope) == ((1.0,), "mean", "tensor")
     assert (made["dare_linear"].rescale, made["dare_linear"].combine) == ("l1", "sum")
+    crumbs = compress.Breadcrumbs(models=("a",), weights=(1.0,), density=(1.0,), gamma=(0.01,))
+    assert made["breadcrumbs"] == crumbs
+    assert made["breadcrumbs_ties"] == replace(crumbs, merge="ties", tie="positive")
+    della = compress.Della(models=("a",), weights=(1.0,), density=(1.0,), epsilon=0.15, rescale="l1")
+    assert made["della"] == replace(della, combine="mean", tie="positive")
+    assert made["della_linear"] == replace(della, merge="linear")
+
+
+def test_methods_of_several_models_and_of_two(tmp_path: Path) -> None:
+    models = "models: [{model: a, parameters: {weight: 3}}, {model: b, parameters: {weight: 1}}]"
+    stock = converted(tmp_path, "{merge_method: model_stock, base_model: z, models: [{model: a}, {model: b}]}")
+    assert (stock[0].model, stock[1]) == ("z", compress.ModelStock(models=("a", "b")))
+    based = converted(tmp_path, f"{{merge_method: nuslerp, base_model: z, random_seed: 7, {models}}}")
+    assert based[1] == compress.Nuslerp(models=("a", "b"), weights=(3.0, 1.0))
+    assert parse(based[0].text).seed == 7
+    alone = converted(tmp_path, f"{{merge_method: nuslerp, {models}}}")
+    assert (alone[0].model, alone[1]) == ("a", compress.Slerp(models=("b",), t=0.25, straight=1.0))
+
+
+def test_a_part_of_a_model_is_never_taken_for_the_whole(tmp_path: Path) -> None:
+    make_llama().save_pretrained(tmp_path / "model")
+    other = make_changed(tmp_path / "other", tmp_path / "model", 1)
+
+    def text(last: int) -> str:
+        sources = [{"model": str(m), "layer_range": [0, last]} for m in (tmp_path / "model", other)]
+        base = {"merge_method": "slerp", "base_model": str(tmp_path / "model"), "parameters": {"t": 0.5}}
+        return yaml.dump({**base, "slices": [{"sources": sources}]})
+
+    count = make_llama().config.num_hidden_layers
+    assert converted(tmp_path, text(count))[0].notes == ()
+    with pytest.raises(ConfigError, match=rf"is a part of .*, which has {count} blocks, .* add layer_drop"):
+        converted(tmp_path, text(count - 1))
+    (tmp_path / "hub.yaml").write_text(SLERP)
+    ended = compress_command("init", tmp_path / "p.yaml", "--from-mergekit", tmp_path / "hub.yaml")
+    assert ended.code == 0, ended.err
+    assert "layer_range [0, 32] is taken for all blocks of the models" in ended.err
 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"merge_method": "model_stock"}, "merge_method: model_stock is not one of those that are known here: linear"),
+        ({"merge_method": "sce"}, "merge_method: sce is not one of those that are known here: linear"),
+        ({"merge_method": "passthrough"}, "merge_method: passthrough stacks layers, and pipelines merge whole models"),
+        ({"merge_method": "model_stock", "parameters": {"filter_wise": True}}, "parameters.filter_wise: angles here"),
+        ({"merge_method": "nuslerp"}, "nuslerp merges two models beside its base; 1 are named"),
+        ({"random_seed": -1}, "random_seed: -1 is not a whole number"),
+        ({"chat_template": "chatml"}, "chat_template: pipelines keep that of the model"),
         ({"tokenizer_source": "union"}, "tokenizer_source: pipelines keep the tokenizer"),
         ({"base_model": None}, "base_model: ties needs one"),
         ({"modules": {}}, "modules: has no place in a pipeline"),

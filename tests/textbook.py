@@ -173,8 +173,11 @@ def merged(pass_: MergePass, models: Sequence[Mapping[str, Tensor]], piece: int 
             seeds = (hash_of(seed, name, k) for k in range(len(models) - 1))
             generators = tuple(torch.Generator().manual_seed(number) for number in seeds)
             flat = [model[name].flatten() for model in models]
-            for start in range(0, len(flat[0]), piece):
-                first, *others = (values[start : start + piece].clone() for values in flat)
+            shape = base[name].shape
+            width = shape[1:].numel() if len(shape) > 1 else len(flat[0])
+            step = max(1, piece // width) * width if pass_.whole_rows else piece
+            for start in range(0, len(flat[0]), step):
+                first, *others = (values[start : start + step].clone() for values in flat)
                 yield Piece(name, first, tuple(others), generators, start, len(flat[0]), *place(name))
 
     found = pass_.learn(Wholes(models, piece, seed)) if pass_.learns else None

@@ -375,6 +375,8 @@ def init(
 
     found = convert(from_mergekit)
     template.write_pipeline(path, found.text.replace("PIPELINE", shlex.quote(str(path)), 1))
+    for note in found.notes:
+        logs.LOGGER.warning("%s", note)
     _say(f"{path}: compress run {shlex.quote(str(path))} {shlex.quote(found.model)} -o OUT")
 
 

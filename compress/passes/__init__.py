@@ -12,11 +12,15 @@ from compress.passes.merge.adamerging import AdaMerging
 from compress.passes.merge.average import Average
 from compress.passes.merge.base import MergePass
 from compress.passes.merge.bitdelta import BitDelta
+from compress.passes.merge.breadcrumbs import Breadcrumbs
 from compress.passes.merge.compeft import Compeft
 from compress.passes.merge.dare import Dare
+from compress.passes.merge.della import Della
 from compress.passes.merge.delta_pass import DeltaPass
 from compress.passes.merge.greedy_soup import GreedySoup
 from compress.passes.merge.interpolate import Interpolate
+from compress.passes.merge.model_stock import ModelStock
+from compress.passes.merge.nuslerp import Nuslerp
 from compress.passes.merge.pcb import Pcb
 from compress.passes.merge.robust_signature import RobustSignature
 from compress.passes.merge.slerp import Slerp
@@ -90,11 +94,15 @@ PASSES: tuple[type[Pass], ...] = (
     Oats,
     Average,
     GreedySoup,
+    ModelStock,
     Slerp,
+    Nuslerp,
     Interpolate,
     TaskArithmetic,
     Ties,
+    Breadcrumbs,
     Dare,
+    Della,
     Pcb,
     AdaMerging,
     WeightMatching,
@@ -112,9 +120,11 @@ __all__ = [
     "Bip",
     "BitDelta",
     "BlockPass",
+    "Breadcrumbs",
     "Codebook",
     "Compeft",
     "Dare",
+    "Della",
     "DeltaPass",
     "DepthPass",
     "Eora",
@@ -133,7 +143,9 @@ __all__ = [
     "Magnitude",
     "MergePass",
     "ModelPass",
+    "ModelStock",
     "Nupes",
+    "Nuslerp",
     "Oats",
     "Olive",
     "Override",

@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,7 +137,8 @@ def test_patterns_name_the_layers_of_all_blocks_and_nothing_else(tmp_path: Path)
     turn_inputs(model, {"model.layers.*.mlp.down_proj": 8})
     assert [*turned_inputs(model)] == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
     assert expression_of("a.*.b") == r"a\.\d+\.b$"
-    for wrong in ([], {"model.layers.*.mlp.down_proj": 12}, {"model.layers.*.mlp.down_proj": True}):
+    wrongs: tuple[Any, ...] = ([], {"model.layers.*.mlp.down_proj": 12}, {"model.layers.*.mlp.down_proj": True})
+    for wrong in wrongs:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         make("Llama").save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())

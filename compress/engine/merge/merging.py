@@ -47,9 +47,8 @@ class Merging(StageRunner):
         parents = [open_parent(model, context.given, pass_) for model in pass_.models]
         key = key_of(key, stage.number, pass_.key, pass_.options(), [p.source.fingerprint() for p in parents])
         aligner = Aligner(pass_, context, parents, stage.number) if pass_.aligns else None
-        models = ModelReader(
-            base, aligner.aligned() if aligner else parents, context.seed, stage.number, context.devices
-        )
+        others = aligner.aligned() if aligner else parents
+        models = ModelReader(base, others, context.seed, stage.number, context.devices, pass_.whole_rows)
         merger = Merger(pass_, models, context.bars)
         settling = _Settling(context, stage, merger, aligner, data, key)
         coder, delta = None, None

@@ -49,6 +49,7 @@ class ModelReader:
         parents: the others, in order.
         devices: where pieces are merged, and where what was merged waits.
         seed, stage: of the pipeline, and the number of the stage: what randomness begins with.
+        whole_rows: no row is divided between pieces; a vector is one row.
     """
 
     base: Artifact
@@ -56,6 +57,7 @@ class ModelReader:
     seed: int
     stage: int
     devices: Devices
+    whole_rows: bool = False
 
     @property
     def piece(self) -> int:
@@ -84,8 +86,10 @@ class ModelReader:
         shape = self.base.source.shape(self.base.name_in_source(name))
         models = (self.base, *self.parents)
         generators = self._generators(name)
-        for start in range(0, total, PIECE):
-            stop = min(start + PIECE, total)
+        width = (torch.Size(shape[1:]).numel() if len(shape) > 1 else total) or 1
+        step = max(1, PIECE // width) * width if self.whole_rows else PIECE
+        for start in range(0, total, step):
+            stop = min(start + step, total)
             read = (m.source.piece(m.name_in_source(name), start, stop) for m in models)
             base, *others = (self.devices.to_compute(value).float() for value in read)
             yield Piece(name, base, tuple(others), generators, start, total, block, depth, layer, shape)

@@ -93,6 +93,7 @@ class MergePass(Pass):
     accepts: ClassVar[frozenset[str]] = frozenset({"dense"})
     makes_delta: ClassVar[bool] = False  # it keeps what it adds to the base in a small file too
     pairwise: ClassVar[bool] = False  # it merges exactly two
+    whole_rows: ClassVar[bool] = False  # no row of a tensor is divided between its pieces
     with_base: ClassVar[bool] = False  # the base has values of its own in what is given for each model
     other_end: ClassVar[str | None] = None  # an option with which, at 1, the result is the others' alone
     aligns: ClassVar[bool] = False  # it puts the units of the others in the order of the base's before it merges

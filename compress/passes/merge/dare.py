@@ -10,7 +10,7 @@ from compress.errors import OptionError
 from compress.lazy import torch
 from compress.passes.merge.base import MergePass
 from compress.passes.merge.schedules import PerModel, Value
-from compress.passes.merge.task_vectors import Combine, Tie, elected, summed
+from compress.passes.merge.task_vectors import SMALL, Combine, Tie, elected, summed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.passes.merge.base import Piece, Pieces
-
-SMALL = 1e-7  # sums of magnitudes below it are not divided by
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt, Le
 
 from compress.lazy import torch
 from compress.passes.merge.base import MergePass
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from compress.errors import OptionError
     from compress.passes.merge.base import Piece, Pieces
 
-NEARLY_PARALLEL = 0.9995  # |cos| from which on the straight line is taken
+PARALLEL = 1 - 1e-12  # a cosine from which on no angle is divided by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,7 @@ class Slerp(MergePass):
     Args:
         t: 0 is the model that the pipeline is run on, 1 the other.
         eps: a tensor no longer than this is not divided by its length.
+        straight: the cosine, either way, beyond which the straight line is taken.
 
     Example:
         >>> import torch
@@ -49,6 +50,7 @@ class Slerp(MergePass):
 
     t: Value = 0.5
     eps: Annotated[float, Ge(0)] = 1e-8
+    straight: Annotated[float, Gt(0), Le(1)] = 0.9995
 
     key: ClassVar[str] = "slerp"
     pairwise: ClassVar[bool] = True
@@ -63,22 +65,35 @@ class Slerp(MergePass):
 
     def look(self, tensor: Pieces, found: Any) -> float:
         """The cosine of the angle between the two."""
-        products = torch.zeros(3, dtype=torch.float64)
+        products = Products(self.eps)
         for piece in tensor():
-            a, b = piece.base, piece.others[0]
-            pairs = ((a, a), (b, b), (a, b))
-            products += torch.stack([torch.dot(x, y).double() for x, y in pairs])
-        lengths = [length if length > self.eps else 1.0 for length in products[:2].sqrt().tolist()]
-        return min(1.0, max(-1.0, float(products[2]) / (lengths[0] * lengths[1])))
+            products.see(piece.base, piece.others[0])
+        return products.cosine()
 
     def run(self, piece: Piece, facts: float) -> Tensor:
-        first, second = slerp_weights(self.at_piece(self.t, piece, 0.5), facts)
+        first, second = slerp_weights(self.at_piece(self.t, piece, 0.5), facts, self.straight)
         return (piece.base * first).add_(piece.others[0], alpha=second)
 
 
-def slerp_weights(t: float, cosine: float) -> tuple[float, float]:
-    """What each of two vectors is multiplied with, given the cosine of their angle."""
-    if abs(cosine) > NEARLY_PARALLEL:
+class Products:
+    """Products of two vectors that come in pieces. `short`: one no longer than this is not divided by its length."""
+
+    def __init__(self, short: float):
+        self.short, self.sums = short, torch.zeros(3, dtype=torch.float64)
+
+    def see(self, one: Tensor, other: Tensor) -> None:
+        """A piece of each, (n,) float32."""
+        self.sums += torch.stack([torch.dot(x, y).double() for x, y in ((one, one), (other, other), (one, other))])
+
+    def cosine(self) -> float:
+        """That of the angle between them."""
+        lengths = [length if length > self.short else 1.0 for length in self.sums[:2].sqrt().tolist()]
+        return min(1.0, max(-1.0, float(self.sums[2]) / (lengths[0] * lengths[1])))
+
+
+def slerp_weights(t: float, cosine: float, straight: float = 1.0) -> tuple[float, float]:
+    """What each of two vectors is multiplied with, given the cosine of their angle; beyond `straight`, of a line."""
+    if abs(cosine) > min(straight, PARALLEL):
         return 1 - t, t
     angle = math.acos(cosine)
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 Combine = Literal["sum", "mean"]
 Tie = Literal["none", "positive"]
 NOTHING = 1e-8  # a sum of weights that nothing is divided by
+SMALL = 1e-7  # sums of magnitudes below it are not divided by
 
 
 def summed(deltas: Iterable[Tensor], weights: Sequence[float], combine: Combine) -> Tensor:

@@ -1,0 +1,125 @@
+"""Task vectors whose small entries are dropped more often than large ones, then merged.
+
+Shapes: K models, n elements of a piece, R rows of a tensor, I columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from compress.calibration.draws import draw
+from compress.errors import OptionError
+from compress.lazy import torch
+from compress.passes.merge.base import MergePass
+from compress.passes.merge.schedules import PerModel, Value
+from compress.passes.merge.task_vectors import SMALL, Combine, Tie, elected, summed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from compress.passes.merge.base import Piece, Pieces
+
+
+@dataclass(frozen=True, kw_only=True)
+class Della(MergePass):
+    """Drop entries of every task vector at random, those of large magnitude less often, rescale the rest, and merge.
+
+    An entry is kept with a probability that rises by its rank in its row, evenly from density - epsilon of the smallest
+    to density + epsilon of the largest. A vector is one row.
+
+    Source: Deep et al., "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling", 2024,
+    arXiv 2406.11617, section 3. Differs from the paper in: `density` is the share that is kept, 1 - p; `rescale: l1` is
+    mergekit's, which gives each tensor the sum of magnitudes it had.
+
+    Args:
+        density: share of entries that each task vector keeps: one for each of `models`, or one for all.
+        epsilon: how far the probabilities of the smallest and the largest entry of a row are from the density.
+        weights: one for each of `models`, or one for all.
+        scale: of the merged task vector.
+        merge: `ties` elects signs; `linear` is task arithmetic.
+        rescale: `unbiased` divides each entry by its probability; `l1` keeps the sum of magnitudes; `none` leaves what
+            is left.
+        combine: the `sum`, or the `mean` over the weights, with `ties` of those that have the elected sign.
+        tie: as of `ties`.
+
+    Example:
+        >>> import torch
+        >>> from compress import Della
+        >>> from compress.passes.merge.base import Piece
+        >>> chance = torch.Generator().manual_seed(0)
+        >>> piece = Piece("weight", torch.zeros(4), (torch.tensor([4.0, 3.0, 2.0, 1.0]),), (chance,), 0, 4, shape=(4,))
+        >>> Della(models=("tuned",), density=0.5, epsilon=0.25, rescale="none").run(piece, None)
+        tensor([4., 0., 2., 1.])
+    """
+
+    density: PerModel = 0.5
+    epsilon: float = 0.15
+    weights: PerModel = 1.0
+    scale: Value = 1.0
+    merge: Literal["linear", "ties"] = "ties"
+    rescale: Literal["unbiased", "l1", "none"] = "unbiased"
+    combine: Combine = "sum"
+    tie: Tie = "none"
+
+    key: ClassVar[str] = "della"
+    whole_rows: ClassVar[bool] = True
+
+    def check(self) -> Iterator[OptionError]:
+        yield from super().check()
+        yield from self.within("density", 0, 1)
+        yield from self.within("epsilon", 0, 0.5)
+        if self.merge == "linear" and self.tie != "none":
+            yield OptionError("tie", "changes nothing with merge: linear, which elects no signs")
+
+    @property
+    def looks(self) -> bool:
+        return self.rescale == "l1"
+
+    def look(self, tensor: Pieces, found: object) -> list[float]:
+        """What is left of each task vector is multiplied with this, for the sum of magnitudes that it had."""
+        sums = torch.zeros(2, len(self.models), dtype=torch.float64)
+        for piece in tensor():
+            for k, (delta, left) in enumerate(zip(piece.deltas(), self._left(piece), strict=True)):
+                sums[0, k] += delta.abs().sum()
+                sums[1, k] += left.abs().sum()
+        return [before / after if min(before, after) >= SMALL else 1.0 for before, after in sums.T.tolist()]
+
+    def run(self, piece: Piece, facts: Sequence[float] | None) -> Tensor:
+        left = (d if facts is None else d.mul_(facts[k]) for k, d in enumerate(self._left(piece)))
+        weights = self.of_each(self.weights, piece, 1.0)
+        if self.merge == "ties":
+            mixed = elected(list(left), weights, self.combine, self.tie)
+        else:
+            mixed = summed(left, weights, self.combine)
+        return mixed.mul_(self.at_piece(self.scale, piece, 1.0)).add_(piece.base)
+
+    def _left(self, piece: Piece) -> Iterator[Tensor]:
+        """What is not dropped of every task vector."""
+        shares = self.of_each(self.density, piece, 0.5)
+        for delta, share, chance in zip(piece.deltas(), shares, piece.generators, strict=True):
+            if share >= 1:
+                yield delta
+                continue
+            kept = self.probabilities(delta.view(-1, width_of(piece)), share).flatten()
+            delta.mul_(draw(chance, delta.shape, "uniform", delta) < kept)
+            yield delta.div_(kept.clamp(min=SMALL)) if self.rescale == "unbiased" else delta
+
+    def probabilities(self, rows: Tensor, density: float) -> Tensor:
+        """(R, I) -> the same, with what probability each entry is kept; none where the density is zero."""
+        if density <= 0:
+            return torch.zeros_like(rows)
+        count = rows.shape[1]
+        ranks = rows.abs().argsort(dim=1, stable=True).argsort(dim=1).to(rows.dtype)
+        even = ranks / (count - 1) if count > 1 else torch.full_like(ranks, 0.5)
+        return (density - self.epsilon + 2 * self.epsilon * even).clamp(0, 1)
+
+
+def width_of(piece: Piece) -> int:
+    """Elements of a row of a piece's tensor, whose pieces are whole rows."""
+    return max(1, piece.total) if len(piece.shape) < 2 else max(1, torch.Size(piece.shape[1:]).numel())
+
+
+__all__ = ["Della"]
