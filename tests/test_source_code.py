@@ -95,7 +95,7 @@ def test_comments_docstrings_layout_and_imports_for_type_checkers_change_no_key(
 def test_a_changed_pass_changes_its_key_and_those_of_passes_that_use_it(package: Path) -> None:
     assert changed(package, "passes/quantize/gptq.py", with_a_line) == {"gptq", "eora"}
     assert changed(package, "passes/prune/bip.py", with_a_line) == {"bip"}
-    assert changed(package, "passes/merge/ties.py", with_a_line) == {"ties", "compeft"}
+    assert changed(package, "passes/merge/ties.py", with_a_line) == {"ties", "breadcrumbs", "compeft"}
 
 
 def test_a_file_that_several_passes_import_changes_their_keys_and_no_other(package: Path) -> None:
