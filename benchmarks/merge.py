@@ -50,6 +50,26 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"dare": {"density": 1.0, "weights": [1.0, 0.5]}},
         {"merge_method": "dare_linear", "weights": [1.0, 0.5], "density": 1.0},
     ),
+    "breadcrumbs": (
+        {"breadcrumbs": {"density": 0.6, "gamma": 0.1, "weights": [1.0, 0.5], "scale": 0.5}},
+        {
+            "merge_method": "breadcrumbs",
+            "weights": [1.0, 0.5],
+            "density": 0.6,
+            "parameters": {"lambda": 0.5, "gamma": 0.1},
+        },
+    ),
+    "breadcrumbs_ties": (
+        {"breadcrumbs": {"density": 0.6, "gamma": 0.1, "merge": "ties", "tie": "positive", "weights": [1.0, 0.5]}},
+        {
+            "merge_method": "breadcrumbs_ties",
+            "weights": [1.0, 0.5],
+            "density": 0.6,
+            "parameters": {"gamma": 0.1},
+        },
+    ),
+    "model_stock": ({"model_stock": {}}, {"merge_method": "model_stock"}),
+    "nuslerp": ({"nuslerp": {"weights": [1.0, 0.5]}}, {"merge_method": "nuslerp", "weights": [1.0, 0.5]}),
 }
 TIMED = ("linear", "slerp", "task_arithmetic", "ties")
 
