@@ -154,7 +154,7 @@ def test_gptq_is_better_than_rounding_at_three_bits(digits: Digits) -> None:
 
 
 def test_flexround_is_better_than_rounding_at_three_bits(digits: Digits) -> None:
-    assert digits.row(FlexRound(bits=3, steps=60)).kl < 0.5 * digits.row(Rtn(bits=3)).kl
+    assert digits.row(FlexRound(bits=3, steps=30)).kl < 0.5 * digits.row(Rtn(bits=3)).kl
 
 
 def test_a_global_cut_ranks_convolutions_and_linear_layers_together(digits: Digits) -> None:
@@ -180,7 +180,7 @@ QUANTIZERS = [cls for cls in PASSES if cls().produces("dense").endswith("quantiz
 @pytest.mark.parametrize(
     "cls",
     only(
-        [compress.Codebook, compress.Eora, FlexRound, Gptq, compress.LowRank, Rtn, compress.SparseGpt, compress.Wanda],
+        [compress.Codebook, compress.Eora, Gptq, compress.LowRank, compress.SparseGpt],
         [c for c in PASSES if not c.preserves and not issubclass(c, OTHERS | ActivationSparsity)],
     ),
     ids=lambda cls: cls.key,

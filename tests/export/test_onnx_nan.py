@@ -93,17 +93,16 @@ def scaled(folder: Path, *numbers: float) -> Path:
         for name in ("input_ids", "attention_mask")
     )
     scale, zero = (
-        ir.Value(name=name, const_value=ir.tensor(torch.tensor(held), name=name))
-        for name, held in (("scale", numbers), ("zero", (0.0, 0.0)))
+        ir.Value(name=name, const_value=ir.tensor(torch.tensor(each), name=name))
+        for name, each in (("scale", numbers), ("zero", (0.0, 0.0)))
     )
     cast = ir.node("Cast", [tokens], {"to": ir.DataType.FLOAT.value})
     large = ir.node("Mul", [cast.outputs[0], scale])
     nothing = ir.node("Mul", [large.outputs[0], zero])
     for name, node in (("number", cast), ("large", large), ("logits", nothing)):
         node.outputs[0].name, node.outputs[0].type = name, ir.TensorType(ir.DataType.FLOAT)
-    graph = ir.Graph(
-        [tokens, mask], nothing.outputs, nodes=[cast, large, nothing], initializers=[scale, zero], opset_imports={"": 21}
-    )
+    nodes, constants = [cast, large, nothing], [scale, zero]
+    graph = ir.Graph([tokens, mask], nothing.outputs, nodes=nodes, initializers=constants, opset_imports={"": 21})
     ir.save(ir.Model(graph, ir_version=10), folder / MODEL)
     return folder
 
