@@ -154,6 +154,37 @@ def count_changes(at_change: Callable[[int], None]) -> None:
     sys.addaudithook(hook)
 
 
+def enter(folder: Path) -> int:
+    """Work in a folder and say everything into its stderr.txt, which is given back."""
+    os.chdir(folder)
+    said = os.open(folder / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 2)
+    os.dup2(said, 1)
+    return said
+
+
+def interrupted_child(folder: Path, arguments: list[str], sign: int) -> None:
+    """A command, which is sent a signal when its first block is kept."""
+    import torch
+
+    from compress import cli
+    from compress.engine import ledger
+
+    torch.set_num_threads(1)
+    enter(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    commit = ledger.FolderLedger.commit
+
+    def commit_and_be_interrupted(*arguments: Any) -> Any:
+        done = commit(*arguments)
+        os.kill(os.getpid(), sign)
+        return done
+
+    ledger.FolderLedger.commit = commit_and_be_interrupted  # type: ignore[method-assign]
+    sys.argv = ["compress", *arguments]
+    cli.main()
+
+
 def command_child(folder: Path, arguments: list[str], stop_at: int, sign: int) -> None:
     """A command, which sends itself a signal before its n-th change on the disk, and notes how many there were."""
     import torch
@@ -161,10 +192,7 @@ def command_child(folder: Path, arguments: list[str], stop_at: int, sign: int) -
     from compress import cli
 
     torch.set_num_threads(1)
-    os.chdir(folder)
-    said = os.open(folder / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(said, 2)
-    os.dup2(said, 1)
+    said = enter(folder)
     last = 0
 
     def at_change(number: int) -> None:

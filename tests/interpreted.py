@@ -25,7 +25,7 @@ CASES = {
 }
 # One of every kind: `make test` runs these, `make real` all.
 QUICK = (
-    "uniform 4 groups, dense", "uniform 3, dense", "power 4 half, dense", "codebook 4, dense", "olive int4, dense",
+    "uniform 4 groups, dense", "power 4 half, dense", "codebook 4, dense", "olive int4, dense",
     "uniform 4 groups, 2:4", "codebook 8, 2:4", "olive flint4, odd", "two groups in a row of 100",
 )  # fmt: skip
 

@@ -46,6 +46,12 @@ ENCODINGS = (
     "float e2m1 powers",
     "float e2m1 outer",
 )
+# One of each kind and of each way that codes lie in bytes: `make test` runs these, `make real` all.
+FEW = (
+    "uniform 2", "uniform 3", "uniform 4 groups", "uniform 7 groups", "uniform 8", "uniform 4 tensor", "power 3 zero",
+    "power 4 half", "power 4 zero groups", "codebook 4", "codebook 5", "codebook 3 tables scaled", "codebook 4 groups",
+    "olive int4", "olive flint4", "olive int8", "float e4m3", "float e4m3 blocks", "float e2m1 outer",
+)  # fmt: skip
 
 
 def encoding(name: str, kept: Tensor, made: torch.Generator) -> Encoding:

@@ -547,7 +547,7 @@ def test_an_adapter_s_own_tokenizer_travels_with_the_result(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "entry",
     only(
-        [{"ties": {"density": 0.3}}, {"compeft": {}}],
+        [{"ties": {"density": 0.3}}],
         [
             {"ties": {"density": 0.3}},
             {"task_arithmetic": {"scale": 0.5}},

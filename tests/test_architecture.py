@@ -45,6 +45,12 @@ def tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
 
+@cache
+def nodes(file: Path) -> list[ast.AST]:
+    """All that is in a file, gathered once for all tests."""
+    return list(ast.walk(tree(file)))
+
+
 def module_of(file: Path) -> str:
     parts = file.relative_to(ROOT).with_suffix("").parts
     return ".".join(("compress", *(parts[:-1] if parts[-1] == "__init__" else parts)))
@@ -55,7 +61,7 @@ MODULES = {module_of(file) for file in FILES}
 
 def imported(file: Path) -> Iterator[str]:
     """Full names of the modules a file imports, wherever in it."""
-    for node in ast.walk(tree(file)):
+    for node in nodes(file):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -67,7 +73,7 @@ def imported(file: Path) -> Iterator[str]:
 
 def names_used(file: Path) -> Iterator[tuple[str, int]]:
     """(attribute or name, line) of everything a file calls or reads."""
-    for node in ast.walk(tree(file)):
+    for node in nodes(file):
         if isinstance(node, ast.Attribute):
             yield node.attr, node.lineno
         elif isinstance(node, ast.Name):
@@ -123,7 +129,7 @@ def families() -> dict[str, Path]:
     roots = {"Form", "Encoding"}
     found = dict.fromkeys(roots, ROOT / "encodings" / "base.py")
     for file in (ROOT / "encodings").glob("*.py"):
-        for node in ast.walk(tree(file)):
+        for node in nodes(file):
             if isinstance(node, ast.ClassDef) and roots & {b.id for b in node.bases if isinstance(b, ast.Name)}:
                 found[node.name] = file
     return found
@@ -134,7 +140,7 @@ def test_only_a_family_of_encodings_asks_for_its_own_class() -> None:
     assert {"UniformForm", "Uniform", "Codebooks", "OutlierVictim", "PowerForm"} <= owners.keys()
     wrong = []
     for file in FILES:
-        for node in ast.walk(tree(file)):
+        for node in nodes(file):
             asked: ast.AST | None = node if isinstance(node, ast.MatchClass) else None
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 asked = node if node.func.id in ("isinstance", "issubclass") else None
@@ -150,7 +156,7 @@ def test_only_a_family_of_encodings_asks_for_its_own_class() -> None:
 def test_no_pickle_is_ever_loaded() -> None:
     for file in FILES:
         assert not PICKLES & {m.split(".")[0] for m in imported(file)}, name_of(file)
-        for node in ast.walk(tree(file)):
+        for node in nodes(file):
             if isinstance(node, ast.Attribute) and node.attr == "load" and isinstance(node.value, ast.Name):
                 assert node.value.id != "torch", f"{name_of(file)}:{node.lineno} calls torch.load"
             if isinstance(node, ast.ImportFrom) and node.module == "torch":
@@ -159,7 +165,7 @@ def test_no_pickle_is_ever_loaded() -> None:
 
 def test_code_of_a_model_folder_is_never_run() -> None:
     for file in FILES:
-        for node in ast.walk(tree(file)):
+        for node in nodes(file):
             if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
                 assert isinstance(node.value, ast.Constant), f"{name_of(file)}:{node.value.lineno}"
                 assert node.value.value is False, f"{name_of(file)}:{node.value.lineno}"
@@ -169,7 +175,7 @@ def test_code_of_a_model_folder_is_never_run() -> None:
 
 def test_yaml_is_read_safely() -> None:
     for file in FILES:
-        for node in ast.walk(tree(file)):
+        for node in nodes(file):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "yaml":
                 assert node.attr not in UNSAFE_YAML, f"{name_of(file)}:{node.lineno}"
 
@@ -191,7 +197,7 @@ def test_every_text_file_is_read_and_written_as_utf_8() -> None:
     """Whatever the locale: a mode with `b`, or an encoding that is named."""
     wrong = []
     for file in FILES:
-        for node in ast.walk(tree(file)):
+        for node in nodes(file):
             if not isinstance(node, ast.Call):
                 continue
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
@@ -207,7 +213,7 @@ def test_every_text_file_is_read_and_written_as_utf_8() -> None:
 def test_files_are_written_by_the_atomic_writer() -> None:
     found = set()
     for file in FILES:
-        for node in ast.walk(tree(file)):
+        for node in nodes(file):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 mode = node.args[0] if node.func.attr == "open" and node.args else None
                 opened = isinstance(mode, ast.Constant) and "w" in str(mode.value)
@@ -231,7 +237,7 @@ def test_no_module_needs_a_library_that_only_some_systems_have() -> None:
 def test_a_function_is_short_and_a_docstring_is_a_sentence() -> None:
     for file in FILES:
         lines = file.read_text(encoding="utf-8").splitlines()
-        for node in ast.walk(tree(file)):
+        for node in nodes(file):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 text = ast.get_docstring(node, clean=False) or ""
                 assert not text.startswith(("Of ", "As ")), f"{name_of(file)}:{node.lineno}: {text}"
@@ -244,7 +250,7 @@ def test_a_function_is_short_and_a_docstring_is_a_sentence() -> None:
 def test_json_that_is_nested_too_deeply_is_caught_wherever_it_is_read() -> None:
     for file in FILES:
         caught, read = set(), set()
-        for node in ast.walk(tree(file)):
+        for node in nodes(file):
             types = [ast.unparse(h.type) for h in node.handlers if h.type] if isinstance(node, ast.Try) else []
             if isinstance(node, ast.Try) and "RecursionError" in " ".join(types):
                 caught |= {inner for each in node.body for inner in ast.walk(each)}

@@ -9,8 +9,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from children import PROCESSES, end_command, interrupted_child
 from commands import PIPELINE, Ended, compress_command, files_of, make_text_model, write_pipeline, write_text
 from safetensors.torch import load_file, save_file
 from selection import only
@@ -672,35 +671,16 @@ def test_the_gate_holds_in_python_too(tiny_llama: nn.Module) -> None:
 
 # --- interruption -----------------------------------------------------------------------------------------------------
 
-INTERRUPTED = """
-import os, signal, sys
-from compress import cli
-from compress.engine import ledger
-
-commit = ledger.FolderLedger.commit
-
-def commit_and_be_interrupted(self, unit, key, records):
-    done = commit(self, unit, key, records)
-    os.kill(os.getpid(), signal.{signal})
-    return done
-
-ledger.FolderLedger.commit = commit_and_be_interrupted
-cli.main()
-"""
-
 
 @pytest.mark.parametrize(("name", "code"), only([("SIGTERM", 143)], [("SIGINT", 130), ("SIGTERM", 143)]))
 def test_an_interrupted_run_says_so_and_the_same_command_ends_with_the_same_bytes(
     name: str, code: int, gptq: Path, text_model: Path, out: Path
 ) -> None:
     arguments = ["run", str(gptq), str(text_model), "-o", str(out)]
-    ended = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED.format(signal=name), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    process = PROCESSES.Process(target=interrupted_child, args=(out.parent, arguments, getattr(signal, name)))
+    process.start()
+    ended = end_command(process)
+    said = (out.parent / "stderr.txt").read_text()
     work = out.with_name("out.work")
     assert not out.exists()
     assert [f.name for f in work.glob("s00-b*")] == ["s00-b0000.safetensors"]
@@ -709,10 +689,10 @@ def test_an_interrupted_run_says_so_and_the_same_command_ends_with_the_same_byte
     straight = out.with_name("straight")
     assert compress_command("run", gptq, text_model, "-o", straight).code == 0
     assert (out / "compress.safetensors").read_bytes() == (straight / "compress.safetensors").read_bytes()
-    assert ended.returncode == code, ended.stderr
-    assert f"kept in {work}; the same command continues" in ended.stderr
-    assert "Traceback" not in ended.stderr
-    assert [line.split()[1] for line in ended.stdout.splitlines() if line.startswith("│")] == ["original"]
+    assert ended == code, said
+    assert f"kept in {work}; the same command continues" in said
+    assert "Traceback" not in said
+    assert [line.split()[1] for line in said.splitlines() if line.startswith("│")] == ["original"]
 
 
 # --- the command line itself ------------------------------------------------------------------------------------------

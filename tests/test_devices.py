@@ -59,7 +59,7 @@ TRIED = [*FIRST, *(p for p in CONFIGURED if any(p.options().items() >= other.ite
 def targets(pass_: Pass, device: torch.device, masked: float | None) -> dict[str, Target]:
     """One target a name, on a device, with the statistics the pass needs."""
     found = {}
-    for seed, (name, (rows, columns)) in enumerate(SHAPES.items()):
+    for seed, (name, (rows, columns)) in enumerate(list(SHAPES.items())[::2]):  # two are as good as three here
         w = textbook.weight(rows, columns, seed).to(device)
         kept = None if masked is None else textbook.mask(rows, columns, seed, masked).to(device)
         x = textbook.inputs(columns, tokens=64, seed=seed).to(device)

@@ -115,7 +115,7 @@ def outside(weights: Mapping[str, Any], model: nn.Module) -> list[str]:
 
 
 @pytest.mark.parametrize("pass_", only([Gptq], [Rtn, Gptq]))
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", only(["tied", "untied", "gpt2"], MODELS))
 def test_one_line_packs_everything_and_the_folder_loads_to_the_same_bits(
     name: str, pass_: type[Rtn] | type[Gptq], tmp_path: Path, tokens: Tensor
 ) -> None:
@@ -138,7 +138,7 @@ def _files(out: Path, again: Path) -> list[tuple[Path, str]]:
     return [(out, WEIGHTS), (again, next(again.glob("*.safetensors")).name)]
 
 
-@pytest.mark.parametrize("name", ["tied", "gemma", "gpt2", "opt"])
+@pytest.mark.parametrize("name", only(["tied", "gpt2"], ["tied", "gemma", "gpt2", "opt"]))
 def test_a_tied_head_has_no_tensors_of_its_own(name: str, tmp_path: Path, tokens: Tensor) -> None:
     loaded = made(MODELS[name][0](), tmp_path, [Rtn(embeddings={"bits": 8})], tokens).loaded
     table, head = loaded.get_input_embeddings(), loaded.get_output_embeddings()
@@ -163,7 +163,7 @@ def test_what_is_tied_stays_shared_in_a_copy(tmp_path: Path, tokens: Tensor) -> 
     assert not torch.equal(copied(tokens).logits, found.loaded(tokens).logits)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", only(["tied", "opt"], MODELS))
 def test_only_rows_that_are_looked_up_are_decoded(
     name: str, tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,7 +193,7 @@ def test_only_rows_that_are_looked_up_are_decoded(
 @pytest.mark.parametrize(
     "pass_",
     only(
-        [Rtn(bits=3, granularity="tensor"), Codebook(bits=3), Magnitude(sparsity="2:4"), Wanda(sparsity=0.4)],
+        [Codebook(bits=3), Wanda(sparsity=0.4)],
         [
             Rtn(bits=3, granularity="tensor"),
             Codebook(bits=3),
@@ -473,7 +473,7 @@ def planned(model: nn.Module, text: str, dtype: torch.dtype | None = None) -> pl
     return plan.make(parse(text, "p.yaml"), found, dtypes, "p.yaml")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", only(["tied", "untied"], MODELS))
 def test_the_plan_knows_the_size_of_the_file(name: str, tmp_path: Path, tokens: Tensor) -> None:
     model = MODELS[name][0]()
     expected = planned(model, "passes: [{rtn: {bits: 4, group_size: 32, embeddings: w8}}]").final_bytes

@@ -158,7 +158,7 @@ PASSES: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("passes", only(["sparsegpt", "wanda+gptq", "eora"], PASSES))
 @pytest.mark.parametrize("kind", only(FUSED[:1], FUSED))
 def test_a_pass_makes_of_an_expert_what_it_makes_of_the_same_linear_layer(kind: str, passes: str) -> None:
     model = make_mixture(kind)
@@ -202,7 +202,7 @@ FEW: list[tuple[LinearPass, LinearPass]] = [
 ]
 
 
-@pytest.mark.parametrize(("pass_", "without"), FEW, ids=[p.key for p, _ in FEW])
+@pytest.mark.parametrize(("pass_", "without"), only(FEW[:2], FEW), ids=[p.key for p, _ in FEW])
 def test_an_expert_that_saw_too_few_tokens_is_worked_on_without_them(pass_: LinearPass, without: LinearPass) -> None:
     model = make_mixture("Mixtral")
     before = [Rtn(bits=3, group_size=16)] if pass_.key == "eora" else []
@@ -311,7 +311,7 @@ def test_the_caller_gets_back_how_experts_were_run(tiny_llama: nn.Module) -> Non
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", only(["Mixtral", "JetMoe"], KINDS))
+@pytest.mark.parametrize("kind", only(["Mixtral"], KINDS))
 def test_a_packed_folder_computes_and_generates_what_the_result_in_memory_does(kind: str, tmp_path: Path) -> None:
     model = make_mixture(kind)
     model.save_pretrained(tmp_path / "model")
@@ -393,7 +393,7 @@ CHAINS: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize("chain", only(["learned", "compensated", "trained"], CHAINS))
+@pytest.mark.parametrize("chain", only(["learned", "trained"], CHAINS))
 @pytest.mark.parametrize("kind", only(["GptOss"], ["Qwen2Moe", "GptOss"]))
 def test_passes_of_every_reach_make_folders_that_reload_to_the_bit(kind: str, chain: str, tmp_path: Path) -> None:
     make_mixture(kind).save_pretrained(tmp_path / "model")

@@ -154,7 +154,7 @@ def test_gptq_is_better_than_rounding_at_three_bits(digits: Digits) -> None:
 
 
 def test_flexround_is_better_than_rounding_at_three_bits(digits: Digits) -> None:
-    assert digits.row(FlexRound(bits=3, steps=60)).kl < 0.5 * digits.row(Rtn(bits=3)).kl
+    assert digits.row(FlexRound(bits=3, steps=30)).kl < 0.5 * digits.row(Rtn(bits=3)).kl
 
 
 def test_a_global_cut_ranks_convolutions_and_linear_layers_together(digits: Digits) -> None:
@@ -180,7 +180,7 @@ QUANTIZERS = [cls for cls in PASSES if cls().produces("dense").endswith("quantiz
 @pytest.mark.parametrize(
     "cls",
     only(
-        [compress.Codebook, compress.Eora, FlexRound, Gptq, compress.LowRank, Rtn, compress.SparseGpt, compress.Wanda],
+        [compress.Codebook, compress.Eora, Gptq, compress.LowRank, compress.SparseGpt],
         [c for c in PASSES if not c.preserves and not issubclass(c, OTHERS | ActivationSparsity)],
     ),
     ids=lambda cls: cls.key,
@@ -345,7 +345,7 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [{"rtn": {"bits": 4}}, {"rtn": {"bits": 8, "include": ["*.embedder.convolution", "classifier.1"]}}],
         [{"gptq": {"bits": 3}}],
         pytest.param([{"flexround": {"bits": 3, "steps": 3}}], marks=pytest.mark.real),
-        [{"global_magnitude": {}}],
+        pytest.param([{"global_magnitude": {}}], marks=pytest.mark.real),
     ],
     ids=lambda passes: "+".join(key for p in passes for key in p),
 )
@@ -692,7 +692,10 @@ def test_a_graph_lists_every_tensor_a_checkpoint_holds() -> None:
     ]
 
 
-def test_blocks_in_lists_of_lists_are_found_and_a_model_of_several_stages_is_compressed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", only(["gptq"], ["gptq", "flexround"]))
+def test_blocks_in_lists_of_lists_are_found_and_a_model_of_several_stages_is_compressed(
+    name: str, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     config = PvtConfig(
         image_size=32, num_encoder_blocks=2, depths=[2, 1], hidden_sizes=[16, 32], num_attention_heads=[1, 2],
@@ -703,12 +706,12 @@ def test_blocks_in_lists_of_lists_are_found_and_a_model_of_several_stages_is_com
     assert [b for b in found.blocks if ".block." in b] == [f"pvt.encoder.block.{i}" for i in ("0.0", "0.1", "1.0")]
     model.save_pretrained(tmp_path / "model")
     images = torch.rand(4, 3, 32, 32)
-    for name, options in {"gptq": {}, "flexround": {"steps": 2, "exclude": ["*patch_embeddings*"]}}.items():
-        steps = {"passes": [{name: {"bits": 4, **options}}]}
-        data = {"calibration": images, "evaluation": (images, torch.arange(4))}
-        report = compress.run(steps, tmp_path / "model", tmp_path / name, **data)
-        assert report.verified["max_logit_difference"] == 0
-        assert {s.name for s in found.sites if ".block." in s.name} <= report.layers.keys()
+    options = {"steps": 2, "exclude": ["*patch_embeddings*"]} if name == "flexround" else {}
+    steps = {"passes": [{name: {"bits": 4, **options}}]}
+    data = {"calibration": images, "evaluation": (images, torch.arange(4))}
+    report = compress.run(steps, tmp_path / "model", tmp_path / "out", **data)
+    assert report.verified["max_logit_difference"] == 0
+    assert {s.name for s in found.sites if ".block." in s.name} <= report.layers.keys()
 
 
 def test_images_may_have_more_numbers_than_a_text_has_positions(tmp_path: Path) -> None:

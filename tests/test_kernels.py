@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from interpreted import CASES, QUICK
-from runtime_layers import ENCODINGS, layer, off, weight
+from runtime_layers import ENCODINGS, FEW, layer, off, weight
 from safetensors.torch import load_file
 from selection import only
 from test_packed import load, logits, make_gpt2
@@ -59,7 +59,7 @@ def check(of: Weight, x: Tensor, most: float = ROUNDING, kernel: str = "", **opt
 
 
 @pytest.mark.parametrize("spare_bits", only([0], [0, 40]))
-@pytest.mark.parametrize("name", ENCODINGS)
+@pytest.mark.parametrize("name", only(FEW, ENCODINGS))
 def test_exact_kernels_differ_by_rounding_in_float32(name: str, spare_bits: float) -> None:
     for mask in ("", "2:4", "half"):
         for rank in (0, 3):
@@ -67,7 +67,7 @@ def test_exact_kernels_differ_by_rounding_in_float32(name: str, spare_bits: floa
 
 
 @pytest.mark.parametrize("spare_bits", only([40], [0, 40]))
-@pytest.mark.parametrize("name", ENCODINGS)
+@pytest.mark.parametrize("name", only(FEW, ENCODINGS))
 def test_odd_shapes_are_as_exact(name: str, spare_bits: float) -> None:
     for shape in ((1, 2), (19, 37), (33, 66)):
         check(
@@ -75,7 +75,7 @@ def test_odd_shapes_are_as_exact(name: str, spare_bits: float) -> None:
         )
 
 
-@pytest.mark.parametrize("name", ENCODINGS)
+@pytest.mark.parametrize("name", only(FEW, ENCODINGS))
 def test_kernels_that_round_stay_within_the_error_they_state(name: str) -> None:
     for mask in ("", "2:4", "half"):
         check(weight(name, mask=mask, rank=2), torch.randn(8, 64), 1.5 * LARGEST_ERROR, exact=False, spare_bits=40)
@@ -461,7 +461,7 @@ needs_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a
 @pytest.mark.gpu
 @needs_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ENCODINGS)
+@pytest.mark.parametrize("name", only(FEW, ENCODINGS))
 def test_the_kernels_for_cuda_compute_the_layers_on_a_device(name: str, dtype: torch.dtype) -> None:
     for mask in ("", "2:4"):
         made = layer(weight(name, 208, 320, mask=mask, rank=3), bias=True).to("cuda")

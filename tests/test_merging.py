@@ -16,6 +16,7 @@ from commands import compress_command, make_changed, make_text_model, write_pipe
 from conftest import make_llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from selection import only
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
@@ -136,7 +137,7 @@ def test_later_passes_work_on_the_merged_model_and_compare_with_it(tmp_path: Pat
     make_llama().save_pretrained(tmp_path / "mean")
     save_file({n: v.contiguous() for n, v in mean.items()}, tmp_path / "mean" / "model.safetensors", {"format": "pt"})
     tokens = torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(1))
-    compressing = [{"flexround": {"bits": 3, "steps": 3}}, {"eora": {"rank": 4}}]
+    compressing = [{"gptq": {"bits": 3}}, {"eora": {"rank": 4}}]
     for model, passes, out in ((three[0], [merge, *compressing], "a"), (tmp_path / "mean", compressing, "b")):
         compress.run({"passes": passes}, model, tmp_path / out, calibration=tokens)
     found, expected = (load_file(tmp_path / out / "compress.safetensors") for out in ("a", "b"))
@@ -323,7 +324,11 @@ OTHER_MEANING: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("changes", "said"), OTHER_MEANING.values(), ids=OTHER_MEANING.keys())
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    only([OTHER_MEANING["scaled rope"], OTHER_MEANING["another norm"]], OTHER_MEANING.values()),
+    ids=OTHER_MEANING.keys(),
+)
 def test_models_that_fit_but_mean_something_else_are_refused_or_accepted_by_name(
     changes: dict[str, Any], said: str, tmp_path: Path, three: list[Path]
 ) -> None:

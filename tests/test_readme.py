@@ -59,9 +59,9 @@ def test_the_pipeline_of_the_readme_and_its_commands_run(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    make_text_model(tmp_path / "MODEL")
-    small = blocks("yaml")[0].replace("samples: 128, length: 256", "samples: 8, length: 128")
-    small = small.replace("max_increase: 10%", "samples: 4, length: 128, max_increase: 100%")
+    make_text_model(tmp_path / "MODEL", num_hidden_layers=1)
+    small = blocks("yaml")[0].replace("samples: 128, length: 256", "samples: 4, length: 128")
+    small = small.replace("max_increase: 10%", "samples: 2, length: 128, max_increase: 100%")
     if model != "demo":
         small = small.replace("source: demo", f"source: {write_text(tmp_path / 'text.txt')}")
     (tmp_path / "pipeline.yaml").write_text(small)
@@ -81,7 +81,8 @@ def test_every_block_of_the_readme_is_run_here_and_it_can_be_read_at_one_sitting
 
 
 def test_python_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(blocks("python")[1], "README.md", "exec"), {})
+    small = blocks("python")[1].replace("samples=16, length=128", "samples=4, length=64")
+    exec(compile(small.replace("samples=8, length=128", "samples=2, length=64"), "README.md", "exec"), {})
     perplexities = eval(capsys.readouterr().out)
     assert len(perplexities) == 3
     assert perplexities[1] > perplexities[0]

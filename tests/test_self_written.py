@@ -21,14 +21,18 @@ def demo() -> tuple[Any, Any]:
     return compress.demo.load()
 
 
+@pytest.fixture(scope="module")
+def written(demo: tuple[Any, Any]) -> Tensor:
+    return self_written(*demo, 6, 64, seed=0)
+
+
 def loss(model: Any, tokens: Tensor) -> float:
     with torch.no_grad():
         return float(model(input_ids=tokens, labels=tokens).loss)
 
 
-def test_what_a_model_writes_is_what_it_expects(demo: tuple[Any, Any]) -> None:
+def test_what_a_model_writes_is_what_it_expects(demo: tuple[Any, Any], written: Tensor) -> None:
     model, tokenizer = demo
-    written = self_written(model, tokenizer, 6, 64, seed=0)
     assert written.shape == (6, 64)
     assert written.dtype == torch.int64
     shuffled = written.flatten()[torch.randperm(written.numel())].view_as(written)
@@ -48,10 +52,8 @@ def test_the_seed_decides(demo: tuple[Any, Any]) -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_texts_end_where_the_model_ends_them_and_windows_are_full(demo: tuple[Any, Any]) -> None:
-    model, tokenizer = demo
-    written = self_written(model, tokenizer, 6, 64, seed=0)
-    ends = (written == tokenizer.eos_token_id).sum()
+def test_texts_end_where_the_model_ends_them_and_windows_are_full(demo: tuple[Any, Any], written: Tensor) -> None:
+    ends = (written == demo[1].eos_token_id).sum()
     assert 1 <= ends < written.numel() / 16  # no text is shorter
     assert written.shape == (6, 64)
 

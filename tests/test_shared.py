@@ -157,6 +157,7 @@ def test_inputs_are_rounded_at_every_use(folder: Path, tmp_path: Path) -> None:
     assert torch.allclose(logits(made), logits(here.model), atol=1e-3)
 
 
+@pytest.mark.real
 def test_learning_sees_all_uses() -> None:
     before, errors = logits(zamba()), {}
     for pass_ in (compress.FlexRound(bits=3, steps=30, batch_size=8), Rtn(bits=3)):

@@ -44,7 +44,7 @@ METHODS = {
 
 @pytest.mark.parametrize("dtype", only([torch.bfloat16], [torch.float32, torch.bfloat16]), ids=str)
 @pytest.mark.parametrize("method", only(["gptq"], METHODS))
-@pytest.mark.parametrize("name", only(["mamba", "jamba"], MAKE))
+@pytest.mark.parametrize("name", only(["jamba"], MAKE))
 def test_what_is_written_computes_and_generates_what_was_measured(
     name: str, method: str, dtype: torch.dtype, tmp_path: Path, tokens: Tensor, evaluation_tokens: Tensor
 ) -> None:

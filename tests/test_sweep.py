@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from selection import only
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -641,9 +642,9 @@ def test_blocks_of_several_kinds_run_hardly_more_often_than_those_of_one(
     llama_maker: Callable[..., LlamaForCausalLM], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("compress.engine.stage.CALIBRATED_AT_ONCE", tokens.shape[1])  # a batch for each sample
-    gemma = Gemma3ForCausalLM(Gemma3TextConfig(num_hidden_layers=12, **GEMMA)).eval()
+    gemma = Gemma3ForCausalLM(Gemma3TextConfig(num_hidden_layers=6, **GEMMA)).eval()
     assert len(set(gemma.config.layer_types)) == 2
-    llama = llama_maker(num_hidden_layers=12)
+    llama = llama_maker(num_hidden_layers=6)
     passes: list[compress.passes.Pass] = [Gptq(bits=4)]
     assert runs_of_blocks(gemma, tokens, passes) <= 1.1 * runs_of_blocks(llama, tokens, passes)
 
@@ -654,14 +655,14 @@ def test_blocks_of_several_kinds_are_learned_one_by_one(tokens: Tensor) -> None:
     with torch.no_grad():
         before = model(tokens).logits
     found = {}
-    for pass_ in (Rtn(bits=3), compress.FlexRound(bits=3, steps=60)):
+    for pass_ in (Rtn(bits=3), compress.FlexRound(bits=3, steps=30)):
         made = compress.apply(model, [pass_], calibration=tokens).model
         with torch.no_grad():
             found[pass_.key] = float((made(tokens).logits - before).square().mean())
     assert found["flexround"] < 0.7 * found["rtn"]
 
 
-@pytest.mark.parametrize("name", ["bloom", "falcon"])
+@pytest.mark.parametrize("name", only(["bloom"], ["bloom", "falcon"]))
 def test_blocks_that_take_biases_of_every_sample_and_head_in_one_dimension_are_learned(
     name: str, tokens: Tensor
 ) -> None:

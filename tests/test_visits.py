@@ -87,7 +87,7 @@ def learned_beside_rounded(make: Callable[[], nn.Module], inputs: Tensor, **opti
 @pytest.mark.parametrize(
     "wiring",
     only(
-        [SkipOutside, Backwards, TwiceThrough],
+        [Backwards, TwiceThrough],
         [SkipOutside, ChangedInPlace, Backwards, TwiceThrough, FirstTwice, CalledByWhatWasMade],
     ),
     ids=lambda c: c.__name__,
@@ -96,7 +96,7 @@ def test_blocks_are_learned_however_they_are_wired(wiring: type[Model], samples:
     assert learned_beside_rounded(wiring, samples) < 0.85
 
 
-@pytest.mark.parametrize("make", only([albert, xlm], [albert, xlm, gemma3n]), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("make", only([albert], [albert, xlm, gemma3n]), ids=lambda f: f.__name__)
 def test_models_whose_blocks_do_not_form_a_plain_chain_are_learned(
     make: Callable[[], PreTrainedModel], tokens: Tensor
 ) -> None:

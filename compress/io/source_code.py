@@ -9,12 +9,13 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import os
 import secrets
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -88,10 +89,28 @@ def place_of(kind: type) -> str:
 
 def fingerprint(modules: Iterable[str], locate: Locate) -> str:
     """A hash over the code of modules and of all that they import, and over the versions of the libraries among it."""
-    files, libraries = closure(modules, locate)
+    asked = frozenset(modules)
+    own = locate is located and not any(map(_is_foreign, asked))
+    files, libraries = _own_closure(asked, _state()) if own else closure(asked, locate)
     lines = [f"{name} {read_code(file).digest}" for name, file in sorted(files.items())]
     lines += [f"{name}=={_installed_version(name)}" for name in sorted(libraries | set(ALWAYS))]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _own_closure(modules: frozenset[str], _unchanged: tuple[tuple[int, int], ...]) -> tuple[dict[str, Path], set[str]]:
+    """What modules of this package import, found once while none of its files changes: every stage asks for it."""
+    return closure(modules, located)
+
+
+def _state() -> tuple[tuple[int, int], ...]:
+    """When every file of this package was changed, and its size."""
+    return tuple((stat.st_mtime_ns, stat.st_size) for stat in map(os.stat, _own_files()))
+
+
+@cache  # as of `_own_file`
+def _own_files() -> tuple[str, ...]:
+    return tuple(sorted(str(file) for pattern in ("*.py", "*.pyi") for file in ROOT.rglob(pattern)))
 
 
 def closure(modules: Iterable[str], locate: Locate) -> tuple[dict[str, Path], set[str]]:
@@ -135,7 +154,12 @@ def read_code(file: Path) -> SourceFile:
 
 @cache
 def _parsed_code(file: Path, _changed: int, _size: int) -> SourceFile:
-    tree = ast.parse(file.read_bytes())
+    return _meaning_of(file.read_bytes())
+
+
+@cache  # a copy of a file means the same
+def _meaning_of(code: bytes) -> SourceFile:
+    tree = ast.parse(code)
     statements = list(_computing(tree))
     compiled = compile(tree, "", "exec", dont_inherit=True)
     return SourceFile(hashlib.sha256(repr(_instructions(compiled)).encode()).hexdigest(), tuple(_imports(statements)))

@@ -54,7 +54,7 @@ def named(pass_: Pass) -> str:
 
 
 each_editor = pytest.mark.parametrize("pass_", only(FIRST, EDITORS), ids=named)
-each_merge = pytest.mark.parametrize("pass_", MERGES, ids=named)
+each_merge = pytest.mark.parametrize("pass_", only(FIRST, MERGES), ids=named)
 SHARES = (None, 0.1, 0.5, 0.9)  # of zeros in what a pass is given; None: dense
 
 
@@ -359,7 +359,7 @@ def test_the_fallback_needs_no_data_and_makes_the_same_kind() -> None:
             assert fallback.produces(kind) == pass_.produces(kind), (pass_, kind)
 
 
-@pytest.mark.parametrize("pass_", [p for p in LINEAR if p.rowwise], ids=named)
+@pytest.mark.parametrize("pass_", only(FIRST, [p for p in LINEAR if p.rowwise]), ids=named)
 def test_rows_of_a_rowwise_pass_may_be_stacked(pass_: LinearPass) -> None:
     a, b = (textbook.weight(rows, 48, seed) for rows, seed in ((8, 0), (6, 1)))
     x = textbook.inputs(48, tokens=64)
@@ -394,7 +394,9 @@ def test_how_a_tensor_is_cut_into_pieces_does_not_matter(pass_: MergePass) -> No
         assert torch.allclose(value, cut[name], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("pass_", [p for p in MERGES if getattr(p, "normalize", True)], ids=named)  # a sum is no mean
+@pytest.mark.parametrize(
+    "pass_", only(FIRST, [p for p in MERGES if getattr(p, "normalize", True)]), ids=named
+)  # a sum is no mean
 def test_merging_a_model_with_itself_leaves_it(pass_: MergePass) -> None:
     given = models(pass_, size=0)
     for name, value in textbook.merged(pass_, given).items():

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from runtime_layers import ENCODINGS, weight
+from runtime_layers import ENCODINGS, FEW, weight
+from selection import only
 
 from compress.encodings import Weight, pack, unpack
 from compress.encodings.decode import Decoder, indices
@@ -18,13 +19,13 @@ def assert_same_bits(of: Weight) -> None:
 
 
 @pytest.mark.parametrize("mask", ["", "2:4", "half"])
-@pytest.mark.parametrize("name", ENCODINGS)
+@pytest.mark.parametrize("name", only(FEW, ENCODINGS))
 def test_every_encoding_is_looked_up_bit_for_bit(name: str, mask: str) -> None:
     assert_same_bits(weight(name, mask=mask))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 31), (2, 66)])
-@pytest.mark.parametrize("name", ENCODINGS)
+@pytest.mark.parametrize("name", only(FEW, ENCODINGS))
 def test_rows_need_not_end_where_a_byte_does(name: str, shape: tuple[int, int]) -> None:
     assert_same_bits(weight(name, *shape))
 

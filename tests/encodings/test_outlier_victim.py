@@ -5,6 +5,7 @@ from itertools import pairwise, product
 
 import pytest
 import torch
+from selection import only
 from torch import Tensor
 
 from compress.encodings import OutlierVictim, Spec, Weight, pack, spec_of, unpack
@@ -188,7 +189,7 @@ def test_every_pair_is_what_a_search_of_all_codewords_gives(normal: str, rule: s
 
 @each_type
 @each_rule
-@pytest.mark.parametrize("columns", [1, 2, 7, 48])
+@pytest.mark.parametrize("columns", only([1, 7], [1, 2, 7, 48]))
 @pytest.mark.parametrize("per", ["row", "tensor"])
 def test_decoded_codes_are_exactly_what_quantize_dequantize_gives(
     normal: str, rule: str, columns: int, per: str
@@ -278,7 +279,7 @@ def tried(x: Tensor, normal: str, factors: list[float]) -> Tensor:
 
 
 @each_type
-@pytest.mark.parametrize("spread", [0.02, 1.0, 300.0])
+@pytest.mark.parametrize("spread", only([0.02], [0.02, 1.0, 300.0]))
 def test_the_search_finds_the_best_of_88_candidates(normal: str, spread: float) -> None:
     x = student(12, 64) * spread + spread / 10
     scale, error = search(x, normal)
@@ -320,7 +321,7 @@ def test_rows_are_searched_each_for_itself() -> None:
 
 
 @each_4_bit_type
-@pytest.mark.parametrize("share", [0.5, 0.9])
+@pytest.mark.parametrize("share", only([0.9], [0.5, 0.9]))
 @pytest.mark.parametrize("largest", [False, True], ids=["random", "largest"])
 def test_under_a_mask_neither_cheap_outliers_nor_the_range_of_what_is_kept_are_missed(
     normal: str, share: float, largest: bool
@@ -383,7 +384,7 @@ def sample(name: str, seed: int) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("name", REFERENCE)
+@pytest.mark.parametrize("name", only(["student"], REFERENCE))
 @each_4_bit_type
 def test_the_error_of_65536_samples_is_as_measured_elsewhere(name: str, normal: str) -> None:
     # A few clipped values decide the heavy tails: a sample of its own can be off by half, the median of five is not.
@@ -396,7 +397,7 @@ def test_the_error_of_65536_samples_is_as_measured_elsewhere(name: str, normal: 
     assert sorted(errors)[2] == pytest.approx(reference, rel=0.25 if name == "few" else 0.1)
 
 
-@pytest.mark.parametrize("name", REFERENCE)
+@pytest.mark.parametrize("name", only(["student"], REFERENCE))
 @each_4_bit_type
 def test_heavy_tails_ruin_the_plain_grid_and_not_the_pairs(name: str, normal: str) -> None:
     type_, x = PAIR_TYPES[normal], sample(name, 0)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from runtime_layers import ENCODINGS, weight
+from runtime_layers import ENCODINGS, FEW, weight
+from selection import only
 
 from compress.encodings import Weight, pack, unpack
 from compress.encodings.rows import decode_rows, row_starts, streamed
@@ -18,13 +19,13 @@ def assert_same_rows(of: Weight, rows: torch.Tensor = ROWS) -> None:
 
 
 @pytest.mark.parametrize("mask", ["", "2:4", "half"])
-@pytest.mark.parametrize("name", ENCODINGS)
+@pytest.mark.parametrize("name", only(FEW, ENCODINGS))
 def test_rows_of_every_encoding_are_the_same_bit_for_bit(name: str, mask: str) -> None:
     assert_same_rows(weight(name, 12, 64, mask=mask))
 
 
 @pytest.mark.parametrize("shape", [(12, 7), (12, 31), (12, 66)])
-@pytest.mark.parametrize("name", ENCODINGS)
+@pytest.mark.parametrize("name", only(FEW, ENCODINGS))
 def test_rows_need_not_end_where_a_byte_does(name: str, shape: tuple[int, int]) -> None:
     assert_same_rows(weight(name, *shape))
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from selection import only
 from torch import Tensor
 
 from compress.encodings import Uniform, fit, quantize, reference
@@ -25,7 +26,7 @@ def spread(values: Tensor, w: Tensor) -> Tensor:
     return values.float().repeat_interleave(w.shape[1] // values.shape[1], dim=1).expand(w.shape)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", only((2, 3, 5, 8), BITS))
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("search", ["minmax", "mse"])
 @pytest.mark.parametrize("shift", [-5.0, 0.0, 5.0])
@@ -37,7 +38,7 @@ def test_zero_is_always_exactly_on_the_grid(bits: int, symmetric: bool, search: 
     assert int(e.zero_point.max()) < 2**bits
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", only((2, 3, 5, 8), BITS))
 def test_affine_codes_cover_the_range_to_half_a_step(bits: int) -> None:
     w = weight()
     e = rounded(w, bits, groups=4)
@@ -46,7 +47,7 @@ def test_affine_codes_cover_the_range_to_half_a_step(bits: int) -> None:
     assert bool(((e.dequantize() - w).abs() <= slack * spread(e.scale, w) * (1 + 1e-5)).all())
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", only((2, 3, 5, 8), BITS))
 def test_symmetric_codes_cover_the_range_to_half_a_step(bits: int) -> None:
     w = weight()
     e = rounded(w, bits, groups=4, symmetric=True)
@@ -55,7 +56,7 @@ def test_symmetric_codes_cover_the_range_to_half_a_step(bits: int) -> None:
     assert bool((e.zero_point == 2 ** (bits - 1)).all())
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", only((2, 3, 5, 8), BITS))
 def test_the_affine_scale_is_the_range_over_the_levels(bits: int) -> None:
     w = weight()
     scale, _ = fit(w, bits)
@@ -63,7 +64,7 @@ def test_the_affine_scale_is_the_range_over_the_levels(bits: int) -> None:
     assert torch.equal(scale[:, 0], ((high - low) / (2**bits - 1)).half())
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", only((2, 3, 5, 8), BITS))
 def test_a_range_that_does_not_hold_zero_is_widened_to_it(bits: int) -> None:
     w = weight().abs() + 3
     scale, zero = fit(w, bits)
@@ -73,7 +74,7 @@ def test_a_range_that_does_not_hold_zero_is_widened_to_it(bits: int) -> None:
     assert bool((zero == 2**bits - 1).all())
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", only((2, 3, 5, 8), BITS))
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_no_other_code_is_nearer(bits: int, symmetric: bool) -> None:
     w = weight(3, 20)
@@ -91,7 +92,7 @@ def test_rounding_breaks_ties_to_even() -> None:
     assert codes.tolist() == [[8, 10, 10, 8, 6]]
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", only((2, 3, 5, 8), BITS))
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("heavy", [False, True])
 def test_mse_search_is_never_worse_than_minmax_in_its_own_norm(bits: int, symmetric: bool, heavy: bool) -> None:
@@ -157,7 +158,7 @@ def test_a_group_of_zeros_stays_zero(symmetric: bool, search: str) -> None:
     assert bool((e.scale > 0).all())
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", only((2, 3, 5, 8), BITS))
 def test_dequantize_agrees_with_the_oracle(bits: int) -> None:
     e = rounded(weight(4, 24), bits, groups=3)
     for row in range(4):
@@ -194,13 +195,13 @@ def test_quantizing_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
             assert torch.equal(quantize(w, scale, zero, 4), whole)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", only((2, 3, 5, 8), BITS))
 def test_codes_on_the_grid_are_found_again(bits: int) -> None:
     e = rounded(weight(), bits, groups=3)
     assert torch.equal(quantize(e.dequantize(), e.scale, e.zero_point, bits), e.codes)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", only((2, 3, 5, 8), BITS))
 def test_finer_groups_and_more_bits_do_not_round_worse(bits: int) -> None:
     w = weight(8, 64)
     errors = [float((rounded(w, bits, groups=g).dequantize() - w).norm()) for g in (1, 2, 4, 8)]
@@ -209,7 +210,7 @@ def test_finer_groups_and_more_bits_do_not_round_worse(bits: int) -> None:
         assert float((rounded(w, bits + 1).dequantize() - w).norm()) < errors[0]
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", only((2, 3, 5, 8), BITS))
 @pytest.mark.parametrize("groups", [1, 3, 6])
 def test_bits_per_weight_counts_scales_and_zero_points(bits: int, groups: int) -> None:
     group_size = 48 // groups

@@ -50,7 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 FEW = ("w4-32-True", "w4-64-False", "w8-channel", "differing", "bfloat16")
 CASES = [(kind, name) for kind in WIDE for name in (SETTINGS if kind == "Mixtral" else FEW)]
-QUICK = [("Mixtral", "differing"), ("Qwen3Moe", "w4-64-False"), ("DeepseekV3", "bfloat16"), ("Mixtral", "w4-32-True")]
+QUICK = [("Mixtral", "differing"), ("DeepseekV3", "bfloat16"), ("Mixtral", "w4-32-True")]
 
 
 def write(kind: str, folder: Path, passes: list[Pass], dtype: torch.dtype = torch.float32, **changes: Any) -> None:
@@ -144,7 +144,7 @@ def test_one_setting_for_all_is_one_group_of_linear_layers_without_routers_and_h
     assert "model.layers.1.mlp.gate" in section_of(written / "DeepseekV3-w8-channel")["ignore"]
 
 
-@pytest.mark.parametrize("kind", WIDE)
+@pytest.mark.parametrize("kind", only(["Mixtral", "DeepseekV3"], WIDE))
 def test_experts_that_differ_share_the_setting_that_holds_all_of_them(kind: str, written: Folders) -> None:
     section = section_of(written / f"{kind}-differing")
     first, *others = section["config_groups"].values()

@@ -11,6 +11,7 @@ from alone import logits_alone
 from conftest import make_llama
 from expert_models import make_mixture
 from once import Folders
+from selection import only
 from written import data_for, logits, tensors, write
 
 from compress import ConfigError, Gptq, Magnitude, Override, Rtn
@@ -42,6 +43,7 @@ CASES: dict[str, list[Pass]] = {
     "sparse": [Magnitude(sparsity="2:4"), Rtn(**NVFP4)],
     "mixed": [Rtn(**NVFP4, overrides=MIXED)],
 }
+QUICK = ("fp8_rows", "fp8_static", "fp8_block", "nvfp4", "mxfp4")
 IN_BFLOAT16 = ("nvfp4", "mxfp4", "sparse", "mixed")  # the library makes nothing else of 4 bits
 BLOCKS = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
 FORMATS = {"fp8": "float-quantized", "nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized"}
@@ -94,7 +96,7 @@ def test_another_version_of_the_library_and_of_transformers_computes_the_same_bi
     computed(written, PEER)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", only(QUICK, CASES))
 def test_the_library_unpacks_the_very_weights(name: str, written: Folders) -> None:
     packed, there = load_model(written / name / "out"), tensors(written / name / "out" / KEY)
     config = library.quantization.QuantizationConfig.model_validate(section_of(written / name))
@@ -112,7 +114,7 @@ def test_the_library_unpacks_the_very_weights(name: str, written: Folders) -> No
     assert count == 14
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", only(QUICK, CASES))
 def test_the_written_logits_are_those_of_the_packed_model(name: str, written: Folders) -> None:
     found = json.loads((written / name / "out" / "report.json").read_text())["verified"][KEY]
     assert found["max_logit_difference"] == 0
@@ -145,7 +147,7 @@ STATED: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, tuple[t
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", STATED)
+@pytest.mark.parametrize("name", only(QUICK, STATED))
 def test_keys_and_tensors_are_those_of_the_format(name: str, written: Folders) -> None:
     weights, inputs, leaves = STATED[name]
     section, there = section_of(written / name), tensors(written / name / "out" / KEY)

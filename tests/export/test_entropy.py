@@ -12,6 +12,7 @@ from commands import compress_command
 from conftest import make_llama
 from expert_models import make_mixture
 from safetensors.torch import load_file, save_file
+from selection import only
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from written import data_for, logits, write
@@ -80,7 +81,7 @@ def test_every_kind_of_code_loads_to_the_same_bits_from_fewer_bytes(written: Pat
     assert torch.equal(logits(load_model(written / "entropy"), data), logits(load_model(written), data))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "resnet"])
+@pytest.mark.parametrize("name", only(["resnet"], ["gpt2", "resnet"]))
 def test_layers_of_other_kinds_are_coded_too(name: str, tmp_path: Path) -> None:
     write(name, tmp_path, [Rtn(bits=4)], "entropy")
     assert refuse_differences(tmp_path / "out") == {"codes"}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from commands import compress_command
+from selection import only
 from written import data_for, write
 
 import compress
@@ -179,9 +180,10 @@ def test_every_exporter_says_what_it_is(exporter: type[Hf]) -> None:
     assert f"`OUT/{exporter.key}" in page
 
 
-def test_images_are_compared_by_accuracy_too(tmp_path: Path) -> None:
-    report = write("resnet", tmp_path, [Rtn(bits=4)], "onnx")
-    found = report.verified["onnx"]
+@pytest.mark.parametrize("key", only(["hf"], ["hf", "onnx"]))
+def test_images_are_compared_by_accuracy_too(key: str, tmp_path: Path) -> None:
+    report = write("resnet", tmp_path, [Rtn(bits=4)], key)
+    found = report.verified[key]
     assert found["accuracy"] == found["packed_accuracy"] == report.rows[-1].accuracy
     assert found["max_logit_difference"] <= 1e-4
     images, _ = data_for("resnet")

@@ -86,14 +86,40 @@ def damaged(out: Path, folder: Path, number: float) -> Path:
     return folder
 
 
-def test_the_constant_that_holds_nan_is_said(out: Path, tmp_path: Path) -> None:
-    found = first_nan(damaged(out, tmp_path, numpy.nan), TOKENS)
-    assert found == f"of its constants, 1 hold NaN: {ROTARY}"
+def scaled(folder: Path, *numbers: float) -> Path:
+    """A graph that multiplies two numbers with constants, then with zero."""
+    tokens, mask = (
+        ir.Value(name=name, shape=ir.Shape([1, 2]), type=ir.TensorType(ir.DataType.INT64))
+        for name in ("input_ids", "attention_mask")
+    )
+    scale, zero = (
+        ir.Value(name=name, const_value=ir.tensor(torch.tensor(each), name=name))
+        for name, each in (("scale", numbers), ("zero", (0.0, 0.0)))
+    )
+    cast = ir.node("Cast", [tokens], {"to": ir.DataType.FLOAT.value})
+    large = ir.node("Mul", [cast.outputs[0], scale])
+    nothing = ir.node("Mul", [large.outputs[0], zero])
+    for name, node in (("number", cast), ("large", large), ("logits", nothing)):
+        node.outputs[0].name, node.outputs[0].type = name, ir.TensorType(ir.DataType.FLOAT)
+    nodes, constants = [cast, large, nothing], [scale, zero]
+    graph = ir.Graph([tokens, mask], nothing.outputs, nodes=nodes, initializers=constants, opset_imports={"": 21})
+    ir.save(ir.Model(graph, ir_version=10), folder / MODEL)
+    return folder
+
+
+def test_the_constant_or_the_node_that_nan_comes_from_is_said(tmp_path: Path) -> None:
+    tokens = torch.tensor([[3, 4]])
+    assert first_nan(scaled(tmp_path, 1.0, numpy.nan), tokens) == "of its constants, 1 hold NaN: scale"
+    made = "none of its constants holds NaN; the first node that makes one is a Mul of ['large', 'zero']"
+    assert first_nan(scaled(tmp_path, 1.0, numpy.inf), tokens) == made  # infinity is no mistake by itself
+    assert first_nan(scaled(tmp_path, 1.0, 2.0), tokens).startswith("none of its constants holds NaN, nor does what")
+    assert [file.name for file in tmp_path.iterdir()] == [MODEL]
 
 
 @pytest.mark.real
-def test_the_node_that_makes_the_first_nan_is_said(out: Path, tmp_path: Path) -> None:
-    found = first_nan(damaged(out, tmp_path, numpy.inf), TOKENS)  # infinity is no mistake by itself
+def test_the_constant_or_the_node_of_a_model_that_nan_comes_from_is_said(out: Path, tmp_path: Path) -> None:
+    assert first_nan(damaged(out, tmp_path, numpy.nan), TOKENS) == f"of its constants, 1 hold NaN: {ROTARY}"
+    found = first_nan(damaged(out, tmp_path, numpy.inf), TOKENS)
     assert "none of its constants holds NaN; the first node that makes one is a " in found
     assert "could not be looked at" not in found
     assert "nor does what its nodes make" in first_nan(out / "onnx", TOKENS)

@@ -40,6 +40,9 @@ MODELS = {
 }
 
 
+QUICK = ("llama", "bfloat16", "gpt2", "resnet")  # what `make test` writes of these; `make real` writes all
+
+
 def data_for(name: str) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
     """To calibrate and to measure with."""
     generator = torch.Generator().manual_seed(5)

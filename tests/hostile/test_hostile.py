@@ -11,7 +11,7 @@ import pytest
 from fuzz import Fuzzer, wrong
 from watched import Ended
 
-CASES = 12
+CASES = 8
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="commands are run in forked processes")
 
 

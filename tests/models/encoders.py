@@ -30,7 +30,7 @@ ENCODERS = (
     Entry("XLMRobertaForTokenClassification"),
     Entry("XLMRobertaModel"),
     Entry("T5EncoderModel"),
-    Entry("T5ForConditionalGeneration", inputs="sequences", quick=True),
+    Entry("T5ForConditionalGeneration", inputs="sequences"),
     Entry("MT5ForConditionalGeneration", inputs="sequences"),
     Entry("BartForConditionalGeneration", inputs="sequences"),
     Entry("BlenderbotForConditionalGeneration", inputs="sequences"),

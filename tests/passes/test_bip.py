@@ -117,6 +117,7 @@ def test_the_correction_finds_a_better_mask_than_turns_without_it() -> None:
     assert all(left(seed, True) < 0.8 * left(seed, False) for seed in range(4))
 
 
+@pytest.mark.real
 def test_the_correction_finds_a_better_mask_while_the_weights_are_trained_too() -> None:
     def left(seed: int, correction: bool) -> float:
         notes = refined(seed, mask_rate=0.05, learning_rate=3e-4, gamma=1.0, correction=correction).notes

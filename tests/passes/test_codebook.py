@@ -244,7 +244,7 @@ def test_one_table_is_plain_kmeans(entries: int) -> None:
     assert ours < 1.05 * theirs
 
 
-@pytest.mark.parametrize("scale", ["none", "row"])
+@pytest.mark.parametrize("scale", only(["row"], ["none", "row"]))
 def test_more_entries_never_lose_more(scale: str) -> None:
     w = uneven()
     errors = [

@@ -74,7 +74,9 @@ def looped(model: transformers.PreTrainedModel) -> tuple[dict[str, list[float]],
     return found, counts
 
 
-@pytest.mark.parametrize("kind", ["Mixtral", "Qwen2Moe", "DeepseekV3", "GptOss", "NemotronH"])
+@pytest.mark.parametrize(
+    "kind", only(["DeepseekV3", "GptOss", "NemotronH"], ["Mixtral", "Qwen2Moe", "DeepseekV3", "GptOss", "NemotronH"])
+)
 def test_the_score_is_the_mean_of_router_weight_times_norm_of_output_over_the_tokens_of_an_expert(kind: str) -> None:
     model = make_mixture(kind)
     for parameter in model.parameters():  # biases too, which are part of what an expert puts out
@@ -175,7 +177,7 @@ def masked(model: nn.Module, gone: dict[str, list[int]]) -> Iterator[nn.Module]:
         yield model
 
 
-@pytest.mark.parametrize("kind", KINDS_OF_ROUTERS)
+@pytest.mark.parametrize("kind", only(KINDS_OF_ROUTERS[::2], KINDS_OF_ROUTERS))
 def test_the_model_says_what_the_original_says_whose_router_cannot_choose_those_that_went(kind: str) -> None:
     model = make_mixture(kind)
     for name, buffer in model.named_buffers():
@@ -194,7 +196,7 @@ def test_the_model_says_what_the_original_says_whose_router_cannot_choose_those_
     assert model.config.to_dict() == before.config.to_dict()
 
 
-@pytest.mark.parametrize("kind", only(["GptOss", "DeepseekV3"], KINDS_OF_ROUTERS))
+@pytest.mark.parametrize("kind", only(["DeepseekV3"], KINDS_OF_ROUTERS))
 def test_the_written_folder_loads_and_further_passes_work_behind(kind: str, tmp_path: Path) -> None:
     model = make_mixture(kind)
     model.save_pretrained(tmp_path / "model")
@@ -319,7 +321,7 @@ def test_of_a_model_of_text_and_images_the_configuration_of_the_text_counts_them
     assert after["text_config"].keys() == before["text_config"].keys()
 
 
-@pytest.mark.parametrize("counted", ["num_local_experts", "num_experts", "both"])
+@pytest.mark.parametrize("counted", only(["both"], ["num_local_experts", "num_experts", "both"]))
 def test_the_count_stands_in_the_file_under_the_name_it_had(counted: str, tmp_path: Path) -> None:
     make_mixture("Qwen3Moe").save_pretrained(tmp_path / "model")
     file = tmp_path / "model" / "config.json"

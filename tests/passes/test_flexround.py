@@ -335,7 +335,7 @@ def test_the_result_is_never_worse_than_round_to_nearest_however_large_the_learn
 TOY = [(weight(64, 96, seed), textbook.inputs(96, tokens=1024, seed=seed)) for seed in range(2)]
 
 
-@pytest.mark.parametrize(("bits", "learning_rate"), [(4, 0.005), (3, 0.001)])
+@pytest.mark.parametrize(("bits", "learning_rate"), only([(4, 0.005)], [(4, 0.005), (3, 0.001)]))
 def test_the_row_factor_and_the_scale_are_worth_learning(bits: int, learning_rate: float) -> None:
     options = {"bits": bits, "learning_rate": learning_rate, "steps": 200}
     full, no_row, frozen = (
@@ -347,7 +347,7 @@ def test_the_row_factor_and_the_scale_are_worth_learning(bits: int, learning_rat
 
 
 def test_a_scale_of_a_whole_matrix_learns_slower_than_the_divisors_and_is_then_worth_learning() -> None:
-    options = {"bits": 3, "granularity": "tensor", "scale_search": "mse", "learning_rate": 0.01, "steps": 200}
+    options = {"bits": 3, "granularity": "tensor", "scale_search": "mse", "learning_rate": 0.01, "steps": 100}
     slow, fast, frozen, no_row = (
         sum(ratio(by_layer(w, x, **options, **changed)) for w, x in TOY) / len(TOY)
         for changed in ({}, {"scale_rate": 0.01}, {"learn_scale": False}, {"row_factor": False})

@@ -163,7 +163,14 @@ def zeros(result: compress.Result) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     "train",
-    [("bias", "norm", "mask_lora"), ("scale_lora",), ("lora_prune",), ("full",), ("principal",), ("sensitive",)],
+    [
+        ("bias", "norm", "mask_lora"),
+        pytest.param(("scale_lora",), marks=pytest.mark.real),
+        ("lora_prune",),
+        pytest.param(("full",), marks=pytest.mark.real),
+        pytest.param(("principal",), marks=pytest.mark.real),
+        ("sensitive",),
+    ],
 )
 @pytest.mark.parametrize("objective", only(["distill"], ["next_token", "distill"]))
 def test_training_lowers_the_loss_and_leaves_the_masks(
@@ -341,7 +348,7 @@ def test_a_plain_model_has_the_trained_norms(tiny_folder: Path, tmp_path: Path, 
     assert bool((plain.model.norm.weight != 1).any())
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", only([True], [False, True]))
 def test_a_run_in_memory_and_one_out_of_core_agree(
     llama_maker: Callable[..., LlamaForCausalLM], tmp_path: Path, tokens: Tensor, tied: bool
 ) -> None:
@@ -409,7 +416,7 @@ def test_a_training_that_is_killed_goes_on_and_ends_the_same(
 # --- by reconstruction ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("granularity", ["block", "half_block", "matrix"])
+@pytest.mark.parametrize("granularity", only(["half_block", "matrix"], ["block", "half_block", "matrix"]))
 def test_reconstruction_ends_with_no_larger_error_and_the_same_zeros(
     tiny_llama: LlamaForCausalLM, tokens: Tensor, granularity: str
 ) -> None:

@@ -222,8 +222,8 @@ def test_what_cannot_be_trained_is_refused_before_work_starts(
 @pytest.mark.parametrize(
     "pass_",
     [
-        Qat(bits=2, group_size=32, **QUICK),
-        Qat(bits=2, symmetric=True, scale="stats", steps=6),
+        pytest.param(Qat(bits=2, group_size=32, **QUICK), marks=pytest.mark.real),
+        pytest.param(Qat(bits=2, symmetric=True, scale="stats", steps=6), marks=pytest.mark.real),
         Qat(levels="ternary", scale="mean", steps=6),
         Qat(bits=2, train=("norm", "lora"), rank=4, **QUICK),
     ],

@@ -149,7 +149,7 @@ def test_gradual_pruning_ends_at_the_same_sparsity_and_a_lower_loss(
     tiny_llama: LlamaForCausalLM, tokens: Tensor
 ) -> None:
     once = compress.apply(tiny_llama, [GlobalMagnitude(sparsity=0.8)], tokens, evaluation=tokens)
-    options = {**QUICK, "steps": 20, "train": ("full", "norm")}
+    options = {**QUICK, "steps": 10, "train": ("full", "norm")}
     more = compress.apply(tiny_llama, [GlobalMagnitude(sparsity=0.8, cuts=4, **options)], tokens, evaluation=tokens)
     assert more.report.rows[-1].sparsity == pytest.approx(once.report.rows[-1].sparsity, abs=1e-4)
     assert more.report.rows[-1].perplexity < once.report.rows[-1].perplexity
