@@ -28,6 +28,7 @@ from compress.calibration.surroundings import undisturbed
 from compress.config.options import errors_in
 from compress.config.pipeline import GIVEN, Evaluation
 from compress.errors import ConfigError, DataError, NonFiniteError, Problem, UsageError
+from compress.export.base import cache_refusals
 from compress.export.compared import Expected, some_tokens
 from compress.export.hf import loaded
 from compress.export.packed import added_in, open_packed, specs_in
@@ -166,9 +167,11 @@ def refuse_exports(made: PackedFolder, exporters: Sequence[Exporter]) -> None:
         ConfigError: every reason at once.
     """
     specs, added = specs_in(made), added_in(made)
+    caches = {name: grid.form for name, grid in made.artifact.caches.items()}
     problems = [Problem(f"export.{e.key}.{m.option}", m.message) for e in exporters for m in errors_in(e)]
     for exporter in exporters:
         reasons = exporter.refusals(made.artifact.graph, specs, added)
+        reasons = [*reasons, *cache_refusals(exporter, made.artifact.graph, caches)]
         problems += [Problem(f"export.{exporter.key}", reason) for reason in reasons]
     if problems:
         raise ConfigError(problems, str(made.folder))

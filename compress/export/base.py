@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+from compress.runtime.cache import cached_layers
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
     from pathlib import Path
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     from compress.checkpoint.artifact import Artifact
     from compress.encodings import Spec
+    from compress.encodings.cache import CacheForm
     from compress.errors import OptionError
     from compress.models.graph import Graph
     from compress.progress import Bars
@@ -80,6 +83,13 @@ class Exporter(ABC):
         """
         return iter(())
 
+    def refuse_cache(self, form: CacheForm) -> str | None:
+        """Why it has no place for the scales of a key-value cache, in words; None where it has."""
+        return (
+            f"{self.key} has no place for the scales of kv_cache, so the cache would stay in 16 bits; leave kv_cache out, "
+            "or export compressed-tensors"
+        )
+
     def expected_bytes(self, spec: Spec, computed: torch.dtype) -> int:
         """About how much it writes of a layer that was worked on, rather more than less.
 
@@ -124,3 +134,18 @@ class Exporter(ABC):
     def first_nan(self, folder: Path, inputs: Tensor) -> str:
         """A sentence about the first NaN in what was written, for inputs whose logits are not finite; or nothing."""
         return ""
+
+
+def cache_refusals(exporter: Exporter, graph: Graph, caches: Mapping[str, CacheForm]) -> Iterator[str]:
+    """Why a container could not hold how attention layers round what they keep. `caches`: of each layer that does."""
+    forms = dict.fromkeys(caches.values())
+    reasons = [reason for form in forms if (reason := exporter.refuse_cache(form))]
+    if reasons:
+        yield reasons[0]
+    elif len(forms) > 1:
+        yield f"{exporter.key} has one form for the whole cache, and the pipeline makes {len(forms)}; use one kv_cache"
+    elif forms and (rest := [name for name in cached_layers(graph.model) if name not in caches]):
+        yield (
+            f"{exporter.key} has one form for the cache of all layers, and that of {len(rest)} is not rounded, such as "
+            f"{rest[0]}; leave include and exclude of kv_cache out"
+        )

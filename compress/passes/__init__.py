@@ -38,6 +38,7 @@ from compress.passes.quantize.codebook import Codebook
 from compress.passes.quantize.flexround import FlexRound
 from compress.passes.quantize.gptq import Gptq
 from compress.passes.quantize.jlcm import Jlcm
+from compress.passes.quantize.kv_cache import KvCache
 from compress.passes.quantize.nupes import Nupes
 from compress.passes.quantize.olive import Olive
 from compress.passes.quantize.powerquant import PowerQuant
@@ -66,6 +67,7 @@ PASSES: tuple[type[Pass], ...] = (
     Nupes,
     Codebook,
     Jlcm,
+    KvCache,
     Reorder,
     Scale,
     Smooth,
@@ -127,6 +129,7 @@ __all__ = [
     "GreedySoup",
     "Interpolate",
     "Jlcm",
+    "KvCache",
     "LayerDrop",
     "LinearPass",
     "LowRank",

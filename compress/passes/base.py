@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from compress.encodings import Form, InputForm, LowRankForm
 
 # What a pass must see at once: a matrix, a block, the model; all models of a merge; which blocks, experts of a layer,
-# neurons and heads there are; every batch norm; all layers that read a channel; all that touches the residual stream.
-Reach = Literal["matrix", "block", "model", "merge", "depth", "experts", "width", "norms", "channels", "stream"]
+# neurons and heads there are; every batch norm; all layers that read a channel; all that touches the residual stream;
+# what attention layers keep.
+Reach = Literal[
+    "matrix", "block", "model", "merge", "depth", "experts", "width", "norms", "channels", "stream", "cache",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

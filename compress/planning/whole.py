@@ -10,9 +10,11 @@ from compress.calibration.self_written import cannot_write
 from compress.calibration.texts import IMAGE_SUFFIX, SELF, is_images
 from compress.config.pipeline import GATES, GIVEN
 from compress.errors import DataError, Problem
+from compress.export.base import cache_refusals
 from compress.models.experts import takes_choices
 from compress.models.named import takes_more_than_text
 from compress.models.positions import longest_window
+from compress.planning.cache import moved_later
 from compress.planning.dense import LEAST_REACHED
 
 if TYPE_CHECKING:
@@ -58,6 +60,8 @@ def exports(pipeline: Pipeline, state: PlanState) -> Iterator[Problem]:
     """What a format cannot hold."""
     for exporter in pipeline.export:
         for reason in exporter.refusals(state.graph, state.specs, state.new_biases):
+            yield Problem(f"export.{exporter.key}", reason)
+        for reason in cache_refusals(exporter, state.graph, state.caches):
             yield Problem(f"export.{exporter.key}", reason)
 
 
@@ -119,5 +123,6 @@ def whole_pipeline(pipeline: Pipeline, state: PlanState, dense: Dense) -> Iterat
     yield from missing_calibration(pipeline, state)
     yield from gates(pipeline, state.graph)
     yield from exports(pipeline, state)
+    yield from moved_later(pipeline)
     yield from data_sections(pipeline, state.graph)
     yield from all_experts(pipeline, state.graph)
