@@ -113,9 +113,9 @@ def test_a_pass_knows_no_file_no_model_library_no_device_and_no_global_random_st
         assert not found
 
 
-def test_hooks_are_registered_in_one_file_only() -> None:
+def test_hooks_are_registered_in_two_files_only() -> None:
     found = {name_of(file) for file in FILES for name, _ in names_used(file) if name in HOOKS}
-    assert found == {"calibration/collect.py"}
+    assert found == {"calibration/collect.py", "runtime/cache.py"}  # the second is part of a loaded model
 
 
 def families() -> dict[str, Path]:

@@ -170,8 +170,8 @@ def refuse_exports(made: PackedFolder, exporters: Sequence[Exporter]) -> None:
     caches = {name: grid.form for name, grid in made.artifact.caches.items()}
     problems = [Problem(f"export.{e.key}.{m.option}", m.message) for e in exporters for m in errors_in(e)]
     for exporter in exporters:
-        reasons = exporter.refusals(made.artifact.graph, specs, added)
-        reasons = [*reasons, *cache_refusals(exporter, made.artifact.graph, caches)]
+        reasons = [*exporter.refusals(made.artifact.graph, specs, added)]
+        reasons += [*cache_refusals(exporter, made.artifact.graph, specs, caches)]
         problems += [Problem(f"export.{exporter.key}", reason) for reason in reasons]
     if problems:
         raise ConfigError(problems, str(made.folder))

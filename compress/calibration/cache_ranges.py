@@ -45,7 +45,8 @@ class CacheRanges:
         """Look at keys and values (B, H, T, D)."""
         if keys.dim() != 4 or values.dim() != 4:
             raise UnsupportedModelError(
-                f"{name} keeps keys of {keys.dim()} dimensions, not (samples, heads, tokens, numbers); leave kv_cache out"
+                f"{name} keeps keys of {keys.dim()} dimensions, not samples, heads, tokens and numbers; leave kv_cache "
+                "out"
             )
         for largest, now in ((self.keys, keys), (self.values, values)):
             found = now.detach().abs().amax((0, 2, 3)).float()
@@ -62,8 +63,8 @@ class CacheRanges:
         for name, keys in self.keys.items():
             if not bool(torch.isfinite(keys).all() and torch.isfinite(self.values[name]).all()):
                 raise NonFiniteError(
-                    f"keys or values of {name} are NaN or infinite on the calibration data, so they have no range; look "
-                    "for NaN weights before it, or run with dtype: float32"
+                    f"keys or values of {name} are NaN or infinite on the calibration data, so they have no range; "
+                    "look for NaN weights before it, or run with dtype: float32"
                 )
         return {
             name: {"keys": keys.tolist(), "values": self.values[name].tolist(), "numbers": [self.numbers[name]]}

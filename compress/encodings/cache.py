@@ -60,10 +60,10 @@ class CacheForm:
 
     def tensors(self) -> StoredShapes:
         """Shape and type of what is stored."""
-        return {name: ((self.heads,), torch.float32) for name in SCALES}
+        return dict.fromkeys(SCALES, ((self.heads,), torch.float32))
 
     def to_json(self) -> dict[str, Any]:
-        """As `from_json` takes it."""
+        """What `from_json` takes."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod

@@ -83,11 +83,16 @@ class Exporter(ABC):
         """
         return iter(())
 
-    def refuse_cache(self, form: CacheForm) -> str | None:
-        """Why it has no place for the scales of a key-value cache, in words; None where it has."""
+    def refuse_cache(self, form: CacheForm, specs: Mapping[str, Spec]) -> str | None:
+        """Why it could not hold how a key-value cache is rounded, in words; None where it could.
+
+        Args:
+            form: of the rounding.
+            specs: of every site that was worked on.
+        """
         return (
-            f"{self.key} has no place for the scales of kv_cache, so the cache would stay in 16 bits; leave kv_cache out, "
-            "or export compressed-tensors"
+            f"{self.key} has no place for the scales of kv_cache, so the cache would stay in 16 bits; leave kv_cache "
+            "out, or export compressed-tensors"
         )
 
     def expected_bytes(self, spec: Spec, computed: torch.dtype) -> int:
@@ -136,10 +141,19 @@ class Exporter(ABC):
         return ""
 
 
-def cache_refusals(exporter: Exporter, graph: Graph, caches: Mapping[str, CacheForm]) -> Iterator[str]:
-    """Why a container could not hold how attention layers round what they keep. `caches`: of each layer that does."""
+def cache_refusals(
+    exporter: Exporter, graph: Graph, specs: Mapping[str, Spec], caches: Mapping[str, CacheForm]
+) -> Iterator[str]:
+    """Why a container could not hold how attention layers round what they keep.
+
+    Args:
+        exporter: of the container.
+        graph: the model's structure.
+        specs: of every site that was worked on.
+        caches: how each layer rounds that does.
+    """
     forms = dict.fromkeys(caches.values())
-    reasons = [reason for form in forms if (reason := exporter.refuse_cache(form))]
+    reasons = [reason for form in forms if (reason := exporter.refuse_cache(form, specs))]
     if reasons:
         yield reasons[0]
     elif len(forms) > 1:

@@ -48,7 +48,7 @@ class Entropy(Exporter):
         """The most: what would not be smaller is left as it is, and the entropy is not known before the codes are."""
         return spec.num_bytes
 
-    def refuse_cache(self, form: CacheForm) -> str | None:
+    def refuse_cache(self, form: CacheForm, specs: Mapping[str, Spec]) -> str | None:
         """Nothing: it keeps all that the packed folder has."""
         return None
 

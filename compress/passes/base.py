@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from compress.calibration.training import Loss
 from compress.errors import OptionError
-from compress.passes.interface import Block, Edit, Target, Whole
+from compress.passes.interface import Block, Edit, Reach, Target, Whole
 from compress.passes.kinds import why_refused
 from compress.passes.names import Override
 
@@ -21,13 +21,6 @@ if TYPE_CHECKING:
 
     from compress.calibration.statistics import Need
     from compress.encodings import Form, InputForm, LowRankForm
-
-# What a pass must see at once: a matrix, a block, the model; all models of a merge; which blocks, experts of a layer,
-# neurons and heads there are; every batch norm; all layers that read a channel; all that touches the residual stream;
-# what attention layers keep.
-Reach = Literal[
-    "matrix", "block", "model", "merge", "depth", "experts", "width", "norms", "channels", "stream", "cache",
-]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

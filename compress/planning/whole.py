@@ -61,7 +61,7 @@ def exports(pipeline: Pipeline, state: PlanState) -> Iterator[Problem]:
     for exporter in pipeline.export:
         for reason in exporter.refusals(state.graph, state.specs, state.new_biases):
             yield Problem(f"export.{exporter.key}", reason)
-        for reason in cache_refusals(exporter, state.graph, state.caches):
+        for reason in cache_refusals(exporter, state.graph, state.specs, state.caches):
             yield Problem(f"export.{exporter.key}", reason)
 
 

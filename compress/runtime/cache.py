@@ -9,6 +9,7 @@ is given back what would have been kept.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -63,7 +64,7 @@ def change_cache(module: nn.Module, change: ChangeCache) -> RemovableHandle:
 
 def round_cache(module: nn.Module, form: CacheForm) -> None:
     """From now on an attention layer rounds what it keeps, with scales that are read into it."""
-    device = next(module.parameters()).device
+    device = next(itertools.chain(module.parameters(), module.buffers())).device
     for name, (shape, dtype) in form.tensors().items():
         module.register_buffer(name, torch.ones(shape, dtype=dtype, device=device))
     change_cache(module, _Loaded(module, form))
@@ -100,8 +101,8 @@ class _ChangingHook:
 
 def _position(kind: type[nn.Module]) -> int:
     """Which of its arguments a layer's cache is, without the layer itself."""
-    code = inspect.unwrap(kind.forward).__code__
-    return code.co_varnames.index(ARGUMENT) - 1
+    names: tuple[str, ...] = inspect.unwrap(kind.forward).__code__.co_varnames
+    return names.index(ARGUMENT) - 1
 
 
 class ChangedCache:
