@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from compress.encodings.cache import SCALES, CacheGrid
 from compress.lazy import torch, transformers
+from compress.models.architecture import predicts_next
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,6 +50,8 @@ def cannot_round(model: nn.Module) -> str | None:
     kind, layers = type(model).__name__, cached_layers(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return f"{kind} has an encoder and a decoder, and the caches of both are not known to engines"
+    if hasattr(model, "config") and not predicts_next(model):
+        return f"{kind} does not write one token after the other, so it keeps no keys and values"
     if not layers:
         return f"no layer of {kind} keeps keys and values in a cache of transformers"
     latent = next((name for name, layer in layers.items() if hasattr(layer, "kv_lora_rank")), None)
