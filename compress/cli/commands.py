@@ -303,7 +303,7 @@ def inspect(
 ) -> None:
     """List every stored weight: kind, bits, sparsity, error, bytes, and how its layer rounds its inputs."""
     from compress.api.output_folder import refuse_changed, refuse_file
-    from compress.export.packed import packed_layers
+    from compress.export.packed import packed_caches, packed_layers
     from compress.io.atomic import write_text
     from compress.report import layers
 
@@ -321,7 +321,7 @@ def inspect(
     if as_json:
         print(json.dumps(layers.as_json(rows), indent=1))
     else:
-        layers.show(rows, console_for_stdout())
+        layers.show(rows, console_for_stdout(), packed_caches(out))
 
 
 @app.command("list")

@@ -48,7 +48,7 @@ class RoundingCaches(StageRunner):
             batches = context.executor.shard(calibration_batches(context, data))
             seen = joined(context.executor.gathered(_seen(context, layers, batches)))
             context.ledger.commit_row(unit, key, seen)
-        largest = {name: [torch.tensor(seen[name][what]) for what in ("keys", "values")] for name in seen}
+        largest = {name: [torch.tensor(seen[name][what], device="cpu") for what in ("keys", "values")] for name in seen}
         caches = {name: pass_.run(*largest[name]) for name in layers if name in seen}
         artifact = replace(context.artifact, caches={**context.artifact.caches, **caches})
         numbers = sum(int(seen[name]["numbers"][0]) for name in caches)

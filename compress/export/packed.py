@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from compress.checkpoint.sources import Source
     from compress.encodings import Spec
+    from compress.encodings.cache import CacheForm
     from compress.runtime.register import CompressConfig
 
 
@@ -76,6 +77,17 @@ def packed_layers(folder: Path) -> dict[str, Packed]:
     more = {name: shape for name, shape in there.items() if name not in wanted}
     refuse_other_tensors(there, {**wanted, **more}, (), str(folder / WEIGHTS))
     return found
+
+
+def packed_caches(folder: Path) -> dict[str, CacheForm]:
+    """How attention layers of a folder round what they keep, by name; reads the configuration alone.
+
+    Raises:
+        UsageError: the folder is not one that this package wrote.
+    """
+    from compress.runtime.register import CompressConfig
+
+    return CompressConfig(**read_quantization(folder)).cache_forms()
 
 
 def _layers_of(section: CompressConfig, file: Path) -> dict[str, Packed]:

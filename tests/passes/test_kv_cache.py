@@ -1,4 +1,4 @@
-"""The rounding of key-value caches: what is rounded and by which scale, that the cache holds it, and where it is kept."""
+"""The rounding of key-value caches: what is rounded and how, that the cache holds it, and where it is kept."""
 
 import copy
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import compress_command
 from conftest import make_llama
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -31,13 +32,14 @@ from compress.config.options import errors_in
 from compress.encodings.cache import CacheForm, CacheGrid, Per
 from compress.errors import ConfigError, NonFiniteError
 from compress.export.packed import open_packed
+from compress.report.report import caption
 from compress.runtime.cache import cached_layers, change_cache
 from compress.runtime.register import CompressConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 GPT2: dict[str, Any] = {"vocab_size": 256, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
-BOTH = ({}, {"grid": "int", "per": "head"})  # options that have nothing in common
+BOTH: tuple[dict[str, Any], ...] = ({}, {"grid": "int", "per": "head"})  # options that have nothing in common
 
 
 def states(heads: int = 2, tokens: int = 40, seed: int = 3) -> Tensor:
@@ -292,10 +294,22 @@ def test_impossible_options_and_orders_are_refused_before_the_run(tiny_llama: Pr
         compress.apply(tiny_llama, [KvCache(), LayerDrop(blocks=1)], calibration=data)
     with pytest.raises(ConfigError, match="kv_cache learns from data, and `calibration:` is missing"):
         compress.apply(tiny_llama, [KvCache()])
+    bad = make_llama()
+    bad.model.layers[0].self_attn.v_proj.weight.data.mul_(1e38)
     with pytest.raises(NonFiniteError, match=r"keys or values of model\.layers\.1\.self_attn are NaN or infinite"):
-        bad = make_llama()
-        bad.get_submodule("model.layers.0.self_attn.v_proj").weight.data.mul_(1e38)
         compress.apply(bad, [KvCache()], calibration=data)
+
+
+def test_commands_say_what_becomes_of_the_cache(tiny_folder: Path, tmp_path: Path) -> None:
+    steps = {**pipeline(per="head"), "calibration": {"source": "demo", "samples": 2, "length": 16}}
+    (tmp_path / "steps.yaml").write_text(json.dumps(steps))
+    planned = compress_command("plan", tmp_path / "steps.yaml", "demo", "--json")
+    assert json.loads(planned.out)["passes"][1]["becomes"] == "keys and values of 6 layers in fp8 per head"
+    report = compress.run(pipeline(), tiny_folder, tmp_path / "out", calibration=torch.randint(256, (2, 16)))
+    assert "2 layers in fp8 per tensor: 128 bytes of cache for a token instead of 256 at 16 bits" in caption(report)
+    assert (
+        "keys and values of 2 attention layers in fp8 per tensor" in compress_command("inspect", tmp_path / "out").out
+    )
 
 
 def test_damaged_descriptions_say_which_layer() -> None:
@@ -303,7 +317,7 @@ def test_damaged_descriptions_say_which_layer() -> None:
     assert CompressConfig(caches={"a": good}).cache_forms()["a"] == CacheForm(heads=2)
     damaged: list[Any] = [{**good, "bits": 4}, {**good, "grid": "nf4"}, {**good, "heads": 0}, {**good, "more": 1}, 3]
     for form in damaged:
-        with pytest.raises(ValueError, match="^a: "):
+        with pytest.raises(ValueError, match=r"^a: "):
             CompressConfig(caches={"a": form}).cache_forms()
 
 
