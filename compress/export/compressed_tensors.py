@@ -15,6 +15,7 @@ from compress.export.on_hub import described_by, groups_on_hub, matrices_on_hub
 from compress.export.pack_quantized import FORMAT, METHOD, Packing, schemes, words
 from compress.export.refusals import (
     refuse_added,
+    refuse_apart,
     refuse_corrected,
     refuse_missing,
     refuse_other_codes,
@@ -69,6 +70,7 @@ class CompressedTensors(Exporter):
         yield from _refuse_floats(floats, experts)
         yield from refuse_corrected(coded, FORMAT)
         yield from _refuse_experts(graph, coded)
+        yield from refuse_apart(graph, {**kept, **floats})
         yield from refuse_read(graph, coded, FORMAT)
         yield from refuse_shared(graph, coded, "compressed-tensors")
         yield from refuse_tables(graph, coded, "transformers reads no packed embeddings of compressed-tensors")

@@ -58,6 +58,11 @@ class Scheme:
 
     format: ClassVar[str] = FORMAT
 
+    def __str__(self) -> str:
+        """The scheme in words."""
+        share = f"groups of {self.group_size}" if self.group_size else "rows"
+        return f"{'symmetric' if self.symmetric else 'asymmetric'} {self.bits} bits in {share}"
+
     def to_json(self) -> dict[str, Any]:
         """The entry `weights` of a config group."""
         strategy = "group" if self.group_size else "channel"
