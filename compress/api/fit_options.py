@@ -127,7 +127,8 @@ def suited(steps: Pipeline, runtime: str, options: Sequence[str | Mapping[str, A
         ConfigError: another number of passes, or another kind of pass.
     """
     where, pass_ = runtime_named(runtime), quantizer_in(steps)
-    schemes = [options_of(option, _names(type(pass_))) for option in options]
+    names = _names(type(pass_))
+    schemes = [options_of(option, names) if isinstance(option, str) else None for option in options]
     known = [(str(o), s) for o, s in zip(options, schemes, strict=True) if s is not None and "grid" not in s]
     if len(known) < len(options):
         raise UsageError(f"--for {runtime}: options must be bits and columns that share a scale, such as w4g64")
@@ -138,7 +139,7 @@ def suited(steps: Pipeline, runtime: str, options: Sequence[str | Mapping[str, A
             f"--for {runtime}: option {wrong}: {runtime} runs {where.widths} bits, and takes {where.sizes} columns "
             "that share a scale"
         )
-    if "symmetric" in _names(type(pass_)) and all(s["bits"] in where.symmetric for _, s in fits):
+    if "symmetric" in names and all(s["bits"] in where.symmetric for _, s in fits):
         pass_ = replace(pass_, symmetric=True)  # type: ignore[call-arg]
     export = steps.export
     if where.format and where.format not in [exporter.key for exporter in export]:

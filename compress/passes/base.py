@@ -186,6 +186,11 @@ class LinearPass(SurveyingPass):
         """Rows are independent given the statistics, so matrices fed by one input may be stacked and solved once."""
         return False
 
+    @property
+    def shares_scale(self) -> bool:
+        """Whether matrices that engines multiply as one are solved as one, to have one scale."""
+        return False
+
     def run(self, target: Target) -> Edit:
         """The edit of one matrix.
 
@@ -204,8 +209,7 @@ class BlockPass(SurveyingPass):
     """A pass that learns the matrices of a block together, from the block's outputs."""
 
     reach: ClassVar[Reach] = "block"
-    # Float32 numbers per weight that a graphics processor holds meanwhile; None: not measured.
-    learned_on_device: ClassVar[int | None] = None
+    learned_on_device: ClassVar[int | None] = None  # float32 numbers per weight on a device; None: not measured
 
     @property
     def calibrated(self) -> bool:
