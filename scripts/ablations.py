@@ -144,6 +144,22 @@ def jlcm() -> list[Table]:
     return [{row: {f"{bits} bits": error(compress.Jlcm, bits=bits, **o) for bits in (3, 2)} for row, o in rows.items()}]
 
 
+def kv_cache() -> list[Table]:
+    forms: dict[str, dict[str, Any]] = {
+        "`fp8`": {},
+        "`grid: int`": {"grid": "int"},
+        "`grid: int`, `bits: 4`": {"grid": "int", "bits": 4},
+    }
+    return [
+        {
+            row: {
+                f"`per: {per}`": Cell((compress.KvCache(**o, per=per),), "kl", "{:.5f}") for per in ("tensor", "head")
+            }
+            for row, o in forms.items()
+        }
+    ]
+
+
 def nupes() -> list[Table]:
     grid, kept = {"moves": "grid"}, {"learn_exponent": False}
     rows: dict[str, dict[str, Any]] = {
@@ -300,6 +316,7 @@ PAGES = {
     "flexround": flexround,
     "gptq": gptq,
     "jlcm": jlcm,
+    "kv_cache": kv_cache,
     "nupes": nupes,
     "oats": oats,
     "perp": perp,

@@ -8,6 +8,7 @@ docs/quantizers.json are read. Run it when a method, a ready-made pipeline, a fo
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from compress.checkpoint import opening
 from compress.config.pipeline import FORMATS, PRESETS, Pipeline, walk
 from compress.config.reading import load_pipeline
 from compress.config.runtimes import RUNTIMES
-from compress.passes import PASSES, MergePass, Pass
+from compress.export import Exporter
+from compress.export.base import cache_refusals
+from compress.passes import PASSES, KvCache, MergePass, Pass
 from compress.planning.plan import PLANNERS
-from compress.planning.state import initial
+from compress.planning.state import PlanState, initial
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "compress" / "config" / "measured.json"
@@ -41,19 +44,24 @@ def formats(steps: Pipeline) -> list[str]:
         planned = PLANNERS[pass_.reach](state, path, pass_, fused=False, first=True)
         assert not planned.problems, planned.problems
         state = planned.state
-    held = ((key, e().refusals(state.graph, state.specs, state.new_biases)) for key, e in FORMATS.items())
-    return [key for key, refusals in held if not list(refusals)]
+    return [key for key, exporter in FORMATS.items() if not any(refused(exporter(), state))]
+
+
+def refused(exporter: Exporter, state: PlanState) -> Iterator[str]:
+    """Why a container could not hold what a plan makes."""
+    yield from exporter.refusals(state.graph, state.specs, state.new_biases)
+    yield from cache_refusals(exporter, state.graph, state.specs, state.caches)
 
 
 def described(steps: Pipeline) -> dict[str, Any]:
     """What a row says of a pipeline before anything is measured."""
     passes = [pass_ for _, _, pass_ in walk(steps)]
-    coded = [p for p in passes if hasattr(p, "bits") and not isinstance(p, MergePass)]
+    coded = [p for p in passes if hasattr(p, "bits") and not isinstance(p, MergePass | KvCache)]
     rooms = [type(pass_).__module__.split(".")[2] for pass_ in passes]
     pruned = "prune" in rooms
     if "merge" in rooms:
         group = "merge"
-    elif coded:
+    elif coded or "quantize" in rooms:
         group = "prune and quantize" if pruned else "quantize"
     else:
         group = "prune" if pruned else "factorize"

@@ -114,6 +114,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
         {"granularity": "filter", "steps": 2},
         {"granularity": "channel", "correction": True, "steps": 2},
     ],
+    "kv_cache": [{"grid": "int", "per": "head"}, {"grid": "int", "bits": 4}],
     "recalibrate_norms": [{"batch_size": 4}],
     "sparse_soup": [{"models": 2, "soup": "greedy"}, {"sparsity": 0.95, "phases": 2, "models": 2}],
     "wanda": [

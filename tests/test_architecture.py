@@ -119,9 +119,9 @@ def test_a_pass_knows_no_file_no_model_library_no_device_and_no_global_random_st
         assert not found
 
 
-def test_hooks_that_watch_and_round_are_registered_in_one_file_and_those_a_model_is_made_of_in_another() -> None:
+def test_hooks_that_watch_and_change_are_registered_in_one_file_and_those_of_a_model_in_two() -> None:
     found = {name_of(file) for file in FILES for name, _ in names_used(file) if name in HOOKS}
-    assert found == {"calibration/collect.py", "models/turned_inputs.py"}
+    assert found == {"calibration/collect.py", "models/turned_inputs.py", "runtime/cache.py"}
 
 
 def families() -> dict[str, Path]:

@@ -27,6 +27,7 @@ from compress.passes import (
     BlockPass,
     DepthPass,
     ExpertsPass,
+    KvCache,
     LinearPass,
     MergePass,
     ModelPass,
@@ -97,6 +98,9 @@ def results(pass_: Pass, device: torch.device) -> list[object]:
     if isinstance(pass_, RecalibrateNorms):
         with Devices(device, CPU).scope():
             return [pass_.run(torch.rand(3, 5, device=device), torch.rand(3, 5, device=device))]
+    if isinstance(pass_, KvCache):
+        with Devices(device, CPU).scope():
+            return [pass_.run(*(torch.arange(1.0, 4.0, device=device) * n for n in (1, 3)))]
     given_targets = targets(pass_, device, None if "dense" in pass_.accepts else 0.5)
     if isinstance(pass_, ModelPass):
         whole = textbook.whole(given_targets)

@@ -284,6 +284,18 @@ def test_layers_of_one_group_have_one_option(folder: Path, tmp_path: Path) -> No
         assert all(len({made.fitted.layers[n].option for n in group}) == 1 for group in names)
 
 
+def test_for_an_engine_groups_are_chosen_together_among_what_it_reads(folder: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"pipeline": STEPS, "sensitivity": "error", "runtime": "vllm"}
+    made = compress.fit(folder, tmp_path / "out", bits=6, **asked)
+    layers = made.fitted.layers
+    assert {layer.option for layer in layers.values()} == {"w4g64", "w8g64"}
+    for block in ("model.layers.0", "model.layers.1"):
+        assert len({layers[f"{block}.self_attn.{n}_proj"].option for n in "qkv"}) == 1
+    config = json.loads((tmp_path / "out" / "compressed-tensors" / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"].values()
+    assert {(g["weights"]["num_bits"], g["weights"]["symmetric"]) for g in groups} == {(4, True), (8, True)}
+
+
 def test_embedding_and_head_are_chosen_for_where_they_are_named(folder: Path, tmp_path: Path) -> None:
     steps = {**STEPS, "passes": [{"rtn": {"include": ["*_proj", "*embed_tokens*", "lm_head"]}}]}
     made = compress.fit(folder, tmp_path / "out", size="230KB", pipeline=steps, options=OPTIONS)
@@ -311,6 +323,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"bits": 4, "options": ["w3g32", "w9g32"]}, "w9g32.bits: 9"),
     ({"bits": 4, "options": ["w3g32", {"bitts": 4}]}, "bitts=4.bitts: unknown option of gptq"),
     ({"bits": 4, "options": ["w3g32", "w4g48"]}, "group_size 48 does not divide its 64 columns"),
+    ({"bits": 4, "runtime": "vllm", "options": ["w3g64", "w4g64"]}, "option w3g64: vllm runs 4 or 8 bits"),
+    ({"bits": 4, "runtime": "tpu"}, "--for tpu: known are"),
+    ({"bits": 4, "runtime": "vllm", "options": ["w4g64", {"bits": 8}]}, "options must be bits and columns"),
     ({"bits": 4, "passes": ["wanda"]}, "must be one quantizer"),
     ({"bits": 4, "passes": ["wanda", "gptq"]}, "there are wanda, gptq"),
     ({"bits": 4, "passes": [{"gptq": {"embeddings": "w8"}}]}, "embeddings: is what fit writes"),

@@ -57,6 +57,7 @@ from compress.passes import (
     PASSES,
     DepthPass,
     ExpertsPass,
+    KvCache,
     MergePass,
     Pass,
     RecalibrateNorms,
@@ -172,7 +173,7 @@ def test_a_global_cut_ranks_convolutions_and_linear_layers_together(digits: Digi
 
 
 OTHERS = (
-    DepthPass | ExpertsPass | MergePass | RecalibrateNorms | Rotate | ScalingPass | WidthPass
+    DepthPass | ExpertsPass | KvCache | MergePass | RecalibrateNorms | Rotate | ScalingPass | WidthPass
 )  # they edit no single weight
 QUANTIZERS = [cls for cls in PASSES if cls().produces("dense").endswith("quantized")]
 

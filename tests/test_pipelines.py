@@ -97,8 +97,9 @@ def code_path(file: Path) -> list[tuple[str, list[str]]]:
 
 # One of every reach and kind; what else is here is run by the tests of its passes.
 QUICK = {
-    "gptq-nvfp4", "layer-drop-1-perp", "low-rank-50", "merge-bitdelta", "merge-wanda-2of4-perp-flexround-w4-eora",
-    "merge-weight-matching", "rotate-gptq-w4a4", "scale-gptq-w3", "wanda-70-owl", "width-prune-40-perp",
+    "gptq-nvfp4", "gptq-w4-kv-fp8", "layer-drop-1-perp", "low-rank-50", "merge-bitdelta",
+    "merge-wanda-2of4-perp-flexround-w4-eora", "merge-weight-matching", "rotate-gptq-w4a4", "scale-gptq-w3",
+    "wanda-70-owl", "width-prune-40-perp",
 }  # fmt: skip
 DIFFERENT = list({repr(code_path(f)): f for f in FILES}.values())
 

@@ -28,6 +28,7 @@ from compress.models import graph as graphs
 from compress.models.experts import running_one_by_one
 from compress.planning import plan, resources
 from compress.planning.places import chosen_device, places_on
+from compress.runtime.cache import change_cache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -46,7 +47,8 @@ class Result:
     """What `apply` made.
 
     Attributes:
-        model: the compressed module; its weights are the dequantized ones, and it rounds inputs that are quantized.
+        model: the compressed module; its weights are the dequantized ones, and it rounds inputs and caches that are
+            quantized.
         weights: site name -> what is stored: codes, mask, values; on the device that computed them if it has room.
         report: sizes, errors and, with evaluation data, perplexity or accuracy after every pass.
     """
@@ -197,6 +199,8 @@ def _applied(
         if weight.inputs is not None:
             for user in context.artifact.sites[name].names:
                 collect.quantize_inputs(model.get_submodule(user), weight.inputs.apply)
+    for name, grid in context.artifact.caches.items():
+        change_cache(model.get_submodule(name), grid.apply)
     return Result(model, weights, measured)
 
 

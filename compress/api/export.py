@@ -166,9 +166,10 @@ def refuse_exports(made: PackedFolder, exporters: Sequence[Exporter]) -> None:
         ConfigError: every reason at once.
     """
     specs, added = specs_in(made), added_in(made)
+    caches = {name: grid.form for name, grid in made.artifact.caches.items()}
     problems = [Problem(f"export.{e.key}.{m.option}", m.message) for e in exporters for m in errors_in(e)]
     for exporter in exporters:
-        reasons = exporter.reasons(made.artifact.graph, specs, added)
+        reasons = exporter.reasons(made.artifact.graph, specs, added, caches)
         problems += [Problem(f"export.{exporter.key}", reason) for reason in reasons]
     if problems:
         raise ConfigError(problems, str(made.folder))

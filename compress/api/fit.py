@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from compress import progress
-from compress.api.fit_options import DEFAULT_OPTIONS, budget_of, differing, quantizer_in, with_options
+from compress.api.fit_options import DEFAULT_OPTIONS, budget_of, differing, quantizer_in, suited, with_options
 from compress.api.output_folder import work_of
 from compress.api.run import run
 from compress.api.work import prepare
@@ -17,6 +17,7 @@ from compress.calibration.data import numbered_together
 from compress.calibration.surroundings import undisturbed
 from compress.checkpoint.finite import refuse_non_finite
 from compress.config.reading import load_pipeline
+from compress.config.runtimes import runtime_named
 from compress.config.writing import dump
 from compress.encodings.format import WEIGHTS
 from compress.engine.fit.choice import Choices, refuse_out_of_reach
@@ -74,7 +75,8 @@ def fit(
     bits: float | None = None,
     pipeline: str | Path | Mapping[str, Any] | Pipeline | None = None,
     options: Sequence[str | Mapping[str, Any]] = DEFAULT_OPTIONS,
-    groups: Groups = "site",
+    groups: Groups | None = None,
+    runtime: str | None = None,
     sensitivity: Sensitivity = "fisher",
     work: str | Path | None = None,
     dry_run: bool = False,
@@ -103,7 +105,9 @@ def fit(
         options: between which is chosen: texts such as "w3g64" for 3 bits and a scale for 64 columns, or mappings of
             options of the quantizer.
         groups: which layers are given the same option: of `site` none, of `fused` those with the same inputs (queries,
-            keys and values; gate and up), which some runtimes ask for, of `block` all in one.
+            keys and values; gate and up), of `block` all in one. By default `site`, or what the runtime asks for.
+        runtime: what is to run the result, such as "vllm": of the default options those with which it computes, groups
+            that it multiplies as one matrix, and its container.
         sensitivity: how losses are measured: `kl` by divergences of predictions, `fisher` by gradients of what layers
             put out, `error` by comparing that alone.
         work: the folder of the sweep instead of `OUT.fit`.
@@ -131,11 +135,14 @@ def fit(
         >>> made.fitted.chosen.bits <= 3.5
         True
     """
+    steps = load_pipeline(_default() if pipeline is None else pipeline)
+    if runtime is not None:
+        steps, options = suited(steps, runtime, options)
+    groups = groups or ("fused" if runtime is not None and runtime_named(runtime).fuses else "site")
     for name, value, known in (("groups", groups, Groups), ("sensitivity", sensitivity, Sensitivity)):
         if value not in get_args(known):
             raise UsageError(f"{name} {value!r}: known are {', '.join(get_args(known))}")
     budget, bars = budget_of(size, bits), bars or progress.Bars()
-    steps = load_pipeline(_default() if pipeline is None else pipeline)
     passes = with_options(quantizer_in(steps), options)
     first = replace(steps, passes=((next(iter(passes.values())),),))
     found: dict[str, Any] = {"calibration": calibration, "evaluation": evaluation}

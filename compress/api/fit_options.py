@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from compress.config.options import PATTERNS, errors_in, unknown
-from compress.config.pipeline import METHODS, SIZE, walk
+from compress.config.pipeline import FORMATS, METHODS, SIZE, walk
+from compress.config.runtimes import runtime_named
 from compress.config.schemes import no_scheme, options_of
 from compress.errors import ConfigError, Problem, UsageError
 from compress.passes.base import LinearPass
@@ -113,6 +114,39 @@ def with_options(base: LinearPass, options: Sequence[str | Mapping[str, Any]]) -
     return found
 
 
+def suited(steps: Pipeline, runtime: str, options: Sequence[str | Mapping[str, Any]]) -> tuple[Pipeline, list[str]]:
+    """A pipeline that writes what a runtime reads, and those of the default options with which that computes.
+
+    Args:
+        steps: of one quantizer.
+        runtime: by name.
+        options: as they were given.
+
+    Raises:
+        UsageError: no such runtime, or options of which it cannot be told whether they suit it.
+        ConfigError: another number of passes, or another kind of pass.
+    """
+    where, pass_ = runtime_named(runtime), quantizer_in(steps)
+    names = _names(type(pass_))
+    schemes = [options_of(option, names) if isinstance(option, str) else None for option in options]
+    known = [(str(o), s) for o, s in zip(options, schemes, strict=True) if s is not None and "grid" not in s]
+    if len(known) < len(options):
+        raise UsageError(f"--for {runtime}: options must be bits and columns that share a scale, such as w4g64")
+    fits = [(o, s) for o, s in known if s["bits"] in where.bits and where.takes_group(s.get("group_size"))]
+    if tuple(options) != DEFAULT_OPTIONS and len(fits) < len(known):
+        wrong = next(o for o, s in known if (o, s) not in fits)
+        raise UsageError(
+            f"--for {runtime}: option {wrong}: {runtime} runs {where.widths} bits, and takes {where.sizes} columns "
+            "that share a scale"
+        )
+    if "symmetric" in names and all(s["bits"] in where.symmetric for _, s in fits):
+        pass_ = replace(pass_, symmetric=True)  # type: ignore[call-arg]
+    export = steps.export
+    if where.format and where.format not in [exporter.key for exporter in export]:
+        export = (*export, FORMATS[where.format]())
+    return replace(steps, passes=((pass_,),), export=export), [option for option, _ in fits]
+
+
 def differing(passes: Mapping[str, LinearPass]) -> dict[str, dict[str, Any]]:
     """Label -> the options in which the passes differ."""
     each = list(passes.values())
@@ -124,4 +158,4 @@ def _names(kind: type) -> set[str]:
     return {f.name for f in fields(kind)}
 
 
-__all__ = ["DEFAULT_OPTIONS", "Budget", "budget_of", "differing", "quantizer_in", "with_options"]
+__all__ = ["DEFAULT_OPTIONS", "Budget", "budget_of", "differing", "quantizer_in", "suited", "with_options"]

@@ -1,4 +1,4 @@
-"""Everything that hooks into a running model: the only file that registers hooks.
+"""Everything that hooks into a running model: the only file that registers hooks, beside `runtime/cache.py`.
 
 Every hook is removed again, but for those of `quantize_inputs`, which are part of a compressed model.
 """
@@ -18,6 +18,7 @@ from compress.calibration.sums import Sums
 from compress.calibration.windows import windows_of
 from compress.errors import NonFiniteError
 from compress.models.members import is_attention
+from compress.runtime.cache import change_cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from compress.calibration.calls import Call
     from compress.calibration.experts import FusedParameter, See
     from compress.calibration.statistics import Need, Statistics
+    from compress.runtime.cache import ChangeCache
 
 RoundInputs: TypeAlias = "Callable[[Tensor], Tensor]"
 
@@ -359,6 +361,17 @@ def around(
 def quantized_inputs(grids: Mapping[nn.Module, RoundInputs]) -> Iterator[None]:
     """While open, the input of each module is rounded before the module sees it."""
     handles = [quantize_inputs(module, grid) for module, grid in grids.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def changed_caches(changes: Mapping[nn.Module, ChangeCache]) -> Iterator[None]:
+    """While open, each attention layer keeps what is made of its keys and values."""
+    handles = [change_cache(module, change) for module, change in changes.items()]
     try:
         yield
     finally:

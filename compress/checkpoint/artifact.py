@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from compress.checkpoint.sources import Source
     from compress.encodings import InputGrid, LowRankFactors, Spec
+    from compress.encodings.cache import CacheGrid
     from compress.encodings.rans import CodedForm
     from compress.models.graph import Graph
     from compress.models.site import Site
@@ -98,6 +99,7 @@ class Artifact:
             One that the source does not have is a bias that a layer was given.
         configured: changed entries of the source's configuration, with their new values, as `changed` takes them.
         carried: tensors of the source that the model has no place for, and that stay what they are.
+        caches: attention layer -> how it rounds the keys and values that it keeps.
     """
 
     graph: Graph
@@ -108,6 +110,7 @@ class Artifact:
     vectors: dict[str, Weight | Packed] = field(default_factory=dict)
     configured: dict[str, Any] = field(default_factory=dict)
     carried: tuple[str, ...] = ()
+    caches: Mapping[str, CacheGrid] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sites = {site.name: site for site in self.graph.sites}
@@ -136,7 +139,8 @@ class Artifact:
 
     def plain(self) -> Artifact:
         """The original: the model as it was before any pass, or as the last that made it narrower left it."""
-        return replace(self, committed={}, vectors={n: v for n, v in self.restated.items() if n not in self.sites})
+        vectors = {n: v for n, v in self.restated.items() if n not in self.sites}
+        return replace(self, committed={}, vectors=vectors, caches={})
 
     def fits(self) -> bool:
         """Whether every value has the shape that the model says."""

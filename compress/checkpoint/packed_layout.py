@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 def entries(artifact: Artifact) -> Iterator[tuple[str, list[Entry]]]:
     """(tensor or site name, its stored tensors): parameters in the model's order, tied ones once, then buffers.
 
-    Last come tensors that the model has no place for, under the names that they have in the source.
+    Then come scales of caches, by attention layer, and last tensors that the model has no place for, under the names
+    that they have in the source.
     """
     for name, _ in artifact.graph.tensors():
         sites = artifact.made_sites(name)
@@ -46,6 +47,8 @@ def entries(artifact: Artifact) -> Iterator[tuple[str, list[Entry]]]:
         else:
             stored = artifact.name_in_source(name)
             yield name, [(name, artifact.source.shape(stored), artifact.source.dtype(stored))]
+    for name, grid in artifact.caches.items():
+        yield name, [(f"{name}.{leaf}", shape, dtype) for leaf, (shape, dtype) in grid.form.tensors().items()]
     for name in artifact.carried:
         yield name, [(name, artifact.source.shape(name), artifact.source.dtype(name))]
 
@@ -103,6 +106,8 @@ def write_packed(
     shared = {n: name for name, site in artifact.sites.items() if name in artifact.committed for n in site.shared}
     if shared:
         section["shared"] = shared
+    if artifact.caches:
+        section["caches"] = {name: grid.form.to_json() for name, grid in artifact.caches.items()}
     settings = changed(config, artifact.configured, getattr(artifact.graph.model, "config", None))
     write_json({**settings, "quantization_config": section}, folder / "config.json")
     if source:
@@ -111,7 +116,7 @@ def write_packed(
 
 def _write_weights(artifact: Artifact, file: Path, bars: Bars) -> None:
     source = artifact.source
-    if isinstance(source, WrittenSource) and not (artifact.committed or artifact.vectors or artifact.configured):
+    if isinstance(source, WrittenSource) and not _changed(artifact):
         try:  # nothing was changed since: the file gets another name instead of a copy
             file.hardlink_to(source.file)
             return
@@ -120,9 +125,15 @@ def _write_weights(artifact: Artifact, file: Path, bars: Bars) -> None:
     write_tensors(list(entries(artifact)), partial(stored_tensors, artifact), file, bars, "weights")
 
 
+def _changed(artifact: Artifact) -> bool:
+    return bool(artifact.committed or artifact.vectors or artifact.configured or artifact.caches)
+
+
 def stored_tensors(artifact: Artifact, owner: str) -> dict[str, Tensor]:
     """The tensors of one entry, by full name."""
     done = artifact.committed.get(owner)
+    if owner in artifact.caches:
+        return {f"{owner}.{leaf}": value for leaf, value in artifact.caches[owner].tensors().items()}
     if owner in artifact.vectors:
         return {owner: artifact.tensor(owner)}
     if done is None and owner in artifact.sites:

@@ -97,8 +97,12 @@ def fit(
         "w2g64,w3g64,w4g64,w5g64,w6g64,w8g64"
     ),
     groups: Annotated[
-        str, typer.Option(help="layers with one option: site (each its own), fused (same inputs), block")
-    ] = "site",
+        str | None,
+        typer.Option(help="layers with one option: site (each its own), fused (same inputs), block  [default: site]"),
+    ] = None,
+    runtime: Annotated[
+        str | None, typer.Option("--for", help="what runs the result, such as vllm: its options, groups and container")
+    ] = None,
     sensitivity: Annotated[str, typer.Option(help="how losses are measured: kl, fisher, error")] = "fisher",
     work: Annotated[Path | None, typer.Option(help="the folder of the sweep  [default: OUT.fit]")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="write OUT.fit/pipeline.yaml, and run nothing")] = False,
@@ -113,6 +117,7 @@ def fit(
     from compress.cli.fitting import fit_and_show
 
     asked: dict[str, Any] = {"size": size, "bits": bits, "pipeline": pipeline, "groups": groups, "work": work}
+    asked["runtime"] = runtime
     asked |= {"sensitivity": sensitivity, "options": [o.strip() for o in options.split(",") if o.strip()]}
     asked |= {"dry_run": dry_run, "overwrite": overwrite, "fresh": fresh, "device": device}
     fit_and_show(model, out, asked, as_json, bars_for(verbose, quiet), console_for_stdout())
@@ -303,7 +308,7 @@ def inspect(
 ) -> None:
     """List every stored weight: kind, bits, sparsity, error, bytes, and how its layer rounds its inputs."""
     from compress.api.output_folder import refuse_changed, refuse_file
-    from compress.export.packed import packed_layers
+    from compress.export.packed import packed_caches, packed_layers
     from compress.io.atomic import write_text
     from compress.report import layers
 
@@ -321,7 +326,7 @@ def inspect(
     if as_json:
         print(json.dumps(layers.as_json(rows), indent=1))
     else:
-        layers.show(rows, console_for_stdout())
+        layers.show(rows, console_for_stdout(), packed_caches(out))
 
 
 @app.command("list")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import UsageError
 
@@ -27,6 +27,7 @@ class Runtime:
         symmetric: widths at which codes have no zero point, which it reads in fewer bits, or alone.
         uniform: whether it takes no codes but uniform ones.
         super_blocks: whether it takes them, the K-quants of llama.cpp.
+        fuses: whether it multiplies queries, keys and values as one matrix, and gate and up, with one scheme for all.
         stored: bits per weight that it keeps codes in, where that is not their own width.
     """
 
@@ -38,6 +39,7 @@ class Runtime:
     symmetric: tuple[int, ...] = ()
     uniform: bool = False
     super_blocks: bool = True
+    fuses: bool = False
     stored: Mapping[int, float] = field(default_factory=dict)
 
     @property
@@ -63,10 +65,13 @@ class Runtime:
 # vLLM and SGLang: by their source (`compressed_tensors_wNa16`, `gptq_marlin`), not run here. llama.cpp: blocks of GGML,
 # see docs/exports.md. MLX: beside zero points scales take float32.
 LLAMA_CPP = {2: 4.5, 3: 4.5, 4: 4.5, 5: 5.5, 6: 8.5, 7: 8.5, 8: 8.5}
+SERVED: dict[str, Any] = {
+    "bits": (4, 8), "groups": (32, 64, 128), "symmetric": BITS, "uniform": True, "super_blocks": False, "fuses": True,
+}  # fmt: skip
 RUNTIMES: dict[str, Runtime] = {
     "transformers": Runtime(None),
-    "vllm": Runtime("compressed-tensors", (4, 8), (32, 64, 128), symmetric=BITS, uniform=True, super_blocks=False),
-    "sglang": Runtime("gptq", (4, 8), (32, 64, 128), symmetric=BITS, uniform=True, super_blocks=False),
+    "vllm": Runtime("compressed-tensors", **SERVED),
+    "sglang": Runtime("gptq", **SERVED),
     "mlx": Runtime("mlx", (2, 3, 4, 5, 6, 8), (32, 64, 128), symmetric=(4, 5, 6, 8), uniform=True, super_blocks=False),
     "llama.cpp": Runtime("gguf", multiple=32, group=32, symmetric=(4, 5, 6, 7, 8), uniform=True, stored=LLAMA_CPP),
     "onnxruntime": Runtime("onnx"),

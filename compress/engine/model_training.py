@@ -14,7 +14,7 @@ from compress.calibration.shares import ALONE
 from compress.calibration.training import ModelData
 from compress.engine.learned_values import original_parameter, parameters_of, with_learned
 from compress.engine.loss_in_pieces import loss_in_pieces, rows_before_head
-from compress.engine.placement import bring_buffers, bring_in, evict, grids_of, rounded_inputs, tie
+from compress.engine.placement import bring_buffers, bring_in, evict, grids_of, rounded_caches, rounded_inputs, tie
 from compress.io.heap import bound_heap
 from compress.models.logits import WHOLE_LEARNED, bodies, logits_in, rows_at_once, vocabulary
 
@@ -29,14 +29,15 @@ if TYPE_CHECKING:
 
 @contextmanager
 def in_memory(context: Context) -> Iterator[None]:
-    """While open, all of the model is in memory, and inputs are rounded where they are; gradients pass through that."""
+    """While open, all of the model is in memory; inputs and caches are rounded, and gradients pass through that."""
     model = context.graph.model
     if not context.resident:
         bring_buffers(context)
         bring_in(context, "", model)
         tie(context.graph)
     try:
-        with rounded_inputs(context, grids_of(context, context.graph.sites), through=True):
+        inputs = rounded_inputs(context, grids_of(context, context.graph.sites), through=True)
+        with inputs, rounded_caches(context):
             yield
     finally:
         if not context.resident:

@@ -152,7 +152,8 @@ def streamed(context: Context) -> Iterator[Hold]:
 
     Within what it gives, parts stay where they are until that is closed.
     """
-    with rounded_inputs(context, grids_of(context, context.graph.sites)), _streamed(context) as hold:
+    inputs = rounded_inputs(context, grids_of(context, context.graph.sites))
+    with inputs, rounded_caches(context), _streamed(context) as hold:
         yield hold
 
 
@@ -239,6 +240,13 @@ def rounded_inputs(
     return collect.quantized_inputs({model.get_submodule(u): a for n, a in applied.items() for u in names[n]})
 
 
+def rounded_caches(context: Context, within: str = "") -> AbstractContextManager[None]:
+    """While open, attention layers round the keys and values that they keep. `within`: those of one block."""
+    model, inside = context.graph.model, f"{within}." if within else ""
+    caches = {name: grid for name, grid in context.artifact.caches.items() if f"{name}.".startswith(inside)}
+    return collect.changed_caches({model.get_submodule(name): grid.apply for name, grid in caches.items()})
+
+
 def passed_through(grid: collect.RoundInputs) -> collect.RoundInputs:
     """The same rounding, through which gradients pass as if it were not there."""
     return lambda x: x + (grid(x.detach()) - x.detach())
@@ -248,14 +256,16 @@ def passed_through(grid: collect.RoundInputs) -> collect.RoundInputs:
 def present(context: Context, index: int, grids: Mapping[str, InputGrid] | None = None) -> Iterator[None]:
     """While open, a block's parameters are in memory. They are not while its matrices are being solved.
 
-    Inputs are rounded to `grids`, by default to those that are committed.
+    Inputs are rounded to `grids`, by default to those that are committed. With `grids` of its own the block is one that
+    is being learned, or the original one, and keeps keys and values as they are.
     """
     name = context.graph.blocks[index]
     block = context.graph.model.get_submodule(name)
     if not context.resident:
         bring_in(context, name, block)
     try:
-        with rounded_inputs(context, grids_of(context, context.graph.used_in(index)) if grids is None else grids):
+        inputs = grids_of(context, context.graph.used_in(index)) if grids is None else grids
+        with rounded_inputs(context, inputs), rounded_caches(context, name) if grids is None else nullcontext():
             yield
     finally:
         if not context.resident:

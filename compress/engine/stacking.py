@@ -1,9 +1,11 @@
-"""Stacking: rows are independent, so matrices fed by the same input are solved as one."""
+"""Stacking: matrices fed by the same input are solved as one, where rows are independent or they share a scale."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from compress.models.fused import fused_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,17 +18,13 @@ if TYPE_CHECKING:
 def stacks(
     pass_: LinearPass, sites: list[Site], found: dict[str, Statistics], masked: Callable[[Site], bool]
 ) -> list[list[Site]]:
-    """Groups of sites that may be solved as one: with the same inputs and options, all masked or none."""
+    """Groups of sites that are solved as one: with the same inputs and options, all masked or none."""
 
     def fits(a: Site, b: Site) -> bool:
-        fed_alike = found.get(a.name) is not None and found.get(a.name) is found.get(b.name)
-        return (
-            fed_alike
-            and a.groups == 1
-            and masked(a) == masked(b)
-            and pass_.at(a.name).rowwise
-            and pass_.at(a.name) == pass_.at(b.name)
-        )
+        mine, alike = pass_.at(a.name), found.get(a.name) is found.get(b.name)
+        rows = mine.rowwise and found.get(a.name) is not None
+        fused = mine.shares_scale and fused_name(a.name) is not None and fused_name(a.name) == fused_name(b.name)
+        return alike and (rows or fused) and a.groups == 1 and masked(a) == masked(b) and mine == pass_.at(b.name)
 
     grouped: list[list[Site]] = []
     for site in sites:

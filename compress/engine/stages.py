@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from compress.engine.block_stage import BlockSequential
+from compress.engine.cache_stage import RoundingCaches
 from compress.engine.channels_stage import ScalingChannels
 from compress.engine.depth_stage import Shortening
 from compress.engine.experts_stage import FewerExperts
@@ -30,4 +31,5 @@ RUNNERS: Mapping[Reach, StageRunner] = {
     "norms": Recounting(),
     "channels": ScalingChannels(),
     "stream": Turning(),
+    "cache": RoundingCaches(),
 }

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from compress.export.gptq import ROW
 from compress.export.linear_layers import LinearLayers
 from compress.export.pack_quantized import Scheme, own_schemes, packed_words
-from compress.export.refusals import refuse_tables
+from compress.export.refusals import refuse_apart, refuse_tables
 from compress.lazy import np, torch
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class AwqFormat(LinearLayers):
     def misfits(self, graph: Graph, specs: Mapping[str, Spec]) -> Iterator[str]:
         yield from refuse_tables(graph, specs, "engines read no packed embeddings of AWQ")
         yield from super().misfits(graph, specs)
+        yield from refuse_apart(graph, self.schemes(specs))
         broken = [(name, spec.shape[0]) for name, spec in specs.items() if spec.shape[0] % EACH]
         if broken:
             yield (

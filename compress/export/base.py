@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+from compress.runtime.cache import cached_layers
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
     from pathlib import Path
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     from compress.checkpoint.artifact import Artifact
     from compress.encodings import Spec
+    from compress.encodings.cache import CacheForm
     from compress.errors import OptionError
     from compress.models.graph import Graph
     from compress.progress import Bars
@@ -72,14 +75,24 @@ class Exporter(ABC):
         """Every impossible option."""
         return self.check()
 
-    def reasons(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:
-        """Why it cannot hold a model: what concerns every container, and its own `refusals`, with what they take."""
+    def reasons(
+        self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str], caches: Mapping[str, CacheForm]
+    ) -> Iterator[str]:
+        """Why it cannot hold a model: what concerns every container, and its own `refusals`.
+
+        Args:
+            graph: its structure.
+            specs: of every site that was worked on.
+            added: layers that were given a bias their class of model has not.
+            caches: how each attention layer rounds what it keeps that does.
+        """
         if graph.turned and not self.turns:
             yield (
                 f"it has no place for turned inputs, and those of {len(graph.turned)} layers are, such as "
                 f"{next(iter(graph.turned))}; leave `online` out of rotate, or this format out of `export:`"
             )
         yield from self.refusals(graph, specs, added)
+        yield from _cache_refusals(self, graph, specs, caches)
 
     def refusals(self, graph: Graph, specs: Mapping[str, Spec], added: Collection[str]) -> Iterator[str]:
         """Why this container in particular could not hold a model.
@@ -90,6 +103,18 @@ class Exporter(ABC):
             added: layers that were given a bias their class of model has not.
         """
         return iter(())
+
+    def refuse_cache(self, form: CacheForm, specs: Mapping[str, Spec]) -> str | None:
+        """Why it could not hold how a key-value cache is rounded, in words; None where it could.
+
+        Args:
+            form: of the rounding.
+            specs: of every site that was worked on.
+        """
+        return (
+            f"{self.key} has no place for the scales of kv_cache, so the cache would stay in 16 bits; leave kv_cache "
+            "out, or export compressed-tensors"
+        )
 
     def expected_bytes(self, spec: Spec, computed: torch.dtype) -> int:
         """About how much it writes of a layer that was worked on, rather more than less.
@@ -135,3 +160,27 @@ class Exporter(ABC):
     def first_nan(self, folder: Path, inputs: Tensor) -> str:
         """A sentence about the first NaN in what was written, for inputs whose logits are not finite; or nothing."""
         return ""
+
+
+def _cache_refusals(
+    exporter: Exporter, graph: Graph, specs: Mapping[str, Spec], caches: Mapping[str, CacheForm]
+) -> Iterator[str]:
+    """Why a container could not hold how attention layers round what they keep.
+
+    Args:
+        exporter: of the container.
+        graph: the model's structure.
+        specs: of every site that was worked on.
+        caches: how each layer rounds that does.
+    """
+    forms = dict.fromkeys(caches.values())
+    reasons = [reason for form in forms if (reason := exporter.refuse_cache(form, specs))]
+    if reasons:
+        yield reasons[0]
+    elif len(forms) > 1:
+        yield f"{exporter.key} has one form for the whole cache, and the pipeline makes {len(forms)}; use one kv_cache"
+    elif forms and (rest := [name for name in cached_layers(graph.model) if name not in caches]):
+        yield (
+            f"{exporter.key} has one form for the cache of all layers, and that of {len(rest)} is not rounded, such as "
+            f"{rest[0]}; leave include and exclude of kv_cache out"
+        )

@@ -15,6 +15,7 @@ from compress.export.on_hub import described_by, groups_on_hub, matrices_on_hub
 from compress.export.pack_quantized import FORMAT, METHOD, Packing, schemes, words
 from compress.export.refusals import (
     refuse_added,
+    refuse_apart,
     refuse_corrected,
     refuse_missing,
     refuse_other_codes,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from compress.encodings import Spec
+    from compress.encodings.cache import CacheForm
     from compress.export.base import Logits, PackedFolder
     from compress.models.graph import Graph
     from compress.progress import Bars
@@ -70,6 +72,7 @@ class CompressedTensors(Exporter):
         yield from _refuse_floats(floats, experts)
         yield from refuse_corrected(coded, FORMAT)
         yield from _refuse_experts(graph, coded)
+        yield from refuse_apart(graph, {**kept, **floats})
         yield from refuse_read(graph, coded, FORMAT)
         yield from refuse_shared(graph, coded, "compressed-tensors")
         yield from refuse_tables(graph, coded, "transformers reads no packed embeddings of compressed-tensors")
@@ -92,6 +95,18 @@ class CompressedTensors(Exporter):
                 f"asymmetric codes of {MOST_BITS} bits, such as those of {wide[0]}, can be read "
                 f"{'in no experts; set' if wide[0] in experts else f'{alike}, or'} symmetric: true"
             )
+
+    def refuse_cache(self, form: CacheForm, specs: Mapping[str, Spec]) -> str | None:
+        if form.grid != "fp8":
+            return f"engines read fp8 caches alone, and kv_cache makes {form}; set `grid: fp8`, or leave kv_cache out"
+        asymmetric = [name for name, scheme in schemes(specs).items() if not scheme.symmetric]
+        if asymmetric:
+            return (
+                "transformers leaves the cache as it is where codes have zero points, as those of "
+                f"{asymmetric[0]} ({len(asymmetric)} in all); set `symmetric: true` in the quantizer, or leave "
+                "kv_cache out"
+            )
+        return None
 
     def write(self, made: PackedFolder, folder: Path, final: Path, bars: Bars) -> None:
         folder.mkdir(parents=True, exist_ok=True)

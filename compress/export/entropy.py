@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from compress.checkpoint.artifact import Artifact
     from compress.encodings import Spec
+    from compress.encodings.cache import CacheForm
     from compress.export.base import Logits, PackedFolder
     from compress.progress import Bars
 
@@ -47,6 +48,10 @@ class Entropy(Exporter):
     def expected_bytes(self, spec: Spec, computed: torch.dtype) -> int:
         """The most: what would not be smaller is left as it is, and the entropy is not known before the codes are."""
         return spec.num_bytes
+
+    def refuse_cache(self, form: CacheForm, specs: Mapping[str, Spec]) -> str | None:
+        """Nothing: it keeps all that the packed folder has."""
+        return None
 
     def write(self, made: PackedFolder, folder: Path, final: Path, bars: Bars) -> None:
         """Weights, configuration and the tokenizer's files."""

@@ -50,6 +50,11 @@ class FloatScheme:
     strategy: Strategy
     inputs: Literal["token", "tensor"] | None = None
 
+    def __str__(self) -> str:
+        """The scheme in words."""
+        inputs = f" with inputs per {self.inputs}" if self.inputs else ""
+        return f"{self.format} per {self.strategy}{inputs}"
+
     def to_json(self) -> dict[str, Any]:
         """The entry `weights` of a config group."""
         bits = 8 if self.format == FP8 else 4

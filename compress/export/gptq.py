@@ -26,13 +26,14 @@ from compress.errors import CompressError
 from compress.export.bit_stream import unpacked
 from compress.export.linear_layers import LinearLayers, distinct
 from compress.export.pack_quantized import Scheme, own_schemes, packed_words
-from compress.export.refusals import refuse_tables
+from compress.export.refusals import refuse_apart, refuse_tables
 from compress.io.atomic import write_json
 from compress.io.small_file import read_object
 from compress.lazy import torch
+from compress.models.fused import fused_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -83,6 +84,7 @@ class GptqFormat(LinearLayers):
     def misfits(self, graph: Graph, specs: Mapping[str, Spec]) -> Iterator[str]:
         yield from refuse_tables(graph, specs, "engines read no packed embeddings of GPTQ")
         yield from super().misfits(graph, specs)
+        yield from refuse_apart(graph, self.schemes(specs))
         broken = [
             (name, spec) for name, spec in specs.items()
             if spec.form is not None and any(count * spec.form.bits % WORD for count in spec.shape)
@@ -143,10 +145,10 @@ class GptqFormat(LinearLayers):
             "meta": {"quantizer": [f"compress:{version()}"]},
         }
         # GPTQModel, vLLM and SGLang go by the first, transformers and vLLM by the second.
-        dynamic: dict[str, Any] = {f"-:{_only(name)}": {} for name in dense}
+        dynamic: dict[str, Any] = {f"-:{_only(name)}": {} for name in _with_fused(dense)}
         for name, scheme in contents.schemes.items():
             if scheme != most:
-                dynamic |= {f"+:{_only(each)}": _said(scheme) for each in (name, contents.called[name])}
+                dynamic |= {f"+:{_only(each)}": _said(scheme) for each in _with_fused((name, contents.called[name]))}
         if dynamic:
             found["dynamic"] = dynamic
         if dense:
@@ -156,6 +158,11 @@ class GptqFormat(LinearLayers):
 
 def _said(scheme: Scheme) -> dict[str, Any]:
     return {"bits": scheme.bits, "group_size": scheme.group_size or ROW, "sym": scheme.symmetric}
+
+
+def _with_fused(names: Iterable[str]) -> list[str]:
+    """Names of layers, and those of the matrices that vLLM makes of them, by which it looks."""
+    return distinct(each for name in names for each in (name, fused_name(name)) if each is not None)
 
 
 def _only(name: str) -> str:

@@ -47,6 +47,15 @@ def layers_on_hub(names: Iterable[str], groups: Iterable[Undone]) -> dict[str, s
     return {name: renamed.get(weight, weight).removesuffix(WEIGHT) for name, weight in weights.items()}
 
 
+def module_on_hub(name: str, groups: Iterable[Undone]) -> str:
+    """What a module with layers in it is called on the hub, by its name in the model."""
+    for group in groups:
+        leaf = group.names[0].removeprefix(name)
+        if group.converter is None and leaf.startswith(".") and group.first.endswith(leaf):
+            return group.first.removesuffix(leaf)
+    return name
+
+
 def dense_layers(graph: Graph, coded: Collection[str]) -> list[str]:
     """The layers without codes, and the routers, which are layers to others than transformers."""
     modules = dict(graph.model.named_modules())

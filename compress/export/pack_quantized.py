@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from compress.encodings.bits import pack_bits, row_bytes
 from compress.export.float_schemes import FloatScheme, float_schemes
 from compress.export.hf import Dense, OnHub
-from compress.export.on_hub import HubMatrix, dense_layers, layers_on_hub, matrices_on_hub
+from compress.export.on_hub import HubMatrix, dense_layers, layers_on_hub, matrices_on_hub, module_on_hub
 from compress.export.packed import specs_in
 from compress.lazy import torch
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.encodings import Encoding, Form, Spec
+    from compress.encodings.cache import CacheForm
     from compress.export.base import PackedFolder
     from compress.io.safetensors_file import Entry
 
@@ -56,6 +57,11 @@ class Scheme:
     group_size: int | None
 
     format: ClassVar[str] = FORMAT
+
+    def __str__(self) -> str:
+        """The scheme in words."""
+        share = f"groups of {self.group_size}" if self.group_size else "rows"
+        return f"{'symmetric' if self.symmetric else 'asymmetric'} {self.bits} bits in {share}"
 
     def to_json(self) -> dict[str, Any]:
         """The entry `weights` of a config group."""
@@ -196,7 +202,13 @@ class Packing:
                 found += [(name, dense[name]) for name in names]
             else:
                 found.append((owner, parts))
-        return found
+        return found + [(name, self._cache_entries(name)) for name in artifact.caches]
+
+    def _cache_entries(self, layer: str) -> list[Entry]:
+        """The scales of a layer's keys and values."""
+        groups = self.plain.groups if isinstance(self.plain, OnHub) else {}
+        called, form = module_on_hub(layer, groups.values()), self.made.artifact.caches[layer].form
+        return [(f"{called}.{leaf}", _cache_shape(form), dtype) for leaf, (_, dtype) in form.tensors().items()]
 
     def _scale_dtype(self, name: str) -> torch.dtype:
         """Experts, and all where there are zero points, are multiplied in the type of their scales."""
@@ -221,6 +233,11 @@ class Packing:
 
     def read(self, owner: str) -> dict[str, Tensor]:
         """The tensors of one entry of the layout."""
+        if owner in self.made.artifact.caches:
+            grid = self.made.artifact.caches[owner]
+            stored = grid.tensors().values()
+            named = zip(self._cache_entries(owner), stored, strict=True)
+            return {name: value.view(shape) for (name, shape, _), value in named}
         if owner not in self.schemes:
             return self.plain.read(owner)
         weight, scheme = self.made.artifact.weight(self.made.artifact.sites[owner]), self.schemes[owner]
@@ -265,6 +282,9 @@ class Packing:
                 for i, (scheme, targets) in enumerate(groups.items())
             },
         }
+        forms = [grid.form for grid in self.made.artifact.caches.values()]
+        if forms:
+            found["kv_cache_scheme"] = cache_scheme(forms[0])
         return {**found, "dequantize": True} if self.dequantized else found
 
     def _targets(self) -> dict[Scheme | FloatScheme, list[str]]:
@@ -298,6 +318,17 @@ def _any(name: str, everywhere: bool) -> str:
     numbers = [i for i, part in enumerate(owners) if part.isdigit()]
     free = numbers if everywhere else numbers[-1:]
     return "re:" + r"\.".join(r"\d+" if i in free else re.escape(part) for i, part in enumerate(owners)) + r"\.\w+$"
+
+
+def cache_scheme(form: CacheForm) -> dict[str, Any]:
+    """The entry `kv_cache_scheme`."""
+    strategy, kind = "tensor" if form.heads == 1 else "attn_head", "float" if form.grid == "fp8" else "int"
+    return {"num_bits": form.bits, "type": kind, "symmetric": True, "strategy": strategy, "dynamic": False}
+
+
+def _cache_shape(form: CacheForm) -> tuple[int, ...]:
+    """The shape of the scales of keys, or of values: those of heads as (heads, tokens, numbers) takes them."""
+    return (1,) if form.heads == 1 else (form.heads, 1, 1)
 
 
 def words(count: int, bits: int) -> int:

@@ -11,6 +11,7 @@ from compress.checkpoint.matching import RUNNING, ignored
 from compress.checkpoint.opening import fitting_config
 from compress.checkpoint.packed_layout import spec_at
 from compress.checkpoint.sources import FolderSource
+from compress.encodings.cache import SCALES, CacheGrid
 from compress.encodings.format import METHOD, WEIGHTS
 from compress.errors import CheckpointError, UsageError
 from compress.export.base import PackedFolder
@@ -19,11 +20,14 @@ from compress.io.small_file import read_object
 from compress.lazy import torch
 from compress.models import graph as graphs
 from compress.models import loading
+from compress.runtime.cache import cached_layers
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from compress.checkpoint.sources import Source
     from compress.encodings import Spec
+    from compress.encodings.cache import CacheForm
     from compress.runtime.register import CompressConfig
 
 
@@ -46,6 +50,7 @@ def read_quantization(folder: Path) -> dict[str, Any]:
     try:
         made = CompressConfig(**section)
         made.forms()
+        made.cache_forms()
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder}/config.json: {error}; it is damaged, or was written by a newer version: update, or run again"
@@ -74,9 +79,27 @@ def packed_layers(folder: Path) -> dict[str, Packed]:
     return found
 
 
+def packed_caches(folder: Path) -> dict[str, CacheForm]:
+    """How attention layers of a folder round what they keep, by name; reads the configuration alone.
+
+    Raises:
+        UsageError: the folder is not one that this package wrote.
+    """
+    from compress.runtime.register import CompressConfig
+
+    return CompressConfig(**read_quantization(folder)).cache_forms()
+
+
 def _layers_of(section: CompressConfig, file: Path) -> dict[str, Packed]:
     coded = section.forms()
     return {name: Packed(file, name, spec, coded=coded.get(name, {})) for name, spec in section.specs().items()}
+
+
+def _caches_of(section: CompressConfig, source: Source) -> dict[str, CacheGrid]:
+    """How attention layers round what they keep; scales that are not there are refused with all other tensors."""
+    there = set(source.names())
+    forms = {n: form for n, form in section.cache_forms().items() if {f"{n}.{leaf}" for leaf in SCALES} <= there}
+    return {name: CacheGrid(form, *(source.read(f"{name}.{leaf}") for leaf in SCALES)) for name, form in forms.items()}
 
 
 def open_packed(folder: Path, dtype: torch.dtype | None = None) -> PackedFolder:
@@ -102,14 +125,18 @@ def open_packed(folder: Path, dtype: torch.dtype | None = None) -> PackedFolder:
     unknown = sorted(committed.keys() - {s.name for s in graph.sites})
     if unknown:
         raise UsageError(f"{folder}: config.json packs {unknown[0]}, which its model does not have")
+    unknown = sorted(section.cache_forms().keys() - cached_layers(model).keys())
+    if unknown:
+        raise UsageError(f"{folder}: config.json names {unknown[0]} among `caches`, which keeps no keys and values")
     artifact = Artifact(graph, source, dict(graph.tied), {**committed})
-    artifact = replace(artifact, carried=_refuse_other_tensors(artifact, folder))
+    artifact = replace(artifact, caches=_caches_of(section, artifact.source))
+    artifact = replace(artifact, carried=_refuse_other_tensors(artifact, folder, section))
     configured = getattr(config, "dtype", None)
     found = dtype or (configured if isinstance(configured, torch.dtype) else torch.float32)
     return PackedFolder(folder, artifact, found)
 
 
-def _refuse_other_tensors(artifact: Artifact, folder: Path) -> tuple[str, ...]:
+def _refuse_other_tensors(artifact: Artifact, folder: Path, section: CompressConfig) -> tuple[str, ...]:
     """Refuse a file that lacks a tensor of the model, or holds another; returns those that are carried along."""
     graph = artifact.graph
     wanted: dict[str, tuple[int, ...]] = {}
@@ -123,6 +150,8 @@ def _refuse_other_tensors(artifact: Artifact, folder: Path) -> tuple[str, ...]:
         if not sites and name not in graph.tied:
             wanted[name] = tuple(tensor.shape)
     there = list(artifact.source.names())
+    for layer, form in section.cache_forms().items():
+        wanted |= {f"{layer}.{leaf}": shape for leaf, (shape, _) in form.tensors().items()}
     carried = ignored(graph.model, [name for name in there if name not in wanted])
     refuse_other_tensors(
         {name: artifact.source.shape(name) for name in there if name not in carried},

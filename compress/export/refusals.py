@@ -6,6 +6,7 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 from compress.lazy import nn
+from compress.models.fused import fused_groups
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -130,3 +131,22 @@ def refuse_missing(package: str, extra: str) -> Iterator[str]:
     """How to install the library that writes or reads a container, if it is missing; `extra` brings it."""
     if importlib.util.find_spec(package) is None:
         yield f"the Python package {package} is not installed; pip install 'compress-pipeline[{extra}]'"
+
+
+def refuse_apart(graph: Graph, schemes: Mapping[str, object]) -> Iterator[str]:
+    """Why engines would not load layers that they multiply as one matrix; nothing where those of each have one scheme.
+
+    Args:
+        graph: the model's structure.
+        schemes: how every layer with codes is kept, by name; what is not among them is dense.
+    """
+    groups = fused_groups(graph.sites).values()
+    apart = [names for names in groups if len({schemes.get(name) for name in names}) > 1]
+    if apart:
+        owner = apart[0][0].rpartition(".")[0]
+        said = ", ".join(f"{name.rpartition('.')[2]} {schemes.get(name, 'dense')}" for name in apart[0])
+        yield (
+            f"engines multiply some layers of {owner} as one matrix, and they differ: {said} ({len(apart)} such groups "
+            "in all); give all of a group the same options: let patterns of `overrides`, `include` and `exclude` match "
+            "all of them or none, or choose bits with `compress fit --groups fused`"
+        )

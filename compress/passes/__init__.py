@@ -42,6 +42,7 @@ from compress.passes.quantize.codebook import Codebook
 from compress.passes.quantize.flexround import FlexRound
 from compress.passes.quantize.gptq import Gptq
 from compress.passes.quantize.jlcm import Jlcm
+from compress.passes.quantize.kv_cache import KvCache
 from compress.passes.quantize.nupes import Nupes
 from compress.passes.quantize.olive import Olive
 from compress.passes.quantize.powerquant import PowerQuant
@@ -70,6 +71,7 @@ PASSES: tuple[type[Pass], ...] = (
     Nupes,
     Codebook,
     Jlcm,
+    KvCache,
     Reorder,
     Scale,
     Smooth,
@@ -137,6 +139,7 @@ __all__ = [
     "GreedySoup",
     "Interpolate",
     "Jlcm",
+    "KvCache",
     "LayerDrop",
     "LinearPass",
     "LowRank",

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from compress.calibration.training import Loss
 from compress.errors import OptionError
-from compress.passes.interface import Block, Edit, Target, Whole
+from compress.passes.interface import Block, Edit, Reach, Target, Whole
 from compress.passes.kinds import why_refused
 from compress.passes.names import Override
 
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 
     from compress.calibration.statistics import Need
     from compress.encodings import Form, InputForm, LowRankForm
-
-# What a pass must see at once: a matrix, a block, the model; all models of a merge; which blocks, experts of a layer,
-# neurons and heads there are; every batch norm; all layers that read a channel; all that touches the residual stream.
-Reach = Literal["matrix", "block", "model", "merge", "depth", "experts", "width", "norms", "channels", "stream"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +186,11 @@ class LinearPass(SurveyingPass):
         """Rows are independent given the statistics, so matrices fed by one input may be stacked and solved once."""
         return False
 
+    @property
+    def shares_scale(self) -> bool:
+        """Whether matrices that engines multiply as one are solved as one, to have one scale."""
+        return False
+
     def run(self, target: Target) -> Edit:
         """The edit of one matrix.
 
@@ -208,8 +209,7 @@ class BlockPass(SurveyingPass):
     """A pass that learns the matrices of a block together, from the block's outputs."""
 
     reach: ClassVar[Reach] = "block"
-    # Float32 numbers per weight that a graphics processor holds meanwhile; None: not measured.
-    learned_on_device: ClassVar[int | None] = None
+    learned_on_device: ClassVar[int | None] = None  # float32 numbers per weight on a device; None: not measured
 
     @property
     def calibrated(self) -> bool:

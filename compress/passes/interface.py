@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from compress.calibration.training import Label, TrainingStore
 from compress.lazy import torch
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from compress.calibration.training import ModelData
     from compress.encodings import Encoding, InputGrid, LowRankFactors, Weight
     from compress.models.symmetry import Axis
+
+# What a pass must see at once: a matrix, a block, the model; all models of a merge; which blocks, experts of a layer,
+# neurons and heads there are; every batch norm; all layers that read a channel; all that touches the residual stream;
+# what attention layers keep.
+Reach = Literal[
+    "matrix", "block", "model", "merge", "depth", "experts", "width", "norms", "channels", "stream", "cache",
+]  # fmt: skip
 
 Over = Callable[[Iterable[int], int, Label], Iterator[int]]
 Distance: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"

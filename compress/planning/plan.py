@@ -9,6 +9,7 @@ from compress.config.lines import line_of
 from compress.config.pipeline import walk
 from compress.errors import ConfigError
 from compress.planning import (
+    cache,
     channels,
     depth,
     device_memory,
@@ -53,6 +54,7 @@ PLANNERS: dict[Reach, Planner] = {
     "norms": norms.plan,
     "channels": channels.plan,
     "stream": stream.plan,
+    "cache": cache.plan,
 }
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
+from compress.encodings.cache import SCALES
 from compress.models.site import bytes_by_tensor
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from compress.encodings import Spec
+    from compress.encodings.cache import CacheForm
     from compress.errors import Problem
     from compress.models.fewer_experts import Fewer
     from compress.models.graph import Graph
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from compress.passes import Pass
 
 
+FLOAT = 4
 CARRIED = "carried along"  # stands for all tensors without a place, among the sizes
 
 
@@ -58,6 +61,7 @@ class PlanState:
         kinds: site -> kind of its weight, such as `dense` or `sparse-quantized`.
         specs: site -> how its weight is stored; only of sites that a pass worked on.
         new_biases: site -> bytes of a bias that a pass gives it.
+        caches: attention layer -> how it rounds the keys and values that it keeps.
         shorter: whether a pass took blocks, experts, neurons or heads out.
         merges: how many passes merged.
         first_change: path of the first pass that is not a merge; empty before it.
@@ -71,6 +75,7 @@ class PlanState:
     kinds: Mapping[str, str]
     specs: Mapping[str, Spec] = field(default_factory=dict)
     new_biases: Mapping[str, int] = field(default_factory=dict)
+    caches: Mapping[str, CacheForm] = field(default_factory=dict)
     shorter: bool = False
     merges: int = 0
     first_change: str = ""
@@ -126,7 +131,8 @@ class PlanState:
         """Expected size of all weights."""
         made = {name: spec.num_bytes for name, spec in self.specs.items()}
         sizes = bytes_by_tensor(self.graph.sites, self.sizes, made)
-        return sum(sizes.values()) + sum(self.new_biases.values())
+        scales = sum(len(SCALES) * form.heads * FLOAT for form in self.caches.values())
+        return sum(sizes.values()) + sum(self.new_biases.values()) + scales
 
 
 @dataclass(frozen=True)

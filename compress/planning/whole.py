@@ -13,6 +13,7 @@ from compress.errors import DataError, Problem
 from compress.models.experts import takes_choices
 from compress.models.named import takes_more_than_text
 from compress.models.positions import longest_window
+from compress.planning.cache import moved_later
 from compress.planning.dense import LEAST_REACHED
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def gates(pipeline: Pipeline, graph: Graph) -> Iterator[Problem]:
 def exports(pipeline: Pipeline, state: PlanState) -> Iterator[Problem]:
     """What a format cannot hold."""
     for exporter in pipeline.export:
-        for reason in exporter.reasons(state.graph, state.specs, state.new_biases):
+        for reason in exporter.reasons(state.graph, state.specs, state.new_biases, state.caches):
             yield Problem(f"export.{exporter.key}", reason)
 
 
@@ -119,5 +120,6 @@ def whole_pipeline(pipeline: Pipeline, state: PlanState, dense: Dense) -> Iterat
     yield from missing_calibration(pipeline, state)
     yield from gates(pipeline, state.graph)
     yield from exports(pipeline, state)
+    yield from moved_later(pipeline)
     yield from data_sections(pipeline, state.graph)
     yield from all_experts(pipeline, state.graph)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from compress.checkpoint.artifact import Packed
+    from compress.encodings.cache import CacheForm
 
 REPORT = "report.json"
 CSV = (
@@ -150,9 +152,11 @@ def as_csv(rows: Sequence[Layer]) -> str:
     return out.getvalue()
 
 
-def show(rows: Sequence[Layer], console: Console) -> None:
-    """Print a table, and the zeros of every block where layers differ."""
+def show(rows: Sequence[Layer], console: Console, caches: Mapping[str, CacheForm]) -> None:
+    """Print a table, how keys and values are rounded, and the zeros of every block where layers differ."""
     console.print(table(rows))
+    for words, count in Counter(map(str, caches.values())).items():
+        console.print(f"keys and values of {count} attention layers in {words}")
     found = {row.layer: (row.weights, row.sparsity) for row in rows}
     if bars.uneven(found):
         drawn = bars.zeros(found, console.width, console.options.ascii_only)

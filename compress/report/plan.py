@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from compress.passes import DepthPass, ExpertsPass, MergePass, RecalibrateNorms, Rotate, ScalingPass, WidthPass
+from compress.passes import DepthPass, ExpertsPass, KvCache, MergePass, RecalibrateNorms, Rotate, ScalingPass, WidthPass
 from compress.report.bars import zeros
 from compress.report.report import size_text
 
@@ -67,7 +67,7 @@ def becomes(part: PassPlan) -> str:
         return f"{part.pass_.blocks} of {len({s.block for s in part.sites})} blocks gone"
     if isinstance(part.pass_, ExpertsPass):
         return f"{part.pass_.kept_in_words} of the experts of every layer left"
-    if isinstance(part.pass_, WidthPass | RecalibrateNorms | Rotate | ScalingPass):
+    if isinstance(part.pass_, WidthPass | RecalibrateNorms | Rotate | ScalingPass | KvCache):
         return part.left
     if isinstance(part.pass_, MergePass):
         return f"merged with {', '.join(part.pass_.models)}"

@@ -80,6 +80,7 @@ class Report:
         default_factory=list
     )  # pass, of each part how many it kept, and which, by layer
     norms: list[dict[str, Any]] = field(default_factory=list)  # pass, what became of each norm's statistics
+    caches: list[dict[str, Any]] = field(default_factory=list)  # pass, form, bytes of a token, and scales by layer
     merged: list[dict[str, Any]] = field(default_factory=list)  # pass, models, tensors it merged, delta, changes
     verified: dict[str, Any] = field(default_factory=dict)
 
@@ -176,6 +177,7 @@ def caption(report: Report) -> str:
     gone += [_experts(facts) for facts in report.experts]
     gone += [_units(facts) for facts in report.width]
     gone += [f"{n['pass']} counted the statistics of {len(n['layers'])} batch norms again" for n in report.norms]
+    rounded += [_cache(facts) for facts in report.caches]
     merged = [_merged(m) for m in report.merged]
     return "; ".join([_measured_on(report), *merged, *rounded, *trained, *gone, *_dense(report)])
 
@@ -219,6 +221,15 @@ def _experts(facts: Mapping[str, Any]) -> str:
         f"made {facts['kept']} experts of {facts['of']}" if merged else f"kept {facts['kept']} of {facts['of']} experts"
     )
     return f"{facts['pass']} {made} in each of {len(layers)} layers{never}"
+
+
+def _cache(facts: Mapping[str, Any]) -> str:
+    """How keys and values are rounded, and what a token takes."""
+    before, now = facts["token_bytes"]
+    return (
+        f"keys and values of {len(facts['layers'])} layers in {facts['form']}: {now:,} bytes of cache for a token "
+        f"instead of {before:,} at 16 bits"
+    )
 
 
 def _units(facts: Mapping[str, Any]) -> str:

@@ -150,6 +150,33 @@ class NormsRecounted:
 
 
 @dataclass(frozen=True)
+class CachesRounded:
+    """How attention layers round the keys and values that they keep.
+
+    Attributes:
+        pass_key: of the pass.
+        form: in words.
+        layers: attention layer -> `k_scale` and `v_scale`, one or one for each head.
+        unseen: layers that put nothing into the cache, which keep what they keep as it is.
+        token_bytes: of a token in the caches of these layers, at 16 bits and as they are now.
+    """
+
+    pass_key: str
+    form: str
+    layers: Mapping[str, Mapping[str, list[float]]]
+    unseen: Sequence[str]
+    token_bytes: tuple[int, int]
+
+    def add_to(self, report: Report, against: Changes | None) -> None:
+        layers = {name: dict(scales) for name, scales in self.layers.items()}
+        facts = {"pass": self.pass_key, "form": self.form, "token_bytes": list(self.token_bytes), "layers": layers}
+        report.caches.append(facts)
+        report.fallbacks += [
+            f"{name}: the calibration data put nothing into its cache, which stays as it is" for name in self.unseen
+        ]
+
+
+@dataclass(frozen=True)
 class ModelsMerged:
     """What was merged.
 

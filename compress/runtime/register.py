@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from compress.checkpoint.coded import decoded, forms_of
 from compress.checkpoint.matching import RUNNING, Spelling, ignored
 from compress.encodings import Spec
+from compress.encodings.cache import SCALES, CacheForm
 from compress.encodings.format import METHOD, WEIGHTS
 from compress.errors import CheckpointError
 from compress.io.heap import align
@@ -28,6 +29,7 @@ from compress.models.architecture import predicts_next
 from compress.models.convolutions import is_convolution, is_transposed_convolution
 from compress.models.experts import fused_parameters, run_one_by_one
 from compress.models.turned_inputs import turn_inputs
+from compress.runtime.cache import cached_layers, round_cache
 from compress.runtime.conv import PackedConvolution, PackedTransposedConvolution
 from compress.runtime.embedding import PackedEmbedding, SharedLinear, packed_embedding
 from compress.runtime.experts import PackedExperts
@@ -53,6 +55,7 @@ class CompressConfig(QuantizationConfigMixin):
         verify: compare the folder's files with its manifest before any is read.
         shared: module -> the packed embedding or layer whose weight it uses.
         coded: tensor of a packed module -> how it is entropy-coded.
+        caches: attention layer -> how it rounds the keys and values that it keeps.
     """
 
     verify = False
@@ -65,6 +68,7 @@ class CompressConfig(QuantizationConfigMixin):
         verify: bool = False,
         shared: dict[str, str] | None = None,
         coded: dict[str, dict[str, int]] | None = None,
+        caches: dict[str, dict[str, Any]] | None = None,
         **_: Any,
     ):
         self.quant_method = METHOD  # type: ignore[assignment]
@@ -73,6 +77,7 @@ class CompressConfig(QuantizationConfigMixin):
         self.added_biases = added_biases or []
         self.shared = shared or {}
         self.coded = coded or {}
+        self.caches = caches or {}
         if verify:  # a wish of whoever loads, which is not saved otherwise
             self.verify = True
 
@@ -93,6 +98,22 @@ class CompressConfig(QuantizationConfigMixin):
         for name, spec in self.modules.items():
             try:
                 found[name] = Spec.from_json(spec)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        return found
+
+    def cache_forms(self) -> dict[str, CacheForm]:
+        """How attention layers round what they keep, parsed.
+
+        Raises:
+            ValueError: says which layer is not described as this version knows it.
+        """
+        if not isinstance(self.caches, dict):
+            raise ValueError("`caches` must map names of attention layers to descriptions")
+        found = {}
+        for name, form in self.caches.items():
+            try:
+                found[name] = CacheForm.from_json(form)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
         return found
@@ -119,6 +140,7 @@ class CompressQuantizer(HfQuantizer):
         assert isinstance(config, CompressConfig)
         add_biases(model, config.added_biases)
         replace_modules(model, config.specs(), config.shared)
+        round_caches(model, config.cache_forms())
         for name, forms in config.forms().items():
             _expect_coded(model.get_submodule(name), forms)
         try:
@@ -222,6 +244,19 @@ def add_biases(model: nn.Module, names: list[str]) -> None:
             rows = module.out_channels
         bias = torch.empty(rows, dtype=weight.dtype, device=weight.device)
         module.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
+
+
+def round_caches(model: nn.Module, forms: Mapping[str, CacheForm]) -> None:
+    """Make attention layers round what they keep, with scales that are read later.
+
+    Raises:
+        ValueError: one of them is no attention layer with a cache.
+    """
+    there = cached_layers(model) if forms else {}
+    for name, form in forms.items():
+        if name not in there:
+            raise ValueError(f"{name} is named among `caches`, and is no attention layer that keeps keys and values")
+        round_cache(there[name], form)
 
 
 def replace_modules(model: nn.Module, specs: dict[str, Spec], shared: Mapping[str, str] | None = None) -> None:
@@ -370,7 +405,8 @@ def _refuse_other_tensors(model: nn.Module, files: list[str], biases: list[str])
         there = {spelling.renamed(name): shape for name, shape in there.items()}
     for name in ignored(model, there.keys() - wanted.keys()):
         del there[name]
-    optional = (buffers | tied) - {f"{module}.bias" for module in biases}
+    scales = {f"{name}.{leaf}" for name in cached_layers(model) for leaf in SCALES}
+    optional = (buffers | tied) - {f"{module}.bias" for module in biases} - scales
     refuse_other_tensors(there, wanted, optional, ", ".join(files))
 
 

@@ -26,6 +26,7 @@ from compress.passes import (
     BlockPass,
     DepthPass,
     ExpertsPass,
+    KvCache,
     LinearPass,
     MergePass,
     ModelPass,
@@ -38,7 +39,7 @@ from compress.passes import (
 )
 from compress.passes.base import Edit, Target
 
-OTHERS = DepthPass | ExpertsPass | MergePass | RecalibrateNorms | Rotate | ScalingPass | WidthPass
+OTHERS = DepthPass | ExpertsPass | KvCache | MergePass | RecalibrateNorms | Rotate | ScalingPass | WidthPass
 EDITORS = [p for p in CONFIGURED if not isinstance(p, OTHERS)]
 SOLVERS = [p for p in CONFIGURED if isinstance(p, LinearPass | BlockPass)]
 LINEAR = [p for p in CONFIGURED if isinstance(p, LinearPass)]
@@ -186,7 +187,7 @@ def test_options_survive_the_yaml_file() -> None:
 def test_patterns_and_overrides_survive_the_yaml_file() -> None:
     for pass_ in CONFIGURED:
         if isinstance(
-            pass_, ModelPass | DepthPass | ExpertsPass | RecalibrateNorms | Rotate | ScalingPass | WidthPass
+            pass_, ModelPass | DepthPass | ExpertsPass | KvCache | RecalibrateNorms | Rotate | ScalingPass | WidthPass
         ):  # one decision over all layers: nothing to override for some
             assert [e.option for e in dataclasses.replace(pass_, overrides=(Override("*", {}),)).check()] == [
                 "overrides"

@@ -14,7 +14,7 @@ from compress.encodings.uniform import Search
 from compress.passes.base import OptionError
 from compress.passes.quantize.activations import ActivationOptions
 from compress.passes.quantize.embeddings import EmbeddingOptions
-from compress.passes.quantize.named_grids import FLOAT_GRIDS, NAMED_GRIDS, WeightGrid, not_filled
+from compress.passes.quantize.named_grids import BLOCK, FLOAT_GRIDS, NAMED_GRIDS, WeightGrid, not_filled, unfilled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 Granularity = Literal["tensor", "channel", "group", "block"]
 Fallback = Literal["channel"]
-
-BLOCK = 128  # rows and columns of a block that shares a scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +176,7 @@ class UniformPass(UniformOptions, EmbeddingOptions):
 
     def check_shape(self, shape: tuple[int, int]) -> str | None:
         if self.fallback is None and self._splits_blocks(shape):
-            return f"{_unfilled(shape)}; set fallback: channel for one scale per row in layers like it"
+            return f"{unfilled(shape)}; set fallback: channel for one scale per row in layers like it"
         if self.fallback is None and self.has_super_blocks and self._misfit(shape[1]):
             return not_filled(self.grid, shape[1])
         return super().check_shape(shape)
@@ -186,7 +184,7 @@ class UniformPass(UniformOptions, EmbeddingOptions):
     def departure(self, shape: tuple[int, int]) -> str | None:
         if self.has_super_blocks and self._misfit(shape[1]):
             return f"even steps, one scale per row: super-blocks of {WIDTH} do not fill its {shape[1]} columns"
-        return f"one scale per row: {_unfilled(shape)}" if self._splits_blocks(shape) else super().departure(shape)
+        return f"one scale per row: {unfilled(shape)}" if self._splits_blocks(shape) else super().departure(shape)
 
     def _misfit(self, columns: int) -> bool:
         return bool(columns % WIDTH) if self.has_super_blocks else super()._misfit(columns)
@@ -203,6 +201,10 @@ class UniformPass(UniformOptions, EmbeddingOptions):
     @property
     def rowwise(self) -> bool:
         return self.granularity not in ("tensor", "block") and self.grid != "nvfp4"
+
+    @property
+    def shares_scale(self) -> bool:
+        return self.grid == "nvfp4"
 
     def form(self, shape: tuple[int, int]) -> UniformForm | FloatForm | SuperBlockForm:  # type: ignore[override]
         if self.has_super_blocks:
@@ -244,7 +246,3 @@ class UniformPass(UniformOptions, EmbeddingOptions):
         if self.has_super_blocks:
             return super_blocks.quantize(weight, *self.super_scales(weight))
         return super().nearest(weight) if self.grid == "int" else floats.quantize(weight, *self.float_scales(weight))
-
-
-def _unfilled(shape: tuple[int, int]) -> str:
-    return f"blocks of {BLOCK} x {BLOCK} do not fill its {shape[0]} rows and {shape[1]} columns"

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from compress.encodings.minifloat import Number
 
 WeightGrid = Literal["int", "fp8", "mxfp4", "nvfp4", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
+BLOCK = 128  # rows and columns of a block that shares a scale
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ NAMED_GRIDS: dict[str, tuple[int, int | None]] = {
 }
 
 
+def unfilled(shape: tuple[int, int]) -> str:
+    """Why blocks of rows and columns do not fit a matrix, in words."""
+    return f"blocks of {BLOCK} x {BLOCK} do not fill its {shape[0]} rows and {shape[1]} columns"
+
+
 def not_filled(grid: str, columns: int) -> str:
     """What is said of a layer whose columns are no whole super-blocks."""
     bits, _ = NAMED_GRIDS[grid]
@@ -52,4 +58,4 @@ def not_filled(grid: str, columns: int) -> str:
     )
 
 
-__all__ = ["FLOAT_GRIDS", "NAMED_GRIDS", "FloatGrid", "WeightGrid", "not_filled"]
+__all__ = ["BLOCK", "FLOAT_GRIDS", "NAMED_GRIDS", "FloatGrid", "WeightGrid", "not_filled", "unfilled"]
