@@ -8,7 +8,6 @@ docs/quantizers.json are read. Run it when a method, a ready-made pipeline, a fo
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,9 @@ from compress.checkpoint import opening
 from compress.config.pipeline import FORMATS, PRESETS, Pipeline, walk
 from compress.config.reading import load_pipeline
 from compress.config.runtimes import RUNTIMES
-from compress.export import Exporter
-from compress.export.base import cache_refusals
 from compress.passes import PASSES, KvCache, MergePass, Pass
 from compress.planning.plan import PLANNERS
-from compress.planning.state import PlanState, initial
+from compress.planning.state import initial
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "compress" / "config" / "measured.json"
@@ -44,13 +41,8 @@ def formats(steps: Pipeline) -> list[str]:
         planned = PLANNERS[pass_.reach](state, path, pass_, fused=False, first=True)
         assert not planned.problems, planned.problems
         state = planned.state
-    return [key for key, exporter in FORMATS.items() if not any(refused(exporter(), state))]
-
-
-def refused(exporter: Exporter, state: PlanState) -> Iterator[str]:
-    """Why a container could not hold what a plan makes."""
-    yield from exporter.refusals(state.graph, state.specs, state.new_biases)
-    yield from cache_refusals(exporter, state.graph, state.specs, state.caches)
+    given = state.graph, state.specs, state.new_biases, state.caches
+    return [key for key, exporter in FORMATS.items() if not any(exporter().reasons(*given))]
 
 
 def described(steps: Pipeline) -> dict[str, Any]:
