@@ -25,9 +25,9 @@ SHIPPED = ROOT / "compress" / "config" / "measured.json"
 PAGE = ROOT / "docs" / "choosing.md"
 PLAIN = {"bits", "group_size"}
 FREE = {"expert_prune", "expert_merge", "recalibrate_norms"}  # work on what the bundled model has not
-NEEDS = {  # what stands before a method that works on no dense weights, in the matrix of formats
+NEEDS = {  # what stands before a method that works on no dense weights, or beside others, in the matrix of formats
     "eora": {"gptq": {"scheme": "w3g64"}}, "perp": {"wanda": {}}, "perp_reconstruct": {"wanda": {}},
-    "sparse_soup": {"wanda": {}},
+    "sparse_soup": {"wanda": {}}, "kv_cache": {"gptq": {"scheme": "w4g64", "symmetric": True}},
 }  # fmt: skip
 OPENED: list[Any] = []
 

@@ -20,6 +20,7 @@ from compress.models.architecture import predicts_next
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from types import CodeType
 
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 ChangeCache: TypeAlias = "Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]"  # keys and values (B, H, T, D)
 
-ARGUMENT = "past_key_values"
+ARGUMENTS = ("past_key_values", "layer_past")  # what layers call their cache: most, and those of GPT-NeoX and its like
 
 
 def cached_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -37,12 +38,17 @@ def cached_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _keeps(module: nn.Module) -> bool:
-    forward = inspect.unwrap(type(module).forward)
-    code = getattr(forward, "__code__", None)
-    if code is None or ARGUMENT not in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if code is None or _argument(code) is None:
         return False
     borrows = getattr(module, "is_kv_shared_layer", False) or "CrossAttention" in type(module).__name__
     return "update" in code.co_names and not borrows
+
+
+def _argument(code: CodeType) -> tuple[int, str] | None:
+    """Which argument of a layer, itself not counted, its cache is, and what it is called; None where it takes none."""
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return next(((place, name) for place, name in enumerate(names[1:]) if name in ARGUMENTS), None)
 
 
 def cannot_round(model: nn.Module) -> str | None:
@@ -91,21 +97,17 @@ class _ChangingHook:
     change: ChangeCache
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-        place = _position(type(module))
+        found = _argument(inspect.unwrap(type(module).forward).__code__)
+        assert found is not None
+        place, name = found
         if place < len(args):
             return (*args[:place], self._around(args[place]), *args[place + 1 :]), kwargs
-        return args, {**kwargs, ARGUMENT: self._around(kwargs.get(ARGUMENT))}
+        return args, {**kwargs, name: self._around(kwargs.get(name))}
 
     def _around(self, cache: Any) -> ChangedCache:
         if isinstance(cache, transformers.EncoderDecoderCache):
             cache = cache.self_attention_cache
         return ChangedCache(cache, self.change)
-
-
-def _position(kind: type[nn.Module]) -> int:
-    """Which of its arguments a layer's cache is, without the layer itself."""
-    names: tuple[str, ...] = inspect.unwrap(kind.forward).__code__.co_varnames
-    return names.index(ARGUMENT) - 1
 
 
 class ChangedCache:

@@ -90,6 +90,7 @@ def alone(written: Folders, python: str | Path) -> None:
         assert torch.equal(there, logits(load_model(written / name / "out", torch.float32), inputs)), name
 
 
+@pytest.mark.real
 def test_a_python_without_this_package_computes_the_same(written: Folders) -> None:
     alone(written, sys.executable)
 

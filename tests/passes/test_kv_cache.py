@@ -20,6 +20,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -39,6 +41,7 @@ from compress.runtime.register import CompressConfig
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 GPT2: dict[str, Any] = {"vocab_size": 256, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
+NEOX: dict[str, Any] = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 BOTH: tuple[dict[str, Any], ...] = ({}, {"grid": "int", "per": "head"})  # options that have nothing in common
 
 
@@ -239,13 +242,20 @@ def test_include_and_exclude_choose_attention_layers(tiny_llama: PreTrainedModel
         compress.apply(tiny_llama, [KvCache(exclude=("*",))], calibration=data)
 
 
-def test_families_without_rotary_embeddings_have_caches_too() -> None:
+@pytest.mark.parametrize(
+    ("make", "layer"),
+    [
+        (lambda: GPT2LMHeadModel(GPT2Config(**GPT2)), "transformer.h.0.attn"),  # no rotary embedding
+        (lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**NEOX)), "gpt_neox.layers.0.attention"),  # another name of the cache
+    ],
+    ids=("gpt2", "gpt_neox"),
+)
+def test_other_families_have_caches_too(make: Callable[[], PreTrainedModel], layer: str) -> None:
     torch.manual_seed(1)
-    model = GPT2LMHeadModel(GPT2Config(**GPT2)).eval()
-    data = torch.randint(256, (4, 24))
+    model, data = make().eval(), torch.randint(256, (4, 24))
     result = compress.apply(model, [KvCache()], calibration=data, products="float32")
-    keys, _ = kept_by(model, data)["transformer.h.0.attn"]
-    (scale,) = result.report.caches[0]["layers"]["transformer.h.0.attn"]["k_scale"]
+    keys, _ = kept_by(model, data)[layer]
+    (scale,) = result.report.caches[0]["layers"][layer]["k_scale"]
     assert scale == pytest.approx(float(keys.abs().max()) / 448, rel=1e-6)
     with torch.no_grad():
         first = result.model(data[:, :10], use_cache=True)
