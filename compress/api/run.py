@@ -109,11 +109,18 @@ def run(
     )  # fmt: skip
     refuse_differing(work.executor, work.facts())
     led = work.executor.rank == 0
-    return _led(work, Path(out).absolute(), overwrite, fresh, on_row) if led else _followed(work)
+    return carry_out(work, Path(out).absolute(), overwrite, fresh, on_row) if led else _followed(work)
 
 
-def _led(work: Work, destination: Path, overwrite: bool, fresh: bool, on_row: Callable[[Row], None]) -> Report:
-    """What process 0 does: it alone writes."""
+def carry_out(
+    work: Work,
+    destination: Path,
+    overwrite: bool = False,
+    fresh: bool = False,
+    on_row: Callable[[Row], None] = lambda row: None,
+    make_ledger: Callable[..., FolderLedger] = FolderLedger,
+) -> Report:
+    """Do what process 0 does: it alone writes. `make_ledger` is given what `FolderLedger` is; see `run`."""
     opened, bars, where = work.opened, work.bars, work.plan.places
     with working_for(destination) as folder:
         finished = None if overwrite or fresh else _finished(destination, work.identity, work.steps)
@@ -137,7 +144,7 @@ def _led(work: Work, destination: Path, overwrite: bool, fresh: bool, on_row: Ca
         resume = Resume(
             ["+".join(p.key for p in stage) for stage in work.steps.passes], len(opened.artifact.graph.blocks)
         )
-        kept = FolderLedger(folder, resume, watch.refuse_changed)
+        kept = make_ledger(folder, resume, watch.refuse_changed)
         LOGGER.log(logging.INFO if where.apart else logging.DEBUG, "computing on %s", where.name)
         with kept_in(folder / LOG), bars.shown():
             measured, context = work.execute(work.context(shared(work.executor, kept, folder)), on_row)
