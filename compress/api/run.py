@@ -80,7 +80,8 @@ def run(
         pipeline: a YAML file, or a mapping of the same shape.
         model: `demo`, a local folder, a hub id, or an adapter: its folder or hub id, or BASE+ADAPTER.
         out: the folder to write; must not exist unless it is this very run's result.
-        calibration: (samples, length) token ids, or images, instead of the pipeline's source.
+        calibration: (samples, length) token ids, or images, instead of the pipeline's source; or a list of texts, of
+            which the model's tokenizer makes windows as the pipeline's `calibration:` says, without one of 512 tokens.
         evaluation: the same, for measuring; of an image model, (images, labels).
         overwrite: replace an existing `out`.
         fresh: forget what an interrupted run had finished.
