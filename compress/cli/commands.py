@@ -186,6 +186,15 @@ def evaluate(
         int | None, typer.Option(help="windows, images or rows; 0 for all  [default: 64, of wikitext all]")
     ] = None,
     length: Annotated[int | None, typer.Option(help="tokens per window  [default: 512, of wikitext 2048]")] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task", help="also run this task of lm-evaluation-harness, such as hellaswag; may be given again"
+        ),
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="with YAML files of tasks of your own, in their place")
+    ] = None,
     runtime: Annotated[str, typer.Option(help="transformers, or onnxruntime for a folder that holds ONNX")] = (
         "transformers"
     ),
@@ -208,6 +217,7 @@ def evaluate(
     given = {"field": field, "subset": subset, "protocol": protocol, "samples": samples, "length": length}
     section = measured_on(Path(model), source or (), given)
     options: dict[str, Any] = {"runtime": runtime, "threads": threads, "device": device}
+    options |= {"tasks": tasks or (), "task_folder": task_folder}
     options["executor"] = ranks.executor()
     found = measuring.measure_model(model, section, against=against, bars=bars, **options)
     _say(json.dumps(found, indent=1) if as_json else sentences.evaluation_lines(model, found, against))
