@@ -5,6 +5,7 @@ from .api.export import export_to
 from .api.extract_lora import extract_lora
 from .api.fit import Fit, fit
 from .api.run import run
+from .api.sweep import Sweep, sweep
 from .api.verify import verify
 from .calibration.metrics import Quality, evaluate
 from .calibration.tokens import load_tokens
@@ -152,6 +153,7 @@ __all__ = [
     "SparseGpt",
     "SparseSoup",
     "Speedup",
+    "Sweep",
     "TaskArithmetic",
     "Ties",
     "UnsupportedModelError",
@@ -171,5 +173,6 @@ __all__ = [
     "register_pass",
     "run",
     "speed_up",
+    "sweep",
     "verify",
 ]

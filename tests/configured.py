@@ -1,12 +1,7 @@
 """Passes with every option that they have, to run claims over all of them."""
 
-import torch
-from torch import Tensor
-
 from compress.passes import PASSES, MergePass
 from compress.passes.merge.schedules import Matched
-
-SHAPES = {"a": (8, 48), "b": (6, 48), "c": (10, 32)}
 
 # Options worth trying beside the defaults. A pass that is not named here is tested with its defaults.
 OPTIONS: dict[str, list[dict[str, object]]] = {
@@ -212,12 +207,3 @@ CONFIGURED = [
 ]
 # One of every method, for `make test`.
 FIRST = list({p.key: p for p in reversed(CONFIGURED)}.values())
-
-
-def models(pass_: MergePass, size: float = 0.1) -> list[dict[str, Tensor]]:
-    """The base and as many others as a pass merges with it: two blocks, and a tensor before and behind them."""
-    shapes = {"first.weight": (9, 4), "blocks.0.mlp.weight": (6, 8), "blocks.1.bias": (7,), "last.weight": (5, 5)}
-    generator = torch.Generator().manual_seed(5)
-    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    others = range(len(pass_.models))
-    return [base, *({n: v + size * torch.randn(v.shape, generator=generator) for n, v in base.items()} for _ in others)]

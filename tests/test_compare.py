@@ -8,6 +8,9 @@ from shutil import copytree
 import pytest
 from commands import compress_command, make_text_model, write_pipeline, write_text
 
+from compress.report.comparison import front
+from compress.report.finished import Finished, read_report
+
 PIPELINE = "evaluate: {source: WORDS, samples: 2, length: 32}\npasses: [PASSES]"
 
 
@@ -64,6 +67,9 @@ def test_a_result_that_is_worse_and_no_smaller_is_named(here: Path) -> None:
     assert compared(here, "fine", "zeros", "coarse")["notes"] == [
         "zeros is no better than fine or coarse, and no smaller"
     ]
+    found = [Finished(name, read_report(here / name), []) for name in ("fine", "zeros", "coarse")]
+    assert [each.name for each in front(found)] == ["coarse", "fine"]
+    assert front([*found, Finished("elsewhere", read_report(here / "elsewhere"), [])]) == [], "of other data"
 
 
 def test_figures_of_different_data_or_models_are_not_set_beside_each_other_without_a_word(here: Path) -> None:

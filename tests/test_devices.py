@@ -1,4 +1,4 @@
-"""Passes, statistics and training on tensors of a device that is not the processor (`elsewhere.py` pretends it)."""
+"""Passes, statistics and training on tensors of a device that is not the processor (which is pretended)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 import textbook
 import torch
-from configured import CONFIGURED, FIRST, SHAPES, models
 from conftest import make_llama
-from elsewhere import MixedDevicesError, elsewhere
 from selection import only
 from torch import Tensor
 
@@ -22,120 +20,10 @@ from compress.calibration.reconstruct import HiddenSamples
 from compress.calibration.training import ModelData, Schedule, TrainingStore, train
 from compress.encodings import InputForm, Weight, pack, unpack
 from compress.engine.devices import Devices
-from compress.passes import (
-    PASSES,
-    BlockPass,
-    DepthPass,
-    ExpertsPass,
-    KvCache,
-    LinearPass,
-    MergePass,
-    ModelPass,
-    Pass,
-    RecalibrateNorms,
-    Rotate,
-    ScalingPass,
-    WidthPass,
-)
+from compress.passes import Pass
 from compress.passes.base import Target
-
-CPU = torch.device("cpu")
-# The first of a kind that the contract tries is the pass as it comes; these do something else with devices.
-OTHERS = (
-    {"rank": 2, "inputs": "original"},
-    {"inputs": "mix", "ratio": 0.8},
-    {"tables": 3, "weighting": "none"},
-    {"train": ("scale_lora",)},
-    {"train": ("full",)},
-    {"train": ("principal",), "rank": 2, "share": 0.2},
-    {"train": ("sensitive",), "rank": 2},
-    {"cuts": 2},
-    {"update": "obs"},
-    {"rescale": "l1"},
-    {"activation_bits": 8, "activation_scale": "tensor"},
-)
-TRIED = [*FIRST, *(p for p in CONFIGURED if any(p.options().items() >= other.items() for other in OTHERS))]
-
-
-def targets(pass_: Pass, device: torch.device, masked: float | None) -> dict[str, Target]:
-    """One target a name, on a device, with the statistics the pass needs."""
-    found = {}
-    for seed, (name, (rows, columns)) in enumerate(list(SHAPES.items())[::2]):  # two are as good as three here
-        w = textbook.weight(rows, columns, seed).to(device)
-        kept = None if masked is None else textbook.mask(rows, columns, seed, masked).to(device)
-        x = textbook.inputs(columns, tokens=64, seed=seed).to(device)
-        statistics = textbook.seen_by(pass_, x)
-        generator = torch.Generator().manual_seed(seed)
-        original = w if pass_.compares else None
-        found[name] = Target(w if kept is None else w * kept, kept, statistics, generator, original=original)
-    return found
-
-
-def results(pass_: Pass, device: torch.device) -> list[object]:
-    """What a pass makes of tensors on a device."""
-    if isinstance(pass_, MergePass):
-        given = [{name: value.to(device) for name, value in model.items()} for model in models(pass_)]
-        with Devices(device, CPU).scope():
-            return list(textbook.merged(pass_, given).values())
-    if isinstance(pass_, DepthPass):
-        with Devices(device, CPU).scope():
-            return [textbook.dropped(pass_, device=device)]
-    if isinstance(pass_, ExpertsPass):
-        seen = textbook.experts_seen(pass_, device=device)
-        with Devices(device, CPU).scope():
-            return [seen, pass_.scores(seen), pass_.run(seen)]
-    if isinstance(pass_, WidthPass):
-        units = textbook.units_seen(pass_, 2, True, device)
-        with Devices(device, CPU).scope():
-            return [pass_.run(units)]
-    if isinstance(pass_, ScalingPass):
-        channels = textbook.channels_seen(pass_, 2, device)
-        with Devices(device, CPU).scope():
-            return [pass_.run(channels)]
-    if isinstance(pass_, Rotate):
-        with Devices(device, CPU).scope():
-            return [pass_.run(24, keeps_mean, torch.Generator().manual_seed(0)) for keeps_mean in (False, True)]
-    if isinstance(pass_, RecalibrateNorms):
-        with Devices(device, CPU).scope():
-            return [pass_.run(torch.rand(3, 5, device=device), torch.rand(3, 5, device=device))]
-    if isinstance(pass_, KvCache):
-        with Devices(device, CPU).scope():
-            return [pass_.run(*(torch.arange(1.0, 4.0, device=device) * n for n in (1, 3)))]
-    given_targets = targets(pass_, device, None if "dense" in pass_.accepts else 0.5)
-    if isinstance(pass_, ModelPass):
-        whole = textbook.whole(given_targets)
-        with Devices(device, CPU).scope():
-            return [edit for _, edit in pass_.run(whole)]
-    if isinstance(pass_, BlockPass):
-        block = textbook.block(given_targets)
-        with Devices(device, CPU).scope():
-            return [edit for _, edit in pass_.run(block)]
-    assert isinstance(pass_, LinearPass)
-    with Devices(device, CPU).scope():
-        return [pass_.run(target) for target in given_targets.values()]
-
-
-def tensors(thing: object) -> Iterator[Tensor]:
-    if isinstance(thing, Tensor):
-        yield thing
-    elif dataclasses.is_dataclass(thing):
-        for f in dataclasses.fields(thing):
-            yield from tensors(getattr(thing, f.name))
-
-
-def test_every_pass_is_tried() -> None:
-    assert {pass_.key for pass_ in TRIED} == {cls.key for cls in PASSES}
-
-
-@pytest.mark.parametrize("pass_", only(FIRST, TRIED), ids=lambda p: f"{p.key}-{p.options()}")
-def test_a_pass_computes_the_same_where_its_tensors_are(pass_: Pass) -> None:
-    here = results(pass_, CPU)
-    with elsewhere() as device:
-        there = results(pass_, device)
-        for a, b in zip(here, there, strict=True):
-            for x, y in zip(tensors(a), tensors(b), strict=True):
-                assert y.device == device
-                assert torch.equal(x, y.cpu())
+from compress.testing.elsewhere import MixedDevicesError, elsewhere
+from compress.testing.trial import CPU, tensors
 
 
 def test_tensors_of_two_devices_do_not_mix() -> None:

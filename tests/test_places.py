@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from commands import compress_command, write_pipeline
-from elsewhere import elsewhere
 from runtime_layers import layer, weight
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -31,6 +30,7 @@ from compress.errors import ConfigError, ResourceError, UsageError
 from compress.models import graph as graphs
 from compress.planning import plan, resources
 from compress.planning.places import Places, chosen_device, places, size_in_bytes
+from compress.testing.elsewhere import elsewhere
 
 CUDA = torch.device("cuda", 0)
 TEXT = "calibration: {samples: 64, length: 128}\nevaluate: {samples: 4, length: 128}\npasses: [gptq]\n"

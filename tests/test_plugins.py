@@ -133,12 +133,17 @@ def test_a_file_that_is_not_there_or_has_the_name_of_another_module_is_refused(h
 
 
 def test_a_defect_of_a_pass_is_said_with_its_file_and_line(here: Path) -> None:
-    wrong = SOURCE.replace("return Edit(weight=torch", "return Edit(weight=target.weight[1:] if 1 else torch")
-    (here / "own.py").write_text(wrong)
-    ended = compress_command("run", pipeline(here), here / "model", "-o", here / "out", "--plugin", here / "own.py")
-    assert ended.code not in (0, 2)
     line = 1 + SOURCE.splitlines().index("@dataclass(frozen=True, kw_only=True)")
-    assert re.search(rf"new values of shape .*; this is a defect of \S*own\.py:{line}", ended.err), ended.err
+    for made, said in (
+        ("Edit(weight=target.weight[1:])", "new values of shape .*"),
+        ("target.weight", "it returned a Tensor, and should an Edit"),
+        ("Edit(weight=target.weight.tolist())", "`weight` of its edit is a list, and should be of Tensor"),
+        ("Edit(weight=target.weight, mask=size)", r"`mask` of its edit holds torch\.float32, and should bool"),
+    ):
+        (here / "own.py").write_text(re.sub(r"return Edit\(.*\)\n", f"return {made}\n", SOURCE))
+        ended = compress_command("run", pipeline(here), here / "model", "-o", here / "out", "--plugin", here / "own.py")
+        assert ended.code not in (0, 2)
+        assert re.search(rf"{said}; this is a defect of \S*own\.py:{line}", ended.err), ended.err
 
 
 def test_a_pass_of_an_installed_package_needs_no_option(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 import pytest
 import textbook
 import torch
-from elsewhere import elsewhere
 from torch import Tensor, nn
 
 import compress
@@ -13,6 +12,7 @@ from compress.calibration.statistics import Statistics
 from compress.calibration.training import Learner, Loop, TrainingStore, learn
 from compress.errors import NonFiniteError
 from compress.passes import LinearPass
+from compress.testing.elsewhere import elsewhere
 
 CPU = torch.device("cpu")
 

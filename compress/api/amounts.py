@@ -1,4 +1,4 @@
-"""Whether the data that a pipeline names is enough and can be read, before it is run."""
+"""Whether a pipeline fits a model, and the data that it names is enough and can be read, before it is run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from compress.calibration.tokens import count_tokens, too_few
 from compress.config.lines import line_of
 from compress.config.pipeline import GIVEN
 from compress.config.reading import idle_options
+from compress.engine.merge.checks import check_models
 from compress.errors import ConfigError, DataError, Problem
 from compress.models.tokenizers import load_tokenizer
+from compress.planning import plan
+from compress.planning.places import places
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +26,19 @@ if TYPE_CHECKING:
 
 # Tokens that `demo` has with every tokenizer, which are not counted: reading it takes seconds.
 DEMO_TOKENS: dict[Split, int] = {"calibration": 1 << 16, "evaluation": 1 << 15}
+
+
+def check_on(steps: Pipeline, model: OpenedModel, file: str = "pipeline") -> list[str]:
+    """Check a pipeline against a model, as far as that takes no weights; returns and raises what `check_amounts` does.
+
+    Raises:
+        UsageError: for everything that the model has no place for.
+    """
+    opened = model.of_towers(steps.towers)
+    where = places(steps.device, steps.max_memory)
+    plan.make(steps, opened.artifact.graph, opened.dtypes, file, where=where)
+    check_models(steps, opened.artifact, file)
+    return check_amounts(steps, opened, file)
 
 
 def check_amounts(steps: Pipeline, opened: OpenedModel, file: str = "pipeline") -> list[str]:

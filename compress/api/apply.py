@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from compress import progress
 from compress.api import data as given
+from compress.api import saving
 from compress.api.gates import refuse_idle_gate
 from compress.calibration import collect
 from compress.calibration.statistics import MIN_EXPERT_TOKENS
@@ -32,6 +33,7 @@ from compress.runtime.cache import change_cache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     import torch
     from torch import nn
@@ -51,11 +53,29 @@ class Result:
             quantized.
         weights: site name -> what is stored: codes, mask, values; on the device that computed them if it has room.
         report: sizes, errors and, with evaluation data, perplexity or accuracy after every pass.
+        made: what `save` writes.
     """
 
     model: nn.Module
     weights: dict[str, Weight]
     report: Report
+    made: saving.Made = field(repr=False, compare=False)
+
+    def save(self, folder: str | Path, tokenizer: Any = None) -> None:
+        """Write the packed folder that `run` writes: transformers loads it, and every command reads it.
+
+        Args:
+            folder: to write; must not exist.
+            tokenizer: of transformers, or a processor, that is saved beside the weights.
+
+        Raises:
+            UsageError: the folder exists, or the model is none of transformers.
+        """
+        saving.save(self.made, self.report, folder, tokenizer)
+
+    def _repr_html_(self) -> str:
+        """The table of the report, as notebooks show it."""
+        return self.report._repr_html_()
 
 
 @undisturbed()
@@ -201,7 +221,7 @@ def _applied(
                 collect.quantize_inputs(model.get_submodule(user), weight.inputs.apply)
     for name, grid in context.artifact.caches.items():
         change_cache(model.get_submodule(name), grid.apply)
-    return Result(model, weights, measured)
+    return Result(model, weights, measured, saving.Made(pipeline, context))
 
 
 class _RecastSource(ModuleSource):

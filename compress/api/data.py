@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 from compress.calibration.data import Dataset, load_samples
-from compress.calibration.given import by_name, gathered, kind_of, token_ids
+from compress.calibration.given import by_name, gathered, is_texts, kind_of, token_ids
 from compress.calibration.masks import masked
 from compress.calibration.processed import Processing, takes_rows
 from compress.calibration.rows import may_hold_media, rows_in
 from compress.calibration.texts import SELF, is_images
 from compress.calibration.tokens import load_tokens
-from compress.config.pipeline import GIVEN
+from compress.config.pipeline import GIVEN, Calibration
 from compress.errors import CompressError, DataError
 from compress.models.architecture import predicts_masked, predicts_next
 from compress.models.families import family_of
@@ -31,7 +32,7 @@ from compress.models.processors import processor_folder
 from compress.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -52,6 +53,27 @@ def dataset(graph: Graph, name: Split, data: Given | None, dtype: torch.dtype) -
         return None
     named = by_name(name, data, graph.model)
     return model_inputs(graph, name, named or gathered(name, data, kind_of(graph.model)), dtype)
+
+
+def tokenized(name: Split, data: Given | None, section: DataSection | None, tokenizer: Path) -> Given | None:
+    """Texts from Python, of one source or of several by name, as windows of tokens; anything else as it is.
+
+    Args:
+        name: what the data is for.
+        data: as it was given.
+        section: of the pipeline, which says how many windows and of what length; without one all that there are.
+        tokenizer: the folder of the model's.
+
+    Raises:
+        DataError: too few texts, or no tokenizer.
+    """
+    if isinstance(data, Mapping) and data and all(map(is_texts, data.values())):
+        return {source: tokenized(name, texts, section, tokenizer) for source, texts in data.items()}
+    if data is None or not is_texts(data):
+        return data
+    asked, samples = section or Calibration(), section.samples if section else 0
+    reader = load_tokenizer(tokenizer, f"{name} text")
+    return load_tokens(data, reader, samples=samples, length=asked.length, split=name, protocol=asked.protocol)
 
 
 def model_inputs(graph: Graph, name: str, data: Dataset, dtype: torch.dtype) -> Dataset:

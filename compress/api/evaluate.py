@@ -10,6 +10,7 @@ import torch
 
 from compress.api import data as given
 from compress.api.output_folder import refuse_changed
+from compress.api.tasks import find_tasks, run_tasks
 from compress.api.together import device_for, refuse_differing
 from compress.calibration.metrics import evaluate, measure, pooled
 from compress.calibration.reference import Reference
@@ -24,10 +25,11 @@ from compress.planning.places import chosen_device, device_name
 from compress.progress import Bars
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
+    from compress.api.tasks import Tasks
     from compress.calibration.data import Dataset
     from compress.calibration.metrics import Quality
     from compress.config.pipeline import Evaluation
@@ -48,6 +50,8 @@ def measure_model(
     device: str | None = None,
     executor: Executor | None = None,
     bars: Bars | None = None,
+    tasks: Sequence[str] = (),
+    task_folder: Path | None = None,
 ) -> dict[str, Any]:
     """Quality and size; of an ONNX file also its speed and the memory that loading it takes.
 
@@ -60,9 +64,11 @@ def measure_model(
         device: what transformers computes on: `auto`, which None stands for, `cpu`, `cuda`, `cuda:1`.
         executor: how several processes share the batches, each of which calls this; one does it alone by default.
         bars: progress; by default, bars where stderr is a terminal.
+        tasks: names of tasks of lm-evaluation-harness to run as well, on the original too where there is one.
+        task_folder: with YAML files of tasks, which alone are then known.
 
     Raises:
-        UsageError: no such model, or a runtime that is not installed.
+        UsageError: no such model or task, or a runtime or library that is not installed.
         CheckpointError: a folder whose files are not what its manifest says.
         DataError: nothing that can be read.
     """
@@ -71,14 +77,26 @@ def measure_model(
         raise UsageError("onnxruntime is measured by one process; start it without torchrun")
     if runtime == "onnxruntime" and device is not None:
         raise UsageError("device chooses what transformers computes on; onnxruntime computes on the processor")
+    if task_folder is not None and not tasks:
+        raise UsageError("--task-folder holds tasks, and none is named; give --task")
+    if tasks and (runtime == "onnxruntime" or executor.world > 1):
+        raise UsageError("--task is for one process that runs transformers; start it without torchrun and --runtime")
+    asked = find_tasks(tasks, task_folder) if tasks else None
     with bars.shown():
         if runtime == "onnxruntime":
             return _onnx(Path(model), section, against, threads, bars)
-        return _torch(model, section, against, chosen_device(device_for(device or "auto", executor)), executor, bars)
+        where = chosen_device(device_for(device or "auto", executor))
+        return _torch(model, section, against, where, executor, bars, asked)
 
 
 def _torch(
-    model: str, section: Evaluation, against: str | None, device: torch.device, executor: Executor, bars: Bars
+    model: str,
+    section: Evaluation,
+    against: str | None,
+    device: torch.device,
+    executor: Executor,
+    bars: Bars,
+    tasks: Tasks | None,
 ) -> dict[str, Any]:
     found = adapters.locate(model)
     for folder in found.folders:
@@ -97,7 +115,11 @@ def _torch(
     options: dict[str, Any] = {"against": original, "device": device, "progress": shown, "together": executor}
     parts = {name: evaluate(loaded, part, **options) for name, part in matched.split().items()}
     weights = sum(f.stat().st_size for folder in found.folders for f in folder.glob("*.safetensors"))
-    return {"model": model, **_result(parts, section, data), "bytes": weights, "device": device_name(device)}
+    answer = {"model": model, **_result(parts, section, data), "bytes": weights, "device": device_name(device)}
+    if tasks is not None:
+        measured = {"tasks": loaded, **({} if original is None else {"tasks_of_original": original})}
+        answer |= {name: run_tasks(each, tokenizer, tasks, device) for name, each in measured.items()}
+    return answer
 
 
 def _progress(bars: Bars) -> Callable[[Iterable[Tensor], int], Iterator[Tensor]]:

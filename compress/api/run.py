@@ -80,7 +80,8 @@ def run(
         pipeline: a YAML file, or a mapping of the same shape.
         model: `demo`, a local folder, a hub id, or an adapter: its folder or hub id, or BASE+ADAPTER.
         out: the folder to write; must not exist unless it is this very run's result.
-        calibration: (samples, length) token ids, or images, instead of the pipeline's source.
+        calibration: (samples, length) token ids, or images, instead of the pipeline's source; or a list of texts, of
+            which the model's tokenizer makes windows as the pipeline's `calibration:` says, without one of 512 tokens.
         evaluation: the same, for measuring; of an image model, (images, labels).
         overwrite: replace an existing `out`.
         fresh: forget what an interrupted run had finished.
@@ -109,11 +110,18 @@ def run(
     )  # fmt: skip
     refuse_differing(work.executor, work.facts())
     led = work.executor.rank == 0
-    return _led(work, Path(out).absolute(), overwrite, fresh, on_row) if led else _followed(work)
+    return carry_out(work, Path(out).absolute(), overwrite, fresh, on_row) if led else _followed(work)
 
 
-def _led(work: Work, destination: Path, overwrite: bool, fresh: bool, on_row: Callable[[Row], None]) -> Report:
-    """What process 0 does: it alone writes."""
+def carry_out(
+    work: Work,
+    destination: Path,
+    overwrite: bool = False,
+    fresh: bool = False,
+    on_row: Callable[[Row], None] = lambda row: None,
+    make_ledger: Callable[..., FolderLedger] = FolderLedger,
+) -> Report:
+    """Do what process 0 does: it alone writes. `make_ledger` is given what `FolderLedger` is; see `run`."""
     opened, bars, where = work.opened, work.bars, work.plan.places
     with working_for(destination) as folder:
         finished = None if overwrite or fresh else _finished(destination, work.identity, work.steps)
@@ -137,7 +145,7 @@ def _led(work: Work, destination: Path, overwrite: bool, fresh: bool, on_row: Ca
         resume = Resume(
             ["+".join(p.key for p in stage) for stage in work.steps.passes], len(opened.artifact.graph.blocks)
         )
-        kept = FolderLedger(folder, resume, watch.refuse_changed)
+        kept = make_ledger(folder, resume, watch.refuse_changed)
         LOGGER.log(logging.INFO if where.apart else logging.DEBUG, "computing on %s", where.name)
         with kept_in(folder / LOG), bars.shown():
             measured, context = work.execute(work.context(shared(work.executor, kept, folder)), on_row)

@@ -131,6 +131,8 @@ def prepare(
     if executor.rank == 0:
         refuse_destination(destination, inputs_of(steps, opened.folders, pipeline), overwrite)
     graph = opened.artifact.graph
+    calibration = given.tokenized("calibration", calibration, steps.calibration, opened.tokenizer)
+    evaluation = given.tokenized("evaluation", evaluation, steps.evaluate, opened.tokenizer)
     data = manager.Data(
         given.dataset(graph, "calibration", calibration, dtype_of(steps, opened)),
         given.dataset(graph, "evaluation", evaluation, dtype_of(steps, opened)),

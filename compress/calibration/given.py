@@ -27,7 +27,7 @@ OF_TOKENS = ("tokens", "labelled")
 ACCEPTED: dict[Kind, str] = {
     "tokens": "give (samples, length) integer token ids as a tensor or an array, a list of windows of one length, what "
     "a tokenizer returns, a data loader of these, or several sources by name. compress.load_tokens(source, tokenizer, "
-    "samples=..., length=...) makes them of a text",
+    "samples=..., length=...) makes them of a text, or of a list of texts",
     "labelled": "give (samples, length) integer token ids as a tensor or an array, a list of windows of one length, "
     "what a tokenizer returns, a data loader of these, or several sources by name; with labels (tokens, labels)",
     "images": "give floating-point images (samples, channels, height, width) as a tensor or an array, a list of them, "
@@ -267,7 +267,7 @@ def _processed(name: str, given: Mapping[str, Any], kind: Kind) -> Batch:
 
 def _check_beside(name: str, key: str, value: Any, tokens: Tensor) -> None:
     """What stands beside the token ids must change nothing: every position counts, and is called with the ids alone."""
-    if key in ASIDE or value is None or isinstance(value, str) or _is_texts(value):
+    if key in ASIDE or value is None or isinstance(value, str) or is_texts(value):
         return
     if key not in ("attention_mask", "token_type_ids", "labels", "position_ids"):
         raise DataError(f"{name} is not used: leave it out, and give the input_ids alone")
@@ -306,7 +306,7 @@ def _tensor(name: str, value: Any, kind: Kind) -> Tensor:
         array = numpy.array(value)
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
     except (TypeError, ValueError, OverflowError) as error:
-        if _is_texts(value):
+        if is_texts(value):
             _refuse(name, value, kind)
         if isinstance(value, list | tuple) and all(isinstance(row, list | tuple) for row in value):
             lengths = ", ".join(str(length) for length in [*dict.fromkeys(map(len, value))][:4])
@@ -321,7 +321,7 @@ def _refuse(name: str, value: Any, kind: Kind) -> NoReturn:
 def _described(value: Any) -> str:
     if isinstance(value, str):
         return f"the text {value[:40]!r}"
-    if _is_texts(value):
+    if is_texts(value):
         return "a list of texts"
     if isinstance(value, torch.Tensor):
         layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
@@ -337,7 +337,8 @@ def _is_numbers(value: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], int | float)
 
 
-def _is_texts(value: Any) -> bool:
+def is_texts(value: Any) -> bool:
+    """Whether it is a list of texts."""
     return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], str)
 
 

@@ -133,6 +133,21 @@ def read_texts(source: str, split: Split, field: str, subset: str | None, render
     return Texts(((_text_in(row, field, place, render),) for place, row in rows), count)
 
 
+def texts_given(texts: Iterable[Any]) -> Texts:
+    """Texts from Python, one after the other.
+
+    Raises:
+        DataError: something among them is no text, or there is none.
+    """
+    listed = list(texts)
+    for number, text in enumerate(listed):
+        if not isinstance(text, str):
+            raise DataError(f"text {number} of the list is of type {type(text).__name__}; give texts alone")
+    if not any(listed):
+        raise DataError("the list of texts holds no text")
+    return Texts(((text,) for text in listed), len(listed))
+
+
 def _pieces(path: Path) -> Iterator[str]:
     """A plain text, with every end of a line as a line feed."""
     lines = io.IncrementalNewlineDecoder(None, translate=True)

@@ -13,12 +13,12 @@ from bisect import bisect_left
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from compress.calibration.texts import read_texts
+from compress.calibration.texts import read_texts, texts_given
 from compress.errors import DataError
 from compress.lazy import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -39,7 +39,7 @@ AGREED = 16  # tokens one after the other that must be the same in both
 
 
 def load_tokens(
-    source: str,
+    source: str | Sequence[str],
     tokenizer: Any,
     *,
     samples: int,
@@ -53,7 +53,8 @@ def load_tokens(
     """Windows of token ids, evenly spread over the source.
 
     Args:
-        source: `demo`, a .txt, .jsonl, .json or .parquet file in UTF-8, or the id of a Hugging Face data set.
+        source: `demo`, a .txt, .jsonl, .json or .parquet file in UTF-8, or the id of a Hugging Face data set; or a list
+            of texts.
         tokenizer: of the model that will see the tokens.
         samples: number of windows; 0 for all that there are.
         length: tokens per window.
@@ -79,11 +80,15 @@ def load_tokens(
             raise DataError(f"{name} must be a whole number, at least {least}; got {value!r}")
     if protocol not in get_args(Protocol):
         raise DataError(f"protocol must be one of {', '.join(get_args(Protocol))}; got {protocol!r}")
-    texts = read_texts(source, split, field, subset, lambda messages: rendered(tokenizer, messages))
+    if isinstance(source, str):
+        texts, name = read_texts(source, split, field, subset, lambda messages: rendered(tokenizer, messages)), source
+    else:
+        texts = texts_given(source)
+        name = f"the list of {texts.count} texts"
     ids = array("i")
     for some in token_stream(tokenizer, texts, protocol, over, f"tokenize {split}: texts"):
         ids.extend(some)
-    return windows(torch.frombuffer(ids, dtype=torch.int32) if ids else torch.empty(0), samples, length, source)
+    return windows(torch.frombuffer(ids, dtype=torch.int32) if ids else torch.empty(0), samples, length, name)
 
 
 def count_tokens(source: str, tokenizer: Any, most: int, split: Split, field: str, protocol: Protocol) -> int:

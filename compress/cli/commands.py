@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from compress import logs
-from compress.cli import comparing, completion, ranks, running, shortcuts
+from compress.cli import comparing, completion, ranks, running, shortcuts, sweeping
 from compress.cli.options import (
     DeviceOption,
     FreshOption,
@@ -74,7 +74,7 @@ def run(
 ) -> None:
     """Run a pipeline on a model and write the compressed folder. Interrupted, the same command continues."""
     shown = running.Shown.of(device, as_json, verbose, quiet)
-    _know(plugins)
+    running.know(plugins)
     folder = running.folder_for(out, model, pipeline.stem, overwrite)
     steps = running.read(pipeline, changes or (), folder, overwrite)
     running.run_and_show(steps, model, folder, shown, overwrite=overwrite, fresh=fresh)
@@ -131,22 +131,16 @@ def check(
     plugins: PluginOption = None,
 ) -> None:
     """Check everything that can be checked without reading weights."""
-    _know(plugins)
+    running.know(plugins)
     from compress.config.reading import load_pipeline
 
     steps = load_pipeline(pipeline, changes or ())
     notes: list[str] = []
     if model is not None:
-        from compress.api.amounts import check_amounts
-        from compress.checkpoint import opening
-        from compress.engine.merge import checks
-        from compress.planning import places, plan
+        from compress.api.amounts import check_on
+        from compress.checkpoint.opening import open_model
 
-        opened = opening.open_model(model).of_towers(steps.towers)
-        where = places.places(steps.device, steps.max_memory)
-        plan.make(steps, opened.artifact.graph, opened.dtypes, str(pipeline), where=where)
-        checks.check_models(steps, opened.artifact, str(pipeline))
-        notes = check_amounts(steps, opened, str(pipeline))
+        notes = check_on(steps, open_model(model), str(pipeline))
     _say(f"{pipeline}: fine" + (f" for {model}" if model else ""))
     for note in notes:
         _say(f"note: {note}")
@@ -167,7 +161,7 @@ def show_plan(
     quiet: QuietOption = False,
 ) -> None:
     """Show what each pass will touch and cost, before any work. Only --shares reads weights."""
-    _know(plugins)
+    running.know(plugins)
     shown = running.Shown.of(device, as_json, verbose, quiet)
     from compress.config.reading import load_pipeline
 
@@ -197,6 +191,15 @@ def evaluate(
         int | None, typer.Option(help="windows, images or rows; 0 for all  [default: 64, of wikitext all]")
     ] = None,
     length: Annotated[int | None, typer.Option(help="tokens per window  [default: 512, of wikitext 2048]")] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task", help="also run this task of lm-evaluation-harness, such as hellaswag; may be given again"
+        ),
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="with YAML files of tasks of your own, in their place")
+    ] = None,
     runtime: Annotated[str, typer.Option(help="transformers, or onnxruntime for a folder that holds ONNX")] = (
         "transformers"
     ),
@@ -219,12 +222,14 @@ def evaluate(
     given = {"field": field, "subset": subset, "protocol": protocol, "samples": samples, "length": length}
     section = measured_on(Path(model), source or (), given)
     options: dict[str, Any] = {"runtime": runtime, "threads": threads, "device": device}
+    options |= {"tasks": tasks or (), "task_folder": task_folder}
     options["executor"] = ranks.executor()
     found = measuring.measure_model(model, section, against=against, bars=bars, **options)
     _say(json.dumps(found, indent=1) if as_json else sentences.evaluation_lines(model, found, against))
 
 
-app.command()(comparing.compare)
+for several in (sweeping.sweep, comparing.compare):
+    app.command()(several)
 
 
 @app.command()
@@ -388,18 +393,10 @@ def init(
 @app.command()
 def schema(plugins: PluginOption = None) -> None:
     """Print the JSON schema of pipeline files, for editors."""
-    _know(plugins)
+    running.know(plugins)
     from compress.config.schema import schema as make
 
     print(json.dumps(make(), indent=1))
-
-
-def _know(plugins: list[Path] | None) -> None:
-    """Make passes of the user's own known."""
-    if plugins:
-        from compress.config.plugins import load
-
-        load(plugins)
 
 
 def _say(text: object) -> None:

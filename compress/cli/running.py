@@ -42,6 +42,14 @@ class Shown:
         return cls(device, as_json, bars_for(verbose, quiet))
 
 
+def know(plugins: Sequence[Path] | None) -> None:
+    """Make passes of the user's own known."""
+    if plugins:
+        from compress.config.plugins import load
+
+        load(plugins)
+
+
 def folder_for(out: Path | None, model: str, label: str, overwrite: bool) -> Path:
     """The folder that is written: the one that is named, or MODEL-label in the working directory.
 
@@ -182,4 +190,4 @@ def plan_and_show(
         console.print("--shares: no pass gives layers different shares of zeros", soft_wrap=True)
 
 
-__all__ = ["Shown", "build_and_show", "folder_for", "plan_and_show", "read", "run_and_show"]
+__all__ = ["Shown", "build_and_show", "folder_for", "know", "plan_and_show", "read", "run_and_show"]

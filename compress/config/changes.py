@@ -39,12 +39,18 @@ def changed(values: Any, changes: Sequence[str]) -> Any:
             continue
         read = document(text, PLACE)
         problems += [Problem(key, problem.message) for problem in read.problems]
-        steps = [int(number) if number else name for number, name in STEP.findall(key)]
-        wrong = _put(made, steps, read.values)
+        wrong = put(made, key, read.values)
         problems += [Problem(key, wrong)] if wrong else []
     if problems:
         raise ConfigError(problems, PLACE)
     return made
+
+
+def put(values: Any, key: str, value: Any) -> str | None:
+    """Put a value into a pipeline's plain values, which are changed; or say why its key leads nowhere."""
+    if not KEY.fullmatch(key):
+        return "is no key of a pipeline, such as passes[0].gptq.bits"
+    return _put(values, [int(number) if number else name for number, name in STEP.findall(key)], value)
 
 
 def _put(values: Any, steps: list[str | int], value: Any) -> str | None:
@@ -97,4 +103,4 @@ def _make_room(options: dict[str, Any], name: str) -> None:
             options.pop(short, None)
 
 
-__all__ = ["changed"]
+__all__ = ["changed", "put"]

@@ -69,10 +69,19 @@ def load_pipeline(source: str | Path | Mapping[str, Any] | Pipeline, changes: Se
         return source
     if isinstance(source, Mapping):
         return _read_pipeline(changed(dict(source), changes), _Findings("pipeline"))
-    path = Path(source)
-    if not path.exists() and path.name == str(source) and not path.suffix:
-        path = _preset(path.name)
+    path = file_of(source)
     return parse(read_text(path, MOST_LETTERS), str(path), changes)
+
+
+def file_of(source: str | Path) -> Path:
+    """The file that a path, or the name of a ready-made pipeline, stands for.
+
+    Raises:
+        UsageError: there is no ready-made pipeline of that name.
+    """
+    path = Path(source)
+    ready_made = not path.exists() and path.name == str(source) and not path.suffix
+    return _preset(path.name) if ready_made else path
 
 
 def _preset(name: str) -> Path:

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compress.encodings import Weight
+from compress.encodings import Encoding, LowRankFactors, Weight
 from compress.encodings.pieces import rows_in_piece
 from compress.encodings.uniform import CHUNK
 from compress.errors import CompressError, NonFiniteError
 from compress.io.source_code import place_of, plug_ins
+from compress.passes.interface import Edit
 from compress.passes.prune.selection import pattern
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.models.site import Site
-    from compress.passes.base import Edit, Pass
+    from compress.passes.base import Pass
 
 Refuse = Callable[[str], CompressError]
 HUGE = 1e19  # the square of a larger number overflows float32
@@ -48,6 +49,7 @@ def observed(
             )
         return CompressError(f"{pass_.key} on {site.name}: {what}; {_blamed(pass_)}")
 
+    refuse_wrong_types(pass_, site.name, edit)
     if edit.keeps:
         return before, 0.0
     if edit.mask is not None and tuple(edit.mask.shape) != site.shape:
@@ -71,6 +73,29 @@ def observed(
     return weight, _relative_error(weight, old)
 
 
+def refuse_wrong_types(pass_: Pass, name: str, edit: object) -> None:
+    """Refuse what is no edit, or one whose parts are not what they are called.
+
+    Raises:
+        CompressError: says which part, and what it should be.
+    """
+    if not isinstance(edit, Edit):
+        raise CompressError(
+            f"{pass_.key} on {name}: it returned a {type(edit).__name__}, and should an Edit; {_blamed(pass_)}"
+        )
+    kinds = (("encoding", Encoding), ("low_rank", LowRankFactors), ("weight", torch.Tensor), ("mask", torch.Tensor))
+    for part, kind in kinds:
+        value = getattr(edit, part)
+        if value is not None and not isinstance(value, kind):
+            said = f"`{part}` of its edit is a {type(value).__name__}, and should be of {kind.__name__}"
+            raise CompressError(f"{pass_.key} on {name}: {said}; {_blamed(pass_)}")
+    for part, fine in (("weight", torch.is_floating_point), ("mask", lambda value: value.dtype == torch.bool)):
+        value = getattr(edit, part)
+        if value is not None and not fine(value):
+            said = f"`{part}` of its edit holds {value.dtype}, and should {'bool' if part == 'mask' else 'float32'}"
+            raise CompressError(f"{pass_.key} on {name}: {said}; {_blamed(pass_)}")
+
+
 def _relative_error(weight: Weight, old: Tensor) -> float:
     """||new - old|| / ||old||, a few rows at a time: temporaries stay in the cache."""
     lost, size = torch.zeros(2, dtype=torch.float64, device=old.device)
@@ -89,6 +114,7 @@ def observed_vector(name: str, pass_: Pass, before: Tensor, edit: Edit, store: t
     Raises:
         CompressError: as `observed`.
     """
+    refuse_wrong_types(pass_, name, edit)
     values = edit.weight
     if values is None or values.shape != before.shape:
         raise CompressError(f"{pass_.key} on {name}: not {before.numel()} values; {_blamed(pass_)}")

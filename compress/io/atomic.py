@@ -34,6 +34,19 @@ def copy(source: Path, file: Path) -> None:
         shutil.copyfile(source, file)
 
 
+def link(source: Path, file: Path) -> None:
+    """Give a file that is never changed another name, in the place of what bore it; a copy where there are no links."""
+    if file.is_file() and file.samefile(source):
+        return  # a file system may rename no link of a file to another one
+    temporary = file.with_suffix(".partial")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        copy(source, temporary)
+    publish(temporary, file)
+
+
 def write_pieces(file: Path, pieces: Iterable[memoryview]) -> None:
     """Write a file of no importance, that something is copied to, a piece at a time."""
     with writing(file), file.open("wb") as opened:

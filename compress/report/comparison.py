@@ -107,6 +107,22 @@ def as_json(found: Sequence[Finished], most: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def front(found: Sequence[Finished]) -> list[Finished]:
+    """Those that none of the others beats in quality and size together, the smallest first; none if not comparable."""
+    if not (_begun_alike(found) and _measured_alike(found)):
+        return []
+    known = [each for each in found if quality(each.result) is not None]
+    best = [one for one in known if not any(_beats(other.result, one.result) for other in known)]
+    return sorted(best, key=lambda each: each.result.bytes)
+
+
+def judged_by(row: Row) -> str:
+    """The figure that `quality` goes by."""
+    if row.kl is not None:
+        return "kl"
+    return "relative_error" if row.accuracy is None else "accuracy"
+
+
 def quality(row: Row) -> float | None:
     """What a result is judged by, the smaller the better: KL, or what is measured where there is none."""
     if row.kl is not None:

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 AXES = {"kl": "KL to the original", "relative_error": "relative error of outputs", "accuracy": "accuracy"}
 
 
-def page(found: Sequence[Finished], most: int, written: Mapping[str, Mapping[str, str]]) -> str:
+def page(found: Sequence[Finished], most: int, written: Mapping[str, Mapping[str, str]], title: str = "") -> str:
     """The page.
 
     Args:
         found: two or more.
         most: layers to list.
         written: prompt -> who goes on with it -> what with.
+        title: their names where none is given.
 
     Raises:
         UsageError: the library that draws is missing.
@@ -35,11 +36,12 @@ def page(found: Sequence[Finished], most: int, written: Mapping[str, Mapping[str
         parts += [html.heading("Layers that differ most"), html.table(heads, rows)]
     for prompt, texts in written.items():
         parts += [html.heading(f"After {prompt!r}"), *(html.passage(name, text) for name, text in texts.items())]
-    return html.whole(" and ".join(each.name for each in found), parts)
+    return html.whole(title or " and ".join(each.name for each in found), parts)
 
 
 def _sizes(found: Sequence[Finished]) -> Iterator[str]:
-    """Quality against size; only of what was measured."""
+    """Quality against size; only of what was measured. A line joins those that no other beats in both."""
+    best = comparison.front(found)
     for name, title in AXES.items():
         known = [(each.name, each.result.bytes / 1e6, getattr(each.result, name)) for each in found]
         known = [point for point in known if point[2] is not None]
@@ -49,6 +51,9 @@ def _sizes(found: Sequence[Finished]) -> Iterator[str]:
             for i, (label, size, value) in enumerate(known):
                 axes.plot([size], [value], marker="o", linestyle="", color=html.LINES[i % len(html.LINES)])
                 axes.annotate(label, (size, value), textcoords="offset points", xytext=(6, 4))
+            if len(best) > 1 and name == comparison.judged_by(best[0].result):
+                points = [(each.result.bytes / 1e6, getattr(each.result, name)) for each in best]
+                axes.plot(*zip(*points, strict=True), linestyle="--", linewidth=1, color="#8888", zorder=0)
             axes.set_xlabel("MB of weights")
             axes.margins(x=0.2, y=0.15)
             axes.spines[["top", "right"]].set_visible(False)

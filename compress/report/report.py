@@ -7,8 +7,11 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from compress.errors import UsageError
+from compress.export.refusals import refuse_missing
 from compress.models.narrow import IN_WORDS
 from compress.planning.dense import VECTORS
+from compress.report import html
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -87,6 +90,28 @@ class Report:
     def to_json(self) -> str:
         """The content of report.json."""
         return json.dumps(asdict(self), indent=1) + "\n"
+
+    def to_pandas(self) -> Any:
+        """The rows as a DataFrame of pandas, numbers in full; each figure of a named source has a column of its own.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        for missing in refuse_missing("pandas", "pandas"):
+            raise UsageError(missing)
+        import pandas
+
+        rows = []
+        for row in self.rows:
+            found = {name: value for name, value in asdict(row).items() if name != "sources"}
+            found |= {f"{n} of {source}": value for source, each in row.sources.items() for n, value in each.items()}
+            rows.append(found)
+        return pandas.DataFrame(rows).set_index("name")
+
+    def _repr_html_(self) -> str:
+        """The table, as notebooks show it."""
+        names = source_names(self)
+        return html.table(headings(self), [cells(row, names) for row in self.rows]) + html.paragraph(caption(self))
 
     def inputs(self) -> Counter[str]:
         """How the inputs of layers are rounded, in words -> of how many layers."""

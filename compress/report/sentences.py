@@ -85,8 +85,23 @@ def evaluation_lines(model: str, found: Mapping[str, Any], against: str | None) 
     protocol = f"\nprotocol {found['protocol']}: {PROTOCOLS[found['protocol']]}" if "protocol" in found else ""
     for name, each in found.get("sources", {}).items():
         text += f"\n  {name}: {_figure(each)[0]}{_divergence(each, against, unit)}"
+    for name, each in found.get("tasks", {}).items():
+        text += f"\n  {name}: {_task(each, found.get('tasks_of_original', {}).get(name))}"
     source = found["source"] if isinstance(found["source"], str) else ", ".join(found["source"].values())
     return f"{text}\n({source}, {data}){protocol}"
+
+
+def _task(found: Mapping[str, Any], original: Mapping[str, Any] | None) -> str:
+    """The metrics of a task, each with its error and what the original has, as far as they are known."""
+    said = []
+    for name, value in found.items():
+        if name == "samples" or "_stderr" in name:
+            continue
+        error, was = found.get(f"{name}_stderr"), (original or {}).get(name)
+        spread = "" if error is None else f" ± {error:.4f}"
+        said.append(f"{name} {value:.4f}{spread}" + ("" if was is None else f" (the original {was:.4f})"))
+    count = f" on {found['samples']} samples" if "samples" in found else ""
+    return f"{', '.join(said) or 'no metric'}{count}"
 
 
 def _figure(found: Mapping[str, Any]) -> tuple[str, str]:

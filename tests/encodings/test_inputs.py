@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from elsewhere import elsewhere
 from torch import Tensor
 
 from compress.encodings import (
@@ -24,6 +23,7 @@ from compress.encodings import (
 from compress.encodings.inputs import TensorPairs, TensorPower, TensorSteps
 from compress.encodings.outlier_victim import quantize_dequantize
 from compress.encodings.power import PowerGrid
+from compress.testing.elsewhere import elsewhere
 
 BITS = range(2, 9)
 OLIVE = InputForm(bits=4, grid="olive", scale="tensor")

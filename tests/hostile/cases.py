@@ -120,7 +120,7 @@ WORDS = (
     "onnx:a.b=1", "gguf:x={", ",", "gptq.", "wanda[2:4]", "0", "-1", "1e9", "99999999999999999999", "nan", "true",
     "null", "transformers", "onnxruntime", "adapter", "model+adapter", "model+", "+",
 )  # fmt: skip
-MAKERS = ("run", "quantize", "prune", "merge")  # which name a folder themselves where none is named
+MAKERS = ("run", "quantize", "prune", "merge", "sweep")  # which name a folder themselves where none is named
 COMMANDS = (
     *MAKERS,
     "advise",
