@@ -180,7 +180,7 @@ def interrupted_child(folder: Path, arguments: list[str], sign: int) -> None:
         os.kill(os.getpid(), sign)
         return done
 
-    ledger.FolderLedger.commit = commit_and_be_interrupted  # type: ignore[assignment, method-assign]
+    ledger.FolderLedger.commit = commit_and_be_interrupted  # type: ignore[method-assign, assignment]
     sys.argv = ["compress", *arguments]
     cli.main()
 

@@ -16,8 +16,8 @@ from compress.passes import LinearPass
 @cache
 def measured(*passes: LinearPass) -> Result:
     model, tokenizer = compress.demo.load()
-    calibration = compress.load_tokens("demo", tokenizer, samples=8, length=128)
-    evaluation = compress.load_tokens("demo", tokenizer, samples=4, length=128, split="evaluation")
+    calibration = compress.load_tokens("demo", tokenizer, samples=8, length=256)
+    evaluation = compress.load_tokens("demo", tokenizer, samples=4, length=256, split="evaluation")
     return compress.apply(model, passes, calibration=calibration, evaluation=evaluation, inplace=True)
 
 

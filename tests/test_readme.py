@@ -60,8 +60,8 @@ def test_the_pipeline_of_the_readme_and_its_commands_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make_text_model(tmp_path / "MODEL", num_hidden_layers=1)
-    small = blocks("yaml")[0].replace("samples: 128, length: 256", "samples: 4, length: 128")
-    small = small.replace("max_increase: 10%", "samples: 2, length: 128, max_increase: 100%")
+    small = blocks("yaml")[0].replace("samples: 128, length: 256", "samples: 8, length: 128")
+    small = small.replace("max_increase: 10%", "samples: 4, length: 128, max_increase: 100%")
     if model != "demo":
         small = small.replace("source: demo", f"source: {write_text(tmp_path / 'text.txt')}")
     (tmp_path / "pipeline.yaml").write_text(small)

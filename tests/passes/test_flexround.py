@@ -347,7 +347,7 @@ def test_the_row_factor_and_the_scale_are_worth_learning(bits: int, learning_rat
 
 
 def test_a_scale_of_a_whole_matrix_learns_slower_than_the_divisors_and_is_then_worth_learning() -> None:
-    options = {"bits": 3, "granularity": "tensor", "scale_search": "mse", "learning_rate": 0.01, "steps": 100}
+    options = {"bits": 3, "granularity": "tensor", "scale_search": "mse", "learning_rate": 0.01, "steps": 200}
     slow, fast, frozen, no_row = (
         sum(ratio(by_layer(w, x, **options, **changed)) for w, x in TOY) / len(TOY)
         for changed in ({}, {"scale_rate": 0.01}, {"learn_scale": False}, {"row_factor": False})
