@@ -4,6 +4,7 @@ from .api.apply_delta import apply_delta
 from .api.export import export_to
 from .api.extract_lora import extract_lora
 from .api.fit import Fit, fit
+from .api.push import Upload, push
 from .api.run import run
 from .api.sweep import Sweep, sweep
 from .api.verify import verify
@@ -157,6 +158,7 @@ __all__ = [
     "TaskArithmetic",
     "Ties",
     "UnsupportedModelError",
+    "Upload",
     "UsageError",
     "Wanda",
     "WeightMatching",
@@ -169,6 +171,7 @@ __all__ = [
     "extract_lora",
     "fit",
     "load_tokens",
+    "push",
     "register",
     "register_pass",
     "run",

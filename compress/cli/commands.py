@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from compress import logs
-from compress.cli import comparing, completion, ranks, running, shortcuts, sweeping
+from compress.cli import comparing, completion, pushing, ranks, running, shortcuts, sweeping
 from compress.cli.options import (
     DeviceOption,
     FreshOption,
@@ -299,6 +299,9 @@ def extract_lora(
     options: dict[str, Any] = {"rank": rank, "energy": energy, "overwrite": overwrite}
     found = extracting.extract_lora(base, tuned, out, **options, bars=bars)
     _say(json.dumps(found, indent=1) if as_json else sentences.extracted(found, out))
+
+
+app.command()(pushing.push)
 
 
 @app.command()
