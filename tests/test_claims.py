@@ -29,7 +29,11 @@ def perplexity(*passes: LinearPass) -> float:
 
 @pytest.mark.parametrize("bits", only([2], [4, 3, 2]))
 def test_gptq_is_better_than_rounding_to_nearest(bits: int) -> None:
-    assert perplexity(Gptq(bits=bits, group_size=64)) < perplexity(Rtn(bits=bits, group_size=64))
+    # By KL: at 4 bits the perplexity of so few texts is below the original's as often as above.
+    found = [measured(p(bits=bits, group_size=64)).report.rows[-1].kl for p in (Gptq, Rtn)]
+    assert found[0] is not None
+    assert found[1] is not None
+    assert found[0] < found[1]
 
 
 @pytest.mark.real

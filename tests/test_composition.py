@@ -15,7 +15,7 @@ from compress.passes import PASSES, MergePass, Pass
 from compress.planning import plan
 
 PRUNERS = {"magnitude", "global_magnitude", "wanda", "sparsegpt", "bip"}
-QUANTIZERS = {p.key for p in PASSES if p.__module__.startswith("compress.passes.quantize.")} - {"reorder"}
+QUANTIZERS = {p.key for p in PASSES if p.__module__.startswith("compress.passes.quantize.")} - {"reorder", "kv_cache"}
 MERGES = {p.key for p in PASSES if issubclass(p, MergePass)}
 TRAINERS = {"perp", "perp_reconstruct", "sparse_soup"}
 SMALL = {"rank": 4, "groups": 2}  # options that the narrow layers of the test model need

@@ -84,7 +84,8 @@ def of_name(name: str, ready: Collection[str]) -> str | None:
         nearest, why = NEAREST[plain]
         return f"{name} is not among the methods; {nearest} {why}: {_with_method(nearest, ready)}"
     if match := FLOATS.fullmatch(word):
-        found = next((each for each in sorted(ready) if each.endswith(f"-{match[1]}")), None)
+        named = [each for each in sorted(ready) if each.endswith(f"-{match[1]}") and "-kv-" not in each]
+        found = next(iter(named), None)
         how = f"`{found}`" if found else f"a file with `passes: [{{rtn: {{scheme: {match[1]}}}}}]`"
         return f"{name} is a grid, and a pipeline is expected; write {how}"
     if match := OTHER_FLOATS.fullmatch(word):

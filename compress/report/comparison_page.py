@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from compress.report import comparison, html
+from compress.report import comparison, html, markup
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -30,12 +30,12 @@ def page(found: Sequence[Finished], most: int, written: Mapping[str, Mapping[str
     """
     with html.drawing():
         charts = [*_sizes(found), *_errors(found)]
-    parts = [html.table(*comparison.table_of(found)), *map(html.paragraph, comparison.notes(found)), *charts]
+    parts = [markup.table(*comparison.table_of(found)), *map(markup.paragraph, comparison.notes(found)), *charts]
     heads, rows = comparison.layers_of(found, most)
     if rows:
-        parts += [html.heading("Layers that differ most"), html.table(heads, rows)]
+        parts += [markup.heading("Layers that differ most"), markup.table(heads, rows)]
     for prompt, texts in written.items():
-        parts += [html.heading(f"After {prompt!r}"), *(html.passage(name, text) for name, text in texts.items())]
+        parts += [markup.heading(f"After {prompt!r}"), *(markup.passage(name, text) for name, text in texts.items())]
     return html.whole(title or " and ".join(each.name for each in found), parts)
 
 

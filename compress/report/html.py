@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import UsageError
 from compress.export.refusals import refuse_missing
+from compress.report import markup
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
 INK = "#123456"  # a colour that nothing else has, in the place of which the page's own is put
 STYLE = {
@@ -56,28 +57,6 @@ def whole(title: str, parts: Iterable[str]) -> str:
     return PAGE.format(title=escape(title), body="\n".join([f"<h1>{escape(title)}</h1>", *parts]))
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of text."""
-    lines = ["".join(f"<th>{escape(head)}</th>" for head in heads)]
-    lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
-    return f'<div class="wide"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
-
-
-def paragraph(text: str) -> str:
-    """A paragraph of text."""
-    return f"<p>{escape(text)}</p>"
-
-
-def heading(text: str) -> str:
-    """The heading of a part."""
-    return f"<h2>{escape(text)}</h2>"
-
-
-def passage(name: str, text: str) -> str:
-    """A text that somebody wrote, as it is, below the name of who did."""
-    return f"<h3>{escape(name)}</h3>\n<pre>{escape(text)}</pre>"
-
-
 def figure(width: float, height: float) -> Any:
     """An empty drawing. Sizes in inches."""
     from matplotlib.figure import Figure
@@ -93,4 +72,4 @@ def drawn(made: Any, title: str) -> str:
     canvas: Any = FigureCanvasSVG(made)
     canvas.print_svg(out, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = out.getvalue()
-    return f"{heading(title)}\n{text[text.index('<svg') :].replace(INK, 'currentColor')}"
+    return f"{markup.heading(title)}\n{text[text.index('<svg') :].replace(INK, 'currentColor')}"

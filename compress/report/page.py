@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from compress.report import html
+from compress.report import html, markup
 from compress.report.report import caption, cells, headings, size_text, source_names
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ def page(found: Finished) -> str:
     report = found.report
     with html.drawing():
         charts = [*_charts(report.rows), *_heat(found.layers)]
-    passes = html.table(headings(report), [cells(row, source_names(report)) for row in report.rows])
-    said = html.paragraph(caption(report))
-    layers = html.table(HEADS, map(_layer, found.layers))
-    return html.whole(f"{report.model} in {found.name}", [passes, said, *charts, html.heading("Layers"), layers])
+    passes = markup.table(headings(report), [cells(row, source_names(report)) for row in report.rows])
+    said = markup.paragraph(caption(report))
+    layers = markup.table(HEADS, map(_layer, found.layers))
+    return html.whole(f"{report.model} in {found.name}", [passes, said, *charts, markup.heading("Layers"), layers])
 
 
 def _layer(row: Layer) -> tuple[str, ...]:

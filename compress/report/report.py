@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import UsageError
-from compress.export.refusals import refuse_missing
 from compress.models.narrow import IN_WORDS
 from compress.planning.dense import VECTORS
-from compress.report import html
+from compress.report import markup
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -97,10 +96,12 @@ class Report:
         Raises:
             UsageError: pandas is not installed.
         """
-        for missing in refuse_missing("pandas", "pandas"):
-            raise UsageError(missing)
-        import pandas
-
+        try:
+            import pandas
+        except ImportError as error:
+            raise UsageError(
+                "the Python package pandas is not installed; pip install 'compress-pipeline[pandas]'"
+            ) from error
         rows = []
         for row in self.rows:
             found = {name: value for name, value in asdict(row).items() if name != "sources"}
@@ -111,7 +112,7 @@ class Report:
     def _repr_html_(self) -> str:
         """The table, as notebooks show it."""
         names = source_names(self)
-        return html.table(headings(self), [cells(row, names) for row in self.rows]) + html.paragraph(caption(self))
+        return markup.table(headings(self), [cells(row, names) for row in self.rows]) + markup.paragraph(caption(self))
 
     def inputs(self) -> Counter[str]:
         """How the inputs of layers are rounded, in words -> of how many layers."""
