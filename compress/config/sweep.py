@@ -2,8 +2,8 @@
 
 pipeline: gptq-w3                  # a file, a ready-made one, or the pipeline itself
 grid:
-passes[0].gptq.bits: [2, 3, 4]   # keys as `--set` takes them
-seed: [0, 1]
+  passes[0].gptq.bits: [2, 3, 4]   # keys as `--set` takes them
+  seed: [0, 1]
 """
 
 from __future__ import annotations
