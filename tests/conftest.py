@@ -23,6 +23,13 @@ def two_cores() -> None:
     torch.set_num_threads(min(2 if alone else 1, torch.get_num_threads()))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Shells let what they start in the background ignore Ctrl-C, and so would all commands that tests interrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For a module of many steps on tiny tensors, its fixtures included: a second thread is only waited for."""
