@@ -86,6 +86,7 @@ def test_four_bit_inputs_cost_more_than_eight_bit_ones_and_one_scale_for_all_mor
     assert 1.1 * eight < four < fixed
 
 
+@pytest.mark.real
 def test_outliers_leave_the_function_as_it_was() -> None:
     assert perplexity(True) == pytest.approx(perplexity(False), rel=1e-5)
 

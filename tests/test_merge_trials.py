@@ -480,8 +480,11 @@ def test_a_classifier_is_chosen_for_its_accuracy_and_needs_labels(tmp_path: Path
     "merge",
     [
         "adamerging: {models: [./other, ./third], steps: 6, batch_size: 2}",
-        "greedy_soup: {models: [./other, ./third]}",
-        "ties: {models: [./other, ./third], choose: {scale: [0.5, 1], density: [0.2, 0.5]}}",
+        pytest.param("greedy_soup: {models: [./other, ./third]}", marks=pytest.mark.real),
+        pytest.param(
+            "ties: {models: [./other, ./third], choose: {scale: [0.5, 1], density: [0.2, 0.5]}}",
+            marks=pytest.mark.real,
+        ),
     ],
     ids=["adamerging", "greedy_soup", "choose"],
 )

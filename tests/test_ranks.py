@@ -226,6 +226,7 @@ passes:
 """
 
 
+@pytest.mark.real
 def test_experts_that_one_process_alone_sent_tokens_to_are_solved_as_by_one(tmp_path: Path) -> None:
     """A sample for each of four processes: no expert is sent tokens by all of them, and some by hardly any."""
     make_text_model(tmp_path / "model")

@@ -59,7 +59,7 @@ def facts(folder: Path) -> dict[str, object]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", only(["transforms", "expert_prune"], PIPELINES))
+@pytest.mark.parametrize("name", only(["transforms"], PIPELINES))
 def test_two_processes_make_what_one_makes_and_after_a_kill_the_same_bits(name: str, prepared: Path) -> None:
     _, model, file = PIPELINES[name]
     command = ["run", f"{name}.yaml", model, "-o"]

@@ -132,6 +132,7 @@ def test_the_script_for_shell_completion_is_printed(tmp_path: Path) -> None:
     assert "_COMPRESS_COMPLETE=complete_bash" in ended.stdout
 
 
+@pytest.mark.real
 def test_the_plug_in_may_be_what_imports_transformers_first() -> None:
     code = (
         "import compress.runtime.register\n"

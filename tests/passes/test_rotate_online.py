@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from selection import only
 from test_rotate import TURNED
 from test_scale import applied
 from test_width_prune import TOKENS, logits, make
@@ -74,10 +75,11 @@ def test_an_outlier_of_a_neuron_is_spread_and_four_bits_hold_the_inputs_of_down_
     assert lost[1] < 0.5 * lost[0]
 
 
-def test_the_folder_loads_and_every_container_that_can_say_it_computes_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", only(["compressed-tensors"], ["compressed-tensors", "onnx"]))
+def test_the_folder_loads_and_every_container_that_can_say_it_computes_the_same(key: str, tmp_path: Path) -> None:
     model = make("Gemma")
     model.save_pretrained(tmp_path / "model")
-    exports = ["entropy", "compressed-tensors", "onnx"]
+    exports = ["entropy", key]
     passes = [{"rotate": {"online": True}}, {"rtn": {"scheme": "w8g16"}}]
     out = tmp_path / "out"
     meant = logits(applied(model, Rotate(online=True), Rtn(bits=8, group_size=16)).model, TOKENS)
@@ -91,6 +93,8 @@ def test_the_folder_loads_and_every_container_that_can_say_it_computes_the_same(
     loaded[0].save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(logits(again, TOKENS), logits(loaded[0], TOKENS))
+    if key == "onnx":
+        return  # what it computes was compared when it was written
     section = json.loads((out / "compressed-tensors" / "config.json").read_text())
     assert "turned_inputs" not in section, "which would turn them twice"
     groups = section["quantization_config"]["transform_config"]["config_groups"].values()

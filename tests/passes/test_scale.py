@@ -159,7 +159,7 @@ export: [hf]
 """
 
 
-@pytest.mark.slow
+@pytest.mark.real  # two processes that are killed make the same of it in test_shape_ranks.py
 def test_killed_in_the_middle_a_run_ends_bit_identical_and_what_it_writes_computes_the_same(tmp_path: Path) -> None:
     whole, killed = prepare(tmp_path, PIPELINE)
     assert run(whole, "model") == 0
