@@ -156,7 +156,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     "breadcrumbs": [{"merge": "ties", "combine": "mean", "tie": "positive", "density": (0.5, 0.9), "gamma": 0.1}],
     "della": [
         {"density": (0.5, 0.9), "epsilon": 0.05, "rescale": "l1", "combine": "mean"},
-        {"merge": "linear", "rescale": "none", "density": ((0.3, 0.9),)},
+        {"merge": "linear", "rescale": "none", "density": ((0.3, 0.8),)},
     ],
     "greedy_soup": [{"base": False}],
     "adamerging": [{"level": "task"}, {"trim": 0.5, "diversity": 0.1}, {"steps": 0}],

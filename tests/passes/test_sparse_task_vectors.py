@@ -95,8 +95,9 @@ def test_options_that_mean_nothing_are_refused() -> None:
         Breadcrumbs(models=names(1), tie="positive"),
         Della(models=names(1), density=2.0),
         Della(models=names(1), epsilon=0.7),
+        Della(models=names(1), density=0.9),
         Della(models=names(1), merge="linear", tie="positive"),
     ]
     assert [[e.option for e in errors_in(pass_)] for pass_ in wrong] == [
-        ["gamma"], ["tie"], ["density"], ["epsilon"], ["tie"]
+        ["gamma"], ["tie"], ["density"], ["epsilon"], ["epsilon"], ["tie"]
     ]  # fmt: skip

@@ -6,12 +6,11 @@ Shapes: K models, n elements of a piece, N of a tensor.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from compress.errors import OptionError
 from compress.passes.merge.base import MergePass
 from compress.passes.merge.schedules import PerModel, Value
-from compress.passes.merge.task_vectors import Combine, Tie, elected, summed
+from compress.passes.merge.task_vectors import Combine, Mix, Tie, idle_tie, mixed
 from compress.passes.merge.ties import magnitudes
 from compress.passes.merge.trimming import kept_of, limits
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from compress.errors import OptionError
     from compress.passes.merge.base import Piece, Pieces
     from compress.passes.merge.trimming import Limit
 
@@ -55,7 +55,7 @@ class Breadcrumbs(MergePass):
     gamma: PerModel = 0.01
     weights: PerModel = 1.0
     scale: Value = 1.0
-    merge: Literal["linear", "ties"] = "linear"
+    merge: Mix = "linear"
     combine: Combine = "sum"
     tie: Tie = "none"
 
@@ -65,8 +65,7 @@ class Breadcrumbs(MergePass):
         yield from super().check()
         yield from self.within("density", 0, 1)
         yield from self.within("gamma", 0, 1)
-        if self.merge == "linear" and self.tie != "none":
-            yield OptionError("tie", "changes nothing with merge: linear, which elects no signs")
+        yield from idle_tie(self.merge, self.tie)
 
     @property
     def looks(self) -> bool:
@@ -87,11 +86,8 @@ class Breadcrumbs(MergePass):
             for delta, (enough, most) in zip(piece.deltas(), facts, strict=True)
         ]
         weights = self.of_each(self.weights, piece, 1.0)
-        if self.merge == "ties":
-            mixed = elected(left, weights, self.combine, self.tie)
-        else:
-            mixed = summed(left, weights, self.combine)
-        return mixed.mul_(self.at_piece(self.scale, piece, 1.0)).add_(piece.base)
+        made = mixed(left, weights, self.merge, self.combine, self.tie)
+        return made.mul_(self.at_piece(self.scale, piece, 1.0)).add_(piece.base)
 
 
 def _counts(density: float, gamma: float, total: int) -> tuple[int, int]:

@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compress.calibration.draws import draw
-from compress.errors import OptionError
-from compress.lazy import torch
 from compress.passes.merge.base import MergePass
 from compress.passes.merge.schedules import PerModel, Value
-from compress.passes.merge.task_vectors import SMALL, Combine, Tie, elected, summed
+from compress.passes.merge.task_vectors import Combine, Mix, Tie, idle_tie, kept_magnitudes, mixed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
+    from compress.errors import OptionError
     from compress.passes.merge.base import Piece, Pieces
 
 
@@ -52,7 +51,7 @@ class Dare(MergePass):
     density: PerModel = 0.1
     weights: PerModel = 1.0
     scale: Value = 1.0
-    merge: Literal["linear", "ties"] = "linear"
+    merge: Mix = "linear"
     rescale: Literal["unbiased", "l1", "none"] = "unbiased"
     combine: Combine = "sum"
     tie: Tie = "none"
@@ -62,21 +61,14 @@ class Dare(MergePass):
     def check(self) -> Iterator[OptionError]:
         yield from super().check()
         yield from self.within("density", 0, 1)
-        if self.merge == "linear" and self.tie != "none":
-            yield OptionError("tie", "changes nothing with merge: linear, which elects no signs")
+        yield from idle_tie(self.merge, self.tie)
 
     @property
     def looks(self) -> bool:
         return self.rescale == "l1"
 
     def look(self, tensor: Pieces, found: object) -> list[float]:
-        """What is left of each task vector is multiplied with this, for the sum of magnitudes that it had."""
-        sums = torch.zeros(2, len(self.models), dtype=torch.float64)
-        for piece in tensor():
-            for k, (delta, left) in enumerate(zip(piece.deltas(), self._left(piece), strict=True)):
-                sums[0, k] += delta.abs().sum()
-                sums[1, k] += left.abs().sum()
-        return [before / after if min(before, after) >= SMALL else 1.0 for before, after in sums.T.tolist()]
+        return kept_magnitudes(tensor, self._left, len(self.models))
 
     def run(self, piece: Piece, facts: Sequence[float] | None) -> Tensor:
         shares = self.of_each(self.density, piece, 0.1)
@@ -84,11 +76,8 @@ class Dare(MergePass):
             facts = [1 / share if share else 0.0 for share in shares]
         left = (d if facts is None else d.mul_(facts[k]) for k, d in enumerate(self._left(piece)))
         weights = self.of_each(self.weights, piece, 1.0)
-        if self.merge == "ties":
-            mixed = elected(list(left), weights, self.combine, self.tie)
-        else:
-            mixed = summed(left, weights, self.combine)
-        return mixed.mul_(self.at_piece(self.scale, piece, 1.0)).add_(piece.base)
+        made = mixed(left, weights, self.merge, self.combine, self.tie)
+        return made.mul_(self.at_piece(self.scale, piece, 1.0)).add_(piece.base)
 
     def _left(self, piece: Piece) -> Iterator[Tensor]:
         """What is not dropped of every task vector."""

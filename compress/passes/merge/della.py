@@ -12,8 +12,8 @@ from compress.calibration.draws import draw
 from compress.errors import OptionError
 from compress.lazy import torch
 from compress.passes.merge.base import MergePass
-from compress.passes.merge.schedules import PerModel, Value
-from compress.passes.merge.task_vectors import SMALL, Combine, Tie, elected, summed
+from compress.passes.merge.schedules import PerModel, Value, numbers_in
+from compress.passes.merge.task_vectors import SMALL, Combine, Mix, Tie, idle_tie, kept_magnitudes, mixed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -59,7 +59,7 @@ class Della(MergePass):
     epsilon: float = 0.15
     weights: PerModel = 1.0
     scale: Value = 1.0
-    merge: Literal["linear", "ties"] = "ties"
+    merge: Mix = "ties"
     rescale: Literal["unbiased", "l1", "none"] = "unbiased"
     combine: Combine = "sum"
     tie: Tie = "none"
@@ -71,30 +71,23 @@ class Della(MergePass):
         yield from super().check()
         yield from self.within("density", 0, 1)
         yield from self.within("epsilon", 0, 0.5)
-        if self.merge == "linear" and self.tie != "none":
-            yield OptionError("tie", "changes nothing with merge: linear, which elects no signs")
+        yield from idle_tie(self.merge, self.tie)
+        outside = [d for d in numbers_in(self.density) if 0 < d < 1 and not self.epsilon <= d <= 1 - self.epsilon]
+        if outside and self.epsilon <= 0.5:
+            yield OptionError("epsilon", f"{self.epsilon} below and above a density of {outside[0]} is no probability")
 
     @property
     def looks(self) -> bool:
         return self.rescale == "l1"
 
     def look(self, tensor: Pieces, found: object) -> list[float]:
-        """What is left of each task vector is multiplied with this, for the sum of magnitudes that it had."""
-        sums = torch.zeros(2, len(self.models), dtype=torch.float64)
-        for piece in tensor():
-            for k, (delta, left) in enumerate(zip(piece.deltas(), self._left(piece), strict=True)):
-                sums[0, k] += delta.abs().sum()
-                sums[1, k] += left.abs().sum()
-        return [before / after if min(before, after) >= SMALL else 1.0 for before, after in sums.T.tolist()]
+        return kept_magnitudes(tensor, self._left, len(self.models))
 
     def run(self, piece: Piece, facts: Sequence[float] | None) -> Tensor:
         left = (d if facts is None else d.mul_(facts[k]) for k, d in enumerate(self._left(piece)))
         weights = self.of_each(self.weights, piece, 1.0)
-        if self.merge == "ties":
-            mixed = elected(list(left), weights, self.combine, self.tie)
-        else:
-            mixed = summed(left, weights, self.combine)
-        return mixed.mul_(self.at_piece(self.scale, piece, 1.0)).add_(piece.base)
+        made = mixed(left, weights, self.merge, self.combine, self.tie)
+        return made.mul_(self.at_piece(self.scale, piece, 1.0)).add_(piece.base)
 
     def _left(self, piece: Piece) -> Iterator[Tensor]:
         """What is not dropped of every task vector."""

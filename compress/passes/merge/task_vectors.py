@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from compress.errors import OptionError
 from compress.lazy import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor
 
+    from compress.passes.merge.base import Piece, Pieces
+
+Mix = Literal["linear", "ties"]
 Combine = Literal["sum", "mean"]
 Tie = Literal["none", "positive"]
 NOTHING = 1e-8  # a sum of weights that nothing is divided by
@@ -47,3 +51,24 @@ def elected(deltas: Sequence[Tensor], weights: Sequence[float], combine: Combine
             divisor.add_(agreeing.sign_(), alpha=weight)
     total.mul_(sign)
     return total.div_(divisor.add_(divisor == 0)) if combine == "mean" else total
+
+
+def mixed(left: Iterable[Tensor], weights: Sequence[float], merge: Mix, combine: Combine, tie: Tie) -> Tensor:
+    """(n,) what is left of K vectors: `linear` as `summed`, `ties` as `elected`, by which they are overwritten."""
+    return elected(list(left), weights, combine, tie) if merge == "ties" else summed(left, weights, combine)
+
+
+def idle_tie(merge: Mix, tie: Tie) -> Iterator[OptionError]:
+    """An error where a rule for elections is given, and none is held."""
+    if merge == "linear" and tie != "none":
+        yield OptionError("tie", "changes nothing with merge: linear, which elects no signs")
+
+
+def kept_magnitudes(tensor: Pieces, left: Callable[[Piece], Iterable[Tensor]], count: int) -> list[float]:
+    """What each of `count` task vectors that are left is multiplied with, for the sum of magnitudes that it had."""
+    sums = torch.zeros(2, count, dtype=torch.float64)
+    for piece in tensor():
+        for k, (delta, kept) in enumerate(zip(piece.deltas(), left(piece), strict=True)):
+            sums[0, k] += delta.abs().sum()
+            sums[1, k] += kept.abs().sum()
+    return [before / after if min(before, after) >= SMALL else 1.0 for before, after in sums.T.tolist()]
