@@ -74,7 +74,9 @@ class Della(MergePass):
         yield from idle_tie(self.merge, self.tie)
         outside = [d for d in numbers_in(self.density) if 0 < d < 1 and not self.epsilon <= d <= 1 - self.epsilon]
         if outside and self.epsilon <= 0.5:
-            yield OptionError("epsilon", f"{self.epsilon} below and above a density of {outside[0]} is no probability")
+            most = min(outside[0], 1 - outside[0])
+            said = f"{self.epsilon} below and above a density of {outside[0]} is no probability; use at most {most:g}"
+            yield OptionError("epsilon", said)
 
     @property
     def looks(self) -> bool:
